@@ -1,0 +1,474 @@
+"""``ZerothOrder``: a ``torch.optim.Optimizer`` whose step draws, probes, combines, journals and applies, and never calls backward."""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune import methods
+from zotune.directions import Directions
+from zotune.estimators import ESTIMATORS
+from zotune.journal import Journal, Record, StepRecord, digest
+from zotune.methods import Method
+from zotune.probe import Probe
+from zotune.rules import Rule
+from zotune.subspaces import Coordinate, LowRankCoordinate, Offset
+
+LossFunction = Callable[[Any], Tensor]
+_NO_BATCH: Any = object()
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many steps in a row had no finite loss to learn from."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the last step saw.
+
+    Attributes:
+        step: steps done so far, this one included.
+        loss: mean loss of the batch.
+        coefficients: c_k, float32, shape (K,).
+        gap: mean absolute loss difference behind the coefficients.
+        gap_noise: its standard error over the batch's examples; None for scalar losses.
+        skipped: per direction, whether a loss was not finite.
+        lr: learning rate of each parameter group.
+    """
+
+    step: int
+    loss: float
+    coefficients: Tensor
+    gap: float
+    gap_noise: float | None
+    skipped: tuple[bool, ...]
+    lr: tuple[float, ...]
+
+
+class ZerothOrder(torch.optim.Optimizer):
+    """Optimises any module from loss values alone.
+
+    One step evaluates the loss at points θ ± ε Z_k, makes coefficients c_k of the differences, writes them to the journal, and gives
+    ĝ = (1/K) Σ c_k Z_k to the method's update rule. Evaluation writes no weight; ``.grad`` stays None; the global generators and every
+    module's training flag are as found afterwards. Between steps the model computes with the trained weights, and its ``state_dict()``
+    holds them.
+
+    Args:
+        model: the module to train. Parameters with ``requires_grad`` move, whatever they are (full model, PEFT adapter, ...).
+        method: a name from ``zotune.methods.names()`` or a :class:`~zotune.methods.Method`.
+        lr: learning rate η; None takes the method's default, which suits models of a billion parameters.
+        params: parameters or parameter groups (as in torch, each with its own ``lr`` and ``weight_decay``) to train instead of all.
+        weight_decay: λ in θ ← θ − η (ĝ + λθ); not on vectors (bias, norm), unless you pass groups of your own.
+        seed: the run's seed, from which every direction follows.
+        max_nonfinite_steps: stop after so many steps in a row without a finite loss.
+        journal: where to keep the run's record: a path for a new file, a :class:`~zotune.journal.Journal`, or None.
+
+    Raises:
+        ValueError: an argument makes no sense, or the model is being trained by another ZerothOrder.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> x, y = torch.ones(8, 4), torch.zeros(8, 1)
+        >>> optimizer = ZerothOrder(model, "mezo", lr=1e-2)
+        >>> loss = optimizer.step(lambda batch: (model(batch[0]) - batch[1]).square().mean(dim=1), (x, y))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str | Method = "lozo",
+        lr: float | None = None,
+        *,
+        params: Iterable[Any] | None = None,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        max_nonfinite_steps: int = 10,
+        journal: str | Path | Journal | None = None,
+    ) -> None:
+        self.method = methods.get(method) if isinstance(method, str) else method
+        lr = self.method.lr if lr is None else lr
+        for label, number in (("learning rate", lr), ("weight_decay", weight_decay)):
+            if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
+                raise ValueError(f"the {label} must be a number of at least 0, not {number!r}.")
+        if max_nonfinite_steps < 1:
+            raise ValueError(f"max_nonfinite_steps must be at least 1, not {max_nonfinite_steps}.")
+        self.model = model
+        self.seed = int(seed)
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.directions = Directions(self.method.direction)
+        self.estimator = ESTIMATORS[self.method.estimator]
+        self.rule = Rule(self.method.rule, self.method.rule_args)
+        super().__init__(_groups(model, params, weight_decay), {"lr": lr, "weight_decay": 0.0})
+        self.coordinates = self._coordinates()
+        self.probe = Probe(model, [c for group in self.coordinates for c in group], self.directions)
+        self.steps = 0
+        self.forward_passes = 0
+        self.sequences_evaluated = 0
+        self.last: StepReport | None = None
+        self._nonfinite_in_a_row = 0
+        self._prepared = False
+        self._begun = -1
+        self.journal = journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
+
+    def _coordinates(self) -> list[list[Coordinate]]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        groups = []
+        for group in self.param_groups:
+            if group["weight_decay"] and not self.rule.takes_weight_decay:
+                raise ValueError(f"the update rule {self.rule.cls.__name__} has no weight decay; set weight_decay=0.")
+            coordinates = []
+            for parameter in group["params"]:
+                name = names.get(id(parameter))
+                if name is None:
+                    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters.")
+                if not parameter.is_floating_point():
+                    raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it.")
+                coordinates.append(self.method.subspace.coordinate(name, parameter))
+            groups.append(coordinates)
+        return groups
+
+    # -- a step ---------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, loss_fn: LossFunction | Callable[[], Tensor], batch: Any = _NO_BATCH) -> Tensor:  # type: ignore[override]
+        """One zeroth-order step.
+
+        Args:
+            loss_fn: ``loss_fn(batch)`` returns losses per example, shape (B,), or a scalar; without ``batch`` a closure.
+            batch: whatever ``loss_fn`` takes. A *list* is a list of micro-batches, evaluated under the same directions.
+
+        Returns:
+            The batch's mean loss over the evaluated points, a scalar float32 tensor.
+
+        Raises:
+            NonFiniteLossError: ``max_nonfinite_steps`` steps in a row had no finite loss.
+            ValueError: the loss has another shape; whatever ``loss_fn`` raises passes through, the weights untouched.
+        """
+        if not callable(loss_fn):
+            raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
+        evaluate = _evaluation(loss_fn, batch)
+        step, eps, k = self.steps, self.method.eps, self.method.num_directions
+        self._begin(step)
+        if not self._prepared:
+            self._prepare(evaluate, step)
+        points = self.estimator.points(k)
+        losses = [
+            self.probe.evaluate(evaluate, Offset(point.sign * eps, self.seed, step, point.direction)) for point in points
+        ]
+        self.forward_passes += len(points)
+        self.sequences_evaluated += len(points) * losses[0].numel()
+        estimate = self.estimator.estimate(list(torch.stack(losses).cpu()), eps, k)  # the step's one wait for the device
+        record = StepRecord(
+            step=step,
+            lrs=tuple(float(group["lr"]) for group in self.param_groups),
+            loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
+            coefficients=tuple(estimate.coefficients.tolist()),
+            skipped=estimate.skipped,
+        )
+        if self.journal is not None:
+            self.journal.append(record)
+        self.apply(record)
+        self.last = StepReport(
+            self.steps, record.loss, estimate.coefficients, estimate.gap, estimate.gap_noise, estimate.skipped, record.lrs
+        )
+        if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
+            raise NonFiniteLossError(
+                f"the loss was not finite for {self._nonfinite_in_a_row} steps in a row, the last being step {step} (batch {step} of "
+                "the run); the weights are those of before. Lower the learning rate or eps, or look at these batches."
+            )
+        return torch.tensor(record.loss)
+
+    def _begin(self, step: int) -> None:
+        if self._begun == step:
+            return
+        for group in self.coordinates:
+            for coordinate in group:
+                transport = coordinate.begin_step(self.seed, step)
+                if transport is not None:
+                    self.rule.transport(coordinate.name, transport)
+        self._begun = step
+
+    def _prepare(self, evaluate: Callable[[], Tensor], step: int) -> None:
+        distrusted = self.probe.prepare(evaluate, Offset(self.method.eps, self.seed, step, 0))
+        self._prepared = True
+        if distrusted and self.journal is not None:
+            self.journal.append({"event": "general_path", "names": distrusted})
+
+    @torch.no_grad()
+    def apply(self, record: Record) -> None:
+        """Take the update a journal record describes; replaying a run is nothing else.
+
+        Raises:
+            ValueError: the record is not the next one of this run.
+        """
+        if isinstance(record, dict):
+            self._apply_event(record)
+            return
+        if record.step != self.steps or len(record.lrs) != len(self.param_groups):
+            raise ValueError(f"the record of step {record.step} does not follow step {self.steps - 1} of this run.")
+        self._begin(record.step)
+        self.steps += 1
+        if all(record.skipped):  # nothing was learnt, so nothing moves, momentum included
+            self._nonfinite_in_a_row += 1
+            return
+        self._nonfinite_in_a_row = 0
+        for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):
+            for coordinate in coordinates:
+                self._update(coordinate, record, lr, float(group["weight_decay"]))
+
+    def _update(self, coordinate: Coordinate, record: StepRecord, lr: float, weight_decay: float) -> None:
+        step, k = record.step, len(record.coefficients)
+        moves = [(direction, c / k) for direction, c in enumerate(record.coefficients) if c != 0]
+        rate = lr * coordinate.lr_scale
+        if self.rule.plain:
+            offsets = [Offset(-rate * c, self.seed, step, direction) for direction, c in moves if rate]
+            coordinate.descend(self.directions, offsets, 1 - lr * weight_decay, self.seed, step)
+            return
+        terms = [(Offset(0.0, self.seed, step, direction).key(coordinate.name), c) for direction, c in moves]
+        value = coordinate.value()
+        estimate = self.directions.combine(terms, coordinate.shape, coordinate.device).to(value.dtype)
+        if weight_decay and not coordinate.decays_weights:
+            coordinate.decay(1 - lr * weight_decay)
+            weight_decay = 0.0
+        value = self.rule.update(coordinate.name, value, estimate, rate, weight_decay)
+        coordinate.assign(value, self.seed, step)
+
+    # -- low-rank updates that are still pending ---------------------------------------------------------------------------------------
+
+    def _apply_event(self, event: Mapping[str, Any]) -> None:
+        if event.get("event") == "fold":
+            self._fold()
+        elif event.get("event") == "general_path":
+            self.probe.distrust(event["names"])
+            self._prepared = True
+        else:
+            raise ValueError(f"this version of zotune does not know the journal event {event.get('event')!r}.")
+
+    def _fold(self) -> None:
+        for group in self.coordinates:
+            for coordinate in group:
+                if isinstance(coordinate, LowRankCoordinate):
+                    coordinate.fold()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write pending low-rank updates A Vᵀ into the weights now, for code that reads parameters directly.
+
+        The model's forward and ``state_dict()`` hold the trained weights without it. The fold is an event of the journal.
+        """
+        if self.journal is not None:
+            self.journal.append({"event": "fold"})
+        self._fold()
+
+    def detach(self) -> None:
+        """Leave the model as a plain module with the trained weights: fold, and remove every hook. The optimiser is done then."""
+        with torch.no_grad():
+            self._fold()
+        self.probe.detach()
+
+    # -- state ------------------------------------------------------------------------------------------------------------------------
+
+    def _by_name(self) -> dict[str, Coordinate]:
+        return {c.name: c for group in self.coordinates for c in group}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that, with the model's weights, continues the run bit for bit.
+
+        Returns:
+            ``state``: tensors by name; ``param_groups``: without the parameters; ``zotune``: numbers and strings, fit for JSON.
+        """
+        tensors = {
+            f"coordinate/{name}/{entry}": tensor for name, c in self._by_name().items() for entry, tensor in c.state().items()
+        }
+        rule_tensors, rule_others = self.rule.state()
+        tensors |= {f"rule/{path}": tensor for path, tensor in rule_tensors.items()}
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        run = {
+            "method": self.method.name,
+            "options": _plain(self.method.options),
+            "seed": self.seed,
+            "steps": self.steps,
+            "forward_passes": self.forward_passes,
+            "sequences_evaluated": self.sequences_evaluated,
+            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+            "prepared": self._prepared,
+            "general_path": [n for n, c in self._by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path],
+            "rule": rule_others,
+        }
+        return {"state": tensors, "param_groups": groups, "zotune": run}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Continue from :meth:`state_dict`; load the model's weights first.
+
+        Raises:
+            ValueError: the state is another method's, seed's or model's.
+        """
+        run = state_dict.get("zotune")
+        if run is None:
+            raise ValueError("this is not the state of a ZerothOrder optimizer; load the one that was saved with the model.")
+        here: dict[str, Any] = {"method": self.method.name, "options": _plain(self.method.options), "seed": self.seed}
+        for key, value in here.items():
+            if run[key] != value:
+                raise ValueError(f"the saved run has {key} {run[key]!r} and this one {value!r}; continue with the saved one's.")
+        if len(state_dict["param_groups"]) != len(self.param_groups):
+            raise ValueError("the saved run has another number of parameter groups; construct the optimizer as it was then.")
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in self._by_name()}
+        rule_tensors = {}
+        for path, tensor in state_dict["state"].items():
+            kind, _, rest = path.partition("/")
+            if kind == "rule":
+                rule_tensors[rest] = tensor
+                continue
+            name, _, entry = rest.rpartition("/")
+            if name not in states:
+                raise ValueError(f"the saved run trains {name!r}, which this one does not; construct the optimizer as it was then.")
+            states[name][entry] = tensor
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        self.steps = run["steps"]
+        self.forward_passes = run["forward_passes"]
+        self.sequences_evaluated = run["sequences_evaluated"]
+        self._nonfinite_in_a_row = run["nonfinite_in_a_row"]
+        self._prepared = run["prepared"]
+        self._begun = self.steps - 1
+        self.probe.distrust(run["general_path"])
+        for name, coordinate in self._by_name().items():
+            coordinate.load_state(states[name], self.seed, self.steps)
+        self.rule.load_state(rule_tensors, run["rule"], {name: c.value() for name, c in self._by_name().items()})
+
+    def header(self) -> dict[str, Any]:
+        """What a journal's header says: enough to rebuild this optimiser over the same base weights."""
+        versions = {"zotune": _version(), "torch": torch.__version__, "python": platform.python_version()}
+        versions |= {n: sys.modules[n].__version__ for n in ("transformers", "peft") if n in sys.modules}
+        return {
+            "format": 1,
+            "versions": versions,
+            "device": sorted({device.type for device in self.probe.devices}),
+            "base": digest(self.model),
+            "seed": self.seed,
+            "method": self.method.name,
+            "options": _plain(self.method.options),
+            "eps": self.method.eps,
+            "groups": [
+                {
+                    "weight_decay": group["weight_decay"],
+                    "parameters": [
+                        [c.name, list(c.parameter.shape), str(c.parameter.dtype).removeprefix("torch.")] for c in coordinates
+                    ],
+                }
+                for group, coordinates in zip(self.param_groups, self.coordinates, strict=True)
+            ],
+        }
+
+
+def replay(
+    model: nn.Module, journal: str | Path | Journal, *, until: int | None = None, method: Method | None = None
+) -> ZerothOrder:
+    """Rebuild trained weights from the base weights in ``model`` and a journal; exact on the device type of the run.
+
+    Args:
+        model: the base model, as it was before the run.
+        journal: the run's journal.
+        until: stop after so many steps.
+        method: the run's method, where it is not one of the registry.
+
+    Returns:
+        The optimiser in the state of that step; call its ``detach()`` to be left with a plain model.
+
+    Raises:
+        ValueError: the model is not the journal's base, its parameters are named otherwise, or the journal is shorter than ``until``.
+    """
+    if not isinstance(journal, Journal):
+        journal = Journal.open(journal)
+    header = journal.header
+    if until is not None and not 0 <= until <= len(journal):
+        raise ValueError(f"the journal holds {len(journal)} steps; step {until} is not among them.")
+    found = digest(model)
+    if found != header["base"]:
+        raise ValueError(
+            f"this model is not the one the journal starts from (digest {found[:12]}…, journal {header['base'][:12]}…); give the base "
+            "model of that run, in the dtype of that run."
+        )
+    parameters = dict(model.named_parameters())
+    trained = [name for group in header["groups"] for name, _, _ in group["parameters"]]
+    missing = [name for name in trained if name not in parameters]
+    if missing:
+        raise ValueError(f"the journal trains {missing[0]!r}, which this model does not have.")
+    groups = [
+        {"params": [parameters[name] for name, _, _ in group["parameters"]], "weight_decay": group["weight_decay"]}
+        for group in header["groups"]
+    ]
+    method = method or methods.get(header["method"], **header["options"])
+    optimizer = ZerothOrder(model, method, params=groups, seed=header["seed"])
+    for record in journal.records():
+        if until is not None and optimizer.steps >= until:
+            break
+        optimizer.apply(record)
+    return optimizer
+
+
+# -- helpers of one use ------------------------------------------------------------------------------------------------------------------
+
+
+def _groups(model: nn.Module, params: Iterable[Any] | None, weight_decay: float) -> list[dict[str, Any]]:
+    if params is not None:
+        given = list(params)
+        if given and isinstance(given[0], dict):
+            return [{"weight_decay": weight_decay, **group, "params": list(group["params"])} for group in given]
+        trainable = given
+    else:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("the model has no trainable parameter; set requires_grad=True on those that should move.")
+    if not weight_decay:
+        return [{"params": trainable}]
+    matrices = [p for p in trainable if p.dim() > 1]
+    vectors = [p for p in trainable if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _evaluation(loss_fn: Callable[..., Any], batch: Any) -> Callable[[], Tensor]:
+    """A function without arguments that gives the losses of the whole batch, float32, shape (n,)."""
+    if batch is _NO_BATCH:
+        return lambda: _as_losses([loss_fn()])
+    if isinstance(batch, list):
+        if not batch:
+            raise ValueError("step() was given an empty list of micro-batches.")
+        return lambda: _as_losses([loss_fn(part) for part in batch])
+    return lambda: _as_losses([loss_fn(batch)])
+
+
+def _as_losses(parts: list[Any]) -> Tensor:
+    losses = []
+    for part in parts:
+        loss = part if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float32)
+        if loss.dim() > 1:
+            raise ValueError(
+                f"the loss function returned shape {tuple(loss.shape)}; return one loss per example, shape (B,), or a scalar."
+            )
+        losses.append(loss.detach().float().reshape(-1))
+    return torch.cat(losses)
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON gives them back."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value.__name__ if isinstance(value, type) else value
+        for key, value in options.items()
+    }
+
+
+def _version() -> str:
+    from zotune import __version__
+
+    return __version__

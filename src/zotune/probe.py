@@ -1,0 +1,248 @@
+"""The probe: evaluates a model at θ + offset without writing to any weight.
+
+Two ways to show a module a perturbed weight:
+
+- **lent parameters** (general, any module): for the length of an evaluation the module's parameter table is exchanged for one that
+  computes θ + offset at the moment somebody reads ``module.weight``, and nothing keeps it longer than that somebody does. It does not
+  matter whether the module reads it in its own forward or a parent reaches in (``nn.MultiheadAttention`` does).
+- **side paths** (``side_path``): low-rank coordinates of Linear, Conv1D and Embedding layers, no weight formed at all.
+
+Either way the stored tensors are only read: whatever is raised inside a forward, the model is bit for bit what it was, and the tables are
+back in place. :meth:`Probe.prepare` compares the two ways on real data once and distrusts side paths that disagree.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from zotune.directions import Directions, Key, generator_seed
+from zotune.side_path import SidePath
+from zotune.subspaces import Coordinate, LowRankCoordinate, Offset
+
+T = TypeVar("T")
+
+
+class LentParameters(dict[str, Any]):
+    """A module's ``_parameters`` that hands out, on reading, what ``lend`` makes for a name. Iteration shows the originals."""
+
+    def __init__(self, originals: dict[str, Any], lend: dict[str, Callable[[], Tensor]]) -> None:
+        super().__init__(originals)
+        self.lend = lend
+        self.reads: dict[str, int] = dict.fromkeys(lend, 0)
+
+    def __getitem__(self, name: str) -> Any:
+        make = self.lend.get(name)
+        if make is None:
+            return super().__getitem__(name)
+        self.reads[name] += 1
+        return make()
+
+
+class _Owner:
+    """A module and those of its own parameters that are coordinates."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.parameters: dict[str, Coordinate] = {}
+
+
+@contextmanager
+def isolated_generators(key: Key, devices: Sequence[torch.device]) -> Iterator[None]:
+    """Seed torch's global generators from ``key`` for the length of a block, and put their states back after it.
+
+    A loss with randomness of its own sees the same numbers at every evaluation of a step (common random numbers), new ones each step,
+    and the same ones again after a resume; the program around it notices nothing.
+    """
+    generators = [torch.default_generator]
+    generators += [torch.cuda.default_generators[d.index or 0] for d in devices if d.type == "cuda"]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(generator_seed(key))
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+class Probe:
+    """Evaluates functions of a model at points θ + offset.
+
+    Args:
+        model: any module.
+        coordinates: the coordinates of its trainable parameters (see ``subspaces``).
+        directions: the distribution of Z.
+
+    Example:
+        >>> from zotune.subspaces import Full
+        >>> model = nn.Linear(3, 1)
+        >>> probe = Probe(model, [Full().coordinate(n, p) for n, p in model.named_parameters()], Directions("gaussian"))
+        >>> plus = probe.evaluate(lambda: model(torch.ones(1, 3)), Offset(1e-3, seed=0, step=0, direction=0))
+    """
+
+    def __init__(self, model: nn.Module, coordinates: Sequence[Coordinate], directions: Directions) -> None:
+        self.model = model
+        self.directions = directions
+        self.coordinates = list(coordinates)
+        self.devices = sorted({c.device for c in self.coordinates}, key=str)
+        by_parameter = {id(c.parameter): c for c in self.coordinates}
+        owners: dict[int, _Owner] = {}
+        for module in model.modules():
+            for local_name, parameter in module._parameters.items():
+                coordinate = by_parameter.get(id(parameter))
+                if coordinate is not None:
+                    owners.setdefault(id(module), _Owner(module)).parameters[local_name] = coordinate
+        self._owners = list(owners.values())
+        self.side_paths: list[SidePath] = []
+        self._attach_side_paths()
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, function: Callable[[], T], offset: Offset | None) -> T:
+        """``function()`` with the model at θ + offset (None: at θ); no autograd graph, evaluation mode, generators isolated."""
+        with torch.no_grad(), self.evaluation_mode(), self.at(offset):
+            if offset is None:
+                return function()
+            with isolated_generators(Key(offset.seed, offset.step, 0, "", "loss"), self.devices):
+                return function()
+
+    @contextmanager
+    def at(self, offset: Offset | None, *, side_paths: bool = True) -> Iterator[list[LentParameters]]:
+        """Show the model θ + offset for the length of a block; ``side_paths=False`` takes the general way everywhere."""
+        lent: list[tuple[nn.Module, dict[str, Any]]] = []
+        flat: list[tuple[nn.Module, list[Any]]] = []
+        tables = []
+        try:
+            for owner in self._owners:
+                lend = {
+                    name: _maker(coordinate, self.directions, offset)
+                    for name, coordinate in owner.parameters.items()
+                    if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path)
+                }
+                if not lend or offset is None:
+                    continue
+                module = owner.module
+                table = LentParameters(module._parameters, lend)
+                tables.append(table)
+                lent.append((module, module._parameters))
+                module.__dict__["_parameters"] = table
+                if isinstance(module, nn.RNNBase):  # recurrent kernels take their weights from a list of their own
+                    flat.append((module, module._flat_weights))
+                    module.__dict__["_flat_weights"] = [getattr(module, name) for name in module._flat_weights_names]
+            for coordinate in self._low_rank():
+                if not side_paths:
+                    coordinate.moved = None  # the weight that is lent has A in it already
+                elif coordinate.side_path:
+                    coordinate.shift(self.directions, offset)
+            yield tables
+        finally:
+            for coordinate in self._low_rank():
+                coordinate.shift(self.directions, None)
+            for module, weights in flat:
+                module.__dict__["_flat_weights"] = weights
+            for module, parameters in lent:
+                module.__dict__["_parameters"] = parameters
+
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """The whole model in eval mode; afterwards every module's flag is what it was, also where they differed."""
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _low_rank(self) -> Iterator[LowRankCoordinate]:
+        return (c for c in self.coordinates if isinstance(c, LowRankCoordinate))
+
+    # -- side paths ---------------------------------------------------------------------------------------------------------------
+
+    def _attach_side_paths(self) -> None:
+        for coordinate in self._low_rank():
+            owners = [(o.module, name) for o in self._owners for name, c in o.parameters.items() if c is coordinate]
+            if not all(SidePath.fits(module, name) for module, name in owners):
+                coordinate.fold_every_step()
+                continue
+            try:
+                self.side_paths += [SidePath(module, name, coordinate) for module, name in owners]
+            except ValueError:
+                self.detach()
+                raise
+
+    def distrust(self, names: Sequence[str]) -> None:
+        """Give the named coordinates the general way from now on."""
+        for path in [p for p in self.side_paths if p.coordinate.name in names]:
+            path.remove()
+            self.side_paths.remove(path)
+        for coordinate in self._low_rank():
+            if coordinate.name in names and coordinate.side_path:
+                coordinate.fold_every_step()
+
+    def detach(self) -> None:
+        """Remove every hook from the model."""
+        for path in self.side_paths:
+            path.remove()
+        self.side_paths.clear()
+
+    def prepare(self, function: Callable[[], Tensor], offset: Offset) -> list[str]:
+        """Compare side paths and general way on one evaluation; the names of coordinates that go the general way from now on.
+
+        Found by structure: a weight that is read more often than its layer's forward runs (a parent reaches in). Found by number: the
+        losses differ by more than rounding and 5% of what the perturbation itself changes. Each finding is a warning.
+        """
+        if not self.side_paths:
+            return []
+
+        def run(at: Offset | None, side_paths: bool) -> tuple[Tensor, list[LentParameters]]:
+            with torch.no_grad(), self.evaluation_mode(), self.at(at, side_paths=side_paths) as tables:
+                with isolated_generators(Key(offset.seed, offset.step, 0, "", "loss"), self.devices):
+                    return function().detach().float(), tables
+
+        for path in self.side_paths:
+            path.fired = 0
+        quick, _ = run(offset, True)
+        fired: dict[str, int] = {}
+        for path in self.side_paths:
+            fired[path.coordinate.name] = fired.get(path.coordinate.name, 0) + path.fired
+        slow, tables = run(offset, False)
+        reads: dict[str, int] = {}
+        by_module = {id(o.module._parameters.get(n)): c for o in self._owners for n, c in o.parameters.items()}
+        for table in tables:
+            for local_name, count in table.reads.items():
+                name = by_module[id(dict.__getitem__(table, local_name))].name
+                reads[name] = reads.get(name, 0) + count
+        reached_into = sorted(name for name, count in fired.items() if reads.get(name, 0) > count)
+        if reached_into:
+            warnings.warn(
+                f"{', '.join(reached_into)}: read from outside the layer's own forward, so its low-rank update is folded every step "
+                "instead of riding beside it; results are the same, steps are slower.",
+                stacklevel=3,
+            )
+            self.distrust(reached_into)
+            quick, _ = run(offset, True)
+        here, _ = run(None, True)
+        half = any(c.parameter.dtype in (torch.float16, torch.bfloat16) for c in self.coordinates)
+        rounding = (2e-2 if half else 1e-4) * (1 + here.abs().max())
+        if not torch.isfinite(slow).all() or (quick - slow).abs().max() <= rounding + 0.05 * (slow - here).abs().max():
+            return reached_into
+        names = sorted({path.coordinate.name for path in self.side_paths})
+        warnings.warn(
+            f"the fast and the general evaluation of this model disagree ({quick.mean():.6g} against {slow.mean():.6g}); taking the "
+            "general one for every layer: results are right, steps are slower.",
+            stacklevel=3,
+        )
+        self.distrust(names)
+        return sorted({*reached_into, *names})
+
+
+def _maker(coordinate: Coordinate, directions: Directions, offset: Offset | None) -> Callable[[], Tensor]:
+    return lambda: coordinate.at(directions, offset)

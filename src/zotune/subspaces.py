@@ -1,0 +1,391 @@
+"""Subspaces: which coordinates θ of a model move, and the map from coordinates to weights.
+
+A *subspace* is a small configuration (:class:`Full`, :class:`LowRank`); applied to a model it gives one *coordinate* object for each
+trainable parameter. A coordinate knows how to hand out its weight at θ + offset without writing it, how to take an update, and what
+must be kept to resume. Everything it keeps is float32 (or float32 split over a half-precision weight and a residual): no update is lost
+to rounding.
+
+Adapters (LoRA, prefix, prompt) need no class of their own: they are :class:`Full` over whatever parameters PEFT leaves trainable.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zotune.directions import Directions, Key, for_blocks
+from zotune.precision import HALF, join, split, stochastic_round
+
+
+@dataclass(frozen=True)
+class Offset:
+    """A point to evaluate at: θ + scale · Z, with Z direction number ``direction`` of step ``step`` of run ``seed``."""
+
+    scale: float
+    seed: int
+    step: int
+    direction: int
+
+    def key(self, name: str) -> Key:
+        return Key(self.seed, self.step, self.direction, name)
+
+
+class Coordinate(abc.ABC):
+    """The coordinates of one parameter. ``shape`` is the shape of their direction Z, ``lr_scale`` multiplies the learning rate."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, shape: Sequence[int], lr_scale: float = 1.0) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.shape = tuple(shape)
+        self.numel = math.prod(shape)
+        self.lr_scale = lr_scale
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    def begin_step(self, seed: int, step: int) -> Tensor | None:
+        """Redraw what is due at the start of ``step``; a matrix T if first moments M must be carried over as M ← M T."""
+        return None
+
+    @abc.abstractmethod
+    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        """The weight at θ + offset in the parameter's dtype: a new tensor, or the parameter itself if that is equal."""
+
+    @abc.abstractmethod
+    def value(self) -> Tensor:
+        """θ as float32, shape ``shape``; may share memory with what is stored, so it is to be changed through :meth:`assign` only."""
+
+    @abc.abstractmethod
+    def assign(self, value: Tensor, seed: int, step: int) -> None:
+        """Set θ after step ``step``."""
+
+    @abc.abstractmethod
+    def descend(self, directions: Directions, offsets: Iterable[Offset], keep: float, seed: int, step: int) -> None:
+        """θ ← keep · θ + Σ scale · Z over ``offsets``: an update that never holds more than a block of any Z."""
+
+    def decay(self, keep: float) -> None:  # noqa: B027 - a coordinate whose rule sees the weights themselves has nothing to do
+        """Multiply the *weights* by ``keep`` where the rule, which sees coordinates only, cannot do it."""
+
+    @abc.abstractmethod
+    def reset(self) -> None:
+        """Forget what is pending: somebody has loaded new values into the parameter."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that, with the model's own weights, determine θ bit for bit."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        assert not state, f"{self.name} keeps no state, but was given {sorted(state)}"
+
+    @property
+    def decays_weights(self) -> bool:
+        """Whether θ is the weight itself, so that a rule's weight decay means what its paper says."""
+        return True
+
+
+# -- full space -----------------------------------------------------------------------------------------------------------------------
+
+
+class FullCoordinate(Coordinate):
+    """θ = W. In half precision W is the upper part of a float32 value whose lower 16 bits live beside it (see ``precision``)."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
+        super().__init__(name, parameter, parameter.shape)
+        self.half = parameter.dtype in HALF
+        self.residual: Tensor | None = None
+        if self.half and keep_residual:
+            self.residual = torch.zeros(self.numel, dtype=torch.int16, device=parameter.device)
+
+    def _block(self, flat: Tensor, part: slice) -> Tensor:
+        """A block of θ in float32 (a view, where the weight is float32 itself; float64 weights stay float64)."""
+        if not self.half:
+            return flat[part]
+        return flat[part].float() if self.residual is None else join(flat[part], self.residual[part])
+
+    def _flat(self) -> Tensor:
+        data = self.parameter.data
+        return data.view(-1) if data.is_contiguous() else data.reshape(-1)
+
+    def _store(self, flat: Tensor, part: slice, block: Tensor, key: Key, index: int) -> None:
+        if not self.half:
+            if block.data_ptr() != flat[part].data_ptr():
+                flat[part] = block
+        elif self.residual is None:
+            flat[part] = stochastic_round(block, flat.dtype, key, index)
+        else:
+            flat[part], self.residual[part] = split(block, flat.dtype)
+
+    def _finish(self, flat: Tensor) -> None:
+        if not self.parameter.data.is_contiguous():
+            self.parameter.data.copy_(flat.view(self.shape))
+
+    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        if offset is None:
+            return self.parameter.detach()
+        key, flat = offset.key(self.name), self._flat()
+        scale = offset.scale * directions.scale(key, self.numel, self.device)
+        out = torch.empty_like(flat)
+
+        def perturb(index: int, part: slice) -> None:
+            z = directions.block(key, index, part.stop - part.start, self.device)
+            out[part] = torch.add(self._block(flat, part), z, alpha=scale)
+
+        for_blocks(self.numel, self.device, perturb)
+        return out.view(self.shape)
+
+    def value(self) -> Tensor:
+        flat = self._flat()
+        return self._block(flat, slice(0, self.numel)).view(self.shape)
+
+    def assign(self, value: Tensor, seed: int, step: int) -> None:
+        if value.data_ptr() == self.parameter.data_ptr():  # a float32 weight was handed out as it is and updated in place
+            return
+        flat, new = self._flat(), value.reshape(-1)
+        key = Key(seed, step, 0, self.name, "rounding")
+        for_blocks(self.numel, self.device, lambda index, part: self._store(flat, part, new[part], key, index))
+        self._finish(flat)
+
+    def descend(self, directions: Directions, offsets: Iterable[Offset], keep: float, seed: int, step: int) -> None:
+        moves = []
+        for offset in offsets:
+            key = offset.key(self.name)
+            moves.append((key, offset.scale * directions.scale(key, self.numel, self.device)))
+        if not moves and keep == 1.0:
+            return
+        flat = self._flat()
+        rounding = Key(seed, step, 0, self.name, "rounding")
+
+        def move(index: int, part: slice) -> None:
+            block = self._block(flat, part)
+            if keep != 1.0:
+                block = block.mul_(keep)
+            for key, scale in moves:
+                block.add_(directions.block(key, index, part.stop - part.start, self.device), alpha=scale)
+            self._store(flat, part, block, rounding, index)
+
+        for_blocks(self.numel, self.device, move)
+        self._finish(flat)
+
+    def add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float = 1.0) -> None:
+        """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r): a block of rows at a time."""
+        rows, columns = self.parameter.shape
+        height = max(1, (1 << 20) // columns)
+        rounding = Key(seed, step, 0, self.name, "rounding")
+        flat = self._flat()
+        for index, top in enumerate(range(0, rows, height)):
+            part = slice(top * columns, min(rows, top + height) * columns)
+            block = self._block(flat, part)
+            block.view(-1, columns).addmm_(left[top : top + height].to(block.dtype), right.T.to(block.dtype), beta=keep)
+            self._store(flat, part, block, rounding, index)
+        self._finish(flat)
+
+    def reset(self) -> None:
+        if self.residual is not None:
+            self.residual.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.residual is None else {"residual": self.residual}
+
+    def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        if self.residual is not None:
+            self.residual.copy_(state["residual"].to(self.device))
+
+
+# -- low rank -------------------------------------------------------------------------------------------------------------------------
+
+
+class LowRankCoordinate(Coordinate):
+    """θ = A of W + A Vᵀ: W (m, n) the parameter as stored, A (m, r) float32, V (n, r) ~ N(0, 1) redrawn every ``interval`` steps.
+
+    A starts at 0 after each redraw; at the redraw A Vᵀ is folded into W. In between W is not written at all: where the modules that own
+    W have a *side path* (``side_path=True``; see ``probe``) they add (x V) Aᵀ to their output. Where they have none, the update is
+    folded after every step instead and A is always 0.
+
+    The gradient in A is G V; the update −η c U Vᵀ / r of LOZO (2410.07698) is therefore SGD on A with rate η / r (``lr_scale``), which
+    makes E[c U Vᵀ] / r = G: unbiased for the whole matrix.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
+        rows, columns = parameter.shape
+        super().__init__(name, parameter, (rows, rank), lr_scale=1.0 / rank)
+        self.rank, self.interval = rank, interval
+        self.side_path = True
+        self.a = torch.zeros(rows, rank, device=parameter.device)
+        self.v = torch.zeros(columns, rank, device=parameter.device)
+        self.pending = False  # whether A is anything but 0
+        self.keep = 1.0  # weight decay that W has still to take at the next fold
+        self.moved: Tensor | None = self.a  # A, A + offset during an evaluation, None while the side path is to keep out
+        self.drawn: tuple[Key, Tensor] | None = None  # the last U, which a step asks for three times
+        self.clock = (0, 0)  # (seed, step) of the last change, the key of the fold's rounding
+        self._merged: weakref.ref[Tensor] | None = None
+        self._weight = FullCoordinate(name, parameter, keep_residual=False)
+
+    def begin_step(self, seed: int, step: int) -> Tensor | None:
+        if step % self.interval:
+            return None
+        self.fold()
+        old = self.v
+        self._draw_v(seed, step)
+        return old.T @ self.v / self.v.shape[0] if step else None
+
+    def _draw_v(self, seed: int, step: int) -> None:
+        redraw = step // self.interval
+        self.v = Directions("gaussian").draw(Key(seed, redraw, 0, self.name, "subspace"), self.v.shape, self.device)
+
+    def _u(self, directions: Directions, offset: Offset) -> Tensor:
+        key = offset.key(self.name)
+        if self.drawn is None or self.drawn[0] != key:
+            self.drawn = key, directions.draw(key, self.shape, self.device)
+        return self.drawn[1]
+
+    def shift(self, directions: Directions, offset: Offset | None) -> None:
+        """Make the side path use A + offset (None: A)."""
+        self.moved = self.a if offset is None else torch.add(self.a, self._u(directions, offset), alpha=offset.scale)
+
+    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        a = self.a if offset is None else torch.add(self.a, self._u(directions, offset), alpha=offset.scale)
+        if offset is None and not self.pending:
+            return self.parameter.detach()
+        weight = self._weight.value()
+        return torch.addmm(weight, a.to(weight.dtype), self.v.T.to(weight.dtype)).to(self.parameter.dtype)
+
+    def value(self) -> Tensor:
+        return self.a
+
+    def assign(self, value: Tensor, seed: int, step: int) -> None:
+        if value.data_ptr() != self.a.data_ptr():
+            self.a.copy_(value)
+        self._changed(seed, step)
+
+    def descend(self, directions: Directions, offsets: Iterable[Offset], keep: float, seed: int, step: int) -> None:
+        self.decay(keep)
+        for offset in offsets:
+            self.a.add_(self._u(directions, offset), alpha=offset.scale)
+        self._changed(seed, step)
+
+    def decay(self, keep: float) -> None:
+        # W itself takes its share of the decay at the next fold: an interval late, in exchange for no pass over W.
+        if keep != 1.0:
+            self.a.mul_(keep)
+            self.keep *= keep
+
+    @property
+    def decays_weights(self) -> bool:
+        return False
+
+    def _changed(self, seed: int, step: int) -> None:
+        self.pending = True
+        self.clock = (seed, step)
+        self._merged = self.drawn = None
+        if not self.side_path:
+            self.fold()
+
+    def fold_every_step(self) -> None:
+        """Go without a side path. W is then written every step, so in half precision it needs a residual as in full space."""
+        assert not self.pending
+        self.side_path = False
+        self._weight = FullCoordinate(self.name, self.parameter)
+
+    def fold(self) -> None:
+        """W ← W + A Vᵀ, A ← 0; a half-precision W rounds stochastically, keyed by the step that changed A last."""
+        if not self.pending and self.keep == 1.0:
+            return
+        self._weight.add_product(self.a, self.v, *self.clock, keep=self.keep)
+        self._clear()
+
+    def merged(self) -> Tensor:
+        """What :meth:`fold` would make of W, as a copy; the same tensor for every owner of a shared weight."""
+        if not self.pending and self.keep == 1.0:
+            return self.parameter.detach()
+        merged = None if self._merged is None else self._merged()
+        if merged is not None:
+            return merged
+        merged = self.parameter.detach().clone()
+        copy = FullCoordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
+        copy.add_product(self.a, self.v, *self.clock, keep=self.keep)
+        self._merged = weakref.ref(merged)
+        return merged
+
+    def _clear(self) -> None:
+        self.a.zero_()
+        self.pending, self.keep, self._merged = False, 1.0, None
+
+    def reset(self) -> None:
+        self._clear()
+        self._weight.reset()
+
+    def state(self) -> dict[str, Tensor]:
+        if not self.pending and self.keep == 1.0:
+            return self._weight.state()
+        # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
+        return {"a": self.a, "base": self.parameter.detach(), "keep": torch.tensor(self.keep, dtype=torch.float64)}
+
+    def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        self.reset()
+        if step:
+            self._draw_v(seed, step - 1)
+        if "residual" in state:
+            self._weight.load_state(state, seed, step)
+        if "a" in state:
+            self.a.copy_(state["a"].to(self.device))
+            self.parameter.data.copy_(state["base"].to(self.device))
+            self.pending, self.keep, self.clock = True, float(state["keep"]), (seed, step - 1)
+
+
+# -- configurations --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every trainable parameter moves in its own full space."""
+
+    def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
+        return FullCoordinate(name, parameter)
+
+    def elements(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(numbers in θ, float32 numbers kept beside the weights) for a parameter of this shape."""
+        return math.prod(shape), 0
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Matrices move as W + A Vᵀ (LOZO, 2410.07698); vectors (bias, norm) and tensors of other ranks move in full space.
+
+    Args:
+        rank: columns r of A (m, r) and V (n, r).
+        interval: steps between two redraws of V (ν in the paper).
+
+    Raises:
+        ValueError: either is below 1.
+    """
+
+    rank: int = 2
+    interval: int = 50
+
+    def __post_init__(self) -> None:
+        for field in ("rank", "interval"):
+            number = getattr(self, field)
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{field} must be a whole number of at least 1, not {number!r}.")
+
+    def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
+        if parameter.dim() != 2 or min(parameter.shape) <= self.rank:
+            return FullCoordinate(name, parameter)
+        return LowRankCoordinate(name, parameter, self.rank, self.interval)
+
+    def elements(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(numbers in θ, float32 numbers kept beside the weights) for a parameter of this shape."""
+        if len(shape) != 2 or min(shape) <= self.rank:
+            return math.prod(shape), 0
+        moving = shape[0] * self.rank
+        return moving, moving + shape[1] * self.rank
+
+
+Subspace = Full | LowRank
