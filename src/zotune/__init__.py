@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from zotune.config import ZOConfig
     from zotune.journal import Journal
     from zotune.methods import Method
-    from zotune.optimizer import NonFiniteLossError, StepReport, ZerothOrder, replay
+    from zotune.optimizer import NonFiniteLossError, StepReport, ZerothOrder
+    from zotune.replaying import replay
     from zotune.trainer import ZOTrainer
 
 # Public names are imported when first asked for, so that `zotune --help` need not wait for torch.
@@ -25,7 +26,7 @@ _NAMES = {
     "ZOConfig": "config",
     "ZOTrainer": "trainer",
     "ZerothOrder": "optimizer",
-    "replay": "optimizer",
+    "replay": "replaying",
 }
 
 __all__ = [

@@ -145,7 +145,9 @@ class Directions:
         squares = [0.0] * -(-numel // size)
 
         def add_up(index: int, part: slice) -> None:
-            squares[index] = float(self.block(key, index, part.stop - part.start, device).square_().sum(dtype=torch.float64))
+            squares[index] = float(
+                self.block(key, index, part.stop - part.start, device).square_().sum(dtype=torch.float64)
+            )
 
         for_blocks(numel, device, add_up)
         return math.sqrt(numel / sum(squares))
@@ -161,7 +163,10 @@ class Directions:
         return self.combine([(key, 1.0)], shape, device)
 
     def combine(
-        self, terms: Sequence[tuple[Key, float]], shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu"
+        self,
+        terms: Sequence[tuple[Key, float]],
+        shape: tuple[int, ...] | torch.Size,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
         """Σ weight · Z(key) over ``terms``, float32, of the given shape; no single Z is ever whole."""
         device = torch.device(device)

@@ -17,12 +17,13 @@ import hashlib
 import json
 import os
 import struct
+import weakref
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,9 @@ def _pack(record: Record) -> bytes:
         if any(record.skipped):
             payload += bytes(record.skipped)
     if len(payload) > 0xFFFF:
-        raise ValueError(f"a journal record holds at most {0xFFFF} bytes and this one has {len(payload)}; use fewer directions.")
+        raise ValueError(
+            f"a journal record holds at most {0xFFFF} bytes and this one has {len(payload)}; use fewer directions."
+        )
     body = _HEAD.pack(kind, len(payload)) + payload
     return body + _CRC.pack(zlib.crc32(body))
 
@@ -110,7 +113,8 @@ class Journal:
         self._records = records
         self._ends = ends
         self._start = start
-        self._file: BinaryIO | None = None
+        self._file: int | None = None  # a descriptor, open from the first append on
+        self._closer: weakref.finalize[..., Any] | None = None
 
     @classmethod
     def create(cls, path: str | Path, header: dict[str, Any]) -> Journal:
@@ -160,7 +164,9 @@ class Journal:
             parsed = _parse(data, position)
             if parsed is None:
                 if any(_parse(data, later) for later in range(position + 1, len(data))):
-                    raise ValueError(f"{path}: record {len(records)} (after step {steps}) is damaged; restore the file from a copy.")
+                    raise ValueError(
+                        f"{path}: record {len(records)} (after step {steps}) is damaged; restore the file from a copy."
+                    )
                 break  # torn: the last append did not finish
             kind, payload, position = parsed
             try:
@@ -184,12 +190,12 @@ class Journal:
         blob = _pack(record)
         end = self._ends[-1] if self._ends else self._start
         if self._file is None:
-            self._file = open(self.path, "r+b")  # noqa: SIM115 - stays open for the run
-            self._file.truncate(end)
-            self._file.seek(end)
-        self._file.write(blob)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            self._file = os.open(self.path, os.O_WRONLY)
+            self._closer = weakref.finalize(self, os.close, self._file)
+        os.ftruncate(self._file, end)  # whatever an append that failed has left
+        if os.pwrite(self._file, blob, end) != len(blob):
+            raise OSError(f"{self.path}: the disk took only part of a record; free some space and resume.")
+        os.fsync(self._file)
         self._records.append(record)
         self._ends.append(end + len(blob))
 
@@ -220,9 +226,9 @@ class Journal:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._closer is not None:
+            self._closer()
+        self._file = self._closer = None
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,9 @@ class ZerothOrder(torch.optim.Optimizer):
         self._nonfinite_in_a_row = 0
         self._prepared = False
         self._begun = -1
-        self.journal = journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
+        self.journal = (
+            journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
+        )
 
     def _coordinates(self) -> list[list[Coordinate]]:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -128,9 +130,13 @@ class ZerothOrder(torch.optim.Optimizer):
             for parameter in group["params"]:
                 name = names.get(id(parameter))
                 if name is None:
-                    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters.")
+                    raise ValueError(
+                        f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters."
+                    )
                 if not parameter.is_floating_point():
-                    raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it.")
+                    raise ValueError(
+                        f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it."
+                    )
                 coordinates.append(self.method.subspace.coordinate(name, parameter))
             groups.append(coordinates)
         return groups
@@ -161,11 +167,14 @@ class ZerothOrder(torch.optim.Optimizer):
             self._prepare(evaluate, step)
         points = self.estimator.points(k)
         losses = [
-            self.probe.evaluate(evaluate, Offset(point.sign * eps, self.seed, step, point.direction)) for point in points
+            self.probe.evaluate(evaluate, Offset(point.sign * eps, self.seed, step, point.direction))
+            for point in points
         ]
         self.forward_passes += len(points)
         self.sequences_evaluated += len(points) * losses[0].numel()
-        estimate = self.estimator.estimate(list(torch.stack(losses).cpu()), eps, k)  # the step's one wait for the device
+        estimate = self.estimator.estimate(
+            list(torch.stack(losses).cpu()), eps, k
+        )  # the step's one wait for the device
         record = StepRecord(
             step=step,
             lrs=tuple(float(group["lr"]) for group in self.param_groups),
@@ -177,7 +186,13 @@ class ZerothOrder(torch.optim.Optimizer):
             self.journal.append(record)
         self.apply(record)
         self.last = StepReport(
-            self.steps, record.loss, estimate.coefficients, estimate.gap, estimate.gap_noise, estimate.skipped, record.lrs
+            self.steps,
+            record.loss,
+            estimate.coefficients,
+            estimate.gap,
+            estimate.gap_noise,
+            estimate.skipped,
+            record.lrs,
         )
         if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteLossError(
@@ -286,7 +301,9 @@ class ZerothOrder(torch.optim.Optimizer):
             ``state``: tensors by name; ``param_groups``: without the parameters; ``zotune``: numbers and strings, fit for JSON.
         """
         tensors = {
-            f"coordinate/{name}/{entry}": tensor for name, c in self._by_name().items() for entry, tensor in c.state().items()
+            f"coordinate/{name}/{entry}": tensor
+            for name, c in self._by_name().items()
+            for entry, tensor in c.state().items()
         }
         rule_tensors, rule_others = self.rule.state()
         tensors |= {f"rule/{path}": tensor for path, tensor in rule_tensors.items()}
@@ -300,7 +317,9 @@ class ZerothOrder(torch.optim.Optimizer):
             "sequences_evaluated": self.sequences_evaluated,
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
             "prepared": self._prepared,
-            "general_path": [n for n, c in self._by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path],
+            "general_path": [
+                n for n, c in self._by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path
+            ],
             "rule": rule_others,
         }
         return {"state": tensors, "param_groups": groups, "zotune": run}
@@ -314,13 +333,19 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         run = state_dict.get("zotune")
         if run is None:
-            raise ValueError("this is not the state of a ZerothOrder optimizer; load the one that was saved with the model.")
+            raise ValueError(
+                "this is not the state of a ZerothOrder optimizer; load the one that was saved with the model."
+            )
         here: dict[str, Any] = {"method": self.method.name, "options": _plain(self.method.options), "seed": self.seed}
         for key, value in here.items():
             if run[key] != value:
-                raise ValueError(f"the saved run has {key} {run[key]!r} and this one {value!r}; continue with the saved one's.")
+                raise ValueError(
+                    f"the saved run has {key} {run[key]!r} and this one {value!r}; continue with the saved one's."
+                )
         if len(state_dict["param_groups"]) != len(self.param_groups):
-            raise ValueError("the saved run has another number of parameter groups; construct the optimizer as it was then.")
+            raise ValueError(
+                "the saved run has another number of parameter groups; construct the optimizer as it was then."
+            )
         states: dict[str, dict[str, Tensor]] = {name: {} for name in self._by_name()}
         rule_tensors = {}
         for path, tensor in state_dict["state"].items():
@@ -330,7 +355,9 @@ class ZerothOrder(torch.optim.Optimizer):
                 continue
             name, _, entry = rest.rpartition("/")
             if name not in states:
-                raise ValueError(f"the saved run trains {name!r}, which this one does not; construct the optimizer as it was then.")
+                raise ValueError(
+                    f"the saved run trains {name!r}, which this one does not; construct the optimizer as it was then."
+                )
             states[name][entry] = tensor
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
@@ -362,58 +389,13 @@ class ZerothOrder(torch.optim.Optimizer):
                 {
                     "weight_decay": group["weight_decay"],
                     "parameters": [
-                        [c.name, list(c.parameter.shape), str(c.parameter.dtype).removeprefix("torch.")] for c in coordinates
+                        [c.name, list(c.parameter.shape), str(c.parameter.dtype).removeprefix("torch.")]
+                        for c in coordinates
                     ],
                 }
                 for group, coordinates in zip(self.param_groups, self.coordinates, strict=True)
             ],
         }
-
-
-def replay(
-    model: nn.Module, journal: str | Path | Journal, *, until: int | None = None, method: Method | None = None
-) -> ZerothOrder:
-    """Rebuild trained weights from the base weights in ``model`` and a journal; exact on the device type of the run.
-
-    Args:
-        model: the base model, as it was before the run.
-        journal: the run's journal.
-        until: stop after so many steps.
-        method: the run's method, where it is not one of the registry.
-
-    Returns:
-        The optimiser in the state of that step; call its ``detach()`` to be left with a plain model.
-
-    Raises:
-        ValueError: the model is not the journal's base, its parameters are named otherwise, or the journal is shorter than ``until``.
-    """
-    if not isinstance(journal, Journal):
-        journal = Journal.open(journal)
-    header = journal.header
-    if until is not None and not 0 <= until <= len(journal):
-        raise ValueError(f"the journal holds {len(journal)} steps; step {until} is not among them.")
-    found = digest(model)
-    if found != header["base"]:
-        raise ValueError(
-            f"this model is not the one the journal starts from (digest {found[:12]}…, journal {header['base'][:12]}…); give the base "
-            "model of that run, in the dtype of that run."
-        )
-    parameters = dict(model.named_parameters())
-    trained = [name for group in header["groups"] for name, _, _ in group["parameters"]]
-    missing = [name for name in trained if name not in parameters]
-    if missing:
-        raise ValueError(f"the journal trains {missing[0]!r}, which this model does not have.")
-    groups = [
-        {"params": [parameters[name] for name, _, _ in group["parameters"]], "weight_decay": group["weight_decay"]}
-        for group in header["groups"]
-    ]
-    method = method or methods.get(header["method"], **header["options"])
-    optimizer = ZerothOrder(model, method, params=groups, seed=header["seed"])
-    for record in journal.records():
-        if until is not None and optimizer.steps >= until:
-            break
-        optimizer.apply(record)
-    return optimizer
 
 
 # -- helpers of one use ------------------------------------------------------------------------------------------------------------------

@@ -145,7 +145,9 @@ class FullCoordinate(Coordinate):
         return self._block(flat, slice(0, self.numel)).view(self.shape)
 
     def assign(self, value: Tensor, seed: int, step: int) -> None:
-        if value.data_ptr() == self.parameter.data_ptr():  # a float32 weight was handed out as it is and updated in place
+        if (
+            value.data_ptr() == self.parameter.data_ptr()
+        ):  # a float32 weight was handed out as it is and updated in place
             return
         flat, new = self._flat(), value.reshape(-1)
         key = Key(seed, step, 0, self.name, "rounding")
@@ -221,7 +223,9 @@ class LowRankCoordinate(Coordinate):
         self.v = torch.zeros(columns, rank, device=parameter.device)
         self.pending = False  # whether A is anything but 0
         self.keep = 1.0  # weight decay that W has still to take at the next fold
-        self.moved: Tensor | None = self.a  # A, A + offset during an evaluation, None while the side path is to keep out
+        self.moved: Tensor | None = (
+            self.a
+        )  # A, A + offset during an evaluation, None while the side path is to keep out
         self.drawn: tuple[Key, Tensor] | None = None  # the last U, which a step asks for three times
         self.clock = (0, 0)  # (seed, step) of the last change, the key of the fold's rounding
         self._merged: weakref.ref[Tensor] | None = None

@@ -1,0 +1,252 @@
+"""Learning curves of methods on a task: tune every method on the same grid, then run the best cell over seeds.
+
+    python benchmarks/learning.py --model M --task sst2 --data_dir D --methods mezo lozo --lr 1e-5 1e-4 1e-3 --eps 1e-3 1e-2 --out runs/learning
+
+A cell (method, learning rate, eps) is scored by accuracy on a part of the *training* split that is held out; the validation split is
+looked at only by the best cell's runs, one per seed. Results are appended to ``results.jsonl`` as they come; a run that is there is not
+repeated, so a killed sweep continues. At the end: ``curves.png`` and a Markdown table with the grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HELD_OUT = "held out"
+
+
+def run(cell: dict[str, Any]) -> dict[str, Any]:
+    """One training run; ``cell`` names everything it depends on."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    import zotune
+
+    torch.set_num_threads(cell["threads"])
+    tokenizer = AutoTokenizer.from_pretrained(cell["model"])
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(cell["model"])
+    data = zotune.tasks.prepare(
+        tokenizer,
+        config,
+        task=cell["task"],
+        data_dir=cell["data_dir"],
+        template=cell["template"],
+        objective="classifier" if cell["classifier"] else None,
+        num_train=cell["num_train"],
+        num_dev=cell["num_dev"],
+        seed=0,
+    )
+    torch.manual_seed(0)  # a new classification head is drawn from the global generator
+    if cell["classifier"]:
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            cell["model"], num_labels=data.num_labels, dtype=torch.float32
+        )
+    else:
+        model = AutoModelForCausalLM.from_pretrained(cell["model"], dtype=torch.float32)
+    held_out = data.dev if cell["score"] == HELD_OUT else data.eval
+    train = data.train
+    assert train is not None and held_out is not None
+
+    def accuracy() -> float:
+        model.eval()
+        right = 0
+        with torch.inference_mode():
+            for start in range(0, len(held_out), 64):
+                batch = data.collate_eval(held_out[start : start + 64])
+                if cell["classifier"]:
+                    answers = batch.pop("labels")
+                    scores = model(**batch).logits
+                else:
+                    scores, answers = zotune.objectives.choice_scores(model, batch), batch["answer"]
+                right += int((scores.argmax(1) == answers).sum())
+        return right / len(held_out)
+
+    loss_fn = zotune.objectives.objective(data.train_objective, model)
+    method = zotune.methods.get(cell["method"], eps=cell["eps"], **cell["options"])
+    optimizer = zotune.ZerothOrder(model, method, lr=cell["lr"], seed=cell["seed"])
+    steps = cell["steps"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: 1.0 if cell["schedule"] == "constant" else max(0.0, 1 - t / steps)
+    )
+    shuffle = torch.Generator().manual_seed(cell["seed"])
+    order: list[int] = []
+    losses, curve, begun = [], [(0, accuracy())], time.perf_counter()
+    for step in range(steps):
+        if len(order) < cell["batch_size"]:
+            order = torch.randperm(len(train), generator=shuffle).tolist()
+        chosen, order = order[: cell["batch_size"]], order[cell["batch_size"] :]
+        try:
+            losses.append(float(optimizer.step(loss_fn, data.collate_train([train[i] for i in chosen]))))
+        except zotune.NonFiniteLossError:
+            break
+        schedule.step()
+        if (step + 1) % cell["eval_steps"] == 0 or step + 1 == steps:
+            curve.append((step + 1, accuracy()))
+    window = max(1, len(losses) // 10)
+    return {
+        "cell": cell,
+        "accuracy": curve[-1][1],
+        "zero_shot": curve[0][1],
+        "train_loss": statistics.fmean(losses[-window:]) if losses else float("nan"),
+        "curve": curve,
+        "losses": [statistics.fmean(losses[i : i + 50]) for i in range(0, len(losses), 50)],
+        "forward_passes": optimizer.forward_passes,
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+def sweep(cells: list[dict[str, Any]], results: Path, processes: int) -> list[dict[str, Any]]:
+    """Run the cells that are not on file yet; the results of all of them."""
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = {json.dumps(r["cell"], sort_keys=True) for r in done}
+    due = [cell for cell in cells if json.dumps(cell, sort_keys=True) not in known]
+    with ProcessPoolExecutor(processes) as pool:
+        for result in pool.map(run, due):
+            with results.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            done.append(result)
+            cell = result["cell"]
+            print(
+                f"{cell['method']:<14} lr {cell['lr']:<8g} eps {cell['eps']:<6g} seed {cell['seed']} {cell['score']:<10} "
+                f"accuracy {result['zero_shot']:.3f} -> {result['accuracy']:.3f}  loss {result['train_loss']:.4f}  "
+                f"{result['seconds']:.0f} s",
+                flush=True,
+            )
+    wanted = {json.dumps(cell, sort_keys=True) for cell in cells}
+    return [r for r in done if json.dumps(r["cell"], sort_keys=True) in wanted]
+
+
+def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for method, runs in finals.items():
+        per_step = runs[0]["forward_passes"] / max(1, runs[0]["cell"]["steps"])
+        length = min(len(r["losses"]) for r in runs)
+        loss = [[r["losses"][i] for r in runs] for i in range(length)]
+        x = [(i + 1) * 50 * per_step for i in range(length)]
+        (line,) = left.plot(x, [statistics.fmean(v) for v in loss], label=method)
+        left.fill_between(x, [min(v) for v in loss], [max(v) for v in loss], alpha=0.2, color=line.get_color())
+        steps = [s for s, _ in runs[0]["curve"]]
+        values = [[r["curve"][i][1] for r in runs] for i in range(len(steps))]
+        right.plot(
+            [s * per_step for s in steps], [statistics.fmean(v) for v in values], color=line.get_color(), label=method
+        )
+        right.fill_between(
+            [s * per_step for s in steps],
+            [min(v) for v in values],
+            [max(v) for v in values],
+            alpha=0.2,
+            color=line.get_color(),
+        )
+    left.set(xlabel="forward passes (batches)", ylabel="training loss", title=title)
+    right.set(xlabel="forward passes (batches)", ylabel="validation accuracy", title="mean and range over seeds")
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--template")
+    parser.add_argument(
+        "--classifier", action="store_true", help="train a sequence-classification head (encoder models)"
+    )
+    parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
+    parser.add_argument("--lr", nargs="+", type=float, required=True)
+    parser.add_argument("--eps", nargs="+", type=float, default=[1e-3])
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help='options per method, JSON: {"lozo": {"rank": 1}}'
+    )
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--eval_steps", type=int, default=200)
+    parser.add_argument("--num_train", type=int, default=1000)
+    parser.add_argument("--num_dev", type=int, default=500)
+    parser.add_argument("--schedule", choices=["constant", "linear"], default="constant")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads a process")
+    parser.add_argument("--grid_only", action="store_true", help="stop after the grid")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    shared = {
+        name: getattr(args, name)
+        for name in (
+            [
+                "model",
+                "task",
+                "data_dir",
+                "template",
+                "classifier",
+                "steps",
+                "batch_size",
+                "eval_steps",
+                "num_train",
+                "num_dev",
+                "schedule",
+                "threads",
+            ]
+        )
+    }
+
+    def cell(method: str, lr: float, eps: float, seed: int, score: str) -> dict[str, Any]:
+        options = args.options.get(method, {})
+        return {**shared, "method": method, "lr": lr, "eps": eps, "options": options, "seed": seed, "score": score}
+
+    results = args.out / "results.jsonl"
+    grid = [cell(m, lr, eps, 0, HELD_OUT) for m, eps, lr in itertools.product(args.methods, args.eps, args.lr)]
+    scored = sweep(grid, results, args.processes)
+    lines = ["| method | η | ε | held-out accuracy | training loss |", "|---|---|---|---|---|"]
+    best: dict[str, dict[str, Any]] = {}
+    for result in sorted(scored, key=lambda r: (r["cell"]["method"], r["cell"]["eps"], r["cell"]["lr"])):
+        c = result["cell"]
+        lines.append(
+            f"| {c['method']} | {c['lr']:g} | {c['eps']:g} | {result['accuracy']:.3f} | {result['train_loss']:.4f} |"
+        )
+        if c["method"] not in best or result["accuracy"] > best[c["method"]]["accuracy"]:
+            best[c["method"]] = result
+    if not args.grid_only:
+        finals_cells = [
+            cell(m, best[m]["cell"]["lr"], best[m]["cell"]["eps"], s, "validation")
+            for m in args.methods
+            for s in args.seeds
+        ]
+        finals_list = sweep(finals_cells, results, args.processes)
+        finals = {m: [r for r in finals_list if r["cell"]["method"] == m] for m in args.methods}
+        lines += [
+            "",
+            "| method | η | ε | zero-shot | after | training loss | forward passes | seconds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for method, runs in finals.items():
+            c, accuracy, loss = runs[0]["cell"], [r["accuracy"] for r in runs], [r["train_loss"] for r in runs]
+            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (accuracy, loss)]
+            lines.append(
+                f"| {method} | {c['lr']:g} | {c['eps']:g} | {runs[0]['zero_shot']:.3f} | {statistics.fmean(accuracy):.3f} ± "
+                f"{spread[0]:.3f} | {statistics.fmean(loss):.4f} ± {spread[1]:.4f} | {runs[0]['forward_passes']} | "
+                f"{statistics.fmean(r['seconds'] for r in runs):.0f} |"
+            )
+        plot(finals, args.out / "curves.png", f"{args.task}, {Path(args.model).name}")
+    table = "\n".join(lines)
+    (args.out / "table.md").write_text(table + "\n")
+    print("\n" + table)
+
+
+if __name__ == "__main__":
+    main()

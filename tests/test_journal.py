@@ -1,0 +1,184 @@
+"""Law 5: the journal replays, and knows when it is damaged."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+
+import toys
+from zotune import Journal, ZerothOrder, methods, replay
+from zotune.journal import StepRecord, digest, verify
+
+
+def records(count: int) -> list[StepRecord]:
+    return [StepRecord(i, (1e-3 / (i + 1),), 0.5, (0.25 * i, -1.5), (False, i == 2)) for i in range(count)]
+
+
+def written(path, count: int = 6) -> Journal:
+    journal = Journal.create(path, {"seed": 0, "groups": [1]})
+    for record in records(count):
+        journal.append(record)
+    return journal
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    journal = written(tmp_path / "j")
+    journal.append({"event": "fold"})
+    again = Journal.open(tmp_path / "j")
+    assert list(again.records()) == [*records(6), {"event": "fold"}] == list(journal.records())
+    assert len(again) == 6 and again.header == {"seed": 0, "groups": [1]}
+
+
+def test_learning_rates_of_several_groups(tmp_path):
+    journal = Journal.create(tmp_path / "j", {"groups": [1, 2]})
+    both = [StepRecord(0, (0.1, 0.1), 1.0, (1.0,), (False,)), StepRecord(1, (0.1, 0.2), 1.0, (1.0,), (False,))]
+    for record in both:
+        journal.append(record)
+    assert list(Journal.open(tmp_path / "j").records()) == both
+
+
+def test_a_torn_last_record_is_dropped_at_every_length(tmp_path):
+    path = tmp_path / "j"
+    written(path)
+    whole = path.read_bytes()
+    start = Journal.open(path)._ends[-2]
+    for length in range(start, len(whole)):
+        path.write_bytes(whole[:length])
+        journal = Journal.open(path)
+        assert list(journal.records()) == records(5)
+    journal.append(records(6)[5])
+    assert path.read_bytes() == whole
+
+
+def test_damage_in_the_middle_is_an_error_that_names_the_record(tmp_path):
+    path = tmp_path / "j"
+    ends = written(path)._ends
+    whole = path.read_bytes()
+    for record, position in enumerate(ends[:-1]):
+        for offset in range(1, 12):
+            damaged = bytearray(whole)
+            damaged[position - offset] ^= 0x55
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"record {record} "):
+                Journal.open(path)
+            assert not verify(path).ok
+
+
+def test_a_record_cut_out_is_noticed(tmp_path):
+    path = tmp_path / "j"
+    ends = written(path)._ends
+    whole = path.read_bytes()
+    path.write_bytes(whole[: ends[1]] + whole[ends[2] :])
+    with pytest.raises(ValueError, match="step 3 where step 2 was due"):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"ZOJ", b"not a journal at all", b"ZOJ1\xff\xff\xff\xff{}"])
+def test_what_is_not_a_journal_is_refused(tmp_path, content):
+    (tmp_path / "j").write_bytes(content)
+    with pytest.raises(ValueError, match="journal"):
+        Journal.open(tmp_path / "j")
+
+
+def test_an_existing_journal_is_not_overwritten(tmp_path):
+    written(tmp_path / "j")
+    before = (tmp_path / "j").read_bytes()
+    with pytest.raises(FileExistsError, match="resume that run"):
+        Journal.create(tmp_path / "j", {})
+    assert (tmp_path / "j").read_bytes() == before
+
+
+def test_truncating_keeps_whole_steps(tmp_path):
+    journal = written(tmp_path / "j")
+    journal.truncate(4)
+    assert list(Journal.open(tmp_path / "j").records()) == records(4)
+    with pytest.raises(ValueError, match="fewer than the 5"):
+        journal.truncate(5)
+    journal.append(records(6)[4])
+    assert list(Journal.open(tmp_path / "j").records()) == records(5)
+
+
+def test_an_append_is_on_disk_before_the_update_counts(tmp_path, monkeypatch):
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, "mezo", lr=1e-2, journal=tmp_path / "j")
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def full(fd):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        optimizer.step(toys.loss_function(model), toys.batch())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and optimizer.steps == 0
+
+
+def test_sixteen_coefficients_a_step_for_20000_steps_stay_below_two_megabytes(tmp_path):
+    journal = Journal.create(tmp_path / "j", {})
+    journal.append(StepRecord(0, (0.1,), 1.0, (0.5,) * 16, (False,) * 16))
+    assert 20_000 * (journal._ends[0] - journal._start) < 2_000_000
+
+
+def trained(method: methods.Method, dtype: torch.dtype, path, steps: int, weight_decay: float = 0.0):
+    model = toys.classifier(dtype)
+    base = copy.deepcopy(model)
+    optimizer = ZerothOrder(model, method, lr=3e-3, seed=5, weight_decay=weight_decay, journal=path)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
+    for step in range(steps):
+        if step == 9:
+            optimizer.fold()
+        optimizer.step(toys.loss_function(model), toys.batch(seed=step))
+        schedule.step()
+    return base, model, optimizer
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", methods.names())
+def test_base_and_journal_are_the_trained_weights_bit_for_bit(name, dtype, weight_decay, tmp_path):
+    options = {"interval": 7} if "interval" in methods.options(name) else {}
+    base, model, _ = trained(methods.get(name, **options, num_directions=2), dtype, tmp_path / "j", 25, weight_decay)
+    first = [p.detach().clone() for p in base.parameters()]
+    optimizer = replay(base, tmp_path / "j")
+    live, again = model.state_dict(), base.state_dict()
+    assert all(torch.equal(live[key], again[key]) for key in live)
+    optimizer.detach()
+    assert all(torch.equal(live[key], value) for key, value in base.state_dict().items())
+    assert all(not torch.equal(a, b) for a, b in zip(first, base.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_replay_until_a_step_is_the_run_stopped_there(name, tmp_path):
+    options = {"interval": 7} if "interval" in methods.options(name) else {}
+    method = methods.get(name, **options)
+    base, _, _ = trained(method, torch.float32, tmp_path / "long", 25)
+    journal = Journal.open(tmp_path / "long")
+    shorter = toys.classifier()
+    optimizer = ZerothOrder(shorter, method, seed=5)
+    for record in journal.records():
+        if optimizer.steps == 11:
+            break
+        optimizer.apply(record)
+    replay(base, tmp_path / "long", until=11)
+    assert all(
+        torch.equal(a, b) for a, b in zip(shorter.state_dict().values(), base.state_dict().values(), strict=True)
+    )
+
+
+def test_replay_refuses_another_base_and_a_step_that_is_not_there(tmp_path):
+    base, model, _ = trained(methods.mezo(), torch.float32, tmp_path / "j", 3)
+    with pytest.raises(ValueError, match="not the one the journal starts from"):
+        replay(model, tmp_path / "j")
+    with pytest.raises(ValueError, match="holds 3 steps; step 4"):
+        replay(base, tmp_path / "j", until=4)
+
+
+def test_the_digest_sees_every_bit_name_and_dtype():
+    model = toys.classifier()
+    first = digest(model)
+    assert digest(copy.deepcopy(model)) == first
+    with torch.no_grad():
+        model[1].bias[3] += 1e-7
+    assert digest(model) != first != digest(toys.classifier(torch.bfloat16))
