@@ -24,14 +24,12 @@ HELD_OUT = "held out"
 def run(cell: dict[str, Any]) -> dict[str, Any]:
     """One training run; ``cell`` names everything it depends on."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     import zotune
 
     torch.set_num_threads(cell["threads"])
     tokenizer = AutoTokenizer.from_pretrained(cell["model"])
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(cell["model"])
     data = zotune.tasks.prepare(
         tokenizer,
@@ -39,16 +37,14 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         task=cell["task"],
         data_dir=cell["data_dir"],
         template=cell["template"],
-        objective="classifier" if cell["classifier"] else None,
+        objective=cell["objective"],
         num_train=cell["num_train"],
         num_dev=cell["num_dev"],
         seed=0,
     )
     torch.manual_seed(0)  # a new classification head is drawn from the global generator
-    if cell["classifier"]:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            cell["model"], num_labels=data.num_labels, dtype=torch.float32
-        )
+    if cell["objective"] == "classifier":
+        model: Any = AutoModelForSequenceClassification.from_pretrained(cell["model"], num_labels=data.num_labels, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(cell["model"], dtype=torch.float32)
     held_out = data.dev if cell["score"] == HELD_OUT else data.eval
@@ -61,7 +57,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             for start in range(0, len(held_out), 64):
                 batch = data.collate_eval(held_out[start : start + 64])
-                if cell["classifier"]:
+                if cell["objective"] == "classifier":
                     answers = batch.pop("labels")
                     scores = model(**batch).logits
                 else:
@@ -73,9 +69,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     method = zotune.methods.get(cell["method"], eps=cell["eps"], **cell["options"])
     optimizer = zotune.ZerothOrder(model, method, lr=cell["lr"], seed=cell["seed"])
     steps = cell["steps"]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: 1.0 if cell["schedule"] == "constant" else max(0.0, 1 - t / steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 if cell["schedule"] == "constant" else max(0.0, 1 - t / steps))
     shuffle = torch.Generator().manual_seed(cell["seed"])
     order: list[int] = []
     losses, curve, begun = [], [(0, accuracy())], time.perf_counter()
@@ -140,9 +134,7 @@ def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> Non
         left.fill_between(x, [min(v) for v in loss], [max(v) for v in loss], alpha=0.2, color=line.get_color())
         steps = [s for s, _ in runs[0]["curve"]]
         values = [[r["curve"][i][1] for r in runs] for i in range(len(steps))]
-        right.plot(
-            [s * per_step for s in steps], [statistics.fmean(v) for v in values], color=line.get_color(), label=method
-        )
+        right.plot([s * per_step for s in steps], [statistics.fmean(v) for v in values], color=line.get_color(), label=method)
         right.fill_between(
             [s * per_step for s in steps],
             [min(v) for v in values],
@@ -162,15 +154,11 @@ def main() -> None:
     parser.add_argument("--task", required=True)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--template")
-    parser.add_argument(
-        "--classifier", action="store_true", help="train a sequence-classification head (encoder models)"
-    )
+    parser.add_argument("--classifier", action="store_true", help="train a sequence-classification head (encoder models)")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
     parser.add_argument("--lr", nargs="+", type=float, required=True)
     parser.add_argument("--eps", nargs="+", type=float, default=[1e-3])
-    parser.add_argument(
-        "--options", type=json.loads, default={}, help='options per method, JSON: {"lozo": {"rank": 1}}'
-    )
+    parser.add_argument("--options", type=json.loads, default={}, help='options per method, JSON: {"lozo": {"rank": 1}}')
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--eval_steps", type=int, default=200)
@@ -216,17 +204,11 @@ def main() -> None:
     best: dict[str, dict[str, Any]] = {}
     for result in sorted(scored, key=lambda r: (r["cell"]["method"], r["cell"]["eps"], r["cell"]["lr"])):
         c = result["cell"]
-        lines.append(
-            f"| {c['method']} | {c['lr']:g} | {c['eps']:g} | {result['accuracy']:.3f} | {result['train_loss']:.4f} |"
-        )
+        lines.append(f"| {c['method']} | {c['lr']:g} | {c['eps']:g} | {result['accuracy']:.3f} | {result['train_loss']:.4f} |")
         if c["method"] not in best or result["accuracy"] > best[c["method"]]["accuracy"]:
             best[c["method"]] = result
     if not args.grid_only:
-        finals_cells = [
-            cell(m, best[m]["cell"]["lr"], best[m]["cell"]["eps"], s, "validation")
-            for m in args.methods
-            for s in args.seeds
-        ]
+        finals_cells = [cell(m, best[m]["cell"]["lr"], best[m]["cell"]["eps"], s, "validation") for m in args.methods for s in args.seeds]
         finals_list = sweep(finals_cells, results, args.processes)
         finals = {m: [r for r in finals_list if r["cell"]["method"] == m] for m in args.methods}
         lines += [

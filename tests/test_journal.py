@@ -162,9 +162,7 @@ def test_replay_until_a_step_is_the_run_stopped_there(name, tmp_path):
             break
         optimizer.apply(record)
     replay(base, tmp_path / "long", until=11)
-    assert all(
-        torch.equal(a, b) for a, b in zip(shorter.state_dict().values(), base.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(shorter.state_dict().values(), base.state_dict().values(), strict=True))
 
 
 def test_replay_refuses_another_base_and_a_step_that_is_not_there(tmp_path):

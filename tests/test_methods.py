@@ -172,9 +172,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_said(name, tmp_path):
 
 
 @every_method
-@pytest.mark.parametrize(
-    "build", [lambda: nn.LayerNorm(6), lambda: nn.Linear(6, 6, bias=False)], ids=["vectors", "matrix"]
-)
+@pytest.mark.parametrize("build", [lambda: nn.LayerNorm(6), lambda: nn.Linear(6, 6, bias=False)], ids=["vectors", "matrix"])
 def test_models_of_vectors_only_and_of_matrices_only_learn(name, build):
     model = build()
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))

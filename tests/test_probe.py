@@ -124,9 +124,7 @@ def test_most_of_a_transformer_goes_by_side_paths_and_preparing_finds_no_fault(n
     ids = toys.tokens()
     assert probe.prepare(lambda: toys.transformer_loss(model)(ids), Offset(1e-2, 0, 0, 0)) == []
     matrices = [c for c in probe.coordinates if isinstance(c, LowRankCoordinate)]
-    assert (
-        sum(c.side_path for c in matrices) >= len(matrices) - 1
-    )  # OPT's position table shifts its ids: the general path
+    assert sum(c.side_path for c in matrices) >= len(matrices) - 1  # OPT's position table shifts its ids: the general path
 
 
 def test_a_side_path_forms_nothing_of_the_size_of_the_weight():
@@ -176,6 +174,20 @@ def test_a_weight_a_parent_reaches_into_is_noticed_and_still_right():
         assert probe.prepare(lambda: model(x), offset) == ["attention.out_proj.weight"]
     expected = perturbed_by_hand(clean, probe, offset)(x)
     assert torch.allclose(probe.evaluate(lambda: model(x), offset), expected, atol=1e-6)
+
+
+def test_a_weight_whose_dtype_a_parent_looks_at_keeps_its_side_path():
+    class Casting(nn.Module):  # PEFT's LoRA does this
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.to(self.inner.weight.dtype)).square().sum(dim=-1)
+
+    model, x = Casting(), torch.randn(4, 8)
+    probe = probe_of(model, LowRank(rank=2, interval=5))
+    assert probe.prepare(lambda: model(x), Offset(1e-3, 0, 0, 0)) == [] and len(probe.side_paths) == 1
 
 
 def test_a_side_path_that_computes_something_else_falls_back_with_a_warning():

@@ -14,9 +14,7 @@ def classifier(dtype: torch.dtype = torch.float32) -> nn.Module:
     """Tokens (B, T) to logits (B, T, 4): an embedding, matrices, biases and a norm."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)).to(
-            dtype
-        )
+        return nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)).to(dtype)
 
 
 def batch(size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:

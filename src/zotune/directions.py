@@ -145,9 +145,7 @@ class Directions:
         squares = [0.0] * -(-numel // size)
 
         def add_up(index: int, part: slice) -> None:
-            squares[index] = float(
-                self.block(key, index, part.stop - part.start, device).square_().sum(dtype=torch.float64)
-            )
+            squares[index] = float(self.block(key, index, part.stop - part.start, device).square_().sum(dtype=torch.float64))
 
         for_blocks(numel, device, add_up)
         return math.sqrt(numel / sum(squares))

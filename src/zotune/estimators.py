@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    name: str
+    """Points to evaluate, and what the losses there amount to."""
 
     def points(self, num_directions: int) -> list[Point]: ...
 
@@ -51,8 +51,6 @@ class Estimator(Protocol):
 @dataclass(frozen=True)
 class Central:
     """c_k = (L(θ + εZ_k) − L(θ − εZ_k)) / 2ε, n-SPSA; 2K evaluations, error O(ε²) (2305.17333)."""
-
-    name: str = "central"
 
     def points(self, num_directions: int) -> list[Point]:
         return [Point(sign, k) for k in range(num_directions) for sign in (+1, -1)]
@@ -66,8 +64,6 @@ class Central:
 @dataclass(frozen=True)
 class Forward:
     """c_k = (L(θ + εZ_k) − L(θ)) / ε; K + 1 evaluations, error O(ε) (FZOO's, 2506.09034)."""
-
-    name: str = "forward"
 
     def points(self, num_directions: int) -> list[Point]:
         return [Point(0, 0)] + [Point(+1, k) for k in range(num_directions)]

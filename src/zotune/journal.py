@@ -61,9 +61,7 @@ def _pack(record: Record) -> bytes:
         if any(record.skipped):
             payload += bytes(record.skipped)
     if len(payload) > 0xFFFF:
-        raise ValueError(
-            f"a journal record holds at most {0xFFFF} bytes and this one has {len(payload)}; use fewer directions."
-        )
+        raise ValueError(f"a journal record holds at most {0xFFFF} bytes and this one has {len(payload)}; use fewer directions.")
     body = _HEAD.pack(kind, len(payload)) + payload
     return body + _CRC.pack(zlib.crc32(body))
 
@@ -164,9 +162,7 @@ class Journal:
             parsed = _parse(data, position)
             if parsed is None:
                 if any(_parse(data, later) for later in range(position + 1, len(data))):
-                    raise ValueError(
-                        f"{path}: record {len(records)} (after step {steps}) is damaged; restore the file from a copy."
-                    )
+                    raise ValueError(f"{path}: record {len(records)} (after step {steps}) is damaged; restore the file from a copy.")
                 break  # torn: the last append did not finish
             kind, payload, position = parsed
             try:
@@ -258,7 +254,7 @@ def digest(model: nn.Module) -> str:
         name, tensor = item
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         hashed = hashlib.blake2b(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(), digest_size=16)
-        hashed.update(data.numpy())
+        hashed.update(data.numpy().data)
         return hashed.digest()
 
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock

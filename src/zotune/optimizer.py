@@ -116,9 +116,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._nonfinite_in_a_row = 0
         self._prepared = False
         self._begun = -1
-        self.journal = (
-            journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
-        )
+        self.journal = journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
 
     def _coordinates(self) -> list[list[Coordinate]]:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -130,13 +128,9 @@ class ZerothOrder(torch.optim.Optimizer):
             for parameter in group["params"]:
                 name = names.get(id(parameter))
                 if name is None:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters."
-                    )
+                    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters.")
                 if not parameter.is_floating_point():
-                    raise ValueError(
-                        f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it."
-                    )
+                    raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it.")
                 coordinates.append(self.method.subspace.coordinate(name, parameter))
             groups.append(coordinates)
         return groups
@@ -166,15 +160,10 @@ class ZerothOrder(torch.optim.Optimizer):
         if not self._prepared:
             self._prepare(evaluate, step)
         points = self.estimator.points(k)
-        losses = [
-            self.probe.evaluate(evaluate, Offset(point.sign * eps, self.seed, step, point.direction))
-            for point in points
-        ]
+        losses = [self.probe.evaluate(evaluate, Offset(point.sign * eps, self.seed, step, point.direction)) for point in points]
         self.forward_passes += len(points)
         self.sequences_evaluated += len(points) * losses[0].numel()
-        estimate = self.estimator.estimate(
-            list(torch.stack(losses).cpu()), eps, k
-        )  # the step's one wait for the device
+        estimate = self.estimator.estimate(list(torch.stack(losses).cpu()), eps, k)  # the step's one wait for the device
         record = StepRecord(
             step=step,
             lrs=tuple(float(group["lr"]) for group in self.param_groups),
@@ -300,11 +289,7 @@ class ZerothOrder(torch.optim.Optimizer):
         Returns:
             ``state``: tensors by name; ``param_groups``: without the parameters; ``zotune``: numbers and strings, fit for JSON.
         """
-        tensors = {
-            f"coordinate/{name}/{entry}": tensor
-            for name, c in self._by_name().items()
-            for entry, tensor in c.state().items()
-        }
+        tensors = {f"coordinate/{name}/{entry}": tensor for name, c in self._by_name().items() for entry, tensor in c.state().items()}
         rule_tensors, rule_others = self.rule.state()
         tensors |= {f"rule/{path}": tensor for path, tensor in rule_tensors.items()}
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
@@ -317,9 +302,7 @@ class ZerothOrder(torch.optim.Optimizer):
             "sequences_evaluated": self.sequences_evaluated,
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
             "prepared": self._prepared,
-            "general_path": [
-                n for n, c in self._by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path
-            ],
+            "general_path": [n for n, c in self._by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path],
             "rule": rule_others,
         }
         return {"state": tensors, "param_groups": groups, "zotune": run}
@@ -333,19 +316,13 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         run = state_dict.get("zotune")
         if run is None:
-            raise ValueError(
-                "this is not the state of a ZerothOrder optimizer; load the one that was saved with the model."
-            )
+            raise ValueError("this is not the state of a ZerothOrder optimizer; load the one that was saved with the model.")
         here: dict[str, Any] = {"method": self.method.name, "options": _plain(self.method.options), "seed": self.seed}
         for key, value in here.items():
             if run[key] != value:
-                raise ValueError(
-                    f"the saved run has {key} {run[key]!r} and this one {value!r}; continue with the saved one's."
-                )
+                raise ValueError(f"the saved run has {key} {run[key]!r} and this one {value!r}; continue with the saved one's.")
         if len(state_dict["param_groups"]) != len(self.param_groups):
-            raise ValueError(
-                "the saved run has another number of parameter groups; construct the optimizer as it was then."
-            )
+            raise ValueError("the saved run has another number of parameter groups; construct the optimizer as it was then.")
         states: dict[str, dict[str, Tensor]] = {name: {} for name in self._by_name()}
         rule_tensors = {}
         for path, tensor in state_dict["state"].items():
@@ -355,9 +332,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 continue
             name, _, entry = rest.rpartition("/")
             if name not in states:
-                raise ValueError(
-                    f"the saved run trains {name!r}, which this one does not; construct the optimizer as it was then."
-                )
+                raise ValueError(f"the saved run trains {name!r}, which this one does not; construct the optimizer as it was then.")
             states[name][entry] = tensor
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
@@ -388,10 +363,7 @@ class ZerothOrder(torch.optim.Optimizer):
             "groups": [
                 {
                     "weight_decay": group["weight_decay"],
-                    "parameters": [
-                        [c.name, list(c.parameter.shape), str(c.parameter.dtype).removeprefix("torch.")]
-                        for c in coordinates
-                    ],
+                    "parameters": [[c.name, list(c.parameter.shape), str(c.parameter.dtype).removeprefix("torch.")] for c in coordinates],
                 }
                 for group, coordinates in zip(self.param_groups, self.coordinates, strict=True)
             ],
@@ -435,9 +407,7 @@ def _as_losses(parts: list[Any]) -> Tensor:
     for part in parts:
         loss = part if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float32)
         if loss.dim() > 1:
-            raise ValueError(
-                f"the loss function returned shape {tuple(loss.shape)}; return one loss per example, shape (B,), or a scalar."
-            )
+            raise ValueError(f"the loss function returned shape {tuple(loss.shape)}; return one loss per example, shape (B,), or a scalar.")
         losses.append(loss.detach().float().reshape(-1))
     return torch.cat(losses)
 

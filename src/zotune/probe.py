@@ -13,8 +13,10 @@ back in place. :meth:`Probe.prepare` compares the two ways on real data once and
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.directions import Directions, Key, generator_seed
+from zotune.precision import HALF
 from zotune.side_path import SidePath
 from zotune.subspaces import Coordinate, LowRankCoordinate, Offset
 
@@ -31,9 +34,10 @@ T = TypeVar("T")
 class LentParameters(dict[str, Any]):
     """A module's ``_parameters`` that hands out, on reading, what ``lend`` makes for a name. Iteration shows the originals."""
 
-    def __init__(self, originals: dict[str, Any], lend: dict[str, Callable[[], Tensor]]) -> None:
+    def __init__(self, originals: dict[str, Any], lend: dict[str, Callable[[], Tensor]], names: dict[str, str]) -> None:
         super().__init__(originals)
         self.lend = lend
+        self.names = names  # of the coordinates, by local name
         self.reads: dict[str, int] = dict.fromkeys(lend, 0)
 
     def __getitem__(self, name: str) -> Any:
@@ -113,8 +117,11 @@ class Probe:
                 return function()
 
     @contextmanager
-    def at(self, offset: Offset | None, *, side_paths: bool = True) -> Iterator[list[LentParameters]]:
-        """Show the model θ + offset for the length of a block; ``side_paths=False`` takes the general way everywhere."""
+    def at(self, offset: Offset | None, *, side_paths: bool = True, only: Collection[str] | None = None) -> Iterator[list[LentParameters]]:
+        """Show the model θ + offset for the length of a block.
+
+        ``side_paths=False`` takes the general way everywhere; ``only`` moves no coordinates but the named ones.
+        """
         lent: list[tuple[nn.Module, dict[str, Any]]] = []
         flat: list[tuple[nn.Module, list[Any]]] = []
         tables = []
@@ -124,11 +131,12 @@ class Probe:
                     name: _maker(coordinate, self.directions, offset)
                     for name, coordinate in owner.parameters.items()
                     if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path)
+                    and (only is None or coordinate.name in only)
                 }
                 if not lend or offset is None:
                     continue
                 module = owner.module
-                table = LentParameters(module._parameters, lend)
+                table = LentParameters(module._parameters, lend, {name: c.name for name, c in owner.parameters.items()})
                 tables.append(table)
                 lent.append((module, module._parameters))
                 module.__dict__["_parameters"] = table
@@ -136,9 +144,10 @@ class Probe:
                     flat.append((module, module._flat_weights))
                     module.__dict__["_flat_weights"] = [getattr(module, name) for name in module._flat_weights_names]
             for coordinate in self._low_rank():
-                if not side_paths:
+                moves = only is None or coordinate.name in only
+                if moves and not side_paths:
                     coordinate.moved = None  # the weight that is lent has A in it already
-                elif coordinate.side_path:
+                elif moves and coordinate.side_path:
                     coordinate.shift(self.directions, offset)
             yield tables
         finally:
@@ -196,31 +205,44 @@ class Probe:
     def prepare(self, function: Callable[[], Tensor], offset: Offset) -> list[str]:
         """Compare side paths and general way on one evaluation; the names of coordinates that go the general way from now on.
 
-        Found by structure: a weight that is read more often than its layer's forward runs (a parent reaches in). Found by number: the
-        losses differ by more than rounding and 5% of what the perturbation itself changes. Each finding is a warning.
+        A weight that is read more often than its layer's forward runs is looked at by somebody else, for its dtype perhaps, or to
+        compute with it (a parent that reaches in); such weights are compared by themselves first. Then all together: the losses may
+        differ by rounding and 5% of what the perturbation changes. Each finding is a warning.
         """
         if not self.side_paths:
             return []
 
-        def run(at: Offset | None, side_paths: bool) -> tuple[Tensor, list[LentParameters]]:
-            with torch.no_grad(), self.evaluation_mode(), self.at(at, side_paths=side_paths) as tables:
-                with isolated_generators(Key(offset.seed, offset.step, 0, "", "loss"), self.devices):
-                    return function().detach().float(), tables
+        def run(at: Offset | None, side_paths: bool, only: Collection[str] | None = None) -> tuple[Tensor, list[LentParameters]]:
+            key = Key(offset.seed, offset.step, 0, "", "loss")
+            with (
+                torch.no_grad(),
+                self.evaluation_mode(),
+                self.at(at, side_paths=side_paths, only=only) as tables,
+                isolated_generators(key, self.devices),
+            ):
+                return function().detach().float(), tables
+
+        here, _ = run(None, True)
+        half = any(c.parameter.dtype in HALF for c in self.coordinates)
+        rounding = (2e-2 if half else 1e-5) * (1 + here.abs().max())
+
+        def agree(quick: Tensor, slow: Tensor) -> bool:
+            return not bool(torch.isfinite(slow).all()) or bool((quick - slow).abs().max() <= rounding + 0.05 * (slow - here).abs().max())
 
         for path in self.side_paths:
             path.fired = 0
         quick, _ = run(offset, True)
-        fired: dict[str, int] = {}
+        fired = Counter[str]()
         for path in self.side_paths:
-            fired[path.coordinate.name] = fired.get(path.coordinate.name, 0) + path.fired
+            fired[path.coordinate.name] += path.fired
         slow, tables = run(offset, False)
-        reads: dict[str, int] = {}
-        by_module = {id(o.module._parameters.get(n)): c for o in self._owners for n, c in o.parameters.items()}
+        reads = Counter[str]()
         for table in tables:
-            for local_name, count in table.reads.items():
-                name = by_module[id(dict.__getitem__(table, local_name))].name
-                reads[name] = reads.get(name, 0) + count
-        reached_into = sorted(name for name, count in fired.items() if reads.get(name, 0) > count)
+            reads.update({table.names[local_name]: count for local_name, count in table.reads.items()})
+        reached_into = sorted(name for name in fired if reads[name] > fired[name])
+        # Alone, and with a move as large as a weight, what the side path misses is all the difference there is.
+        far = dataclasses.replace(offset, scale=max(offset.scale, 2e-2))
+        reached_into = [n for n in reached_into if not agree(run(far, True, {n})[0], run(far, False, {n})[0])]
         if reached_into:
             warnings.warn(
                 f"{', '.join(reached_into)}: read from outside the layer's own forward, so its low-rank update is folded every step "
@@ -229,10 +251,7 @@ class Probe:
             )
             self.distrust(reached_into)
             quick, _ = run(offset, True)
-        here, _ = run(None, True)
-        half = any(c.parameter.dtype in (torch.float16, torch.bfloat16) for c in self.coordinates)
-        rounding = (2e-2 if half else 1e-4) * (1 + here.abs().max())
-        if not torch.isfinite(slow).all() or (quick - slow).abs().max() <= rounding + 0.05 * (slow - here).abs().max():
+        if agree(quick, slow):
             return reached_into
         names = sorted({path.coordinate.name for path in self.side_paths})
         warnings.warn(

@@ -12,9 +12,7 @@ from zotune.methods import Method
 from zotune.optimizer import ZerothOrder
 
 
-def replay(
-    model: nn.Module, journal: str | Path | Journal, *, until: int | None = None, method: Method | None = None
-) -> ZerothOrder:
+def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None = None, method: Method | None = None) -> ZerothOrder:
     """Rebuild trained weights from the base weights in ``model`` and a journal; exact on the device type of the run.
 
     Args:

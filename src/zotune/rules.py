@@ -87,11 +87,7 @@ def resolve(rule: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimiz
             return found
         known = known | more
     near = difflib.get_close_matches(rule.lower(), [name.lower() for name in known], 1)
-    hint = (
-        f"; did you mean {next(n for n in known if n.lower() == near[0])!r}?"
-        if near
-        else f"; known: {', '.join(known)}."
-    )
+    hint = f"; did you mean {next(n for n in known if n.lower() == near[0])!r}?" if near else f"; known: {', '.join(known)}."
     raise ValueError(f"unknown update rule {rule!r}{hint}{extra}")
 
 
@@ -100,9 +96,7 @@ def is_plain_sgd(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> b
     return cls is torch.optim.SGD and not any(options.get(name) for name in ("momentum", "nesterov", "maximize"))
 
 
-def instance(
-    cls: type[torch.optim.Optimizer], parameter: Tensor, lr: float, options: dict[str, Any]
-) -> torch.optim.Optimizer:
+def instance(cls: type[torch.optim.Optimizer], parameter: Tensor, lr: float, options: dict[str, Any]) -> torch.optim.Optimizer:
     """``cls`` over one parameter.
 
     Raises:
@@ -130,9 +124,7 @@ class Rule:
         self.options = dict(options)
         for name in ("lr", "weight_decay"):
             if name in options:
-                raise ValueError(
-                    f"give {name} to the optimizer, whose parameter groups hold it, not to its update rule."
-                )
+                raise ValueError(f"give {name} to the optimizer, whose parameter groups hold it, not to its update rule.")
         self.plain = is_plain_sgd(self.cls, self.options)
         trial = instance(self.cls, nn.Parameter(torch.zeros(2, 2)), 1e-3, self.options)
         self.takes_weight_decay = "weight_decay" in trial.defaults
@@ -182,9 +174,7 @@ class Rule:
                         others[name][entry] = value
         return tensors, others
 
-    def load_state(
-        self, tensors: dict[str, Tensor], others: dict[str, dict[str, Any]], values: dict[str, Tensor]
-    ) -> None:
+    def load_state(self, tensors: dict[str, Tensor], others: dict[str, dict[str, Any]], values: dict[str, Tensor]) -> None:
         """Restore :meth:`state`; ``values`` gives each coordinate's θ, for its shape and device."""
         self._optimizers.clear()
         for name, entries in others.items():

@@ -33,16 +33,16 @@ def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return output
 
 
-def _linear(coordinate: LowRankCoordinate, x: Tensor, output: Tensor) -> Tensor:
-    return _add_product(output, x @ coordinate.v.to(x.dtype), coordinate.moved.T)
+def _linear(a: Tensor, v: Tensor, x: Tensor, output: Tensor) -> Tensor:
+    return _add_product(output, x @ v.to(x.dtype), a.T)
 
 
-def _conv1d(coordinate: LowRankCoordinate, x: Tensor, output: Tensor) -> Tensor:
-    return _add_product(output, x @ coordinate.moved.to(x.dtype), coordinate.v.T)
+def _conv1d(a: Tensor, v: Tensor, x: Tensor, output: Tensor) -> Tensor:
+    return _add_product(output, x @ a.to(x.dtype), v.T)
 
 
-def _embedding(coordinate: LowRankCoordinate, ids: Tensor, output: Tensor) -> Tensor:
-    return _add_product(output, nn.functional.embedding(ids, coordinate.moved), coordinate.v.T)
+def _embedding(a: Tensor, v: Tensor, ids: Tensor, output: Tensor) -> Tensor:
+    return _add_product(output, nn.functional.embedding(ids, a), v.T)
 
 
 def _kind(module: nn.Module) -> Any:
@@ -93,9 +93,10 @@ class SidePath:
     def forward_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         self.fired += 1
         coordinate = self.coordinate
-        if coordinate.moved is None or (coordinate.moved is coordinate.a and not coordinate.pending):
+        a = coordinate.moved
+        if a is None or (a is coordinate.a and not coordinate.pending):
             return None
-        return self.kind(coordinate, args[0], output)
+        return self.kind(a, coordinate.v, args[0], output)
 
     def load_hook(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
         if prefix + self.local_name in state_dict:

@@ -145,9 +145,7 @@ class FullCoordinate(Coordinate):
         return self._block(flat, slice(0, self.numel)).view(self.shape)
 
     def assign(self, value: Tensor, seed: int, step: int) -> None:
-        if (
-            value.data_ptr() == self.parameter.data_ptr()
-        ):  # a float32 weight was handed out as it is and updated in place
+        if value.data_ptr() == self.parameter.data_ptr():  # a float32 weight was handed out as it is and updated in place
             return
         flat, new = self._flat(), value.reshape(-1)
         key = Key(seed, step, 0, self.name, "rounding")
@@ -223,9 +221,7 @@ class LowRankCoordinate(Coordinate):
         self.v = torch.zeros(columns, rank, device=parameter.device)
         self.pending = False  # whether A is anything but 0
         self.keep = 1.0  # weight decay that W has still to take at the next fold
-        self.moved: Tensor | None = (
-            self.a
-        )  # A, A + offset during an evaluation, None while the side path is to keep out
+        self.moved: Tensor | None = self.a  # A, A + offset during an evaluation, None while the side path is to keep out
         self.drawn: tuple[Key, Tensor] | None = None  # the last U, which a step asks for three times
         self.clock = (0, 0)  # (seed, step) of the last change, the key of the fold's rounding
         self._merged: weakref.ref[Tensor] | None = None
@@ -329,7 +325,12 @@ class LowRankCoordinate(Coordinate):
         if not self.pending and self.keep == 1.0:
             return self._weight.state()
         # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
-        return {"a": self.a, "base": self.parameter.detach(), "keep": torch.tensor(self.keep, dtype=torch.float64)}
+        return {
+            "a": self.a,
+            "base": self.parameter.detach(),
+            "keep": torch.tensor(self.keep, dtype=torch.float64),
+            "clock": torch.tensor(self.clock[1]),
+        }
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         self.reset()
@@ -340,7 +341,7 @@ class LowRankCoordinate(Coordinate):
         if "a" in state:
             self.a.copy_(state["a"].to(self.device))
             self.parameter.data.copy_(state["base"].to(self.device))
-            self.pending, self.keep, self.clock = True, float(state["keep"]), (seed, step - 1)
+            self.pending, self.keep, self.clock = True, float(state["keep"]), (seed, int(state["clock"]))
 
 
 # -- configurations --------------------------------------------------------------------------------------------------------------------
