@@ -1,0 +1,50 @@
+"""Tasks: rows, prompts and options, encoded examples, batches and metrics."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
+from zotune.tasks.metrics import ComputeMetrics
+from zotune.tasks.sources import Rows, load_rows, read_jsonl
+from zotune.tasks.task import Task, load, names
+
+if TYPE_CHECKING:
+    from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, LanguageModelCollator
+    from zotune.tasks.preparation import PreparedData, is_encoder, prepare
+
+# These import torch, which listing the tasks should not wait for.
+_LATE = {
+    "ChoicesCollator": "collators",
+    "ClassifierCollator": "collators",
+    "LanguageModelCollator": "collators",
+    "PreparedData": "preparation",
+    "is_encoder": "preparation",
+    "prepare": "preparation",
+}
+
+__all__ = [
+    "ChoicesCollator",
+    "ClassifierCollator",
+    "ComputeMetrics",
+    "Encoder",
+    "LanguageModelCollator",
+    "PreparedData",
+    "Rows",
+    "Task",
+    "context_limit",
+    "is_encoder",
+    "load",
+    "load_rows",
+    "names",
+    "pad_token_id",
+    "prepare",
+    "read_jsonl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)

@@ -1,0 +1,150 @@
+"""Encoded examples -> batches of tensors, examples along dimension 0, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.objectives import IGNORE
+
+Example = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LanguageModelCollator:
+    """Batches for ``LanguageModelLoss``: input_ids (B, T), attention_mask (B, T), positions (B, S), targets (B, S).
+
+    A choices example is taken as its prompt completed by the right option. The last token is predicted but never
+    fed, so T is one less than the longest text.
+
+    Attributes:
+        pad_token_id: id that fills up the rows; it is masked, so any id will do.
+        pad_to_multiple_of: round T up to a multiple of this.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        inputs, positions, targets = [], [], []
+        for example in examples:
+            completion = (
+                example["option_ids"][example["answer"]] if "option_ids" in example else example["completion_ids"]
+            )
+            ids, where, what = _scored(example["prompt_ids"], completion, example.get("completion_mask"))
+            inputs.append(ids)
+            positions.append(where)
+            targets.append(what)
+        length = _rounded(max(map(len, inputs)), self.pad_to_multiple_of)
+        scored = max(map(len, positions))
+        return {
+            "input_ids": _padded(inputs, length, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(ids) for ids in inputs], length, 0),
+            "positions": _padded(positions, scored, 0),
+            "targets": _padded(targets, scored, IGNORE),
+        }
+
+
+@dataclass(frozen=True)
+class ChoicesCollator:
+    """Batches for ``choice_scores`` and ``ChoiceLoss``, in one of two forms.
+
+    Every option of the batch a single token and as many options in each example: one row an example, input_ids
+    (B, T), attention_mask (B, T), positions (B, 1), option_ids (B, C), answer (B,). Otherwise one row an option:
+    input_ids (B, C, T), attention_mask (B, C, T), positions (B, C, S), targets (B, C, S), option_mask (B, C) and
+    answer (B,).
+
+    Attributes:
+        pad_token_id, pad_to_multiple_of: as in :class:`LanguageModelCollator`.
+        single_token_form: False to use the general form always.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    single_token_form: bool = True
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        counts = {len(example["option_ids"]) for example in examples}
+        single = all(len(option) == 1 for example in examples for option in example["option_ids"])
+        batch = self._one_row_each(examples) if self.single_token_form and single and len(counts) == 1 else None
+        batch = batch or self._one_row_an_option(examples, max(counts))
+        batch["answer"] = torch.tensor([example["answer"] for example in examples])
+        return batch
+
+    def _one_row_each(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        prompts = [example["prompt_ids"] for example in examples]
+        length = _rounded(max(map(len, prompts)), self.pad_to_multiple_of)
+        return {
+            "input_ids": _padded(prompts, length, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(ids) for ids in prompts], length, 0),
+            "positions": torch.tensor([[len(ids) - 1] for ids in prompts]),
+            "option_ids": torch.tensor([[option[0] for option in example["option_ids"]] for example in examples]),
+        }
+
+    def _one_row_an_option(self, examples: Sequence[Example], most: int) -> dict[str, Tensor]:
+        inputs, positions, targets, present = [], [], [], []
+        for example in examples:
+            rows = [_scored(example["prompt_ids"], option) for option in example["option_ids"]]
+            missing = most - len(rows)
+            # An absent option repeats the first one's input, so that no row is all padding, and scores nothing.
+            rows += [(rows[0][0], [], [])] * missing
+            present.append([True] * (most - missing) + [False] * missing)
+            for ids, where, what in rows:
+                inputs.append(ids)
+                positions.append(where)
+                targets.append(what)
+        length = _rounded(max(map(len, inputs)), self.pad_to_multiple_of)
+        scored = max(map(len, positions))
+        shape = (len(examples), most, -1)
+        return {
+            "input_ids": _padded(inputs, length, self.pad_token_id).view(shape),
+            "attention_mask": _padded([[1] * len(ids) for ids in inputs], length, 0).view(shape),
+            "positions": _padded(positions, scored, 0).view(shape),
+            "targets": _padded(targets, scored, IGNORE).view(shape),
+            "option_mask": torch.tensor(present),
+        }
+
+
+@dataclass(frozen=True)
+class ClassifierCollator:
+    """Batches for ``ClassifierLoss``: input_ids (B, T), attention_mask, token_type_ids where given, labels (B,)."""
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        inputs = [example["input_ids"] for example in examples]
+        length = _rounded(max(map(len, inputs)), self.pad_to_multiple_of)
+        batch = {
+            "input_ids": _padded(inputs, length, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(ids) for ids in inputs], length, 0),
+        }
+        if "token_type_ids" in examples[0]:
+            batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], length, 0)
+        batch["labels"] = torch.tensor([example["label"] for example in examples])
+        return batch
+
+
+def _scored(
+    prompt: Sequence[int], completion: Sequence[int], mask: Sequence[bool] | None = None
+) -> tuple[list[int], list[int], list[int]]:
+    """Input ids, positions and targets of a completion; its first token needs a token before it to be scored."""
+    ids = [*prompt, *completion]
+    scored = [
+        len(prompt) + index
+        for index in range(len(completion))
+        if (mask is None or mask[index]) and len(prompt) + index > 0
+    ]
+    return ids[:-1], [index - 1 for index in scored], [ids[index] for index in scored]
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)
+
+
+def _rounded(length: int, multiple: int | None) -> int:
+    return length if not multiple else -(-length // multiple) * multiple

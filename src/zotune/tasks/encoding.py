@@ -1,0 +1,302 @@
+"""Rows -> encoded examples: token ids of prompts, options, completions, chats and classifier inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from zotune.tasks.chat import assistant_parts, messages_of
+from zotune.tasks.sources import Rows
+from zotune.tasks.task import Task
+from zotune.tasks.template import did_you_mean
+
+# These architectures start their position table at the padding index + 1, so it holds fewer tokens than its size says.
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text"}
+
+# A tokenizer without a limit reports an enormous number.
+_NO_LIMIT = 10**9
+
+#: Column sets of one's own files, in order of precedence.
+FORMATS = (("messages",), ("prompt", "completion"), ("text",))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns rows into encoded examples with one tokenizer under one length limit.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; special tokens are put before a prompt as it does by default.
+        limit: the most tokens a model may be fed, or None.
+        truncate: cut what is too long (the beginning of a prompt, the end of a text) instead of raising.
+        limit_is_users: whether the limit is the user's own `max_length` (it only words the error).
+    """
+
+    tokenizer: Any
+    limit: int | None = None
+    truncate: bool = False
+    limit_is_users: bool = False
+    _options: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
+
+    def choices(self, rows: Rows, task: Task) -> list[dict[str, Any]]:
+        """Examples ``{"prompt_ids", "option_ids", "answer"}``.
+
+        Raises:
+            ValueError: naming the row, for a label outside the options or a prompt longer than the limit.
+        """
+        rendered, answers = [], []
+        for index, row in enumerate(rows):
+            with_row = _At(rows, index)
+            with with_row:
+                rendered.append(task.render(row))
+                answers.append(task.answer(row))
+        prompts = self._prompts([prompt for prompt, _ in rendered])
+        examples = []
+        for index, (prompt_ids, (prompt, texts)) in enumerate(zip(prompts, rendered, strict=True)):
+            with _At(rows, index):
+                option_ids = [self._continuation(prompt, text) for text in texts]
+                if len(set(map(tuple, option_ids))) < len(option_ids):
+                    raise ValueError(f"two of the options {list(texts)} are the same tokens; choose others.")
+                prompt_ids = self._fit_prompt(prompt_ids, max(map(len, option_ids)), "its longest option")
+            examples.append({"prompt_ids": prompt_ids, "option_ids": option_ids, "answer": answers[index]})
+        return examples
+
+    def completions(self, rows: Rows) -> list[dict[str, Any]]:
+        """Examples ``{"prompt_ids", "completion_ids"[, "completion_mask"]}`` of one's own file.
+
+        ``messages``: a chat; the assistant's turns are scored. ``prompt`` and ``completion``: the completion and the
+        end-of-text token are scored. ``text``: every token is.
+
+        Raises:
+            ValueError: if the columns are none of these, or naming the row that is malformed or too long.
+        """
+        columns = format_of(rows)
+        encode = {"messages": self._chat, "prompt": self._completion, "text": self._text}[columns[0]]
+        examples = []
+        for index, row in enumerate(rows):
+            with _At(rows, index):
+                example = encode(row)
+                mask = example.get("completion_mask", [True])
+                if (
+                    not example["completion_ids"]
+                    or not any(mask)
+                    or (len(example["completion_ids"]) == 1 and not example["prompt_ids"])
+                ):
+                    raise ValueError(
+                        f"nothing to score in {' and '.join(map(repr, columns))}: it is empty or cut away."
+                    )
+            examples.append(example)
+        return examples
+
+    def classifier(self, rows: Rows, task: Task) -> list[dict[str, Any]]:
+        """Examples ``{"input_ids"[, "token_type_ids"], "label"}`` of the task's one or two encoder texts."""
+        if not task.fixed_options:
+            raise ValueError(
+                f"task {task.name!r} has options of its own in every row, which a sequence-classification head cannot "
+                "score: use a causal language model."
+            )
+        examples = []
+        for index, row in enumerate(rows):
+            with _At(rows, index):
+                texts = task.encoder_texts(row)
+                encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
+                if self.limit is not None and len(encoded["input_ids"]) > self.limit:
+                    if not self.truncate:
+                        raise ValueError(self._too_long(f"the text has {len(encoded['input_ids'])} tokens"))
+                    encoded = self.tokenizer(
+                        *texts, truncation=True, max_length=self.limit, return_attention_mask=False, verbose=False
+                    )
+                label = task.answer(row)
+            kept = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
+            examples.append({**kept, "label": label})
+        return examples
+
+    @cached_property
+    def _affixes(self) -> tuple[list[int], list[int]]:
+        """Special tokens the tokenizer puts before and after a text by default."""
+        whole, bare = self._ids("a", special=True), self._ids("a")
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        return [], []
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        return list(
+            self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+        )
+
+    def _prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids with the special tokens that come before a text, never those that come after one."""
+        if not prompts:
+            return []
+        encoded = self.tokenizer(list(prompts), return_attention_mask=False, verbose=False)["input_ids"]
+        after = len(self._affixes[1])
+        return [self._not_empty(list(ids[: len(ids) - after])) for ids in encoded]
+
+    def _not_empty(self, ids: list[int]) -> list[int]:
+        """An empty prompt still needs one token to predict the first one from."""
+        if ids:
+            return ids
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return [token]
+        raise ValueError("the prompt is empty and the tokenizer has no token to start a text with: write a prompt.")
+
+    def _continuation(self, prompt: str, text: str) -> list[int]:
+        """Tokens of a text that follows a prompt, as the tokenizer makes them in the middle of a line.
+
+        The text is tokenised by itself, after the prompt's last character where that changes nothing of it:
+        SentencePiece tokenizers would otherwise put a blank of their own in front.
+        """
+        anchor = prompt[-1:]
+        key = (anchor, text)
+        if key not in self._options:
+            before, joint = self._ids(anchor) if anchor else [], self._ids(anchor + text)
+            ids = joint[len(before) :] if joint[: len(before)] == before else self._ids(text)
+            if len(self._options) < 10_000:  # options repeat from row to row; completions need not be kept
+                self._options[key] = ids
+            return list(ids)
+        return list(self._options[key])
+
+    def _fit_prompt(self, prompt: list[int], following: int, what: str) -> list[int]:
+        """The prompt, or its end where it must be cut; special tokens at its start are kept."""
+        # The last token is predicted but not fed.
+        excess = 0 if self.limit is None else len(prompt) + following - 1 - self.limit
+        if excess <= 0:
+            return prompt
+        if not self.truncate:
+            raise ValueError(self._too_long(f"the prompt has {len(prompt)} tokens and {what} {following}"))
+        start = self._affixes[0]
+        keep = len(start) if prompt[: len(start)] == start else 0
+        if len(prompt) - excess < keep + 1:
+            raise ValueError(self._too_long(f"{what} has {following} tokens", cut=False))
+        return prompt[:keep] + prompt[keep + excess :]
+
+    def _too_long(self, fact: str, cut: bool = True) -> str:
+        if self.limit_is_users:
+            fix = f"the --max_length of {self.limit}: raise --max_length" + (", or pass --truncate" if cut else "")
+        else:
+            fix = f"the model's context of {self.limit}: " + ("pass --truncate" if cut else "shorten it")
+        return f"{fact}, more than {fix}{' to cut what is too long' if cut else ''}."
+
+    def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        prompt, completion = _string(row, "prompt"), _string(row, "completion")
+        prompt_ids = self._prompts([prompt])[0]
+        completion_ids = self._continuation(prompt, completion) if completion else []
+        if completion_ids:
+            completion_ids += self._end()
+        return {
+            "prompt_ids": self._fit_prompt(prompt_ids, len(completion_ids), "its completion"),
+            "completion_ids": completion_ids,
+        }
+
+    def _text(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        ids = self._ids(_string(row, "text"))
+        start = list(self._affixes[0])
+        ids = ids + self._end() if ids else ids
+        if self.limit is not None and len(start) + len(ids) - 1 > self.limit:
+            if not self.truncate:
+                raise ValueError(self._too_long(f"the text has {len(start) + len(ids)} tokens"))
+            ids = ids[: self.limit + 1 - len(start)]
+        return {"prompt_ids": start, "completion_ids": ids}
+
+    def _end(self) -> list[int]:
+        """The model should learn where an answer ends."""
+        end = self.tokenizer.eos_token_id
+        return [] if end is None else [end]
+
+    def _chat(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        parts = assistant_parts(self.tokenizer, messages_of(row))
+        (first, _), *rest = parts
+        prompt_ids = self._not_empty(self._ids(first))
+        ids: list[int] = []
+        mask: list[bool] = []
+        for text, scored in rest:
+            tokens = self._ids(text)
+            ids += tokens
+            mask += [scored] * len(tokens)
+        excess = 0 if self.limit is None else len(prompt_ids) + len(ids) - 1 - self.limit
+        if excess > 0:
+            if not self.truncate:
+                raise ValueError(self._too_long(f"the chat has {len(prompt_ids) + len(ids)} tokens"))
+            # The last turn matters most, so the beginning of the chat goes.
+            cut = min(excess, len(prompt_ids) - 1)
+            prompt_ids = prompt_ids[cut:]
+            ids, mask = ids[excess - cut :], mask[excess - cut :]
+        example: dict[str, Any] = {"prompt_ids": prompt_ids, "completion_ids": ids}
+        return example if all(mask) else {**example, "completion_mask": mask}
+
+
+def format_of(rows: Rows) -> tuple[str, ...]:
+    """Which columns of one's own file are used; ValueError if it has none of the known sets."""
+    present = set(rows.columns)
+    for columns in FORMATS:
+        if present.issuperset(columns):
+            return columns
+    # One column of a pair is there: name the other.
+    known = [name for columns in FORMATS for name in columns]
+    near = next((text for name in rows.columns if (text := did_you_mean(name, known))), "")
+    if len(present & {"prompt", "completion"}) == 1:
+        near = f"; the column {({'prompt', 'completion'} - present).pop()!r} is missing"
+    raise ValueError(
+        f"{rows.source} needs the columns prompt and completion, or text, or messages (or pass --task): "
+        f"every row has {', '.join(rows.columns) or 'no column in common'}{near}."
+    )
+
+
+def context_limit(tokenizer: Any, model_config: Any, max_length: int | None = None) -> tuple[int | None, bool]:
+    """The most tokens a model may be fed, and whether that is the user's `max_length`."""
+    limits = []
+    if model_config is not None:
+        config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        positions = getattr(config, "max_position_embeddings", None)
+        if isinstance(positions, int) and positions > 0:
+            if getattr(config, "model_type", None) in _OFFSET_POSITIONS:
+                positions -= (config.pad_token_id or 0) + 1
+            limits.append(positions)
+    longest = getattr(tokenizer, "model_max_length", None)
+    if longest is not None and longest < _NO_LIMIT:
+        limits.append(int(longest))
+    models = min(limits, default=None)
+    if max_length is not None:
+        if max_length < 2:
+            raise ValueError(f"max_length={max_length} is too short to hold a prompt and an answer; use 2 or more.")
+        if models is None or max_length < models:
+            return max_length, True
+    return models, False
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Id to fill rows up with: the padding token, else the end-of-text token (padding is always masked).
+
+    Raises:
+        ValueError: if the tokenizer has neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError(
+        "the tokenizer has neither a padding token nor an end-of-text token: set one, e.g. "
+        'tokenizer.pad_token = tokenizer.unk_token, or "pad_token" in tokenizer_config.json.'
+    )
+
+
+class _At:
+    """Adds the row's place to the message of a ValueError."""
+
+    def __init__(self, rows: Rows, index: int) -> None:
+        self.rows, self.index = rows, index
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"{self.rows.where(self.index)}: {error}") from None
+
+
+def _string(row: Mapping[str, Any], column: str) -> str:
+    if not isinstance(row[column], str):
+        raise ValueError(f"column {column!r} holds {type(row[column]).__name__}, not a string.")
+    return row[column]

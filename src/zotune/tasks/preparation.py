@@ -1,0 +1,214 @@
+"""From names and files to data sets that a trainer can use, every check made before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zotune.tasks import task as task_module
+from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, LanguageModelCollator
+from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
+from zotune.tasks.metrics import ComputeMetrics
+from zotune.tasks.sources import Rows, clean, load_rows, read_jsonl, sample, split_train
+from zotune.tasks.task import Task
+
+OBJECTIVES = ("lm", "choices", "classifier")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Encoded data and how to batch, train on and score it.
+
+    Attributes:
+        train, dev, eval: lists of encoded examples; None where there is no such part.
+        collate_train, collate_eval: examples -> batch; `collate_eval` is for dev and eval.
+        train_objective, eval_objective: names for :func:`zotune.objectives.objective`.
+        compute_metrics: callable for a Trainer, or None where there is only a loss.
+        main_metric: ``"accuracy"``, ``"f1"`` ... or ``"loss"``.
+        task: the task, or None for one's own text.
+        num_labels, label_names: of a task's options or classes; None and () without a task.
+    """
+
+    train: list[dict[str, Any]] | None
+    dev: list[dict[str, Any]] | None
+    eval: list[dict[str, Any]] | None
+    collate_train: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    collate_eval: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    train_objective: str
+    eval_objective: str
+    compute_metrics: ComputeMetrics | None
+    main_metric: str
+    task: Task | None = None
+    num_labels: int | None = None
+    label_names: tuple[str, ...] = ()
+
+
+def prepare(
+    tokenizer: Any,
+    model_config: Any = None,
+    *,
+    task: str | Path | Task | None = None,
+    data_dir: str | Path | None = None,
+    train_file: str | Path | None = None,
+    eval_file: str | Path | None = None,
+    template: str | None = None,
+    options: Sequence[str] | Mapping[Any, str] | None = None,
+    objective: str | None = None,
+    num_train: int | None = None,
+    num_dev: int | None = None,
+    num_eval: int | None = None,
+    k_shot: int | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+    seed: int = 0,
+    pad_to_multiple_of: int | None = None,
+    parts: Collection[str] = ("train", "eval"),
+) -> PreparedData:
+    """Load, check, subset and encode everything a run needs.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        model_config: the model's configuration; it tells the context length and whether the model is an encoder.
+        task: bundled task, path of a YAML file, or a loaded :class:`Task`.
+        data_dir: folder with ``<task>/<split>.jsonl[.gz]``; without it a task's rows come from the hub.
+        train_file, eval_file: JSON Lines of one's own, with the task's columns, or without a task with prompt and
+            completion, text, or messages.
+        template, options: see :func:`zotune.tasks.load`.
+        objective: training loss: ``"lm"`` (over the right option's tokens; the default), ``"choices"``
+            (cross-entropy over the options' scores) or ``"classifier"`` (the default for encoder models).
+        num_train, num_eval: at most this many rows, drawn by `seed`.
+        num_dev: this many rows held out of the training rows.
+        k_shot: this many training rows of each class.
+        max_length: most tokens a model is fed, if shorter than its context.
+        truncate: cut what is too long instead of raising.
+        seed: seed of the subsets.
+        pad_to_multiple_of: round batch lengths up to a multiple of this.
+        parts: which of ``"train"`` (with dev) and ``"eval"`` to load.
+
+    Raises:
+        ValueError: for anything that is missing, malformed, too long or contradictory, in one sentence with the fix.
+    """
+    counts = {"num_train": num_train, "num_dev": num_dev, "num_eval": num_eval, "k_shot": k_shot}
+    for name, value in counts.items():
+        if value is not None and value < (0 if name == "num_dev" else 1):
+            raise ValueError(f"{name}={value} must be positive; leave it out to use every row.")
+    if isinstance(task, (str, Path)):
+        task = task_module.load(task, template=template, options=options)
+    elif template is not None or options is not None:
+        raise ValueError("template and options need the name or path of a task: pass --task.")
+    train_objective, eval_objective = _objectives(objective, task, model_config)
+    if train_objective == "classifier" and (template is not None or options is not None):
+        raise ValueError(
+            "a sequence-classification head reads a task's columns and has no prompt: leave template and options out."
+        )
+
+    limit, users = context_limit(tokenizer, model_config, max_length)
+    encoder = Encoder(tokenizer, limit, truncate, users)
+    padding: dict[str, Any] = {"pad_token_id": pad_token_id(tokenizer), "pad_to_multiple_of": pad_to_multiple_of}
+    if train_objective == "classifier" and getattr(model_config, "pad_token_id", 0) is None:
+        model_config.pad_token_id = padding["pad_token_id"]  # decoder classifiers find a text's last token by it
+
+    def encode(rows: Rows | None) -> list[dict[str, Any]] | None:
+        if rows is None:
+            return None
+        if task is None:
+            return encoder.completions(rows)
+        return encoder.classifier(rows, task) if train_objective == "classifier" else encoder.choices(rows, task)
+
+    train_rows = _train_rows(task, data_dir, train_file) if "train" in parts else None
+    eval_rows = _eval_rows(task, data_dir, train_file, eval_file) if "eval" in parts else None
+    if train_rows is None and eval_rows is None:
+        raise ValueError("nothing to evaluate: pass --task (list them with `zotune tasks`) or --eval_file.")
+    dev_rows = None
+    if train_rows is not None:
+        answers = _answers(train_rows, task) if k_shot is not None and task is not None else None
+        train_rows, dev_rows = split_train(
+            train_rows, seed=seed, num_train=num_train, num_dev=num_dev, k_shot=k_shot, answers=answers
+        )
+    if eval_rows is not None:
+        eval_rows = sample(eval_rows, num_eval, seed=seed)
+    collators = {"lm": LanguageModelCollator, "choices": ChoicesCollator, "classifier": ClassifierCollator}
+    return PreparedData(
+        train=encode(train_rows),
+        dev=encode(dev_rows),
+        eval=encode(eval_rows),
+        collate_train=collators[train_objective](**padding),
+        collate_eval=collators[eval_objective](**padding),
+        train_objective=train_objective,
+        eval_objective=eval_objective,
+        compute_metrics=None if task is None else ComputeMetrics(task.metrics),
+        main_metric="loss" if task is None else task.metrics[0],
+        task=task,
+        num_labels=None if task is None else len(task.labels),
+        label_names=() if task is None else task.label_names,
+    )
+
+
+def is_encoder(model_config: Any) -> bool:
+    """Whether a model is one to put a sequence-classification head on: an encoder, or one that has such a head."""
+    architectures = getattr(model_config, "architectures", None) or []
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        return True
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        return False
+    if model_config is None or getattr(model_config, "is_decoder", False):
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return model_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _objectives(objective: str | None, task: Task | None, model_config: Any) -> tuple[str, str]:
+    if objective is not None and objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}.")
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{model_config.model_type} is an encoder-decoder model: use a causal language model or an encoder."
+        )
+    if is_encoder(model_config):
+        if objective in ("lm", "choices"):
+            raise ValueError(
+                f"objective {objective!r} needs a causal language model, and this is a sequence classifier "
+                f"({model_config.model_type}): leave the objective out."
+            )
+        objective = "classifier"
+    if task is None:
+        if objective in ("choices", "classifier"):
+            raise ValueError(
+                f"objective {objective!r} needs a task with labels: pass --task (a name or your own YAML file)."
+            )
+        return "lm", "lm"
+    if objective == "classifier":
+        return "classifier", "classifier"
+    return objective or "lm", "choices"
+
+
+def _train_rows(task: Task | None, data_dir: Any, train_file: Any) -> Rows | None:
+    if train_file is not None:
+        rows = read_jsonl(train_file)
+        return rows if task is None else clean(rows, task)
+    if task is not None:
+        return load_rows(task, "train", data_dir)
+    raise ValueError("nothing to train on: pass --task (list them with `zotune tasks`) or --train_file.")
+
+
+def _eval_rows(task: Task | None, data_dir: Any, train_file: Any, eval_file: Any) -> Rows | None:
+    if eval_file is not None:
+        rows = read_jsonl(eval_file)
+        return rows if task is None else clean(rows, task)
+    # Someone's own training rows are not evaluated on a published split unless they say where it is.
+    if task is not None and (train_file is None or data_dir is not None):
+        return load_rows(task, "eval", data_dir)
+    return None
+
+
+def _answers(rows: Rows, task: Task) -> list[int]:
+    answers = []
+    for index, row in enumerate(rows):
+        try:
+            answers.append(task.answer(row))
+        except ValueError as error:
+            raise ValueError(f"{rows.where(index)}: {error}") from None
+    return answers

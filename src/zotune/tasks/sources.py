@@ -1,0 +1,244 @@
+"""Rows from a local folder, the Hugging Face hub or one's own JSON Lines file, and subsets of them by seed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zotune.tasks.task import Task
+from zotune.tasks.template import did_you_mean
+
+
+@dataclass(frozen=True)
+class Rows(Sequence):
+    """A sequence of rows (dicts) that remembers where each came from.
+
+    Attributes:
+        rows: the rows, a list or a ``datasets.Dataset``.
+        source: the file or data set, for messages.
+        numbers: line number in the file (from 1) or row number on the hub (from 0) of each row.
+        unit: ``"line"`` or ``"row"``.
+    """
+
+    rows: Any
+    source: str
+    numbers: Sequence[int]
+    unit: str = "line"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def where(self, index: int) -> str:
+        """``"<file>, line 7"``, for an error message."""
+        return f"{self.source}, {self.unit} {self.numbers[index]}"
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that every row has, in the order of the first."""
+        if hasattr(self.rows, "column_names"):
+            return list(self.rows.column_names)
+        common = set(self.rows[0]).intersection(*map(set, self.rows))
+        return [name for name in self.rows[0] if name in common]
+
+    def column(self, name: str) -> list[Any]:
+        """One column's values."""
+        return list(self.rows[name]) if hasattr(self.rows, "column_names") else [row[name] for row in self.rows]
+
+    def select(self, indices: Iterable[int]) -> Rows:
+        """The rows at these indices, in this order."""
+        indices = list(indices)
+        rows = self.rows.select(indices) if hasattr(self.rows, "select") else [self.rows[i] for i in indices]
+        return replace(self, rows=rows, numbers=[self.numbers[i] for i in indices])
+
+    def require(self, names: Iterable[str]) -> None:
+        """ValueError naming the first of these columns that is missing, and the row where it is."""
+        everywhere = set(self.columns)
+        for name in names:
+            if name in everywhere:
+                continue
+            index = 0
+            if not hasattr(self.rows, "column_names"):
+                index = next(i for i, row in enumerate(self.rows) if name not in row)
+            present = list(self.rows[index])
+            place = self.source if index == 0 else self.where(index)
+            raise ValueError(
+                f"{place} has no column {name!r}: it has {', '.join(present)}{did_you_mean(name, present)}."
+            )
+
+
+def read_jsonl(path: str | Path) -> Rows:
+    """Rows of a JSON Lines file (UTF-8, one object a line, gzip where the name ends in .gz); blank lines are skipped.
+
+    Raises:
+        ValueError: for a file that is absent, empty or unreadable, or (with its number) a line that is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no file {path}: give the path of a JSON Lines file (.jsonl or .jsonl.gz).")
+    rows, numbers = [], []
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append(_object(line, path, number))
+                    numbers.append(number)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be unpacked as gzip ({error}): compress it again, or drop the .gz.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if not rows:
+        raise ValueError(f"{path} holds no rows: one JSON object a line is expected.")
+    return Rows(rows, str(path), numbers)
+
+
+def load_rows(task: Task, split: str, data_dir: str | Path | None = None) -> Rows:
+    """Rows of a task's split: ``<data_dir>/<task>/<split>.jsonl[.gz]``, or from the hub without a `data_dir`.
+
+    Args:
+        task: the task; rows whose label means "no gold label" are left out.
+        split: ``"train"`` or ``"eval"`` (the task says which split that is), or a split's own name.
+
+    Raises:
+        ValueError: if there is no such folder, file or data set, or a column is missing.
+    """
+    name = task.splits.get(split, split)
+    rows = _local(task, name, Path(data_dir)) if data_dir is not None else _hub(task, name)
+    return clean(rows, task)
+
+
+def clean(rows: Rows, task: Task) -> Rows:
+    """The rows with the columns a task needs, less those without a gold label."""
+    rows.require([*task.columns, task.label_column])
+    if task.drop_labels:
+        labels = rows.column(task.label_column)
+        rows = rows.select(i for i, label in enumerate(labels) if label not in task.drop_labels)
+        if not len(rows):
+            raise ValueError(f"{rows.source} holds no row with a gold label in column {task.label_column!r}.")
+    return rows
+
+
+def split_train(
+    rows: Rows,
+    *,
+    seed: int,
+    num_train: int | None = None,
+    num_dev: int | None = None,
+    k_shot: int | None = None,
+    answers: Sequence[int] | None = None,
+) -> tuple[Rows, Rows | None]:
+    """Training rows and the dev rows held out of them, a pure function of (rows, arguments).
+
+    The dev rows are drawn first, so that they stay the same while `num_train` or `k_shot` changes.
+
+    Args:
+        seed: seed of a generator of our own; the global ones are not touched.
+        num_train: at most this many training rows.
+        num_dev: this many dev rows.
+        k_shot: this many training rows of each class, in place of `num_train`.
+        answers: class of each row, for `k_shot`.
+
+    Raises:
+        ValueError: if there are too few rows.
+    """
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    if num_dev and num_dev >= len(order):
+        raise ValueError(
+            f"num_dev={num_dev} leaves nothing to train on: {rows.source} holds {len(order)} rows; choose fewer."
+        )
+    dev, rest = order[: num_dev or 0], order[num_dev or 0 :]
+    if k_shot is None:
+        train = rest[:num_train]
+    else:
+        if answers is None:
+            raise ValueError("k_shot needs a task with labels: pass --task, or use --num_train instead.")
+        if num_train is not None:
+            raise ValueError("num_train and k_shot exclude each other: leave one out.")
+        train = _k_of_each(rest, answers, k_shot, rows.source)
+    return rows.select(sorted(train)), rows.select(sorted(dev)) if dev else None
+
+
+def sample(rows: Rows, number: int | None, *, seed: int) -> Rows:
+    """At most `number` of the rows, drawn by seed, in their original order; all of them for None."""
+    if number is None or number >= len(rows):
+        return rows
+    return rows.select(sorted(random.Random(f"{seed}/eval").sample(range(len(rows)), number)))
+
+
+def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}, line {number} is not UTF-8 text: save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not valid JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{path}, line {number} holds a {type(row).__name__}, not an object such as "
+            '{"prompt": "...", "completion": "..."}.'
+        )
+    return row
+
+
+def _local(task: Task, split: str, data_dir: Path) -> Rows:
+    folder = data_dir / task.name
+    if not data_dir.is_dir():
+        raise ValueError(f"no data folder {data_dir}: --data_dir must hold <task>/<split>.jsonl[.gz].")
+    if not folder.is_dir():
+        present = sorted(path.name for path in data_dir.iterdir() if path.is_dir())
+        raise ValueError(f"no folder {folder}{did_you_mean(task.name, present)}; {data_dir} holds {_listed(present)}.")
+    for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
+        if (folder / name).is_file():
+            return read_jsonl(folder / name)
+    present = sorted(path.name for path in folder.iterdir())
+    raise ValueError(f"no file {split}.jsonl or {split}.jsonl.gz in {folder}: it holds {_listed(present)}.")
+
+
+def _hub(task: Task, split: str) -> Rows:
+    if not task.hub:
+        raise ValueError(
+            f"task {task.name!r} names no hub data set: pass --data_dir, a folder with {task.name}/{split}.jsonl."
+        )
+    import datasets  # slow to import, and not needed for local files
+
+    name = task.hub + (f"/{task.subset}" if task.subset else "")
+    try:
+        data = datasets.load_dataset(task.hub, task.subset, split=split)
+    except Exception as error:  # offline, absent, gated, no such split: all are the user's to mend in the same way
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"cannot load {name} (split {split}) from the Hugging Face hub ({type(error).__name__}: {reason}): "
+            f"pass --data_dir, a folder with {task.name}/{split}.jsonl[.gz]."
+        ) from None
+    if not len(data):
+        raise ValueError(f"{name} (split {split}) on the Hugging Face hub holds no rows.")
+    return Rows(data, f"{name} (split {split})", range(len(data)), unit="row")
+
+
+def _k_of_each(order: Sequence[int], answers: Sequence[int], k: int, source: str) -> list[int]:
+    """The first k indices of each class, in the given order."""
+    chosen: dict[int, list[int]] = {answer: [] for answer in sorted(set(answers))}
+    for index in order:
+        if len(chosen[answers[index]]) < k:
+            chosen[answers[index]].append(index)
+    for answer, indices in chosen.items():
+        if len(indices) < k:
+            raise ValueError(
+                f"k_shot={k}, but {source} has {len(indices)} training rows of class {answer}; choose a smaller one."
+            )
+    return [index for indices in chosen.values() for index in indices]
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,83 @@
+"""Prompt templates: plain ``{column}`` placeholders and nothing else."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+# {{ and }} are literal braces; anything else in braces names a column.
+_TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_NAME = re.compile(r"\w[\w \-]*")
+
+
+def render(template: str, row: Mapping[str, object]) -> str:
+    """The template with every ``{column}`` replaced by that column's text, stripped of blanks at both ends.
+
+    There is no attribute access, indexing, conversion or format specification.
+
+    Raises:
+        ValueError: for a malformed template, a column that the row lacks, or one that is null.
+
+    Example:
+        >>> render("{sentence} It was", {"sentence": " fun . "})
+        'fun . It was'
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = _column_of(match, template)
+        return match.group()[0] if name is None else text_of(row, name)
+
+    return _TOKEN.sub(value, template)
+
+
+def columns_of(template: str) -> tuple[str, ...]:
+    """The columns a template names, each once, in order; ValueError for a malformed template."""
+    names = (_column_of(match, template) for match in _TOKEN.finditer(template))
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def text_of(row: Mapping[str, object], column: str) -> str:
+    """One column of a row as stripped text."""
+    if column not in row:
+        raise ValueError(f"no column {column!r}: the row has {', '.join(row)}{did_you_mean(column, row)}.")
+    value = row[column]
+    if value is None or isinstance(value, (dict, list)):
+        raise ValueError(f"column {column!r} holds {'null' if value is None else type(value).__name__}, not text.")
+    return str(value).strip()
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` without the question mark, or nothing where no name is near."""
+    near = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}" if near else ""
+
+
+def _column_of(match: re.Match[str], template: str) -> str | None:
+    token = match.group()
+    if token in ("{{", "}}"):
+        return None
+    if token in ("{", "}"):
+        raise ValueError(f"template {template!r} has a lone {token!r}: write {token * 2!r} for the character itself.")
+    name = match.group(1)
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"template {template!r}: {token!r} is not a plain column name (no dots, indices or formats); "
+            "write {column}, or {{ and }} for literal braces."
+        )
+    return name
+
+
+def _lower_first(text: str) -> str:
+    first, blank, rest = text.partition(" ")
+    return text if first == "I" else first.lower() + blank + rest
+
+
+#: Text changes a task may name under ``derived: <column>: {apply: [...]}``.
+CHANGES: dict[str, Callable[[str], str]] = {
+    "lower": str.lower,
+    "lower_first": _lower_first,
+    "upper_first": lambda text: text[:1].upper() + text[1:],
+    "question_mark": lambda text: text if text.endswith("?") else text + "?",
+    "drop_final_period": lambda text: text.removesuffix("."),
+}

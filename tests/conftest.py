@@ -1,0 +1,35 @@
+"""Shared paths: real data and the small real language model, found by environment or beside the repository."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Tests never reach the hub; set before anything imports huggingface_hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the suite runs in several processes
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of real data sets, <task>/<split>.jsonl[.gz]; env ZOTUNE_DATA."""
+    path = Path(os.environ.get("ZOTUNE_DATA", _SHARED / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no data folder at {path}; set ZOTUNE_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> Path:
+    """Folder of the small language model; env ZOTUNE_MODELS names the folder that holds tiny-lm."""
+    path = Path(os.environ.get("ZOTUNE_MODELS", _SHARED / "models")) / "tiny-lm"
+    if not path.is_dir():
+        pytest.skip(f"no model at {path}; set ZOTUNE_MODELS")
+    return path
