@@ -1,0 +1,43 @@
+# make setup | test | check | quickstart | clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.zotune-installed
+EXTRAS := dev,peft,tensorboard,optimizers
+
+# Two test processes of one torch thread each: the tests are small, and threads that outnumber cores slow them down.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test check quickstart clean
+
+help:
+	@echo "make quickstart  fine-tune the bundled small model, forward passes only (installs first)"
+	@echo "make test        set up and run every test"
+	@echo "make check       set up, lint, types and the fast tests"
+	@echo "make setup       make $(VENV) and install zotune into it with the tested versions"
+	@echo "make clean       remove caches and build output ($(VENV) stays)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zotune needs Python 3.11 or newer; name one: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+test: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+quickstart: setup
+	$(BIN)/zotune quickstart
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
