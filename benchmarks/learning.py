@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--task", required=True)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--template")
-    parser.add_argument("--classifier", action="store_true", help="train a sequence-classification head (encoder models)")
+    parser.add_argument("--objective", choices=["lm", "choices", "classifier"], default="choices", help="classifier: encoder models")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
     parser.add_argument("--lr", nargs="+", type=float, required=True)
     parser.add_argument("--eps", nargs="+", type=float, default=[1e-3])
@@ -181,7 +181,7 @@ def main() -> None:
                 "task",
                 "data_dir",
                 "template",
-                "classifier",
+                "objective",
                 "steps",
                 "batch_size",
                 "eval_steps",
