@@ -1,0 +1,198 @@
+"""Settings of a training run: :class:`ZOConfig`, the forward-only counterpart of ``transformers.TrainingArguments``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from zotune import methods
+
+_METHOD_FIELDS = (
+    "eps",
+    "num_directions",
+    "direction",
+    "estimator",
+    "rank",
+    "interval",
+    "momentum",
+    "rule",
+    "rule_args",
+)
+
+_BACKWARD_OPTIM = "an update rule is part of the method: choose it with method=..., rule=... and rule_args=..."
+_IN_DTYPE = "forward-only training needs no mixed precision: load the model in that dtype (dtype=torch.{}) instead"
+
+# Options of TrainingArguments that say something about a backward pass or about a machine we do not drive yet.
+_REFUSED = {
+    "activation_checkpointing": "forward passes store no activations, so there is nothing to checkpoint; leave it out",
+    "gradient_checkpointing": "forward passes store no activations, so there is nothing to checkpoint; leave it out",
+    "bf16": _IN_DTYPE.format("bfloat16"),
+    "fp16": _IN_DTYPE.format("float16"),
+    "bf16_full_eval": "evaluation would cast the weights in place; load the model with dtype=torch.bfloat16 instead",
+    "fp16_full_eval": "evaluation would cast the weights in place; load the model with dtype=torch.float16 instead",
+    "max_grad_norm": "no gradient is ever formed, so none can be clipped; leave it at 0",
+    "neftune_noise_alpha": "its noise acts in training mode and forwards run in evaluation mode; leave it out",
+    "deepspeed": "DeepSpeed shards gradients and optimizer states that do not exist here; run without it",
+    "fsdp": "sharded models are not supported yet; run in one process, optionally with device_map='auto'",
+    "parallelism_config": "sharded models are not supported yet; run in one process",
+    "torch_compile": "compiled models are not supported yet: the probe attaches to the model's modules; leave it out",
+    "auto_find_batch_size": "a step of inference memory has one batch size; set per_device_train_batch_size",
+    "push_to_hub": "checkpoints are not pushed while training; call trainer.model.push_to_hub(...) afterwards",
+    "optim_args": _BACKWARD_OPTIM,
+    "optim_target_modules": _BACKWARD_OPTIM,
+}
+# Options that are refused once they differ from the value they have when nobody touches them.
+_FIXED = {
+    "optim": (TrainingArguments.default_optim, _BACKWARD_OPTIM),
+    "adam_beta1": (0.9, "pass method='mezo-adam' with rule_args={'betas': [..., ...]}"),
+    "adam_beta2": (0.999, "pass method='mezo-adam' with rule_args={'betas': [..., ...]}"),
+    "adam_epsilon": (1e-8, "pass method='mezo-adam' with rule_args={'eps': ...}"),
+}
+
+
+@dataclass
+class ZOConfig(TrainingArguments):
+    """Settings of a forward-only run: `transformers.TrainingArguments` with the method's options beside them.
+
+    Every field of `TrainingArguments` keeps its name and meaning; the defaults below differ. Options of the method
+    that are left at None take the method's own defaults (the paper's), as does `learning_rate`. Training lasts
+    `max_steps` steps, 1000 when neither it nor `num_train_epochs` is given.
+
+    Raises:
+        ValueError: an unknown method, an option the method does not take, a value that makes no sense, or an option
+            that has no meaning without a backward pass. The message names the fix.
+
+    Example:
+        >>> config = ZOConfig(output_dir="run", method="lozo", rank=2, interval=50, eps=1e-3, learning_rate=1e-6)
+        >>> config.zo_method().name
+        'lozo'
+    """
+
+    method: str = field(default="lozo", metadata={"help": "The method; `zotune methods` lists them."})
+    eps: float | None = field(default=None, metadata={"help": "Perturbation scale of the directions."})
+    num_directions: int | None = field(default=None, metadata={"help": "Directions drawn each step (K)."})
+    direction: str | None = field(default=None, metadata={"help": "Distribution of the directions, e.g. gaussian."})
+    estimator: str | None = field(default=None, metadata={"help": "Estimator of the gradient: central or forward."})
+    rank: int | None = field(default=None, metadata={"help": "Rank of a low-rank subspace."})
+    interval: int | None = field(default=None, metadata={"help": "Steps between redraws of a low-rank subspace."})
+    momentum: float | None = field(default=None, metadata={"help": "Momentum of the method, in [0, 1)."})
+    rule: str | None = field(default=None, metadata={"help": "Update rule: a torch optimizer's name, e.g. SGD."})
+    rule_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the update rule, as JSON."})
+    method_args: dict | str | None = field(default=None, metadata={"help": "Any further options of the method's recipe, as JSON."})
+    max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps in a row with a non-finite loss after which training stops."})
+
+    learning_rate: float | None = field(default=None, metadata={"help": "The learning rate; by default the method's."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The schedule of the learning rate."})
+    max_steps: int = field(default=-1, metadata={"help": "Steps to train; 1000 when num_train_epochs is not given either."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the training data to make, unless max_steps is given."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step (and micro-batch)."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a batch at evaluation."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no gradient to clip."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
+    eval_steps: float | None = field(default=100, metadata={"help": "Steps between evaluations (eval_strategy=steps)."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints (save_strategy=steps)."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep (the best is always kept); 0 keeps all."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay False: steps without a finite loss are logged as skipped."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Drop data columns the model does not take; by default only for tokenised data (with input_ids) "
+            "trained on the model's own loss."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._check_settings()
+        if self.max_steps == -1 and self.num_train_epochs is None:
+            self.max_steps = 1000
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0  # never read: max_steps takes precedence
+        for name in ("rule_args", "method_args"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, _parsed_json(name, value))
+        recipe = self.zo_method()
+        if self.learning_rate is None:
+            self.learning_rate = recipe.lr
+        super().__post_init__()
+        if self.world_size > 1:
+            raise ValueError(
+                f"{self.world_size} processes were launched, and training in several processes is not supported yet: "
+                "start one process (python or zotune train, without torchrun)."
+            )
+        if self.mixed_precision != "no":  # asked for by `accelerate launch`
+            raise ValueError(f"mixed precision ({self.mixed_precision}) cannot be used: load the model in that dtype.")
+        self._n_gpu: int = min(self._n_gpu, 1)  # several visible GPUs would wrap the model in DataParallel
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+
+    def zo_method(self) -> methods.Method:
+        """The method these fields describe.
+
+        Raises:
+            ValueError: an unknown method, or an option or value it does not take.
+        """
+        given = {name: getattr(self, name) for name in _METHOD_FIELDS if getattr(self, name) is not None}
+        extra: dict[str, Any] = self.method_args if isinstance(self.method_args, dict) else {}
+        twice = sorted(given.keys() & extra.keys())
+        if twice:
+            raise ValueError(f"{twice[0]} is given both as a field and in method_args: give it once.")
+        return methods.get(self.method, **given, **extra)
+
+    def _check_settings(self) -> None:
+        for name, reason in _REFUSED.items():
+            value = getattr(self, name)
+            if value not in (None, False, "", 0, 0.0, {}, []):
+                raise ValueError(f"{name}={value!r} cannot be used: {reason}.")
+        for name, (untouched, reason) in _FIXED.items():
+            if getattr(self, name) != untouched:
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be used: {reason}.")
+        if self.logging_nan_inf_filter:
+            raise ValueError("logging_nan_inf_filter=True would hide diverged steps: leave it False, they are logged as skipped.")
+        for name, lowest in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}.")
+        for name in ("eps", "num_train_epochs"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1 (or -1 to count epochs instead), got {self.max_steps}.")
+
+
+_LOWEST = {
+    "num_directions": 1,
+    "rank": 1,
+    "interval": 1,
+    "max_nonfinite_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+}
+
+
+def _parsed_json(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{name} must be JSON such as {{"nesterov": true}}, got {text!r} ({error}).') from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} must be a JSON object such as {{"nesterov": true}}, got {text!r}.')
+    return value
+
+
+def settings(config: TrainingArguments) -> dict[str, Any]:
+    """All fields of a config as JSON-able values; tokens are masked."""
+    return json.loads(json.dumps(config.to_dict(), default=str))

@@ -1,0 +1,374 @@
+"""Training by forward passes under Hugging Face's loop: :class:`ZOTrainer`.
+
+The loop, its callbacks, schedules, evaluation and logging are `transformers.Trainer`'s; the step, the objectives and
+the files of a checkpoint are ours.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from zotune import checkpoint, objectives
+from zotune.checkpointed_trainer import JOURNAL, CheckpointedTrainer, training_flags_kept
+from zotune.config import ZOConfig
+from zotune.journal import Journal
+from zotune.optimizer import ZerothOrder
+from zotune.step_sums import StepSums
+
+Batch = Mapping[str, Tensor]
+LossFunction = Callable[[Batch], Tensor]
+Objective = str | Callable[[nn.Module, Batch], Tensor]
+
+INITIAL_ADAPTER = "initial_adapter"
+
+
+class ZOTrainer(CheckpointedTrainer):
+    """`transformers.Trainer` that trains with forward passes only: no backward pass, no `.grad`, inference memory.
+
+    Args:
+        model: any `transformers` model, PEFT model or module; its parameters with `requires_grad` are trained.
+        args: a :class:`ZOConfig`.
+        objective: what is minimised. ``"lm"``, ``"choices"`` or ``"classifier"`` (see :mod:`zotune.objectives`), or a
+            callable ``(model, batch) -> losses`` with one loss an example, shape (B,) (a scalar works too; it need
+            not be differentiable). None: batches that hold `positions` say by their keys whether they are "choices"
+            or "lm"; any others get the loss the model computes from their labels (`compute_loss`).
+        eval_objective: the same for evaluation; None: by the keys of the evaluation batches, else as `objective`.
+        eval_data_collator: collator of the evaluation and prediction batches, when they have another layout.
+        optimizers: a (:class:`ZerothOrder`, scheduler) pair of your own; either may be None.
+        kwargs: everything else `transformers.Trainer` takes.
+
+    Raises:
+        ValueError: `args` is not a ZOConfig, or another kind of optimizer is passed.
+
+    `evaluate` and `predict` on "choices" batches give the options' log-probabilities (B, C) as predictions and the
+    right options' indices as label_ids; on other batches what `transformers.Trainer` gives. The run is recorded in
+    ``output_dir/journal.zo``; see :mod:`zotune.journal`.
+    """
+
+    data_collator: Any
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: ZOConfig | None = None,
+        *positional: Any,
+        objective: Objective | None = None,
+        eval_objective: Objective | None = None,
+        eval_data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        optimizers: tuple[ZerothOrder | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        **kwargs: Any,
+    ) -> None:
+        args = ZOConfig(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, ZOConfig):
+            raise ValueError(f"ZOTrainer takes args=zotune.ZOConfig(...), not {type(args).__name__}.")
+        if optimizers[0] is not None and not isinstance(optimizers[0], ZerothOrder):
+            raise ValueError(
+                f"ZOTrainer steps with zotune.ZerothOrder, not {type(optimizers[0]).__name__}: pass "
+                "optimizers=(zotune.ZerothOrder(model, method, lr=...), None), or choose the update rule with "
+                "ZOConfig(method=..., rule=...)."
+            )
+        if kwargs.get("optimizer_cls_and_kwargs") is not None:
+            raise ValueError(
+                "optimizer_cls_and_kwargs builds a backward-pass optimizer: choose the update rule with "
+                "ZOConfig(method=..., rule=..., rule_args=...)."
+            )
+        self.objective = objective
+        self.eval_objective = eval_objective
+        self.eval_data_collator = eval_data_collator
+        self._own_optimizer = optimizers[0] is None
+        self._micro_batches: list[Batch] = []
+        self._since_train = StepSums()
+        super().__init__(model, args, *positional, optimizers=optimizers, **kwargs)
+        for chosen in (objective, eval_objective):
+            if chosen is not None:
+                _bound(chosen, self.model)  # an unknown name fails here, before any work
+
+    # --- a run ---
+
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, or go on from a checkpoint bit for bit.
+
+        Args:
+            resume_from_checkpoint: True for the newest valid checkpoint of `output_dir`, or the path of one.
+            trial: a trial of `hyperparameter_search`.
+            ignore_keys_for_eval: as in `transformers.Trainer`.
+
+        Raises:
+            ValueError: `output_dir` already holds a run that is not resumed, or the checkpoint cannot be continued.
+            NonFiniteLossError: the loss was not finite for `max_nonfinite_steps` steps in a row.
+        """
+        self._run_folder = Path(self._get_output_dir(trial))
+        if self._own_optimizer:
+            self.optimizer = None
+        if resume_from_checkpoint is None or resume_from_checkpoint is False:
+            folder = None
+            self._refuse_used_folder()
+        else:
+            folder = self._checkpoint_to_resume(resume_from_checkpoint)
+        checkpoint.remove_drafts(self._run_folder)
+        self._micro_batches = []
+        self._since_log, self._since_train = StepSums(), StepSums()
+        try:
+            return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        finally:
+            self._release_model()
+
+    def _release_model(self) -> None:
+        """Leave a plain model with the trained weights, also when training was interrupted."""
+        if self.optimizer is None:
+            return
+        optimizer = self.zo_optimizer
+        if self._own_optimizer:
+            optimizer.detach()
+        if optimizer.journal is not None:
+            optimizer.journal.close()
+
+    def _refuse_used_folder(self) -> None:
+        if (self._run_folder / JOURNAL).exists() or checkpoint.checkpoints(self._run_folder):
+            raise ValueError(
+                f"{self._run_folder} already holds a run: continue it with resume_from_checkpoint=True, or choose another output_dir."
+            )
+
+    def _checkpoint_to_resume(self, wanted: str | os.PathLike[str] | Literal[True]) -> Path:
+        journal = self._journal_path
+        if wanted is not True:
+            fault = checkpoint.problem(wanted, journal)
+            if fault is not None:
+                raise ValueError(fault)
+            return Path(wanted)
+        faults = []
+        for folder in checkpoint.checkpoints(self._run_folder):
+            fault = checkpoint.problem(folder, journal)
+            if fault is None:
+                return folder
+            faults.append(fault)
+        raise ValueError(
+            faults[0] if faults else f"{self._run_folder} holds no checkpoint to resume from: start without resume_from_checkpoint."
+        )
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        optimizer = self.zo_optimizer
+        if resume_from_checkpoint is not None:
+            optimizer.journal = _cut_back(optimizer.journal or Journal.open(self._journal_path), optimizer)
+        elif optimizer.steps:
+            raise ValueError(
+                f"the optimizer has already taken {optimizer.steps} steps, and a run starts at step 0: pass a new "
+                "ZerothOrder, or go on from a checkpoint with resume_from_checkpoint."
+            )
+        elif optimizer.journal is None:
+            self._save_initial_adapter()
+            self._journal_path.parent.mkdir(parents=True, exist_ok=True)
+            optimizer.journal = Journal.create(self._journal_path, optimizer.header())
+        return prepared
+
+    def _save_initial_adapter(self) -> None:
+        """A fresh adapter is random: without it the journal could not be replayed."""
+        if hasattr(self.model, "peft_config"):
+            with checkpoint.draft(self._run_folder / INITIAL_ADAPTER) as folder:
+                self.model.save_pretrained(folder)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Hugging Face's loop takes one step more when a run that is complete is resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the :class:`ZerothOrder` the config describes, unless one was passed."""
+        if not isinstance(self.optimizer, _SteppedOptimizer):
+            args = self.args
+            optimizer = self.optimizer or ZerothOrder(
+                self.model,
+                args.zo_method(),
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                seed=args.seed,
+                max_nonfinite_steps=args.max_nonfinite_steps,
+            )
+            self.optimizer = _SteppedOptimizer(optimizer)
+        return self.optimizer
+
+    # --- a step ---
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Collect a micro-batch; at the last one of a step take that step. Returns the step's mean loss (else 0)."""
+        self._micro_batches.append(self._prepare_inputs(inputs))
+        nothing = torch.zeros((), device=self.args.device)
+        if not self.accelerator.sync_gradients:
+            return nothing
+        batches, self._micro_batches = self._micro_batches, []
+        loss_fn = self._loss_function(batches, num_items_in_batch)
+        start = time.perf_counter()
+        self.zo_optimizer.step(loss_fn, batches[0] if len(batches) == 1 else batches)
+        seconds = time.perf_counter() - start
+        report = self.zo_optimizer.last
+        assert report is not None
+        self._since_log.add(report, seconds)
+        self._since_train.add(report, seconds)
+        loss = torch.as_tensor(report.loss, dtype=torch.float32, device=self.args.device)
+        return loss if loss.isfinite() else nothing
+
+    def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
+        objective = self.objective or _layout(batches[0])
+        if objective is not None:
+            return _bound(objective, self.model)
+        # The model sums over its labels and divides by those of all micro-batches, whereas the optimizer averages the
+        # micro-batches.
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or bool(self.compute_loss_func)
+        factor = len(batches) if scaled else 1
+
+        def loss_of_labels(batch: Batch) -> Tensor:
+            return self.compute_loss(self.model, dict(batch), num_items_in_batch=num_items_in_batch) * factor
+
+        return loss_of_labels
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """There is no gradient whose norm could be logged."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations a micro-batch costs: a third of a forward and backward pass, once for each evaluation."""
+        return super().floating_point_ops(inputs) // 3 * self.zo_optimizer.method.forwards_per_step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; an entry of training steps gains the loss gap, its noise, the forward passes and the speed."""
+        if self._since_log.steps and {"loss", "learning_rate"} <= logs.keys():
+            del logs["loss"]  # Hugging Face's mean counts a skipped step as a loss of 0
+            rate = logs.pop("learning_rate")
+            logs.update(self._since_log.entries(), learning_rate=rate)
+            logs["forward_passes"] = self.zo_optimizer.forward_passes
+            self._since_log = StepSums()
+        super().log(logs, start_time)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
+        # `train_loss` is the summed loss over all steps of this call: let skipped steps weigh nothing in it.
+        self._tr_loss = torch.zeros((), device=self.args.device)
+        self._total_loss_scalar = self._since_train.mean_loss() * (self.state.global_step - self._initial_global_step)
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    # --- evaluation ---
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `transformers.Trainer`, with `eval_data_collator`."""
+        with self._evaluation_collator():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in `transformers.Trainer`, with `eval_data_collator`."""
+        with self._evaluation_collator():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _evaluation_collator(self) -> Iterator[None]:
+        usual = self.data_collator
+        self.data_collator = self.eval_data_collator or usual
+        try:
+            yield
+        finally:
+            self.data_collator = usual
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in `transformers.Trainer`; the model's training flags are left as found."""
+        with training_flags_kept(self.model):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """(loss, predictions, labels) of an evaluation batch.
+
+        "choices": log-probabilities of the options under the softmax of their scores (B, C), and `answer`. An option
+        that an example does not have scores -inf, or -100 where its batch has fewer options than another.
+        """
+        objective = self.eval_objective or _layout(inputs)
+        if objective is None and callable(self.objective):
+            objective = self.objective
+        if objective is None or objective == "classifier":
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            if objective == "choices":
+                scores = objectives.choice_scores(model, batch).log_softmax(dim=1)
+                answers = batch.get("answer")
+                loss = None if answers is None else F.nll_loss(scores, answers)
+                return (loss, None, None) if prediction_loss_only else (loss, scores, answers)
+            return _bound(objective, model)(batch).float().mean(), None, None
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        tokenised = "input_ids" in dataset.column_names
+        if self.args.remove_unused_columns is None and self.objective is None and tokenised:
+            self._set_signature_columns_if_needed()
+            return dataset.remove_columns([c for c in dataset.column_names if c not in self._signature_columns])
+        return super()._remove_unused_columns(dataset, description)
+
+
+class _SteppedOptimizer(AcceleratedOptimizer):
+    """What Hugging Face's loop holds as its optimizer: `training_step` has already stepped when the loop calls it.
+
+    Accelerate takes it as prepared, so the optimizer inside never goes through its round trip of the state.
+    """
+
+    _is_accelerate_prepared = True
+
+    def __init__(self, optimizer: ZerothOrder) -> None:
+        super().__init__(optimizer, device_placement=False)
+
+    def step(self, closure: Any = None) -> None:
+        """Nothing: the step has been taken."""
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Nothing: there are no gradients."""
+
+
+def _cut_back(journal: Journal, optimizer: ZerothOrder) -> Journal:
+    """The journal of a run that is resumed, up to the optimizer's step.
+
+    Raises:
+        ValueError: it is the journal of another run.
+    """
+    here = optimizer.header()
+    names = ("format", "method", "options", "seed", "groups")
+    different = [name for name in names if journal.header.get(name) != here[name]]
+    if different:
+        raise ValueError(
+            f"the journal {journal.path} was written with another {', '.join(different)}: resume with the settings of "
+            "that run, or start a new one in another output_dir."
+        )
+    journal.truncate(steps=optimizer.steps)
+    return journal
+
+
+def _layout(batch: Mapping[str, Any]) -> str | None:
+    """The objective that a batch's keys ask for; None when the model's own loss is meant."""
+    if "positions" not in batch:
+        return None
+    return "choices" if "option_ids" in batch or "option_mask" in batch else "lm"
+
+
+def _bound(objective: Objective, model: nn.Module) -> LossFunction:
+    if isinstance(objective, str):
+        return objectives.objective(objective, model)
+    return lambda batch: objective(model, batch)
