@@ -89,11 +89,13 @@ class Method:
 
     @property
     def extra_memory(self) -> str:
-        """What is kept between steps beyond float32 weights, for people: in multiples of the trainable weights W."""
+        """What is kept between steps beyond the weights, for people: in multiples of the trainable weights W, or by matrix (m, n)."""
+        kept = self.rule_state
         if isinstance(self.subspace, Full):
-            return f"{self.rule_state:g} × W" if self.rule_state else "none"
-        rule = f" + {self.rule_state:g}·r·m" if self.rule_state else ""
-        return f"Σ r·(m + n){rule}"
+            # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
+            return f"{f'{kept:g} × W' if kept else 'none'} (half precision: {2 * kept + 1:g} × W)"
+        factors = "Σ r·(m + n)"
+        return factors if not kept else f"{factors} + r·m" if kept == 1 else f"{factors} + {kept:g}·r·m"
 
 
 Recipe = Callable[..., Method]

@@ -347,15 +347,18 @@ class ZerothOrder(torch.optim.Optimizer):
             coordinate.load_state(states[name], self.seed, self.steps)
         self.rule.load_state(rule_tensors, run["rule"], {name: c.value() for name, c in self._by_name().items()})
 
-    def header(self) -> dict[str, Any]:
-        """What a journal's header says: enough to rebuild this optimiser over the same base weights."""
+    def header(self, *, base: bool = True) -> dict[str, Any]:
+        """What a journal's header says: enough to rebuild this optimiser over the same base weights.
+
+        ``base=False`` leaves out the digest of the weights, which reads all of them.
+        """
         versions = {"zotune": _version(), "torch": torch.__version__, "python": platform.python_version()}
         versions |= {n: sys.modules[n].__version__ for n in ("transformers", "peft") if n in sys.modules}
         return {
             "format": 1,
             "versions": versions,
             "device": sorted({device.type for device in self.probe.devices}),
-            "base": digest(self.model),
+            **({"base": digest(self.model)} if base else {}),
             "seed": self.seed,
             "method": self.method.name,
             "options": _plain(self.method.options),

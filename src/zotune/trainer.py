@@ -349,7 +349,7 @@ def _cut_back(journal: Journal, optimizer: ZerothOrder) -> Journal:
     Raises:
         ValueError: it is the journal of another run.
     """
-    here = optimizer.header()
+    here = optimizer.header(base=False)
     names = ("format", "method", "options", "seed", "groups")
     different = [name for name in names if journal.header.get(name) != here[name]]
     if different:
