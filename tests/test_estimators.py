@@ -136,20 +136,22 @@ def test_gap_noise_is_the_standard_error_of_the_gap():
     assert ESTIMATORS["central"].estimate([plus[:1], minus[:1]], 1e-3, 1).gap_noise is None
 
 
+@pytest.mark.parametrize("probe", ["sequential", "auto"])
 @pytest.mark.parametrize("name", methods.names())
-def test_forward_passes_are_counted_as_declared(name):
+def test_forward_passes_are_counted_as_declared(name, probe):
     calls = []
     model = toys.classifier()
     method = methods.get(name, num_directions=3)
-    optimizer = ZerothOrder(model, method, lr=0.0)
+    optimizer = ZerothOrder(model, method, lr=0.0, probe=probe)
     loss = toys.loss_function(model)
 
     def counted(batch):
-        calls.append(1)
+        calls.append(len(batch[0]) / 8)
         return loss(batch)
 
     optimizer.step(counted, toys.batch())
     calls.clear()
     before = optimizer.forward_passes
     optimizer.step(counted, toys.batch())
-    assert len(calls) == method.forwards_per_step == optimizer.forward_passes - before == 6
+    assert sum(calls) == method.forwards_per_step == optimizer.forward_passes - before == 6
+    assert len(calls) == (6 if probe == "sequential" else 1)  # one forward of six times the rows

@@ -197,7 +197,7 @@ def test_lozo_updates_along_the_direction_it_perturbed_on_every_step(rank, num_d
         return model(x).square().mean(dim=1)
 
     eps, lr, x = 1e-1, 1e-2, torch.ones(4, 6)
-    optimizer = ZerothOrder(model, methods.lozo(rank=rank, interval=4, eps=eps, num_directions=num_directions), lr=lr)
+    optimizer = ZerothOrder(model, methods.lozo(rank=rank, interval=4, eps=eps, num_directions=num_directions), lr=lr, probe="sequential")
     optimizer.step(loss, x)
     for _ in range(1, 14):
         before = model.state_dict()["weight"].clone()

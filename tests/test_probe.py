@@ -247,7 +247,7 @@ def test_any_module_works(kind, build):
 
 def test_a_loss_with_randomness_sees_the_same_numbers_at_plus_and_minus_and_new_ones_each_step():
     model, seen = toys.classifier(), []
-    optimizer = ZerothOrder(model, "mezo", lr=0.0)
+    optimizer = ZerothOrder(model, "mezo", lr=0.0, probe="sequential")
 
     def noisy(batch):
         seen.append(float(torch.rand(())))

@@ -12,6 +12,7 @@ import toys
 from zotune import ZerothOrder, methods
 from zotune.directions import Directions, Key
 from zotune.rules import EMASGD, FIRST_MOMENTS, Rule, resolve
+from zotune.subspaces import Coordinate
 
 RULES = [
     ("SGD", {}),
@@ -62,7 +63,7 @@ def test_ema_sgd_is_its_equation():
 @pytest.mark.parametrize("name", ["mezo-adam", "mezo-momentum", "mezo"])
 def test_no_more_than_one_estimate_is_alive_at_a_time(name, monkeypatch):
     alive, most = [], [0]
-    original = Directions.combine
+    original = Coordinate.weighted
 
     def tracked(self, *args, **kwargs):
         import weakref
@@ -72,7 +73,7 @@ def test_no_more_than_one_estimate_is_alive_at_a_time(name, monkeypatch):
         most[0] = max(most[0], sum(ref() is not None for ref in alive))
         return out
 
-    monkeypatch.setattr(Directions, "combine", tracked)
+    monkeypatch.setattr(Coordinate, "weighted", tracked)
     model = toys.classifier()
     optimizer = ZerothOrder(model, name, lr=1e-3)
     optimizer.step(toys.loss_function(model), toys.batch())

@@ -27,6 +27,9 @@ from torch import Tensor
 CPU_BLOCK = 1 << 15
 #: An accelerator wants few, large launches.
 ACCELERATOR_BLOCK = 1 << 24
+#: Most directions of one parameter that are drawn together, and the most numbers a parameter may have for that.
+GROUP = 16
+GROUPED_NUMEL = 1 << 13
 
 
 class Key(NamedTuple):
@@ -86,18 +89,33 @@ def for_blocks(numel: int, device: torch.device, work: Callable[[int, slice], No
     list(_pool(threads).map(share, range(threads)))
 
 
+def group_of(direction: int, numel: int) -> tuple[int, int]:
+    """(first, count): the directions of a parameter of ``numel`` numbers that are drawn by one call of one generator.
+
+    Seeding a generator and calling it costs as much as thousands of numbers, so the directions of small parameters come in groups
+    {0}, {1}, {2, 3}, {4..7}, {8..15}, {16..31}, {32..47}, ...: no more than twice the numbers that are wanted, whatever K is, and
+    direction k does not depend on K.
+    """
+    if numel > GROUPED_NUMEL or direction < 2:
+        return direction, 1
+    if direction >= GROUP:
+        return direction - direction % GROUP, GROUP
+    first = 1 << (direction.bit_length() - 1)
+    return first, first
+
+
 # -- distributions ------------------------------------------------------------------------------------------------------------------
 
 
-def _gaussian(key: Key, block: int, size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, device=device).normal_(generator=_generator(key, block, device))
+def _gaussian(key: Key, block: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    return torch.empty(shape, device=device).normal_(generator=_generator(key, block, device))
 
 
-def _rademacher(key: Key, block: int, size: int, device: torch.device) -> Tensor:
-    words = torch.empty(-(-size // 32), dtype=torch.int64, device=device)
+def _rademacher(key: Key, block: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    words = torch.empty(shape[0], -(-shape[1] // 32), dtype=torch.int64, device=device)
     words.random_(0, 1 << 32, generator=_generator(key, block, device))  # 32 random bits each, every one a sign
-    bits = (words.unsqueeze(1) >> torch.arange(32, device=device)) & 1
-    return bits.flatten()[:size].float().mul_(2).sub_(1)
+    bits = (words.unsqueeze(2) >> torch.arange(32, device=device)) & 1
+    return bits.flatten(1)[:, : shape[1]].float().mul_(2).sub_(1)
 
 
 class Directions:
@@ -135,7 +153,8 @@ class Directions:
 
     def block(self, key: Key, index: int, size: int, device: torch.device) -> Tensor:
         """Block ``index`` of the direction, float32, shape (size,); for the sphere still without its :meth:`scale`."""
-        return self._block(key, index, size, device)
+        first, count = group_of(key.direction, size) if index == 0 else (key.direction, 1)
+        return self._block(key._replace(direction=first), index, (count, size), device)[key.direction - first]
 
     def scale(self, key: Key, numel: int, device: torch.device) -> float:
         """What a block is to be multiplied by: 1, or √d / ‖z‖ for the sphere (which takes one pass over the numbers)."""
@@ -159,6 +178,38 @@ class Directions:
             flat = self.block(key, 0, numel, device)
             return (flat if scale == 1.0 else flat.mul_(scale)).view(shape)
         return self.combine([(key, 1.0)], shape, device)
+
+    def draw_many(self, key: Key, count: int, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
+        """Directions ``key.direction`` to ``key.direction + count - 1`` of one parameter, float32, shape (count, *shape)."""
+        device, numel = torch.device(device), math.prod(shape)
+        begin, end = key.direction, key.direction + count
+        whole = group_of(begin, numel) == (begin, count) and numel <= block_size(device)
+        out = torch.empty(0 if whole else count, numel, device=device)
+        direction = begin
+        while direction < end:
+            first, size = group_of(direction, numel)
+            if numel <= block_size(device):
+                drawn = self._block(key._replace(direction=first), 0, (size, numel), device)
+                if whole:
+                    out = drawn
+                else:
+                    stop = min(end, first + size)
+                    out[direction - begin : stop - begin] = drawn[direction - first : stop - first]
+            else:
+                self._fill(key._replace(direction=direction), out[direction - begin])
+            direction = first + size
+        if self.kind == "sphere":
+            for row in range(count):
+                out[row] *= self.scale(key._replace(direction=begin + row), numel, device)
+        return out.view(count, *shape)
+
+    def _fill(self, key: Key, flat: Tensor) -> None:
+        """Write a large direction, still without its scale, into ``flat``."""
+
+        def write(index: int, part: slice) -> None:
+            flat[part] = self.block(key, index, part.stop - part.start, flat.device)
+
+        for_blocks(flat.numel(), flat.device, write)
 
     def combine(
         self,

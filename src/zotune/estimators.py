@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,16 +41,26 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    """Points to evaluate, and what the losses there amount to."""
+    """Points to evaluate, and what the losses there amount to.
+
+    Attributes:
+        signs: the signs at which one direction alone is evaluated.
+    """
+
+    signs: ClassVar[tuple[int, ...]]
 
     def points(self, num_directions: int) -> list[Point]: ...
 
     def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate: ...
 
+    def estimate_own(self, losses: Tensor, owners: Tensor, eps: float, num_directions: int) -> Estimate: ...
+
 
 @dataclass(frozen=True)
 class Central:
     """c_k = (L(θ + εZ_k) − L(θ − εZ_k)) / 2ε, n-SPSA; 2K evaluations, error O(ε²) (2305.17333)."""
+
+    signs: ClassVar[tuple[int, ...]] = (+1, -1)
 
     def points(self, num_directions: int) -> list[Point]:
         return [Point(sign, k) for k in range(num_directions) for sign in (+1, -1)]
@@ -60,10 +70,16 @@ class Central:
         levels = [0.5 * (_mean(plus) + _mean(minus)) for plus, minus in pairs]
         return _estimate(pairs, levels, 2 * eps)
 
+    def estimate_own(self, losses: Tensor, owners: Tensor, eps: float, num_directions: int) -> Estimate:
+        """Of losses (2, N), rows by sign, where example i belongs to direction ``owners[i]``; see :func:`_estimate_own`."""
+        return _estimate_own(losses[0], losses[1], losses.double().mean(dim=0), owners, 2 * eps, num_directions)
+
 
 @dataclass(frozen=True)
 class Forward:
     """c_k = (L(θ + εZ_k) − L(θ)) / ε; K + 1 evaluations, error O(ε) (FZOO's, 2506.09034)."""
+
+    signs: ClassVar[tuple[int, ...]] = (0, +1)
 
     def points(self, num_directions: int) -> list[Point]:
         return [Point(0, 0)] + [Point(+1, k) for k in range(num_directions)]
@@ -72,6 +88,10 @@ class Forward:
         here = losses[0]
         pairs = [(losses[1 + k], here) for k in range(num_directions)]
         return _estimate(pairs, [_mean(here)] * num_directions, eps)
+
+    def estimate_own(self, losses: Tensor, owners: Tensor, eps: float, num_directions: int) -> Estimate:
+        """Of losses (2, N), rows by sign, where example i belongs to direction ``owners[i]``; see :func:`_estimate_own`."""
+        return _estimate_own(losses[1], losses[0], losses[0].double(), owners, eps, num_directions)
 
 
 ESTIMATORS: dict[str, Estimator] = {"central": Central(), "forward": Forward()}
@@ -100,4 +120,36 @@ def _estimate(pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[float], w
         skipped=tuple(skipped),
         gap=sum(gaps) / len(gaps) if gaps else math.nan,
         gap_noise=sum(noises) / len(noises) if noises else None,
+    )
+
+
+def _estimate_own(high: Tensor, low: Tensor, levels: Tensor, owners: Tensor, width: float, num_directions: int) -> Estimate:
+    """Every example under its own direction, or its group's: c_k = K/(N · width) Σ over the examples i of direction k of (high_i − low_i).
+
+    With groups of one size that is the mean difference of the group over ``width``; otherwise a group counts as its examples do, and the
+    mean of c_k Z_k over k stays the mean over examples. A direction with a loss that is not finite is skipped, it alone.
+
+    Args:
+        high, low, levels: losses that make the difference, and the ones to report, (N,).
+        owners: direction of each example, (N,), every number below ``num_directions`` at least once.
+    """
+    k, n = num_directions, len(owners)
+    difference = high.double() - low.double()
+    counts = torch.bincount(owners, minlength=k)
+    sums = difference.new_zeros(k).index_add_(0, owners, difference)
+    skipped = ~sums.isfinite()
+    sums = sums.masked_fill(skipped, 0.0)
+    finite = levels[levels.isfinite()]
+    kept = ~skipped
+    gaps = (sums / counts).abs()[kept]
+    noise = None
+    if int(counts.min()) > 1 and bool(kept.any()):
+        squares = difference.new_zeros(k).index_add_(0, owners, (difference - (sums / counts)[owners]).square())
+        noise = float((squares[kept] / (counts[kept] - 1) / counts[kept]).sqrt().mean())
+    return Estimate(
+        loss=float(finite.mean()) if len(finite) else math.nan,
+        coefficients=(sums * (k / (n * width))).float(),
+        skipped=tuple(skipped.tolist()),
+        gap=float(gaps.mean()) if len(gaps) else math.nan,
+        gap_noise=noise,
     )

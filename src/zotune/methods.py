@@ -33,7 +33,7 @@ class Method:
         arxiv: id of the paper.
         lr: default learning rate η (the paper's, for models of a billion parameters; small models want far larger ones).
         eps: perturbation scale ε.
-        num_directions: K.
+        num_directions: K; ``"example"`` for a direction per example, ``"groups:G"`` for one per G-th part of the batch.
         subspace: see ``subspaces``.
         direction: see ``directions``.
         estimator: ``"central"`` or ``"forward"``.
@@ -51,7 +51,7 @@ class Method:
     arxiv: str
     lr: float
     eps: float = 1e-3
-    num_directions: int = 1
+    num_directions: int | str = 1
     subspace: Subspace = field(default_factory=Full)
     direction: str = "gaussian"
     estimator: str = "central"
@@ -63,17 +63,35 @@ class Method:
     def __post_init__(self) -> None:
         if not (isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(f"eps must be a positive number, not {self.eps!r}.")
-        if not isinstance(self.num_directions, int) or self.num_directions < 1:
-            raise ValueError(f"num_directions must be a whole number of at least 1, not {self.num_directions!r}.")
+        if not (self.groups is not None or (isinstance(self.num_directions, int) and self.num_directions >= 1)):
+            raise ValueError(f"num_directions must be a whole number of at least 1, 'example' or 'groups:G', not {self.num_directions!r}.")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
         Directions(self.direction)
         Rule(self.rule, self.rule_args)
 
     @property
+    def groups(self) -> float | None:
+        """Parts of a step's examples that have a direction of their own: G, infinity for every example; None if directions are shared."""
+        if not isinstance(self.num_directions, str):
+            return None
+        if self.num_directions == "example":
+            return math.inf
+        word, _, number = self.num_directions.partition(":")
+        return int(number) if word == "groups" and number.isdecimal() and int(number) else None
+
+    def directions_of(self, rows: int) -> int:
+        """K in a step of ``rows`` examples."""
+        if isinstance(self.num_directions, int):
+            return self.num_directions
+        assert self.groups is not None
+        return int(min(rows, self.groups))
+
+    @property
     def forwards_per_step(self) -> int:
         """Evaluations of the batch a step makes."""
-        return len(ESTIMATORS[self.estimator].points(self.num_directions))
+        estimator = ESTIMATORS[self.estimator]
+        return len(estimator.points(self.num_directions) if isinstance(self.num_directions, int) else estimator.signs)
 
     def state_bytes(self, shapes: Sequence[Sequence[int]], *, half: bool = False) -> int:
         """Bytes kept between steps beyond the weights, for trainable parameters of these shapes.
@@ -164,7 +182,7 @@ def mezo(
     *,
     lr: float = 1e-6,
     eps: float = 1e-3,
-    num_directions: int = 1,
+    num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",
     rule: str = "SGD",
@@ -198,7 +216,7 @@ def mezo_momentum(
     *,
     lr: float = 1e-6,
     eps: float = 1e-3,
-    num_directions: int = 1,
+    num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",
     momentum: float = 0.9,
@@ -229,7 +247,7 @@ def mezo_adam(
     *,
     lr: float = 1e-5,
     eps: float = 1e-3,
-    num_directions: int = 1,
+    num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",
     betas: tuple[float, float] = (0.9, 0.999),
@@ -260,7 +278,7 @@ def lozo(
     *,
     lr: float = 1e-6,
     eps: float = 1e-3,
-    num_directions: int = 1,
+    num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",
     rank: int = 2,
@@ -295,7 +313,7 @@ def lozo_m(
     *,
     lr: float = 1e-6,
     eps: float = 1e-3,
-    num_directions: int = 1,
+    num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",
     rank: int = 2,

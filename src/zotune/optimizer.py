@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from zotune import methods
 from zotune.directions import Directions
 from zotune.estimators import ESTIMATORS
+from zotune.evaluating import Evaluations, LossFunction, evaluation
 from zotune.journal import Journal, Record, StepRecord, digest
 from zotune.methods import Method
 from zotune.probe import Probe
 from zotune.rules import Rule
 from zotune.subspaces import Coordinate, LowRankCoordinate, Offset
 
-LossFunction = Callable[[Any], Tensor]
 _NO_BATCH: Any = object()
 
 
@@ -69,6 +69,8 @@ class ZerothOrder(torch.optim.Optimizer):
         weight_decay: λ in θ ← θ − η (ĝ + λθ); not on vectors (bias, norm), unless you pass groups of your own.
         seed: the run's seed, from which every direction follows.
         max_nonfinite_steps: stop after so many steps in a row without a finite loss.
+        probe: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``, one
+            after the other (least memory); ``"auto"``, batched where parameters, batch and loss allow it. Losses are equal up to rounding.
         journal: where to keep the run's record: a path for a new file, a :class:`~zotune.journal.Journal`, or None.
 
     Raises:
@@ -91,6 +93,7 @@ class ZerothOrder(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         max_nonfinite_steps: int = 10,
+        probe: str = "auto",
         journal: str | Path | Journal | None = None,
     ) -> None:
         self.method = methods.get(method) if isinstance(method, str) else method
@@ -109,6 +112,11 @@ class ZerothOrder(torch.optim.Optimizer):
         super().__init__(_groups(model, params, weight_decay), {"lr": lr, "weight_decay": 0.0})
         self.coordinates = self._coordinates()
         self.probe = Probe(model, [c for group in self.coordinates for c in group], self.directions)
+        try:
+            self.evaluations = Evaluations(self.probe, self.method, self.estimator, probe)
+        except ValueError:
+            self.probe.detach()
+            raise
         self.steps = 0
         self.forward_passes = 0
         self.sequences_evaluated = 0
@@ -154,16 +162,14 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         if not callable(loss_fn):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
-        evaluate = _evaluation(loss_fn, batch)
-        step, eps, k = self.steps, self.method.eps, self.method.num_directions
+        parts, step = _parts(batch), self.steps
         self._begin(step)
         if not self._prepared:
-            self._prepare(evaluate, step)
-        points = self.estimator.points(k)
-        losses = [self.probe.evaluate(evaluate, Offset(point.sign * eps, self.seed, step, point.direction)) for point in points]
-        self.forward_passes += len(points)
-        self.sequences_evaluated += len(points) * losses[0].numel()
-        estimate = self.estimator.estimate(list(torch.stack(losses).cpu()), eps, k)  # the step's one wait for the device
+            self._prepare(evaluation(loss_fn, parts), step)
+        losses = self.evaluations.gather(loss_fn, parts, self.seed, step)
+        self.forward_passes += self.method.forwards_per_step
+        self.sequences_evaluated += losses.values.numel()
+        estimate = losses.estimate(self.estimator, self.method.eps)
         record = StepRecord(
             step=step,
             lrs=tuple(float(group["lr"]) for group in self.param_groups),
@@ -230,15 +236,16 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _update(self, coordinate: Coordinate, record: StepRecord, lr: float, weight_decay: float) -> None:
         step, k = record.step, len(record.coefficients)
-        moves = [(direction, c / k) for direction, c in enumerate(record.coefficients) if c != 0]
         rate = lr * coordinate.lr_scale
         if self.rule.plain:
-            offsets = [Offset(-rate * c, self.seed, step, direction) for direction, c in moves if rate]
-            coordinate.descend(self.directions, offsets, 1 - lr * weight_decay, self.seed, step)
+            weights = [-rate * (c / k) for c in record.coefficients]
+            coordinate.descend(self.directions, weights, 1 - lr * weight_decay, self.seed, step)
+            coordinate.drop()
             return
-        terms = [(Offset(0.0, self.seed, step, direction).key(coordinate.name), c) for direction, c in moves]
         value = coordinate.value()
-        estimate = self.directions.combine(terms, coordinate.shape, coordinate.device).to(value.dtype)
+        weights = [c / k for c in record.coefficients]
+        estimate = coordinate.weighted(self.directions, weights, self.seed, step).to(value.dtype)
+        coordinate.drop()
         if weight_decay and not coordinate.decays_weights:
             coordinate.decay(1 - lr * weight_decay)
             weight_decay = 0.0
@@ -302,6 +309,7 @@ class ZerothOrder(torch.optim.Optimizer):
             "sequences_evaluated": self.sequences_evaluated,
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
             "prepared": self._prepared,
+            "batched": self.evaluations.batched,
             "general_path": [n for n, c in self._by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path],
             "rule": rule_others,
         }
@@ -341,6 +349,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.sequences_evaluated = run["sequences_evaluated"]
         self._nonfinite_in_a_row = run["nonfinite_in_a_row"]
         self._prepared = run["prepared"]
+        if self.evaluations.batched is None:
+            self.evaluations.batched = run.get("batched")
         self._begun = self.steps - 1
         self.probe.distrust(run["general_path"])
         for name, coordinate in self._by_name().items():
@@ -394,25 +404,15 @@ def _groups(model: nn.Module, params: Iterable[Any] | None, weight_decay: float)
     return [group for group in groups if group["params"]]
 
 
-def _evaluation(loss_fn: Callable[..., Any], batch: Any) -> Callable[[], Tensor]:
-    """A function without arguments that gives the losses of the whole batch, float32, shape (n,)."""
+def _parts(batch: Any) -> list[Any] | None:
+    """The micro-batches of a step; None for a closure."""
     if batch is _NO_BATCH:
-        return lambda: _as_losses([loss_fn()])
-    if isinstance(batch, list):
-        if not batch:
-            raise ValueError("step() was given an empty list of micro-batches.")
-        return lambda: _as_losses([loss_fn(part) for part in batch])
-    return lambda: _as_losses([loss_fn(batch)])
-
-
-def _as_losses(parts: list[Any]) -> Tensor:
-    losses = []
-    for part in parts:
-        loss = part if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float32)
-        if loss.dim() > 1:
-            raise ValueError(f"the loss function returned shape {tuple(loss.shape)}; return one loss per example, shape (B,), or a scalar.")
-        losses.append(loss.detach().float().reshape(-1))
-    return torch.cat(losses)
+        return None
+    if not isinstance(batch, list):
+        return [batch]
+    if not batch:
+        raise ValueError("step() was given an empty list of micro-batches.")
+    return batch
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

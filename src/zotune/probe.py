@@ -7,6 +7,8 @@ Two ways to show a module a perturbed weight:
   matter whether the module reads it in its own forward or a parent reaches in (``nn.MultiheadAttention`` does).
 - **side paths** (``side_path``): low-rank coordinates of Linear, Conv1D and Embedding layers, no weight formed at all.
 
+Several points at once (``stacking``) are evaluated by lending *stacked parameters*, for layers of any kind that have a batched form.
+
 Either way the stored tensors are only read: whatever is raised inside a forward, the model is bit for bit what it was, and the tables are
 back in place. :meth:`Probe.prepare` compares the two ways on real data once and distrusts side paths that disagree.
 """
@@ -18,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +29,8 @@ from torch import Tensor, nn
 from zotune.directions import Directions, Key, generator_seed
 from zotune.precision import HALF
 from zotune.side_path import SidePath
+from zotune.stacked_parameters import Lending
+from zotune.stacking import Stack
 from zotune.subspaces import Coordinate, LowRankCoordinate, Offset
 
 T = TypeVar("T")
@@ -116,39 +121,72 @@ class Probe:
             with isolated_generators(Key(offset.seed, offset.step, 0, "", "loss"), self.devices):
                 return function()
 
+    def evaluate_stacked(self, function: Callable[[], T], stack: Stack) -> T:
+        """``function()`` on stacked rows, each block of rows at its own point.
+
+        Raises:
+            NotStackable: the model does something with a parameter that has no batched form.
+        """
+        key = Key(stack.seed, stack.step, 0, "", "loss")
+        with torch.no_grad(), self.evaluation_mode(), self._stacked(stack), isolated_generators(key, self.devices):
+            return function()
+
+    @contextmanager
+    def _stacked(self, stack: Stack) -> Iterator[None]:
+        lending = Lending(stack, self.directions)
+        with self._lent({id(o): {name: partial(lending.lend, c) for name, c in o.parameters.items()} for o in self._owners}):
+            for coordinate in self._low_rank():
+                coordinate.moved = None  # side paths keep out
+            yield
+
+    @property
+    def dense(self) -> Coordinate | None:
+        """A coordinate of which several directions cannot be evaluated at once, if there is one."""
+        return next((c for c in self.coordinates if not c.thin), None)
+
     @contextmanager
     def at(self, offset: Offset | None, *, side_paths: bool = True, only: Collection[str] | None = None) -> Iterator[list[LentParameters]]:
         """Show the model θ + offset for the length of a block.
 
         ``side_paths=False`` takes the general way everywhere; ``only`` moves no coordinates but the named ones.
         """
-        lent: list[tuple[nn.Module, dict[str, Any]]] = []
-        flat: list[tuple[nn.Module, list[Any]]] = []
-        tables = []
-        try:
+        lend: dict[int, dict[str, Callable[[], Tensor]]] = {}
+        if offset is not None:
             for owner in self._owners:
-                lend = {
-                    name: _maker(coordinate, self.directions, offset)
+                lend[id(owner)] = {
+                    name: partial(coordinate.at, self.directions, offset)
                     for name, coordinate in owner.parameters.items()
                     if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path)
                     and (only is None or coordinate.name in only)
                 }
-                if not lend or offset is None:
-                    continue
-                module = owner.module
-                table = LentParameters(module._parameters, lend, {name: c.name for name, c in owner.parameters.items()})
-                tables.append(table)
-                lent.append((module, module._parameters))
-                module.__dict__["_parameters"] = table
-                if isinstance(module, nn.RNNBase):  # recurrent kernels take their weights from a list of their own
-                    flat.append((module, module._flat_weights))
-                    module.__dict__["_flat_weights"] = [getattr(module, name) for name in module._flat_weights_names]
+        with self._lent(lend) as tables:
             for coordinate in self._low_rank():
                 moves = only is None or coordinate.name in only
                 if moves and not side_paths:
                     coordinate.moved = None  # the weight that is lent has A in it already
                 elif moves and coordinate.side_path:
                     coordinate.shift(self.directions, offset)
+            yield tables
+
+    @contextmanager
+    def _lent(self, lend: dict[int, dict[str, Callable[[], Tensor]]]) -> Iterator[list[LentParameters]]:
+        """Lend parameters, by id of their owner and local name; afterwards tables and side paths are as they were."""
+        lent: list[tuple[nn.Module, dict[str, Any]]] = []
+        flat: list[tuple[nn.Module, list[Any]]] = []
+        tables = []
+        try:
+            for owner in self._owners:
+                makers = lend.get(id(owner))
+                if not makers:
+                    continue
+                module = owner.module
+                table = LentParameters(module._parameters, makers, {name: c.name for name, c in owner.parameters.items()})
+                tables.append(table)
+                lent.append((module, module._parameters))
+                module.__dict__["_parameters"] = table
+                if isinstance(module, nn.RNNBase):  # recurrent kernels take their weights from a list of their own
+                    flat.append((module, module._flat_weights))
+                    module.__dict__["_flat_weights"] = [getattr(module, name) for name in module._flat_weights_names]
             yield tables
         finally:
             for coordinate in self._low_rank():
@@ -202,6 +240,12 @@ class Probe:
             path.remove()
         self.side_paths.clear()
 
+    def agree(self, quick: Tensor, slow: Tensor, here: Tensor) -> bool:
+        """Whether two evaluations of perturbed losses differ by rounding and 5% of what the perturbation changes; ``here``: at θ."""
+        half = any(c.parameter.dtype in HALF for c in self.coordinates)
+        rounding = (2e-2 if half else 1e-5) * (1 + here.abs().max())
+        return not bool(torch.isfinite(slow).all()) or bool((quick - slow).abs().max() <= rounding + 0.05 * (slow - here).abs().max())
+
     def prepare(self, function: Callable[[], Tensor], offset: Offset) -> list[str]:
         """Compare side paths and general way on one evaluation; the names of coordinates that go the general way from now on.
 
@@ -223,11 +267,9 @@ class Probe:
                 return function().detach().float(), tables
 
         here, _ = run(None, True)
-        half = any(c.parameter.dtype in HALF for c in self.coordinates)
-        rounding = (2e-2 if half else 1e-5) * (1 + here.abs().max())
 
         def agree(quick: Tensor, slow: Tensor) -> bool:
-            return not bool(torch.isfinite(slow).all()) or bool((quick - slow).abs().max() <= rounding + 0.05 * (slow - here).abs().max())
+            return self.agree(quick, slow, here)
 
         for path in self.side_paths:
             path.fired = 0
@@ -261,7 +303,3 @@ class Probe:
         )
         self.distrust(names)
         return sorted({*reached_into, *names})
-
-
-def _maker(coordinate: Coordinate, directions: Directions, offset: Offset | None) -> Callable[[], Tensor]:
-    return lambda: coordinate.at(directions, offset)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import abc
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from zotune.directions import Directions, Key, for_blocks
+from zotune.directions import GROUP, Directions, Key, for_blocks, group_of
 from zotune.precision import HALF, join, split, stochastic_round
 
 
@@ -36,8 +36,18 @@ class Offset:
         return Key(self.seed, self.step, self.direction, name)
 
 
+#: A matrix in full space with a side of at most this many is small enough to keep several directions of it at a time: an adapter's.
+THIN = 64
+
+
 class Coordinate(abc.ABC):
-    """The coordinates of one parameter. ``shape`` is the shape of their direction Z, ``lr_scale`` multiplies the learning rate."""
+    """The coordinates of one parameter. ``shape`` is the shape of their direction Z, ``lr_scale`` multiplies the learning rate.
+
+    ``thin`` says that several directions Z may be alive together: low-rank coordinates, vectors, and matrices with a short side. The
+    directions of a thin coordinate that an evaluation drew are kept until the update (:meth:`drop` forgets them).
+    """
+
+    thin = True
 
     def __init__(self, name: str, parameter: nn.Parameter, shape: Sequence[int], lr_scale: float = 1.0) -> None:
         self.name = name
@@ -45,6 +55,49 @@ class Coordinate(abc.ABC):
         self.shape = tuple(shape)
         self.numel = math.prod(shape)
         self.lr_scale = lr_scale
+        self.drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
+
+    def many(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
+        """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape)."""
+        key = Key(seed, step, first, self.name)
+        if self.drawn is not None:
+            kept, z = self.drawn
+            start = first - kept.direction
+            if kept._replace(direction=first) == key and start >= 0 and start + count <= len(z):
+                return z[start : start + count]
+        begin, size = group_of(first, self.numel)
+        if count == 1 and size > 1:  # the neighbours come at no cost, and are wanted next
+            self.drawn = key._replace(direction=begin), directions.draw_many(key._replace(direction=begin), size, self.shape, self.device)
+            return self.drawn[1][first - begin : first - begin + 1]
+        self.drawn = key, directions.draw_many(key, count, self.shape, self.device)
+        return self.drawn[1]
+
+    def drop(self) -> None:
+        """Forget the directions that are kept between a step's evaluations and its update."""
+        self.drawn = None
+
+    def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
+        """Σ_k weights[k] · Z_k over the directions of a step, float32, of shape ``shape``."""
+        if self.thin:
+            return self._add_weighted(torch.zeros(self.shape, device=self.device), directions, weights, seed, step)
+        keys = [Key(seed, step, direction, self.name) for direction in range(len(weights))]
+        return directions.combine([(key, w) for key, w in zip(keys, weights, strict=True) if w], self.shape, self.device)
+
+    def _add_weighted(self, total: Tensor, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
+        """total += Σ_k weights[k] · Z_k, one product for each GROUP of directions, so that it does not depend on what is kept."""
+        for first in range(0, len(weights), GROUP):
+            part = weights[first : first + GROUP]
+            if not any(part):
+                continue
+            z = self.many(directions, seed, step, first, len(part))
+            if len(part) == 1:
+                total.add_(z[0], alpha=part[0])
+            else:
+                if z.data_ptr() % 64:  # a matrix product may round otherwise where its operands lie otherwise
+                    z = z.clone()
+                row = torch.tensor([part], dtype=torch.float32, device=self.device)
+                total.view(1, -1).addmm_(row, z.view(len(part), -1))
+        return total
 
     @property
     def device(self) -> torch.device:
@@ -67,8 +120,8 @@ class Coordinate(abc.ABC):
         """Set θ after step ``step``."""
 
     @abc.abstractmethod
-    def descend(self, directions: Directions, offsets: Iterable[Offset], keep: float, seed: int, step: int) -> None:
-        """θ ← keep · θ + Σ scale · Z over ``offsets``: an update that never holds more than a block of any Z."""
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        """θ ← keep · θ + Σ_k weights[k] · Z_k, Z_k direction k of ``step``; in full space no large Z is ever whole."""
 
     def decay(self, keep: float) -> None:  # noqa: B027 - a coordinate whose rule sees the weights themselves has nothing to do
         """Multiply the *weights* by ``keep`` where the rule, which sees coordinates only, cannot do it."""
@@ -98,6 +151,7 @@ class FullCoordinate(Coordinate):
 
     def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
         super().__init__(name, parameter, parameter.shape)
+        self.thin = parameter.dim() == 1 or (parameter.dim() == 2 and min(parameter.shape) <= THIN)
         self.half = parameter.dtype in HALF
         self.residual: Tensor | None = None
         if self.half and keep_residual:
@@ -152,20 +206,27 @@ class FullCoordinate(Coordinate):
         for_blocks(self.numel, self.device, lambda index, part: self._store(flat, part, new[part], key, index))
         self._finish(flat)
 
-    def descend(self, directions: Directions, offsets: Iterable[Offset], keep: float, seed: int, step: int) -> None:
-        moves = []
-        for offset in offsets:
-            key = offset.key(self.name)
-            moves.append((key, offset.scale * directions.scale(key, self.numel, self.device)))
-        if not moves and keep == 1.0:
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        if keep == 1.0 and not any(weights):
             return
         flat = self._flat()
         rounding = Key(seed, step, 0, self.name, "rounding")
+        moves: list[tuple[Key, float]] = []
+        total: Tensor | None = None
+        if self.thin and len(weights) > 1:
+            total = self.weighted(directions, weights, seed, step).view(-1)
+        else:
+            for direction, weight in enumerate(weights):
+                key = Key(seed, step, direction, self.name)
+                if weight:
+                    moves.append((key, weight * directions.scale(key, self.numel, self.device)))
 
         def move(index: int, part: slice) -> None:
             block = self._block(flat, part)
             if keep != 1.0:
                 block = block.mul_(keep)
+            if total is not None:
+                block.add_(total[part])
             for key, scale in moves:
                 block.add_(directions.block(key, index, part.stop - part.start, self.device), alpha=scale)
             self._store(flat, part, block, rounding, index)
@@ -222,7 +283,6 @@ class LowRankCoordinate(Coordinate):
         self.pending = False  # whether A is anything but 0
         self.keep = 1.0  # weight decay that W has still to take at the next fold
         self.moved: Tensor | None = self.a  # A, A + offset during an evaluation, None while the side path is to keep out
-        self.drawn: tuple[Key, Tensor] | None = None  # the last U, which a step asks for three times
         self.clock = (0, 0)  # (seed, step) of the last change, the key of the fold's rounding
         self._merged: weakref.ref[Tensor] | None = None
         self._weight = FullCoordinate(name, parameter, keep_residual=False)
@@ -237,13 +297,11 @@ class LowRankCoordinate(Coordinate):
 
     def _draw_v(self, seed: int, step: int) -> None:
         redraw = step // self.interval
-        self.v = Directions("gaussian").draw(Key(seed, redraw, 0, self.name, "subspace"), self.v.shape, self.device)
+        v = Directions("gaussian").draw(Key(seed, redraw, 0, self.name, "subspace"), self.v.shape, self.device)
+        self.v = v.T.contiguous().T  # r rows of n numbers: on a CPU x V is many times faster so
 
     def _u(self, directions: Directions, offset: Offset) -> Tensor:
-        key = offset.key(self.name)
-        if self.drawn is None or self.drawn[0] != key:
-            self.drawn = key, directions.draw(key, self.shape, self.device)
-        return self.drawn[1]
+        return self.many(directions, offset.seed, offset.step, offset.direction, 1)[0]
 
     def shift(self, directions: Directions, offset: Offset | None) -> None:
         """Make the side path use A + offset (None: A)."""
@@ -264,10 +322,9 @@ class LowRankCoordinate(Coordinate):
             self.a.copy_(value)
         self._changed(seed, step)
 
-    def descend(self, directions: Directions, offsets: Iterable[Offset], keep: float, seed: int, step: int) -> None:
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         self.decay(keep)
-        for offset in offsets:
-            self.a.add_(self._u(directions, offset), alpha=offset.scale)
+        self._add_weighted(self.a, directions, weights, seed, step)
         self._changed(seed, step)
 
     def decay(self, keep: float) -> None:

@@ -1,0 +1,335 @@
+"""Stacked parameters: what a module is lent in a batched evaluation, where every block of rows has weights of its own.
+
+A :class:`Stacked` is a tensor with the parameter's shape and dtype that knows its coordinate. torch hands every function it is used in
+to ``__torch_function__`` here, which computes that function with W as it is stored, once for all rows, plus what each block adds:
+
+- ``linear`` (``nn.Linear``), ``addmm`` (GPT-2's ``Conv1D``), ``embedding`` with low-rank coordinates W + (A + s U_g) Vᵀ: one thin
+  product of the input, and one batched product into the output, in which a perturbed bias rides as one more column;
+- the same with a thin matrix in full space (an adapter's): a weight a block;
+- ``layer_norm``, ``rms_norm``, and norms written in Python (a vector multiplied with, or added to, rows): a vector a block.
+
+Whatever else is done with one raises :class:`~zotune.stacking.NotStackable`: no function silently sees unperturbed weights.
+Shapes: B = G · S blocks of q rows (of tokens, after flattening); x (B·q, n), V (n, r), U (G, m, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zotune.directions import Directions
+from zotune.stacking import NotStackable, Stack
+from zotune.subspaces import Coordinate, LowRankCoordinate
+
+
+class Lending:
+    """The stacked parameters of one evaluation."""
+
+    def __init__(self, stack: Stack, directions: Directions) -> None:
+        self.stack = stack
+        self.directions = directions
+        self.blocks = stack.blocks
+        self.lead = stack.total  # rows of the input now; a model may flatten answer options into them
+        self.first = min(stack.directions)
+        self.count = max(stack.directions) - self.first + 1
+        self.in_order = stack.directions == tuple(range(self.first, self.first + self.count))
+        self.lent: dict[str, Stacked] = {}
+
+    def lend(self, coordinate: Coordinate) -> Stacked:
+        """The coordinate's parameter at the stack's points."""
+        stacked = self.lent.get(coordinate.name)
+        if stacked is None:
+            stacked = self.lent[coordinate.name] = Stacked.of(coordinate.parameter.detach(), coordinate, self)
+        return stacked
+
+    def z(self, coordinate: Coordinate) -> Tensor:
+        """The groups' directions, (G, *shape)."""
+        z = coordinate.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count)
+        if not self.in_order:
+            z = z.index_select(0, torch.tensor(self.stack.directions, device=z.device) - self.first)
+        return z
+
+    def scales(self, like: Tensor, dims: int) -> Tensor:
+        """The scales (G, S) with ``dims`` dimensions of size 1 behind."""
+        scales = torch.tensor(self.stack.scales, dtype=like.dtype, device=like.device)
+        return scales.view(*scales.shape, *[1] * dims)
+
+    def spread(self, x: Tensor, dims: int) -> Tensor:
+        """``x`` with stacked rows in front of its last ``dims`` dimensions: as it is, or expanded where all rows share it."""
+        if x.dim() > dims:
+            if x.shape[0] % self.stack.total == 0:
+                return x
+            if x.shape[0] == 1 and x.dim() > dims + 1:  # positions (1, T), the same for every row
+                return x.expand(self.lead, *x.shape[1:])
+        raise NotStackable(f"an input of shape {tuple(x.shape)} does not consist of the batch's rows")
+
+
+class Stacked(torch.Tensor):
+    """A parameter with a value a block; made by :meth:`Lending.lend`."""
+
+    plain: Tensor
+    coordinate: Coordinate
+    lending: Lending
+    blockwise: Tensor | None
+
+    @staticmethod
+    def of(plain: Tensor, coordinate: Coordinate, lending: Lending, blockwise: Tensor | None = None) -> Stacked:
+        stacked = torch.Tensor._make_subclass(Stacked, plain)
+        stacked.plain, stacked.coordinate, stacked.lending, stacked.blockwise = plain, coordinate, lending, blockwise
+        return stacked
+
+    @property
+    def low_rank(self) -> LowRankCoordinate | None:
+        return self.coordinate if isinstance(self.coordinate, LowRankCoordinate) else None
+
+    def full(self) -> Tensor:
+        """The values of the blocks in the parameter's dtype, (B, *shape); for coordinates in full space."""
+        if self.blockwise is None:
+            z = self.lending.z(self.coordinate)
+            value = self.coordinate.value()
+            moved = torch.addcmul(value, z.unsqueeze(1).to(value.dtype), self.lending.scales(value, z.dim() - 1))
+            self.blockwise = moved.flatten(0, 1).to(self.plain.dtype)
+        return self.blockwise
+
+    def offset(self) -> Tensor:
+        """What a block adds to the stored vector, float32, (B, n)."""
+        z = self.lending.z(self.coordinate)
+        moved = self.lending.scales(z, 1) * z.unsqueeze(1)
+        if self.plain.dtype in (torch.float16, torch.bfloat16):
+            moved = moved + (self.coordinate.value() - self.plain)  # what the stored half-precision number leaves out
+        return moved.flatten(0, 1)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        with torch._C.DisableTorchFunctionSubclass():
+            function = _FUNCTIONS.get(name)
+            if function is not None:
+                return function(*args, **kwargs)
+            if name == "__get__" or name in _QUESTIONS:  # dtype, device, shape...
+                found = func(*args, **kwargs)
+                if not isinstance(found, Tensor):
+                    return found
+        names = [arg.coordinate.name for arg in [*args, *kwargs.values()] if isinstance(arg, Stacked)]
+        raise NotStackable(f"the model uses {names[0] if names else 'a parameter'} in {name!r}, which has no batched form")
+
+
+_QUESTIONS = {"dim", "size", "numel", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex", "get_device", "__len__"}
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    return tensor.plain if isinstance(tensor, Stacked) else tensor
+
+
+def _lending(*tensors: Any) -> Lending:
+    return next(tensor.lending for tensor in tensors if isinstance(tensor, Stacked))
+
+
+def _no_more(x: Any, **options: Any) -> None:
+    if isinstance(x, Stacked) or any(options.values()):
+        raise NotStackable("a layer is called in a way that has no batched form")
+
+
+# -- matrices -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b."""
+    _no_more(x)
+    lending = _lending(weight, bias)
+    x = lending.spread(x, 1)
+    blocks, width = lending.blocks, weight.shape[0]
+    if isinstance(weight, Stacked) and weight.low_rank is None:
+        weights = weight.full().transpose(1, 2)
+        rows = x.reshape(blocks, -1, x.shape[-1])
+        if isinstance(bias, Stacked):
+            product = torch.baddbmm(bias.full().unsqueeze(1), rows, weights)
+        else:
+            product = torch.bmm(rows, weights) if bias is None else torch.baddbmm(bias, rows, weights)
+        return product.view(*x.shape[:-1], width)
+    plain = _plain(weight)
+    assert plain is not None
+    output = F.linear(x, plain, _plain(bias))
+    if not output.is_contiguous():
+        output = output.contiguous()
+    view = output.view(blocks, -1, width)
+    coordinate = weight.low_rank if isinstance(weight, Stacked) else None
+    if coordinate is None:
+        assert isinstance(bias, Stacked)
+        view.add_(bias.offset().to(output.dtype).unsqueeze(1))
+        return output
+    assert isinstance(weight, Stacked)
+    rank = coordinate.rank
+    moves = isinstance(bias, Stacked)
+    flat = x.reshape(-1, x.shape[-1])
+    thin = torch.empty(rank + moves, flat.shape[0], dtype=output.dtype, device=x.device)
+    torch.mm(coordinate.v.T.to(flat.dtype), flat.T, out=thin[:rank])
+    wide = torch.empty(blocks, width, rank + moves, device=x.device)
+    _moved(weight, coordinate, wide[..., :rank])
+    if isinstance(bias, Stacked):
+        thin[rank] = 1
+        wide[..., rank] = bias.offset()
+    view.baddbmm_(thin.view(-1, blocks, view.shape[1]).permute(1, 2, 0), wide.to(output.dtype).transpose(1, 2))
+    return output
+
+
+def _moved(weight: Stacked, coordinate: LowRankCoordinate, out: Tensor) -> None:
+    """A + s U_g of every block into ``out`` (B, m, r)."""
+    z, scales = weight.lending.z(coordinate), weight.lending.scales(out, 2)
+    out = out.view(*scales.shape[:2], *out.shape[1:])
+    if coordinate.pending:
+        torch.addcmul(coordinate.a, z.unsqueeze(1), scales, out=out)
+    else:
+        torch.mul(z.unsqueeze(1), scales, out=out)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """y = b + x W, W (n, m): GPT-2's Conv1D. Its A belongs to the input's side: x (A + s U_g), then Vᵀ."""
+    _no_more(x, scaled=beta != 1 or alpha != 1)
+    lending = _lending(bias, weight)
+    blocks, width = lending.blocks, weight.shape[1]
+    x = lending.spread(x, 1)
+    rows = x.reshape(blocks, -1, x.shape[-1])
+    if isinstance(weight, Stacked) and weight.low_rank is None:
+        first = bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
+        return torch.baddbmm(first, rows, weight.full()).view(-1, width)
+    output = torch.addmm(_plain(bias), x, _plain(weight))  # type: ignore[arg-type]
+    view = output.view(blocks, -1, width)
+    coordinate = weight.low_rank if isinstance(weight, Stacked) else None
+    if coordinate is None:
+        assert isinstance(bias, Stacked)
+        view.add_(bias.offset().to(output.dtype).unsqueeze(1))
+        return output
+    assert isinstance(weight, Stacked)
+    rank = coordinate.rank
+    moves = isinstance(bias, Stacked)
+    thin = torch.empty(blocks, rank + moves, x.shape[-1], device=x.device)
+    _moved(weight, coordinate, thin[:, :rank].transpose(1, 2))
+    if moves:
+        thin[:, rank] = 0
+    left = torch.bmm(thin.to(x.dtype), rows.transpose(1, 2)).transpose(1, 2)
+    if not isinstance(bias, Stacked):
+        output.addmm_(left.reshape(-1, rank), coordinate.v.T.to(output.dtype))
+        return output
+    left[..., rank] = 1
+    wide = torch.empty(blocks, rank + 1, width, device=x.device)
+    wide[:, :rank] = coordinate.v.T
+    wide[:, rank] = bias.offset()
+    view.baddbmm_(left, wide.to(output.dtype))
+    return output
+
+
+def _embedding(
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """y = W[ids]."""
+    _no_more(ids, rescaled=max_norm is not None)
+    assert isinstance(weight, Stacked)
+    lending = weight.lending
+    if ids.dim() == 2 and ids.shape[0] % lending.stack.total == 0:
+        lending.lead = ids.shape[0]
+    ids = lending.spread(ids, 0)
+    blocks, height = lending.blocks, weight.shape[0]
+    by_block = ids.reshape(blocks, -1)
+    coordinate = weight.low_rank
+    if coordinate is None:
+        table = weight.full().flatten(0, 1)
+        first = torch.arange(blocks, device=ids.device).unsqueeze(1) * height
+        return F.embedding((by_block + first).view(ids.shape), table)
+    output = F.embedding(ids, weight.plain)
+    z = lending.z(coordinate)
+    groups, rank = z.shape[0], coordinate.rank
+    by_group = ids.reshape(groups, -1)
+    first = torch.arange(groups, device=ids.device).unsqueeze(1) * height
+    left = F.embedding(by_group + first, z.flatten(0, 1)).view(groups, blocks // groups, -1, rank)
+    left = left * lending.scales(z, 2)
+    if coordinate.pending:
+        left += F.embedding(by_block, coordinate.a).view(left.shape)
+    output.view(-1, output.shape[-1]).addmm_(left.view(-1, rank).to(output.dtype), coordinate.v.T.to(output.dtype))
+    return output
+
+
+# -- vectors ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _by_block(x: Tensor, lending: Lending, size: int) -> Tensor:
+    """x (..., n) as (B, q, n)."""
+    if x.shape[-1] != size:
+        raise NotStackable(f"a vector of {size} numbers meets rows of {x.shape[-1]}")
+    return lending.spread(x, 1).reshape(lending.blocks, -1, size)
+
+
+def _affine(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """rows (B, q, n) · w + b with a vector a block, or the same one for all."""
+    w, b = (t.full().unsqueeze(1) if isinstance(t, Stacked) else t for t in (weight, bias))
+    if w is None:
+        return rows if b is None else rows.add_(b)
+    return rows.mul_(w) if b is None else torch.addcmul(b, rows, w)
+
+
+def _layer_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    _no_more(x, several_dimensions=len(normalized_shape) != 1)
+    lending = _lending(weight, bias)
+    x = lending.spread(x, 1)
+    rows = _by_block(F.layer_norm(x, normalized_shape, None, None, eps), lending, x.shape[-1])
+    return _affine(rows, weight, bias).view(x.shape)
+
+
+def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    _no_more(x, several_dimensions=len(normalized_shape) != 1)
+    lending = _lending(weight)
+    x = lending.spread(x, 1)
+    return _affine(_by_block(F.rms_norm(x, normalized_shape, None, eps), lending, x.shape[-1]), weight, None).view(x.shape)
+
+
+def _elementwise(operation: Callable[[Tensor, Any], Tensor]) -> Callable[..., Tensor]:
+    """A commuting operation of a vector with rows, or with a number (which gives a stacked vector again)."""
+
+    def apply(one: Any, other: Any) -> Tensor:
+        vector, x = (one, other) if isinstance(one, Stacked) else (other, one)
+        if vector.plain.dim() != 1 or isinstance(x, Stacked):
+            raise NotStackable(f"the model computes with {vector.coordinate.name}, which has no batched form")
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            return Stacked.of(operation(vector.plain, x), vector.coordinate, vector.lending, operation(vector.full(), x))
+        rows = _by_block(x, vector.lending, vector.plain.shape[0])
+        lead = x.shape if x.shape[0] != 1 else (vector.lending.lead, *x.shape[1:])
+        return operation(rows, vector.full().unsqueeze(1)).view(lead)
+
+    return apply
+
+
+def _cast(method: str) -> Callable[..., Tensor]:
+    def apply(vector: Stacked, *args: Any, **kwargs: Any) -> Tensor:
+        plain = getattr(vector.plain, method)(*args, **kwargs)
+        if plain is vector.plain:
+            return vector
+        if plain.dim() != 1:
+            raise NotStackable(f"the model converts {vector.coordinate.name} to {plain.dtype}")
+        return Stacked.of(plain, vector.coordinate, vector.lending, vector.full().to(plain.dtype))
+
+    return apply
+
+
+_mul, _add = _elementwise(torch.mul), _elementwise(torch.add)
+#: By the name under which ``__torch_function__`` is told of them.
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "linear": _linear,
+    "addmm": _addmm,
+    "embedding": _embedding,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    **dict.fromkeys(("mul", "__mul__", "__rmul__"), _mul),
+    **dict.fromkeys(("add", "__add__", "__radd__"), _add),
+    **{method: _cast(method) for method in ("to", "float", "half", "bfloat16", "type_as")},
+}
