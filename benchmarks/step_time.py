@@ -238,7 +238,7 @@ def measure(shape: str, rows: int, tokens: int, dtype: torch.dtype, names: list[
 
 def table(results: list[dict]) -> str:
     lines = [
-        "| shape | batch | dtype | method | step ms | bare forwards ms | step / bare | × published MeZO | peak / inference | extra MB | state MB |",
+        "| shape | batch | dtype | method | step ms | forwards ms | step / bare | × plain MeZO | peak / inference | extra MB | state MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [

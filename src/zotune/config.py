@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zotune import methods
+from zotune.evaluating import PROBES
 
 _METHOD_FIELDS = (
     "eps",
@@ -73,7 +74,16 @@ class ZOConfig(TrainingArguments):
 
     method: str = field(default="lozo", metadata={"help": "The method; `zotune methods` lists them."})
     eps: float | None = field(default=None, metadata={"help": "Perturbation scale of the directions."})
-    num_directions: int | None = field(default=None, metadata={"help": "Directions drawn each step (K)."})
+    num_directions: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Directions of a step: a number, all examples under each; example: each example under its own; groups:G."
+        },
+    )
+    probe: str = field(
+        default="auto",
+        metadata={"help": "batched: all evaluations of a step in one forward; sequential: one by one; auto: batched where possible."},
+    )
     direction: str | None = field(default=None, metadata={"help": "Distribution of the directions, e.g. gaussian."})
     estimator: str | None = field(default=None, metadata={"help": "Estimator of the gradient: central or forward."})
     rank: int | None = field(default=None, metadata={"help": "Rank of a low-rank subspace."})
@@ -109,6 +119,8 @@ class ZOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.num_directions, str) and self.num_directions.isdecimal():  # a number from the command line
+            self.num_directions = int(self.num_directions)
         self._check_settings()
         if self.max_steps == -1 and self.num_train_epochs is None:
             self.max_steps = 1000
@@ -164,6 +176,8 @@ class ZOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
+        if self.probe not in PROBES:
+            raise ValueError(f"unknown probe {self.probe!r}: choose one of {', '.join(PROBES)}.")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         if self.max_steps != -1 and self.max_steps < 1:
@@ -171,7 +185,6 @@ class ZOConfig(TrainingArguments):
 
 
 _LOWEST = {
-    "num_directions": 1,
     "rank": 1,
     "interval": 1,
     "max_nonfinite_steps": 1,

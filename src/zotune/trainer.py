@@ -202,6 +202,7 @@ class ZOTrainer(CheckpointedTrainer):
                 weight_decay=args.weight_decay,
                 seed=args.seed,
                 max_nonfinite_steps=args.max_nonfinite_steps,
+                probe=args.probe,
             )
             self.optimizer = _SteppedOptimizer(optimizer)
         return self.optimizer
