@@ -75,10 +75,7 @@ def ids(length: int, seed: int) -> list[int]:
 
 
 def single_token_examples() -> list[dict]:
-    return [
-        {"prompt_ids": ids(length, length), "option_ids": [[5], [17], [40]], "answer": length % 3}
-        for length in (4, 11, 7)
-    ]
+    return [{"prompt_ids": ids(length, length), "option_ids": [[5], [17], [40]], "answer": length % 3} for length in (4, 11, 7)]
 
 
 def mixed_examples() -> list[dict]:
@@ -157,8 +154,7 @@ def test_language_model_loss_is_the_mean_over_the_scored_tokens_of_each_example(
     ]
     losses = LanguageModelLoss(model)(LanguageModelCollator(pad_token_id=0)(examples))
     by_hand = [
-        -logprob_by_hand(model, example["prompt_ids"], example["completion_ids"]) / len(example["completion_ids"])
-        for example in examples
+        -logprob_by_hand(model, example["prompt_ids"], example["completion_ids"]) / len(example["completion_ids"]) for example in examples
     ]
     assert losses.shape == (2,)
     close(losses, torch.tensor(by_hand))

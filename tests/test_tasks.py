@@ -79,8 +79,7 @@ RENDERED = {
     "sst2": (0, "it 's a charming and often affecting journey . This movie is", (" terrible", " great"), 1),
     "sst5": (
         0,
-        "in his first stab at the form , jacquot takes a slightly anarchic approach that works only sporadically . "
-        "This movie is",
+        "in his first stab at the form , jacquot takes a slightly anarchic approach that works only sporadically . This movie is",
         (" terrible", " bad", " okay", " good", " great"),
         2,
     ),
@@ -115,10 +114,7 @@ def test_the_bundled_tasks():
 
 
 def test_listing_the_tasks_imports_neither_torch_nor_transformers():
-    code = (
-        "import sys, zotune.tasks as t; [t.load(n) for n in t.names()]; "
-        "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
-    )
+    code = "import sys, zotune.tasks as t; [t.load(n) for n in t.names()]; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
@@ -319,8 +315,7 @@ def test_the_documentation_is_true(tmp_path):
     text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", text, flags=re.MULTILINE))
     assert {name: tuple(cell.replace("`", "").split(", ")) for name, cell in table.items()} == {
-        name: (tasks.load(name).template, *(t for t in tasks.load(name).templates if t != tasks.load(name).template))
-        for name in NAMES
+        name: (tasks.load(name).template, *(t for t in tasks.load(name).templates if t != tasks.load(name).template)) for name in NAMES
     }
     (tmp_path / "stars.yaml").write_text(re.search(r"```yaml\n(name: .*?)```", text, flags=re.DOTALL).group(1))
     assert tasks.load(tmp_path / "stars.yaml").render({"review": "fine"})[0] == "fine Stars:"

@@ -93,9 +93,7 @@ def test_a_special_token_after_a_text_is_not_part_of_a_prompt(tiny_lm):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     plain = Encoder(tokenizer).choices(rows({"sentence": "a joy .", "label": 1}), tasks.load("sst2"))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     assert tokenizer("a")["input_ids"][-1] == 2
     assert Encoder(tokenizer).choices(rows({"sentence": "a joy .", "label": 1}), tasks.load("sst2")) == plain
 

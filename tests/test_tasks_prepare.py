@@ -84,9 +84,7 @@ def test_training_on_a_task_is_by_default_on_the_right_options_tokens(tokenizer,
 
 
 def test_training_on_the_options_scores(tokenizer, config, model, data_dir):
-    data = tasks.prepare(
-        tokenizer, config, task="sst2", data_dir=data_dir, num_train=4, objective="choices", parts=["train"]
-    )
+    data = tasks.prepare(tokenizer, config, task="sst2", data_dir=data_dir, num_train=4, objective="choices", parts=["train"])
     batch = data.collate_train(data.train)
     with torch.inference_mode():
         losses = objectives.objective("choices", model)(batch)
@@ -151,9 +149,7 @@ def test_files_of_ones_own_without_a_task(tokenizer, config, model, tmp_path):
 
 
 def test_files_of_ones_own_with_a_tasks_columns(tokenizer, config, tmp_path, data_dir):
-    train = lines(
-        tmp_path / "train.jsonl", {"sentence": "fine .", "label": "positive"}, {"sentence": "no .", "label": 0}
-    )
+    train = lines(tmp_path / "train.jsonl", {"sentence": "fine .", "label": "positive"}, {"sentence": "no .", "label": 0})
     data = tasks.prepare(tokenizer, config, task="sst2", train_file=train)
     assert [example["answer"] for example in data.train] == [1, 0]
     assert data.eval is None  # no published split behind the user's back

@@ -76,9 +76,7 @@ class ZOConfig(TrainingArguments):
     eps: float | None = field(default=None, metadata={"help": "Perturbation scale of the directions."})
     num_directions: int | str | None = field(
         default=None,
-        metadata={
-            "help": "Directions of a step: a number, all examples under each; example: each example under its own; groups:G."
-        },
+        metadata={"help": "Directions of a step: a number, all examples under each; example: each example under its own; groups:G."},
     )
     probe: str = field(
         default="auto",

@@ -25,9 +25,7 @@ IGNORE = -100
 _CHUNK_ELEMENTS = 2**24
 
 
-def token_logprobs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor
-) -> Tensor:
+def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities of the scored tokens: log p(targets[r, s] | input_ids[r, : positions[r, s] + 1]).
 
     Args:

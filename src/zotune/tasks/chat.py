@@ -9,9 +9,7 @@ from typing import Any
 def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The chat up to its last assistant turn; ValueError if it has none or is malformed."""
     messages = row["messages"]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
-    ):
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
         raise ValueError('column \'messages\' must hold a list of {"role": ..., "content": ...}.')
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     if last < 0:

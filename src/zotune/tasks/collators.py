@@ -32,9 +32,7 @@ class LanguageModelCollator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         inputs, positions, targets = [], [], []
         for example in examples:
-            completion = (
-                example["option_ids"][example["answer"]] if "option_ids" in example else example["completion_ids"]
-            )
+            completion = example["option_ids"][example["answer"]] if "option_ids" in example else example["completion_ids"]
             ids, where, what = _scored(example["prompt_ids"], completion, example.get("completion_mask"))
             inputs.append(ids)
             positions.append(where)
@@ -129,16 +127,10 @@ class ClassifierCollator:
         return batch
 
 
-def _scored(
-    prompt: Sequence[int], completion: Sequence[int], mask: Sequence[bool] | None = None
-) -> tuple[list[int], list[int], list[int]]:
+def _scored(prompt: Sequence[int], completion: Sequence[int], mask: Sequence[bool] | None = None) -> tuple[list[int], list[int], list[int]]:
     """Input ids, positions and targets of a completion; its first token needs a token before it to be scored."""
     ids = [*prompt, *completion]
-    scored = [
-        len(prompt) + index
-        for index in range(len(completion))
-        if (mask is None or mask[index]) and len(prompt) + index > 0
-    ]
+    scored = [len(prompt) + index for index in range(len(completion)) if (mask is None or mask[index]) and len(prompt) + index > 0]
     return ids[:-1], [index - 1 for index in scored], [ids[index] for index in scored]
 
 

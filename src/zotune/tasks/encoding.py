@@ -78,14 +78,8 @@ class Encoder:
             with _At(rows, index):
                 example = encode(row)
                 mask = example.get("completion_mask", [True])
-                if (
-                    not example["completion_ids"]
-                    or not any(mask)
-                    or (len(example["completion_ids"]) == 1 and not example["prompt_ids"])
-                ):
-                    raise ValueError(
-                        f"nothing to score in {' and '.join(map(repr, columns))}: it is empty or cut away."
-                    )
+                if not example["completion_ids"] or not any(mask) or (len(example["completion_ids"]) == 1 and not example["prompt_ids"]):
+                    raise ValueError(f"nothing to score in {' and '.join(map(repr, columns))}: it is empty or cut away.")
             examples.append(example)
         return examples
 
@@ -104,9 +98,7 @@ class Encoder:
                 if self.limit is not None and len(encoded["input_ids"]) > self.limit:
                     if not self.truncate:
                         raise ValueError(self._too_long(f"the text has {len(encoded['input_ids'])} tokens"))
-                    encoded = self.tokenizer(
-                        *texts, truncation=True, max_length=self.limit, return_attention_mask=False, verbose=False
-                    )
+                    encoded = self.tokenizer(*texts, truncation=True, max_length=self.limit, return_attention_mask=False, verbose=False)
                 label = task.answer(row)
             kept = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
             examples.append({**kept, "label": label})
@@ -122,9 +114,7 @@ class Encoder:
         return [], []
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
-        return list(
-            self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-        )
+        return list(self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
     def _prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids with the special tokens that come before a text, never those that come after one."""

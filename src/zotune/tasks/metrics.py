@@ -55,9 +55,7 @@ class ComputeMetrics:
     metrics: Sequence[str] = ("accuracy",)
 
     def __call__(self, prediction: Any) -> dict[str, float]:
-        scores, answers = (
-            (prediction.predictions, prediction.label_ids) if hasattr(prediction, "predictions") else prediction
-        )
+        scores, answers = (prediction.predictions, prediction.label_ids) if hasattr(prediction, "predictions") else prediction
         if isinstance(scores, tuple):
             scores = scores[0]
         predicted, answers = predictions(scores), np.asarray(answers).reshape(-1)

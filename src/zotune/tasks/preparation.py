@@ -100,9 +100,7 @@ def prepare(
         raise ValueError("template and options need the name or path of a task: pass --task.")
     train_objective, eval_objective = _objectives(objective, task, model_config)
     if train_objective == "classifier" and (template is not None or options is not None):
-        raise ValueError(
-            "a sequence-classification head reads a task's columns and has no prompt: leave template and options out."
-        )
+        raise ValueError("a sequence-classification head reads a task's columns and has no prompt: leave template and options out.")
 
     limit, users = context_limit(tokenizer, model_config, max_length)
     encoder = Encoder(tokenizer, limit, truncate, users)
@@ -124,9 +122,7 @@ def prepare(
     dev_rows = None
     if train_rows is not None:
         answers = _answers(train_rows, task) if k_shot is not None and task is not None else None
-        train_rows, dev_rows = split_train(
-            train_rows, seed=seed, num_train=num_train, num_dev=num_dev, k_shot=k_shot, answers=answers
-        )
+        train_rows, dev_rows = split_train(train_rows, seed=seed, num_train=num_train, num_dev=num_dev, k_shot=k_shot, answers=answers)
     if eval_rows is not None:
         eval_rows = sample(eval_rows, num_eval, seed=seed)
     collators = {"lm": LanguageModelCollator, "choices": ChoicesCollator, "classifier": ClassifierCollator}
@@ -164,9 +160,7 @@ def _objectives(objective: str | None, task: Task | None, model_config: Any) -> 
     if objective is not None and objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}.")
     if getattr(model_config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{model_config.model_type} is an encoder-decoder model: use a causal language model or an encoder."
-        )
+        raise ValueError(f"{model_config.model_type} is an encoder-decoder model: use a causal language model or an encoder.")
     if is_encoder(model_config):
         if objective in ("lm", "choices"):
             raise ValueError(
@@ -176,9 +170,7 @@ def _objectives(objective: str | None, task: Task | None, model_config: Any) -> 
         objective = "classifier"
     if task is None:
         if objective in ("choices", "classifier"):
-            raise ValueError(
-                f"objective {objective!r} needs a task with labels: pass --task (a name or your own YAML file)."
-            )
+            raise ValueError(f"objective {objective!r} needs a task with labels: pass --task (a name or your own YAML file).")
         return "lm", "lm"
     if objective == "classifier":
         return "classifier", "classifier"

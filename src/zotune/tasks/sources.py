@@ -70,9 +70,7 @@ class Rows(Sequence):
                 index = next(i for i, row in enumerate(self.rows) if name not in row)
             present = list(self.rows[index])
             place = self.source if index == 0 else self.where(index)
-            raise ValueError(
-                f"{place} has no column {name!r}: it has {', '.join(present)}{did_you_mean(name, present)}."
-            )
+            raise ValueError(f"{place} has no column {name!r}: it has {', '.join(present)}{did_you_mean(name, present)}.")
 
 
 def read_jsonl(path: str | Path) -> Rows:
@@ -152,9 +150,7 @@ def split_train(
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     if num_dev and num_dev >= len(order):
-        raise ValueError(
-            f"num_dev={num_dev} leaves nothing to train on: {rows.source} holds {len(order)} rows; choose fewer."
-        )
+        raise ValueError(f"num_dev={num_dev} leaves nothing to train on: {rows.source} holds {len(order)} rows; choose fewer.")
     dev, rest = order[: num_dev or 0], order[num_dev or 0 :]
     if k_shot is None:
         train = rest[:num_train]
@@ -183,8 +179,7 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise ValueError(f"{path}, line {number} is not valid JSON ({error.msg} at column {error.colno}).") from None
     if not isinstance(row, dict):
         raise ValueError(
-            f"{path}, line {number} holds a {type(row).__name__}, not an object such as "
-            '{"prompt": "...", "completion": "..."}.'
+            f'{path}, line {number} holds a {type(row).__name__}, not an object such as {{"prompt": "...", "completion": "..."}}.'
         )
     return row
 
@@ -205,9 +200,7 @@ def _local(task: Task, split: str, data_dir: Path) -> Rows:
 
 def _hub(task: Task, split: str) -> Rows:
     if not task.hub:
-        raise ValueError(
-            f"task {task.name!r} names no hub data set: pass --data_dir, a folder with {task.name}/{split}.jsonl."
-        )
+        raise ValueError(f"task {task.name!r} names no hub data set: pass --data_dir, a folder with {task.name}/{split}.jsonl.")
     import datasets  # slow to import, and not needed for local files
 
     name = task.hub + (f"/{task.subset}" if task.subset else "")
@@ -232,9 +225,7 @@ def _k_of_each(order: Sequence[int], answers: Sequence[int], k: int, source: str
             chosen[answers[index]].append(index)
     for answer, indices in chosen.items():
         if len(indices) < k:
-            raise ValueError(
-                f"k_shot={k}, but {source} has {len(indices)} training rows of class {answer}; choose a smaller one."
-            )
+            raise ValueError(f"k_shot={k}, but {source} has {len(indices)} training rows of class {answer}; choose a smaller one.")
     return [index for indices in chosen.values() for index in indices]
 
 

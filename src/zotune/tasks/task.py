@@ -210,9 +210,7 @@ def _parse(raw: Any, chosen: str | None) -> Task:
     metrics = tuple(raw.get("metrics") or ("accuracy",))
     for metric in metrics:
         if metric not in METRICS:
-            raise ValueError(
-                f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}; there are {', '.join(METRICS)}."
-            )
+            raise ValueError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}; there are {', '.join(METRICS)}.")
     return Task(
         name=str(raw["name"]),
         title=str(raw.get("title", raw["name"])),
@@ -246,16 +244,12 @@ def _template_parts(raw: Mapping[str, Any], name: str) -> tuple[str, Any]:
     return entry["prompt"], options
 
 
-def _options(
-    options: Sequence[str] | Mapping[Any, str], labels: Sequence[Any], label_names: Sequence[str]
-) -> tuple[str, ...]:
+def _options(options: Sequence[str] | Mapping[Any, str], labels: Sequence[Any], label_names: Sequence[str]) -> tuple[str, ...]:
     """Options in label order, from a list in that order or a mapping by label or class name."""
     wanted = f"{len(labels)} options, one for each of {', '.join(label_names)}"
     if isinstance(options, Mapping):
         by_key = {str(key): text for key, text in options.items()}
-        ordered = [
-            by_key.pop(str(label), by_key.pop(name, None)) for label, name in zip(labels, label_names, strict=True)
-        ]
+        ordered = [by_key.pop(str(label), by_key.pop(name, None)) for label, name in zip(labels, label_names, strict=True)]
         if by_key or None in ordered:
             raise ValueError(f"the options {dict(options)} do not name {wanted}.")
     else:
@@ -282,9 +276,7 @@ def _check_derived(derived: Any, columns: Sequence[str]) -> None:
             raise ValueError(f"derived column {name!r} comes from {rule['column']!r}, which is not in 'columns'.")
         for change in rule.get("apply", ()):
             if change not in CHANGES:
-                raise ValueError(
-                    f"unknown change {change!r}{did_you_mean(change, CHANGES)}; there are {', '.join(CHANGES)}."
-                )
+                raise ValueError(f"unknown change {change!r}{did_you_mean(change, CHANGES)}; there are {', '.join(CHANGES)}.")
 
 
 def _check_join(task: Task) -> None:

@@ -1,0 +1,9 @@
+"""`python -m zotune` is the command `zotune`."""
+
+from __future__ import annotations
+
+import sys
+
+from zotune.cli import main
+
+sys.exit(main())

@@ -1,0 +1,138 @@
+"""The command `zotune`: finds the subcommand, runs it, and turns what goes wrong into one sentence and an exit code.
+
+Exit codes: 0 done; 1 the run failed (a non-finite loss, out of memory); 2 the request was wrong; 130 interrupted.
+Nothing heavy is imported here, so that `zotune --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+
+# name -> (module:function, one line)
+COMMANDS = {
+    "train": ("zotune.commands.train:main", "fine-tune a model with forward passes only"),
+    "eval": ("zotune.commands.evaluate:main", "evaluate a model on a task"),
+    "replay": ("zotune.commands.replay:main", "rebuild the trained weights from the base model and a run's journal"),
+    "methods": ("zotune.commands.listing:methods", "list the methods, or describe one"),
+    "tasks": ("zotune.commands.listing:tasks", "list the tasks, or describe one"),
+    "quickstart": ("zotune.commands.quickstart:main", "fine-tune the bundled small model on bundled reviews, offline"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code.
+
+    Args:
+        argv: the words after `zotune`; the process's own when None.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = os.environ.get("ZOTUNE_TRACEBACK", "") not in ("", "0")
+    if "--traceback" in words:
+        words.remove("--traceback")
+        show_traceback = True
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except SystemExit as leaving:  # argparse's --help
+        return int(leaving.code or 0)
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "Interrupted."
+        code = INTERRUPTED
+        if show_traceback:
+            traceback.print_exc()
+    except BrokenPipeError:
+        # The reader (`head`, `less`) left. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        known = _explain(error)
+        if known is None:  # a bug of ours: whoever reports it needs the traceback
+            raise
+        message, code = known
+        if show_traceback:
+            traceback.print_exc()
+    print(f"zotune: {message}", file=sys.stderr)
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"zotune {version('zotune')}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean `zotune {near[0]}`?" if near else f"there are {', '.join(COMMANDS)}."
+        kind = "option" if name.startswith("-") else "command"
+        raise ValueError(f"unknown {kind} {name!r}: {hint}")
+    _quiet_environment()
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(module), function)(rest)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [
+        "usage: zotune COMMAND [options]",
+        "",
+        "Fine-tune language models with forward passes only: the memory of inference, no backward pass.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}{line}" for name, (_, line) in COMMANDS.items()),
+        "",
+        "options:",
+        f"  {'--version':<13}print the version",
+        f"  {'--traceback':<13}show where an error comes from (or set ZOTUNE_TRACEBACK=1)",
+        "",
+        "`zotune COMMAND --help` describes a command. To start: zotune quickstart",
+    ]
+    return "\n".join(lines)
+
+
+def _quiet_environment() -> None:
+    """Silences third-party start-up noise; these variables are read when those libraries are imported."""
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "Agg",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """The sentence and exit code of an error that the user can act on; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        extra = {"peft": "peft", "tensorboard": "tensorboard", "pytorch_optimizer": "optimizers"}.get(error.name or "")
+        hint = f" Install it with `pip install 'zotune[{extra}]'`." if extra else ""
+        return f"this needs the package {error.name!r}, which is not installed.{hint}", WRONG
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {os.fspath(error.filename)!s}", WRONG
+    if isinstance(error, ValueError | OSError | ImportError):
+        return text or type(error).__name__, WRONG
+    if type(error).__name__ in ("NonFiniteLossError", "ChildFailedError"):
+        return text, FAILED
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return (
+            "out of memory; a smaller --per_device_train_batch_size, --max_length or --dtype bfloat16 needs less.",
+            FAILED,
+        )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

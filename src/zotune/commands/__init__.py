@@ -1,0 +1,1 @@
+"""The subcommands of `zotune`, one module each, with `main(argv) -> exit code`."""

@@ -1,0 +1,89 @@
+"""Options of the commands that are not `transformers.TrainingArguments`: the model, the data, the tuning scheme."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is loaded."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "model folder or Hugging Face hub id"})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "of the weights; auto: float32 on a CPU, as stored on a GPU"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "attention implementation that transformers shall use (eager, sdpa, ...)"}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run Python code that comes with the model; only for authors you trust"}
+    )
+
+    def require(self, command: str) -> str:
+        """The model's name; ValueError when the user gave none."""
+        if not self.model_name_or_path:
+            raise ValueError(f"{command} needs --model_name_or_path: a model folder or a Hugging Face hub id.")
+        return self.model_name_or_path
+
+
+@dataclass
+class EvalDataArguments:
+    """Which data to evaluate on, and how a row becomes a prompt with its answer."""
+
+    task: str | None = field(default=None, metadata={"help": "a task of `zotune tasks`, or your own task's YAML file"})
+    data_dir: str | None = field(default=None, metadata={"help": "folder with <task>/<split>.jsonl[.gz]; without it, the Hugging Face hub"})
+    eval_file: str | None = field(
+        default=None,
+        metadata={"help": "your JSON Lines to evaluate on: prompt/completion, text or messages; or a task's columns"},
+    )
+    template: str | None = field(default=None, metadata={"help": "name of a task's template, or your own: '{sentence} It was'"})
+    options: list[str] | None = field(default=None, metadata={"help": "answer options in label order, in place of the template's"})
+    num_eval: int | None = field(default=None, metadata={"help": "evaluate on so many examples, drawn by seed"})
+    max_length: int | None = field(default=None, metadata={"help": "longest example in tokens; the model's context when not given"})
+    truncate: bool = field(default=False, metadata={"help": "shorten what is too long instead of stopping"})
+
+    def __post_init__(self) -> None:
+        if self.data_dir is not None and not Path(self.data_dir).expanduser().is_dir():
+            raise FileNotFoundError(f"--data_dir: there is no folder {self.data_dir!r}.")
+        for name in ("train_file", "eval_file"):
+            path = getattr(self, name, None)
+            if path is not None and not Path(path).expanduser().is_file():
+                raise FileNotFoundError(f"--{name}: there is no file {path!r}.")
+
+
+@dataclass
+class DataArguments(EvalDataArguments):
+    """Which data to train and evaluate on."""
+
+    train_file: str | None = field(default=None, metadata={"help": "your JSON Lines to train on, in the same formats"})
+    objective: Literal["lm", "choices", "classifier"] | None = field(
+        default=None,
+        metadata={
+            "help": "training loss: over the answer's tokens (lm, the default), over the options' scores (choices), or "
+            "of a classification head (classifier, the default for encoders)"
+        },
+    )
+    num_train: int | None = field(default=None, metadata={"help": "use so many training examples, drawn by seed"})
+    num_dev: int | None = field(default=None, metadata={"help": "hold so many training examples out, for the evaluations during training"})
+    k_shot: int | None = field(default=None, metadata={"help": "so many training examples of each class"})
+
+
+@dataclass
+class SchemeArguments:
+    """Which parameters move."""
+
+    scheme: Literal["full", "lora"] = field(default="full", metadata={"help": "all weights, or a LoRA adapter's"})
+    lora_r: int = field(default=8, metadata={"help": "rank of the adapter"})
+    lora_alpha: float = field(default=16.0, metadata={"help": "scale of the adapter: alpha / r"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "names of the layers that get an adapter; peft's choice when not given"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r must be at least 1, not {self.lora_r}.")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"--lora_alpha must be above 0, not {self.lora_alpha}.")

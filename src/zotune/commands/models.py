@@ -1,0 +1,150 @@
+"""Loading what a command works on: the model with its head, its adapter, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zotune.commands.arguments import ModelArguments, SchemeArguments
+
+
+@dataclass
+class ModelPlan:
+    """What is known of a model before any weight is read.
+
+    Attributes:
+        name: folder (absolute) or hub id of the base model.
+        adapter: folder of a trained adapter that comes on top, or None.
+        config: its transformers configuration.
+    """
+
+    name: str
+    adapter: str | None
+    config: Any
+
+
+def plan_model(args: ModelArguments, command: str) -> ModelPlan:
+    """Reads the model's configuration.
+
+    Args:
+        args: the user's options.
+        command: for messages.
+
+    Raises:
+        FileNotFoundError: there is no such folder or hub id. ValueError: the folder holds no model.
+    """
+    from transformers import AutoConfig
+
+    name, adapter = _located(args.require(command)), None
+    if (Path(name) / "adapter_config.json").is_file():
+        adapter = name
+        name = _located(json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"])
+    config = _explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
+    return ModelPlan(name, adapter, config)
+
+
+def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
+    """The base model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return _explained(plan.name, lambda: AutoTokenizer.from_pretrained(plan.name, trust_remote_code=args.trust_remote_code))
+
+
+def load_model(
+    plan: ModelPlan, args: ModelArguments, device: torch.device, *, classes: Sequence[str] | None = None
+) -> tuple[nn.Module, list[str]]:
+    """The model on the CPU, and the names of the parameters that its files lack and that were drawn at random.
+
+    Only a classifier's new head may be missing.
+
+    Args:
+        plan: from `plan_model`.
+        args: the user's options.
+        device: where it will run; decides what dtype "auto" means.
+        classes: names of a classifier's classes; None for a language model.
+
+    Raises:
+        ValueError: the head has another number of classes, or a language model's files are incomplete.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"dtype": resolve_dtype(args.dtype, device), "trust_remote_code": args.trust_remote_code}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    config, kind = plan.config, AutoModelForCausalLM
+    if classes is not None:
+        kind = AutoModelForSequenceClassification
+        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        if has_head and config.num_labels != len(classes):
+            raise ValueError(f"{plan.name} has a classification head for {config.num_labels} classes, and the task has {len(classes)}.")
+        if not has_head:
+            config.num_labels = len(classes)
+            config.id2label = dict(enumerate(classes))
+            config.label2id = {name: index for index, name in enumerate(classes)}
+    model, info = _explained(plan.name, lambda: kind.from_pretrained(plan.name, config=config, output_loading_info=True, **options))
+    missing = sorted(info["missing_keys"])
+    if missing and classes is None:
+        raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
+    if plan.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, plan.adapter, is_trainable=True)
+    return model, missing
+
+
+def add_adapter(model: nn.Module, scheme: SchemeArguments, *, classifier: bool) -> nn.Module:
+    """The model under a fresh LoRA adapter, the only thing that stays trainable (with a classifier's head)."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        r=scheme.lora_r,
+        lora_alpha=scheme.lora_alpha,  # type: ignore[arg-type]
+        target_modules=scheme.lora_target_modules,
+        task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
+    )
+    return get_peft_model(model, config)
+
+
+def resolve_dtype(name: str, device: torch.device) -> Any:
+    """The torch dtype of a name; "auto" is float32 on a CPU and the stored one elsewhere.
+
+    Half precision has no fast kernels on many CPUs, and a model small enough for one fits in float32.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, name)
+
+
+def _located(name: str) -> str:
+    """The absolute path of a model folder, or the hub id as it is; FileNotFoundError for a path that is no folder."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.exists():
+        raise ValueError(f"{name} is a file; --model_name_or_path takes a model folder or a Hugging Face hub id.")
+    if not re.fullmatch(r"[\w\-][\w.\-]*(/[\w.\-]+)?", name):  # nothing that the hub could know
+        raise FileNotFoundError(f"there is no model folder {name!r}.")
+    return name
+
+
+def _explained(name: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns; its long-winded errors as one sentence."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ValueError(f"{name} needs code of its own: add --trust_remote_code if you trust its authors.") from error
+        if Path(name).is_dir():
+            raise ValueError(f"cannot load a model from the folder {name}: {reason}") from error
+        raise FileNotFoundError(
+            f"there is no model folder {name!r}, and the Hugging Face hub gave none of that name "
+            "(no such model, no network, or HF_HUB_OFFLINE is set)."
+        ) from error

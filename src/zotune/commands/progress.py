@@ -1,0 +1,96 @@
+"""The progress of a run: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from zotune.run_report import metric_text
+
+
+class RunProgress(TrainerCallback):
+    """Shows step, loss, the metric at evaluations, steps a second and forward passes.
+
+    Args:
+        console: where to write; a bar when it is a terminal, else a line at each evaluation and every tenth of the run.
+        metric_name: metric of the evaluations, without its `eval_` prefix.
+        first: its value before training.
+    """
+
+    def __init__(self, console: Console, metric_name: str, first: float | None = None):
+        self.console = console
+        self.metric_name = metric_name
+        self.metric = first
+        self.loss: float | None = None
+        self.forwards = 0
+        self.bar: Progress | None = None
+        self.rate: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        self.first_step, self.started, self.paused = state.global_step, time.perf_counter(), 0.0
+        if self.console.is_terminal:
+            room = self.console.width - 76  # what the numbers leave of the line
+            self.bar = Progress(
+                BarColumn(bar_width=max(5, min(24, room))),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                *([TimeRemainingColumn(compact=True)] if room >= 12 else []),
+                console=self.console,
+            )
+            self.job = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, facts="")
+            self.bar.start()
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs: Any) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self.forwards = getattr(optimizer, "forward_passes", self.forwards)
+        last = getattr(optimizer, "last", None)
+        elapsed = time.perf_counter() - self.started - self.paused
+        self.rate = (state.global_step - self.first_step) / elapsed if elapsed > 0 else None
+        if self.bar is not None:
+            if self.loss is None and last is not None and state.global_step % 5 == 1:
+                self.loss = float(last.loss)  # until the first log entry there is no mean to show
+            self.bar.update(self.job, completed=state.global_step, facts=self._facts())
+        elif state.global_step % max(1, state.max_steps // 10) == 0 and not control.should_evaluate:
+            self._line(state)
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = logs["loss"]
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs: Any) -> None:
+        metrics = metrics or {}
+        self.metric = metrics.get(f"eval_{self.metric_name}", self.metric)
+        self.paused += metrics.get("eval_runtime", 0.0)  # steps a second are those of training
+        if self.bar is not None:
+            self.bar.update(self.job, facts=self._facts())
+        else:
+            self._line(state)
+
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar; also after an interruption."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _line(self, state) -> None:
+        self.console.print(f"step {state.global_step}/{state.max_steps}  {self._facts()}", highlight=False)
+
+    def _facts(self) -> str:
+        facts = []
+        if self.loss is not None:
+            facts.append(f"loss {self.loss:.3f}")
+        if self.metric is not None and self.metric_name != "loss":
+            facts.append(f"{self.metric_name} {metric_text(self.metric_name, self.metric)}")
+        if self.metric is not None and self.metric_name == "loss":
+            facts.append(f"eval loss {self.metric:.3f}")
+        if self.rate is not None:
+            facts.append(f"{self.rate:.1f} steps/s" if self.rate >= 1 else f"{1 / self.rate:.1f} s/step")
+        facts.append(f"{self.forwards} forwards")
+        return "  ".join(facts)

@@ -1,0 +1,85 @@
+"""`zotune replay`: base model + journal = the trained model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from zotune import checkpoint
+from zotune.commands import run_folder
+from zotune.commands.arguments import ModelArguments
+from zotune.commands.models import load_model, load_tokenizer, plan_model
+from zotune.commands.quiet import quiet_libraries
+from zotune.commands.simple_parser import SimpleParser
+from zotune.journal import Journal, verify
+from zotune.replaying import replay
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `zotune replay`."""
+    parser = SimpleParser(
+        "zotune replay",
+        "Rebuilds the trained weights of a run from its base model and its journal, and saves a model that transformers loads. "
+        "Exact, bit for bit, on the kind of device that the run was on.",
+    )
+    parser.add_argument("base", nargs="?", help="the base model: a folder or a hub id (not needed with --verify)")
+    parser.add_argument("journal", help="the run's journal, or its folder")
+    parser.add_argument("--output_dir", help="folder for the rebuilt model; must not exist or be empty")
+    parser.add_argument("--step", type=int, help="stop after so many steps (default: all)")
+    parser.add_argument("--verify", action="store_true", help="only check the journal's checksums and order; writes nothing")
+    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
+    args = parser.parse(argv)
+    path = Path(args.journal).expanduser()
+    path = path / run_folder.JOURNAL_FILE if path.is_dir() else path
+    if args.verify:
+        found = verify(path)
+        if not found.ok:
+            raise ValueError(found.message)
+        print(f"{path}: {found.message}")
+        return 0
+    if args.base is None:
+        raise ValueError("zotune replay takes the base model and the journal: zotune replay BASE JOURNAL --output_dir DIR.")
+    if args.output_dir is None:
+        raise ValueError("zotune replay needs --output_dir: the folder for the rebuilt model.")
+    output = Path(args.output_dir).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is not empty; choose another --output_dir.")
+    quiet_libraries()
+    journal = Journal.open(path)
+    model, tokenizer = _base_model(args, journal, path.parent)
+    optimizer = replay(model, journal, until=args.step)
+    steps = optimizer.steps
+    optimizer.detach()
+    with checkpoint.draft(output) as folder:
+        checkpoint.save_model(folder, model.cpu())
+        tokenizer.save_pretrained(folder)
+    print(f"{output}: {args.base} after {steps} of {len(journal)} steps of {journal.header['method']}.")
+    return 0
+
+
+def _base_model(args: argparse.Namespace, journal: Journal, folder: Path) -> tuple[nn.Module, Any]:
+    """The base model as it was before the first step: in the run's dtype, with the head or adapter that the run began with."""
+    run = run_folder.read_run(folder) if (folder / run_folder.RUN_FILE).is_file() else {}
+    stored = {dtype for group in journal.header["groups"] for _, _, dtype in group["parameters"]}
+    dtype = run.get("dtype") or next(iter(stored))
+    options = ModelArguments(args.base, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    on_gpu = torch.cuda.is_available() and not args.use_cpu and "cpu" not in journal.header["device"]
+    device = torch.device("cuda" if on_gpu else "cpu")
+    plan = plan_model(options, "zotune replay")
+    tokenizer = load_tokenizer(plan, options)
+    adapter = folder / run_folder.ADAPTER_FOLDER
+    if adapter.is_dir():
+        plan = dataclasses.replace(plan, adapter=str(adapter))
+    model, _ = load_model(plan, options, device, classes=run.get("classes"))
+    head = folder / run_folder.HEAD_FILE
+    if head.is_file():
+        model.load_state_dict(load_file(head), strict=False)
+    return model.to(device), tokenizer

@@ -1,0 +1,348 @@
+"""`zotune train`: data, zero-shot evaluation, forward-only training, evaluation, and what is left in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PrinterCallback, set_seed
+
+from zotune import checkpoint
+from zotune.commands import run_folder
+from zotune.commands.arguments import DataArguments, ModelArguments, SchemeArguments
+from zotune.commands.models import add_adapter, load_model, load_tokenizer, plan_model
+from zotune.commands.parser import CommandParser
+from zotune.commands.progress import RunProgress
+from zotune.commands.quiet import quiet_libraries
+from zotune.commands.train_options import ABOUT, DEFAULTS, USAGE, OutputArguments, groups
+from zotune.config import ZOConfig, settings
+from zotune.run_report import (
+    PeakMemory,
+    curve_of,
+    duration_text,
+    memory_text,
+    metric_text,
+    summary_table,
+    write_curve,
+    write_json,
+)
+from zotune.tasks import PreparedData, prepare
+from zotune.trainer import ZOTrainer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `zotune train`."""
+    quiet_libraries()
+    parser = CommandParser((ModelArguments, DataArguments, SchemeArguments, OutputArguments, ZOConfig), "zotune train", DEFAULTS)
+    resume = parser.option("resume_from_checkpoint")
+    resume.nargs, resume.const = "?", "true"
+    if {"-h", "--help", "--help-all"} & set(argv):
+        everything = "--help-all" in argv
+        print(parser.help_page(USAGE, ABOUT, groups(), everything=everything))
+        if not everything:
+            print("\n`zotune train --help-all` lists every option, those of transformers.TrainingArguments among them.")
+        return 0
+    (model, data, scheme, output, config), _ = parser.parse(argv, _adjust)
+    run = Run(argv, model, data, scheme, output, config)
+    run.console.print(report(run.carry_out()))
+    return 0
+
+
+def _adjust(values: dict[str, Any], given: set[str]) -> None:
+    """What must be settled before ZOConfig looks at its fields."""
+    if not values["output_dir"]:
+        raise ValueError("zotune train needs --output_dir: the folder to put the run in.")
+    if values["load_best_model_at_end"] and "save_steps" not in given and "save_strategy" not in given:
+        values["save_steps"] = values["eval_steps"]  # the best evaluation needs its checkpoint
+
+
+class Run:
+    """One `zotune train`, from options to a summary."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        model: ModelArguments,
+        data: DataArguments,
+        scheme: SchemeArguments,
+        output: OutputArguments,
+        config: ZOConfig,
+        console: Console | None = None,
+        name: str | None = None,
+    ):
+        self.argv, self.model_args, self.data_args = list(argv), model, data
+        self.scheme, self.output, self.config = scheme, output, config
+        self.folder = Path(config.output_dir)
+        self.console = console or new_console()
+        self.data_name = name or data.task or Path(data.train_file or "").name
+
+    def carry_out(self) -> dict[str, Any]:
+        """Everything, in order: what can be wrong first, what takes long last. Returns the summary.
+
+        Raises:
+            ValueError, FileNotFoundError, FileExistsError: a wrong request; nothing has been written then.
+            NonFiniteLossError: training diverged.
+            KeyboardInterrupt: interrupted, with the command that continues the run as its message.
+        """
+        resume = self._resume()
+        if resume is None and not self.output.overwrite_output_dir:
+            run_folder.check_unused(self.folder, "zotune train")
+        plan = plan_model(self.model_args, "zotune train")
+        tokenizer = load_tokenizer(plan, self.model_args)
+        data = prepare(tokenizer, plan.config, seed=self.config.seed, **dataclasses.asdict(self.data_args))
+        set_seed(self.config.seed)  # a new head or adapter is drawn from the global generator
+        classes = data.label_names if data.train_objective == "classifier" else None
+        model, fresh = load_model(plan, self.model_args, self.config.device, classes=classes)
+        if self.scheme.scheme == "lora" and plan.adapter is None:
+            model = add_adapter(model, self.scheme, classifier=classes is not None)
+        existed = self.folder.exists()
+        try:
+            trainer = self._trainer(model, tokenizer, data)
+            return self._train(trainer, data, resume, fresh, base=plan.adapter or plan.name)
+        finally:
+            if not existed and self.folder.is_dir() and not any(self.folder.iterdir()):
+                self.folder.rmdir()  # it failed before there was anything to keep
+
+    def _resume(self) -> str | bool | None:
+        wanted = self.config.resume_from_checkpoint
+        if wanted is None or wanted.lower() in ("false", "no"):
+            return None
+        run_folder.read_run(self.folder)
+        return True if wanted.lower() in ("true", "yes") else wanted
+
+    def _trainer(self, model: nn.Module, tokenizer: Any, data: PreparedData) -> ZOTrainer:
+        if data.dev is None and data.eval is None:
+            self.config.eval_strategy = "no"  # type: ignore[assignment]
+        try:
+            trainer = ZOTrainer(
+                model=model,
+                args=self.config,
+                objective=data.train_objective,
+                eval_objective=data.eval_objective,
+                train_dataset=data.train,
+                eval_dataset=data.dev or data.eval,
+                data_collator=data.collate_train,
+                eval_data_collator=data.collate_eval,
+                compute_metrics=data.compute_metrics,
+                processing_class=tokenizer,
+            )
+        except RuntimeError as error:
+            if "requires" not in str(error):  # a logger of --report_to that is not installed
+                raise
+            raise ValueError(f"--report_to: {error}") from error
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _train(self, trainer: ZOTrainer, data: PreparedData, resume: str | bool | None, fresh: list[str], base: str) -> dict[str, Any]:
+        begin = time.perf_counter()
+        memory = PeakMemory(self.config.device)
+        method = self.config.zo_method()
+        self._announce(trainer, data, method.title, base)
+        if resume is None:
+            before = self._evaluate(trainer, data, "before training")
+            if self.output.overwrite_output_dir:
+                run_folder.clear_run(self.folder)
+            self._note_start(trainer, data, fresh, base, before)
+        else:
+            before = run_folder.read_run(self.folder).get("before")
+            self._restore_head(trainer.model)
+        peak_before = memory.peak()
+        progress = RunProgress(self.console, data.main_metric, (before or {}).get(data.main_metric))
+        trainer.add_callback(progress)
+        started = time.perf_counter()
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._how_to_go_on()) from None
+        finally:
+            progress.close()
+        seconds = time.perf_counter() - started - progress.paused
+        peaks: dict[str, int | str] = {"loaded": memory.baseline, "evaluation": peak_before, "training": memory.peak(), "of": memory.kind}
+        after = self._evaluate(trainer, data, "after training")
+        self._save(trainer)
+        summary = self._summary(trainer, data, before, after, seconds, time.perf_counter() - begin, peaks)
+        write_json(self.folder / run_folder.SUMMARY_FILE, summary)
+        first = (before or {}).get(data.main_metric) if data.dev is None else None
+        curve = curve_of(trainer.state.log_history, data.main_metric, first)
+        if data.dev is None and after is not None:
+            curve = dataclasses.replace(
+                curve, metric=sorted({**dict(curve.metric), trainer.state.global_step: after[data.main_metric]}.items())
+            )
+        write_curve(curve, self.folder / run_folder.CURVE_FILE, f"{method.title} on {self.data_name}")
+        return summary
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _announce(self, trainer: ZOTrainer, data: PreparedData, method: str, base: str) -> None:
+        moving = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        whole = sum(p.numel() for p in trainer.model.parameters())
+        dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+        sizes = [f"{len(data.train or [])} to train on"]
+        sizes += [f"{len(part)} {name}" for name, part in (("held out", data.dev), ("to evaluate on", data.eval)) if part]
+        self.console.print(
+            f"{method}: {base}, {moving / 1e6:.3g} M of {whole / 1e6:.3g} M parameters move, {dtype} on {self.config.device}",
+            highlight=False,
+        )
+        self.console.print(f"{self.data_name}: {', '.join(sizes)}", highlight=False)
+
+    def _evaluate(self, trainer: ZOTrainer, data: PreparedData, when: str) -> dict[str, float] | None:
+        """Metrics on the evaluation data (not the held-out part), without their `eval_` prefix."""
+        if data.eval is None:
+            return None
+        metrics = evaluate_quietly(trainer, data)
+        self.console.print(f"{when}: {data.main_metric} {metric_text(data.main_metric, metrics[data.main_metric])}")
+        return metrics
+
+    def _note_start(
+        self,
+        trainer: ZOTrainer,
+        data: PreparedData,
+        fresh: list[str],
+        base: str,
+        before: dict[str, float] | None,
+    ) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if fresh:  # the base model's files lack these: without them the journal could not be replayed
+            weights = dict(trainer.model.named_parameters())
+            head = {
+                name: weight.detach().cpu().contiguous() for name, weight in weights.items() if any(name.endswith(key) for key in fresh)
+            }
+            save_file(head, self.folder / run_folder.HEAD_FILE)
+        run_folder.write_run(
+            self.folder,
+            {
+                "format": 1,
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": shlex.join(["zotune", "train", *self.argv]),
+                "working_directory": str(Path.cwd()),
+                "base_model": base,
+                "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+                "classes": list(data.label_names) if data.train_objective == "classifier" else None,
+                "metric": data.main_metric,
+                "before": before,
+                "model_arguments": dataclasses.asdict(self.model_args),
+                "data_arguments": _absolute(dataclasses.asdict(self.data_args)),
+                "scheme": dataclasses.asdict(self.scheme),
+                "training_arguments": settings(self.config),
+                "versions": run_folder.versions(),
+            },
+        )
+
+    def _restore_head(self, model: nn.Module) -> None:
+        path = self.folder / run_folder.HEAD_FILE
+        if path.is_file():
+            model.load_state_dict(load_file(path), strict=False)
+
+    def _how_to_go_on(self) -> str:
+        found = checkpoint.checkpoints(self.folder)
+        if not found:
+            return (
+                f"Interrupted before the first checkpoint (--save_steps says when there is one); {self.folder} holds the "
+                "journal so far, and --overwrite_output_dir starts anew."
+            )
+        return f"Interrupted; {found[0]} is complete. Continue with: {run_folder.resume_command(self.argv)}"
+
+    def _save(self, trainer: ZOTrainer) -> None:
+        draft = self.folder / ".model.partial"
+        checkpoint.remove_drafts(self.folder)
+        trainer.save_model(str(draft))
+        run_folder.publish(draft, self.folder)
+
+    def _summary(
+        self,
+        trainer: ZOTrainer,
+        data: PreparedData,
+        before: Mapping[str, float] | None,
+        after: Mapping[str, float] | None,
+        seconds: float,
+        total: float,
+        peaks: Mapping[str, int | str],
+    ) -> dict[str, Any]:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        optimizer = trainer.zo_optimizer
+        assert optimizer is not None, "training has made one"
+        method = optimizer.method
+        return {
+            "method": method.name,
+            "method_options": method.options,
+            "model": self.model_args.model_name_or_path,
+            "data": self.data_name,
+            "metric": data.main_metric,
+            "before": before,
+            "after": after,
+            "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
+            "learning_rate": self.config.learning_rate,
+            "batch_size": self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps,
+            "seed": self.config.seed,
+            "steps": trainer.state.global_step,
+            "forward_passes": optimizer.forward_passes,
+            "sequences_evaluated": optimizer.sequences_evaluated,
+            "training_seconds": seconds,
+            "total_seconds": total,
+            # Bytes: with the model and the data loaded, at the peak of the evaluation before training, at the peak of training.
+            "memory": dict(peaks),
+            "output_dir": str(self.folder),
+            "files": {
+                "model": str(self.folder),
+                "journal": str(self.folder / run_folder.JOURNAL_FILE),
+                "curve": str(self.folder / run_folder.CURVE_FILE),
+                "summary": str(self.folder / run_folder.SUMMARY_FILE),
+                "checkpoints": [str(path) for path in checkpoint.checkpoints(self.folder)],
+            },
+        }
+
+
+def evaluate_quietly(trainer: ZOTrainer, data: PreparedData) -> dict[str, float]:
+    """Metrics on `data.eval` without their prefix, outside of the trainer's log and callbacks."""
+    loader = trainer.get_eval_dataloader(data.eval)  # type: ignore[arg-type]
+    result = trainer.evaluation_loop(loader, "evaluation", prediction_loss_only=None)
+    assert result.metrics is not None, "the loop always measures"
+    metrics = {name.removeprefix("eval_"): float(value) for name, value in result.metrics.items()}
+    metrics.pop("model_preparation_time", None)  # Hugging Face's, of no interest
+    return metrics
+
+
+def report(summary: Mapping[str, Any]) -> Any:
+    """The closing table of a run."""
+    metric = summary["metric"]
+    rows = []
+    if summary["before"] and summary["after"]:
+        change = f"{metric_text(metric, summary['before'][metric])} → {metric_text(metric, summary['after'][metric])}"
+        rows.append((metric, change))
+    loss, memory = summary["loss"], summary["memory"]
+    rows += [
+        ("training loss", " → ".join(metric_text("loss", value) for value in dict.fromkeys((loss["first"], loss["last"])))),
+        ("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {summary['learning_rate']:g}"),
+        ("forward passes", f"{summary['forward_passes']} ({summary['sequences_evaluated']} sequences)"),
+        ("time", f"{duration_text(summary['training_seconds'])} of training"),
+        ("peak memory", f"{memory_text(memory['training'])} ({memory['of']}; {memory_text(memory['loaded'])} before the first forward)"),
+        ("model", summary["files"]["model"]),
+        ("journal", summary["files"]["journal"]),
+        ("curve", summary["files"]["curve"]),
+        ("summary", summary["files"]["summary"]),
+    ]
+    return summary_table(rows, f"{summary['method']} on {summary['data']}")
+
+
+def new_console() -> Console:
+    """Standard output; wide enough for a path where there is no terminal to ask."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def _absolute(data: dict[str, Any]) -> dict[str, Any]:
+    """Data options whose paths hold from any folder, for a later `zotune eval` of the run."""
+    for name in ("data_dir", "train_file", "eval_file"):
+        if data[name] is not None:
+            data[name] = str(Path(data[name]).expanduser().resolve())
+    if data["task"] and data["task"].endswith((".yaml", ".yml")):
+        data["task"] = str(Path(data["task"]).resolve())
+    return data

@@ -1,0 +1,74 @@
+"""The options of `zotune train`: its defaults, and its help page in the order in which one meets them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transformers import TrainingArguments
+
+from zotune.config import ZOConfig
+from zotune.methods import names as method_names
+from zotune.methods import recommended
+
+USAGE = "zotune train --model_name_or_path MODEL --task TASK --output_dir DIR [options]"
+ABOUT = (
+    "Fine-tunes a language model (or an encoder, with a classification head) with forward passes only. Every option can "
+    "stand in a YAML file (--config run.yaml, lines such as `task: sst2`); flags override it."
+)
+DEFAULTS = {
+    "method": recommended().name,
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "disable_tqdm": True,
+}
+
+
+@dataclasses.dataclass
+class OutputArguments:
+    """What happens to an output folder that is in use."""
+
+    overwrite_output_dir: bool = dataclasses.field(default=False, metadata={"help": "replace the run that --output_dir holds"})
+
+
+def groups() -> dict[str, dict[str, str]]:
+    """The options of `zotune train --help`, in order; an empty text takes the field's own."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    first = {
+        "model_name_or_path": "",
+        "task": "",
+        "data_dir": "",
+        "output_dir": "folder of the run: model, journal, checkpoints, summary.json, curve.png",
+        "method": f"one of {', '.join(method_names())}",
+        "learning_rate": "the method's own when not given (see `zotune methods`); small models want far larger ones",
+        "eps": "size of the perturbation; the method's own when not given",
+        "max_steps": "training steps (default 1000)",
+        "per_device_train_batch_size": "examples a step",
+        "seed": "of the directions, the order of the data and the subsets",
+        "config": "",
+        "resume_from_checkpoint": "continue the run in --output_dir from its newest checkpoint (true) or from a folder",
+    }
+    return {
+        "first of all": first,
+        "data": dict.fromkeys(
+            ("train_file", "eval_file", "template", "options", "objective", "num_train", "num_dev", "num_eval", "k_shot",
+             "max_length", "truncate"), ""),
+        "the method's options (its own defaults when not given)": {
+            field.name: "" for field in dataclasses.fields(ZOConfig) if field.name not in inherited | first.keys()
+        },
+        "model and scheme": dict.fromkeys(
+            ("scheme", "lora_r", "lora_alpha", "lora_target_modules", "dtype", "attn_implementation",
+             "trust_remote_code"), ""),
+        "the run": {
+            "num_train_epochs": "instead of --max_steps",
+            "gradient_accumulation_steps": "micro-batches a step, all evaluated under the same directions",
+            "lr_scheduler_type": "constant, linear, cosine, ...",
+            "weight_decay": "",
+            "eval_steps": "steps between evaluations; below 1, a share of the run",
+            "save_steps": "steps between checkpoints; below 1, a share of the run",
+            "logging_steps": "",
+            "report_to": "none, tensorboard, ...",
+            "load_best_model_at_end": "end with the checkpoint that evaluated best",
+            "use_cpu": "",
+            "overwrite_output_dir": "",
+        },
+    }  # fmt: skip

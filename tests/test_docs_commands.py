@@ -1,0 +1,97 @@
+"""The commands in README.md and docs/: every flag exists, and the blocks marked `<!-- runs -->` run, on a tiny model.
+
+A marked block runs in a folder with `my-model`, `my.jsonl`, `train.jsonl`, `test.jsonl` and `data/sst2`; training is cut to a few steps.
+The YAML block that begins with `# run.yaml` is the file of that name.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from command_cases import run_command, save_data, save_model
+from zotune.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^(?P<mark><!-- runs -->\n)?```(?:console|bash|sh|shell)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    page: Path
+    commands: list[list[str]]
+    runs: bool
+
+
+def _blocks(page: Path) -> list[Block]:
+    found = []
+    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        lines = match["text"].replace("\\\n", " ").splitlines()
+        if any(line.startswith("$ ") for line in lines):
+            lines = [line[2:] for line in lines if line.startswith("$ ")]  # the others are output
+        words = [shlex.split(line, comments=True) for line in lines]
+        found.append(Block(page, [_bare(line) for line in words if line], match["mark"] is not None))
+    return found
+
+
+def _bare(words: list[str]) -> list[str]:
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    return [words[0].removeprefix(".venv/bin/"), *words[1:]]
+
+
+BLOCKS = [block for page in PAGES for block in _blocks(page)]
+
+
+def _flags(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    words = [command, "--help-all" if command == "train" else "--help"]
+    return set(re.findall(r"--\w+", run_command(capsys, *words).out)) | {"--help", "--help-all", "--traceback", "--config"}
+
+
+def test_every_command_in_the_docs_exists_with_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    flags: dict[str, set[str]] = {}
+    seen = 0
+    for block in BLOCKS:
+        for words in block.commands:
+            where = f"{block.page.name}: {shlex.join(words)}"
+            if words[0] == "make":
+                assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), where
+            elif words[0] == "python" and words[1].endswith(".py"):
+                assert (ROOT / words[1]).is_file(), where
+            elif words[0] == "zotune" and not words[1].startswith("-"):
+                assert words[1] in COMMANDS, where
+                known = flags.setdefault(words[1], _flags(words[1], capsys))
+                unknown = [w for w in words[2:] if w.startswith("--") and w.split("=")[0].replace("-", "_")[2:] not in _names(known)]
+                assert not unknown, f"{where}: {unknown}"
+            seen += 1
+    assert seen >= 10
+
+
+def _names(flags: set[str]) -> set[str]:
+    return {flag[2:].replace("-", "_") for flag in flags}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.runs for b in _blocks(page))], ids=lambda page: page.stem)
+def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "my-model")
+    save_data(tmp_path)
+    for name in ("train", "test"):
+        shutil.copy(tmp_path / "my.jsonl", tmp_path / f"{name}.jsonl")
+    for text in re.findall(r"^```yaml\n# run\.yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        (tmp_path / "run.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for block in _blocks(page):
+        for words in block.commands if block.runs else []:
+            assert words[0] == "zotune", f"only zotune commands can be marked: {shlex.join(words)}"
+            extra = ["--max_steps", "4"] if words[1] == "train" else []
+            # The tiny data have fewer rows than the sizes that a page may name.
+            shrunk = ["--num_dev", "8"] if "--num_dev" in words else []
+            result = run_command(capsys, *words[1:], *extra, *shrunk)
+            assert result.code == 0, f"{shlex.join(words)}: {result.err}"
