@@ -318,8 +318,10 @@ def report(summary: Mapping[str, Any]) -> Any:
         change = f"{metric_text(metric, summary['before'][metric])} → {metric_text(metric, summary['after'][metric])}"
         rows.append((metric, change))
     loss, memory = summary["loss"], summary["memory"]
+    if loss["last"] is not None:  # a run shorter than --logging_steps logs none
+        change = " → ".join(metric_text("loss", value) for value in dict.fromkeys((loss["first"], loss["last"])))
+        rows.append(("training loss", change))
     rows += [
-        ("training loss", " → ".join(metric_text("loss", value) for value in dict.fromkeys((loss["first"], loss["last"])))),
         ("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {summary['learning_rate']:g}"),
         ("forward passes", f"{summary['forward_passes']} ({summary['sequences_evaluated']} sequences)"),
         ("time", f"{duration_text(summary['training_seconds'])} of training"),
