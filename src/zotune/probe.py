@@ -60,6 +60,9 @@ class _Owner:
         self.module = module
         self.parameters: dict[str, Coordinate] = {}
 
+    def table(self, lend: dict[str, Callable[[], Tensor]]) -> LentParameters:
+        return LentParameters(self.module._parameters, lend, {name: c.name for name, c in self.parameters.items()})
+
 
 @contextmanager
 def isolated_generators(key: Key, devices: Sequence[torch.device]) -> Iterator[None]:
@@ -180,7 +183,7 @@ class Probe:
                 if not makers:
                     continue
                 module = owner.module
-                table = LentParameters(module._parameters, makers, {name: c.name for name, c in owner.parameters.items()})
+                table = owner.table(makers)
                 tables.append(table)
                 lent.append((module, module._parameters))
                 module.__dict__["_parameters"] = table

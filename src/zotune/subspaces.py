@@ -59,12 +59,12 @@ class Coordinate(abc.ABC):
 
     def many(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
         """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape)."""
-        key = Key(seed, step, first, self.name)
         if self.drawn is not None:
             kept, z = self.drawn
-            start = first - kept.direction
-            if kept._replace(direction=first) == key and start >= 0 and start + count <= len(z):
-                return z[start : start + count]
+            start, size = first - kept.direction, z.shape[0]
+            if (kept.seed, kept.step) == (seed, step) and start >= 0 and start + count <= size:
+                return z if count == size else z[start : start + count]
+        key = Key(seed, step, first, self.name)
         begin, size = group_of(first, self.numel)
         if count == 1 and size > 1:  # the neighbours come at no cost, and are wanted next
             self.drawn = key._replace(direction=begin), directions.draw_many(key._replace(direction=begin), size, self.shape, self.device)
@@ -91,12 +91,12 @@ class Coordinate(abc.ABC):
                 continue
             z = self.many(directions, seed, step, first, len(part))
             if len(part) == 1:
-                total.add_(z[0], alpha=part[0])
+                total.view(-1).add_(z.view(-1), alpha=part[0])
             else:
                 if z.data_ptr() % 64:  # a matrix product may round otherwise where its operands lie otherwise
                     z = z.clone()
-                row = torch.tensor([part], dtype=torch.float32, device=self.device)
-                total.view(1, -1).addmm_(row, z.view(len(part), -1))
+                row = torch.tensor([part], dtype=total.dtype, device=self.device)
+                total.view(1, -1).addmm_(row, z.view(len(part), -1).to(total.dtype))
         return total
 
     @property
@@ -210,6 +210,12 @@ class FullCoordinate(Coordinate):
         if keep == 1.0 and not any(weights):
             return
         flat = self._flat()
+        if self.thin and not self.half:
+            if keep != 1.0:
+                flat.mul_(keep)
+            self._add_weighted(flat, directions, weights, seed, step)
+            self._finish(flat)
+            return
         rounding = Key(seed, step, 0, self.name, "rounding")
         moves: list[tuple[Key, float]] = []
         total: Tensor | None = None
