@@ -26,12 +26,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key, generator_seed
 from zotune.precision import HALF
 from zotune.side_path import SidePath
 from zotune.stacked_parameters import Lending
 from zotune.stacking import Stack
-from zotune.subspaces import Coordinate, LowRankCoordinate, Offset
+from zotune.subspaces import LowRankCoordinate
 
 T = TypeVar("T")
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zotune.coordinates import Coordinate
 from zotune.directions import Directions
 from zotune.precision import HALF
 from zotune.stacking import NotStackable, Stack
-from zotune.subspaces import Coordinate, LowRankCoordinate
+from zotune.subspaces import LowRankCoordinate
 
 
 class Lending:
