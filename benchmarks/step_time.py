@@ -274,8 +274,6 @@ def main() -> None:
                 dtype = getattr(torch, dtype)
                 place, clock = torch.device(args.device), CLOCKS[args.clock]
                 found = measure(shape, int(rows), int(tokens), dtype, args.methods, args.repeats, place, clock)
-                    shape, int(rows), int(tokens), dtype, args.methods, args.repeats, torch.device(args.device), CLOCKS[args.clock]
-                )
                 print(table(found), flush=True)
                 results += found
     if args.out:
