@@ -52,7 +52,9 @@ _local = threading.local()
 
 
 def _generator(key: Key, block: int, device: torch.device) -> torch.Generator:
-    generators: dict[torch.device, torch.Generator] = _local.__dict__.setdefault("generators", {})
+    generators: dict[torch.device, torch.Generator] | None = getattr(_local, "generators", None)
+    if generators is None:
+        generators = _local.generators = {}
     generator = generators.get(device)
     if generator is None:
         generator = generators[device] = torch.Generator(device)
@@ -93,15 +95,14 @@ def group_of(direction: int, numel: int) -> tuple[int, int]:
     """(first, count): the directions of a parameter of ``numel`` numbers that are drawn by one call of one generator.
 
     Seeding a generator and calling it costs as much as thousands of numbers, so the directions of small parameters come in groups
-    {0}, {1}, {2, 3}, {4..7}, {8..15}, {16..31}, {32..47}, ...: no more than twice the numbers that are wanted, whatever K is, and
-    direction k does not depend on K.
+    {0}, {1, 2, 3}, {4..15}, {16..31}, {32..47}, ...: few calls and few numbers drawn in vain whatever K is, and direction k does not
+    depend on K.
     """
-    if numel > GROUPED_NUMEL or direction < 2:
+    if numel > GROUPED_NUMEL or direction == 0:
         return direction, 1
     if direction >= GROUP:
         return direction - direction % GROUP, GROUP
-    first = 1 << (direction.bit_length() - 1)
-    return first, first
+    return (1, 3) if direction < 4 else (4, 12)
 
 
 # -- distributions ------------------------------------------------------------------------------------------------------------------
@@ -183,21 +184,23 @@ class Directions:
         """Directions ``key.direction`` to ``key.direction + count - 1`` of one parameter, float32, shape (count, *shape)."""
         device, numel = torch.device(device), math.prod(shape)
         begin, end = key.direction, key.direction + count
-        whole = group_of(begin, numel) == (begin, count) and numel <= block_size(device)
-        out = torch.empty(0 if whole else count, numel, device=device)
+        out = torch.empty(count, numel, device=device)
+        small = numel <= block_size(device)
         direction = begin
         while direction < end:
             first, size = group_of(direction, numel)
-            if numel <= block_size(device):
-                drawn = self._block(key._replace(direction=first), 0, (size, numel), device)
-                if whole:
-                    out = drawn
-                else:
-                    stop = min(end, first + size)
-                    out[direction - begin : stop - begin] = drawn[direction - first : stop - first]
+            stop = min(end, first + size)
+            rows = out if stop - direction == count else out[direction - begin : stop - begin]
+            group = Key(key.seed, key.step, first, key.name, key.purpose)
+            if not small:
+                self._fill(group, rows[0])
+            elif stop - direction < size:
+                rows.copy_(self._block(group, 0, (size, numel), device)[direction - first : stop - first])
+            elif self._block is _gaussian:  # straight into place: this is what a step does most often
+                rows.normal_(generator=_generator(group, 0, device))
             else:
-                self._fill(key._replace(direction=direction), out[direction - begin])
-            direction = first + size
+                rows.copy_(self._block(group, 0, (size, numel), device))
+            direction = stop
         if self.kind == "sphere":
             for row in range(count):
                 out[row] *= self.scale(key._replace(direction=begin + row), numel, device)

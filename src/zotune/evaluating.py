@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from zotune import stacking
+from zotune.coordinates import Offset
 from zotune.estimators import Estimate, Estimator
 from zotune.methods import Method
 from zotune.probe import Probe
 from zotune.stacking import NotStackable, Stack
-from zotune.subspaces import Offset
 
 LossFunction = Callable[..., Any]
 PROBES = ("auto", "batched", "sequential")

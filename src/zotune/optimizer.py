@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune import methods
+from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
 from zotune.estimators import ESTIMATORS
 from zotune.evaluating import Evaluations, LossFunction, evaluation
@@ -21,7 +22,7 @@ from zotune.journal import Journal, Record, StepRecord, digest
 from zotune.methods import Method
 from zotune.probe import Probe
 from zotune.rules import Rule
-from zotune.subspaces import Coordinate, LowRankCoordinate, Offset
+from zotune.subspaces import LowRankCoordinate
 
 _NO_BATCH: Any = object()
 
@@ -228,6 +229,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.steps += 1
         if all(record.skipped):  # nothing was learnt, so nothing moves, momentum included
             self._nonfinite_in_a_row += 1
+            for coordinate in self.probe.coordinates:
+                coordinate.drop()
             return
         self._nonfinite_in_a_row = 0
         for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):

@@ -26,12 +26,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key, generator_seed
 from zotune.precision import HALF
 from zotune.side_path import SidePath
 from zotune.stacked_parameters import Lending
 from zotune.stacking import Stack
-from zotune.subspaces import Coordinate, LowRankCoordinate, Offset
+from zotune.subspaces import LowRankCoordinate
 
 T = TypeVar("T")
 
@@ -59,6 +60,9 @@ class _Owner:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.parameters: dict[str, Coordinate] = {}
+
+    def table(self, lend: dict[str, Callable[[], Tensor]]) -> LentParameters:
+        return LentParameters(self.module._parameters, lend, {name: c.name for name, c in self.parameters.items()})
 
 
 @contextmanager
@@ -180,7 +184,7 @@ class Probe:
                 if not makers:
                     continue
                 module = owner.module
-                table = LentParameters(module._parameters, makers, {name: c.name for name, c in owner.parameters.items()})
+                table = owner.table(makers)
                 tables.append(table)
                 lent.append((module, module._parameters))
                 module.__dict__["_parameters"] = table

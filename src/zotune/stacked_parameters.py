@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zotune.coordinates import Coordinate
 from zotune.directions import Directions
+from zotune.precision import HALF
 from zotune.stacking import NotStackable, Stack
-from zotune.subspaces import Coordinate, LowRankCoordinate
+from zotune.subspaces import LowRankCoordinate
 
 
 class Lending:
@@ -33,11 +35,13 @@ class Lending:
         self.stack = stack
         self.directions = directions
         self.blocks = stack.blocks
+        self.total = stack.total
         self.lead = stack.total  # rows of the input now; a model may flatten answer options into them
         self.first = min(stack.directions)
         self.count = max(stack.directions) - self.first + 1
         self.in_order = stack.directions == tuple(range(self.first, self.first + self.count))
         self.lent: dict[str, Stacked] = {}
+        self._scales: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
 
     def lend(self, coordinate: Coordinate) -> Stacked:
         """The coordinate's parameter at the stack's points."""
@@ -55,13 +59,16 @@ class Lending:
 
     def scales(self, like: Tensor, dims: int) -> Tensor:
         """The scales (G, S) with ``dims`` dimensions of size 1 behind."""
-        scales = torch.tensor(self.stack.scales, dtype=like.dtype, device=like.device)
-        return scales.view(*scales.shape, *[1] * dims)
+        key = like.dtype, like.device, dims
+        if key not in self._scales:
+            scales = torch.tensor(self.stack.scales, dtype=like.dtype, device=like.device)
+            self._scales[key] = scales.view(*scales.shape, *[1] * dims)
+        return self._scales[key]
 
     def spread(self, x: Tensor, dims: int) -> Tensor:
         """``x`` with stacked rows in front of its last ``dims`` dimensions: as it is, or expanded where all rows share it."""
         if x.dim() > dims:
-            if x.shape[0] % self.stack.total == 0:
+            if x.shape[0] % self.total == 0:
                 return x
             if x.shape[0] == 1 and x.dim() > dims + 1:  # positions (1, T), the same for every row
                 return x.expand(self.lead, *x.shape[1:])
@@ -95,13 +102,18 @@ class Stacked(torch.Tensor):
             self.blockwise = moved.flatten(0, 1).to(self.plain.dtype)
         return self.blockwise
 
-    def offset(self) -> Tensor:
+    def offset(self, out: Tensor | None = None) -> Tensor:
         """What a block adds to the stored vector, float32, (B, n)."""
         z = self.lending.z(self.coordinate)
-        moved = self.lending.scales(z, 1) * z.unsqueeze(1)
-        if self.plain.dtype in (torch.float16, torch.bfloat16):
-            moved = moved + (self.coordinate.value() - self.plain)  # what the stored half-precision number leaves out
-        return moved.flatten(0, 1)
+        scales = self.lending.scales(z, 1)
+        if out is None:
+            out = torch.empty(self.lending.blocks, z.shape[1], device=z.device)
+        blocks = out.view(*scales.shape[:2], -1)
+        if self.plain.dtype in HALF:  # the stored number leaves something out
+            torch.addcmul(self.coordinate.value().sub_(self.plain), z.unsqueeze(1), scales, out=blocks)
+        else:
+            torch.mul(z.unsqueeze(1), scales, out=blocks)
+        return out
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,7 +139,10 @@ def _plain(tensor: Tensor | None) -> Tensor | None:
 
 
 def _lending(*tensors: Any) -> Lending:
-    return next(tensor.lending for tensor in tensors if isinstance(tensor, Stacked))
+    for tensor in tensors:
+        if isinstance(tensor, Stacked):
+            return tensor.lending
+    raise NotStackable("a layer is called in a way that has no batched form")
 
 
 def _no_more(x: Any, **options: Any) -> None:
@@ -164,28 +179,37 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         view.add_(bias.offset().to(output.dtype).unsqueeze(1))
         return output
     assert isinstance(weight, Stacked)
-    rank = coordinate.rank
-    moves = isinstance(bias, Stacked)
-    flat = x.reshape(-1, x.shape[-1])
-    thin = torch.empty(rank + moves, flat.shape[0], dtype=output.dtype, device=x.device)
-    torch.mm(coordinate.v.T.to(flat.dtype), flat.T, out=thin[:rank])
-    wide = torch.empty(blocks, width, rank + moves, device=x.device)
-    _moved(weight, coordinate, wide[..., :rank])
+    rank, flat, v = coordinate.rank, x.reshape(-1, x.shape[-1]), coordinate.v.T
+    if v.dtype != flat.dtype:
+        v = v.to(flat.dtype)
     if isinstance(bias, Stacked):
+        thin = torch.empty(rank + 1, flat.shape[0], dtype=output.dtype, device=x.device)
+        torch.mm(v, flat.T, out=thin[:rank])
         thin[rank] = 1
-        wide[..., rank] = bias.offset()
-    view.baddbmm_(thin.view(-1, blocks, view.shape[1]).permute(1, 2, 0), wide.to(output.dtype).transpose(1, 2))
+        wide = torch.empty(blocks, rank + 1, width, device=x.device)
+        _moved(weight, coordinate, wide[:, :rank].transpose(1, 2))
+        bias.offset(out=wide[:, rank])
+    else:
+        thin = torch.mm(v, flat.T)
+        wide = _moved(weight, coordinate).transpose(1, 2)
+    if wide.dtype != output.dtype:
+        wide = wide.to(output.dtype)
+    view.baddbmm_(thin.view(-1, blocks, view.shape[1]).permute(1, 2, 0), wide)
     return output
 
 
-def _moved(weight: Stacked, coordinate: LowRankCoordinate, out: Tensor) -> None:
-    """A + s U_g of every block into ``out`` (B, m, r)."""
-    z, scales = weight.lending.z(coordinate), weight.lending.scales(out, 2)
-    out = out.view(*scales.shape[:2], *out.shape[1:])
+def _moved(weight: Stacked, coordinate: LowRankCoordinate, out: Tensor | None = None) -> Tensor:
+    """A + s U_g of every block, float32, (B, m, r)."""
+    z = weight.lending.z(coordinate)
+    scales = weight.lending.scales(z, 2)
+    if out is None:
+        out = torch.empty(weight.lending.blocks, z.shape[1], z.shape[2], device=z.device)
+    blocks = out.view(scales.shape[0], scales.shape[1], out.shape[1], out.shape[2])
     if coordinate.pending:
-        torch.addcmul(coordinate.a, z.unsqueeze(1), scales, out=out)
+        torch.addcmul(coordinate.a, z.unsqueeze(1), scales, out=blocks)
     else:
-        torch.mul(z.unsqueeze(1), scales, out=out)
+        torch.mul(z.unsqueeze(1), scales, out=blocks)
+    return out
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -219,7 +243,7 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: f
     left[..., rank] = 1
     wide = torch.empty(blocks, rank + 1, width, device=x.device)
     wide[:, :rank] = coordinate.v.T
-    wide[:, rank] = bias.offset()
+    bias.offset(out=wide[:, rank])
     view.baddbmm_(left, wide.to(output.dtype))
     return output
 
@@ -237,7 +261,7 @@ def _embedding(
     _no_more(ids, rescaled=max_norm is not None)
     assert isinstance(weight, Stacked)
     lending = weight.lending
-    if ids.dim() == 2 and ids.shape[0] % lending.stack.total == 0:
+    if ids.dim() == 2 and ids.shape[0] % lending.total == 0:
         lending.lead = ids.shape[0]
     ids = lending.spread(ids, 0)
     blocks, height = lending.blocks, weight.shape[0]

@@ -1,0 +1,137 @@
+"""Coordinates: what of one parameter moves, and the points θ + offset at which it is evaluated.
+
+The base class of the coordinates that the subspaces of ``subspaces`` make; what they have in common is how their directions are drawn,
+kept between an evaluation and the update, and summed.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zotune.directions import GROUP, Directions, Key, group_of
+
+
+@dataclass(frozen=True)
+class Offset:
+    """A point to evaluate at: θ + scale · Z, with Z direction number ``direction`` of step ``step`` of run ``seed``."""
+
+    scale: float
+    seed: int
+    step: int
+    direction: int
+
+    def key(self, name: str) -> Key:
+        return Key(self.seed, self.step, self.direction, name)
+
+
+#: A matrix in full space with a side of at most this many is small enough to keep several directions of it at a time: an adapter's.
+THIN = 64
+
+
+class Coordinate(abc.ABC):
+    """The coordinates of one parameter. ``shape`` is the shape of their direction Z, ``lr_scale`` multiplies the learning rate.
+
+    ``thin`` says that several directions Z may be alive together: low-rank coordinates, vectors, and matrices with a short side. The
+    directions of a thin coordinate that an evaluation drew are kept until the update (:meth:`drop` forgets them).
+    """
+
+    thin = True
+
+    def __init__(self, name: str, parameter: nn.Parameter, shape: Sequence[int], lr_scale: float = 1.0) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.shape = tuple(shape)
+        self.numel = math.prod(shape)
+        self.lr_scale = lr_scale
+        self.drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
+
+    def many(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
+        """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape)."""
+        if self.drawn is not None:
+            kept, z = self.drawn
+            start, size = first - kept.direction, z.shape[0]
+            if (kept.seed, kept.step) == (seed, step) and start >= 0 and start + count <= size:
+                return z if count == size else z[start : start + count]
+        key = Key(seed, step, first, self.name)
+        begin, size = group_of(first, self.numel)
+        if count == 1 and size > 1:  # the neighbours come at no cost, and are wanted next
+            self.drawn = key._replace(direction=begin), directions.draw_many(key._replace(direction=begin), size, self.shape, self.device)
+            return self.drawn[1][first - begin : first - begin + 1]
+        self.drawn = key, directions.draw_many(key, count, self.shape, self.device)
+        return self.drawn[1]
+
+    def drop(self) -> None:
+        """Forget the directions that are kept between a step's evaluations and its update."""
+        self.drawn = None
+
+    def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
+        """Σ_k weights[k] · Z_k over the directions of a step, float32, of shape ``shape``."""
+        if self.thin:
+            return self._add_weighted(torch.zeros(self.shape, device=self.device), directions, weights, seed, step)
+        keys = [Key(seed, step, direction, self.name) for direction in range(len(weights))]
+        return directions.combine([(key, w) for key, w in zip(keys, weights, strict=True) if w], self.shape, self.device)
+
+    def _add_weighted(self, total: Tensor, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
+        """total += Σ_k weights[k] · Z_k, one product for each GROUP of directions, so that it does not depend on what is kept."""
+        for first in range(0, len(weights), GROUP):
+            part = weights[first : first + GROUP]
+            if not any(part):
+                continue
+            z = self.many(directions, seed, step, first, len(part))
+            if len(part) == 1:
+                total.view(-1).add_(z.view(-1), alpha=part[0])
+            else:
+                if z.data_ptr() % 64:  # a matrix product may round otherwise where its operands lie otherwise
+                    z = z.clone()
+                row = torch.tensor([part], dtype=total.dtype, device=self.device)
+                total.view(1, -1).addmm_(row, z.view(len(part), -1).to(total.dtype))
+        return total
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    def begin_step(self, seed: int, step: int) -> Tensor | None:
+        """Redraw what is due at the start of ``step``; a matrix T if first moments M must be carried over as M ← M T."""
+        return None
+
+    @abc.abstractmethod
+    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        """The weight at θ + offset in the parameter's dtype: a new tensor, or the parameter itself if that is equal."""
+
+    @abc.abstractmethod
+    def value(self) -> Tensor:
+        """θ as float32, shape ``shape``; may share memory with what is stored, so it is to be changed through :meth:`assign` only."""
+
+    @abc.abstractmethod
+    def assign(self, value: Tensor, seed: int, step: int) -> None:
+        """Set θ after step ``step``."""
+
+    @abc.abstractmethod
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        """θ ← keep · θ + Σ_k weights[k] · Z_k, Z_k direction k of ``step``; in full space no large Z is ever whole."""
+
+    def decay(self, keep: float) -> None:  # noqa: B027 - a coordinate whose rule sees the weights themselves has nothing to do
+        """Multiply the *weights* by ``keep`` where the rule, which sees coordinates only, cannot do it."""
+
+    @abc.abstractmethod
+    def reset(self) -> None:
+        """Forget what is pending: somebody has loaded new values into the parameter."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that, with the model's own weights, determine θ bit for bit."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        assert not state, f"{self.name} keeps no state, but was given {sorted(state)}"
+
+    @property
+    def decays_weights(self) -> bool:
+        """Whether θ is the weight itself, so that a rule's weight decay means what its paper says."""
+        return True
