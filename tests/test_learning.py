@@ -31,8 +31,8 @@ def train(model, data, method: zotune.Method, lr: float, steps: int, objective: 
     return before, mean_loss(loss_fn, batches)
 
 
-#: Learning rates found on the grid 1e-5, 3e-5, 1e-4, 3e-4.
-RATES = {"mezo": 1e-4, "lozo": 1e-4, "lozo-m": 3e-4, "mezo-adam": 3e-4, "mezo-momentum": 1e-5}
+#: Learning rates found on the grid 1e-5, 3e-5, 1e-4, 3e-4, 1e-3.
+RATES = {"mezo": 1e-4, "lozo": 1e-4, "lozo-m": 3e-4, "mezo-adam": 1e-3, "mezo-momentum": 1e-5}
 
 
 @pytest.mark.parametrize("name", zotune.methods.names())
