@@ -26,11 +26,13 @@ HELD_OUT = "held out"
 def run(cell: dict[str, Any]) -> dict[str, Any]:
     """One training run; ``cell`` names everything it depends on."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from label_similarity import Batches, LabelSimilarity
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     import zotune
 
     torch.set_num_threads(cell["threads"])
+    similarity = cell["objective"] == "similarity"
     tokenizer = AutoTokenizer.from_pretrained(cell["model"])
     config = AutoConfig.from_pretrained(cell["model"])
     data = zotune.tasks.prepare(
@@ -39,14 +41,15 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         task=cell["task"],
         data_dir=cell["data_dir"],
         template=cell["template"],
-        objective=cell["objective"],
+        objective="classifier" if similarity else cell["objective"],
         num_train=cell["num_train"],
         num_dev=cell["num_dev"],
         seed=0,
     )
-    torch.manual_seed(0)  # a new classification head is drawn from the global generator
-    if cell["objective"] == "classifier":
-        model: Any = AutoModelForSequenceClassification.from_pretrained(cell["model"], num_labels=data.num_labels, dtype=torch.float32)
+    model: Any
+    if similarity:
+        model = LabelSimilarity(AutoModel.from_pretrained(cell["model"], dtype=torch.float32, add_pooling_layer=False))
+        named = Batches(tokenizer, cell["task"])
     else:
         model = AutoModelForCausalLM.from_pretrained(cell["model"], dtype=torch.float32)
     held_out = data.dev if cell["score"] == HELD_OUT else data.eval
@@ -59,15 +62,17 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             for start in range(0, len(held_out), 64):
                 batch = data.collate_eval(held_out[start : start + 64])
-                if cell["objective"] == "classifier":
-                    answers = batch.pop("labels")
-                    scores = model(**batch).logits
+                if similarity:
+                    scores, answers = model(named(batch)), batch["labels"]
                 else:
                     scores, answers = zotune.objectives.choice_scores(model, batch), batch["answer"]
                 right += int((scores.argmax(1) == answers).sum())
         return right / len(held_out)
 
-    loss_fn = zotune.objectives.objective(data.train_objective, model)
+    def similarity_loss(batch: dict[str, Any]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(named(batch)), batch["labels"], reduction="none")
+
+    loss_fn = similarity_loss if similarity else zotune.objectives.objective(data.train_objective, model)
     method = zotune.methods.get(cell["method"], eps=cell["eps"], **cell["options"])
     optimizer = zotune.ZerothOrder(model, method, lr=cell["lr"], seed=cell["seed"])
     steps = cell["steps"]
@@ -156,7 +161,7 @@ def main() -> None:
     parser.add_argument("--task", required=True)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--template")
-    parser.add_argument("--objective", choices=["lm", "choices", "classifier"], default="choices", help="classifier: encoder models")
+    parser.add_argument("--objective", choices=["lm", "choices", "similarity"], default="choices", help="similarity: for encoders")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
     parser.add_argument("--lr", nargs="+", type=float, required=True)
     parser.add_argument("--eps", nargs="+", type=float, default=[1e-3])
