@@ -14,7 +14,11 @@ from zotune import ZerothOrder, methods, replay
 from zotune.directions import Directions, Key
 from zotune.subspaces import LowRankCoordinate
 
-SPELLINGS = ("example", "groups:3")
+SPELLINGS = ("example", "example:2", "groups:3")
+
+
+def directions(spelled: str, examples: int) -> int:
+    return {"example": examples, "example:2": 2 * examples, "groups:3": 3}[spelled]
 
 
 def perturbed(model: nn.Module, optimizer: ZerothOrder, step: int, direction: int, scale: float) -> nn.Module:
@@ -30,18 +34,21 @@ def perturbed(model: nn.Module, optimizer: ZerothOrder, step: int, direction: in
 @pytest.mark.parametrize("probe", ["batched", "sequential"])
 @pytest.mark.parametrize("estimator", ["central", "forward"])
 @pytest.mark.parametrize("method", ["lozo", "lozo-m", "mezo"])
-def test_a_coefficient_is_that_of_its_example_alone_under_its_direction(method, estimator, probe):
+@pytest.mark.parametrize("each", [1, 3])
+def test_a_coefficient_is_that_of_its_example_alone_under_its_direction(method, estimator, probe, each):
     model, (tokens, labels), eps = toys.classifier(), toys.batch(6), 1e-2
     plain = copy.deepcopy(model)
-    optimizer = ZerothOrder(model, methods.get(method, num_directions="example", estimator=estimator, eps=eps), lr=0.0, probe=probe)
+    spelled = "example" if each == 1 else f"example:{each}"
+    optimizer = ZerothOrder(model, methods.get(method, num_directions=spelled, estimator=estimator, eps=eps), lr=0.0, probe=probe)
     optimizer.step(toys.loss_function(model), (tokens, labels))
     found = optimizer.last.coefficients
-    assert found.shape == (6,) and len(found.unique()) == 6
+    assert found.shape == (6 * each,) and len(found.unique()) == 6 * each
     low, width = (-eps, 2 * eps) if estimator == "central" else (0.0, eps)
-    for example in range(6):
+    for direction in range(6 * each):
+        example = direction // each
         one = tokens[example : example + 1], labels[example : example + 1]
-        plus, minus = (toys.loss_function(perturbed(plain, optimizer, 0, example, scale))(one) for scale in (eps, low))
-        assert float(found[example]) == pytest.approx(float((plus - minus).detach()) / width, abs=2e-4)
+        plus, minus = (toys.loss_function(perturbed(plain, optimizer, 0, direction, scale))(one) for scale in (eps, low))
+        assert float(found[direction]) == pytest.approx(float((plus - minus).detach()) / width, abs=2e-4)
 
 
 def test_a_lozo_step_is_its_equation():
@@ -90,7 +97,7 @@ def test_micro_batches_are_the_batch(num_directions, probe):
     for _ in range(3):
         first.step(toys.loss_function(whole), (tokens, labels))
         second.step(toys.loss_function(parts), pieces)
-        assert len(first.last.coefficients) == (16 if num_directions == "example" else 3)
+        assert len(first.last.coefficients) == directions(num_directions, 16)
         assert torch.allclose(first.last.coefficients, second.last.coefficients, atol=1e-3)
     for name, value in whole.state_dict().items():
         assert torch.allclose(value, parts.state_dict()[name], atol=1e-6)
@@ -133,7 +140,7 @@ def test_resume_and_replay_are_bit_for_bit(method, dtype, num_directions, tmp_pa
     run(resumed, second, 6, 10)
     rebuilt = toys.classifier(dtype)
     replay(rebuilt, tmp_path / "journal")
-    assert all(len(record.coefficients) == (7 if num_directions == "example" else 3) for record in optimizer.journal.records())
+    assert all(len(record.coefficients) == directions(num_directions, 7) for record in optimizer.journal.records())
     for other in (resumed, rebuilt):
         assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), other.state_dict().values(), strict=True))
 
@@ -159,12 +166,15 @@ def test_an_example_whose_loss_is_not_finite_is_skipped_alone(probe):
 
 
 @pytest.mark.parametrize("num_directions", SPELLINGS)
-def test_two_evaluations_of_the_batch_whatever_the_number_of_directions(num_directions):
+@pytest.mark.parametrize("estimator", ["central", "forward"])
+def test_the_evaluations_of_a_batch_that_a_step_makes(num_directions, estimator):
+    """Two, whatever the number of directions, if an example has one; m directions cost 2m, or m + 1 where they share that at θ."""
     model = toys.classifier()
-    method = methods.lozo(num_directions=num_directions)
+    method = methods.lozo(num_directions=num_directions, estimator=estimator)
     optimizer = ZerothOrder(model, method, lr=1e-3)
     optimizer.step(toys.loss_function(model), toys.batch(6))
-    assert method.forwards_per_step == optimizer.forward_passes == 2 and optimizer.sequences_evaluated == 12
+    count = 2 if num_directions != "example:2" else 4 if estimator == "central" else 3
+    assert method.forwards_per_step == optimizer.forward_passes == count and optimizer.sequences_evaluated == 6 * count
     assert all(coordinate.drawn is None for coordinate in optimizer.probe.coordinates)
 
 
@@ -189,8 +199,8 @@ def test_learns(name):
     ("call", "message"),
     [
         (lambda m: ZerothOrder(nn.Linear(80, 70), methods.mezo(num_directions="example")), "moves in full space; use a low-rank method"),
-        (lambda m: methods.lozo(num_directions="examples"), "'example' or 'groups:G', not 'examples'"),
-        (lambda m: methods.lozo(num_directions="groups:0"), "'example' or 'groups:G', not 'groups:0'"),
+        (lambda m: methods.lozo(num_directions="examples"), "'example:m' or 'groups:G', not 'examples'"),
+        (lambda m: methods.lozo(num_directions="groups:0"), "'example:m' or 'groups:G', not 'groups:0'"),
         (
             lambda m: ZerothOrder(m, methods.lozo(num_directions="example")).step(lambda b: toys.loss_function(m)(b).mean(), toys.batch()),
             "needs one loss per example, and the loss function returned shape",

@@ -14,7 +14,7 @@ import toys
 from zotune import ZerothOrder, methods, objectives
 from zotune.directions import GROUPED_NUMEL, Directions, Key, group_of
 from zotune.estimators import ESTIMATORS, Point
-from zotune.stacking import NotStackable, batch_rows, own, shared, take
+from zotune.stacking import NotStackable, Owned, batch_rows, own, share_out, shared, take
 
 OWN = ("example", "groups:2")
 
@@ -269,11 +269,29 @@ def test_rows_of_a_stack_are_direction_major():
     mixed = shared(ESTIMATORS["forward"].points(2), 0.1, 3, 0, 0)
     assert mixed.directions == (0, 0, 1) and mixed.scales == ((0.0,), (0.1,), (0.1,)) and mixed.total == 9
     assert shared([Point(0, 0), Point(1, 0)], 0.1, 3, 0, 0).scales == ((0.0, 0.1),)
-    groups = own((1, -1), 0.1, [4, 4, 5, 5], 0, 0)
+    groups = own((1, -1), 0.1, Owned((0, 1, 2, 3), (4, 4, 5, 5)), 0, 0)
     assert groups.directions == (4, 5) and groups.rows == 2 and groups.source.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
-    assert groups.losses(torch.tensor([1, 2, -1, -2, 3, 4, -3, -4])).tolist() == [[1, 2, 3, 4], [-1, -2, -3, -4]]
-    uneven = own((1, -1), 0.1, [0, 0, 0, 1, 1], 0, 0)
+    assert torch.tensor([1, 2, -1, -2, 3, 4, -3, -4])[groups.losses].tolist() == [[1, 2, 3, 4], [-1, -2, -3, -4]]
+    uneven = own((1, -1), 0.1, Owned((0, 1, 2, 3, 4), (0, 0, 0, 1, 1)), 0, 0)
     assert uneven.directions == (0, 0, 0, 1, 1) and uneven.rows == 1
+
+
+def test_several_directions_an_example_share_its_evaluation_at_theta():
+    """Two examples, two directions each: rows θ, θ, then each pair moved; the pairs read their example's row at θ."""
+    (owned,) = share_out([2], 2, 2)
+    assert (owned.examples, owned.directions) == ((0, 0, 1, 1), (0, 1, 2, 3))
+    stack = own((0, 1), 0.1, owned, 0, 0)
+    assert stack.source.tolist() == [0, 1, 0, 0, 1, 1] and stack.losses.tolist() == [[0, 0, 1, 1], [2, 3, 4, 5]]
+    assert stack.scales == ((0.0,),) * 2 + ((0.1,),) * 4 and stack.directions[2:] == (0, 1, 2, 3)
+    both = own((1, -1), 0.1, owned, 0, 0)
+    assert both.source.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and both.losses.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_parts_are_shared_out_over_micro_batches():
+    shares = share_out([3, 2], 2, 1)
+    assert [share.directions for share in shares] == [(0, 0, 0), (1, 1)]
+    assert [share.examples for share in share_out([1, 2], 3, 2)] == [(0, 0), (0, 0, 1, 1)]
+    assert [share.directions for share in share_out([1, 2], 3, 2)] == [(0, 1), (2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("kind", Directions.KINDS)

@@ -76,7 +76,9 @@ class ZOConfig(TrainingArguments):
     eps: float | None = field(default=None, metadata={"help": "Perturbation scale of the directions."})
     num_directions: int | str | None = field(
         default=None,
-        metadata={"help": "Directions of a step: a number, all examples under each; example: each example under its own; groups:G."},
+        metadata={
+            "help": "Directions of a step: a number, all examples under each; example: each under its own (example:4: under 4); groups:G."
+        },
     )
     probe: str = field(
         default="auto",

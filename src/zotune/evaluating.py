@@ -22,7 +22,7 @@ from zotune.coordinates import Offset
 from zotune.estimators import Estimate, Estimator
 from zotune.methods import Method
 from zotune.probe import Probe
-from zotune.stacking import NotStackable, Stack
+from zotune.stacking import NotStackable, Owned, Stack
 
 LossFunction = Callable[..., Any]
 PROBES = ("auto", "batched", "sequential")
@@ -32,14 +32,16 @@ class Losses(NamedTuple):
     """Losses of a step's examples, points × examples.
 
     Attributes:
-        values: (P, N): by point of the estimator; with own directions by sign, each example under its own direction.
-        owners: with own directions the direction of each example, (N,).
+        values: (P, N): by point of the estimator; with own directions by sign, an example once for each direction it has.
+        owners: with own directions the direction of each column, (N,).
         num_directions: K.
+        evaluated: sequences that went through the model for them.
     """
 
     values: Tensor
     owners: Tensor | None
     num_directions: int
+    evaluated: int
 
     def estimate(self, estimator: Estimator, eps: float) -> Estimate:
         values = self.values.cpu()  # the step's one wait for the device
@@ -95,12 +97,13 @@ class Evaluations:
         if self.batched and parts is not None:
             try:
                 values = torch.cat([self._stacked(loss_fn, part, self._shared(part, seed, step)) for part in parts], dim=1)
-                return Losses(values, None, self.method.directions_of(0))
+                return Losses(values, None, self.method.directions_of(0), values.numel())
             except NotStackable as error:
                 self._give_up(str(error))
         evaluate = evaluation(loss_fn, parts)
         rows = [self.probe.evaluate(evaluate, Offset(point.sign * eps, seed, step, point.direction)) for point in points]
-        return Losses(torch.stack(rows), None, self.method.directions_of(0))
+        values = torch.stack(rows)
+        return Losses(values, None, self.method.directions_of(0), values.numel())
 
     # -- one forward ----------------------------------------------------------------------------------------------------------------
 
@@ -113,7 +116,7 @@ class Evaluations:
         losses = self.probe.evaluate_stacked(lambda: as_losses([loss_fn(rows)]), stack)
         if losses.numel() != stack.total:
             raise NotStackable(f"the loss of {stack.total} stacked examples is {losses.numel()} numbers")
-        return stack.losses(losses)
+        return losses[stack.losses.to(losses.device)]
 
     # -- a direction per example, or per group of examples ------------------------------------------------------------------------------
 
@@ -127,13 +130,8 @@ class Evaluations:
                 f"num_directions={self.method.num_directions!r} needs a batch of tensors with the examples along dimension 0, but {error}; "
                 "call step(loss_fn, batch), or set num_directions to a number."
             ) from None
-        total = sum(sizes)
-        count = self.method.directions_of(total)
-        owners = [row * count // total for row in range(total)]
-        shares, start = [], 0
-        for size in sizes:
-            shares.append(owners[start : start + size])
-            start += size
+        count = self.method.directions_of(sum(sizes))
+        shares = stacking.share_out(sizes, count // self.method.each, self.method.each)
         if self.batched is None or not self.checked:
             self._decide(loss_fn, parts, seed, step, shares[0])
         values = None
@@ -141,20 +139,21 @@ class Evaluations:
             try:
                 stacks = [stacking.own(self.estimator.signs, self.method.eps, share, seed, step) for share in shares]
                 values = [self._stacked(loss_fn, part, stack) for part, stack in zip(parts, stacks, strict=True)]
+                evaluated = sum(stack.total for stack in stacks)
             except NotStackable as error:
                 self._give_up(str(error))
         if values is None:
             values = [self._alone(loss_fn, part, share, seed, step) for part, share in zip(parts, shares, strict=True)]
-        return Losses(torch.cat(values, dim=1), torch.tensor(owners), count)
+            evaluated = len(self.estimator.signs) * sum(map(len, shares))
+        owners = torch.tensor([direction for share in shares for direction in share.directions])
+        return Losses(torch.cat(values, dim=1), owners, count, evaluated)
 
-    def _alone(
-        self, loss_fn: LossFunction, part: Any, owners: Sequence[int], seed: int, step: int, only: Sequence[int] | None = None
-    ) -> Tensor:
-        """Losses (S, rows) of the examples of each direction (of ``only``), evaluated by themselves under it."""
-        columns = []
-        for direction in sorted(set(owners)) if only is None else only:
-            index = torch.tensor([row for row, owner in enumerate(owners) if owner == direction])
-            group = stacking.take(part, index, len(owners))
+    def _alone(self, loss_fn: LossFunction, part: Any, owned: Owned, seed: int, step: int, only: Sequence[int] | None = None) -> Tensor:
+        """Losses (S, pairs) of the examples of each direction (of ``only``), evaluated by themselves under it."""
+        columns, size = [], stacking.batch_rows(part)
+        for direction in sorted(set(owned.directions)) if only is None else only:
+            index = torch.tensor([row for row, owner in zip(owned.examples, owned.directions, strict=True) if owner == direction])
+            group = stacking.take(part, index, size)
             offsets = [Offset(sign * self.method.eps, seed, step, direction) for sign in self.estimator.signs]
             losses = [self.probe.evaluate(evaluation(loss_fn, [group]), offset) for offset in offsets]
             columns.append(torch.stack(losses))
@@ -162,9 +161,7 @@ class Evaluations:
 
     # -- which of the two ---------------------------------------------------------------------------------------------------------------
 
-    def _decide(
-        self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int, owners: Sequence[int] | None = None
-    ) -> None:
+    def _decide(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int, owned: Owned | None = None) -> None:
         """Try a batched evaluation of the first micro-batch and compare some of its points with sequential ones."""
         rows = None
         try:
@@ -184,7 +181,7 @@ class Evaluations:
 
         here = self.probe.evaluate(noting, Offset(0.0, seed, step, 0))
         if shapes[0] != (rows,):
-            if owners is not None:
+            if owned is not None:
                 raise ValueError(
                     f"num_directions={self.method.num_directions!r} needs one loss per example, and the loss function returned shape "
                     f"{shapes[0]} for {rows} examples; return losses of shape (B,), or set num_directions to a number."
@@ -194,7 +191,7 @@ class Evaluations:
         self.checked = True
         if self.batched is not None:
             return
-        if owners is None:
+        if owned is None:
             points = self.estimator.points(self.method.directions_of(0))
             chosen = [i for i, point in enumerate(points) if point.direction in (0, points[-1].direction)]
             evaluate = evaluation(loss_fn, [part])
@@ -202,14 +199,14 @@ class Evaluations:
             slow = torch.stack([self.probe.evaluate(evaluate, offset) for offset in offsets])
             stack = self._shared(part, seed, step)
         else:
-            ends = sorted({owners[0], owners[-1]})
-            columns = [row for direction in ends for row, owner in enumerate(owners) if owner == direction]
-            slow = self._alone(loss_fn, part, owners, seed, step, only=ends)
-            here = here[columns]
-            stack = stacking.own(self.estimator.signs, self.method.eps, owners, seed, step)
+            ends = sorted({owned.directions[0], owned.directions[-1]})
+            columns = [pair for direction in ends for pair, owner in enumerate(owned.directions) if owner == direction]
+            slow = self._alone(loss_fn, part, owned, seed, step, only=ends)
+            here = here[[owned.examples[pair] for pair in columns]]
+            stack = stacking.own(self.estimator.signs, self.method.eps, owned, seed, step)
         try:
             quick = self._stacked(loss_fn, part, stack)
-            quick = quick[chosen] if owners is None else quick[:, columns]
+            quick = quick[chosen] if owned is None else quick[:, columns]
         except Exception as error:  # whatever a model or a loss does with rows it did not expect
             self._give_up(str(error))
             return

@@ -33,7 +33,8 @@ class Method:
         arxiv: id of the paper.
         lr: default learning rate η (the paper's, for models of a billion parameters; small models want far larger ones).
         eps: perturbation scale ε.
-        num_directions: K; ``"example"`` for a direction per example, ``"groups:G"`` for one per G-th part of the batch.
+        num_directions: K; ``"example"`` for a direction per example, ``"example:m"`` for m of them, ``"groups:G"`` for one per G-th part
+            of the batch.
         subspace: see ``subspaces``.
         direction: see ``directions``.
         estimator: ``"central"`` or ``"forward"``.
@@ -64,7 +65,9 @@ class Method:
         if not (isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(f"eps must be a positive number, not {self.eps!r}.")
         if not (self.groups is not None or (isinstance(self.num_directions, int) and self.num_directions >= 1)):
-            raise ValueError(f"num_directions must be a whole number of at least 1, 'example' or 'groups:G', not {self.num_directions!r}.")
+            raise ValueError(
+                f"num_directions must be a whole number of at least 1, 'example', 'example:m' or 'groups:G', not {self.num_directions!r}."
+            )
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
         Directions(self.direction)
@@ -72,26 +75,29 @@ class Method:
 
     @property
     def groups(self) -> float | None:
-        """Parts of a step's examples that have a direction of their own: G, infinity for every example; None if directions are shared."""
-        if not isinstance(self.num_directions, str):
-            return None
-        if self.num_directions == "example":
-            return math.inf
-        word, _, number = self.num_directions.partition(":")
-        return int(number) if word == "groups" and number.isdecimal() and int(number) else None
+        """Parts of a step's examples that have directions of their own: G, infinity for every example; None if directions are shared."""
+        parsed = _own_directions(self.num_directions)
+        return None if parsed is None else parsed[0]
+
+    @property
+    def each(self) -> int:
+        """Directions that each such part has."""
+        parsed = _own_directions(self.num_directions)
+        return 1 if parsed is None else parsed[1]
 
     def directions_of(self, rows: int) -> int:
         """K in a step of ``rows`` examples."""
         if isinstance(self.num_directions, int):
             return self.num_directions
         assert self.groups is not None
-        return int(min(rows, self.groups))
+        return int(min(rows, self.groups)) * self.each
 
     @property
     def forwards_per_step(self) -> int:
         """Evaluations of the batch a step makes."""
         estimator = ESTIMATORS[self.estimator]
-        return len(estimator.points(self.num_directions) if isinstance(self.num_directions, int) else estimator.signs)
+        count = self.num_directions if isinstance(self.num_directions, int) else self.each
+        return len(estimator.points(count))
 
     def state_bytes(self, shapes: Sequence[Sequence[int]], *, half: bool = False) -> int:
         """Bytes kept between steps beyond the weights, for trainable parameters of these shapes.
@@ -114,6 +120,17 @@ class Method:
             return f"{f'{kept:g} × W' if kept else 'none'} (half precision: {2 * kept + 1:g} × W)"
         factors = "Σ r·(m + n)"
         return factors if not kept else f"{factors} + r·m" if kept == 1 else f"{factors} + {kept:g}·r·m"
+
+
+def _own_directions(spelled: int | str) -> tuple[float, int] | None:
+    """(parts, directions each) of ``"example"``, ``"example:m"``, ``"groups:G"``; None for anything else."""
+    if not isinstance(spelled, str):
+        return None
+    word, colon, text = spelled.partition(":")
+    number = int(text) if text.isdecimal() else 0
+    if word == "example" and (number or not colon):
+        return math.inf, number or 1
+    return (number, 1) if word == "groups" and number else None
 
 
 Recipe = Callable[..., Method]

@@ -169,7 +169,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self._prepare(evaluation(loss_fn, parts), step)
         losses = self.evaluations.gather(loss_fn, parts, self.seed, step)
         self.forward_passes += self.method.forwards_per_step
-        self.sequences_evaluated += losses.values.numel()
+        self.sequences_evaluated += losses.evaluated
         estimate = losses.estimate(self.estimator, self.method.eps)
         record = StepRecord(
             step=step,
