@@ -10,6 +10,7 @@ The first step evaluates some points both ways and gives batched up, with a warn
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -75,6 +76,7 @@ class Evaluations:
                 "use a low-rank method (lozo, lozo-m) or train an adapter (PEFT)."
             )
         self.probe, self.method, self.estimator, self.choice = probe, method, estimator, choice
+        self.eps: float = math.nan if isinstance(method.eps, str) else method.eps  # set by the optimizer where it is measured
         #: None until the first step has found out
         self.batched: bool | None = False if choice == "sequential" or dense is not None else None
         self.checked = False  # that the loss is one number an example
@@ -91,7 +93,7 @@ class Evaluations:
         """
         if self.method.groups is not None:
             return self._own(loss_fn, parts, seed, step)
-        points, eps = self.estimator.points(self.method.directions_of(0)), self.method.eps
+        points, eps = self.estimator.points(self.method.directions_of(0)), self.eps
         if self.batched is None:
             self._decide(loss_fn, parts, seed, step)
         if self.batched and parts is not None:
@@ -109,7 +111,7 @@ class Evaluations:
 
     def _shared(self, part: Any, seed: int, step: int) -> Stack:
         points = self.estimator.points(self.method.directions_of(0))
-        return stacking.shared(points, self.method.eps, stacking.batch_rows(part), seed, step)
+        return stacking.shared(points, self.eps, stacking.batch_rows(part), seed, step)
 
     def _stacked(self, loss_fn: LossFunction, part: Any, stack: Stack) -> Tensor:
         rows = stacking.take(part, stack.source, stacking.batch_rows(part))
@@ -137,7 +139,7 @@ class Evaluations:
         values = None
         if self.batched:
             try:
-                stacks = [stacking.own(self.estimator.signs, self.method.eps, share, seed, step) for share in shares]
+                stacks = [stacking.own(self.estimator.signs, self.eps, share, seed, step) for share in shares]
                 values = [self._stacked(loss_fn, part, stack) for part, stack in zip(parts, stacks, strict=True)]
                 evaluated = sum(stack.total for stack in stacks)
             except NotStackable as error:
@@ -154,7 +156,7 @@ class Evaluations:
         for direction in sorted(set(owned.directions)) if only is None else only:
             index = torch.tensor([row for row, owner in zip(owned.examples, owned.directions, strict=True) if owner == direction])
             group = stacking.take(part, index, size)
-            offsets = [Offset(sign * self.method.eps, seed, step, direction) for sign in self.estimator.signs]
+            offsets = [Offset(sign * self.eps, seed, step, direction) for sign in self.estimator.signs]
             losses = [self.probe.evaluate(evaluation(loss_fn, [group]), offset) for offset in offsets]
             columns.append(torch.stack(losses))
         return torch.cat(columns, dim=1)
@@ -195,7 +197,7 @@ class Evaluations:
             points = self.estimator.points(self.method.directions_of(0))
             chosen = [i for i, point in enumerate(points) if point.direction in (0, points[-1].direction)]
             evaluate = evaluation(loss_fn, [part])
-            offsets = [Offset(points[i].sign * self.method.eps, seed, step, points[i].direction) for i in chosen]
+            offsets = [Offset(points[i].sign * self.eps, seed, step, points[i].direction) for i in chosen]
             slow = torch.stack([self.probe.evaluate(evaluate, offset) for offset in offsets])
             stack = self._shared(part, seed, step)
         else:
@@ -203,7 +205,7 @@ class Evaluations:
             columns = [pair for direction in ends for pair, owner in enumerate(owned.directions) if owner == direction]
             slow = self._alone(loss_fn, part, owned, seed, step, only=ends)
             here = here[[owned.examples[pair] for pair in columns]]
-            stack = stacking.own(self.estimator.signs, self.method.eps, owned, seed, step)
+            stack = stacking.own(self.estimator.signs, self.eps, owned, seed, step)
         try:
             quick = self._stacked(loss_fn, part, stack)
             quick = quick[chosen] if owned is None else quick[:, columns]

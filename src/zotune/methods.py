@@ -22,6 +22,9 @@ from zotune.estimators import ESTIMATORS
 from zotune.rules import Rule
 from zotune.subspaces import Full, LowRank, Subspace
 
+#: For a learning rate or ε that is measured instead of given.
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -32,7 +35,7 @@ class Method:
         title: what to call it in a table.
         arxiv: id of the paper.
         lr: default learning rate η (the paper's, for models of a billion parameters; small models want far larger ones).
-        eps: perturbation scale ε.
+        eps: perturbation scale ε, or ``"auto"`` (see ``calibration``).
         num_directions: K; ``"example"`` for a direction per example, ``"example:m"`` for m of them, ``"groups:G"`` for one per G-th part
             of the batch.
         subspace: see ``subspaces``.
@@ -51,7 +54,7 @@ class Method:
     title: str
     arxiv: str
     lr: float
-    eps: float = 1e-3
+    eps: float | str = 1e-3
     num_directions: int | str = 1
     subspace: Subspace = field(default_factory=Full)
     direction: str = "gaussian"
@@ -62,8 +65,9 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps > 0):
-            raise ValueError(f"eps must be a positive number, not {self.eps!r}.")
+        number = isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps > 0
+        if not (number or self.eps == AUTO):
+            raise ValueError(f"eps must be a positive number or 'auto', not {self.eps!r}.")
         if not (self.groups is not None or (isinstance(self.num_directions, int) and self.num_directions >= 1)):
             raise ValueError(
                 f"num_directions must be a whole number of at least 1, 'example', 'example:m' or 'groups:G', not {self.num_directions!r}."
@@ -198,7 +202,7 @@ def get(name: str, **options: Any) -> Method:
 def mezo(
     *,
     lr: float = 1e-6,
-    eps: float = 1e-3,
+    eps: float | str = 1e-3,
     num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",
@@ -232,7 +236,7 @@ def mezo(
 def mezo_momentum(
     *,
     lr: float = 1e-6,
-    eps: float = 1e-3,
+    eps: float | str = 1e-3,
     num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",
@@ -263,7 +267,7 @@ def mezo_momentum(
 def mezo_adam(
     *,
     lr: float = 1e-5,
-    eps: float = 1e-3,
+    eps: float | str = 1e-3,
     num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",
@@ -294,7 +298,7 @@ def mezo_adam(
 def lozo(
     *,
     lr: float = 1e-6,
-    eps: float = 1e-3,
+    eps: float | str = 1e-3,
     num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",
@@ -329,7 +333,7 @@ def lozo(
 def lozo_m(
     *,
     lr: float = 1e-6,
-    eps: float = 1e-3,
+    eps: float | str = 1e-3,
     num_directions: int | str = 1,
     direction: str = "gaussian",
     estimator: str = "central",

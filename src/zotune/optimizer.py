@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from zotune import methods
+from zotune.calibration import Calibrator, StepSize
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
-from zotune.estimators import ESTIMATORS
+from zotune.estimators import ESTIMATORS, Estimate
 from zotune.evaluating import Evaluations, LossFunction, evaluation
 from zotune.journal import Journal, Record, StepRecord, digest
-from zotune.methods import Method
+from zotune.methods import AUTO, Method
 from zotune.probe import Probe
 from zotune.rules import Rule
 from zotune.subspaces import LowRankCoordinate
@@ -65,7 +66,8 @@ class ZerothOrder(torch.optim.Optimizer):
     Args:
         model: the module to train. Parameters with ``requires_grad`` move, whatever they are (full model, PEFT adapter, ...).
         method: a name from ``zotune.methods.names()`` or a :class:`~zotune.methods.Method`.
-        lr: learning rate η; None takes the method's default, which suits models of a billion parameters.
+        lr: learning rate η. ``"auto"`` measures it (see ``calibration``); schedulers and the groups' ``lr`` then multiply what is found.
+            None takes the method's default, which suits models of a billion parameters.
         params: parameters or parameter groups (as in torch, each with its own ``lr`` and ``weight_decay``) to train instead of all.
         weight_decay: λ in θ ← θ − η (ĝ + λθ); not on vectors (bias, norm), unless you pass groups of your own.
         seed: the run's seed, from which every direction follows.
@@ -88,7 +90,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self,
         model: nn.Module,
         method: str | Method = "lozo",
-        lr: float | None = None,
+        lr: float | str | None = None,
         *,
         params: Iterable[Any] | None = None,
         weight_decay: float = 0.0,
@@ -99,9 +101,12 @@ class ZerothOrder(torch.optim.Optimizer):
     ) -> None:
         self.method = methods.get(method) if isinstance(method, str) else method
         lr = self.method.lr if lr is None else lr
+        measured = lr == AUTO
+        lr = 1.0 if measured else lr
         for label, number in (("learning rate", lr), ("weight_decay", weight_decay)):
             if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
-                raise ValueError(f"the {label} must be a number of at least 0, not {number!r}.")
+                auto = " or 'auto'" if label == "learning rate" else ""
+                raise ValueError(f"the {label} must be a number of at least 0{auto}, not {number!r}.")
         if max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps must be at least 1, not {max_nonfinite_steps}.")
         self.model = model
@@ -112,9 +117,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rule = Rule(self.method.rule, self.method.rule_args)
         super().__init__(_groups(model, params, weight_decay), {"lr": lr, "weight_decay": 0.0})
         self.coordinates = self._coordinates()
+        self.eps: float = math.nan if isinstance(self.method.eps, str) else self.method.eps
         self.probe = Probe(model, [c for group in self.coordinates for c in group], self.directions)
         try:
             self.evaluations = Evaluations(self.probe, self.method, self.estimator, probe)
+            self.calibrator = self._calibrator(measured) if measured or math.isnan(self.eps) else None
         except ValueError:
             self.probe.detach()
             raise
@@ -144,6 +151,12 @@ class ZerothOrder(torch.optim.Optimizer):
             groups.append(coordinates)
         return groups
 
+    def _calibrator(self, measured: bool) -> Calibrator:
+        coordinates = self.probe.coordinates
+        scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
+        own = self.method.groups is not None
+        return Calibrator(self.probe, self.estimator, self.rule, own, scale, math.isnan(self.eps), measured)
+
     # -- a step ---------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -165,15 +178,19 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
         parts, step = _parts(batch), self.steps
         self._begin(step)
+        if self.calibrator is not None and math.isnan(self.eps):
+            self._choose_eps(evaluation(loss_fn, parts), step)
         if not self._prepared:
             self._prepare(evaluation(loss_fn, parts), step)
+        if self.calibrator is not None:
+            self._measure(evaluation(loss_fn, parts), step)
         losses = self.evaluations.gather(loss_fn, parts, self.seed, step)
         self.forward_passes += self.method.forwards_per_step
         self.sequences_evaluated += losses.evaluated
-        estimate = losses.estimate(self.estimator, self.method.eps)
+        estimate = losses.estimate(self.estimator, self.eps)
         record = StepRecord(
             step=step,
-            lrs=tuple(float(group["lr"]) for group in self.param_groups),
+            lrs=self._rates(estimate, losses.values.shape[1]),
             loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
             coefficients=tuple(estimate.coefficients.tolist()),
             skipped=estimate.skipped,
@@ -197,6 +214,30 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         return torch.tensor(record.loss)
 
+    def _rates(self, estimate: Estimate, examples: int) -> tuple[float, ...]:
+        rates = [float(group["lr"]) for group in self.param_groups]
+        if self.calibrator is not None and self.calibrator.chooses_lr:
+            self.calibrator.step_size.step(estimate.coefficients.tolist(), estimate.loss)
+            found = self.calibrator.rate(len(estimate.coefficients), examples)
+            rates = [found * rate for rate in rates]
+        return tuple(rates)
+
+    def _choose_eps(self, evaluate: Callable[[], Tensor], step: int) -> None:
+        assert self.calibrator is not None
+        self.eps = self.evaluations.eps = self.calibrator.eps(evaluate, self.seed, step)
+        self.forward_passes += self.calibrator.forwards
+        self.sequences_evaluated += self.calibrator.sequences
+        if self.journal is not None:
+            self.journal.append({"event": "eps", "value": self.eps})
+
+    def _measure(self, evaluate: Callable[[], Tensor], step: int) -> None:
+        assert self.calibrator is not None
+        self.calibrator.measure(evaluate, self.eps, self.seed, step)
+        self.forward_passes += self.calibrator.forwards
+        self.sequences_evaluated += self.calibrator.sequences
+        if self.calibrator.forwards and self.journal is not None:
+            self.journal.append({"event": "measured", **self.calibrator.step_size.summary()})
+
     def _begin(self, step: int) -> None:
         if self._begun == step:
             return
@@ -208,7 +249,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._begun = step
 
     def _prepare(self, evaluate: Callable[[], Tensor], step: int) -> None:
-        distrusted = self.probe.prepare(evaluate, Offset(self.method.eps, self.seed, step, 0))
+        distrusted = self.probe.prepare(evaluate, Offset(self.eps, self.seed, step, 0))
         self._prepared = True
         if distrusted and self.journal is not None:
             self.journal.append({"event": "general_path", "names": distrusted})
@@ -229,8 +270,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.steps += 1
         if all(record.skipped):  # nothing was learnt, so nothing moves, momentum included
             self._nonfinite_in_a_row += 1
-            for coordinate in self.probe.coordinates:
-                coordinate.drop()
+            self.probe.forget_directions()
             return
         self._nonfinite_in_a_row = 0
         for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):
@@ -260,6 +300,10 @@ class ZerothOrder(torch.optim.Optimizer):
     def _apply_event(self, event: Mapping[str, Any]) -> None:
         if event.get("event") == "fold":
             self._fold()
+        elif event.get("event") == "eps":
+            self.eps = self.evaluations.eps = float(event["value"])
+        elif event.get("event") == "measured":
+            pass  # what came of it is in the steps' learning rates
         elif event.get("event") == "general_path":
             self.probe.distrust(event["names"])
             self._prepared = True
@@ -312,6 +356,8 @@ class ZerothOrder(torch.optim.Optimizer):
             "sequences_evaluated": self.sequences_evaluated,
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
             "prepared": self._prepared,
+            "eps": None if math.isnan(self.eps) else self.eps,
+            "step_size": None if self.calibrator is None else self.calibrator.step_size.state(),
             "batched": self.evaluations.batched,
             "general_path": [n for n, c in self._by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path],
             "rule": rule_others,
@@ -352,6 +398,10 @@ class ZerothOrder(torch.optim.Optimizer):
         self.sequences_evaluated = run["sequences_evaluated"]
         self._nonfinite_in_a_row = run["nonfinite_in_a_row"]
         self._prepared = run["prepared"]
+        if self.method.eps == AUTO and run["eps"] is not None:
+            self.eps = self.evaluations.eps = run["eps"]
+        if self.calibrator is not None and run["step_size"] is not None:
+            self.calibrator.step_size = StepSize.restored(run["step_size"])
         if self.evaluations.batched is None:
             self.evaluations.batched = run.get("batched")
         self._begun = self.steps - 1

@@ -229,6 +229,11 @@ class Probe:
                 self.detach()
                 raise
 
+    def forget_directions(self) -> None:
+        """Let go of directions that are kept between a step's evaluations and its update."""
+        for coordinate in self.coordinates:
+            coordinate.drop()
+
     def distrust(self, names: Sequence[str]) -> None:
         """Give the named coordinates the general way from now on."""
         for path in [p for p in self.side_paths if p.coordinate.name in names]:

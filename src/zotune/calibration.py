@@ -1,0 +1,266 @@
+"""ε and η from the loss itself: what ``eps="auto"`` and ``lr="auto"`` do, in forward passes only.
+
+**ε.** Along a few directions the coefficients are measured at a ladder of ε. Below the right range they are rounding noise, above it they
+bend with the loss; in between neighbours agree. The largest ε that still agrees with its neighbour is taken.
+
+**η.** For a step θ ← θ − η ĝ with K directions the loss changes on average by
+
+    −η s + ½ η² M h / K,      s = ‖∇L‖²,   M = E[c²],   h = E[ZᵀHZ] = tr H,
+
+which is least at η* = K s / (M h). All three are measurable: h from L(θ + εZ) + L(θ − εZ) − 2 L(θ); M from every step's coefficients, the
+noise of the batch included; s from how far the examples of a batch agree along one direction. (The iteration diverges near 2 η*; the exact
+condition is Σ ηλ/(1 − ηλ) < 2 over the eigenvalues λ of the Hessian.) The three are measured on the first batch, and again every
+:data:`INTERVAL` steps, since curvature grows and signal falls while a model learns.
+
+How weak the signal of a batch may be is the one thing few forwards cannot tell: near the end of a run the examples' gradients are hundreds
+of times larger than their mean, and a batch shows noise only. Then s is taken to be M times the batch over :data:`NOISE_SCALE` examples,
+the "simple noise scale" at which fine-tuning works (1812.06162).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.coordinates import Offset
+from zotune.estimators import Estimator
+from zotune.probe import Probe
+from zotune.rules import EMASGD, Rule
+
+#: The values of ε that are tried.
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+#: Directions that the ladder is measured along, and those that the first learning rate is made of.
+LADDER_DIRECTIONS, FIRST_DIRECTIONS = 3, 8
+#: Steps between two measurements, each three evaluations of the batch.
+INTERVAL = 20
+#: Number of the first direction that measurements use, beyond those of any step.
+DIRECTION = 1 << 24
+#: Relative error of the coefficients that a larger ε may bring: small beside that of a random direction, which is 100%.
+TOLERANCE = 0.03
+#: Examples whose mean gradient is as large as its noise, if a batch shows no signal.
+NOISE_SCALE = 350.0
+#: η over η*: more than 1 because schedules decay it from here.
+BOLDNESS = 1.5
+#: Weight of a new measurement in the running means, once there are enough of them.
+FORGETTING = 0.1
+
+#: Losses of the batch at θ + scale · Z_direction, (n,).
+At = Callable[[float, int], Tensor]
+
+
+def choose_eps(at: At, estimator: Estimator) -> float:
+    """The largest ε of :data:`LADDER` at which coefficients do not depend on ε.
+
+    Args:
+        at: losses at a point; scale 0 is θ itself.
+        estimator: whose coefficients count.
+
+    Raises:
+        ValueError: no loss on the ladder is finite.
+    """
+    here = at(0.0, DIRECTION).double()
+    measured = []
+    for eps in LADDER:
+        columns = []
+        for k in range(LADDER_DIRECTIONS):
+            high, low = (here if sign == 0 else at(sign * eps, DIRECTION + k).double() for sign in sorted(estimator.signs, reverse=True))
+            columns.append((high - low) / (eps * (max(estimator.signs) - min(estimator.signs))))
+        measured.append(torch.cat(columns))
+    return LADDER[_agreeing([_distance(a, b) for a, b in itertools.pairwise(measured)])]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ over the root of ‖a‖ ‖b‖; infinite where either is not finite."""
+    size = float((a.norm() * b.norm()).sqrt())
+    distance = float((a - b).norm()) / size if size > 0 else (0.0 if float((a - b).norm()) == 0 else math.inf)
+    return distance if math.isfinite(distance) else math.inf
+
+
+def _agreeing(distances: Sequence[float]) -> int:
+    """Which rung to stand on: from the pair that agrees best upwards, as long as the next rung is within the tolerance."""
+    best = min(range(len(distances)), key=lambda i: distances[i])
+    if not math.isfinite(distances[best]):
+        raise ValueError("the loss is not finite near the model's weights, so no eps can be chosen; look at the model and the first batch.")
+    rung = best
+    while rung < len(distances) and distances[rung] <= max(TOLERANCE, 2 * distances[best]):
+        rung += 1
+    return max(rung, best + 1) if distances[best] > TOLERANCE else rung
+
+
+@dataclass
+class RunningMean:
+    """A mean that forgets: each new number weighs 1 / count, but never below ``forgetting``. Keeps the variance of the mean too."""
+
+    forgetting: float = FORGETTING
+    count: int = 0
+    mean: float = 0.0
+    square: float = 0.0
+
+    def add(self, number: float) -> None:
+        if not math.isfinite(number):
+            return
+        self.count += 1
+        weight = max(1 / self.count, self.forgetting)
+        self.mean += weight * (number - self.mean)
+        self.square += weight * (number * number - self.square)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        effective = min(self.count, 2 / self.forgetting - 1)
+        return math.sqrt(max(0.0, self.square - self.mean**2) / max(1.0, effective - 1))
+
+
+@dataclass
+class StepSize:
+    """The learning rate as a function of what has been measured.
+
+    Attributes:
+        curvature: h.
+        signal: s, from pairs of examples under the same direction.
+        moment: M of the steps.
+        brake: factor that a rising loss has taken the rate back by.
+    """
+
+    curvature: RunningMean = field(default_factory=RunningMean)
+    signal: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
+    moment: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
+    recent: RunningMean = field(default_factory=RunningMean)
+    lowest: float = math.inf
+    brake: float = 1.0
+    since_brake: int = 0
+
+    def measure(self, here: Tensor, plus: Tensor, minus: Tensor, eps: float) -> Tensor:
+        """Take in the losses of a batch at θ and θ ± εZ, (n,) each; returns the examples' coefficients along Z, (n,)."""
+        second = float((plus.double() + minus.double() - 2 * here.double()).mean()) / eps**2
+        each = (plus.double() - minus.double()) / (2 * eps)
+        self.curvature.add(second)
+        n = each.numel()
+        if n > 1:
+            self.signal.add(float(each.sum() ** 2 - each.square().sum()) / (n * (n - 1)))
+        return each
+
+    def step(self, coefficients: Sequence[float], loss: float) -> None:
+        """Take in a step's coefficients and loss."""
+        kept = [c for c in coefficients if c]
+        if kept:
+            self.moment.add(sum(c * c for c in kept) / len(kept))
+        if not math.isfinite(loss):
+            self.brake *= 0.5
+            return
+        self.recent.add(loss)
+        self.since_brake += 1
+        if self.recent.count < 2 / FORGETTING:
+            return
+        if self.recent.mean < self.lowest:
+            self.lowest = self.recent.mean
+        elif self.recent.mean > self.lowest + 0.05 * abs(self.lowest) + 4 * self.recent.error and self.since_brake > 1 / FORGETTING:
+            self.brake, self.since_brake = 0.5 * self.brake, 0
+            self.lowest = self.recent.mean
+
+    def rate(self, directions: int, examples: int) -> float:
+        """η for steps of K directions on N examples, for plain SGD on coordinates of unit scale; 0 before there is anything to go by."""
+        moment = self.moment.mean
+        size = math.sqrt(self.curvature.square)
+        curvature = max(self.curvature.mean, 0.2 * size)  # a saddle's directions cancel, but their sizes say how far is far
+        if not (moment > 0 and curvature > 0):
+            return 0.0
+        # A loss that does not tell its examples apart hides how noisy it is.
+        certain = (self.signal.mean - self.signal.error) / moment if self.signal.count else 0.25
+        gain = min(float(directions), max(directions * certain, examples / NOISE_SCALE))
+        return BOLDNESS * self.brake * gain / curvature
+
+    def summary(self) -> dict[str, float]:
+        """The measurements for a log: curvature h, signal s, second moment M, brake."""
+        means = {"curvature": self.curvature, "signal": self.signal, "moment": self.moment}
+        return {**{name: mean.mean for name, mean in means.items()}, "brake": self.brake}
+
+    def state(self) -> dict[str, Any]:
+        """Plain data; :meth:`restored` takes it back exactly."""
+        return asdict(self)
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> StepSize:
+        means = {name: RunningMean(**value) for name, value in state.items() if isinstance(value, dict)}
+        return cls(**{**state, **means})
+
+
+def rule_gain(rule: Rule, moment: float, directions: int) -> float:
+    """What to multiply plain SGD's η by for another rule: 1 − β under momentum; Adam's step is η whatever the size of ĝ.
+
+    Raises:
+        ValueError: a rule of which that is not known.
+    """
+    names = {cls.__name__ for cls in rule.cls.__mro__}
+    if rule.cls is EMASGD:
+        return 1.0
+    if rule.cls is torch.optim.SGD:
+        return (1 - rule.options.get("momentum", 0.0)) / (1 - rule.options.get("dampening", 0.0))
+    if names & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop"}:
+        return math.sqrt(moment / directions)
+    raise ValueError(f"learning rate 'auto' is not known for the update rule {rule.cls.__name__}; give a number, or use SGD or Adam.")
+
+
+class Calibrator:
+    """Makes the measurements of a run, and knows what has come of them.
+
+    Args:
+        probe: evaluates the model.
+        estimator, rule: the method's.
+        own: whether every example, or part of the batch, has directions of its own.
+        lr_scale: what low-rank coordinates multiply a learning rate by.
+        chooses_eps, chooses_lr: what is to be chosen.
+
+    Raises:
+        ValueError: a learning rate is to be chosen for a rule of which no scale is known.
+    """
+
+    def __init__(
+        self, probe: Probe, estimator: Estimator, rule: Rule, own: bool, lr_scale: float, chooses_eps: bool, chooses_lr: bool
+    ) -> None:
+        if chooses_lr:
+            rule_gain(rule, 1.0, 1)
+        self.probe, self.estimator, self.rule, self.own, self.lr_scale = probe, estimator, rule, own, lr_scale
+        self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
+        self.step_size = StepSize()
+        self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
+
+    def eps(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> float:
+        """ε for the run, of the losses that ``evaluate`` gives on its first batch."""
+        self.forwards = self.sequences = 0
+        found = choose_eps(self._at(evaluate, seed, step), self.estimator)
+        self.probe.forget_directions()
+        return found
+
+    def measure(self, evaluate: Callable[[], Tensor], eps: float, seed: int, step: int) -> None:
+        """Measure what a learning rate is made of, where that is due."""
+        self.forwards = self.sequences = 0
+        if not self.chooses_lr or step % INTERVAL:
+            return
+        at, first = self._at(evaluate, seed, step), not self.step_size.curvature.count
+        here = at(0.0, DIRECTION)
+        for k in range(FIRST_DIRECTIONS if first else 1):
+            each = self.step_size.measure(here, at(eps, DIRECTION + k), at(-eps, DIRECTION + k), eps)
+            if first:
+                self.step_size.moment.add(float(each.square().mean()) if self.own else float(each.mean()) ** 2)
+        self.probe.forget_directions()
+
+    def rate(self, directions: int, examples: int) -> float:
+        """η for the next step, of K directions on N examples."""
+        plain = self.step_size.rate(directions, examples)
+        return plain * rule_gain(self.rule, self.step_size.moment.mean, directions) / self.lr_scale
+
+    def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:
+        def at(scale: float, direction: int) -> Tensor:
+            losses = self.probe.evaluate(evaluate, Offset(scale, seed, step, direction))
+            self.forwards += 1
+            self.sequences += losses.numel()
+            return losses
+
+        return at
