@@ -5,12 +5,16 @@ bend with the loss; in between neighbours agree. The largest ε that still agree
 
 **η.** For a step θ ← θ − η ĝ with K directions the loss changes on average by
 
-    −η s + ½ η² M h / K,      s = ‖∇L‖²,   M = E[c²],   h = E[ZᵀHZ] = tr H,
+    −η s + ½ η² M h / K,      s = ‖∇L‖²,   M = E[c²],   h = E[ZᵀHZ] = tr H
 
-which is least at η* = K s / (M h). All three are measurable: h from L(θ + εZ) + L(θ − εZ) − 2 L(θ); M from every step's coefficients, the
-noise of the batch included; s from how far the examples of a batch agree along one direction. (The iteration diverges near 2 η*; the exact
-condition is Σ ηλ/(1 − ηλ) < 2 over the eigenvalues λ of the Hessian.) The three are measured on the first batch, and again every
-:data:`INTERVAL` steps, since curvature grows and signal falls while a model learns.
+which is least at K s / (M h). All three are measurable: h from L(θ + εZ) + L(θ − εZ) − 2 L(θ); M from every step's coefficients, the noise
+of the batch included; s from how far the examples of a batch agree along one direction. Many directions take away the noise, not the
+curvature along the gradient itself, which is at most ‖H‖_F = √(Var[ZᵀHZ] / 2); so
+
+    η = 1 / (M h / (K s) + ‖H‖_F).
+
+The measurements are made on the first batch, after 1, 2, 4, ... steps, and every :data:`INTERVAL` steps, since curvature grows and
+signal falls while a model learns. A loss that rises all the same halves the rate.
 
 How weak the signal of a batch may be is the one thing few forwards cannot tell: near the end of a run the examples' gradients are hundreds
 of times larger than their mean, and a batch shows noise only. Then s is taken to be M times the batch over :data:`NOISE_SCALE` examples,
@@ -19,7 +23,7 @@ the "simple noise scale" at which fine-tuning works (1812.06162).
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,11 +37,12 @@ from zotune.estimators import Estimator
 from zotune.probe import Probe
 from zotune.rules import EMASGD, Rule
 
-#: The values of ε that are tried.
+#: The values of ε that are tried; where climbing begins, and in well-behaved single precision goes on from.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST_RUNG = 2
 #: Directions that the ladder is measured along, and those that the first learning rate is made of.
-LADDER_DIRECTIONS, FIRST_DIRECTIONS = 3, 8
-#: Steps between two measurements, each three evaluations of the batch.
+LADDER_DIRECTIONS, FIRST_DIRECTIONS = 2, 8
+#: Steps between two measurements, each three evaluations of the batch, once the first steps are over.
 INTERVAL = 20
 #: Number of the first direction that measurements use, beyond those of any step.
 DIRECTION = 1 << 24
@@ -45,8 +50,8 @@ DIRECTION = 1 << 24
 TOLERANCE = 0.03
 #: Examples whose mean gradient is as large as its noise, if a batch shows no signal.
 NOISE_SCALE = 350.0
-#: η over η*: more than 1 because schedules decay it from here.
-BOLDNESS = 1.5
+#: What a rising loss multiplies η by, and what every measurement since then multiplies it by until it is back.
+BRAKE, RELEASE = 0.5, 1.1
 #: Weight of a new measurement in the running means, once there are enough of them.
 FORGETTING = 0.1
 
@@ -65,14 +70,29 @@ def choose_eps(at: At, estimator: Estimator) -> float:
         ValueError: no loss on the ladder is finite.
     """
     here = at(0.0, DIRECTION).double()
-    measured = []
-    for eps in LADDER:
-        columns = []
+    low, high = min(estimator.signs), max(estimator.signs)
+
+    @functools.cache
+    def coefficients(rung: int) -> Tensor:
+        eps, columns = LADDER[rung], []
         for k in range(LADDER_DIRECTIONS):
-            high, low = (here if sign == 0 else at(sign * eps, DIRECTION + k).double() for sign in sorted(estimator.signs, reverse=True))
-            columns.append((high - low) / (eps * (max(estimator.signs) - min(estimator.signs))))
-        measured.append(torch.cat(columns))
-    return LADDER[_agreeing([_distance(a, b) for a, b in itertools.pairwise(measured)])]
+            plus, minus = (here if sign == 0 else at(sign * eps, DIRECTION + k).double() for sign in (high, low))
+            columns.append((plus - minus) / (eps * (high - low)))
+        return torch.cat(columns)
+
+    @functools.cache
+    def distance(rung: int) -> float:
+        """Between a rung and the next."""
+        return _distance(coefficients(rung), coefficients(rung + 1))
+
+    steps = range(len(LADDER) - 1)
+    best = FIRST_RUNG if distance(FIRST_RUNG) <= TOLERANCE else min(steps, key=distance)
+    if not math.isfinite(distance(best)):
+        raise ValueError("the loss is not finite near the model's weights, so no eps can be chosen; look at the model and the first batch.")
+    rung = best
+    while rung in steps and distance(rung) <= max(TOLERANCE, 2 * distance(best)):
+        rung += 1
+    return LADDER[rung]
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -80,17 +100,6 @@ def _distance(a: Tensor, b: Tensor) -> float:
     size = float((a.norm() * b.norm()).sqrt())
     distance = float((a - b).norm()) / size if size > 0 else (0.0 if float((a - b).norm()) == 0 else math.inf)
     return distance if math.isfinite(distance) else math.inf
-
-
-def _agreeing(distances: Sequence[float]) -> int:
-    """Which rung to stand on: from the pair that agrees best upwards, as long as the next rung is within the tolerance."""
-    best = min(range(len(distances)), key=lambda i: distances[i])
-    if not math.isfinite(distances[best]):
-        raise ValueError("the loss is not finite near the model's weights, so no eps can be chosen; look at the model and the first batch.")
-    rung = best
-    while rung < len(distances) and distances[rung] <= max(TOLERANCE, 2 * distances[best]):
-        rung += 1
-    return max(rung, best + 1) if distances[best] > TOLERANCE else rung
 
 
 @dataclass
@@ -111,10 +120,14 @@ class RunningMean:
         self.square += weight * (number * number - self.square)
 
     @property
+    def variance(self) -> float:
+        return max(0.0, self.square - self.mean**2)
+
+    @property
     def error(self) -> float:
         """Standard error of the mean."""
         effective = min(self.count, 2 / self.forgetting - 1)
-        return math.sqrt(max(0.0, self.square - self.mean**2) / max(1.0, effective - 1))
+        return math.sqrt(self.variance / max(1.0, effective - 1))
 
 
 @dataclass
@@ -131,16 +144,16 @@ class StepSize:
     curvature: RunningMean = field(default_factory=RunningMean)
     signal: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
     moment: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
-    recent: RunningMean = field(default_factory=RunningMean)
+    recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
     lowest: float = math.inf
     brake: float = 1.0
-    since_brake: int = 0
 
     def measure(self, here: Tensor, plus: Tensor, minus: Tensor, eps: float) -> Tensor:
         """Take in the losses of a batch at θ and θ ± εZ, (n,) each; returns the examples' coefficients along Z, (n,)."""
         second = float((plus.double() + minus.double() - 2 * here.double()).mean()) / eps**2
         each = (plus.double() - minus.double()) / (2 * eps)
         self.curvature.add(second)
+        self.brake = min(1.0, RELEASE * self.brake)
         n = each.numel()
         if n > 1:
             self.signal.add(float(each.sum() ** 2 - each.square().sum()) / (n * (n - 1)))
@@ -152,29 +165,28 @@ class StepSize:
         if kept:
             self.moment.add(sum(c * c for c in kept) / len(kept))
         if not math.isfinite(loss):
-            self.brake *= 0.5
+            self.brake *= BRAKE
             return
         self.recent.add(loss)
-        self.since_brake += 1
-        if self.recent.count < 2 / FORGETTING:
+        if self.recent.count < 1 / self.recent.forgetting:
             return
-        if self.recent.mean < self.lowest:
-            self.lowest = self.recent.mean
-        elif self.recent.mean > self.lowest + 0.05 * abs(self.lowest) + 4 * self.recent.error and self.since_brake > 1 / FORGETTING:
-            self.brake, self.since_brake = 0.5 * self.brake, 0
-            self.lowest = self.recent.mean
+        self.lowest = min(self.lowest, self.recent.mean)
+        if self.recent.mean > self.lowest + 0.05 * abs(self.lowest) + 3 * self.recent.error:
+            self.brake *= BRAKE
+            self.recent = RunningMean(self.recent.forgetting)  # see first what the lower rate does
+            self.lowest = math.inf
 
     def rate(self, directions: int, examples: int) -> float:
         """η for steps of K directions on N examples, for plain SGD on coordinates of unit scale; 0 before there is anything to go by."""
-        moment = self.moment.mean
-        size = math.sqrt(self.curvature.square)
-        curvature = max(self.curvature.mean, 0.2 * size)  # a saddle's directions cancel, but their sizes say how far is far
-        if not (moment > 0 and curvature > 0):
+        moment, curvature = self.moment.mean, self.curvature
+        # A saddle's directions cancel, but their sizes say how far is far.
+        mean = max(curvature.mean + curvature.error, 0.2 * math.sqrt(curvature.square))
+        if not (moment > 0 and mean > 0):
             return 0.0
         # A loss that does not tell its examples apart hides how noisy it is.
         certain = (self.signal.mean - self.signal.error) / moment if self.signal.count else 0.25
         gain = min(float(directions), max(directions * certain, examples / NOISE_SCALE))
-        return BOLDNESS * self.brake * gain / curvature
+        return self.brake / (mean / gain + math.sqrt(curvature.variance / 2))
 
     def summary(self) -> dict[str, float]:
         """The measurements for a log: curvature h, signal s, second moment M, brake."""
@@ -241,7 +253,7 @@ class Calibrator:
     def measure(self, evaluate: Callable[[], Tensor], eps: float, seed: int, step: int) -> None:
         """Measure what a learning rate is made of, where that is due."""
         self.forwards = self.sequences = 0
-        if not self.chooses_lr or step % INTERVAL:
+        if not self.chooses_lr or (step % INTERVAL and step & (step - 1)):
             return
         at, first = self._at(evaluate, seed, step), not self.step_size.curvature.count
         here = at(0.0, DIRECTION)
