@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zotune import checkpoint, objectives
-from zotune.checkpointed_trainer import JOURNAL, CheckpointedTrainer, training_flags_kept
+from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.config import ZOConfig
 from zotune.journal import Journal
 from zotune.optimizer import ZerothOrder
+from zotune.ordered_trainer import OrderedTrainer
 from zotune.step_sums import StepSums
 
 Batch = Mapping[str, Tensor]
@@ -33,7 +34,7 @@ Objective = str | Callable[[nn.Module, Batch], Tensor]
 INITIAL_ADAPTER = "initial_adapter"
 
 
-class ZOTrainer(CheckpointedTrainer):
+class ZOTrainer(OrderedTrainer):
     """`transformers.Trainer` that trains with forward passes only: no backward pass, no `.grad`, inference memory.
 
     Args:
@@ -288,7 +289,7 @@ class ZOTrainer(CheckpointedTrainer):
             self.data_collator = usual
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in `transformers.Trainer`; the model's training flags are left as found."""
+        """As in `transformers.Trainer`, results in the order of the data; the model's training flags are left as found."""
         with training_flags_kept(self.model):
             return super().evaluation_loop(*args, **kwargs)
 
