@@ -6,6 +6,7 @@ the files of a checkpoint are ours.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -226,7 +227,7 @@ class ZOTrainer(OrderedTrainer):
         self._since_log.add(report, seconds)
         self._since_train.add(report, seconds)
         loss = torch.as_tensor(report.loss, dtype=torch.float32, device=self.args.device)
-        return loss if loss.isfinite() else nothing
+        return loss if math.isfinite(report.loss) else nothing  # the report is on the CPU: nothing waits for the device
 
     def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
         objective = self.objective or _layout(batches[0])
