@@ -66,7 +66,7 @@ def test_options_that_differ_by_row_are_scored_too(tokenizer, config, model, dat
     data = tasks.prepare(tokenizer, config, task="copa", data_dir=data_dir, parts=["eval"])
     batch = data.collate_eval(data.eval[:8])
     one_row_an_option = tasks.ChoicesCollator(tokenizer.pad_token_id, shared_prompt=False)(data.eval[:8])
-    assert batch["input_ids"].numel() < 0.75 * one_row_an_option["input_ids"].numel()
+    assert batch["input_ids"].numel() < 0.8 * one_row_an_option["input_ids"].numel()
     with torch.inference_mode():
         scores, expected = (objectives.choice_scores(model, form) for form in (batch, one_row_an_option))
     assert scores.shape == (8, 2)
