@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from zotune import objectives
+from zotune import token_scores
 from zotune.objectives import ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, objective, token_logprobs
 from zotune.tasks import ChoicesCollator, LanguageModelCollator
 
@@ -134,7 +134,7 @@ def test_single_token_form_equals_the_general_form_and_scores_by_hand(model):
 
 @torch.no_grad()
 def test_options_of_several_tokens_equal_scores_by_hand(model):
-    batch = ChoicesCollator(pad_token_id=0)(mixed_examples())
+    batch = ChoicesCollator(pad_token_id=0, shared_prompt=False)(mixed_examples())
     assert batch["input_ids"].shape[:2] == batch["option_mask"].shape == (2, 3)
     close(choice_scores(model, batch), scores_by_hand(model, mixed_examples()))
 
@@ -297,7 +297,7 @@ def test_losses_of_a_bfloat16_model_are_float32_log_softmax_of_its_logits(llama)
 def test_the_logits_may_be_taken_in_pieces(llama, monkeypatch):
     batch = LanguageModelCollator(pad_token_id=0)(mixed_examples())
     whole = LanguageModelLoss(llama)(batch)
-    monkeypatch.setattr(objectives, "_CHUNK_ELEMENTS", VOCABULARY)
+    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", VOCABULARY)
     close(LanguageModelLoss(llama)(batch), whole)
 
 

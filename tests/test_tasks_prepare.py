@@ -47,12 +47,13 @@ def test_zero_shot_accuracy_on_sst2_is_the_models_published_one(tokenizer, confi
 
 
 @torch.inference_mode()
-def test_both_forms_of_a_batch_score_real_rows_as_the_whole_text_does(tokenizer, config, model, data_dir):
+def test_all_forms_of_a_batch_score_real_rows_as_the_whole_text_does(tokenizer, config, model, data_dir):
     task = tasks.load("sst2")
     data = tasks.prepare(tokenizer, config, task=task, data_dir=data_dir, num_eval=12, parts=["eval"])
     fast = objectives.choice_scores(model, data.collate_eval(data.eval))
-    general = tasks.ChoicesCollator(tokenizer.pad_token_id, single_token_form=False)(data.eval)
-    torch.testing.assert_close(objectives.choice_scores(model, general), fast, rtol=1e-4, atol=1e-4)
+    for shared_prompt in (True, False):
+        general = tasks.ChoicesCollator(tokenizer.pad_token_id, single_token_form=False, shared_prompt=shared_prompt)(data.eval)
+        torch.testing.assert_close(objectives.choice_scores(model, general), fast, rtol=1e-4, atol=1e-4)
     for example, scores in zip(data.eval, fast, strict=True):
         text = tokenizer.decode(example["prompt_ids"], skip_special_tokens=True)
         for option, score in zip(task.options, scores, strict=True):
@@ -64,10 +65,12 @@ def test_both_forms_of_a_batch_score_real_rows_as_the_whole_text_does(tokenizer,
 def test_options_that_differ_by_row_are_scored_too(tokenizer, config, model, data_dir):
     data = tasks.prepare(tokenizer, config, task="copa", data_dir=data_dir, parts=["eval"])
     batch = data.collate_eval(data.eval[:8])
-    assert batch["input_ids"].dim() == 3
+    one_row_an_option = tasks.ChoicesCollator(tokenizer.pad_token_id, shared_prompt=False)(data.eval[:8])
+    assert batch["input_ids"].numel() < 0.8 * one_row_an_option["input_ids"].numel()
     with torch.inference_mode():
-        scores = objectives.choice_scores(model, batch)
-    assert scores.shape == (8, 2) and scores.isfinite().all()
+        scores, expected = (objectives.choice_scores(model, form) for form in (batch, one_row_an_option))
+    assert scores.shape == (8, 2)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_training_on_a_task_is_by_default_on_the_right_options_tokens(tokenizer, config, model, data_dir):

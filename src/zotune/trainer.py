@@ -6,6 +6,7 @@ the files of a checkpoint are ours.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from zotune import checkpoint, objectives
-from zotune.checkpointed_trainer import JOURNAL, CheckpointedTrainer, training_flags_kept
+from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.config import ZOConfig
 from zotune.journal import Journal
 from zotune.optimizer import ZerothOrder
+from zotune.ordered_trainer import OrderedTrainer
 from zotune.step_sums import StepSums
 
 Batch = Mapping[str, Tensor]
@@ -33,7 +35,7 @@ Objective = str | Callable[[nn.Module, Batch], Tensor]
 INITIAL_ADAPTER = "initial_adapter"
 
 
-class ZOTrainer(CheckpointedTrainer):
+class ZOTrainer(OrderedTrainer):
     """`transformers.Trainer` that trains with forward passes only: no backward pass, no `.grad`, inference memory.
 
     Args:
@@ -225,7 +227,7 @@ class ZOTrainer(CheckpointedTrainer):
         self._since_log.add(report, seconds)
         self._since_train.add(report, seconds)
         loss = torch.as_tensor(report.loss, dtype=torch.float32, device=self.args.device)
-        return loss if loss.isfinite() else nothing
+        return loss if math.isfinite(report.loss) else nothing  # the report is on the CPU: nothing waits for the device
 
     def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
         objective = self.objective or _layout(batches[0])
@@ -288,7 +290,7 @@ class ZOTrainer(CheckpointedTrainer):
             self.data_collator = usual
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in `transformers.Trainer`; the model's training flags are left as found."""
+        """As in `transformers.Trainer`, results in the order of the data; the model's training flags are left as found."""
         with training_flags_kept(self.model):
             return super().evaluation_loop(*args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,26 +49,32 @@ class LanguageModelCollator:
 
 @dataclass(frozen=True)
 class ChoicesCollator:
-    """Batches for ``choice_scores`` and ``ChoiceLoss``, in one of two forms.
+    """Batches for ``choice_scores`` and ``ChoiceLoss``, in one of three forms, each with answer (B,).
 
-    Every option of the batch a single token and as many options in each example: one row an example, input_ids
-    (B, T), attention_mask (B, T), positions (B, 1), option_ids (B, C), answer (B,). Otherwise one row an option:
-    input_ids (B, C, T), attention_mask (B, C, T), positions (B, C, S), targets (B, C, S), option_mask (B, C) and
-    answer (B,).
+    - Every option of the batch a single token and as many options in each example: input_ids (B, T), attention_mask
+      (B, T), positions (B, 1), option_ids (B, C).
+    - One row an example, the prompt once and the options behind it, where that is less work than the next: what
+      :func:`zotune.shared_prompts.option_logprobs` takes, and option_mask (B, C).
+    - One row an option: input_ids (B, C, T), attention_mask (B, C, T), positions (B, C, S), targets (B, C, S),
+      option_mask (B, C).
 
     Attributes:
         pad_token_id, pad_to_multiple_of: as in :class:`LanguageModelCollator`.
-        single_token_form: False to use the general form always.
+        single_token_form: False to do without the first form.
+        shared_prompt: False to do without the second.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     single_token_form: bool = True
+    shared_prompt: bool = True
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         counts = {len(example["option_ids"]) for example in examples}
         single = all(len(option) == 1 for example in examples for option in example["option_ids"])
         batch = self._one_row_each(examples) if self.single_token_form and single and len(counts) == 1 else None
+        if batch is None and self._sharing_pays(examples, max(counts)):
+            batch = self._prompts_once(examples, max(counts))
         batch = batch or self._one_row_an_option(examples, max(counts))
         batch["answer"] = torch.tensor([example["answer"] for example in examples])
         return batch
@@ -81,6 +87,55 @@ class ChoicesCollator:
             "attention_mask": _padded([[1] * len(ids) for ids in prompts], length, 0),
             "positions": torch.tensor([[len(ids) - 1] for ids in prompts]),
             "option_ids": torch.tensor([[option[0] for option in example["option_ids"]] for example in examples]),
+        }
+
+    def _sharing_pays(self, examples: Sequence[Example], most: int) -> bool:
+        if not self.shared_prompt or not all(example["prompt_ids"] and all(example["option_ids"]) for example in examples):
+            return False  # behind no prompt an option's first token is not scored
+        fed = [[len(option) - 1 for option in example["option_ids"]] for example in examples]
+        prompts = [len(example["prompt_ids"]) for example in examples]
+        together = self._length(prompt + sum(options) for prompt, options in zip(prompts, fed, strict=True))
+        apart = self._length(prompt + max(options) for prompt, options in zip(prompts, fed, strict=True))
+        return _work(together) < most * _work(apart)
+
+    def _length(self, lengths: Iterable[int]) -> int:
+        return _rounded(max(lengths), self.pad_to_multiple_of)
+
+    def _prompts_once(self, examples: Sequence[Example], most: int) -> dict[str, Tensor]:
+        inputs, position_ids, segments, positions, places, targets, own_rows, present = [], [], [], [], [], [], [], []
+        for example in examples:
+            prompt, options = example["prompt_ids"], example["option_ids"]
+            start = len(prompt)
+            ids, where, whose, scored = [*prompt], [*range(start)], [0] * start, [start - 1]
+            for number, option in enumerate(options, 1):
+                fed = len(option) - 1  # the last token is predicted but never fed
+                places.append([0, *range(len(scored), len(scored) + fed)])
+                scored += range(len(ids), len(ids) + fed)
+                own_rows.append([*range(start), *range(len(ids), len(ids) + fed)])
+                targets.append(option)
+                ids += option[:-1]
+                where += range(start, start + fed)
+                whose += [number] * fed
+            missing = most - len(options)
+            places += [[]] * missing
+            targets += [[]] * missing
+            own_rows += [[*range(start)]] * missing  # scores nothing, but no row is all padding
+            present.append([True] * len(options) + [False] * missing)
+            inputs.append(ids)
+            position_ids.append(where)
+            segments.append(whose)
+            positions.append(scored)
+        length, own_length = self._length(map(len, inputs)), self._length(map(len, own_rows))
+        scored_tokens, shape = max(map(len, targets)), (len(examples), most, -1)
+        return {
+            "input_ids": _padded(inputs, length, self.pad_token_id),
+            "position_ids": _padded(position_ids, length, 0),
+            "segments": _padded(segments, length, -1),
+            "positions": _padded(positions, max(map(len, positions)), 0),
+            "places": _padded(places, scored_tokens, 0).view(shape),
+            "targets": _padded(targets, scored_tokens, IGNORE).view(shape),
+            "own_rows": _padded(own_rows, own_length, -1).view(shape),
+            "option_mask": torch.tensor(present),
         }
 
     def _one_row_an_option(self, examples: Sequence[Example], most: int) -> dict[str, Tensor]:
@@ -125,6 +180,11 @@ class ClassifierCollator:
             batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], length, 0)
         batch["labels"] = torch.tensor([example["label"] for example in examples])
         return batch
+
+
+def _work(length: int) -> float:
+    """Of a row, in tokens; attention, which grows with the square, costs what the matrices do at this length for a width near 700."""
+    return length * (1 + length / 4096)
 
 
 def _scored(prompt: Sequence[int], completion: Sequence[int], mask: Sequence[bool] | None = None) -> tuple[list[int], list[int], list[int]]:
