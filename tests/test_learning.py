@@ -32,7 +32,7 @@ def train(model, data, method: zotune.Method, lr: float, steps: int, objective: 
 
 
 #: Learning rates found on the grid 1e-5, 3e-5, 1e-4, 3e-4, 1e-3.
-RATES = {"mezo": 1e-4, "lozo": 1e-4, "lozo-m": 3e-4, "mezo-adam": 1e-3, "mezo-momentum": 1e-5}
+RATES = {"mezo": 1e-4, "lozo": 1e-4, "lozo-m": 3e-4, "mezo-adam": 1e-3, "mezo-momentum": 1e-5, "lozo-e": 1e-3}
 
 
 @pytest.mark.parametrize("name", zotune.methods.names())

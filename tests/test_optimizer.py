@@ -54,7 +54,8 @@ def test_micro_batches_are_the_batch(name):
         b = second.step(toys.loss_function(parts), pieces)
         assert torch.allclose(a, b, atol=1e-6)
         assert torch.allclose(first.last.coefficients, second.last.coefficients, atol=1e-3)
-        assert first.last.gap_noise == pytest.approx(second.last.gap_noise, rel=1e-3)
+        if first.method.groups is None:  # an example alone does not tell its noise
+            assert first.last.gap_noise == pytest.approx(second.last.gap_noise, rel=1e-3)
 
 
 def test_a_closure_and_a_scalar_loss_do():

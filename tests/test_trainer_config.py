@@ -18,15 +18,16 @@ def config(tmp_path: Path, **options: Any) -> ZOConfig:
     return ZOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
 
 
-def test_the_default_method_is_the_recommended_one(tmp_path: Path) -> None:
+def test_rate_and_eps_are_measured_unless_they_are_given(tmp_path: Path) -> None:
     default = config(tmp_path)
-    assert default.zo_method() == zotune.methods.recommended()
-    assert default.learning_rate == zotune.methods.recommended().lr
+    assert default.zo_method() == zotune.methods.lozo(eps="auto")
+    assert default.learning_rate == "auto" and default.lr_scheduler_type == "linear"
+    assert config(tmp_path, learning_rate="1e-3", eps="0.01").zo_method().eps == 0.01
 
 
 @pytest.mark.parametrize("method", zotune.methods.names())
 def test_options_left_out_are_the_methods_own(method: str, tmp_path: Path) -> None:
-    made = config(tmp_path, method=method)
+    made = config(tmp_path, method=method, eps=None, learning_rate=None)
     assert made.zo_method() == zotune.methods.get(method)
     assert made.learning_rate == zotune.methods.get(method).lr
 
@@ -71,7 +72,9 @@ def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Pa
         ({"eps": 0.0}, "eps must be positive, got 0.0"),
         ({"eps": float("nan")}, "eps must be positive, got nan"),
         ({"probe": "batch"}, "unknown probe 'batch'"),
-        ({"num_directions": "exmaple"}, "'example' or 'groups:G', not 'exmaple'"),
+        ({"num_directions": "exmaple"}, "'example:m' or 'groups:G', not 'exmaple'"),
+        ({"learning_rate": "automatic"}, "learning_rate must be a number or 'auto', got 'automatic'"),
+        ({"method": "mezo", "rule": "Rprop"}, "'auto' is not known for the update rule Rprop; give a number"),
         ({"num_directions": 0}, "num_directions must be a whole number of at least 1"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"interval": 0}, "interval must be at least 1, got 0"),
@@ -130,5 +133,5 @@ def test_a_command_line_is_parsed_as_for_training_arguments(tmp_path: Path) -> N
     assert (made.eps, made.max_steps, made.num_directions, made.learning_rate) == (0.01, 7, 2, 3e-4)
     assert made.rule_args == {"momentum": 0.5}
     (bare,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu"])
-    assert bare.learning_rate == zotune.methods.recommended().lr
+    assert bare.learning_rate == bare.eps == "auto"
     assert bare.remove_unused_columns is None and bare.max_steps == 1000

@@ -73,6 +73,8 @@ def config(output_dir: Path, **options: Any) -> zotune.ZOConfig:
     defaults: dict[str, Any] = {
         "max_steps": 6,
         "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "eps": None,
         "save_strategy": "no",
         "logging_steps": 2,
         "disable_tqdm": True,

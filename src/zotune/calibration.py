@@ -88,6 +88,8 @@ def choose_eps(at: At, estimator: Estimator) -> float:
     steps = range(len(LADDER) - 1)
     best = FIRST_RUNG if distance(FIRST_RUNG) <= TOLERANCE else min(steps, key=distance)
     if not math.isfinite(distance(best)):
+        if all(bool(coefficients(rung).isfinite().all()) for rung in range(len(LADDER))):
+            return LADDER[-1]  # a loss that does not move, or by rounding only
         raise ValueError("the loss is not finite near the model's weights, so no eps can be chosen; look at the model and the first batch.")
     rung = best
     while rung in steps and distance(rung) <= max(TOLERANCE, 2 * distance(best)):
@@ -96,9 +98,9 @@ def choose_eps(at: At, estimator: Estimator) -> float:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ over the root of ‖a‖ ‖b‖; infinite where either is not finite."""
+    """‖a − b‖ over the root of ‖a‖ ‖b‖; infinite where that says nothing."""
     size = float((a.norm() * b.norm()).sqrt())
-    distance = float((a - b).norm()) / size if size > 0 else (0.0 if float((a - b).norm()) == 0 else math.inf)
+    distance = float((a - b).norm()) / size if size > 0 else math.inf
     return distance if math.isfinite(distance) else math.inf
 
 

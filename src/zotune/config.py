@@ -9,7 +9,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zotune import methods
+from zotune.calibration import rule_gain
 from zotune.evaluating import PROBES
+from zotune.rules import Rule
 
 _METHOD_FIELDS = (
     "eps",
@@ -58,9 +60,10 @@ _FIXED = {
 class ZOConfig(TrainingArguments):
     """Settings of a forward-only run: `transformers.TrainingArguments` with the method's options beside them.
 
-    Every field of `TrainingArguments` keeps its name and meaning; the defaults below differ. Options of the method
-    that are left at None take the method's own defaults (the paper's), as does `learning_rate`. Training lasts
-    `max_steps` steps, 1000 when neither it nor `num_train_epochs` is given.
+    Every field of `TrainingArguments` keeps its name and meaning; the defaults below differ. `learning_rate` and `eps`
+    are measured (``"auto"``; see :mod:`zotune.calibration`) unless they are numbers; None takes the method's own (the
+    paper's), as it does for all other options of the method. Training lasts `max_steps` steps, 1000 when neither it nor
+    `num_train_epochs` is given.
 
     Raises:
         ValueError: an unknown method, an option the method does not take, a value that makes no sense, or an option
@@ -73,7 +76,9 @@ class ZOConfig(TrainingArguments):
     """
 
     method: str = field(default="lozo", metadata={"help": "The method; `zotune methods` lists them."})
-    eps: float | None = field(default=None, metadata={"help": "Perturbation scale of the directions."})
+    eps: float | str | None = field(
+        default=methods.AUTO, metadata={"help": "Size of the perturbation, or auto: measured on the first batch."}
+    )
     num_directions: int | str | None = field(
         default=None,
         metadata={
@@ -94,8 +99,10 @@ class ZOConfig(TrainingArguments):
     method_args: dict | str | None = field(default=None, metadata={"help": "Any further options of the method's recipe, as JSON."})
     max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps in a row with a non-finite loss after which training stops."})
 
-    learning_rate: float | None = field(default=None, metadata={"help": "The learning rate; by default the method's."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The schedule of the learning rate."})
+    learning_rate: float | str | None = field(
+        default=methods.AUTO, metadata={"help": "The learning rate, or auto: measured now and then, times the schedule."}
+    )
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "The schedule of the learning rate."})
     max_steps: int = field(default=-1, metadata={"help": "Steps to train; 1000 when num_train_epochs is not given either."})
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Passes over the training data to make, unless max_steps is given."}
@@ -121,6 +128,8 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.num_directions, str) and self.num_directions.isdecimal():  # a number from the command line
             self.num_directions = int(self.num_directions)
+        for name in ("learning_rate", "eps"):
+            setattr(self, name, _number_or_auto(name, getattr(self, name)))
         self._check_settings()
         if self.max_steps == -1 and self.num_train_epochs is None:
             self.max_steps = 1000
@@ -133,6 +142,8 @@ class ZOConfig(TrainingArguments):
         recipe = self.zo_method()
         if self.learning_rate is None:
             self.learning_rate = recipe.lr
+        if self.learning_rate == methods.AUTO:
+            rule_gain(Rule(recipe.rule, recipe.rule_args), 1.0, 1)  # refuses rules it knows no scale for
         super().__post_init__()
         if self.world_size > 1:
             raise ValueError(
@@ -170,11 +181,11 @@ class ZOConfig(TrainingArguments):
             raise ValueError("logging_nan_inf_filter=True would hide diverged steps: leave it False, they are logged as skipped.")
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
-            if value is not None and not value >= lowest:
+            if value not in (None, methods.AUTO) and not value >= lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}.")
         for name in ("eps", "num_train_epochs"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value not in (None, methods.AUTO) and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
         if self.probe not in PROBES:
             raise ValueError(f"unknown probe {self.probe!r}: choose one of {', '.join(PROBES)}.")
@@ -194,6 +205,15 @@ _LOWEST = {
     "learning_rate": 0,
     "weight_decay": 0,
 }
+
+
+def _number_or_auto(name: str, value: float | str | None) -> float | str | None:
+    if not isinstance(value, str) or value == methods.AUTO:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name} must be a number or 'auto', got {value!r}.") from None
 
 
 def _parsed_json(name: str, text: str) -> dict[str, Any]:

@@ -363,6 +363,42 @@ def lozo_m(
     )
 
 
+@register
+def lozo_e(
+    *,
+    lr: float = 1e-6,
+    eps: float | str = 1e-3,
+    num_directions: int | str = "example",
+    direction: str = "gaussian",
+    estimator: str = "central",
+    rank: int = 1,
+    interval: int = 50,
+    rule: str = "SGD",
+    rule_args: dict[str, Any] | None = None,
+) -> Method:
+    """LOZO-E: LOZO with a direction per example, zotune's own choice (LOZO 2410.07698; GRZO 2606.02857).
+
+    c_b = (ℓ_b(W + ε U_b Vᵀ) − ℓ_b(W − ε U_b Vᵀ)) / 2ε,   W ← W − η (1/B) Σ_b c_b U_b Vᵀ / r
+
+    Each example b of the batch is evaluated under its own direction, in the two forwards that one direction for all would take. The
+    noise of the directions, ‖∇ℓ_b‖² times the number of dimensions, is averaged over B of them; the rate can be up to B times larger.
+    State: LOZO's, r·(m + n) float32 numbers a matrix.
+    """
+    return Method(
+        name="lozo-e",
+        title="LOZO-E",
+        arxiv="2410.07698",
+        lr=lr,
+        eps=eps,
+        num_directions=num_directions,
+        direction=direction,
+        estimator=estimator,
+        subspace=LowRank(rank, interval),
+        rule=rule,
+        rule_args=rule_args or {},
+    )
+
+
 def recommended(**options: Any) -> Method:
     """The library's own choice, and the default of ``zotune train``."""
-    return get("lozo", **options)
+    return get("lozo-e", **options)

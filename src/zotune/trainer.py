@@ -24,6 +24,7 @@ from zotune import checkpoint, objectives
 from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.config import ZOConfig
 from zotune.journal import Journal
+from zotune.methods import AUTO
 from zotune.optimizer import ZerothOrder
 from zotune.ordered_trainer import OrderedTrainer
 from zotune.step_sums import StepSums
@@ -257,6 +258,8 @@ class ZOTrainer(OrderedTrainer):
         if self._since_log.steps and {"loss", "learning_rate"} <= logs.keys():
             del logs["loss"]  # Hugging Face's mean counts a skipped step as a loss of 0
             rate = logs.pop("learning_rate")
+            if self.args.learning_rate == AUTO and self.zo_optimizer.last is not None:
+                rate = self.zo_optimizer.last.lr[0]  # the scheduler knows a factor only
             logs.update(self._since_log.entries(), learning_rate=rate)
             logs["forward_passes"] = self.zo_optimizer.forward_passes
             self._since_log = StepSums()

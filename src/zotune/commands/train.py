@@ -280,6 +280,7 @@ class Run:
             "after": after,
             "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
             "learning_rate": self.config.learning_rate,
+            "eps": optimizer.eps,
             "batch_size": self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps,
             "seed": self.config.seed,
             "steps": trainer.state.global_step,
@@ -322,7 +323,7 @@ def report(summary: Mapping[str, Any]) -> Any:
         change = " → ".join(metric_text("loss", value) for value in dict.fromkeys((loss["first"], loss["last"])))
         rows.append(("training loss", change))
     rows += [
-        ("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {summary['learning_rate']:g}"),
+        ("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {_rate_text(summary['learning_rate'])}"),
         ("forward passes", f"{summary['forward_passes']} ({summary['sequences_evaluated']} sequences)"),
         ("time", f"{duration_text(summary['training_seconds'])} of training"),
         ("peak memory", f"{memory_text(memory['training'])} ({memory['of']}; {memory_text(memory['loaded'])} before the first forward)"),
@@ -332,6 +333,10 @@ def report(summary: Mapping[str, Any]) -> Any:
         ("summary", summary["files"]["summary"]),
     ]
     return summary_table(rows, f"{summary['method']} on {summary['data']}")
+
+
+def _rate_text(rate: float | str) -> str:
+    return rate if isinstance(rate, str) else f"{rate:g}"
 
 
 def new_console() -> Console:

@@ -1,0 +1,215 @@
+"""``auto``: ε and η from losses; each measurement is what its equation says, and what is chosen learns."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import toys
+from zotune import ZerothOrder, methods, replay
+from zotune.calibration import INTERVAL, LADDER, RunningMean, StepSize, choose_eps, rule_gain
+from zotune.estimators import ESTIMATORS
+from zotune.rules import Rule
+
+AUTO = {"eps": "auto"}
+
+
+def run(model: nn.Module, optimizer: ZerothOrder, first: int, last: int) -> list[float]:
+    return [float(optimizer.step(toys.loss_function(model), toys.batch(seed=step))) for step in range(first, last)]
+
+
+# -- ε ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def line(noise: float, cubic: float, quadratic: float = 0.0):
+    """Losses of 50 examples along directions: linear, with bends, and rounded to multiples of ``noise``."""
+
+    def at(scale: float, direction: int) -> torch.Tensor:
+        slope = torch.linspace(1, 2, 50).double() + direction % 7
+        exact = slope * scale + quadratic * slope * scale**2 + cubic * slope * scale**3
+        return exact if not noise else (exact / noise).round() * noise
+
+    return at
+
+
+def test_a_straight_loss_takes_the_largest_eps():
+    assert choose_eps(line(0.0, 0.0), ESTIMATORS["central"]) == LADDER[-1]
+
+
+def test_eps_stays_below_where_the_loss_bends():
+    """Neighbours differ by cubic · (ε'² − ε²): 3% of the slope at ε' ≈ 0.01 for a cubic coefficient of 300."""
+    assert choose_eps(line(0.0, 300.0), ESTIMATORS["central"]) == 0.01
+    assert choose_eps(line(0.0, 30_000.0), ESTIMATORS["central"]) == 1e-3
+
+
+def test_eps_stays_above_rounding():
+    assert choose_eps(line(1e-2, 0.1), ESTIMATORS["central"]) == 0.1
+
+
+def test_a_forward_difference_bends_with_the_curvature_a_central_one_does_not():
+    assert choose_eps(line(0.0, 0.0, quadratic=10.0), ESTIMATORS["central"]) == LADDER[-1]
+    assert choose_eps(line(0.0, 0.0, quadratic=10.0), ESTIMATORS["forward"]) <= 3e-3
+
+
+def test_a_loss_that_does_not_move_takes_the_largest_eps():
+    assert choose_eps(lambda scale, direction: torch.ones(3), ESTIMATORS["central"]) == LADDER[-1]
+
+
+def test_a_loss_that_is_nowhere_finite_gives_no_eps():
+    with pytest.raises(ValueError, match="no eps can be chosen"):
+        choose_eps(lambda scale, direction: torch.full((3,), math.nan), ESTIMATORS["central"])
+
+
+# -- what η is made of --------------------------------------------------------------------------------------------------------------------
+
+
+def test_curvature_and_signal_are_the_trace_and_the_squared_gradient():
+    """ℓ_b(w) = ½ wᵀHw + (g + n_b)ᵀw at w = 0: E[ZᵀHZ] = tr H, E over pairs = ‖g‖² whatever the n_b."""
+    generator = torch.Generator().manual_seed(0)
+    diagonal, g = torch.linspace(0.1, 3, 20), torch.full((20,), 0.3)
+    measured = StepSize(curvature=RunningMean(1e-9), signal=RunningMean(1e-9))
+    for _ in range(4000):
+        z = torch.randn(20, generator=generator)
+        gradients = g + 2 * torch.randn(16, 20, generator=generator)
+        half = 0.5 * 1e-2 * float(diagonal @ z.square())
+        here = torch.zeros(16)
+        measured.measure(here, (gradients @ z + half) * 1e-2, (-gradients @ z + half) * 1e-2, 1e-2)
+    assert measured.curvature.mean == pytest.approx(float(diagonal.sum()), rel=0.05)
+    assert abs(measured.signal.mean - float(g.square().sum())) < 4 * measured.signal.error
+    assert math.sqrt(measured.curvature.variance / 2) == pytest.approx(float(diagonal.norm()), rel=0.1)
+
+
+def test_the_rate_is_its_formula():
+    """η = 1 / (M h / (K s) + ‖H‖_F), bounded by the signal's floor N / NOISE_SCALE."""
+    known = StepSize(curvature=RunningMean(0.1, 9, 10.0, 100.0), signal=RunningMean(0.1, 9, 2.0, 4.0), moment=RunningMean(0.1, 9, 4.0, 16.0))
+    assert known.rate(1, 16) == pytest.approx(1 / (10 / 0.5))
+    assert known.rate(8, 16) == pytest.approx(1 / (10 / 4))
+    known.curvature.square = 100.0 + 2 * 3.0**2
+    assert known.rate(8, 16) == pytest.approx(1 / ((10 + known.curvature.error) / 4 + 3))
+    known.signal = RunningMean(0.1, 9, -5.0, 25.0)
+    assert known.rate(1, 35) == pytest.approx(1 / ((10 + known.curvature.error) / 0.1 + 3))
+
+
+def test_a_rising_loss_brakes_and_measuring_releases():
+    size = StepSize()
+    for _ in range(20):
+        size.step([1.0], 1.0)
+    assert size.brake == 1.0
+    for _ in range(5):
+        size.step([1.0], 5.0)
+    assert size.brake == 0.5
+    size.measure(torch.zeros(2), torch.ones(2), torch.ones(2), 1e-2)
+    assert size.brake == pytest.approx(0.55)
+
+
+def test_rules_scale_the_rate():
+    assert rule_gain(Rule("SGD", {"momentum": 0.9}), 4.0, 1) == pytest.approx(0.1)
+    assert rule_gain(Rule("EMASGD", {"beta": 0.9}), 4.0, 1) == 1.0
+    assert rule_gain(Rule("AdamW", {}), 4.0, 4) == 1.0
+    with pytest.raises(ValueError, match="not known for the update rule Rprop; give a number"):
+        rule_gain(Rule("Rprop", {}), 4.0, 4)
+
+
+# -- in a run ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])
+@pytest.mark.parametrize("name", methods.names())
+def test_the_unit_of_the_loss_does_not_matter(name, scale):
+    """Losses times a power of two: a rate divided by it (for Adam the same), and the same run."""
+
+    def losses(unit: float) -> list[float]:
+        model = toys.classifier()
+        optimizer = ZerothOrder(model, methods.get(name, eps=2.0**-7), lr="auto")
+        return [float(optimizer.step(lambda b: unit * toys.loss_function(model)(b), toys.batch(seed=step))) / unit for step in range(30)]
+
+    assert losses(scale) == pytest.approx(losses(1.0), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_learns_a_small_classification_problem_without_a_rate(name):
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, methods.get(name, **AUTO), lr="auto")
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
+    losses = []
+    for step in range(400):
+        losses.append(float(optimizer.step(toys.loss_function(model), toys.batch(16, seed=step))))
+        schedule.step()
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    assert max(losses) < 1.2 * losses[0]
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("stop", [1, 6, INTERVAL, INTERVAL + 3])
+def test_resume_and_replay_are_bit_for_bit(name, stop, tmp_path):
+    def build(**options) -> tuple[nn.Module, ZerothOrder]:
+        model = toys.classifier()
+        return model, ZerothOrder(model, methods.get(name, **AUTO), lr="auto", **options)
+
+    straight, optimizer = build(journal=tmp_path / "j")
+    losses = run(straight, optimizer, 0, 30)
+    halted, first = build()
+    run(halted, first, 0, stop)
+    resumed, second = build()
+    resumed.load_state_dict(copy.deepcopy(halted.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert run(resumed, second, stop, 30) == losses[stop:]
+    rebuilt = toys.classifier()
+    replay(rebuilt, tmp_path / "j")
+    for other in (resumed, rebuilt):
+        assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), other.state_dict().values(), strict=True))
+    assert (second.forward_passes, second.sequences_evaluated) == (optimizer.forward_passes, optimizer.sequences_evaluated)
+
+
+def test_what_was_found_is_in_the_journal_and_its_forwards_are_counted(tmp_path):
+    model = toys.classifier()
+    forwards = 0
+
+    def counted(module, *unused):
+        nonlocal forwards
+        forwards += 1
+
+    optimizer = ZerothOrder(model, methods.lozo(**AUTO), lr="auto", journal=tmp_path / "j", probe="sequential")
+    run(model, optimizer, 0, 1)
+    model.register_forward_hook(counted)
+    before = optimizer.forward_passes
+    run(model, optimizer, 1, 25)
+    assert forwards == optimizer.forward_passes - before == 2 * 24 + 3 * 6  # measured at 1, 2, 4, 8, 16, 20
+    events = [record for record in optimizer.journal.records() if isinstance(record, dict)]
+    assert events[0] == {"event": "eps", "value": optimizer.eps} and optimizer.eps in LADDER
+    assert [event["event"] for event in events[1:]] == ["measured"] * 7
+    assert all(set(event) == {"event", "curvature", "signal", "moment", "brake"} for event in events[1:])
+
+
+def test_schedules_and_groups_multiply_what_is_measured():
+    model = toys.classifier()
+    parameters = list(model.parameters())
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.25}]
+    optimizer = ZerothOrder(model, "lozo", lr="auto", params=groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 0.0)
+    for step in range(4):
+        run(model, optimizer, step, step + 1)
+        schedule.step()
+        first, second = optimizer.last.lr
+        assert second == pytest.approx(0.25 * first) and (first > 0) == (step < 2)
+
+
+def test_a_scalar_loss_does_too():
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, methods.mezo(**AUTO), lr="auto")
+    losses = [float(optimizer.step(lambda b: toys.loss_function(model)(b).mean(), toys.batch(32, seed=step))) for step in range(200)]
+    assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
+    assert all(b < 1.5 * a for a, b in pairwise(losses))
+
+
+def test_the_global_generator_is_left_alone():
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, methods.lozo_e(**AUTO), lr="auto")
+    state = torch.get_rng_state()
+    run(model, optimizer, 0, 3)
+    assert torch.equal(torch.get_rng_state(), state)
