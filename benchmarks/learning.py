@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 HELD_OUT = "held out"
+#: Steps to a point of a loss curve.
+BLOCK = 10
 
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 if cell["schedule"] == "constant" else max(0.0, 1 - t / steps))
     shuffle = torch.Generator().manual_seed(cell["seed"])
     order: list[int] = []
-    losses, curve, begun = [], [(0, accuracy())], time.perf_counter()
+    losses, sequences, curve, begun = [], [], [(0, accuracy())], time.perf_counter()
     for step in range(steps):
         if len(order) < cell["batch_size"]:
             order = torch.randperm(len(train), generator=shuffle).tolist()
@@ -88,6 +90,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
             losses.append(float(optimizer.step(loss_fn, data.collate_train([train[i] for i in chosen]))))
         except zotune.NonFiniteLossError:
             break
+        sequences.append(optimizer.sequences_evaluated)
         schedule.step()
         if (step + 1) % cell["eval_steps"] == 0 or step + 1 == steps:
             curve.append((step + 1, accuracy()))
@@ -98,7 +101,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         "zero_shot": curve[0][1],
         "train_loss": statistics.fmean(losses[-window:]) if losses else float("nan"),
         "curve": curve,
-        "losses": [statistics.fmean(losses[i : i + 50]) for i in range(0, len(losses), 50)],
+        "losses": [statistics.fmean(losses[i : i + BLOCK]) for i in range(0, len(losses), BLOCK)],
+        "sequences": [sequences[min(i + BLOCK, len(sequences)) - 1] for i in range(0, len(losses), BLOCK)],
         "forward_passes": optimizer.forward_passes,
         "seconds": time.perf_counter() - begun,
     }
@@ -116,13 +120,47 @@ def sweep(cells: list[dict[str, Any]], results: Path, processes: int) -> list[di
             done.append(result)
             cell = result["cell"]
             print(
-                f"{cell['method']:<14} lr {cell['lr']:<8g} eps {cell['eps']:<6g} seed {cell['seed']} {cell['score']:<10} "
+                f"{cell['method']:<14} lr {cell['lr']:<8} eps {cell['eps']:<6} seed {cell['seed']} {cell['score']:<10} "
                 f"accuracy {result['zero_shot']:.3f} -> {result['accuracy']:.3f}  loss {result['train_loss']:.4f}  "
                 f"{result['seconds']:.0f} s",
                 flush=True,
             )
     wanted = {json.dumps(cell, sort_keys=True) for cell in cells}
     return [r for r in done if json.dumps(r["cell"], sort_keys=True) in wanted]
+
+
+def smoothed(losses: list[float], window: int = 10) -> list[float]:
+    """Means of each point and up to ``window - 1`` before it."""
+    return [statistics.fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
+
+
+def sequences_to(target: float, runs: list[dict[str, Any]]) -> float | None:
+    """Mean over the runs of the sequences evaluated until the smoothed loss is at most ``target``; None if a run never is."""
+    needed = []
+    for r in runs:
+        reached = [n for n, loss in zip(r["sequences"], smoothed(r["losses"]), strict=True) if loss <= target]
+        if not reached:
+            return None
+        needed.append(reached[0])
+    return statistics.fmean(needed)
+
+
+def ratios(finals: dict[str, list[dict[str, Any]]], reference: str) -> list[str]:
+    """Lines of a table: sequences each method needs to a loss of the reference's, over what the reference needs."""
+    runs = finals[reference]
+    first = statistics.fmean(smoothed(r["losses"])[0] for r in runs)
+    last = statistics.fmean(r["train_loss"] for r in runs)
+    others = [m for m in finals if m != reference]
+    lines = ["", f"| loss | {reference} | {' | '.join(others)} |", "|---|---|" + "---|" * len(others)]
+    for share in (0.5, 0.8, 0.9, 1.0):
+        target = first + share * (last - first)
+        base = sequences_to(target, runs)
+        row = [f"{target:.3f}", "never" if base is None else f"{base:.0f}"]
+        for other in others:
+            n = sequences_to(target, finals[other])
+            row.append("never" if n is None else f"{n:.0f}" if base is None else f"{n:.0f} ({base / n:.1f}× fewer)")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
 
 
 def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
@@ -133,10 +171,10 @@ def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> Non
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for method, runs in finals.items():
-        per_step = runs[0]["forward_passes"] / max(1, runs[0]["cell"]["steps"])
-        length = min(len(r["losses"]) for r in runs)
-        loss = [[r["losses"][i] for r in runs] for i in range(length)]
-        x = [(i + 1) * 50 * per_step for i in range(length)]
+        per_step = runs[0]["sequences"][-1] / runs[0]["cell"]["steps"]
+        smooth = [smoothed(r["losses"]) for r in runs]
+        loss = list(zip(*smooth, strict=False))
+        x = runs[0]["sequences"][: len(loss)]
         (line,) = left.plot(x, [statistics.fmean(v) for v in loss], label=method)
         left.fill_between(x, [min(v) for v in loss], [max(v) for v in loss], alpha=0.2, color=line.get_color())
         steps = [s for s, _ in runs[0]["curve"]]
@@ -149,10 +187,14 @@ def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> Non
             alpha=0.2,
             color=line.get_color(),
         )
-    left.set(xlabel="forward passes (batches)", ylabel="training loss", title=title)
-    right.set(xlabel="forward passes (batches)", ylabel="validation accuracy", title="mean and range over seeds")
+    left.set(xlabel="sequences evaluated", ylabel="training loss", title=title)
+    right.set(xlabel="sequences evaluated", ylabel="validation accuracy", title="mean and range over seeds")
     right.legend(frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def number_or_auto(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def main() -> None:
@@ -163,8 +205,8 @@ def main() -> None:
     parser.add_argument("--template")
     parser.add_argument("--objective", choices=["lm", "choices", "similarity"], default="choices", help="similarity: for encoders")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
-    parser.add_argument("--lr", nargs="+", type=float, required=True)
-    parser.add_argument("--eps", nargs="+", type=float, default=[1e-3])
+    parser.add_argument("--lr", nargs="+", type=number_or_auto, required=True)
+    parser.add_argument("--eps", nargs="+", type=number_or_auto, default=[1e-3])
     parser.add_argument("--options", type=json.loads, default={}, help='options per method, JSON: {"lozo": {"rank": 1}}')
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--final_steps", type=int, help="steps of the best cell's runs (default: --steps)")
@@ -177,6 +219,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="torch threads a process")
     parser.add_argument("--grid_only", action="store_true", help="stop after the grid")
+    parser.add_argument("--reference", default="mezo", help="the method that the others' sequences are compared with")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +267,7 @@ def main() -> None:
     best: dict[str, dict[str, Any]] = {}
     for result in sorted(scored, key=lambda r: (r["cell"]["method"], r["cell"]["eps"], r["cell"]["lr"])):
         c = result["cell"]
-        lines.append(f"| {c['method']} | {c['lr']:g} | {c['eps']:g} | {result['accuracy']:.3f} | {result['train_loss']:.4f} |")
+        lines.append(f"| {c['method']} | {c['lr']} | {c['eps']} | {result['accuracy']:.3f} | {result['train_loss']:.4f} |")
         if c["method"] not in best or result["train_loss"] < best[c["method"]]["train_loss"]:
             best[c["method"]] = result
     if not args.grid_only:
@@ -240,10 +283,12 @@ def main() -> None:
             c, accuracy, loss = runs[0]["cell"], [r["accuracy"] for r in runs], [r["train_loss"] for r in runs]
             spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (accuracy, loss)]
             lines.append(
-                f"| {method} | {c['lr']:g} | {c['eps']:g} | {runs[0]['zero_shot']:.3f} | {statistics.fmean(accuracy):.3f} ± "
+                f"| {method} | {c['lr']} | {c['eps']} | {runs[0]['zero_shot']:.3f} | {statistics.fmean(accuracy):.3f} ± "
                 f"{spread[0]:.3f} | {statistics.fmean(loss):.4f} ± {spread[1]:.4f} | {runs[0]['forward_passes']} | "
                 f"{statistics.fmean(r['seconds'] for r in runs):.0f} |"
             )
+        if args.reference in finals:
+            lines += ratios(finals, args.reference)
         plot(finals, args.out / "curves.png", f"{args.task}, {Path(args.model).name}")
     table = "\n".join(lines)
     (args.out / "table.md").write_text(table + "\n")
