@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key, generator_seed
 from zotune.precision import HALF
+from zotune.row_lookup import lender
 from zotune.side_path import SidePath
 from zotune.stacked_parameters import Lending
 from zotune.stacking import Stack
@@ -158,7 +159,7 @@ class Probe:
         if offset is not None:
             for owner in self._owners:
                 lend[id(owner)] = {
-                    name: partial(coordinate.at, self.directions, offset)
+                    name: lender(owner.module, coordinate, self.directions, offset)
                     for name, coordinate in owner.parameters.items()
                     if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path)
                     and (only is None or coordinate.name in only)
