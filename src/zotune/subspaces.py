@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zotune.coordinates import THIN, Coordinate, Offset
 from zotune.directions import Directions, Key, for_blocks
+from zotune.kernels import moves_for
 from zotune.precision import HALF, join, split_into, stochastic_round
 
 # -- full space -----------------------------------------------------------------------------------------------------------------------
@@ -70,6 +71,10 @@ class FullCoordinate(Coordinate):
         key = offset.key(self.name)
         scale = offset.scale * directions.scale(key, self.numel, self.device)
         out = torch.empty_like(flat)
+        kernel = moves_for(flat, self.residual)
+        if kernel is not None:
+            kernel.perturb(directions, key, scale, flat, self.residual, out)
+            return out.view(self.shape)
 
         def perturb(part: slice) -> None:
             move = directions.block(key, part, self.device, scale)
@@ -119,6 +124,12 @@ class FullCoordinate(Coordinate):
             return
         keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
         moves = [(key, weight * directions.scale(key, self.numel, self.device)) for key, weight in keys]
+        kernel = moves_for(flat, self.residual)
+        if kernel is not None and moves:
+            for place, (key, scale) in enumerate(moves):
+                kernel.update(directions, key, scale, flat, self.residual, 1.0 if place else keep)
+            self._finish(flat)
+            return
 
         def move(part: slice) -> None:
             block = self._block(flat, part)
