@@ -48,23 +48,27 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="zotune-directions")
 
 
-def for_blocks(numel: int, device: torch.device, work: Callable[[slice], None]) -> None:
-    """Call ``work(slice)`` for every block of a flat tensor; on CPU the blocks are shared out over torch's threads.
+def for_blocks(numel: int, device: torch.device, work: Callable[[slice], None], start: int = 0) -> None:
+    """Call ``work(slice)`` for every block of elements ``start`` to ``numel - 1``; on CPU the blocks are shared out over torch's threads.
 
     The result cannot depend on the number of threads: numbers belong to elements, not to blocks.
     """
     size = block_size(device)
-    count = -(-numel // size)
-    threads = min(torch.get_num_threads(), count // 4) if device.type == "cpu" else 1
+    first, last = start // size, -(-numel // size)
+    threads = min(torch.get_num_threads(), (last - first) // 4) if device.type == "cpu" else 1
+
+    def block(index: int) -> slice:
+        return slice(max(start, index * size), min(numel, (index + 1) * size))
+
     if threads <= 1:
-        for start in range(0, numel, size):
-            work(slice(start, min(numel, start + size)))
+        for index in range(first, last):
+            work(block(index))
         return
 
     @torch.no_grad()  # grad mode belongs to a thread
-    def share(first: int) -> None:
-        for start in range(first * size, numel, threads * size):
-            work(slice(start, min(numel, start + size)))
+    def share(thread: int) -> None:
+        for index in range(first + thread, last, threads):
+            work(block(index))
 
     list(_pool(threads).map(share, range(threads)))
 
@@ -123,29 +127,39 @@ def _expand(source: _Source, bits: Tensor) -> Tensor:
 class _Room:
     """Memory in which one thread makes the numbers of one block, with the views of it that every call needs."""
 
-    def __init__(self, source: _Source, count: int, device: torch.device) -> None:
+    def __init__(self, source: _Source, words: Tensor, spare: Tensor, index: Tensor, numbers: Tensor) -> None:
+        self.words, self.spare, self.index, self.numbers = words, spare, index, numbers
+        self.index_bits = words.view(source.index_dtype)
+        found = numbers.view(source.container)
+        self.found = found if source.columns == 1 else found.view(-1, source.columns)
+
+    @classmethod
+    def of(cls, source: _Source, count: int, device: torch.device) -> _Room:
         with torch.inference_mode(False):  # whoever makes the room, everybody may write to it
-            self.words = torch.empty(count, dtype=torch.int64, device=device)
-            self.spare = torch.empty_like(self.words)
-            self.index_bits = self.words.view(source.index_dtype)
-            self.index = torch.empty(self.index_bits.numel(), dtype=torch.int32, device=device)
-            self.numbers = torch.empty(count * source.per_word, device=device)
-            found = self.numbers.view(source.container)
-            self.found = found if source.columns == 1 else found.view(-1, source.columns)
+            words, spare = torch.empty(2, count, dtype=torch.int64, device=device)
+            index = torch.empty(words.view(source.index_dtype).numel(), dtype=torch.int32, device=device)
+            return cls(source, words, spare, index, torch.empty(count * source.per_word, device=device))
+
+    def part(self, source: _Source, count: int) -> _Room:
+        """The front of this room, for ``count`` words."""
+        index, numbers = self.index[: self.index.numel() // self.words.numel() * count], self.numbers[: count * source.per_word]
+        return _Room(source, self.words[:count], self.spare[:count], index, numbers)
 
 
 class _Rooms(threading.local):
     def __init__(self) -> None:
-        self.kept: dict[tuple[_Source, int, torch.device], _Room] = {}
+        self.kept: dict[tuple[_Source, torch.device], _Room] = {}
 
     def get(self, source: _Source, count: int, device: torch.device) -> _Room:
-        room = self.kept.get((source, count, device))
-        if room is None:
-            room = _Room(source, count, device)
-            if count * source.per_word == block_size(device):  # that is where the time goes
-                self.kept.clear()
-                self.kept[source, count, device] = room
-        return room
+        room = self.kept.get((source, device))
+        whole = block_size(device) // source.per_word
+        if room is None or room.words.numel() != whole:
+            if count < whole // 4:  # too little work for a room of its own
+                return _Room.of(source, count, device)
+            room = self.kept[source, device] = _Room.of(source, whole, device)
+        if count == whole:
+            return room
+        return room.part(source, count) if count < whole else _Room.of(source, count, device)
 
 
 _rooms = _Rooms()

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key, generator_seed
 from zotune.precision import HALF
-from zotune.row_lookup import lender
 from zotune.side_path import SidePath
 from zotune.stacked_parameters import Lending
 from zotune.stacking import Stack
 from zotune.subspaces import LowRankCoordinate
+from zotune.unformed import lender
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,28 +68,47 @@ class FullCoordinate(Coordinate):
         if self.thin:  # drawn once for both evaluations and the update
             move = self.many(directions, offset.seed, offset.step, offset.direction, 1).view(-1) * offset.scale
             return torch.add(self._block(flat, slice(0, self.numel)), move).to(flat.dtype).view(self.shape)
-        key = offset.key(self.name)
-        scale = offset.scale * directions.scale(key, self.numel, self.device)
         out = torch.empty_like(flat)
+        self._perturb(directions, offset, flat, out, slice(0, self.numel), self.move_scale(directions, offset))
+        return out.view(self.shape)
+
+    def move_scale(self, directions: Directions, offset: Offset) -> float:
+        """What the numbers of the direction are multiplied by at ``offset``."""
+        return offset.scale * directions.scale(offset.key(self.name), self.numel, self.device)
+
+    def _perturb(self, directions: Directions, offset: Offset, flat: Tensor, out: Tensor, whole: slice, scale: float) -> None:
+        """Write elements ``whole`` of the perturbed weight to ``out``."""
+        key = offset.key(self.name)
         kernel = moves_for(flat, self.residual)
-        if kernel is not None:
+        if kernel is not None and out.numel() == self.numel:
             kernel.perturb(directions, key, scale, flat, self.residual, out)
-            return out.view(self.shape)
+            return
 
         def perturb(part: slice) -> None:
             move = directions.block(key, part, self.device, scale)
+            here = out[part.start - whole.start : part.stop - whole.start]
             if self.half:
-                out[part] = move.add_(self._block(flat, part))
+                here.copy_(move.add_(self._block(flat, part)))
             else:
-                torch.add(flat[part], move, out=out[part])
+                torch.add(flat[part], move, out=here)
 
-        for_blocks(self.numel, self.device, perturb)
-        return out.view(self.shape)
+        for_blocks(whole.stop, self.device, perturb, whole.start)
+
+    def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, these rows of :meth:`at`) for strips of ``height`` rows of a matrix that is not thin; each in the memory of the last."""
+        flat, columns = self._flat(), self.shape[1]
+        scale = self.move_scale(directions, offset)
+        room = torch.empty(height * columns, dtype=flat.dtype, device=flat.device)
+        for top in range(0, self.shape[0], height):
+            rows = slice(top, min(self.shape[0], top + height))
+            strip = room[: (rows.stop - top) * columns]
+            self._perturb(directions, offset, flat, strip, slice(top * columns, rows.stop * columns), scale)
+            yield rows, strip.view(-1, columns)
 
     def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
         """Rows ``rows`` (int64, (R,)) of :meth:`at` for a matrix that is not thin, bit for bit, without the others."""
         key, columns = offset.key(self.name), self.shape[1]
-        move = directions.rows(key, rows, columns).mul_(offset.scale * directions.scale(key, self.numel, self.device))
+        move = directions.rows(key, rows, columns).mul_(self.move_scale(directions, offset))
         weight = self.parameter.detach()[rows]
         if self.residual is not None:
             weight = join(weight, self.residual.view(self.shape)[rows])

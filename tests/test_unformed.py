@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from zotune.coordinates import Offset
 from zotune.directions import Directions
 from zotune.probe import Probe
-from zotune.row_lookup import LookedUp
 from zotune.subspaces import Full, FullCoordinate
+from zotune.unformed import Unformed
 
 OFFSET = Offset(1e-2, seed=3, step=5, direction=1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -89,6 +89,6 @@ def test_a_lookup_is_lent_to_large_embeddings_in_full_space_only():
     model = nn.Sequential(embedding(1000, 96), embedding(1000, 8))
     probe = probe_of(model)
     with torch.no_grad(), probe.at(OFFSET):
-        assert isinstance(model[0].weight, LookedUp)
-        assert not isinstance(model[1].weight, LookedUp)  # thin: its directions are kept anyway
-    assert not isinstance(model[0].weight, LookedUp)
+        assert isinstance(model[0].weight, Unformed)
+        assert not isinstance(model[1].weight, Unformed)  # thin: its directions are kept anyway
+    assert not isinstance(model[0].weight, Unformed)
