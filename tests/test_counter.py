@@ -63,7 +63,7 @@ def test_any_part_of_a_stream_may_be_had_alone(first, count):
 
 def test_streams_of_several_directions_at_once():
     together = words_many(KEY, 3, 50, CPU)
-    assert torch.equal(together, torch.stack([draw(KEY._replace(direction=KEY.direction + k), 0, 50) for k in range(3)]))
+    assert torch.equal(together, torch.cat([draw(KEY._replace(direction=KEY.direction + k), 0, 50) for k in range(3)]))
 
 
 def test_multipliers_are_odd_and_those_of_the_integers():

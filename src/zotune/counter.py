@@ -48,6 +48,8 @@ GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 #: The constants as the int64 that torch and the kernels compute with.
 GOLDEN_SIGNED, FIRST_SIGNED, SECOND_SIGNED = signed(GOLDEN), signed(_FIRST), signed(_SECOND)
+#: The same as tensors: torch makes one of every number it is given, which for small tensors costs as much as the operation.
+_GOLDEN_TENSOR, _FOLD_TENSOR = torch.tensor(GOLDEN_SIGNED), torch.tensor(32)
 
 
 def _hash(text: str) -> int:
@@ -95,12 +97,20 @@ def multipliers(origin: int, pages: Tensor) -> Tensor:
     return _mix64((pages * GOLDEN_SIGNED).add_(signed(origin))).bitwise_or_(1)
 
 
+#: Most steps need no more words than these, and making a whole page takes as long as several small parameters' directions.
+_FRONT = PAGE >> 3
+
+
 @functools.lru_cache(maxsize=8)
-def page_words(seed: int, step: int, device: torch.device) -> Tensor:
-    """B of a step: int64, shape (PAGE,)."""
+def _page_words(seed: int, step: int, device: torch.device, count: int) -> Tensor:
     with torch.inference_mode(False):
         start = signed(_hash(f"page|{seed}|{step}"))
-        return _mix64(torch.arange(1, PAGE + 1).mul_(GOLDEN_SIGNED).add_(start)).to(device)
+        return _mix64(torch.arange(1, count + 1).mul_(GOLDEN_SIGNED).add_(start)).to(device)
+
+
+def page_words(seed: int, step: int, device: torch.device, count: int = PAGE) -> Tensor:
+    """B of a step, the first ``count`` of them at least: int64, flat, at most (PAGE,)."""
+    return _page_words(seed, step, device, _FRONT if count <= _FRONT else PAGE)
 
 
 def _finish(x: Tensor, spare: Tensor) -> Tensor:
@@ -125,14 +135,14 @@ def words(key: Key, first: int, count: int, out: Tensor, spare: Tensor) -> Tenso
 
 
 def words_many(key: Key, directions: int, count: int, device: torch.device) -> Tensor:
-    """The first ``count`` ≤ PAGE words of the streams of directions ``key.direction``, ..., shape (directions, count)."""
-    base = page_words(key.seed, key.step, device)[:count]
+    """The first ``count`` ≤ PAGE words of the streams of directions ``key.direction``, ..., one after the other, flat."""
+    base = page_words(key.seed, key.step, device, count)[:count]
     if directions == 1:
-        x = (base * multiplier(stream(key), 0)).unsqueeze(0)
+        x = torch.mul(base, multiplier(stream(key), 0))
     else:
         factors = [multiplier(stream(key, k), 0) for k in range(key.direction, key.direction + directions)]
-        x = base * torch.tensor(factors, device=device).unsqueeze(1)
-    return x.bitwise_xor_(x >> 32).mul_(GOLDEN_SIGNED)
+        x = torch.outer(torch.tensor(factors, device=device), base).view(-1)
+    return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)
 
 
 def words_at(key: Key, index: Tensor) -> Tensor:

@@ -119,9 +119,9 @@ _Source = type[_Gaussian] | type[_Rademacher]
 
 
 def _expand(source: _Source, bits: Tensor) -> Tensor:
-    """The numbers of a few words, float32, flat."""
-    index = bits.view(-1).view(source.index_dtype).to(torch.int32)
-    return torch.index_select(source.table(1.0, bits.device), 0, index).view(-1).view(torch.float32)
+    """The numbers of a few words (flat), float32, flat."""
+    found = source.table(1.0, bits.device).index_select(0, bits.view(source.index_dtype).int())
+    return found.view(torch.float32) if source.columns == 1 else found.view(-1)
 
 
 class _Room:
@@ -221,7 +221,7 @@ class Directions:
         count = -(-columns // per_word) + (1 if columns % per_word else 0)  # a row may begin inside a word
         first = rows * columns
         index = (first // per_word).unsqueeze(1) + torch.arange(count, device=rows.device)
-        out = _expand(self.source, words_at(key, index)).view(-1, count * per_word)
+        out = _expand(self.source, words_at(key, index).view(-1)).view(-1, count * per_word)
         if columns % per_word == 0:
             return out
         return out.gather(1, (first % per_word).unsqueeze(1) + torch.arange(columns, device=rows.device))
@@ -262,21 +262,24 @@ class Directions:
             return torch.stack([self.draw(key._replace(direction=key.direction + row), shape, device) for row in range(count)])
         together = count if device.type != "cpu" else max(1, SHARED_CPU_BLOCK // (width * self.source.per_word))  # what a cache holds
         if together >= count:
-            out = self._together(key, count, numel, device)
+            z = self._together(key, count, width, numel, device)
         else:
-            out = torch.empty(count, numel, device=device)
+            z = torch.empty(count * numel, device=device)
             for row in range(0, count, together):
                 rows = min(together, count - row)
-                out[row : row + rows] = self._together(key._replace(direction=key.direction + row), rows, numel, device)
+                part = self._together(key._replace(direction=key.direction + row), rows, width, numel, device)
+                z[row * numel : (row + rows) * numel] = part
         if self.kind == "sphere":
-            for row in range(count):
-                out[row] *= self.scale(key._replace(direction=key.direction + row), numel, device)
-        return out.view(count, *shape)
+            for row, one in enumerate(z.view(count, numel)):
+                one *= self.scale(key._replace(direction=key.direction + row), numel, device)
+        return z.view(count, *shape)
 
-    def _together(self, key: Key, count: int, numel: int, device: torch.device) -> Tensor:
-        """A few directions of a small parameter, (count, numel), contiguous, without :meth:`scale`."""
-        z = _expand(self.source, words_many(key, count, -(-numel // self.source.per_word), device)).view(count, -1)
-        return z if z.shape[1] == numel else z[:, :numel].contiguous()
+    def _together(self, key: Key, count: int, width: int, numel: int, device: torch.device) -> Tensor:
+        """A few directions of a small parameter, one after the other, flat, without :meth:`scale`."""
+        z = _expand(self.source, words_many(key, count, width, device))
+        if z.numel() == count * numel:
+            return z
+        return z[:numel] if count == 1 else z.view(count, -1)[:, :numel].reshape(-1)
 
     def combine(
         self,
