@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from zotune import directions as directions_room
+from zotune.coordinates import Offset, draw_together
 from zotune.directions import CPU_BLOCK, Directions, Key, for_blocks, uniform_integers
+from zotune.subspaces import Full
 
 KEY = Key(seed=7, step=3, direction=1, name="model.layers.0.weight")
 LARGE = (3, CPU_BLOCK + 5)
@@ -125,6 +128,49 @@ def test_many_directions_at_once_are_those_drawn_one_by_one(kind, numel):
     many = directions.draw_many(KEY, 4, (numel,))
     one_by_one = [directions.draw(KEY._replace(direction=k), (numel,)) for k in range(KEY.direction, KEY.direction + 4)]
     assert torch.equal(many, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_parameters_drawn_together_are_those_drawn_alone(kind, count):
+    directions, names, numels = Directions(kind), ["a", "b", "c"], [768, 5, 1001]
+    together = directions.draw_together(KEY, count, names, numels, CPU)
+    for name, numel, z in zip(names, numels, together, strict=True):
+        assert z.is_contiguous() and torch.equal(z, directions.draw_many(KEY._replace(name=name), count, (numel,)))
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+@pytest.mark.parametrize("k", [1, 4, 40])
+def test_a_coordinate_has_the_same_directions_with_neighbours_and_without(kind, k):
+    directions = Directions(kind)
+    shapes = {"a": (30,), "b": (7, 3), "c": (100, 20), "large": (100, 100, 1)}
+    alone = [Full().coordinate(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    beside = [Full().coordinate(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    draw_together(beside)
+    weights = [0.1 * (i + 1) for i in range(k)]
+    for direction in range(k):
+        for a, b in zip(alone, beside, strict=True):
+            offset = Offset(1e-2, 0, 3, direction)
+            assert torch.equal(a.at(directions, offset), b.at(directions, offset))
+    for a, b in zip(alone, beside, strict=True):
+        a.descend(directions, weights, 0.9, 0, 3)
+        b.descend(directions, weights, 0.9, 0, 3)
+        assert torch.equal(a.parameter, b.parameter)
+
+
+def test_the_update_does_not_draw_all_parameters_for_each(monkeypatch):
+    calls = []
+    inner = Directions.draw_together
+    monkeypatch.setattr(Directions, "draw_together", lambda *args: calls.append(1) or inner(*args))
+    coordinates = [Full().coordinate(str(i), nn.Parameter(torch.ones(30))) for i in range(50)]
+    draw_together(coordinates)
+    directions = Directions("gaussian")
+    for direction in range(40):
+        for coordinate in coordinates:
+            coordinate.at(directions, Offset(1e-2, 0, 3, direction))
+    for coordinate in coordinates:
+        coordinate.descend(directions, [0.1] * 40, 1.0, 0, 3)
+    assert len(calls) == 5  # {0}, {1, 2, 3}, {4..15}, {16..31}, {32..47}
 
 
 def test_room_for_numbers_made_in_inference_mode_serves_outside_it():

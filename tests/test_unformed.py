@@ -1,4 +1,4 @@
-"""An embedding in full space: the rows that are looked up are those of the whole perturbed table, bit for bit."""
+"""Weights perturbed a part at a time are those perturbed whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from zotune import unformed
 from zotune.coordinates import Offset
 from zotune.directions import Directions
 from zotune.probe import Probe
@@ -92,3 +93,49 @@ def test_a_lookup_is_lent_to_large_embeddings_in_full_space_only():
         assert isinstance(model[0].weight, Unformed)
         assert not isinstance(model[1].weight, Unformed)  # thin: its directions are kept anyway
     assert not isinstance(model[0].weight, Unformed)
+
+
+@pytest.fixture
+def small_strips(monkeypatch):
+    monkeypatch.setattr(unformed, "LARGE", 1000)
+    monkeypatch.setattr(unformed, "STRIP", 700)
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_in_strips_agrees_with_the_whole(kind, dtype, bias, small_strips):
+    model = nn.Linear(100, 333, bias=bias, dtype=dtype).eval()
+    x = torch.randn(2, 5, 100, generator=torch.Generator().manual_seed(2)).to(dtype)
+    probe = probe_of(model, kind)
+    far = Offset(1.0, seed=3, step=5, direction=1)
+    found = probe.evaluate(lambda: model(x), far)
+    weight, *rest = [c.at(probe.directions, far) for c in probe.coordinates]
+    expected = F.linear(x, weight, *rest)
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert torch.allclose(
+        found.double(),
+        expected.double(),
+        rtol=4 * torch.finfo(dtype).eps,
+        atol=(40 if dtype.itemsize == 2 else 400) * torch.finfo(dtype).eps,
+    )
+    with torch.no_grad():
+        assert not torch.allclose(found, model(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strips_are_the_rows_of_the_whole_weight(kind, dtype):
+    weight = nn.Parameter(torch.randn(3000, 131, generator=torch.Generator().manual_seed(0)).to(dtype))
+    coordinate, directions = Full().coordinate("w", weight), Directions(kind)
+    whole = coordinate.at(directions, OFFSET)
+    strips = [(rows, strip.clone()) for rows, strip in coordinate.strips_at(directions, OFFSET, 1700)]
+    assert [rows for rows, _ in strips] == [slice(0, 1700), slice(1700, 3000)]
+    assert torch.equal(torch.cat([strip for _, strip in strips]), whole)
+
+
+def test_a_large_layer_is_never_formed_whole(small_strips, monkeypatch):
+    model = nn.Linear(100, 333, bias=False).eval()
+    probe = probe_of(model)
+    monkeypatch.setattr(FullCoordinate, "at", lambda *unused: pytest.fail("the whole weight was formed"))
+    probe.evaluate(lambda: model(torch.ones(1, 100)), OFFSET)

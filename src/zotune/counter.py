@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def _mix64(x: Tensor) -> Tensor:
     return x
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _origin(seed: int, step: int, name: str, purpose: str) -> int:
     return _hash(f"stream|{seed}|{step}|{purpose}|{name}")
 
@@ -142,6 +143,20 @@ def words_many(key: Key, directions: int, count: int, device: torch.device) -> T
     else:
         factors = [multiplier(stream(key, k), 0) for k in range(key.direction, key.direction + directions)]
         x = torch.outer(torch.tensor(factors, device=device), base).view(-1)
+    return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)
+
+
+def words_together(seed: int, step: int, names: Sequence[str], first: int, index: Tensor, lengths: Tensor, purpose: str) -> Tensor:
+    """The front words of several parameters' streams, directions ``first``, ...: those of one parameter after those of another, flat.
+
+    ``lengths`` (parameters, directions): how many words of each; ``index``: their numbers, 0 ... length - 1 for each in turn.
+    """
+    count = lengths.shape[1]
+    origins = torch.tensor([signed(_origin(seed, step, name, purpose)) for name in names]).unsqueeze(1)
+    directions = torch.arange(first, first + count).mul_(_GOLDEN_TENSOR)
+    factors = _mix64(_mix64(origins + directions)).bitwise_or_(1).to(index.device)  # page 0
+    x = page_words(seed, step, index.device).index_select(0, index)
+    x.mul_(torch.repeat_interleave(factors.view(-1), lengths.view(-1), output_size=index.numel()))
     return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)
 
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from zotune.counter import PAGE, Key, generator_seed, words, words_at, words_many
+from zotune.counter import PAGE, Key, generator_seed, words, words_at, words_many, words_together
 from zotune.quantiles import scaled_pairs, scaled_signs
 
 __all__ = ["GROUP", "GROUPED_NUMEL", "Directions", "Key", "block_size", "for_blocks", "generator_seed", "group_of", "uniform_integers"]
@@ -122,6 +122,14 @@ def _expand(source: _Source, bits: Tensor) -> Tensor:
     """The numbers of a few words (flat), float32, flat."""
     found = source.table(1.0, bits.device).index_select(0, bits.view(source.index_dtype).int())
     return found.view(torch.float32) if source.columns == 1 else found.view(-1)
+
+
+@functools.lru_cache(maxsize=16)
+def _front_index(widths: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What :func:`words_together` wants to know of parameters of so many words."""
+    with torch.inference_mode(False):
+        index = torch.cat([torch.arange(width).repeat(count) for width in widths])
+        return index.to(device), torch.tensor(widths, device=device).unsqueeze(1).expand(-1, count).contiguous()
 
 
 class _Room:
@@ -280,6 +288,22 @@ class Directions:
         if z.numel() == count * numel:
             return z
         return z[:numel] if count == 1 else z.view(count, -1)[:, :numel].reshape(-1)
+
+    def draw_together(self, key: Key, count: int, names: Sequence[str], numels: Sequence[int], device: torch.device) -> list[Tensor]:
+        """:meth:`draw_many` for several small parameters (flat, ``numels`` numbers each) by one set of calls; not for the sphere.
+
+        A call costs more than a small parameter's numbers do, so a model's vectors and low-rank coordinates are drawn like this.
+        """
+        assert self.kind != "sphere"
+        per_word = self.source.per_word
+        widths = [-(-numel // per_word) for numel in numels]
+        index, lengths = _front_index(tuple(widths), count, device)
+        z = _expand(self.source, words_together(key.seed, key.step, names, key.direction, index, lengths, key.purpose))
+        parts = z.split([count * width * per_word for width in widths])
+        return [
+            part.view(count, -1) if part.numel() == count * numel else part.view(count, -1)[:, :numel].contiguous()
+            for part, numel in zip(parts, numels, strict=True)
+        ]
 
     def combine(
         self,

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zotune.coordinates import Coordinate, Offset
+from zotune.coordinates import Coordinate, Offset, draw_together
 from zotune.directions import Directions, Key, generator_seed
 from zotune.precision import HALF
 from zotune.side_path import SidePath
@@ -104,6 +104,7 @@ class Probe:
         self.model = model
         self.directions = directions
         self.coordinates = list(coordinates)
+        draw_together(self.coordinates)
         self.devices = sorted({c.device for c in self.coordinates}, key=str)
         by_parameter = {id(c.parameter): c for c in self.coordinates}
         owners: dict[int, _Owner] = {}
