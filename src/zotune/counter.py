@@ -122,16 +122,17 @@ def _finish(x: Tensor, spare: Tensor) -> Tensor:
 def words(key: Key, first: int, count: int, out: Tensor, spare: Tensor) -> Tensor:
     """Words ``first`` to ``first + count - 1`` of a stream, written to ``out``, int64, shape (count,); ``spare``: room for as many."""
     page, start = divmod(first, PAGE)
-    if start + count > 2 * PAGE:
+    if start + count > 2 * PAGE and out.device.type != "cpu":  # few large launches
         return out.copy_(words_at(key, torch.arange(first, first + count, device=out.device)))
     base, origin = page_words(key.seed, key.step, out.device), stream(key)
     if count == PAGE and not start:
         torch.mul(base, multiplier(origin, page), out=out)
         return _finish(out, spare)
-    here = min(count, PAGE - start)
-    torch.mul(base[start : start + here], multiplier(origin, page), out=out[:here])
-    if here < count:
-        torch.mul(base[: count - here], multiplier(origin, page + 1), out=out[here:])
+    done = 0
+    while done < count:
+        size = min(count - done, PAGE - start)
+        torch.mul(base[start : start + size], multiplier(origin, page), out=out[done : done + size])
+        done, page, start = done + size, page + 1, 0
     return _finish(out, spare)
 
 
