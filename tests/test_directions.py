@@ -6,11 +6,16 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from zotune.directions import CPU_BLOCK, Directions, Key, uniform_integers
+from zotune import directions as directions_room
+from zotune.coordinates import Offset, draw_together
+from zotune.directions import CPU_BLOCK, Directions, Key, for_blocks, uniform_integers
+from zotune.subspaces import Full
 
 KEY = Key(seed=7, step=3, direction=1, name="model.layers.0.weight")
-LARGE = (9, CPU_BLOCK + 5)
+LARGE = (3, CPU_BLOCK + 5)
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("kind", Directions.KINDS)
@@ -57,6 +62,130 @@ def test_gaussian_has_the_fourth_moment_of_a_gaussian():
     assert abs(float(z.pow(4).mean()) - 3) < 5 * math.sqrt(96 / z.numel())
 
 
+def test_gaussian_has_the_distribution_function_of_a_gaussian():
+    z = Directions("gaussian").draw(KEY, (400_000,)).double().sort().values
+    empirical = torch.arange(1, z.numel() + 1, dtype=torch.float64) / z.numel()
+    distance = float((torch.special.ndtr(z) - empirical).abs().max())
+    assert distance < 2.0 / math.sqrt(z.numel())  # Kolmogorov and Smirnov: exceeded once in 1500 samples of a true normal
+    assert 4.0 < float(z[-1]) < 4.3 and -4.3 < float(z[0]) < -4.0
+
+
+@pytest.mark.parametrize("kind, power", [("gaussian", 1), ("gaussian", 2), ("gaussian", 3), ("rademacher", 1), ("sphere", 1)])
+@pytest.mark.parametrize("lag", [1, 2, 3, 7, 8, 64, 100, 1 << 15, 1 << 17])
+def test_elements_are_uncorrelated_at_any_distance_and_so_are_their_powers(kind, power, lag):
+    z = Directions(kind).draw(KEY, (1 << 19,)).double().pow(power)
+    z = (z - z.mean()) / z.std()
+    assert abs(float(z[lag:] @ z[:-lag])) < 5 * math.sqrt(z.numel() - lag)
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+def test_directions_of_neighbouring_keys_are_orthogonal_as_independent_ones_are(kind):
+    count, numel = 48, 4096
+    keys = [KEY._replace(seed=s, step=t, direction=k, name=n) for s in (0, 1) for t in range(4) for k in range(3) for n in ("a", "b")]
+    z = torch.stack([Directions(kind).draw(key, (numel,)) for key in keys]).double()
+    gram = z @ z.T / math.sqrt(numel)
+    above = gram[torch.triu(torch.ones(count, count, dtype=torch.bool), 1)]
+    assert float(above.abs().max()) < 5
+    assert abs(float(above.square().mean()) - 1) < 5 * math.sqrt(2 / above.numel())
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+@pytest.mark.parametrize("size", [1000, 1 << 15, 100_000, 1 << 17, 1 << 20])
+def test_numbers_do_not_depend_on_the_size_of_blocks(kind, size, monkeypatch):
+    directions = Directions(kind)
+    expected = directions.draw(KEY, (300_001,))
+    monkeypatch.setattr(directions_room, "CPU_BLOCK", size)
+    monkeypatch.setattr(directions_room, "SHARED_CPU_BLOCK", size)
+    drawn = directions.draw(KEY, (300_001,))
+    if kind == "sphere":  # its scale is a sum over blocks
+        assert torch.allclose(drawn, expected, rtol=1e-6)
+    else:
+        assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_any_part_may_be_drawn_alone(kind):
+    directions = Directions(kind)
+    whole = directions.draw(KEY, (400_000,))
+    for part in (slice(0, 1), slice(5, 77), slice(131_000, 131_100), slice(131_072, 262_144), slice(399_999, 400_000)):
+        assert torch.equal(directions.block(KEY, part, CPU), whole[part])
+        assert torch.equal(directions.block(KEY, part, CPU, 1e-3), whole[part] * 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("columns", [64, 100, 131])
+def test_any_rows_may_be_drawn_alone(kind, columns):
+    directions = Directions(kind)
+    whole = directions.draw(KEY, (3000, columns))
+    rows = torch.tensor([2999, 0, 17, 17, 1311])
+    assert torch.equal(directions.rows(KEY, rows, columns), whole[rows])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("numel", [5, 768, 20_000, 140_000])
+def test_many_directions_at_once_are_those_drawn_one_by_one(kind, numel):
+    directions = Directions(kind)
+    many = directions.draw_many(KEY, 4, (numel,))
+    one_by_one = [directions.draw(KEY._replace(direction=k), (numel,)) for k in range(KEY.direction, KEY.direction + 4)]
+    assert torch.equal(many, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_parameters_drawn_together_are_those_drawn_alone(kind, count):
+    directions, names, numels = Directions(kind), ["a", "b", "c"], [768, 5, 1001]
+    together = directions.draw_together(KEY, count, names, numels, CPU)
+    for name, numel, z in zip(names, numels, together, strict=True):
+        assert z.is_contiguous() and torch.equal(z, directions.draw_many(KEY._replace(name=name), count, (numel,)))
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+@pytest.mark.parametrize("k", [1, 4, 40])
+def test_a_coordinate_has_the_same_directions_with_neighbours_and_without(kind, k):
+    directions = Directions(kind)
+    shapes = {"a": (30,), "b": (7, 3), "c": (100, 20), "large": (100, 100, 1)}
+    alone = [Full().coordinate(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    beside = [Full().coordinate(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    draw_together(beside)
+    weights = [0.1 * (i + 1) for i in range(k)]
+    for direction in range(k):
+        for a, b in zip(alone, beside, strict=True):
+            offset = Offset(1e-2, 0, 3, direction)
+            assert torch.equal(a.at(directions, offset), b.at(directions, offset))
+    for a, b in zip(alone, beside, strict=True):
+        a.descend(directions, weights, 0.9, 0, 3)
+        b.descend(directions, weights, 0.9, 0, 3)
+        assert torch.equal(a.parameter, b.parameter)
+
+
+def test_the_update_does_not_draw_all_parameters_for_each(monkeypatch):
+    calls = []
+    inner = Directions.draw_together
+    monkeypatch.setattr(Directions, "draw_together", lambda *args: calls.append(1) or inner(*args))
+    coordinates = [Full().coordinate(str(i), nn.Parameter(torch.ones(30))) for i in range(50)]
+    draw_together(coordinates)
+    directions = Directions("gaussian")
+    for direction in range(40):
+        for coordinate in coordinates:
+            coordinate.at(directions, Offset(1e-2, 0, 3, direction))
+    for coordinate in coordinates:
+        coordinate.descend(directions, [0.1] * 40, 1.0, 0, 3)
+    assert len(calls) == 5  # {0}, {1, 2, 3}, {4..15}, {16..31}, {32..47}
+
+
+def test_room_for_numbers_made_in_inference_mode_serves_outside_it():
+    directions_room._rooms.kept.clear()
+    with torch.inference_mode():
+        inside = Directions("gaussian").draw(KEY, LARGE)
+    assert torch.equal(Directions("gaussian").draw(KEY, LARGE), inside)
+
+
+def test_blocks_cover_everything_once():
+    seen = torch.zeros(700_001)
+    for_blocks(700_001, CPU, lambda part: seen[part].add_(1))
+    assert bool((seen == 1).all())
+
+
 def test_rademacher_is_signs():
     z = Directions("rademacher").draw(KEY, (1000,))
     assert set(z.tolist()) == {-1.0, 1.0}
@@ -80,7 +209,7 @@ def test_the_global_generator_is_neither_read_nor_advanced(kind):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = Directions(kind).draw(KEY, LARGE)
-    uniform_integers(KEY, 0, 100, 16, torch.device("cpu"))
+    uniform_integers(KEY, slice(0, 100), 16, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     assert torch.equal(Directions(kind).draw(KEY, LARGE), first)

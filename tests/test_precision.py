@@ -65,3 +65,15 @@ def test_stochastic_rounding_is_keyed(dtype):
     x = numbers(dtype)
     assert torch.equal(stochastic_round(x, dtype, KEY), stochastic_round(x, dtype, KEY))
     assert not torch.equal(stochastic_round(x, dtype, KEY), stochastic_round(x, dtype, KEY._replace(step=1)))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_random_bits_of_stochastic_rounding_belong_to_elements(dtype):
+    x = numbers(dtype)
+    whole = stochastic_round(x, dtype, KEY)
+    assert torch.equal(stochastic_round(x[1001:], dtype, KEY, first=1001), whole[1001:])
+
+
+def test_float16_keeps_what_is_below_its_smallest_normal_number():
+    x = torch.tensor([1e-5, 3.3e-6, -1e-7, 2.0**-24, 0.0])
+    assert torch.allclose(join(*split(x, torch.float16)), x, rtol=0, atol=2.0**-40)

@@ -63,7 +63,7 @@ def test_an_adapter_run_resumes_bit_for_bit_and_replays(method: str, tmp_path: P
 
 def test_the_best_adapter_is_loaded_at_the_end(tmp_path: Path) -> None:
     every_two = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    run = trainer(tmp_path, with_lora(), method="mezo", learning_rate=1.0, max_steps=8, eval_dataset=choice_rows(),
+    run = trainer(tmp_path, with_lora(), method="mezo", learning_rate=1.0, seed=1, max_steps=8, eval_dataset=choice_rows(),
                   load_best_model_at_end=True, **every_two)  # fmt: skip
     run.train()
     evaluations = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}

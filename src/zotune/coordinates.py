@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zotune.directions import GROUP, Directions, Key, group_of
+from zotune.directions import GROUP, GROUPED_NUMEL, Directions, Key, group_of
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,15 @@ class Coordinate(abc.ABC):
         self.shape = tuple(shape)
         self.numel = math.prod(shape)
         self.lr_scale = lr_scale
+        self.neighbours: list[Coordinate] = []  # small coordinates, this one among them, whose directions are drawn together
         self.drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
 
-    def many(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
-        """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape)."""
+    def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
+        """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape).
+
+        Its neighbours' are drawn along unless it is to be ``alone``: who walks through many directions of one coordinate after another
+        would make each forget what the other needs next.
+        """
         if self.drawn is not None:
             kept, z = self.drawn
             start, size = first - kept.direction, z.shape[0]
@@ -60,6 +65,16 @@ class Coordinate(abc.ABC):
                 return z if count == size else z[start : start + count]
         key = Key(seed, step, first, self.name)
         begin, size = group_of(first, self.numel)
+        if self.neighbours and not alone and directions.kind != "sphere":
+            if count > 1:
+                begin, size = first, count
+            keys = [Key(seed, step, begin, c.name) for c in self.neighbours]
+            names, numels = [c.name for c in self.neighbours], [c.numel for c in self.neighbours]
+            drawn = directions.draw_together(keys[0], size, names, numels, self.device)
+            for coordinate, its_key, z in zip(self.neighbours, keys, drawn, strict=True):
+                coordinate.drawn = its_key, z.view(size, *coordinate.shape)
+            assert self.drawn is not None
+            return self.drawn[1] if count == size else self.drawn[1][first - begin : first - begin + 1]
         if count == 1 and size > 1:  # the neighbours come at no cost, and are wanted next
             self.drawn = key._replace(direction=begin), directions.draw_many(key._replace(direction=begin), size, self.shape, self.device)
             return self.drawn[1][first - begin : first - begin + 1]
@@ -83,7 +98,7 @@ class Coordinate(abc.ABC):
             part = weights[first : first + GROUP]
             if not any(part):
                 continue
-            z = self.many(directions, seed, step, first, len(part))
+            z = self.many(directions, seed, step, first, len(part), alone=len(weights) > GROUP)
             if len(part) == 1:
                 total.view(-1).add_(z.view(-1), alpha=part[0])
             else:
@@ -135,3 +150,10 @@ class Coordinate(abc.ABC):
     def decays_weights(self) -> bool:
         """Whether θ is the weight itself, so that a rule's weight decay means what its paper says."""
         return True
+
+
+def draw_together(coordinates: Sequence[Coordinate]) -> None:
+    """From now on, whoever asks for a direction of one of the small coordinates among these draws it for all of them."""
+    small = [c for c in coordinates if c.thin and c.numel <= GROUPED_NUMEL]
+    for coordinate in small:
+        coordinate.neighbours = [c for c in small if c.device == coordinate.device]

@@ -1,68 +1,46 @@
 """Keyed random directions: every number is a pure function of (run seed, step, direction, parameter, element).
 
 A zeroth-order step needs the direction Z three times (at +, at -, and in the update) and keeps it at none of them. So Z is never
-stored: it is drawn again from its key, a block at a time, straight into the tensor that consumes it. Each block of a parameter has its
-own generator, seeded from a cryptographic hash of the key, so blocks can be drawn in any order, by any thread, on any rank, after any
-resume. torch's global generators are neither read nor advanced.
+stored: it is made again from its key, a block at a time, straight into the tensor that consumes it. The bits come from ``counter``, the
+numbers from the tables of ``quantiles``: blocks may have any size and be drawn in any order, by any thread, on any rank, after any
+resume, and rows of a matrix may be drawn alone. torch's global generators are neither read nor advanced.
 
-Numbers are equal bit for bit on the same device type; CPU and CUDA draw different (equally distributed) numbers.
+Only integer arithmetic, lookups and one rounded product (number × scale) are involved, so the numbers are the same bit for bit on every
+device; a sphere's scale is a sum over a parameter, and is the same on one type of device.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-#: Elements to a block. 128 KiB of float32 stay in a core's cache between the draw and the axpy that consumes it, and torch runs an
-#: elementwise kernel of this size on the calling thread, which leaves the parallelism to the block loop below.
-CPU_BLOCK = 1 << 15
-#: An accelerator wants few, large launches.
-ACCELERATOR_BLOCK = 1 << 24
+from zotune.counter import PAGE, Key, generator_seed, words, words_at, words_many, words_together
+from zotune.quantiles import scaled_pairs, scaled_signs
+
+__all__ = ["GROUP", "GROUPED_NUMEL", "Directions", "Key", "block_size", "for_blocks", "generator_seed", "group_of", "uniform_integers"]
+
+#: Elements to a block. One thread alone takes large blocks, which spread the cost of a call. Among several, torch runs an elementwise
+#: kernel of at most 2¹⁵ numbers on the thread that calls it, which leaves the parallelism to the block loop below.
+CPU_BLOCK = 1 << 17
+SHARED_CPU_BLOCK = 1 << 15
+#: An accelerator wants few, large launches; its scratch memory is ten bytes a number.
+ACCELERATOR_BLOCK = 1 << 22
 #: Most directions of one parameter that are drawn together, and the most numbers a parameter may have for that.
 GROUP = 16
 GROUPED_NUMEL = 1 << 13
 
 
-class Key(NamedTuple):
-    """What determines a random tensor: (run seed, step, direction index k, parameter name, what the numbers are for)."""
-
-    seed: int
-    step: int
-    direction: int
-    name: str
-    purpose: str = "direction"
-
-
-def generator_seed(key: Key, block: int = 0) -> int:
-    """A 63-bit seed, BLAKE2b of the key and block. (torch's CPU generator uses 32 bits of it, its CUDA generator all.)"""
-    text = f"{key.seed}|{key.step}|{key.direction}|{block}|{key.purpose}|{key.name}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-_local = threading.local()
-
-
-def _generator(key: Key, block: int, device: torch.device) -> torch.Generator:
-    generators: dict[torch.device, torch.Generator] | None = getattr(_local, "generators", None)
-    if generators is None:
-        generators = _local.generators = {}
-    generator = generators.get(device)
-    if generator is None:
-        generator = generators[device] = torch.Generator(device)
-    return generator.manual_seed(generator_seed(key, block))
-
-
 def block_size(device: torch.device) -> int:
-    return CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
+    if device.type != "cpu":
+        return ACCELERATOR_BLOCK
+    return CPU_BLOCK if torch.get_num_threads() == 1 else SHARED_CPU_BLOCK
 
 
 @functools.cache
@@ -70,33 +48,36 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="zotune-directions")
 
 
-def for_blocks(numel: int, device: torch.device, work: Callable[[int, slice], None]) -> None:
-    """Call ``work(block index, slice)`` for every block of a flat tensor; on CPU the blocks are shared out over torch's threads.
+def for_blocks(numel: int, device: torch.device, work: Callable[[slice], None], start: int = 0) -> None:
+    """Call ``work(slice)`` for every block of elements ``start`` to ``numel - 1``; on CPU the blocks are shared out over torch's threads.
 
-    The result cannot depend on the number of threads: every block draws from its own key and writes its own slice.
+    The result cannot depend on the number of threads: numbers belong to elements, not to blocks.
     """
     size = block_size(device)
-    count = -(-numel // size)
-    threads = min(torch.get_num_threads(), count // 4) if device.type == "cpu" else 1
+    first, last = start // size, -(-numel // size)
+    threads = min(torch.get_num_threads(), (last - first) // 4) if device.type == "cpu" else 1
+
+    def block(index: int) -> slice:
+        return slice(max(start, index * size), min(numel, (index + 1) * size))
+
     if threads <= 1:
-        for block in range(count):
-            work(block, slice(block * size, min(numel, (block + 1) * size)))
+        for index in range(first, last):
+            work(block(index))
         return
 
     @torch.no_grad()  # grad mode belongs to a thread
-    def share(first: int) -> None:
-        for block in range(first, count, threads):
-            work(block, slice(block * size, min(numel, (block + 1) * size)))
+    def share(thread: int) -> None:
+        for index in range(first + thread, last, threads):
+            work(block(index))
 
     list(_pool(threads).map(share, range(threads)))
 
 
 def group_of(direction: int, numel: int) -> tuple[int, int]:
-    """(first, count): the directions of a parameter of ``numel`` numbers that are drawn by one call of one generator.
+    """(first, count): the directions of a parameter of ``numel`` numbers that are worth drawing when one of them is wanted.
 
-    Seeding a generator and calling it costs as much as thousands of numbers, so the directions of small parameters come in groups
-    {0}, {1, 2, 3}, {4..15}, {16..31}, {32..47}, ...: few calls and few numbers drawn in vain whatever K is, and direction k does not
-    depend on K.
+    The calls it takes to draw one direction of a small parameter cost as much as thousands of numbers, so the directions of small
+    parameters come in groups {0}, {1, 2, 3}, {4..15}, {16..31}, {32..47}, ...: few calls and few numbers drawn in vain whatever K is.
     """
     if numel > GROUPED_NUMEL or direction == 0:
         return direction, 1
@@ -108,21 +89,94 @@ def group_of(direction: int, numel: int) -> tuple[int, int]:
 # -- distributions ------------------------------------------------------------------------------------------------------------------
 
 
-def _gaussian(key: Key, block: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    return torch.empty(shape, device=device).normal_(generator=_generator(key, block, device))
+class _Gaussian:
+    """16 bits of a word choose a pair of normals (``quantiles``)."""
+
+    per_word = 8
+    index_dtype = torch.uint16  # the bits of one lookup
+    container = torch.int64  # a pair: what one lookup copies
+    columns = 1
+
+    @staticmethod
+    def table(scale: float, device: torch.device) -> Tensor:
+        return scaled_pairs(scale, device)
 
 
-def _rademacher(key: Key, block: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    words = torch.empty(shape[0], -(-shape[1] // 32), dtype=torch.int64, device=device)
-    words.random_(0, 1 << 32, generator=_generator(key, block, device))  # 32 random bits each, every one a sign
-    bits = (words.unsqueeze(2) >> torch.arange(32, device=device)) & 1
-    return bits.flatten(1)[:, : shape[1]].float().mul_(2).sub_(1)
+class _Rademacher:
+    """A bit of a word is a sign; a byte is looked up at a time."""
+
+    per_word = 64
+    index_dtype = torch.uint8
+    container = torch.float32
+    columns = 8
+
+    @staticmethod
+    def table(scale: float, device: torch.device) -> Tensor:
+        return scaled_signs(scale, device)
+
+
+_Source = type[_Gaussian] | type[_Rademacher]
+
+
+def _expand(source: _Source, bits: Tensor) -> Tensor:
+    """The numbers of a few words (flat), float32, flat."""
+    found = source.table(1.0, bits.device).index_select(0, bits.view(source.index_dtype).int())
+    return found.view(torch.float32) if source.columns == 1 else found.view(-1)
+
+
+@functools.lru_cache(maxsize=16)
+def _front_index(widths: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What :func:`words_together` wants to know of parameters of so many words."""
+    with torch.inference_mode(False):
+        index = torch.cat([torch.arange(width).repeat(count) for width in widths])
+        return index.to(device), torch.tensor(widths, device=device).unsqueeze(1).expand(-1, count).contiguous()
+
+
+class _Room:
+    """Memory in which one thread makes the numbers of one block, with the views of it that every call needs."""
+
+    def __init__(self, source: _Source, words: Tensor, spare: Tensor, index: Tensor, numbers: Tensor) -> None:
+        self.words, self.spare, self.index, self.numbers = words, spare, index, numbers
+        self.index_bits = words.view(source.index_dtype)
+        found = numbers.view(source.container)
+        self.found = found if source.columns == 1 else found.view(-1, source.columns)
+
+    @classmethod
+    def of(cls, source: _Source, count: int, device: torch.device) -> _Room:
+        with torch.inference_mode(False):  # whoever makes the room, everybody may write to it
+            words, spare = torch.empty(2, count, dtype=torch.int64, device=device)
+            index = torch.empty(words.view(source.index_dtype).numel(), dtype=torch.int32, device=device)
+            return cls(source, words, spare, index, torch.empty(count * source.per_word, device=device))
+
+    def part(self, source: _Source, count: int) -> _Room:
+        """The front of this room, for ``count`` words."""
+        index, numbers = self.index[: self.index.numel() // self.words.numel() * count], self.numbers[: count * source.per_word]
+        return _Room(source, self.words[:count], self.spare[:count], index, numbers)
+
+
+class _Rooms(threading.local):
+    def __init__(self) -> None:
+        self.kept: dict[tuple[_Source, torch.device], _Room] = {}
+
+    def get(self, source: _Source, count: int, device: torch.device) -> _Room:
+        room = self.kept.get((source, device))
+        whole = block_size(device) // source.per_word
+        if room is None or room.words.numel() != whole:
+            if count < whole // 4:  # too little work for a room of its own
+                return _Room.of(source, count, device)
+            room = self.kept[source, device] = _Room.of(source, whole, device)
+        if count == whole:
+            return room
+        return room.part(source, count) if count < whole else _Room.of(source, count, device)
+
+
+_rooms = _Rooms()
 
 
 class Directions:
     """A distribution of directions Z with E[Z] = 0 and E[Z Zᵀ] = I, drawn from keys.
 
-    - ``gaussian``: Z ~ N(0, I) (2305.17333);
+    - ``gaussian``: Z ~ N(0, I) (2305.17333), to the resolution of ``quantiles``;
     - ``rademacher``: independent signs ±1 (2506.09034);
     - ``sphere``: uniform on the sphere of radius √d of each parameter. With ‖Z‖² = d exactly over the whole model this has the second
       moment of the sphere of radius √d, and, unlike it, needs no pass over all parameters before the first number is known.
@@ -147,72 +201,109 @@ class Directions:
             hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(self.KINDS)}."
             raise ValueError(f"unknown direction distribution {kind!r}{hint}")
         self.kind = kind
-        self._block = _rademacher if kind == "rademacher" else _gaussian
+        self.source = _Rademacher if kind == "rademacher" else _Gaussian
 
     def __repr__(self) -> str:
         return f"Directions({self.kind!r})"
 
-    def block(self, key: Key, index: int, size: int, device: torch.device) -> Tensor:
-        """Block ``index`` of the direction, float32, shape (size,); for the sphere still without its :meth:`scale`."""
-        first, count = group_of(key.direction, size) if index == 0 else (key.direction, 1)
-        return self._block(key._replace(direction=first), index, (count, size), device)[key.direction - first]
+    def block(self, key: Key, part: slice, device: torch.device, scale: float = 1.0) -> Tensor:
+        """``scale`` times elements ``part`` of the direction, float32, flat; for the sphere still without its :meth:`scale`.
+
+        The result lies in memory that this thread's next call uses again.
+        """
+        source = self.source
+        first, lead = divmod(part.start, source.per_word)
+        count = -(-part.stop // source.per_word) - first
+        room = _rooms.get(source, count, device)
+        words(key, first, count, room.words, room.spare)
+        room.index.copy_(room.index_bits)
+        large = count * source.per_word >= SHARED_CPU_BLOCK  # the product is the same before the lookup and after it
+        torch.index_select(source.table(scale if large else 1.0, device), 0, room.index, out=room.found)
+        numbers = room.numbers if large or scale == 1.0 else room.numbers.mul_(scale)
+        size = part.stop - part.start
+        return numbers if size == numbers.numel() else numbers[lead : lead + size]
+
+    def rows(self, key: Key, rows: Tensor, columns: int) -> Tensor:
+        """Rows ``rows`` (int64, (R,)) of the direction of a matrix with so many columns: float32, (R, columns), without :meth:`scale`."""
+        per_word = self.source.per_word
+        count = -(-columns // per_word) + (1 if columns % per_word else 0)  # a row may begin inside a word
+        first = rows * columns
+        index = (first // per_word).unsqueeze(1) + torch.arange(count, device=rows.device)
+        out = _expand(self.source, words_at(key, index).view(-1)).view(-1, count * per_word)
+        if columns % per_word == 0:
+            return out
+        return out.gather(1, (first % per_word).unsqueeze(1) + torch.arange(columns, device=rows.device))
 
     def scale(self, key: Key, numel: int, device: torch.device) -> float:
         """What a block is to be multiplied by: 1, or √d / ‖z‖ for the sphere (which takes one pass over the numbers)."""
         if self.kind != "sphere":
             return 1.0
-        size = block_size(device)
+        # The order in which squares are added must not depend on the number of threads.
+        size = SHARED_CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
         squares = [0.0] * -(-numel // size)
 
-        def add_up(index: int, part: slice) -> None:
-            squares[index] = float(self.block(key, index, part.stop - part.start, device).square_().sum(dtype=torch.float64))
+        def add_up(part: slice) -> None:
+            z = self.block(key, part, device).square_()
+            for start in range(part.start, part.stop, size):
+                squares[start // size] = float(z[start - part.start : start - part.start + size].sum(dtype=torch.float64))
 
         for_blocks(numel, device, add_up)
-        return math.sqrt(numel / sum(squares))
+        return math.sqrt(numel / math.fsum(squares))
 
     def draw(self, key: Key, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
         """The whole direction of one parameter, float32, of the given shape."""
-        device = torch.device(device)
-        numel = math.prod(shape)
+        device, numel = torch.device(device), math.prod(shape)
+        flat = torch.empty(numel, device=device)
         scale = self.scale(key, numel, device)
-        if numel <= block_size(device):
-            flat = self.block(key, 0, numel, device)
-            return (flat if scale == 1.0 else flat.mul_(scale)).view(shape)
-        return self.combine([(key, 1.0)], shape, device)
+
+        def write(part: slice) -> None:
+            flat[part] = self.block(key, part, device, scale)
+
+        for_blocks(numel, device, write)
+        return flat.view(shape)
 
     def draw_many(self, key: Key, count: int, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
         """Directions ``key.direction`` to ``key.direction + count - 1`` of one parameter, float32, shape (count, *shape)."""
         device, numel = torch.device(device), math.prod(shape)
-        begin, end = key.direction, key.direction + count
-        out = torch.empty(count, numel, device=device)
-        small = numel <= block_size(device)
-        direction = begin
-        while direction < end:
-            first, size = group_of(direction, numel)
-            stop = min(end, first + size)
-            rows = out if stop - direction == count else out[direction - begin : stop - begin]
-            group = Key(key.seed, key.step, first, key.name, key.purpose)
-            if not small:
-                self._fill(group, rows[0])
-            elif stop - direction < size:
-                rows.copy_(self._block(group, 0, (size, numel), device)[direction - first : stop - first])
-            elif self._block is _gaussian:  # straight into place: this is what a step does most often
-                rows.normal_(generator=_generator(group, 0, device))
-            else:
-                rows.copy_(self._block(group, 0, (size, numel), device))
-            direction = stop
+        width = -(-numel // self.source.per_word)
+        if width > PAGE:
+            return torch.stack([self.draw(key._replace(direction=key.direction + row), shape, device) for row in range(count)])
+        together = count if device.type != "cpu" else max(1, SHARED_CPU_BLOCK // (width * self.source.per_word))  # what a cache holds
+        if together >= count:
+            z = self._together(key, count, width, numel, device)
+        else:
+            z = torch.empty(count * numel, device=device)
+            for row in range(0, count, together):
+                rows = min(together, count - row)
+                part = self._together(key._replace(direction=key.direction + row), rows, width, numel, device)
+                z[row * numel : (row + rows) * numel] = part
         if self.kind == "sphere":
-            for row in range(count):
-                out[row] *= self.scale(key._replace(direction=begin + row), numel, device)
-        return out.view(count, *shape)
+            for row, one in enumerate(z.view(count, numel)):
+                one *= self.scale(key._replace(direction=key.direction + row), numel, device)
+        return z.view(count, *shape)
 
-    def _fill(self, key: Key, flat: Tensor) -> None:
-        """Write a large direction, still without its scale, into ``flat``."""
+    def _together(self, key: Key, count: int, width: int, numel: int, device: torch.device) -> Tensor:
+        """A few directions of a small parameter, one after the other, flat, without :meth:`scale`."""
+        z = _expand(self.source, words_many(key, count, width, device))
+        if z.numel() == count * numel:
+            return z
+        return z[:numel] if count == 1 else z.view(count, -1)[:, :numel].reshape(-1)
 
-        def write(index: int, part: slice) -> None:
-            flat[part] = self.block(key, index, part.stop - part.start, flat.device)
+    def draw_together(self, key: Key, count: int, names: Sequence[str], numels: Sequence[int], device: torch.device) -> list[Tensor]:
+        """:meth:`draw_many` for several small parameters (flat, ``numels`` numbers each) by one set of calls; not for the sphere.
 
-        for_blocks(flat.numel(), flat.device, write)
+        A call costs more than a small parameter's numbers do, so a model's vectors and low-rank coordinates are drawn like this.
+        """
+        assert self.kind != "sphere"
+        per_word = self.source.per_word
+        widths = [-(-numel // per_word) for numel in numels]
+        index, lengths = _front_index(tuple(widths), count, device)
+        z = _expand(self.source, words_together(key.seed, key.step, names, key.direction, index, lengths, key.purpose))
+        parts = z.split([count * width * per_word for width in widths])
+        return [
+            part.view(count, -1) if part.numel() == count * numel else part.view(count, -1)[:, :numel].contiguous()
+            for part, numel in zip(parts, numels, strict=True)
+        ]
 
     def combine(
         self,
@@ -221,20 +312,25 @@ class Directions:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Σ weight · Z(key) over ``terms``, float32, of the given shape; no single Z is ever whole."""
-        device = torch.device(device)
-        numel = math.prod(shape)
+        device, numel = torch.device(device), math.prod(shape)
         weights = [(key, weight * self.scale(key, numel, device)) for key, weight in terms]
         flat = torch.zeros(numel, device=device)
-
-        def add(index: int, part: slice) -> None:
-            for key, weight in weights:
-                flat[part].add_(self.block(key, index, part.stop - part.start, device), alpha=weight)
-
-        for_blocks(numel, device, add)
+        for_blocks(numel, device, lambda part: self.add_to(flat[part], part, weights))
         return flat.view(shape)
 
+    def add_to(self, target: Tensor, part: slice, moves: Sequence[tuple[Key, float]]) -> None:
+        """target += Σ scale · Z(key)[part] over ``moves``; ``target`` flat, and the scales with those of the sphere in them."""
+        for key, scale in moves:
+            if len(moves) == 1:
+                target.add_(self.block(key, part, target.device, scale))
+            else:  # a table for each scale would not stay in a cache; the products are the same
+                target.add_(self.block(key, part, target.device).mul_(scale))
 
-def uniform_integers(key: Key, index: int, size: int, bits: int, device: torch.device) -> Tensor:
-    """Block ``index`` of uniform integers in [0, 2^bits), int32, shape (size,): the dither of stochastic rounding."""
-    out = torch.empty(size, dtype=torch.int32, device=device)
-    return out.random_(0, 1 << bits, generator=_generator(key, index, device))
+
+def uniform_integers(key: Key, part: slice, bits: int, device: torch.device) -> Tensor:
+    """Elements ``part`` of uniform integers in [0, 2^bits), bits ≤ 31, int32, flat: the dither of stochastic rounding."""
+    first, lead = divmod(part.start, 2)
+    count = -(-part.stop // 2) - first
+    out, spare = torch.empty(2, count, dtype=torch.int64, device=device)
+    drawn = words(key, first, count, out, spare)
+    return drawn.view(torch.int32)[lead : lead + part.stop - part.start] & ((1 << bits) - 1)

@@ -19,42 +19,59 @@ from zotune.directions import Key, uniform_integers
 HALF = (torch.bfloat16, torch.float16)
 
 
-def _float16_spacing(x: Tensor) -> Tensor:
-    """Distance between neighbouring float16 numbers at x, as float32: 2^(e - 10), never below the subnormal 2^-24."""
-    exponent = torch.frexp(x.float()).exponent - 1
-    exponent = exponent.clamp_(min=-14).sub_(10)
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+#: The bits of a float32 number that hold its exponent: alone, they are the power of two at or below it.
+_EXPONENT = 0x7F800000
+
+
+def _float16_spacing(x: Tensor, fraction: float = 1.0) -> Tensor:
+    """``fraction`` of the distance between neighbouring float16 numbers at x (float32): 2^(e - 10), never below the subnormal 2^-24."""
+    power = (x.view(torch.int32) & _EXPONENT).view(torch.float32)
+    return power.clamp_(min=2.0**-14).mul_(2.0**-10 * fraction)
 
 
 def join(half: Tensor, residual: Tensor) -> Tensor:
     """The float32 value that (half, residual) stands for; shapes equal, residual int16."""
+    x = half.float()
     if half.dtype == torch.bfloat16:
-        bits = half.view(torch.int16).to(torch.int32).mul_(1 << 16).add_(residual)
-        return bits.view(torch.float32)
-    return half.float().addcmul_(residual.float(), _float16_spacing(half), value=2.0**-15)
+        x.view(torch.int32).add_(residual)
+        return x
+    return x.addcmul_(residual.float(), _float16_spacing(x, 2.0**-15))
+
+
+def split_into(x: Tensor, half: Tensor, residual: Tensor) -> None:
+    """Write x (float32, contiguous; its memory is used up) as (half, residual), int16, with ``join(half, residual) == x``.
+
+    half is x rounded to nearest, the residual what that left out.
+    """
+    if half.dtype == torch.bfloat16:
+        bits = x.view(torch.int32)
+        residual.copy_(bits)  # the lower 16 bits, as a signed number
+        half.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))  # ties away from zero, so that the rest fits 16 bits
+        return
+    half.copy_(x)
+    nearest = half.float()
+    residual.copy_(x.sub_(nearest).div_(_float16_spacing(nearest, 2.0**-15)).round_().clamp_(-(2**15), 2**15 - 1))
 
 
 def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(half, residual) with ``join(half, residual) == x``: half is x rounded to nearest, residual int16 what that left out."""
-    if dtype == torch.bfloat16:
-        bits = x.view(torch.int32)
-        high = (bits + 0x8000) >> 16  # nearest, ties away from zero, so that what is left fits a signed 16-bit number
-        return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
-    half = x.to(dtype)
-    residual = (x - half.float()).div_(_float16_spacing(half)).mul_(2.0**15)
-    return half, residual.round_().clamp_(-(2**15), 2**15 - 1).to(torch.int16)
+    """(half, residual) of :func:`split_into`, as new tensors; x stays."""
+    half, residual = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=torch.int16)
+    split_into(x.clone(), half, residual)
+    return half, residual
 
 
-def stochastic_round(x: Tensor, dtype: torch.dtype, key: Key, block: int = 0) -> Tensor:
+def stochastic_round(x: Tensor, dtype: torch.dtype, key: Key, first: int = 0) -> Tensor:
     """x (float32, flat) rounded to a neighbour in ``dtype``, up with probability (x - lower) / spacing, so E[result] = x.
 
-    A number that ``dtype`` represents stays what it is. Float32 comes back unchanged.
+    A number that ``dtype`` represents stays what it is. Float32 comes back unchanged. ``first``: number of x's first element in the
+    parameter, to which the random bits belong.
     """
+    part = slice(first, first + x.numel())
     if dtype == torch.bfloat16:
-        dither = uniform_integers(key, block, x.numel(), 16, x.device)
-        return ((x.view(torch.int32) + dither) >> 16).to(torch.int16).view(torch.bfloat16)
+        dither = uniform_integers(key, part, 16, x.device)
+        return dither.add_(x.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
     if dtype == torch.float16:
-        dither = uniform_integers(key, block, x.numel(), 24, x.device).double().add_(0.5).mul_(2.0**-24)
+        dither = uniform_integers(key, part, 24, x.device).double().add_(0.5).mul_(2.0**-24)
         spacing = _float16_spacing(x).double()
         return x.double().div_(spacing).add_(dither).floor_().mul_(spacing).to(dtype)
     return x.to(dtype)

@@ -26,13 +26,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zotune.coordinates import Coordinate, Offset
+from zotune.coordinates import Coordinate, Offset, draw_together
 from zotune.directions import Directions, Key, generator_seed
 from zotune.precision import HALF
 from zotune.side_path import SidePath
 from zotune.stacked_parameters import Lending
 from zotune.stacking import Stack
 from zotune.subspaces import LowRankCoordinate
+from zotune.unformed import lender
 
 T = TypeVar("T")
 
@@ -103,6 +104,7 @@ class Probe:
         self.model = model
         self.directions = directions
         self.coordinates = list(coordinates)
+        draw_together(self.coordinates)
         self.devices = sorted({c.device for c in self.coordinates}, key=str)
         by_parameter = {id(c.parameter): c for c in self.coordinates}
         owners: dict[int, _Owner] = {}
@@ -160,7 +162,7 @@ class Probe:
         if offset is not None:
             for owner in self._owners:
                 lend[id(owner)] = {
-                    name: partial(coordinate.at, self.directions, offset)
+                    name: lender(owner.module, coordinate, self.directions, offset)
                     for name, coordinate in owner.parameters.items()
                     if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path)
                     and (only is None or coordinate.name in only)

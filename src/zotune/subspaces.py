@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from zotune.coordinates import THIN, Coordinate, Offset
 from zotune.directions import Directions, Key, for_blocks
-from zotune.precision import HALF, join, split, stochastic_round
+from zotune.kernels import moves_for
+from zotune.precision import HALF, join, split_into, stochastic_round
 
 # -- full space -----------------------------------------------------------------------------------------------------------------------
 
@@ -46,14 +47,15 @@ class FullCoordinate(Coordinate):
         data = self.parameter.data
         return data.view(-1) if data.is_contiguous() else data.reshape(-1)
 
-    def _store(self, flat: Tensor, part: slice, block: Tensor, key: Key, index: int) -> None:
+    def _store(self, flat: Tensor, part: slice, block: Tensor, key: Key) -> None:
+        """Make ``block`` (flat, contiguous; its memory may be used up) a block of θ."""
         if not self.half:
             if block.data_ptr() != flat[part].data_ptr():
                 flat[part] = block
         elif self.residual is None:
-            flat[part] = stochastic_round(block, flat.dtype, key, index)
+            flat[part] = stochastic_round(block, flat.dtype, key, part.start)
         else:
-            flat[part], self.residual[part] = split(block, flat.dtype)
+            split_into(block, flat[part], self.residual[part])
 
     def _finish(self, flat: Tensor) -> None:
         if not self.parameter.data.is_contiguous():
@@ -62,16 +64,55 @@ class FullCoordinate(Coordinate):
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         if offset is None:
             return self.parameter.detach()
-        key, flat = offset.key(self.name), self._flat()
-        scale = offset.scale * directions.scale(key, self.numel, self.device)
+        flat = self._flat()
+        if self.thin:  # drawn once for both evaluations and the update
+            move = self.many(directions, offset.seed, offset.step, offset.direction, 1).view(-1) * offset.scale
+            return torch.add(self._block(flat, slice(0, self.numel)), move).to(flat.dtype).view(self.shape)
         out = torch.empty_like(flat)
-
-        def perturb(index: int, part: slice) -> None:
-            z = directions.block(key, index, part.stop - part.start, self.device)
-            out[part] = torch.add(self._block(flat, part), z, alpha=scale)
-
-        for_blocks(self.numel, self.device, perturb)
+        self._perturb(directions, offset, flat, out, slice(0, self.numel), self.move_scale(directions, offset))
         return out.view(self.shape)
+
+    def move_scale(self, directions: Directions, offset: Offset) -> float:
+        """What the numbers of the direction are multiplied by at ``offset``."""
+        return offset.scale * directions.scale(offset.key(self.name), self.numel, self.device)
+
+    def _perturb(self, directions: Directions, offset: Offset, flat: Tensor, out: Tensor, whole: slice, scale: float) -> None:
+        """Write elements ``whole`` of the perturbed weight to ``out``."""
+        key = offset.key(self.name)
+        kernel = moves_for(flat, self.residual)
+        if kernel is not None and out.numel() == self.numel:
+            kernel.perturb(directions, key, scale, flat, self.residual, out)
+            return
+
+        def perturb(part: slice) -> None:
+            move = directions.block(key, part, self.device, scale)
+            here = out[part.start - whole.start : part.stop - whole.start]
+            if self.half:
+                here.copy_(move.add_(self._block(flat, part)))
+            else:
+                torch.add(flat[part], move, out=here)
+
+        for_blocks(whole.stop, self.device, perturb, whole.start)
+
+    def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, these rows of :meth:`at`) for strips of ``height`` rows of a matrix that is not thin; each in the memory of the last."""
+        flat, columns = self._flat(), self.shape[1]
+        scale = self.move_scale(directions, offset)
+        room = torch.empty(height * columns, dtype=flat.dtype, device=flat.device)
+        for top in range(0, self.shape[0], height):
+            rows = slice(top, min(self.shape[0], top + height))
+            strip = room[: (rows.stop - top) * columns]
+            self._perturb(directions, offset, flat, strip, slice(top * columns, rows.stop * columns), scale)
+            yield rows, strip.view(-1, columns)
+
+    def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
+        """Rows ``rows`` (int64, (R,)) of :meth:`at` for a matrix that is not thin, bit for bit, without the others."""
+        key, columns = offset.key(self.name), self.shape[1]
+        move = directions.rows(key, rows, columns).mul_(self.move_scale(directions, offset))
+        weight = self.parameter.detach()[rows]
+        if self.residual is not None:
+            weight = join(weight, self.residual.view(self.shape)[rows])
+        return torch.add(weight, move).to(self.parameter.dtype)
 
     def value(self) -> Tensor:
         flat = self._flat()
@@ -82,39 +123,39 @@ class FullCoordinate(Coordinate):
             return
         flat, new = self._flat(), value.reshape(-1)
         key = Key(seed, step, 0, self.name, "rounding")
-        for_blocks(self.numel, self.device, lambda index, part: self._store(flat, part, new[part], key, index))
+        keep = self.residual is not None  # storing uses up what it is given
+        for_blocks(self.numel, self.device, lambda part: self._store(flat, part, new[part].clone() if keep else new[part], key))
         self._finish(flat)
 
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         if keep == 1.0 and not any(weights):
             return
         flat = self._flat()
-        if self.thin and not self.half:
+        rounding = Key(seed, step, 0, self.name, "rounding")
+        if self.thin:
+            whole = slice(0, self.numel)
+            block = self._block(flat, whole)
             if keep != 1.0:
-                flat.mul_(keep)
-            self._add_weighted(flat, directions, weights, seed, step)
+                block.mul_(keep)
+            self._add_weighted(block, directions, weights, seed, step)
+            self._store(flat, whole, block, rounding)
             self._finish(flat)
             return
-        rounding = Key(seed, step, 0, self.name, "rounding")
-        moves: list[tuple[Key, float]] = []
-        total: Tensor | None = None
-        if self.thin and len(weights) > 1:
-            total = self.weighted(directions, weights, seed, step).view(-1)
-        else:
-            for direction, weight in enumerate(weights):
-                key = Key(seed, step, direction, self.name)
-                if weight:
-                    moves.append((key, weight * directions.scale(key, self.numel, self.device)))
+        keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
+        moves = [(key, weight * directions.scale(key, self.numel, self.device)) for key, weight in keys]
+        kernel = moves_for(flat, self.residual)
+        if kernel is not None and moves:
+            for place, (key, scale) in enumerate(moves):
+                kernel.update(directions, key, scale, flat, self.residual, 1.0 if place else keep)
+            self._finish(flat)
+            return
 
-        def move(index: int, part: slice) -> None:
+        def move(part: slice) -> None:
             block = self._block(flat, part)
             if keep != 1.0:
                 block = block.mul_(keep)
-            if total is not None:
-                block.add_(total[part])
-            for key, scale in moves:
-                block.add_(directions.block(key, index, part.stop - part.start, self.device), alpha=scale)
-            self._store(flat, part, block, rounding, index)
+            directions.add_to(block, part, moves)
+            self._store(flat, part, block, rounding)
 
         for_blocks(self.numel, self.device, move)
         self._finish(flat)
@@ -125,11 +166,11 @@ class FullCoordinate(Coordinate):
         height = max(1, (1 << 20) // columns)
         rounding = Key(seed, step, 0, self.name, "rounding")
         flat = self._flat()
-        for index, top in enumerate(range(0, rows, height)):
+        for top in range(0, rows, height):
             part = slice(top * columns, min(rows, top + height) * columns)
             block = self._block(flat, part)
             block.view(-1, columns).addmm_(left[top : top + height].to(block.dtype), right.T.to(block.dtype), beta=keep)
-            self._store(flat, part, block, rounding, index)
+            self._store(flat, part, block, rounding)
         self._finish(flat)
 
     def reset(self) -> None:

@@ -1,0 +1,74 @@
+"""Tables that turn random bits into numbers: 16 bits into two normals, 8 bits into eight signs.
+
+**Normals.** 16 bits i choose a pair: two bits are the signs, the other fourteen, m, the magnitudes (h_m, h_π(m)). h is the half-normal
+distribution cut into 2¹⁴ parts of equal probability, each part at its mean, all scaled so that the variance is 1; π(m) = 10881 m mod 2¹⁴
+is a lattice that fills the plane evenly (the shortest vector of its dual has length 125, of 137 possible). So:
+
+- one number has 2¹⁵ equally likely values, the largest 4.22; its distribution function is nowhere further than 2⁻¹⁵ from the normal one;
+  mean 0 exactly, variance 1 to 1e-8, kurtosis 2.9995, sixth moment 14.98;
+- the two numbers of a pair (elements 2i and 2i + 1) are uncorrelated exactly, E[z₁² z₂²] = 1 − 5e-6, but they are one of 2¹⁶ points in
+  the plane, not a product of 2¹⁵ × 2¹⁵: no pair has both numbers beyond 3, as one in 137 000 should;
+- pairs are independent.
+
+Values are rounded to multiples of 2⁻²⁰, so that two implementations of the quantile function that differ in the last bit of float64
+agree on the table. A lookup costs a third of what Box and Muller's transform does in torch, and is exact on every device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+_BITS = 14
+_LATTICE = 10881
+
+
+@functools.cache
+def half_normal() -> Tensor:
+    """h, float64, shape (2¹⁴,): ascending, mean of squares 1."""
+    with torch.inference_mode(False):
+        count = 1 << _BITS
+        nodes = torch.tensor([0.5 - math.sqrt(0.15), 0.5, 0.5 + math.sqrt(0.15)], dtype=torch.float64)  # Gauss–Legendre
+        weights = torch.tensor([5 / 18, 8 / 18, 5 / 18], dtype=torch.float64)
+        probability = 0.5 + (torch.arange(count, dtype=torch.float64).unsqueeze(1) + nodes) / (2 * count)
+        h = (torch.special.ndtri(probability) * weights).sum(1)
+        h /= h.square().mean().sqrt()
+        return (h * 2**20).round_().div_(2**20)
+
+
+@functools.cache
+def normal_pairs(device: torch.device) -> Tensor:
+    """The pairs, float32, shape (2¹⁶, 2): i = 4 m + 2 s₂ + s₁."""
+    with torch.inference_mode(False):
+        index = torch.arange(1 << 16)
+        m = index >> 2
+        h = half_normal()
+        first = h[m] * (1 - 2 * (index & 1))
+        second = h[(m * _LATTICE) & ((1 << _BITS) - 1)] * (1 - (index & 2))
+        return torch.stack([first, second], 1).float().to(device)
+
+
+@functools.cache
+def sign_bytes(device: torch.device) -> Tensor:
+    """The signs that a byte stands for, bit j the j-th, 1 for −1: float32, shape (256, 8)."""
+    with torch.inference_mode(False):
+        bits = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
+        return (1 - 2 * bits).float().to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def scaled_pairs(scale: float, device: torch.device) -> Tensor:
+    """``scale`` times :func:`normal_pairs`, a pair as one int64, shape (2¹⁶,): a lookup of one number copies two."""
+    with torch.inference_mode(False):
+        table = normal_pairs(device)
+        return (table if scale == 1.0 else table * scale).view(torch.int64).view(-1)
+
+
+@functools.lru_cache(maxsize=8)
+def scaled_signs(scale: float, device: torch.device) -> Tensor:
+    """``scale`` times :func:`sign_bytes`."""
+    with torch.inference_mode(False):
+        return sign_bytes(device) * scale

@@ -1,0 +1,99 @@
+"""Weights in full space that are perturbed a part at a time, inside the operation that uses them.
+
+Directions come from counters (``counter``), so any rows of a matrix can be drawn without the others. What an ``nn.Embedding`` or a large
+``nn.Linear`` is lent is a tensor of the stored weight's shape that knows its coordinate; torch hands every function it is used in to
+``__torch_function__`` here:
+
+- a lookup makes the rows of the ids it is given, bit for bit those of the whole perturbed table;
+- a linear layer makes a strip of rows, uses it, and makes the next in the same memory: a head over a large vocabulary costs a few
+  megabytes, not a copy of itself (strips on a CPU only; an accelerator is fastest with one large product);
+- any other function (a lookup with ``max_norm``, a parent that reaches in) gets the whole perturbed weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zotune.coordinates import Coordinate, Offset
+from zotune.directions import Directions
+from zotune.subspaces import FullCoordinate
+
+#: A linear layer with more weights than this is computed in strips of about so many.
+STRIP = 1 << 20
+LARGE = 1 << 22
+
+
+def lender(module: nn.Module, coordinate: Coordinate, directions: Directions, offset: Offset) -> Callable[[], Tensor]:
+    """What hands ``module`` its parameter at θ + offset."""
+    if isinstance(coordinate, FullCoordinate) and not coordinate.thin and len(coordinate.shape) == 2:
+        large = coordinate.numel > LARGE and coordinate.device.type == "cpu"
+        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and large):
+            return partial(Unformed.of, coordinate, directions, offset)
+    return partial(coordinate.at, directions, offset)
+
+
+class Unformed(torch.Tensor):
+    """A weight at θ + offset, of which nothing is made before it is asked for."""
+
+    coordinate: FullCoordinate
+    directions: Directions
+    offset: Offset
+
+    @staticmethod
+    def of(coordinate: FullCoordinate, directions: Directions, offset: Offset) -> Unformed:
+        unformed = torch.Tensor._make_subclass(Unformed, coordinate.parameter.detach())
+        unformed.coordinate, unformed.directions, unformed.offset = coordinate, directions, offset
+        return unformed
+
+    def whole(self) -> Tensor:
+        return self.coordinate.at(self.directions, self.offset)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.embedding:
+                return _embedding(*args, **kwargs)
+            if func is F.linear:
+                return _linear(*args, **kwargs)
+            if getattr(func, "__name__", "") == "__get__":  # dtype, device, shape: what is stored answers for it
+                found = func(*args, **kwargs)
+                if not isinstance(found, Tensor):
+                    return found
+            return func(*[_whole(a) for a in args], **{name: _whole(a) for name, a in kwargs.items()})
+
+
+def _whole(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_whole(a) for a in argument)
+    return argument.whole() if isinstance(argument, Unformed) else argument
+
+
+def _embedding(
+    input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *others: Any, **named: Any
+) -> Tensor:
+    if max_norm is None and isinstance(weight, Unformed):
+        rows, places = torch.unique(input, return_inverse=True)
+        if 2 * rows.numel() < weight.coordinate.shape[0]:
+            return F.embedding(places, weight.coordinate.rows_at(weight.directions, weight.offset, rows.long()))
+    return F.embedding(_whole(input), _whole(weight), padding_idx, max_norm, *others, **named)
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
+    plain = isinstance(weight, Unformed) and not isinstance(input, Unformed) and not isinstance(bias, Unformed)
+    if not plain or weight.coordinate.numel <= LARGE or weight.device.type != "cpu" or (torch.is_grad_enabled() and input.requires_grad):
+        return F.linear(_whole(input), _whole(weight), _whole(bias))
+    rows, columns = weight.coordinate.shape
+    x = input.reshape(-1, columns)
+    out = x.new_empty(x.shape[0], rows)
+    for strip, part in weight.coordinate.strips_at(weight.directions, weight.offset, max(1, STRIP // columns)):
+        torch.mm(x, part.T, out=out[:, strip])
+    if bias is not None:
+        out += bias
+    return out.view(*input.shape[:-1], rows)

@@ -1,0 +1,141 @@
+"""Weights perturbed a part at a time are those perturbed whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from zotune import unformed
+from zotune.coordinates import Offset
+from zotune.directions import Directions
+from zotune.probe import Probe
+from zotune.subspaces import Full, FullCoordinate
+from zotune.unformed import Unformed
+
+OFFSET = Offset(1e-2, seed=3, step=5, direction=1)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def probe_of(model: nn.Module, kind: str = "gaussian") -> Probe:
+    return Probe(model, [Full().coordinate(name, p) for name, p in model.named_parameters()], Directions(kind))
+
+
+def embedding(rows: int, columns: int, dtype: torch.dtype = torch.float32, **options: object) -> nn.Embedding:
+    module = nn.Embedding(rows, columns, **options)
+    module.weight.data = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return module.eval()
+
+
+def ids(rows: int) -> torch.Tensor:
+    return torch.randint(0, rows, (4, 50), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [96, 131])
+def test_rows_looked_up_are_those_of_the_whole_table(kind, dtype, columns):
+    model = embedding(3000, columns, dtype)
+    probe = probe_of(model, kind)
+    found = probe.evaluate(lambda: model(ids(3000)), OFFSET)
+    whole = probe.coordinates[0].at(probe.directions, OFFSET)
+    assert found.dtype == dtype and torch.equal(found, whole[ids(3000)])
+    assert not torch.equal(found, model.weight[ids(3000)])
+
+
+def test_a_lookup_of_few_rows_makes_no_other_row(monkeypatch):
+    model = embedding(3000, 96)
+    probe = probe_of(model)
+    monkeypatch.setattr(FullCoordinate, "at", lambda *unused: pytest.fail("the whole table was formed"))
+    probe.evaluate(lambda: model(ids(3000)), OFFSET)
+
+
+@pytest.mark.parametrize("rows, options", [(150, {}), (3000, {"max_norm": 1.0}), (3000, {"padding_idx": 0})])
+def test_other_lookups_agree_with_the_whole_table(rows, options):
+    model = embedding(rows, 96, **options)
+    probe = probe_of(model)
+    before = model.weight.detach().clone()
+    found = probe.evaluate(lambda: model(ids(rows)), OFFSET)
+    whole = probe.coordinates[0].at(probe.directions, OFFSET)
+    assert torch.equal(found, F.embedding(ids(rows), whole.clone(), max_norm=model.max_norm))
+    assert torch.equal(model.weight, before)
+
+
+class ReachingHead(nn.Module):
+    """A head that uses the embedding's weight without owning it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = embedding(1000, 96)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        weight = self.embed.weight
+        assert weight.shape == (1000, 96) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+        return F.linear(x, weight) + x @ weight.T + torch.stack([weight, weight]).sum()
+
+
+def test_whoever_reaches_in_sees_the_whole_perturbed_weight():
+    model = ReachingHead()
+    probe = probe_of(model)
+    found = probe.evaluate(lambda: model(ids(1000)), OFFSET)
+    whole = probe.coordinates[0].at(probe.directions, OFFSET)
+    x = whole[ids(1000)]
+    assert torch.equal(found, F.linear(x, whole) + x @ whole.T + torch.stack([whole, whole]).sum())
+    assert type(found) is torch.Tensor
+
+
+def test_a_lookup_is_lent_to_large_embeddings_in_full_space_only():
+    model = nn.Sequential(embedding(1000, 96), embedding(1000, 8))
+    probe = probe_of(model)
+    with torch.no_grad(), probe.at(OFFSET):
+        assert isinstance(model[0].weight, Unformed)
+        assert not isinstance(model[1].weight, Unformed)  # thin: its directions are kept anyway
+    assert not isinstance(model[0].weight, Unformed)
+
+
+@pytest.fixture
+def small_strips(monkeypatch):
+    monkeypatch.setattr(unformed, "LARGE", 1000)
+    monkeypatch.setattr(unformed, "STRIP", 700)
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_in_strips_agrees_with_the_whole(kind, dtype, bias, small_strips):
+    model = nn.Linear(100, 333, bias=bias, dtype=dtype).eval()
+    x = torch.randn(2, 5, 100, generator=torch.Generator().manual_seed(2)).to(dtype)
+    probe = probe_of(model, kind)
+    far = Offset(1.0, seed=3, step=5, direction=1)
+    found = probe.evaluate(lambda: model(x), far)
+    weight, *rest = [c.at(probe.directions, far) for c in probe.coordinates]
+    expected = F.linear(x, weight, *rest)
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert torch.allclose(
+        found.double(),
+        expected.double(),
+        rtol=4 * torch.finfo(dtype).eps,
+        atol=(40 if dtype.itemsize == 2 else 400) * torch.finfo(dtype).eps,
+    )
+    with torch.no_grad():
+        assert not torch.allclose(found, model(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strips_are_the_rows_of_the_whole_weight(kind, dtype):
+    weight = nn.Parameter(torch.randn(3000, 131, generator=torch.Generator().manual_seed(0)).to(dtype))
+    coordinate, directions = Full().coordinate("w", weight), Directions(kind)
+    whole = coordinate.at(directions, OFFSET)
+    strips = [(rows, strip.clone()) for rows, strip in coordinate.strips_at(directions, OFFSET, 1700)]
+    assert [rows for rows, _ in strips] == [slice(0, 1700), slice(1700, 3000)]
+    assert torch.equal(torch.cat([strip for _, strip in strips]), whole)
+
+
+def test_a_large_layer_is_never_formed_whole(small_strips, monkeypatch):
+    model = nn.Linear(100, 333, bias=False).eval()
+    probe = probe_of(model)
+    monkeypatch.setattr(FullCoordinate, "at", lambda *unused: pytest.fail("the whole weight was formed"))
+    probe.evaluate(lambda: model(torch.ones(1, 100)), OFFSET)
