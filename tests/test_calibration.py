@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, methods, replay
+from zotune import NonFiniteLossError, ZerothOrder, methods, replay
 from zotune.calibration import INTERVAL, LADDER, RunningMean, StepSize, choose_eps, rule_gain
 from zotune.estimators import ESTIMATORS
 from zotune.rules import Rule
@@ -61,7 +61,7 @@ def test_a_loss_that_does_not_move_takes_the_largest_eps():
 
 
 def test_a_loss_that_is_nowhere_finite_gives_no_eps():
-    with pytest.raises(ValueError, match="no eps can be chosen"):
+    with pytest.raises(NonFiniteLossError, match="no eps can be chosen"):
         choose_eps(lambda scale, direction: torch.full((3,), math.nan), ESTIMATORS["central"])
 
 
@@ -86,7 +86,8 @@ def test_curvature_and_signal_are_the_trace_and_the_squared_gradient():
 
 def test_the_rate_is_its_formula():
     """η = 1 / (M h / (K s) + ‖H‖_F), bounded by the signal's floor N / NOISE_SCALE."""
-    known = StepSize(curvature=RunningMean(0.1, 9, 10.0, 100.0), signal=RunningMean(0.1, 9, 2.0, 4.0), moment=RunningMean(0.1, 9, 4.0, 16.0))
+    h, s, m = RunningMean(0.1, 9, 10.0, 100.0), RunningMean(0.1, 9, 2.0, 4.0), RunningMean(0.1, 9, 4.0, 16.0)
+    known = StepSize(curvature=h, signal=s, moment=m)
     assert known.rate(1, 16) == pytest.approx(1 / (10 / 0.5))
     assert known.rate(8, 16) == pytest.approx(1 / (10 / 4))
     known.curvature.square = 100.0 + 2 * 3.0**2

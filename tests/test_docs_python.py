@@ -1,15 +1,19 @@
-"""The code of docs/python.md runs as it stands."""
+"""The code of docs/python.md and docs/learning-rate.md runs as it stands."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def test_the_page_runs_from_top_to_bottom(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
-    exec(compile("\n".join(blocks), str(PAGE), "exec"), {})
-    assert "tensor" in capsys.readouterr().out
+@pytest.mark.parametrize(("name", "count", "printed"), [("python.md", 3, "tensor"), ("learning-rate.md", 1, "0.0")])
+def test_a_page_runs_from_top_to_bottom(name, count, printed, capsys):
+    page = DOCS / name
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert len(blocks) == count
+    exec(compile("\n".join(blocks), str(page), "exec"), {})
+    assert printed in capsys.readouterr().out

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from zotune.coordinates import Offset
 from zotune.estimators import Estimator
+from zotune.evaluating import NonFiniteLossError
 from zotune.probe import Probe
 from zotune.rules import EMASGD, Rule
 
@@ -67,7 +68,7 @@ def choose_eps(at: At, estimator: Estimator) -> float:
         estimator: whose coefficients count.
 
     Raises:
-        ValueError: no loss on the ladder is finite.
+        NonFiniteLossError: losses on the ladder are not finite.
     """
     here = at(0.0, DIRECTION).double()
     low, high = min(estimator.signs), max(estimator.signs)
@@ -90,7 +91,9 @@ def choose_eps(at: At, estimator: Estimator) -> float:
     if not math.isfinite(distance(best)):
         if all(bool(coefficients(rung).isfinite().all()) for rung in range(len(LADDER))):
             return LADDER[-1]  # a loss that does not move, or by rounding only
-        raise ValueError("the loss is not finite near the model's weights, so no eps can be chosen; look at the model and the first batch.")
+        raise NonFiniteLossError(
+            "the loss is not finite near the model's weights, so no eps can be chosen; look at the model and the first batch."
+        )
     rung = best
     while rung in steps and distance(rung) <= max(TOLERANCE, 2 * distance(best)):
         rung += 1
@@ -147,7 +150,7 @@ class StepSize:
     signal: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
     moment: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
     recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
-    lowest: float = math.inf
+    lowest: float | None = None
     brake: float = 1.0
 
     def measure(self, here: Tensor, plus: Tensor, minus: Tensor, eps: float) -> Tensor:
@@ -172,11 +175,11 @@ class StepSize:
         self.recent.add(loss)
         if self.recent.count < 1 / self.recent.forgetting:
             return
-        self.lowest = min(self.lowest, self.recent.mean)
+        self.lowest = self.recent.mean if self.lowest is None else min(self.lowest, self.recent.mean)
         if self.recent.mean > self.lowest + 0.05 * abs(self.lowest) + 3 * self.recent.error:
             self.brake *= BRAKE
             self.recent = RunningMean(self.recent.forgetting)  # see first what the lower rate does
-            self.lowest = math.inf
+            self.lowest = None
 
     def rate(self, directions: int, examples: int) -> float:
         """η for steps of K directions on N examples, for plain SGD on coordinates of unit scale; 0 before there is anything to go by."""

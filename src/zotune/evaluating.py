@@ -29,6 +29,10 @@ LossFunction = Callable[..., Any]
 PROBES = ("auto", "batched", "sequential")
 
 
+class NonFiniteLossError(RuntimeError):
+    """Too many steps in a row had no finite loss to learn from."""
+
+
 class Losses(NamedTuple):
     """Losses of a step's examples, points × examples.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import methods
-from zotune.calibration import Calibrator, StepSize
+from zotune import methods, run_state
+from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
 from zotune.estimators import ESTIMATORS, Estimate
-from zotune.evaluating import Evaluations, LossFunction, evaluation
-from zotune.journal import Journal, Record, StepRecord, digest
+from zotune.evaluating import Evaluations, LossFunction, NonFiniteLossError, evaluation
+from zotune.journal import Journal, Record, StepRecord
 from zotune.methods import AUTO, Method
 from zotune.probe import Probe
 from zotune.rules import Rule
 from zotune.subspaces import LowRankCoordinate
 
 _NO_BATCH: Any = object()
-
-
-class NonFiniteLossError(RuntimeError):
-    """Too many steps in a row had no finite loss to learn from."""
 
 
 @dataclass(frozen=True)
@@ -334,35 +328,13 @@ class ZerothOrder(torch.optim.Optimizer):
 
     # -- state ------------------------------------------------------------------------------------------------------------------------
 
-    def _by_name(self) -> dict[str, Coordinate]:
-        return {c.name: c for group in self.coordinates for c in group}
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that, with the model's weights, continues the run bit for bit.
 
         Returns:
             ``state``: tensors by name; ``param_groups``: without the parameters; ``zotune``: numbers and strings, fit for JSON.
         """
-        tensors = {f"coordinate/{name}/{entry}": tensor for name, c in self._by_name().items() for entry, tensor in c.state().items()}
-        rule_tensors, rule_others = self.rule.state()
-        tensors |= {f"rule/{path}": tensor for path, tensor in rule_tensors.items()}
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        run = {
-            "method": self.method.name,
-            "options": _plain(self.method.options),
-            "seed": self.seed,
-            "steps": self.steps,
-            "forward_passes": self.forward_passes,
-            "sequences_evaluated": self.sequences_evaluated,
-            "nonfinite_in_a_row": self._nonfinite_in_a_row,
-            "prepared": self._prepared,
-            "eps": None if math.isnan(self.eps) else self.eps,
-            "step_size": None if self.calibrator is None else self.calibrator.step_size.state(),
-            "batched": self.evaluations.batched,
-            "general_path": [n for n, c in self._by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path],
-            "rule": rule_others,
-        }
-        return {"state": tensors, "param_groups": groups, "zotune": run}
+        return run_state.save(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
@@ -371,69 +343,14 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             ValueError: the state is another method's, seed's or model's.
         """
-        run = state_dict.get("zotune")
-        if run is None:
-            raise ValueError("this is not the state of a ZerothOrder optimizer; load the one that was saved with the model.")
-        here: dict[str, Any] = {"method": self.method.name, "options": _plain(self.method.options), "seed": self.seed}
-        for key, value in here.items():
-            if run[key] != value:
-                raise ValueError(f"the saved run has {key} {run[key]!r} and this one {value!r}; continue with the saved one's.")
-        if len(state_dict["param_groups"]) != len(self.param_groups):
-            raise ValueError("the saved run has another number of parameter groups; construct the optimizer as it was then.")
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in self._by_name()}
-        rule_tensors = {}
-        for path, tensor in state_dict["state"].items():
-            kind, _, rest = path.partition("/")
-            if kind == "rule":
-                rule_tensors[rest] = tensor
-                continue
-            name, _, entry = rest.rpartition("/")
-            if name not in states:
-                raise ValueError(f"the saved run trains {name!r}, which this one does not; construct the optimizer as it was then.")
-            states[name][entry] = tensor
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
-        self.steps = run["steps"]
-        self.forward_passes = run["forward_passes"]
-        self.sequences_evaluated = run["sequences_evaluated"]
-        self._nonfinite_in_a_row = run["nonfinite_in_a_row"]
-        self._prepared = run["prepared"]
-        if self.method.eps == AUTO and run["eps"] is not None:
-            self.eps = self.evaluations.eps = run["eps"]
-        if self.calibrator is not None and run["step_size"] is not None:
-            self.calibrator.step_size = StepSize.restored(run["step_size"])
-        if self.evaluations.batched is None:
-            self.evaluations.batched = run.get("batched")
-        self._begun = self.steps - 1
-        self.probe.distrust(run["general_path"])
-        for name, coordinate in self._by_name().items():
-            coordinate.load_state(states[name], self.seed, self.steps)
-        self.rule.load_state(rule_tensors, run["rule"], {name: c.value() for name, c in self._by_name().items()})
+        run_state.restore(self, state_dict)
 
     def header(self, *, base: bool = True) -> dict[str, Any]:
         """What a journal's header says: enough to rebuild this optimiser over the same base weights.
 
         ``base=False`` leaves out the digest of the weights, which reads all of them.
         """
-        versions = {"zotune": _version(), "torch": torch.__version__, "python": platform.python_version()}
-        versions |= {n: sys.modules[n].__version__ for n in ("transformers", "peft") if n in sys.modules}
-        return {
-            "format": 1,
-            "versions": versions,
-            "device": sorted({device.type for device in self.probe.devices}),
-            **({"base": digest(self.model)} if base else {}),
-            "seed": self.seed,
-            "method": self.method.name,
-            "options": _plain(self.method.options),
-            "eps": self.method.eps,
-            "groups": [
-                {
-                    "weight_decay": group["weight_decay"],
-                    "parameters": [[c.name, list(c.parameter.shape), str(c.parameter.dtype).removeprefix("torch.")] for c in coordinates],
-                }
-                for group, coordinates in zip(self.param_groups, self.coordinates, strict=True)
-            ],
-        }
+        return run_state.header(self, base=base)
 
 
 # -- helpers of one use ------------------------------------------------------------------------------------------------------------------
@@ -466,17 +383,3 @@ def _parts(batch: Any) -> list[Any] | None:
     if not batch:
         raise ValueError("step() was given an empty list of micro-batches.")
     return batch
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as JSON gives them back."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value.__name__ if isinstance(value, type) else value
-        for key, value in options.items()
-    }
-
-
-def _version() -> str:
-    from zotune import __version__
-
-    return __version__

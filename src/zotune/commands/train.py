@@ -280,6 +280,7 @@ class Run:
             "after": after,
             "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
             "learning_rate": self.config.learning_rate,
+            "first_learning_rate": next((e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e), None),
             "eps": optimizer.eps,
             "batch_size": self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps,
             "seed": self.config.seed,
@@ -323,7 +324,7 @@ def report(summary: Mapping[str, Any]) -> Any:
         change = " → ".join(metric_text("loss", value) for value in dict.fromkeys((loss["first"], loss["last"])))
         rows.append(("training loss", change))
     rows += [
-        ("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {_rate_text(summary['learning_rate'])}"),
+        ("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {_rate_text(summary)}"),
         ("forward passes", f"{summary['forward_passes']} ({summary['sequences_evaluated']} sequences)"),
         ("time", f"{duration_text(summary['training_seconds'])} of training"),
         ("peak memory", f"{memory_text(memory['training'])} ({memory['of']}; {memory_text(memory['loaded'])} before the first forward)"),
@@ -335,8 +336,11 @@ def report(summary: Mapping[str, Any]) -> Any:
     return summary_table(rows, f"{summary['method']} on {summary['data']}")
 
 
-def _rate_text(rate: float | str) -> str:
-    return rate if isinstance(rate, str) else f"{rate:g}"
+def _rate_text(summary: Mapping[str, Any]) -> str:
+    rate, first = summary["learning_rate"], summary["first_learning_rate"]
+    if not isinstance(rate, str):
+        return f"{rate:g}"
+    return rate if first is None else f"{rate} ({first:.2g} at the first log entry)"
 
 
 def new_console() -> Console:
