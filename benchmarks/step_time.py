@@ -65,7 +65,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lozo": ("lozo", {}, "batched"),
     "lozo, sequential": ("lozo", {}, "sequential"),
     "lozo, 4 directions": ("lozo", {"num_directions": 4}, "batched"),
-    "lozo, one an example": ("lozo", {"num_directions": "example"}, "batched"),
+    "lozo-e": ("lozo-e", {}, "batched"),
     "lozo-m, one an example": ("lozo-m", {"num_directions": "example", "rank": 1}, "batched"),
     "mezo": ("mezo", {}, "sequential"),
     "mezo, rademacher": ("mezo", {"direction": "rademacher"}, "sequential"),
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny-llama", "opt-125m", "gpt2"])
     parser.add_argument("--batches", nargs="+", default=["4x32", "16x64"], help="rows x tokens")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lozo", "lozo, sequential", "lozo, one an example", "mezo"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lozo", "lozo, sequential", "lozo-e", "mezo"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
