@@ -1,0 +1,114 @@
+"""LOZO and its family: matrices move in a low-rank subspace that is redrawn now and then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zotune.methods.method import Method
+from zotune.methods.registry import register
+from zotune.subspaces import LowRank
+
+
+@register
+def lozo(
+    *,
+    lr: float = 1e-6,
+    eps: float | str = 1e-3,
+    num_directions: int | str = 1,
+    direction: str = "gaussian",
+    estimator: str = "central",
+    rank: int = 2,
+    interval: int = 50,
+    rule: str = "SGD",
+    rule_args: dict[str, Any] | None = None,
+) -> Method:
+    """LOZO: SGD in a low-rank subspace that is redrawn every ``interval`` steps (2410.07698).
+
+    c = (L(W + ε U Vᵀ) − L(W − ε U Vᵀ)) / 2ε,   W ← W − η c U Vᵀ / r,   U (m, r), V (n, r) ~ N(0, 1), V kept for ν steps
+
+    Matrices move so; vectors (bias, norm) as in MeZO. State: A and V, r·(m + n) float32 numbers a matrix.
+    Departs from the published code, which updates along a U that it did not perturb on every redraw step, and leaves out the 1/r.
+    """
+    return Method(
+        name="lozo",
+        title="LOZO",
+        arxiv="2410.07698",
+        lr=lr,
+        eps=eps,
+        num_directions=num_directions,
+        direction=direction,
+        estimator=estimator,
+        subspace=LowRank(rank, interval),
+        rule=rule,
+        rule_args=rule_args or {},
+    )
+
+
+@register
+def lozo_m(
+    *,
+    lr: float = 1e-6,
+    eps: float | str = 1e-3,
+    num_directions: int | str = 1,
+    direction: str = "gaussian",
+    estimator: str = "central",
+    rank: int = 2,
+    interval: int = 50,
+    momentum: float = 0.9,
+) -> Method:
+    """LOZO-M: LOZO with an exponential moving average of c U in place of c U (2410.07698).
+
+    N ← β N + (1 − β) c U,   W ← W − η N Vᵀ / r,   at a redraw   N ← N V_oldᵀ V_new / n
+
+    State: LOZO's and N, another r·m numbers a matrix: momentum all but free.
+    """
+    return Method(
+        name="lozo-m",
+        title="LOZO-M",
+        arxiv="2410.07698",
+        lr=lr,
+        eps=eps,
+        num_directions=num_directions,
+        direction=direction,
+        estimator=estimator,
+        subspace=LowRank(rank, interval),
+        rule="EMASGD",
+        rule_args={"beta": momentum},
+        rule_state=1,
+    )
+
+
+@register
+def lozo_e(
+    *,
+    lr: float = 1e-6,
+    eps: float | str = 1e-3,
+    num_directions: int | str = "example",
+    direction: str = "gaussian",
+    estimator: str = "central",
+    rank: int = 1,
+    interval: int = 50,
+    rule: str = "SGD",
+    rule_args: dict[str, Any] | None = None,
+) -> Method:
+    """LOZO-E: LOZO with a direction per example, zotune's own choice (LOZO 2410.07698; GRZO 2606.02857).
+
+    c_b = (ℓ_b(W + ε U_b Vᵀ) − ℓ_b(W − ε U_b Vᵀ)) / 2ε,   W ← W − η (1/B) Σ_b c_b U_b Vᵀ / r
+
+    Each example b of the batch is evaluated under its own direction, in the two forwards that one direction for all would take. The
+    noise of the directions, ‖∇ℓ_b‖² times the number of dimensions, is averaged over B of them; the rate can be up to B times larger.
+    State: LOZO's, r·(m + n) float32 numbers a matrix.
+    """
+    return Method(
+        name="lozo-e",
+        title="LOZO-E",
+        arxiv="2410.07698",
+        lr=lr,
+        eps=eps,
+        num_directions=num_directions,
+        direction=direction,
+        estimator=estimator,
+        subspace=LowRank(rank, interval),
+        rule=rule,
+        rule_args=rule_args or {},
+    )

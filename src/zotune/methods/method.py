@@ -1,0 +1,129 @@
+"""A method: the four choices that make a zeroth-order step, validated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from zotune.directions import Directions
+from zotune.estimators import ESTIMATORS
+from zotune.rules import Rule
+from zotune.subspaces import Full, Subspace
+
+#: For a learning rate or ε that is measured instead of given.
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Method:
+    """The four choices that make a zeroth-order step, validated.
+
+    Args:
+        name: the method's one name.
+        title: what to call it in a table.
+        arxiv: id of the paper.
+        lr: default learning rate η (the paper's, for models of a billion parameters; small models want far larger ones).
+        eps: perturbation scale ε, or ``"auto"`` (see ``calibration``).
+        num_directions: K; ``"example"`` for a direction per example, ``"example:m"`` for m of them, ``"groups:G"`` for one per G-th part
+            of the batch.
+        subspace: see ``subspaces``.
+        direction: see ``directions``.
+        estimator: ``"central"`` or ``"forward"``.
+        rule: name or class of a torch optimiser, or one of ``rules``.
+        rule_args: its keyword arguments besides lr.
+        rule_state: numbers the rule keeps for each coordinate.
+        options: the recipe's keyword arguments, for headers and reports.
+
+    Raises:
+        ValueError: a field makes no sense, with the fix.
+    """
+
+    name: str
+    title: str
+    arxiv: str
+    lr: float
+    eps: float | str = 1e-3
+    num_directions: int | str = 1
+    subspace: Subspace = field(default_factory=Full)
+    direction: str = "gaussian"
+    estimator: str = "central"
+    rule: str | type[torch.optim.Optimizer] = "SGD"
+    rule_args: dict[str, Any] = field(default_factory=dict)
+    rule_state: float = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps > 0
+        if not (number or self.eps == AUTO):
+            raise ValueError(f"eps must be a positive number or 'auto', not {self.eps!r}.")
+        if not (self.groups is not None or (isinstance(self.num_directions, int) and self.num_directions >= 1)):
+            raise ValueError(
+                f"num_directions must be a whole number of at least 1, 'example', 'example:m' or 'groups:G', not {self.num_directions!r}."
+            )
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
+        Directions(self.direction)
+        Rule(self.rule, self.rule_args)
+
+    @property
+    def groups(self) -> float | None:
+        """Parts of a step's examples that have directions of their own: G, infinity for every example; None if directions are shared."""
+        parsed = _own_directions(self.num_directions)
+        return None if parsed is None else parsed[0]
+
+    @property
+    def each(self) -> int:
+        """Directions that each such part has."""
+        parsed = _own_directions(self.num_directions)
+        return 1 if parsed is None else parsed[1]
+
+    def directions_of(self, rows: int) -> int:
+        """K in a step of ``rows`` examples."""
+        if isinstance(self.num_directions, int):
+            return self.num_directions
+        assert self.groups is not None
+        return int(min(rows, self.groups)) * self.each
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Evaluations of the batch a step makes."""
+        estimator = ESTIMATORS[self.estimator]
+        count = self.num_directions if isinstance(self.num_directions, int) else self.each
+        return len(estimator.points(count))
+
+    def state_bytes(self, shapes: Sequence[Sequence[int]], *, half: bool = False) -> int:
+        """Bytes kept between steps beyond the weights, for trainable parameters of these shapes.
+
+        Subspace factors and rule state are float32; half-precision weights that move in full space keep a 16-bit residual.
+        """
+        total = 0.0
+        for shape in shapes:
+            moving, beside = self.subspace.elements(shape)
+            in_full_space = moving == math.prod(shape)
+            total += 4 * (beside + self.rule_state * moving) + (2 * moving if half and in_full_space else 0)
+        return math.ceil(total)
+
+    @property
+    def extra_memory(self) -> str:
+        """What is kept between steps beyond the weights, for people: in multiples of the trainable weights W, or by matrix (m, n)."""
+        kept = self.rule_state
+        if isinstance(self.subspace, Full):
+            # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
+            return f"{f'{kept:g} × W' if kept else 'none'} (half precision: {2 * kept + 1:g} × W)"
+        factors = "Σ r·(m + n)"
+        return factors if not kept else f"{factors} + r·m" if kept == 1 else f"{factors} + {kept:g}·r·m"
+
+
+def _own_directions(spelled: int | str) -> tuple[float, int] | None:
+    """(parts, directions each) of ``"example"``, ``"example:m"``, ``"groups:G"``; None for anything else."""
+    if not isinstance(spelled, str):
+        return None
+    word, colon, text = spelled.partition(":")
+    number = int(text) if text.isdecimal() else 0
+    if word == "example" and (number or not colon):
+        return math.inf, number or 1
+    return (number, 1) if word == "groups" and number else None
