@@ -149,7 +149,7 @@ def test_state_stays_within_what_is_declared(name, dtype):
     for coordinate in optimizer.probe.coordinates:
         if isinstance(coordinate, LowRankCoordinate):
             held |= {id(t): t for t in (coordinate.a, coordinate.v)}
-            assert coordinate.drawn is None
+            assert not coordinate.drawn
         elif (residual := coordinate.state().get("residual")) is not None:
             held[id(residual)] = residual
     shapes = [tuple(p.shape) for p in model.parameters()]

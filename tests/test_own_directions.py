@@ -175,7 +175,7 @@ def test_the_evaluations_of_a_batch_that_a_step_makes(num_directions, estimator)
     optimizer.step(toys.loss_function(model), toys.batch(6))
     count = 2 if num_directions != "example:2" else 4 if estimator == "central" else 3
     assert method.forwards_per_step == optimizer.forward_passes == count and optimizer.sequences_evaluated == 6 * count
-    assert all(coordinate.drawn is None for coordinate in optimizer.probe.coordinates)
+    assert all(not coordinate.drawn for coordinate in optimizer.probe.coordinates)
 
 
 def test_the_last_batch_may_be_smaller():

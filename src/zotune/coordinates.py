@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zotune.directions import GROUP, GROUPED_NUMEL, Directions, Key, group_of
+from zotune.directions import GROUP, Directions, Key, group_of
+from zotune.neighbours import Neighbours, add_weighted
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Coordinate(abc.ABC):
         self.shape = tuple(shape)
         self.numel = math.prod(shape)
         self.lr_scale = lr_scale
-        self.neighbours: list[Coordinate] = []  # small coordinates, this one among them, whose directions are drawn together
-        self.drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
+        self.neighbours: Neighbours | None = None  # the small coordinates that this one is drawn, shown and moved together with
+        self._drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
 
     def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
         """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape).
@@ -58,54 +59,50 @@ class Coordinate(abc.ABC):
         Its neighbours' are drawn along unless it is to be ``alone``: who walks through many directions of one coordinate after another
         would make each forget what the other needs next.
         """
-        if self.drawn is not None:
-            kept, z = self.drawn
+        neighbours = self.neighbours
+        if neighbours is not None and not alone:
+            return neighbours.many(directions, seed, step, first, count)[:, neighbours.places[self.name]].view(count, *self.shape)
+        if self._drawn is not None:
+            kept, z = self._drawn
             start, size = first - kept.direction, z.shape[0]
             if (kept.seed, kept.step) == (seed, step) and start >= 0 and start + count <= size:
                 return z if count == size else z[start : start + count]
         key = Key(seed, step, first, self.name)
         begin, size = group_of(first, self.numel)
-        if self.neighbours and not alone and directions.kind != "sphere":
-            if count > 1:
-                begin, size = first, count
-            keys = [Key(seed, step, begin, c.name) for c in self.neighbours]
-            names, numels = [c.name for c in self.neighbours], [c.numel for c in self.neighbours]
-            drawn = directions.draw_together(keys[0], size, names, numels, self.device)
-            for coordinate, its_key, z in zip(self.neighbours, keys, drawn, strict=True):
-                coordinate.drawn = its_key, z.view(size, *coordinate.shape)
-            assert self.drawn is not None
-            return self.drawn[1] if count == size else self.drawn[1][first - begin : first - begin + 1]
         if count == 1 and size > 1:  # the neighbours come at no cost, and are wanted next
-            self.drawn = key._replace(direction=begin), directions.draw_many(key._replace(direction=begin), size, self.shape, self.device)
-            return self.drawn[1][first - begin : first - begin + 1]
-        self.drawn = key, directions.draw_many(key, count, self.shape, self.device)
-        return self.drawn[1]
+            self._drawn = key._replace(direction=begin), directions.draw_many(key._replace(direction=begin), size, self.shape, self.device)
+            return self._drawn[1][first - begin : first - begin + 1]
+        self._drawn = key, directions.draw_many(key, count, self.shape, self.device)
+        return self._drawn[1]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether directions are kept that this coordinate may still ask for."""
+        return self._drawn is not None or (self.neighbours is not None and self.neighbours.holds(self.name))
 
     def drop(self) -> None:
         """Forget the directions that are kept between a step's evaluations and its update."""
-        self.drawn = None
+        self._drawn = None
+        if self.neighbours is not None:
+            self.neighbours.done(self.name)
 
     def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
         """Σ_k weights[k] · Z_k over the directions of a step, float32, of shape ``shape``."""
+        neighbours = self.neighbours
+        if neighbours is not None:
+            return neighbours.weighted(directions, weights, seed, step)[neighbours.places[self.name]].view(self.shape).clone()
         if self.thin:
             return self._add_weighted(torch.zeros(self.shape, device=self.device), directions, weights, seed, step)
         keys = [Key(seed, step, direction, self.name) for direction in range(len(weights))]
         return directions.combine([(key, w) for key, w in zip(keys, weights, strict=True) if w], self.shape, self.device)
 
     def _add_weighted(self, total: Tensor, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
-        """total += Σ_k weights[k] · Z_k, one product for each GROUP of directions, so that it does not depend on what is kept."""
+        """total += Σ_k weights[k] · Z_k, for a thin coordinate."""
         for first in range(0, len(weights), GROUP):
             part = weights[first : first + GROUP]
-            if not any(part):
-                continue
-            z = self.many(directions, seed, step, first, len(part), alone=len(weights) > GROUP)
-            if len(part) == 1:
-                total.view(-1).add_(z.view(-1), alpha=part[0])
-            else:
-                if z.data_ptr() % 64:  # a matrix product may round otherwise where its operands lie otherwise
-                    z = z.clone()
-                row = torch.tensor([part], dtype=total.dtype, device=self.device)
-                total.view(1, -1).addmm_(row, z.view(len(part), -1).to(total.dtype))
+            if any(part):
+                z = self.many(directions, seed, step, first, len(part), alone=len(weights) > GROUP)
+                add_weighted(total.view(-1), z.reshape(len(part), -1), part)
         return total
 
     @property
@@ -132,6 +129,17 @@ class Coordinate(abc.ABC):
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         """θ ← keep · θ + Σ_k weights[k] · Z_k, Z_k direction k of ``step``; in full space no large Z is ever whole."""
 
+    def store(self) -> Tensor | None:
+        """The contiguous tensor that holds θ, or the upper half of it, if neighbours may read and write θ there."""
+        return None
+
+    def store_residual(self) -> Tensor:
+        """The lower half of θ, int16, flat, where the store is in half precision."""
+        raise NotImplementedError
+
+    def descended(self, keep: float, seed: int, step: int) -> None:  # noqa: B027 - as a rule there is nothing to note
+        """Take note that neighbours have written θ after step ``step``, with decay ``keep``."""
+
     def decay(self, keep: float) -> None:  # noqa: B027 - a coordinate whose rule sees the weights themselves has nothing to do
         """Multiply the *weights* by ``keep`` where the rule, which sees coordinates only, cannot do it."""
 
@@ -150,10 +158,3 @@ class Coordinate(abc.ABC):
     def decays_weights(self) -> bool:
         """Whether θ is the weight itself, so that a rule's weight decay means what its paper says."""
         return True
-
-
-def draw_together(coordinates: Sequence[Coordinate]) -> None:
-    """From now on, whoever asks for a direction of one of the small coordinates among these draws it for all of them."""
-    small = [c for c in coordinates if c.thin and c.numel <= GROUPED_NUMEL]
-    for coordinate in small:
-        coordinate.neighbours = [c for c in small if c.device == coordinate.device]

@@ -147,17 +147,18 @@ def words_many(key: Key, directions: int, count: int, device: torch.device) -> T
     return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)
 
 
-def words_together(seed: int, step: int, names: Sequence[str], first: int, index: Tensor, lengths: Tensor, purpose: str) -> Tensor:
-    """The front words of several parameters' streams, directions ``first``, ...: those of one parameter after those of another, flat.
+def words_together(
+    seed: int, step: int, names: Sequence[str], first: int, count: int, index: Tensor, lengths: Tensor, purpose: str
+) -> Tensor:
+    """The front words of several parameters' streams, flat: direction ``first`` of all parameters, then the next, ``count`` of them.
 
-    ``lengths`` (parameters, directions): how many words of each; ``index``: their numbers, 0 ... length - 1 for each in turn.
+    ``lengths`` (count · parameters,): how many words of each in turn; ``index``: their numbers, 0 ... length - 1 for each.
     """
-    count = lengths.shape[1]
-    origins = torch.tensor([signed(_origin(seed, step, name, purpose)) for name in names]).unsqueeze(1)
-    directions = torch.arange(first, first + count).mul_(_GOLDEN_TENSOR)
+    origins = torch.tensor([signed(_origin(seed, step, name, purpose)) for name in names])
+    directions = torch.arange(first, first + count).mul_(_GOLDEN_TENSOR).unsqueeze(1)
     factors = _mix64(_mix64(origins + directions)).bitwise_or_(1).to(index.device)  # page 0
     x = page_words(seed, step, index.device).index_select(0, index)
-    x.mul_(torch.repeat_interleave(factors.view(-1), lengths.view(-1), output_size=index.numel()))
+    x.mul_(torch.repeat_interleave(factors.view(-1), lengths, output_size=index.numel()))
     return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -125,11 +126,16 @@ def _expand(source: _Source, bits: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _front_index(widths: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What :func:`words_together` wants to know of parameters of so many words."""
+def _front_index(numels: tuple[int, ...], per_word: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What :func:`words_together` wants to know of parameters of so many numbers; which numbers are used, None for all."""
     with torch.inference_mode(False):
-        index = torch.cat([torch.arange(width).repeat(count) for width in widths])
-        return index.to(device), torch.tensor(widths, device=device).unsqueeze(1).expand(-1, count).contiguous()
+        widths = [-(-numel // per_word) for numel in numels]
+        index = torch.cat([torch.arange(width) for width in widths]).repeat(count)
+        used = None
+        if any(numel % per_word for numel in numels):
+            starts = [start * per_word for start in itertools.accumulate(widths[:-1], initial=0)]
+            used = torch.cat([torch.arange(start, start + numel) for start, numel in zip(starts, numels, strict=True)]).to(device)
+        return index.to(device), torch.tensor(widths, device=device).repeat(count), used
 
 
 class _Room:
@@ -289,21 +295,19 @@ class Directions:
             return z
         return z[:numel] if count == 1 else z.view(count, -1)[:, :numel].reshape(-1)
 
-    def draw_together(self, key: Key, count: int, names: Sequence[str], numels: Sequence[int], device: torch.device) -> list[Tensor]:
-        """:meth:`draw_many` for several small parameters (flat, ``numels`` numbers each) by one set of calls; not for the sphere.
+    def draw_together(self, key: Key, count: int, names: Sequence[str], numels: Sequence[int], device: torch.device) -> Tensor:
+        """:meth:`draw_many` for several small parameters, side by side: (count, sum of ``numels``).
 
-        A call costs more than a small parameter's numbers do, so a model's vectors and low-rank coordinates are drawn like this.
+        A call costs more than a small parameter's numbers do, so those of all parameters are made by one set of calls (but for the
+        sphere, whose scales are the parameters' own).
         """
-        assert self.kind != "sphere"
-        per_word = self.source.per_word
-        widths = [-(-numel // per_word) for numel in numels]
-        index, lengths = _front_index(tuple(widths), count, device)
-        z = _expand(self.source, words_together(key.seed, key.step, names, key.direction, index, lengths, key.purpose))
-        parts = z.split([count * width * per_word for width in widths])
-        return [
-            part.view(count, -1) if part.numel() == count * numel else part.view(count, -1)[:, :numel].contiguous()
-            for part, numel in zip(parts, numels, strict=True)
-        ]
+        if self.kind == "sphere":
+            each = [self.draw_many(key._replace(name=name), count, (numel,), device) for name, numel in zip(names, numels, strict=True)]
+            return torch.cat(each, dim=1)
+        index, lengths, used = _front_index(tuple(numels), self.source.per_word, count, device)
+        z = _expand(self.source, words_together(key.seed, key.step, names, key.direction, count, index, lengths, key.purpose))
+        z = z.view(count, -1)
+        return z if used is None else z.index_select(1, used)
 
     def combine(
         self,

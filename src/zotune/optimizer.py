@@ -19,6 +19,7 @@ from zotune.estimators import ESTIMATORS, Estimate
 from zotune.evaluating import Evaluations, LossFunction, NonFiniteLossError, evaluation
 from zotune.journal import Journal, Record, StepRecord
 from zotune.methods import AUTO, Method
+from zotune.neighbours import Neighbours, together
 from zotune.probe import Probe
 from zotune.rules import Rule
 from zotune.subspaces import LowRankCoordinate
@@ -268,10 +269,10 @@ class ZerothOrder(torch.optim.Optimizer):
             return
         self._nonfinite_in_a_row = 0
         for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):
-            for coordinate in coordinates:
+            for coordinate in together(coordinates) if self.rule.plain else coordinates:
                 self._update(coordinate, record, lr, float(group["weight_decay"]))
 
-    def _update(self, coordinate: Coordinate, record: StepRecord, lr: float, weight_decay: float) -> None:
+    def _update(self, coordinate: Coordinate | Neighbours, record: StepRecord, lr: float, weight_decay: float) -> None:
         step, k = record.step, len(record.coefficients)
         rate = lr * coordinate.lr_scale
         if self.rule.plain:
@@ -279,6 +280,7 @@ class ZerothOrder(torch.optim.Optimizer):
             coordinate.descend(self.directions, weights, 1 - lr * weight_decay, self.seed, step)
             coordinate.drop()
             return
+        assert isinstance(coordinate, Coordinate)
         value = coordinate.value()
         weights = [c / k for c in record.coefficients]
         estimate = coordinate.weighted(self.directions, weights, self.seed, step).to(value.dtype)

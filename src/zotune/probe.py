@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zotune.coordinates import Coordinate, Offset, draw_together
+from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key, generator_seed
+from zotune.neighbours import draw_together
 from zotune.precision import HALF
 from zotune.side_path import SidePath
 from zotune.stacked_parameters import Lending
@@ -114,6 +115,7 @@ class Probe:
                 if coordinate is not None:
                     owners.setdefault(id(module), _Owner(module)).parameters[local_name] = coordinate
         self._owners = list(owners.values())
+        self._siblings = _siblings(model, by_parameter)
         self.side_paths: list[SidePath] = []
         self._attach_side_paths()
 
@@ -141,7 +143,7 @@ class Probe:
 
     @contextmanager
     def _stacked(self, stack: Stack) -> Iterator[None]:
-        lending = Lending(stack, self.directions)
+        lending = Lending(stack, self.directions, self._siblings)
         with self._lent({id(o): {name: partial(lending.lend, c) for name, c in o.parameters.items()} for o in self._owners}):
             for coordinate in self._low_rank():
                 coordinate.moved = None  # side paths keep out
@@ -316,3 +318,22 @@ class Probe:
         )
         self.distrust(names)
         return sorted({*reached_into, *names})
+
+
+#: Projections of one attention or gated layer, and no list of layers that have nothing else in common.
+_MOST_SIBLINGS = 4
+
+
+def _siblings(model: nn.Module, by_parameter: Mapping[int, Coordinate]) -> dict[str, tuple[LowRankCoordinate, ...]]:
+    """By name of their weight: linear layers of one parent with inputs of one width, which may turn out to be the same input."""
+    found: dict[str, tuple[LowRankCoordinate, ...]] = {}
+    for parent in model.modules():
+        alike: dict[int, list[LowRankCoordinate]] = {}
+        for child in parent.children():
+            coordinate = by_parameter.get(id(child.weight)) if isinstance(child, nn.Linear) else None
+            if isinstance(coordinate, LowRankCoordinate) and coordinate not in alike.get(coordinate.parameter.shape[1], ()):
+                alike.setdefault(coordinate.parameter.shape[1], []).append(coordinate)
+        for group in alike.values():
+            if 1 < len(group) <= _MOST_SIBLINGS:
+                found.update({coordinate.name: tuple(group) for coordinate in group})
+    return found

@@ -4,7 +4,7 @@ A :class:`Stacked` is a tensor with the parameter's shape and dtype that knows i
 to ``__torch_function__`` here, which computes that function with W as it is stored, once for all rows, plus what each block adds:
 
 - ``linear`` (``nn.Linear``), ``addmm`` (GPT-2's ``Conv1D``), ``embedding`` with low-rank coordinates W + (A + s U_g) Vᵀ: one thin
-  product of the input, and one batched product into the output, in which a perturbed bias rides as one more column;
+  product of the input, and one batched product with the bias, into which W's product is then added;
 - the same with a thin matrix in full space (an adapter's): a weight a block;
 - ``layer_norm``, ``rms_norm``, and norms written in Python (a vector multiplied with, or added to, rows): a vector a block.
 
@@ -14,7 +14,8 @@ Shapes: B = G · S blocks of q rows (of tokens, after flattening); x (B·q, n), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from zotune.coordinates import Coordinate
 from zotune.directions import Directions
-from zotune.precision import HALF
+from zotune.neighbours import Shown
 from zotune.stacking import NotStackable, Stack
 from zotune.subspaces import LowRankCoordinate
 
@@ -31,8 +32,11 @@ from zotune.subspaces import LowRankCoordinate
 class Lending:
     """The stacked parameters of one evaluation."""
 
-    def __init__(self, stack: Stack, directions: Directions) -> None:
+    def __init__(self, stack: Stack, directions: Directions, siblings: Mapping[str, Sequence[LowRankCoordinate]] | None = None) -> None:
         self.stack = stack
+        self.siblings = siblings or {}  # by name: layers that may be given the same input, this one among them
+        self._input: tuple[weakref.ref[Tensor] | None, int] = None, 0
+        self._thin: dict[str, Tensor] = {}
         self.directions = directions
         self.blocks = stack.blocks
         self.total = stack.total
@@ -41,6 +45,7 @@ class Lending:
         self.count = max(stack.directions) - self.first + 1
         self.in_order = stack.directions == tuple(range(self.first, self.first + self.count))
         self.lent: dict[str, Stacked] = {}
+        self._shown: dict[int, Shown] = {}
         self._scales: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
 
     def lend(self, coordinate: Coordinate) -> Stacked:
@@ -52,10 +57,38 @@ class Lending:
 
     def z(self, coordinate: Coordinate) -> Tensor:
         """The groups' directions, (G, *shape)."""
-        z = coordinate.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count)
+        return self._by_group(coordinate.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
+
+    def _by_group(self, z: Tensor) -> Tensor:
         if not self.in_order:
             z = z.index_select(0, torch.tensor(self.stack.directions, device=z.device) - self.first)
         return z
+
+    def values(self, coordinate: Coordinate, dtype: torch.dtype) -> Tensor:
+        """θ + s Z_g of every block in ``dtype``, (B, *shape)."""
+        neighbours = coordinate.neighbours
+        if neighbours is not None and neighbours.stored:
+            shown = self._shown.get(id(neighbours))
+            if shown is None or shown.dtype != dtype:
+                z = self._by_group(neighbours.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
+                shown = self._shown[id(neighbours)] = Shown(neighbours, z, self.scales(z, 0), dtype)
+            return shown.of(coordinate.name).view(self.blocks, *coordinate.shape)
+        z, value = self.z(coordinate), coordinate.value()
+        return torch.addcmul(value, z.unsqueeze(1).to(value.dtype), self.scales(value, z.dim() - 1)).flatten(0, 1).to(dtype)
+
+    def thin(self, coordinate: LowRankCoordinate, x: Tensor) -> Tensor:
+        """x V, (B, q, r), for x (..., n). What siblings will ask of the same input comes along, for it costs no more than the one does."""
+        known, version = self._input
+        if known is None or known() is not x or x.is_inference() or x._version != version or coordinate.name not in self._thin:
+            flat = x.reshape(-1, x.shape[-1])
+            siblings = self.siblings.get(coordinate.name, (coordinate,))
+            rows = [sibling.v.T for sibling in siblings]  # r contiguous rows each
+            v = rows[0] if len(rows) == 1 else torch.cat(rows)
+            product = torch.mm(v if v.dtype == x.dtype else v.to(x.dtype), flat.T).view(-1, self.blocks, flat.shape[0] // self.blocks)
+            parts = product.permute(1, 2, 0).split([sibling.rank for sibling in siblings], dim=2)
+            self._thin = {sibling.name: part for sibling, part in zip(siblings, parts, strict=True)}
+            self._input = weakref.ref(x), 0 if x.is_inference() else x._version
+        return self._thin[coordinate.name]
 
     def scales(self, like: Tensor, dims: int) -> Tensor:
         """The scales (G, S) with ``dims`` dimensions of size 1 behind."""
@@ -95,25 +128,9 @@ class Stacked(torch.Tensor):
 
     def full(self) -> Tensor:
         """The values of the blocks in the parameter's dtype, (B, *shape); for coordinates in full space."""
-        if self.blockwise is None:
-            z = self.lending.z(self.coordinate)
-            value = self.coordinate.value()
-            moved = torch.addcmul(value, z.unsqueeze(1).to(value.dtype), self.lending.scales(value, z.dim() - 1))
-            self.blockwise = moved.flatten(0, 1).to(self.plain.dtype)
-        return self.blockwise
-
-    def offset(self, out: Tensor | None = None) -> Tensor:
-        """What a block adds to the stored vector, float32, (B, n)."""
-        z = self.lending.z(self.coordinate)
-        scales = self.lending.scales(z, 1)
-        if out is None:
-            out = torch.empty(self.lending.blocks, z.shape[1], device=z.device)
-        blocks = out.view(*scales.shape[:2], -1)
-        if self.plain.dtype in HALF:  # the stored number leaves something out
-            torch.addcmul(self.coordinate.value().sub_(self.plain), z.unsqueeze(1), scales, out=blocks)
-        else:
-            torch.mul(z.unsqueeze(1), scales, out=blocks)
-        return out
+        if self.blockwise is not None:
+            return self.blockwise
+        return self.lending.values(self.coordinate, self.plain.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -167,49 +184,30 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         else:
             product = torch.bmm(rows, weights) if bias is None else torch.baddbmm(bias, rows, weights)
         return product.view(*x.shape[:-1], width)
-    plain = _plain(weight)
+    flat, plain = x.reshape(-1, x.shape[-1]), _plain(weight)
     assert plain is not None
-    output = F.linear(x, plain, _plain(bias))
-    if not output.is_contiguous():
-        output = output.contiguous()
-    view = output.view(blocks, -1, width)
-    coordinate = weight.low_rank if isinstance(weight, Stacked) else None
-    if coordinate is None:
-        assert isinstance(bias, Stacked)
-        view.add_(bias.offset().to(output.dtype).unsqueeze(1))
-        return output
-    assert isinstance(weight, Stacked)
-    rank, flat, v = coordinate.rank, x.reshape(-1, x.shape[-1]), coordinate.v.T
-    if v.dtype != flat.dtype:
-        v = v.to(flat.dtype)
-    if isinstance(bias, Stacked):
-        thin = torch.empty(rank + 1, flat.shape[0], dtype=output.dtype, device=x.device)
-        torch.mm(v, flat.T, out=thin[:rank])
-        thin[rank] = 1
-        wide = torch.empty(blocks, rank + 1, width, device=x.device)
-        _moved(weight, coordinate, wide[:, :rank].transpose(1, 2))
-        bias.offset(out=wide[:, rank])
+    first = bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
+    if isinstance(weight, Stacked):
+        assert weight.low_rank is not None
+        output = _beside(first, lending.thin(weight.low_rank, x), _moved(weight, flat.dtype).transpose(1, 2))
     else:
-        thin = torch.mm(v, flat.T)
-        wide = _moved(weight, coordinate).transpose(1, 2)
-    if wide.dtype != output.dtype:
-        wide = wide.to(output.dtype)
-    view.baddbmm_(thin.view(-1, blocks, view.shape[1]).permute(1, 2, 0), wide)
-    return output
+        assert first is not None
+        output = first.expand(blocks, flat.shape[0] // blocks, width).contiguous()
+    return output.view(-1, width).addmm_(flat, plain.T).view(*x.shape[:-1], width)
 
 
-def _moved(weight: Stacked, coordinate: LowRankCoordinate, out: Tensor | None = None) -> Tensor:
-    """A + s U_g of every block, float32, (B, m, r)."""
-    z = weight.lending.z(coordinate)
-    scales = weight.lending.scales(z, 2)
-    if out is None:
-        out = torch.empty(weight.lending.blocks, z.shape[1], z.shape[2], device=z.device)
-    blocks = out.view(scales.shape[0], scales.shape[1], out.shape[1], out.shape[2])
-    if coordinate.pending:
-        torch.addcmul(coordinate.a, z.unsqueeze(1), scales, out=blocks)
-    else:
-        torch.mul(z.unsqueeze(1), scales, out=blocks)
-    return out
+def _beside(first: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """What W's product is added to: the side path and the bias, (B, q, m); as many passes over the output as a bias takes alone."""
+    if first is None:
+        return torch.bmm(left, right)
+    if left.shape[2] == 1:
+        return torch.addcmul(first, left, right)  # several times faster than a batched product with nothing to sum over
+    return torch.baddbmm(first, left, right)
+
+
+def _moved(weight: Stacked, dtype: torch.dtype) -> Tensor:
+    """A + s U_g of every block, (B, m, r)."""
+    return weight.lending.values(weight.coordinate, dtype)
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -222,30 +220,15 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: f
     if isinstance(weight, Stacked) and weight.low_rank is None:
         first = bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
         return torch.baddbmm(first, rows, weight.full()).view(-1, width)
-    output = torch.addmm(_plain(bias), x, _plain(weight))  # type: ignore[arg-type]
-    view = output.view(blocks, -1, width)
-    coordinate = weight.low_rank if isinstance(weight, Stacked) else None
-    if coordinate is None:
-        assert isinstance(bias, Stacked)
-        view.add_(bias.offset().to(output.dtype).unsqueeze(1))
-        return output
-    assert isinstance(weight, Stacked)
-    rank = coordinate.rank
-    moves = isinstance(bias, Stacked)
-    thin = torch.empty(blocks, rank + moves, x.shape[-1], device=x.device)
-    _moved(weight, coordinate, thin[:, :rank].transpose(1, 2))
-    if moves:
-        thin[:, rank] = 0
-    left = torch.bmm(thin.to(x.dtype), rows.transpose(1, 2)).transpose(1, 2)
-    if not isinstance(bias, Stacked):
-        output.addmm_(left.reshape(-1, rank), coordinate.v.T.to(output.dtype))
-        return output
-    left[..., rank] = 1
-    wide = torch.empty(blocks, rank + 1, width, device=x.device)
-    wide[:, :rank] = coordinate.v.T
-    bias.offset(out=wide[:, rank])
-    view.baddbmm_(left, wide.to(output.dtype))
-    return output
+    first, plain = (bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias), _plain(weight)
+    assert plain is not None
+    if isinstance(weight, Stacked):
+        assert weight.low_rank is not None
+        v = weight.low_rank.v.T.to(x.dtype)
+        output = _beside(first, torch.bmm(rows, _moved(weight, x.dtype)), v.expand(blocks, *v.shape))
+    else:
+        output = first.expand(blocks, rows.shape[1], width).contiguous()
+    return output.view(-1, width).addmm_(x, plain)
 
 
 def _embedding(

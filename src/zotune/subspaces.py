@@ -163,7 +163,7 @@ class FullCoordinate(Coordinate):
     def add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float = 1.0) -> None:
         """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r): a block of rows at a time."""
         rows, columns = self.parameter.shape
-        height = max(1, (1 << 20) // columns)
+        height = max(1, (1 << 17) // columns)  # what a cache holds
         rounding = Key(seed, step, 0, self.name, "rounding")
         flat = self._flat()
         for top in range(0, rows, height):
@@ -172,6 +172,13 @@ class FullCoordinate(Coordinate):
             block.view(-1, columns).addmm_(left[top : top + height].to(block.dtype), right.T.to(block.dtype), beta=keep)
             self._store(flat, part, block, rounding)
         self._finish(flat)
+
+    def store(self) -> Tensor | None:
+        return self.parameter.data if self.parameter.is_contiguous() else None
+
+    def store_residual(self) -> Tensor:
+        assert self.residual is not None
+        return self.residual
 
     def reset(self) -> None:
         if self.residual is not None:
@@ -263,10 +270,17 @@ class LowRankCoordinate(Coordinate):
     def decays_weights(self) -> bool:
         return False
 
+    def store(self) -> Tensor | None:
+        return self.a
+
+    def descended(self, keep: float, seed: int, step: int) -> None:
+        self.keep *= keep
+        self._changed(seed, step)
+
     def _changed(self, seed: int, step: int) -> None:
         self.pending = True
         self.clock = (seed, step)
-        self._merged = self.drawn = None
+        self._merged = None
         if not self.side_path:
             self.fold()
 

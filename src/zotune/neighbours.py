@@ -1,0 +1,200 @@
+"""Neighbours: a model's small coordinates side by side in one flat vector, drawn, shown and moved by few calls.
+
+A call costs more than the numbers of a bias do. So vectors and thin matrices of one kind (same device, same dtype of what stores θ, same
+learning-rate scale) share one flat vector of ``total`` numbers, in which each has its place:
+
+- their directions are drawn together, (directions, total);
+- their values at several points come a *run* of places at a time, about what a layer owns, which stays in a cache (see :class:`Shown`);
+- their update under plain SGD is one sum over the flat vector.
+
+Numbers belong to a coordinate's own key and to its elements, and every sum is made of elementwise products and additions, so nothing
+depends on who the neighbours are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from zotune.directions import GROUP, GROUPED_NUMEL, Directions, Key, group_of
+from zotune.precision import HALF, join, split_into
+
+if TYPE_CHECKING:
+    from zotune.coordinates import Coordinate
+
+#: About so many numbers to a run of places.
+RUN = 1 << 14
+
+
+def draw_together(coordinates: Sequence[Coordinate]) -> list[Neighbours]:
+    """From now on, whoever asks for a direction of one of the small coordinates among these draws it for all of its kind."""
+    kinds: dict[tuple[torch.device, torch.dtype | None, float], list[Coordinate]] = {}
+    for coordinate in coordinates:
+        if coordinate.thin and coordinate.numel <= GROUPED_NUMEL:
+            store = coordinate.store()
+            kinds.setdefault((coordinate.device, None if store is None else store.dtype, coordinate.lr_scale), []).append(coordinate)
+    return [Neighbours(members) for members in kinds.values()]
+
+
+class Neighbours:
+    """Small coordinates of one kind.
+
+    Attributes:
+        members: the coordinates, in the order of their places.
+        places: where in the flat vector each lies, by name.
+        runs: the places of consecutive members, about ``RUN`` numbers each; ``run_of`` by name.
+    """
+
+    def __init__(self, members: Sequence[Coordinate]) -> None:
+        self.members = list(members)
+        self.names = [c.name for c in members]
+        self.numels = [c.numel for c in members]
+        self.device = members[0].device
+        self.lr_scale = members[0].lr_scale
+        self.stored = members[0].store() is not None  # whether θ can be read and written here
+        self.places: dict[str, slice] = {}
+        self.runs: list[slice] = []
+        self.run_of: dict[str, int] = {}
+        end = 0
+        for coordinate in members:
+            place = self.places[coordinate.name] = slice(end, end + coordinate.numel)
+            end = place.stop
+            if self.runs and end - self.runs[-1].start <= RUN:
+                self.runs[-1] = slice(self.runs[-1].start, end)
+            else:
+                self.runs.append(place)
+            self.run_of[coordinate.name] = len(self.runs) - 1
+            coordinate.neighbours = self
+        self.total = end
+        self.drawn: tuple[Key, Tensor] | None = None
+        self._sum: tuple[tuple[int, int, tuple[float, ...]], Tensor] | None = None
+        self._done: set[str] = set()  # who needs what is kept no longer
+
+    # -- directions -----------------------------------------------------------------------------------------------------------------
+
+    def many(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
+        """Directions ``first`` to ``first + count - 1`` of all members, float32, (count, total); kept until :meth:`drop`."""
+        if self.drawn is not None:
+            kept, z = self.drawn
+            start = first - kept.direction
+            if (kept.seed, kept.step) == (seed, step) and 0 <= start and start + count <= z.shape[0]:
+                return z[start : start + count]
+        begin, size = (first, count) if count > 1 else group_of(first, 1)
+        key = Key(seed, step, begin, self.names[0])
+        self._done.clear()
+        self.drawn = key, directions.draw_together(key, size, self.names, self.numels, self.device)
+        return self.drawn[1][first - begin : first - begin + count]
+
+    def holds(self, name: str) -> bool:
+        """Whether directions are kept that ``name`` may still ask for."""
+        return self.drawn is not None and name not in self._done
+
+    def done(self, name: str) -> None:
+        """``name`` needs the directions no longer; they are forgotten once all members have said so."""
+        self._done.add(name)
+        if len(self._done) == len(self.members):
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget the directions that are kept between a step's evaluations and its update."""
+        self.drawn = self._sum = None
+
+    def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
+        """Σ_k weights[k] · Z_k of all members, float32, (total,); kept until :meth:`drop`, and not to be changed."""
+        which = (seed, step, tuple(weights))
+        if self._sum is None or self._sum[0] != which:
+            self._sum = which, self._add_weighted(torch.zeros(self.total, device=self.device), directions, weights, seed, step)
+        return self._sum[1]
+
+    def _add_weighted(self, total: Tensor, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
+        for first in range(0, len(weights), GROUP):
+            part = weights[first : first + GROUP]
+            if any(part):
+                add_weighted(total, self.many(directions, seed, step, first, len(part)), part)
+        return total
+
+    # -- θ --------------------------------------------------------------------------------------------------------------------------
+
+    def _stores(self) -> list[Tensor]:
+        return [store.view(-1) for c in self.members if (store := c.store()) is not None]
+
+    def values(self) -> Tensor:
+        """θ of all members, float32 (float64 where it is stored so), (total,): a new tensor."""
+        value = torch.cat(self._stores())
+        if value.dtype not in HALF:
+            return value
+        return join(value, torch.cat([c.store_residual() for c in self.members]))
+
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        """θ ← keep · θ + Σ_k weights[k] · Z_k for all members, bit for bit as each would alone."""
+        if keep == 1.0 and not any(weights):
+            return
+        value = self.values()
+        if keep != 1.0:
+            value.mul_(keep)
+        self._add_weighted(value, directions, weights, seed, step)
+        stores = self._stores()
+        if stores[0].dtype in HALF:
+            half, residual = (torch.empty_like(value, dtype=dtype) for dtype in (stores[0].dtype, torch.int16))
+            split_into(value, half, residual)
+            torch._foreach_copy_([c.store_residual() for c in self.members], list(residual.split(self.numels)))
+            value = half
+        torch._foreach_copy_(stores, list(value.split(self.numels)))
+        for coordinate in self.members:
+            coordinate.descended(keep, seed, step)
+
+
+def add_weighted(total: Tensor, z: Tensor, weights: Sequence[float]) -> Tensor:
+    """total += Σ_k weights[k] · z[k], one direction after the other: products and sums apart, so that every element is rounded alike
+    wherever it lies and whatever computes it."""
+    for one, weight in zip(z, weights, strict=True):
+        if weight:
+            total.add_(one.to(total.dtype) * weight)
+    return total
+
+
+class Shown:
+    """Values of neighbours at several points at once, for one evaluation: run by run, the last few kept.
+
+    Args:
+        neighbours: whose values.
+        z: their directions, (G, total).
+        scales: (G, S).
+        dtype: of the values.
+    """
+
+    KEPT = 2
+
+    def __init__(self, neighbours: Neighbours, z: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+        self.neighbours, self.z, self.scales, self.dtype = neighbours, z, scales, dtype
+        self.base = neighbours.values()
+        self._runs: dict[int, Tensor] = {}
+
+    def of(self, name: str) -> Tensor:
+        """θ + s Z_g of one member, (G · S, numel)."""
+        index = self.neighbours.run_of[name]
+        run, place = self.neighbours.runs[index], self.neighbours.places[name]
+        values = self._runs.get(index)
+        if values is None:
+            if len(self._runs) >= self.KEPT:
+                del self._runs[next(iter(self._runs))]
+            moved = torch.addcmul(self.base[run], self.z[:, run].unsqueeze(1).to(self.base.dtype), self.scales.unsqueeze(2))
+            values = self._runs[index] = moved.flatten(0, 1).to(self.dtype)
+        return values[:, place.start - run.start : place.stop - run.start]
+
+
+def together(coordinates: Sequence[Coordinate]) -> Iterator[Neighbours | Coordinate]:
+    """The same coordinates, those whose neighbours are all among them as one."""
+    here = Counter(id(c.neighbours) for c in coordinates)
+    seen: set[int] = set()
+    for coordinate in coordinates:
+        neighbours = coordinate.neighbours
+        if neighbours is None or not neighbours.stored or here[id(neighbours)] < len(neighbours.members):
+            yield coordinate
+        elif id(neighbours) not in seen:
+            seen.add(id(neighbours))
+            yield neighbours
