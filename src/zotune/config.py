@@ -87,7 +87,7 @@ class ZOConfig(TrainingArguments):
     )
     probe: str = field(
         default="auto",
-        metadata={"help": "batched: all evaluations of a step in one forward; sequential: one by one; auto: batched where possible."},
+        metadata={"help": "batched: all evaluations of a step in one forward; sequential: one by one; auto: what is faster."},
     )
     direction: str | None = field(default=None, metadata={"help": "Distribution of the directions, e.g. gaussian."})
     estimator: str | None = field(default=None, metadata={"help": "Estimator of the gradient: central or forward."})

@@ -1,16 +1,19 @@
 """The losses of a step: all points in one forward of stacked rows (*batched*), or one point after the other (*sequential*).
 
 Both give the same losses up to rounding. Batched reads every weight once for all points and pays the overhead of a forward once;
-sequential needs the activations of one batch only. ``"auto"`` is batched where it can be: the batch's examples can be told apart, the loss
-is one number an example, and every parameter that moves is low-rank, a vector, or a thin matrix (an adapter's). A full matrix would need
-copies of itself, one a direction.
+sequential needs the activations of one batch only. Batched is possible where the batch's examples can be told apart, the loss is one
+number an example, and every parameter that moves is low-rank, a vector, or a thin matrix (an adapter's). A full matrix would need copies
+of itself, one a direction.
 
-The first step evaluates some points both ways and gives batched up, with a warning, where they disagree.
+The first step evaluates some points both ways and gives batched up, with a warning, where they disagree. ``"auto"`` then times the two and
+takes sequential only where it is clearly faster (a batch whose stacked activations leave the caches can be). The choice is made once a
+run, for losses differ in their last bits: it is an event of the journal and part of a checkpoint.
 """
 
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +30,12 @@ from zotune.stacking import NotStackable, Owned, Stack
 
 LossFunction = Callable[..., Any]
 PROBES = ("auto", "batched", "sequential")
+#: A batched evaluation of less than so many seconds is mostly calls, of which sequential ones take more.
+WORTH_MEASURING = 0.02
+#: Sequential has to take less than this fraction of batched's time, so that a run's choice is not a matter of chance.
+CLEARLY = 0.8
+REPEATS = 3
+clock = time.perf_counter
 
 
 class NonFiniteLossError(RuntimeError):
@@ -84,6 +93,11 @@ class Evaluations:
         #: None until the first step has found out
         self.batched: bool | None = False if choice == "sequential" or dense is not None else None
         self.checked = False  # that the loss is one number an example
+
+    def restore(self, batched: bool | None) -> None:
+        """Go on as the run did so far, where this one was not asked to do otherwise."""
+        if self.choice != "sequential" and self.probe.dense is None:
+            self.batched = batched
 
     def gather(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
         """The losses of step ``step``.
@@ -202,12 +216,20 @@ class Evaluations:
             chosen = [i for i, point in enumerate(points) if point.direction in (0, points[-1].direction)]
             evaluate = evaluation(loss_fn, [part])
             offsets = [Offset(points[i].sign * self.eps, seed, step, points[i].direction) for i in chosen]
-            slow = torch.stack([self.probe.evaluate(evaluate, offset) for offset in offsets])
+
+            def sequentially() -> Tensor:
+                return torch.stack([self.probe.evaluate(evaluate, offset) for offset in offsets])
+
+            slow = sequentially()
             stack = self._shared(part, seed, step)
         else:
             ends = sorted({owned.directions[0], owned.directions[-1]})
             columns = [pair for direction in ends for pair, owner in enumerate(owned.directions) if owner == direction]
-            slow = self._alone(loss_fn, part, owned, seed, step, only=ends)
+
+            def sequentially() -> Tensor:
+                return self._alone(loss_fn, part, owned, seed, step, only=ends)
+
+            slow = sequentially()
             here = here[[owned.examples[pair] for pair in columns]]
             stack = stacking.own(self.estimator.signs, self.eps, owned, seed, step)
         try:
@@ -217,9 +239,25 @@ class Evaluations:
             self._give_up(str(error))
             return
         if self.probe.agree(quick, slow, here):
-            self.batched = True
+            self.batched = self.choice == "batched" or not self._sequential_is_faster(
+                lambda: self._stacked(loss_fn, part, stack),
+                sequentially,
+                share=slow.numel() / stack.losses.numel(),
+            )
         else:
             self._give_up(f"its losses are {quick.mean():.6g} on average, those of one point after the other {slow.mean():.6g}")
+
+    def _sequential_is_faster(self, batched: Callable[[], Tensor], sequential: Callable[[], Tensor], share: float) -> bool:
+        """Whether evaluating one point after the other takes clearly less time; ``sequential`` does ``share`` of them."""
+        times: list[list[float]] = [[], []]
+        for _ in range(REPEATS):
+            for work, kept in zip((batched, sequential), times, strict=True):
+                start = clock()
+                work().cpu()  # waits for the device
+                kept.append(clock() - start)
+            if times[0][0] < WORTH_MEASURING:
+                return False
+        return min(times[1]) / share < CLEARLY * min(times[0])
 
     def _give_up(self, reason: str) -> None:
         self.batched = False

@@ -81,7 +81,7 @@ class Neighbours:
         if self.drawn is not None:
             kept, z = self.drawn
             start = first - kept.direction
-            if (kept.seed, kept.step) == (seed, step) and 0 <= start and start + count <= z.shape[0]:
+            if (kept.seed, kept.step) == (seed, step) and start >= 0 and start + count <= z.shape[0]:
                 return z[start : start + count]
         begin, size = (first, count) if count > 1 else group_of(first, 1)
         key = Key(seed, step, begin, self.names[0])

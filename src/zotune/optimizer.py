@@ -68,7 +68,8 @@ class ZerothOrder(torch.optim.Optimizer):
         seed: the run's seed, from which every direction follows.
         max_nonfinite_steps: stop after so many steps in a row without a finite loss.
         probe: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``, one
-            after the other (least memory); ``"auto"``, batched where parameters, batch and loss allow it. Losses are equal up to rounding.
+            after the other (least memory); ``"auto"``, batched where parameters, batch and loss allow it and sequential is not clearly
+            faster on the first batch. Losses are equal up to rounding; the journal and checkpoints keep the choice.
         journal: where to keep the run's record: a path for a new file, a :class:`~zotune.journal.Journal`, or None.
 
     Raises:
@@ -179,7 +180,10 @@ class ZerothOrder(torch.optim.Optimizer):
             self._prepare(evaluation(loss_fn, parts), step)
         if self.calibrator is not None:
             self._measure(evaluation(loss_fn, parts), step)
+        known = self.evaluations.batched
         losses = self.evaluations.gather(loss_fn, parts, self.seed, step)
+        if self.evaluations.batched != known and self.journal is not None:
+            self.journal.append({"event": "probe", "batched": self.evaluations.batched})
         self.forward_passes += self.method.forwards_per_step
         self.sequences_evaluated += losses.evaluated
         estimate = losses.estimate(self.estimator, self.eps)
@@ -300,6 +304,8 @@ class ZerothOrder(torch.optim.Optimizer):
             self.eps = self.evaluations.eps = float(event["value"])
         elif event.get("event") == "measured":
             pass  # what came of it is in the steps' learning rates
+        elif event.get("event") == "probe":
+            self.evaluations.restore(event["batched"])
         elif event.get("event") == "general_path":
             self.probe.distrust(event["names"])
             self._prepared = True

@@ -41,6 +41,7 @@ def save(optimizer: ZerothOrder) -> dict[str, Any]:
         "prepared": optimizer._prepared,
         "eps": None if math.isnan(optimizer.eps) else optimizer.eps,
         "step_size": None if optimizer.calibrator is None else optimizer.calibrator.step_size.state(),
+        "probe": optimizer.evaluations.choice,
         "batched": optimizer.evaluations.batched,
         "general_path": [n for n, c in _by_name(optimizer).items() if isinstance(c, LowRankCoordinate) and not c.side_path],
         "rule": rule_others,
@@ -81,8 +82,8 @@ def restore(optimizer: ZerothOrder, state_dict: Mapping[str, Any]) -> None:
         optimizer.eps = optimizer.evaluations.eps = run["eps"]
     if optimizer.calibrator is not None and run["step_size"] is not None:
         optimizer.calibrator.step_size = StepSize.restored(run["step_size"])
-    if optimizer.evaluations.batched is None:
-        optimizer.evaluations.batched = run.get("batched")
+    if optimizer.evaluations.choice in ("auto", run.get("probe")):
+        optimizer.evaluations.restore(run.get("batched"))
     optimizer._begun = optimizer.steps - 1
     optimizer.probe.distrust(run["general_path"])
     for name, coordinate in _by_name(optimizer).items():
