@@ -5,7 +5,10 @@
 For every model shape (random weights), batch × tokens, dtype and method: milliseconds of a step, over milliseconds of the bare forwards it
 needs (eval mode, no grad, the same loss; one forward of the stacked rows for a batched probe, one forward of the batch for each point of a
 sequential one), the speed over a plain implementation of published MeZO, and the peak of tensor bytes alive during the step over that of
-one bare forward of the batch, weights and state counted in both. Times are medians over repeats in which all contenders take turns.
+one bare forward of the batch, weights and state counted in both. Beside them AdamW with backprop. Times are medians over repeats in which
+all contenders take turns, "step / bare" the median of the repeats' ratios; "least / least" is what a busy machine disturbs least. On a GPU:
+
+    python benchmarks/step_time.py --device cuda --shapes opt-1.3b --batches 1x256 16x256 --dtypes bfloat16
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from backprop_steps import BACKPROP, BackpropStep, with_adapters
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,7 +65,8 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "word_embed_proj_dim": 2048},
     ),
 }
-#: name: (method, its options, probe)
+PUBLISHED = "published MeZO"
+#: name: (method, its options, probe); "on LoRA": of adapters on a frozen model
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lozo": ("lozo", {}, "batched"),
     "lozo, sequential": ("lozo", {}, "sequential"),
@@ -69,9 +75,12 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lozo-m, one an example": ("lozo-m", {"num_directions": "example", "rank": 1}, "batched"),
     "mezo": ("mezo", {}, "sequential"),
     "mezo, rademacher": ("mezo", {"direction": "rademacher"}, "sequential"),
+    "mezo on LoRA": ("mezo", {}, "batched"),
+    "mezo on LoRA, one an example": ("mezo", {"num_directions": "example"}, "batched"),
 }
 
 
+DEFAULT = ["lozo", "lozo, sequential", "lozo-e", "mezo", PUBLISHED, *BACKPROP]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -175,50 +184,60 @@ def measure(
     batch = make_batch(rows, tokens, plain.config.vocab_size, device)
     plain_loss = zotune.objectives.LanguageModelLoss(plain)
 
-    def forward(copies: int, times: int) -> Callable[[], object]:
+    def forward(copies: int, times: int, loss: Callable[[Any], Tensor] = plain_loss) -> Callable[[], object]:
         stacked = {name: value.repeat(copies, *[1] * (value.dim() - 1)) for name, value in batch.items()}
 
         @torch.no_grad()
         def work() -> None:
             for _ in range(times):
-                plain_loss(stacked).sum().item()
+                loss(stacked).sum().item()
 
         return work
 
     contenders: dict[str, Callable[[], object]] = {}
     bare: dict[str, str] = {}
-    optimizers: dict[str, zotune.ZerothOrder] = {}
+    states: dict[str, Callable[[], int]] = {}
     for name in names:
-        method_name, options, probe = METHODS[name]
         model = copy.deepcopy(plain)
+        if name in BACKPROP:
+            rival = BackpropStep(model, *BACKPROP[name], zotune.objectives.LanguageModelLoss)
+            contenders[name], states[name] = partial(rival.step, batch), rival.state_bytes
+            bare[name] = f"1 forward of 1 × {rows} rows"
+            contenders.setdefault(bare[name], forward(1, 1))
+            continue
+        if name == PUBLISHED:
+            published = PublishedMeZO(model)
+            contenders[name], states[name] = partial(published.step, zotune.objectives.LanguageModelLoss(model), batch), lambda: 0
+            bare[name] = f"2 forwards of {rows} rows"
+            contenders.setdefault(bare[name], forward(1, 2))
+            continue
+        method_name, options, probe = METHODS[name]
         method = zotune.methods.get(method_name, **options)
-        optimizer = optimizers[name] = zotune.ZerothOrder(model, method, lr=1e-7, probe=probe)
-        loss = zotune.objectives.LanguageModelLoss(model)
-        contenders[name] = lambda optimizer=optimizer, loss=loss: optimizer.step(loss, batch)
+        if "on LoRA" in name:
+            model = with_adapters(model)
+        optimizer = zotune.ZerothOrder(model, method, lr=1e-7, probe=probe)
+        contenders[name] = partial(optimizer.step, zotune.objectives.LanguageModelLoss(model), batch)
+        shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+        states[name] = partial(method.state_bytes, shapes, half=dtype != torch.float32)
         points = method.forwards_per_step
-        bare[name] = f"1 forward of {points} × {rows} rows" if probe == "batched" else f"{points} forwards of {rows} rows"
-        contenders[bare[name]] = forward(points, 1) if probe == "batched" else forward(1, points)
-    published_model = copy.deepcopy(plain)
-    published, published_loss = PublishedMeZO(published_model), zotune.objectives.LanguageModelLoss(published_model)
-    contenders["published MeZO"] = lambda: published.step(published_loss, batch)
-    bare["published MeZO"] = f"2 forwards of {rows} rows"
-    contenders.setdefault(bare["published MeZO"], forward(1, 2))
+        together = probe == "batched"
+        own = f"{name}'s own " if "on LoRA" in name else ""  # an adapter's two products are part of its forward
+        bare[name] = own + (f"1 forward of {points} × {rows} rows" if together else f"{points} forwards of {rows} rows")
+        loss = zotune.objectives.LanguageModelLoss(model) if own else plain_loss
+        contenders.setdefault(bare[name], forward(points, 1, loss) if together else forward(1, points, loss))
 
     for work in contenders.values():
-        work(), work()
+        work()
+    inference = peak_bytes(forward(1, 1), device)
+    peaks = {name: peak_bytes(contenders[name], device) for name in names}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, work in contenders.items():
             times[name].append(timed(work, device, clock))
     median = {name: statistics.median(values) for name, values in times.items()}
-    inference = peak_bytes(forward(1, 1), device)
     results = []
-    for name in [*names, "published MeZO"]:
-        state = 0
-        if name in optimizers:
-            shapes = [tuple(p.shape) for p in plain.parameters()]
-            state = optimizers[name].method.state_bytes(shapes, half=dtype != torch.float32)
-        peak = peak_bytes(contenders[name], device)
+    for name in names:
+        state, peak = states[name](), peaks[name]
         # paired by repeat, so that a load that comes and goes hits both
         ratios = [step / forwards for step, forwards in zip(times[name], times[bare[name]], strict=True)]
         results.append(
@@ -231,7 +250,8 @@ def measure(
                 "bare": bare[name],
                 "bare_ms": median[bare[name]],
                 "over_bare": statistics.median(ratios),
-                "over_published": median["published MeZO"] / median[name],
+                "least_over_least": min(times[name]) / min(times[bare[name]]),
+                "over_published": median[PUBLISHED] / median[name] if PUBLISHED in median else None,
                 "peak_over_inference": (weights + state + peak) / (weights + state + inference),
                 "extra_mb": (peak - inference) / 1e6,
                 "state_mb": state / 1e6,
@@ -241,15 +261,14 @@ def measure(
 
 
 def table(results: list[dict]) -> str:
-    lines = [
-        "| shape | batch | dtype | method | step ms | bare ms | step / bare | × published MeZO | peak / inference | extra MB | state MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['shape']} | {r['batch']} | {r['dtype']} | {r['method']} | {r['step_ms']:.1f} | {r['bare_ms']:.1f} | {r['over_bare']:.2f} | "
-        f"{r['over_published']:.2f} | {r['peak_over_inference']:.2f} | {r['extra_mb']:.1f} | {r['state_mb']:.1f} |"
-        for r in results
-    ]
+    titles = ["shape", "batch", "dtype", "method", "step ms", "bare ms", "step / bare", "least / least", "× published MeZO"]
+    titles += ["peak / inference", "extra MB", "state MB"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for r in results:
+        over = "" if r["over_published"] is None else f"{r['over_published']:.2f}"
+        cells = [r["shape"], r["batch"], r["dtype"], r["method"], f"{r['step_ms']:.1f}", f"{r['bare_ms']:.1f}", f"{r['over_bare']:.2f}"]
+        cells += [f"{r['least_over_least']:.2f}", over, f"{r['peak_over_inference']:.2f}", f"{r['extra_mb']:.1f}", f"{r['state_mb']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -258,7 +277,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny-llama", "opt-125m", "gpt2"])
     parser.add_argument("--batches", nargs="+", default=["4x32", "16x64"], help="rows x tokens")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lozo", "lozo, sequential", "lozo-e", "mezo"])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, PUBLISHED, *BACKPROP], default=DEFAULT)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
@@ -266,6 +285,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the results as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        print("no CUDA device here: nothing measured.")
+        return
     results = []
     for shape in args.shapes:
         for batch in args.batches:
