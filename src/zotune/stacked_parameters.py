@@ -52,7 +52,7 @@ class Lending:
         """The coordinate's parameter at the stack's points."""
         stacked = self.lent.get(coordinate.name)
         if stacked is None:
-            stacked = self.lent[coordinate.name] = Stacked.of(coordinate.parameter.detach(), coordinate, self)
+            stacked = self.lent[coordinate.name] = Stacked.of(coordinate.parameter, coordinate, self)
         return stacked
 
     def z(self, coordinate: Coordinate) -> Tensor:
