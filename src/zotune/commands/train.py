@@ -17,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 
 from zotune import checkpoint
 from zotune.commands import run_folder
-from zotune.commands.arguments import DataArguments, ModelArguments, SchemeArguments
+from zotune.commands.arguments import DataArguments, ModelArguments
 from zotune.commands.models import add_adapter, load_model, load_tokenizer, plan_model
 from zotune.commands.parser import CommandParser
 from zotune.commands.progress import RunProgress
@@ -41,7 +41,7 @@ from zotune.trainer import ZOTrainer
 def main(argv: Sequence[str]) -> int:
     """Runs `zotune train`."""
     quiet_libraries()
-    parser = CommandParser((ModelArguments, DataArguments, SchemeArguments, OutputArguments, ZOConfig), "zotune train", DEFAULTS)
+    parser = CommandParser((ModelArguments, DataArguments, Scheme, OutputArguments, ZOConfig), "zotune train", DEFAULTS)
     resume = parser.option("resume_from_checkpoint")
     resume.nargs, resume.const = "?", "true"
     if {"-h", "--help", "--help-all"} & set(argv):
@@ -72,7 +72,7 @@ class Run:
         argv: Sequence[str],
         model: ModelArguments,
         data: DataArguments,
-        scheme: SchemeArguments,
+        scheme: Scheme,
         output: OutputArguments,
         config: ZOConfig,
         console: Console | None = None,
