@@ -1,4 +1,4 @@
-"""Settings of a training run: :class:`ZOConfig`, the forward-only counterpart of ``transformers.TrainingArguments``."""
+"""Settings of a training run: :class:`ZOConfig`, the counterpart of ``transformers.TrainingArguments`` for every method there is."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from zotune import methods
+from zotune import catalogue, first_order, methods
 from zotune.calibration import rule_gain
 from zotune.evaluating import PROBES
+from zotune.first_order import Rival
 from zotune.rules import Rule
 
 _METHOD_FIELDS = (
@@ -47,6 +48,8 @@ _REFUSED = {
     "optim_args": _BACKWARD_OPTIM,
     "optim_target_modules": _BACKWARD_OPTIM,
 }
+# Those that mean something to a first-order method.
+_OF_BACKWARD = ("activation_checkpointing", "gradient_checkpointing", "max_grad_norm")
 # Options that are refused once they differ from the value they have when nobody touches them.
 _FIXED = {
     "optim": (TrainingArguments.default_optim, _BACKWARD_OPTIM),
@@ -54,16 +57,21 @@ _FIXED = {
     "adam_beta2": (0.999, "pass method='mezo-adam' with rule_args={'betas': [..., ...]}"),
     "adam_epsilon": (1e-8, "pass method='mezo-adam' with rule_args={'eps': ...}"),
 }
+# Fields that are options of a first-order method where it has them, beside those of `_METHOD_FIELDS`.
+_ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 @dataclass
 class ZOConfig(TrainingArguments):
-    """Settings of a forward-only run: `transformers.TrainingArguments` with the method's options beside them.
+    """Settings of a run: `transformers.TrainingArguments` with the method's options beside them.
 
     Every field of `TrainingArguments` keeps its name and meaning; the defaults below differ. `learning_rate` and `eps`
     are measured (``"auto"``; see :mod:`zotune.calibration`) unless they are numbers; None takes the method's own (the
     paper's), as it does for all other options of the method. Training lasts `max_steps` steps, 1000 when neither it nor
     `num_train_epochs` is given.
+
+    `method` may also name a first-order rival (:mod:`zotune.first_order`): its learning rate is a number (the method's own for
+    ``"auto"``), and `max_grad_norm` and gradient checkpointing then mean what they mean to `transformers`.
 
     Raises:
         ValueError: an unknown method, an option the method does not take, a value that makes no sense, or an option
@@ -109,7 +117,9 @@ class ZOConfig(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step (and micro-batch)."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a batch at evaluation."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no gradient to clip."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "First-order methods clip gradients to this norm; 0: they do not. Must stay 0 for all others."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between evaluations (eval_strategy=steps)."})
     save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints (save_strategy=steps)."})
@@ -139,11 +149,12 @@ class ZOConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, _parsed_json(name, value))
-        recipe = self.zo_method()
-        if self.learning_rate is None:
-            self.learning_rate = recipe.lr
+        chosen = self.chosen_method()
+        if self.learning_rate is None or (isinstance(chosen, Rival) and self.learning_rate == methods.AUTO):
+            self.learning_rate = 0.0 if chosen.lr != chosen.lr else chosen.lr
         if self.learning_rate == methods.AUTO:
-            rule_gain(Rule(recipe.rule, recipe.rule_args), 1.0, 1)  # refuses rules it knows no scale for
+            assert isinstance(chosen, methods.Method)
+            rule_gain(Rule(chosen.rule, chosen.rule_args), 1.0, 1)  # refuses rules it knows no scale for
         super().__post_init__()
         if self.world_size > 1:
             raise ValueError(
@@ -156,25 +167,52 @@ class ZOConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
-    def zo_method(self) -> methods.Method:
-        """The method these fields describe.
+    def chosen_method(self) -> methods.Method | Rival:
+        """The method these fields describe, zeroth-order or a rival.
 
         Raises:
             ValueError: an unknown method, or an option or value it does not take.
         """
+        rival = catalogue.is_rival(self.method)
         given = {name: getattr(self, name) for name in _METHOD_FIELDS if getattr(self, name) is not None}
+        if rival:
+            if given.get("eps") == methods.AUTO:  # nobody touched it
+                del given["eps"]
+            known = first_order.options_of(self.method)
+            untouched = {name: _FIXED[name][0] for name in _ADAM_FIELDS}
+            given |= {name: getattr(self, name) for name in _ADAM_FIELDS if name in known and getattr(self, name) != untouched[name]}
         extra: dict[str, Any] = self.method_args if isinstance(self.method_args, dict) else {}
         twice = sorted(given.keys() & extra.keys())
         if twice:
             raise ValueError(f"{twice[0]} is given both as a field and in method_args: give it once.")
-        return methods.get(self.method, **given, **extra)
+        return catalogue.get(self.method, **given, **extra)
+
+    def zo_method(self) -> methods.Method:
+        """The zeroth-order method these fields describe.
+
+        Raises:
+            ValueError: an unknown method, one that is not zeroth-order, or an option or value it does not take.
+        """
+        chosen = self.chosen_method()
+        if isinstance(chosen, Rival):
+            raise ValueError(f"{chosen.name} is not a zeroth-order method: there are {', '.join(methods.names())}.")
+        return chosen
 
     def _check_settings(self) -> None:
+        rival = catalogue.is_rival(self.method)
+        trains = rival and first_order.recipe(self.method)().kind == "backward"
         for name, reason in _REFUSED.items():
             value = getattr(self, name)
+            if trains and name in _OF_BACKWARD:
+                continue
             if value not in (None, False, "", 0, 0.0, {}, []):
                 raise ValueError(f"{name}={value!r} cannot be used: {reason}.")
+        own = first_order.options_of(self.method) if rival else {}
         for name, (untouched, reason) in _FIXED.items():
+            if name in own:
+                continue
+            if rival and name in _ADAM_FIELDS:
+                reason = f"{self.method} has no such option"
             if getattr(self, name) != untouched:
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be used: {reason}.")
         if self.logging_nan_inf_filter:
@@ -189,6 +227,8 @@ class ZOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be positive, got {value}.")
         if self.probe not in PROBES:
             raise ValueError(f"unknown probe {self.probe!r}: choose one of {', '.join(PROBES)}.")
+        if rival and self.probe != "auto":
+            raise ValueError(f"probe={self.probe!r} cannot be used: {self.method} evaluates no perturbed weights; leave it out.")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         if self.max_steps != -1 and self.max_steps < 1:
@@ -204,6 +244,7 @@ _LOWEST = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 0,
     "weight_decay": 0,
+    "max_grad_norm": 0,
 }
 
 

@@ -134,9 +134,8 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **o
         return _only(model, set(names))
     chosen = {name for name in names if any(re.search(pattern, name) for pattern in scheme.trainable)}
     if not chosen:
-        raise ValueError(
-            f"--trainable {' '.join(scheme.trainable)} matches no parameter; names are such as {', '.join(names[: len(names) // 2 + 1][-3:])}."
-        )
+        examples = names[len(names) // 2 :][:3]
+        raise ValueError(f"--trainable {' '.join(scheme.trainable)} matches no parameter; names are such as {', '.join(examples)}.")
     return _only(model, chosen)
 
 
@@ -199,7 +198,7 @@ def _head_names(model: nn.Module) -> list[str]:
         for each in (config, config.get_text_config() if hasattr(config, "get_text_config") else config):
             each.tie_word_embeddings = False
         if hasattr(model, "all_tied_weights_keys"):
-            model.all_tied_weights_keys = {}
+            model.all_tied_weights_keys = {}  # type: ignore[assignment]
     own = {id(parameter) for parameter in head.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in own]
 

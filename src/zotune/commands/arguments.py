@@ -42,6 +42,9 @@ class EvalDataArguments:
     template: str | None = field(default=None, metadata={"help": "name of a task's template, or your own: '{sentence} It was'"})
     options: list[str] | None = field(default=None, metadata={"help": "answer options in label order, in place of the template's"})
     num_eval: int | None = field(default=None, metadata={"help": "evaluate on so many examples, drawn by seed"})
+    num_demonstrations: int | None = field(
+        default=None, metadata={"help": "so many solved training examples, drawn by seed, before every prompt (in train: --method icl)"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "longest example in tokens; the model's context when not given"})
     truncate: bool = field(default=False, metadata={"help": "shorten what is too long instead of stopping"})
 

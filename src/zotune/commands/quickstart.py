@@ -118,6 +118,7 @@ def forward_only(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     from zotune.commands.train import Run
     from zotune.commands.train_options import OutputArguments
     from zotune.config import ZOConfig
+    from zotune.schemes import Scheme
 
     quiet_libraries()
     config = ZOConfig(

@@ -97,9 +97,7 @@ class FirstOrder(torch.optim.Optimizer):
         if not self.parameters:
             raise ValueError("the model has no trainable parameter; set requires_grad=True on those that should move.")
         # What the method moves: the parameter itself, or its float32 copy.
-        self.moved = {
-            name: nn.Parameter(p.detach().float().clone()) if p.dtype in HALF else p for name, p in self.parameters.items()
-        }
+        self.moved = {name: nn.Parameter(p.detach().float().clone()) if p.dtype in HALF else p for name, p in self.parameters.items()}
         self.inner = self.method.build(self._setting(lr, weight_decay, max_steps))
         super().__init__([{"params": list(self.moved.values())}], {"lr": lr})
         self.param_groups = self.inner.param_groups  # a scheduler sets the rates of the groups that step
@@ -168,7 +166,7 @@ class FirstOrder(torch.optim.Optimizer):
         for moved, gradient in zip(self.moved.values(), gradients, strict=True):
             moved.grad = None if gradient is None else gradient.to(moved.dtype) / count
         there = [p for p in self.moved.values() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm([p.grad for p in there])) if there else 0.0
+        norm = float(nn.utils.get_total_norm([p.grad for p in there if p.grad is not None])) if there else 0.0
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             if self.max_grad_norm:
@@ -194,7 +192,7 @@ class FirstOrder(torch.optim.Optimizer):
         if tell is not None:
             tell(loss, count)
         if self.method.curvature:
-            self.inner.step(hessian=self._in_group_order(curvatures, count))  # type: ignore[call-arg]
+            self.inner.step(hessian=self._in_group_order(curvatures, count))  # type: ignore[call-overload]
             for state in self.inner.state.values():
                 state.pop("hessian", None)
         else:

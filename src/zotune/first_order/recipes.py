@@ -83,7 +83,12 @@ def adahessian(
         from pytorch_optimizer import AdaHessian
 
         return AdaHessian(
-            setting.groups, lr=setting.lr, betas=(adam_beta1, adam_beta2), eps=adam_epsilon, hessian_power=hessian_power, weight_decouple=True
+            setting.groups,
+            lr=setting.lr,
+            betas=(adam_beta1, adam_beta2),
+            eps=adam_epsilon,
+            hessian_power=hessian_power,
+            weight_decouple=True,
         )
 
     return Rival("adahessian", "AdaHessian", "2006.00719", lr, build=build, kept=_times(2), memory="2 × W", curvature=True)

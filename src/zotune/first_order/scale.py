@@ -41,7 +41,7 @@ class SCALE(torch.optim.Optimizer):
         self.momentum, self.betas, self.eps, self.ends, self.tables = momentum, betas, eps, last, tables
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
