@@ -151,7 +151,7 @@ class ZOConfig(TrainingArguments):
                 setattr(self, name, _parsed_json(name, value))
         chosen = self.chosen_method()
         if self.learning_rate is None or (isinstance(chosen, Rival) and self.learning_rate == methods.AUTO):
-            self.learning_rate = 0.0 if chosen.lr != chosen.lr else chosen.lr
+            self.learning_rate = chosen.lr or 0.0
         if self.learning_rate == methods.AUTO:
             assert isinstance(chosen, methods.Method)
             rule_gain(Rule(chosen.rule, chosen.rule_args), 1.0, 1)  # refuses rules it knows no scale for

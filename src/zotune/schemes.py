@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -252,6 +253,22 @@ def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
     table = adapted.prompt_encoder[adapted.active_adapter].embedding.weight
     with torch.no_grad():
         table.copy_(start)
+    return adapted
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """The model under a saved adapter, ready to go on training it.
+
+    PEFT loads a prefix or soft prompt for inference only; one without a projection is the same numbers either way.
+    """
+    from peft import PeftConfig, PeftModel
+
+    for_text = PeftConfig.from_pretrained(str(folder)).is_prompt_learning
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=not for_text)
+    if for_text:
+        adapted.active_peft_config.inference_mode = False
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_("prompt_encoder" in name)
     return adapted
 
 

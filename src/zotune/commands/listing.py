@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +51,7 @@ def _rivals() -> str:
     rows = []
     for each in first_order.names():
         rival = first_order.get(each)
-        rate = "–" if math.isnan(rival.lr) else f"{rival.lr:g}"
+        rate = "–" if rival.lr is None else f"{rival.lr:g}"
         cost = str(rival.forwards_per_step) if rival.kind == "backward" else "no steps"
         options = ", ".join(option for option in first_order.options_of(each) if option != "lr")
         rows.append((each, rival.title, rival.arxiv or "–", cost, rival.memory, rate, options))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zotune.commands.arguments import ModelArguments
+from zotune.schemes import load_adapter
 
 
 @dataclass
@@ -93,9 +94,7 @@ def load_model(
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
     if plan.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, plan.adapter, is_trainable=True)
+        model = load_adapter(model, plan.adapter)
     return model, missing
 
 

@@ -38,9 +38,11 @@ def galore_optimizer(
         def update_ortho_matrix(self, x: Tensor, from_random_matrix: bool) -> None:
             if self.calls <= random_from:
                 super().update_ortho_matrix(x, from_random_matrix)
+                # Products round by layout, and a file has one only: a resumed run must find the same.
+                self.ortho_matrix = self.ortho_matrix.contiguous()
                 return
             frame = random_frame(min(x.shape), rank, Key(setting.seed, self.calls, 0, self.name, "subspace"), x.device)
-            self.ortho_matrix = frame.T.contiguous() if x.shape[0] >= x.shape[1] else frame
+            self.ortho_matrix = (frame.T if x.shape[0] >= x.shape[1] else frame).contiguous()
 
         def state(self) -> dict[str, Any]:
             return {"frame": self.ortho_matrix, "last": self.last_svd_step}

@@ -32,6 +32,10 @@ def preconditioned(model: nn.Module, max_side: int) -> dict[str, nn.Module]:
     }
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
 class MKOR(torch.optim.Optimizer):
     """SGD with momentum on gradients that Kronecker factors precondition.
 
@@ -76,13 +80,13 @@ class MKOR(torch.optim.Optimizer):
     def _forward(self, key: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         due = not self.first_order and self.count % self.interval == 0
         if due and torch.is_grad_enabled() and module.training and output.requires_grad:
-            mean = args[0].detach().float().flatten(0, -2).mean(dim=0)
+            mean = _wide(args[0]).flatten(0, -2).mean(dim=0)
             # Noted when its gradient arrives: a forward that activation checkpointing repeats has none, and counts once.
             output.register_hook(self._backward(key, mean))
 
     def _backward(self, key: int, mean: Tensor) -> Callable[[Tensor], None]:
         def arrived(gradient: Tensor) -> None:
-            total = gradient.detach().float().flatten(0, -2).sum(dim=0)
+            total = _wide(gradient).flatten(0, -2).sum(dim=0)
             before = self.seen.get(key)
             self.seen[key] = (mean, total, 1) if before is None else (before[0] + mean, before[1] + total, before[2] + 1)
 
@@ -127,7 +131,7 @@ class MKOR(torch.optim.Optimizer):
             return gradient
         if seen is not None:
             if "left" not in state:
-                state["left"], state["right"] = (torch.eye(side, device=p.device) for side in p.shape)
+                state["left"], state["right"] = (torch.eye(side, dtype=p.dtype, device=p.device) for side in p.shape)
             inputs, outputs, parts = seen
             state["left"] = self._moved(state["left"], outputs / self.examples)
             state["right"] = self._moved(state["right"], inputs / parts)
@@ -138,7 +142,7 @@ class MKOR(torch.optim.Optimizer):
         return change * (gradient.norm() / norm) if norm > 0 else gradient
 
     def _moved(self, inverse: Tensor, vector: Tensor) -> Tensor:
-        inverse = inverse_of_moved(inverse, vector, self.gamma)
+        inverse = inverse_of_moved(inverse, vector.to(inverse.dtype), self.gamma)
         if inverse.abs().max() > self.threshold:
             inverse = (1 - self.stabilizer) * inverse
             inverse.diagonal().add_(self.stabilizer)

@@ -55,7 +55,7 @@ class Rival:
         name: the method's one name.
         title: what to call it in a table.
         arxiv: id of the paper; empty where there is none.
-        lr: default learning rate; nan for a method without one.
+        lr: default learning rate; None for a method without one.
         kind: ``"backward"``: trained by gradients; ``"fit"``: a probe fitted on features; ``"evaluate"``: nothing is trained.
         build: makes the torch optimizer of a :class:`Setting`; None for a method without one.
         kept: (shape, of the last layer?) -> float32 numbers kept between steps beside a parameter of that shape.
@@ -68,13 +68,13 @@ class Rival:
     name: str
     title: str
     arxiv: str
-    lr: float = math.nan
+    lr: float | None = None
     kind: Literal["backward", "fit", "evaluate"] = "backward"
-    build: Callable[[Setting], torch.optim.Optimizer] | None = None
-    kept: Callable[[Sequence[int], bool], int] = nothing_kept
+    build: Callable[[Setting], torch.optim.Optimizer] | None = field(default=None, compare=False)  # name and options say which
+    kept: Callable[[Sequence[int], bool], int] = field(default=nothing_kept, compare=False)
     memory: str = "none"
     curvature: bool = False
-    refusal: Callable[[nn.Module, Mapping[str, tuple[int, ...]]], str | None] = takes_all
+    refusal: Callable[[nn.Module, Mapping[str, tuple[int, ...]]], str | None] = field(default=takes_all, compare=False)
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
