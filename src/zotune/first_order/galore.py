@@ -30,6 +30,8 @@ def galore_optimizer(
             super().__init__(rank=rank, update_proj_gap=interval, scale=scale, projection_type="std")
             self.name = name
             self.calls = 0  # steps this projector has seen
+            self.last_svd_step: int = -1
+            self.ortho_matrix: Any = None
 
         def project(self, grad: Tensor, num_steps: int, *args: Any, **kwargs: Any) -> Tensor:
             self.calls = num_steps

@@ -85,7 +85,9 @@ class FirstOrder(torch.optim.Optimizer):
         self.method = registry.get(method) if isinstance(method, str) else method
         if self.method.build is None:
             raise ValueError(f"{self.method.name} takes no steps: `zotune train --method {self.method.name}` runs it.")
-        lr = self.method.lr if lr is None else lr
+        if lr is None:
+            assert self.method.lr is not None, "a method that takes steps has a rate"
+            lr = self.method.lr
         for label, number in (("learning rate", lr), ("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm)):
             if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
                 raise ValueError(f"the {label} must be a number of at least 0, not {number!r}.")
