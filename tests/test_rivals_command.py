@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,20 @@ def test_a_first_order_run_resumes_and_reports_like_any_other(workplace: Path, c
     assert (first["steps"], first["forward_passes"], first["sequences_evaluated"]) == (6, 18, 18 * 16)
     assert (zeroth["steps"], zeroth["forward_passes"], zeroth["sequences_evaluated"]) == (6, 12, 12 * 16)
     assert all(first["before"][name] == zeroth["before"][name] for name in ("loss", "accuracy"))
+
+
+def test_a_missing_package_is_named_before_any_work(workplace: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "pytorch_optimizer" else find(name, *args))
+    result = command(*BASICS, "--method", "galore", "--output_dir", "run")
+    assert result.code == 2 and "pip install 'zotune[optimizers]'" in result.err and not Path("run").exists()
+    done(command(*BASICS, "--method", "scale", "--max_steps", "2", "--output_dir", "run"))
+
+
+def test_a_run_without_a_journal_cannot_be_replayed(workplace: Path, command: Command) -> None:
+    done(command(*BASICS, "--method", "zero-shot", "--output_dir", "run"))
+    result = command("replay", "my-model", "run", "--output_dir", "rebuilt")
+    assert result.code == 2 and "has no journal" in result.err
 
 
 def test_methods_without_steps_give_what_eval_gives(workplace: Path, command: Command) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,6 +151,8 @@ class ZOConfig(TrainingArguments):
             if isinstance(value, str):
                 setattr(self, name, _parsed_json(name, value))
         chosen = self.chosen_method()
+        if isinstance(chosen, Rival) and chosen.package is not None and importlib.util.find_spec(chosen.package) is None:
+            raise ModuleNotFoundError(f"{chosen.name} needs the package {chosen.package!r}: install it first.", name=chosen.package)
         if self.learning_rate is None or (isinstance(chosen, Rival) and self.learning_rate == methods.AUTO):
             self.learning_rate = chosen.lr or 0.0
         if self.learning_rate == methods.AUTO:

@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     path = Path(args.journal).expanduser()
     path = path / run_folder.JOURNAL_FILE if path.is_dir() else path
+    if not path.is_file() and (path.parent / run_folder.RUN_FILE).is_file():
+        raise ValueError(f"{path.parent} has no journal: a run of a first-order method, or of one without steps, cannot be replayed.")
     if args.verify:
         found = verify(path)
         if not found.ok:

@@ -16,6 +16,7 @@ from zotune.first_order.rival import Rival, Setting
 from zotune.first_order.scale import SCALE
 
 Shapes = Mapping[str, tuple[int, ...]]
+_LIBRARY = "pytorch_optimizer"
 
 
 def _times(multiple: int) -> Callable[[Sequence[int], bool], int]:
@@ -91,7 +92,9 @@ def adahessian(
             weight_decouple=True,
         )
 
-    return Rival("adahessian", "AdaHessian", "2006.00719", lr, build=build, kept=_times(2), memory="2 × W", curvature=True)
+    return Rival(
+        "adahessian", "AdaHessian", "2006.00719", lr, build=build, kept=_times(2), memory="2 × W", curvature=True, package=_LIBRARY
+    )
 
 
 @register
@@ -100,7 +103,8 @@ def sgd_sai(*, lr: float = 1e-4, momentum: float = 0.9) -> Rival:
 
     s = ‖g₀‖ / (std(g₀) + ε),   m ← β m + (1 − β) g,   θ ← θ − η s m
 
-    Vectors, which have no std in the paper's sense, take s = ‖g₀‖. State: m, one number a weight, and s, one a tensor.
+    Vectors, which have no std in the paper's sense, take s = ‖g₀‖. A tensor whose first gradient is 0 never moves, as LoRA's A, whose
+    B starts at 0. State: m, one number a weight, and s, one a tensor.
     """
     _momentum("sgd-sai", momentum)
 
@@ -112,7 +116,7 @@ def sgd_sai(*, lr: float = 1e-4, momentum: float = 0.9) -> Rival:
     def kept(shape: Sequence[int], last: bool) -> int:
         return (math.prod(shape) if momentum else 0) + 1
 
-    return Rival("sgd-sai", "SGD-SaI", "2412.11768", lr, build=build, kept=kept, memory="1 × W")
+    return Rival("sgd-sai", "SGD-SaI", "2412.11768", lr, build=build, kept=kept, memory="1 × W", package=_LIBRARY)
 
 
 @register
@@ -162,7 +166,7 @@ def _galore(name: str, title: str, arxiv: str, lr: float, rank: int, interval: i
             return None
         return f"no matrix that is trained there has both sides above its rank {rank} (it would be Adam): choose fo-adamw or a smaller rank"
 
-    return Rival(name, title, arxiv, lr, build=build, kept=kept, memory="Σ r·(2m + n)", refusal=refusal)
+    return Rival(name, title, arxiv, lr, build=build, kept=kept, memory="Σ r·(2m + n)", package=_LIBRARY, refusal=refusal)
 
 
 @register

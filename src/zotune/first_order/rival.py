@@ -61,6 +61,7 @@ class Rival:
         kept: (shape, of the last layer?) -> float32 numbers kept between steps beside a parameter of that shape.
         memory: the same for people.
         curvature: whether the optimizer wants a Hutchinson estimate of the Hessian's diagonal.
+        package: what has to be installed for it.
         refusal: (model, shapes of trained parameters by name) -> why it makes no sense there, or None.
         options: the recipe's keyword arguments, for reports.
     """
@@ -74,6 +75,7 @@ class Rival:
     kept: Callable[[Sequence[int], bool], int] = field(default=nothing_kept, compare=False)
     memory: str = "none"
     curvature: bool = False
+    package: str | None = None
     refusal: Callable[[nn.Module, Mapping[str, tuple[int, ...]]], str | None] = field(default=takes_all, compare=False)
     options: dict[str, Any] = field(default_factory=dict)
 
