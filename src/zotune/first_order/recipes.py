@@ -230,7 +230,10 @@ def _mkor(name: str, title: str, lr: float, hybrid: tuple[int, float] | None, ma
     def refusal(model: nn.Module, trained: Shapes) -> str | None:
         if any(name in trained for name in preconditioned(model, max_side)):
             return None
-        return f"no Linear layer with sides up to {max_side} is trained there, and nothing else has its two factors: choose fo-sgd"
+        larger = [max(trained[name]) for name in preconditioned(model, 1 << 60) if name in trained]
+        if larger:
+            return f"the Linear layers trained there are larger than max_side={max_side}; choose fo-sgd, or a max_side of {min(larger)}"
+        return "no Linear layer is trained there, and nothing else has its two factors: choose fo-sgd"
 
     return Rival(name, title, "2306.01685", lr, build=build, kept=kept, memory="Σ (m² + n²) + 1 × W", refusal=refusal)
 
