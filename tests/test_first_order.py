@@ -100,7 +100,7 @@ def test_the_state_goes_through_json_and_continues_bit_for_bit(name: str) -> Non
     assert second.steps == 24 and second.forward_passes == straight.forward_passes
 
 
-@every_rival
+@pytest.mark.parametrize("name", ["fo-adamw", "adahessian", "scale", "golore", "mkor-h"])
 def test_a_trainers_run_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     common = {"max_steps": 7, "lr_scheduler_type": "linear", "train_dataset": choice_rows(40), "method": name, "learning_rate": 1e-3}
     if name in ("galore", "golore"):

@@ -123,7 +123,7 @@ def test_the_probe_is_at_its_minimum() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no batched evaluation")
-@pytest.mark.parametrize("scheme", ["prefix", "prompt", "head"])
+@pytest.mark.parametrize("scheme", ["prompt", "head"])
 def test_a_schemes_run_evaluates_and_replays(scheme: str, workplace: Path, command: Command) -> None:
     run = [*BASICS, "--scheme", scheme, "--method", "mezo", "--learning_rate", "1e-2", "--eps", "1e-3", "--max_steps", "3"]
     done(command(*run, "--output_dir", "run"))

@@ -22,6 +22,9 @@ SCHEMES = ("full", "lora", "prefix", "prompt", "head", "bias")
 #: The schemes that put a PEFT adapter on the model.
 ADAPTERS = ("lora", "prefix", "prompt")
 
+# A matrix that every method with a subspace for matrices moves in it.
+_LARGE = (1 << 20, 1 << 20)
+
 # Names of a sequence classifier's head, as PEFT knows them.
 _CLASSIFIERS = ("classifier", "score", "classification_head")
 
@@ -155,10 +158,11 @@ def refusal(method: Method | Any, model: nn.Module, scheme: Scheme) -> str | Non
         return None if reason is None else f"{method.name} makes no sense with {where}: {reason}."
     if scheme.lora_dropout:
         return f"lora_dropout acts in training mode, and the forwards of {method.name} run in evaluation mode: leave it at 0."
-    elements = getattr(method.subspace, "elements", None)
-    if elements is None or type(method.subspace).__name__ == "Full":
-        return None
-    if all(elements(shape) == (_numel(shape), 0) for shape in trained.values()):
+
+    def in_full(shape: tuple[int, ...]) -> bool:
+        return method.subspace.elements(shape) == (_numel(shape), 0)
+
+    if not in_full(_LARGE) and all(map(in_full, trained.values())):
         matrices = [shape for shape in trained.values() if len(shape) == 2]
         what = f"none of the matrices it trains is larger than that ({max(matrices, key=min)})" if matrices else "it trains vectors only"
         return (
