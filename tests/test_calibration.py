@@ -93,7 +93,7 @@ def test_the_rate_is_its_formula():
     known.curvature.square = 100.0 + 2 * 3.0**2
     assert known.rate(8, 16) == pytest.approx(1 / ((10 + known.curvature.error) / 4 + 3))
     known.signal = RunningMean(0.1, 9, -5.0, 25.0)
-    assert known.rate(1, 35) == pytest.approx(1 / ((10 + known.curvature.error) / 0.1 + 3))
+    assert known.rate(1, 20) == pytest.approx(1 / ((10 + known.curvature.error) / 0.1 + 3))
 
 
 def test_a_rising_loss_brakes_and_measuring_releases():

@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_said(name, tmp_path):
     optimizer.step(lambda batch: toys.loss_function(model)(batch) * math.nan, toys.batch())
     assert all(optimizer.last.skipped) and not optimizer.last.coefficients.any()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-    assert [set(r.skipped) for r in optimizer.journal.records()] == [{False}] * 3 + [{True}]
+    assert [set(r.skipped) for r in optimizer.journal.records() if not isinstance(r, dict)] == [{False}] * 3 + [{True}]
     run(model, optimizer, 4, 6)
     assert not all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 

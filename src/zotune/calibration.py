@@ -35,6 +35,7 @@ from torch import Tensor
 from zotune.coordinates import Offset
 from zotune.estimators import Estimator
 from zotune.evaluating import NonFiniteLossError
+from zotune.methods.method import Method
 from zotune.probe import Probe
 from zotune.rules import EMASGD, Rule
 
@@ -50,11 +51,13 @@ DIRECTION = 1 << 24
 #: Relative error of the coefficients that a larger ε may bring: small beside that of a random direction, which is 100%.
 TOLERANCE = 0.03
 #: Examples whose mean gradient is as large as its noise, if a batch shows no signal.
-NOISE_SCALE = 350.0
+NOISE_SCALE = 200.0
 #: What a rising loss multiplies η by, and what every measurement since then multiplies it by until it is back.
 BRAKE, RELEASE = 0.5, 1.1
 #: Weight of a new measurement in the running means, once there are enough of them.
 FORGETTING = 0.1
+#: The same for curvature, which may fall tenfold within a few steps of a new task.
+FORGETTING_CURVATURE = 0.25
 
 #: Losses of the batch at θ + scale · Z_direction, (n,).
 At = Callable[[float, int], Tensor]
@@ -146,19 +149,21 @@ class StepSize:
         brake: factor that a rising loss has taken the rate back by.
     """
 
-    curvature: RunningMean = field(default_factory=RunningMean)
-    signal: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
-    moment: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
+    curvature: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
+    signal: RunningMean = field(default_factory=RunningMean)
+    moment: RunningMean = field(default_factory=RunningMean)
     recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
     lowest: float | None = None
     brake: float = 1.0
 
-    def measure(self, here: Tensor, plus: Tensor, minus: Tensor, eps: float) -> Tensor:
-        """Take in the losses of a batch at θ and θ ± εZ, (n,) each; returns the examples' coefficients along Z, (n,)."""
+    def measure(self, here: Tensor, plus: Tensor, minus: Tensor, eps: float, parts: int | None = None) -> Tensor:
+        """Take in the losses of a batch at θ and θ ± εZ, (n,) each; returns the coefficients along Z of its examples, or ``parts``."""
         second = float((plus.double() + minus.double() - 2 * here.double()).mean()) / eps**2
         each = (plus.double() - minus.double()) / (2 * eps)
         self.curvature.add(second)
         self.brake = min(1.0, RELEASE * self.brake)
+        if parts is not None:
+            each = torch.stack([part.mean() for part in each.tensor_split(parts)])
         n = each.numel()
         if n > 1:
             self.signal.add(float(each.sum() ** 2 - each.square().sum()) / (n * (n - 1)))
@@ -176,13 +181,16 @@ class StepSize:
         if self.recent.count < 1 / self.recent.forgetting:
             return
         self.lowest = self.recent.mean if self.lowest is None else min(self.lowest, self.recent.mean)
-        if self.recent.mean > self.lowest + 0.05 * abs(self.lowest) + 3 * self.recent.error:
+        if self.recent.mean > self.lowest + 0.1 * abs(self.lowest) + 3 * self.recent.error:
             self.brake *= BRAKE
             self.recent = RunningMean(self.recent.forgetting)  # see first what the lower rate does
             self.lowest = None
 
     def rate(self, directions: int, examples: int) -> float:
-        """η for steps of K directions on N examples, for plain SGD on coordinates of unit scale; 0 before there is anything to go by."""
+        """η for steps of K directions on N examples, for plain SGD on coordinates of unit scale; 0 before there is anything to go by.
+
+        An example that has several directions of its own counts as often.
+        """
         moment, curvature = self.moment.mean, self.curvature
         # A saddle's directions cancel, but their sizes say how far is far.
         mean = max(curvature.mean + curvature.error, 0.2 * math.sqrt(curvature.square))
@@ -230,7 +238,7 @@ class Calibrator:
     Args:
         probe: evaluates the model.
         estimator, rule: the method's.
-        own: whether every example, or part of the batch, has directions of its own.
+        method: says which parts of a batch have directions of their own.
         lr_scale: what low-rank coordinates multiply a learning rate by.
         chooses_eps, chooses_lr: what is to be chosen.
 
@@ -239,11 +247,11 @@ class Calibrator:
     """
 
     def __init__(
-        self, probe: Probe, estimator: Estimator, rule: Rule, own: bool, lr_scale: float, chooses_eps: bool, chooses_lr: bool
+        self, probe: Probe, estimator: Estimator, rule: Rule, method: Method, lr_scale: float, chooses_eps: bool, chooses_lr: bool
     ) -> None:
         if chooses_lr:
             rule_gain(rule, 1.0, 1)
-        self.probe, self.estimator, self.rule, self.own, self.lr_scale = probe, estimator, rule, own, lr_scale
+        self.probe, self.estimator, self.rule, self.method, self.lr_scale = probe, estimator, rule, method, lr_scale
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
         self.step_size = StepSize()
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
@@ -262,10 +270,11 @@ class Calibrator:
             return
         at, first = self._at(evaluate, seed, step), not self.step_size.curvature.count
         here = at(0.0, DIRECTION)
+        parts = self.method.parts(len(here)) if self.method.own else None
         for k in range(FIRST_DIRECTIONS if first else 1):
-            each = self.step_size.measure(here, at(eps, DIRECTION + k), at(-eps, DIRECTION + k), eps)
+            each = self.step_size.measure(here, at(eps, DIRECTION + k), at(-eps, DIRECTION + k), eps, parts)
             if first:
-                self.step_size.moment.add(float(each.square().mean()) if self.own else float(each.mean()) ** 2)
+                self.step_size.moment.add(float(each.square().mean()) if self.method.own else float(each.mean()) ** 2)
         self.probe.forget_directions()
 
     def rate(self, directions: int, examples: int) -> float:

@@ -82,7 +82,8 @@ class ZOConfig(TrainingArguments):
     num_directions: int | str | None = field(
         default=None,
         metadata={
-            "help": "Directions of a step: a number, all examples under each; example: each under its own (example:4: under 4); groups:G."
+            "help": "Directions of a step: a number, all examples under each; example: each under its own (example:4: under 4); sets:S, "
+            "groups:G: every S examples, or G parts of the batch."
         },
     )
     probe: str = field(
@@ -109,6 +110,14 @@ class ZOConfig(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step (and micro-batch)."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a batch at evaluation."})
+    train_sampling_strategy: str = field(
+        default="stratified",
+        metadata={
+            "help": "Order of the training examples: stratified (random, every stretch with its share of each class, where there "
+            "are classes), random, sequential or group_by_length.",
+            "choices": ["stratified", "random", "sequential", "group_by_length"],
+        },
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no gradient to clip."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between evaluations (eval_strategy=steps)."})

@@ -88,6 +88,7 @@ def lozo_e(
     estimator: str = "central",
     rank: int = 1,
     interval: int = 50,
+    layer_scales: bool = True,
     rule: str = "SGD",
     rule_args: dict[str, Any] | None = None,
 ) -> Method:
@@ -108,7 +109,7 @@ def lozo_e(
         num_directions=num_directions,
         direction=direction,
         estimator=estimator,
-        subspace=LowRank(rank, interval),
+        subspace=LowRank(rank, interval, layer_scales),
         rule=rule,
         rule_args=rule_args or {},
     )
