@@ -165,8 +165,8 @@ class ZOConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
-    def zo_method(self) -> methods.Method:
-        """The method these fields describe.
+    def zo_method(self, **options: Any) -> methods.Method:
+        """The method these fields describe, some of its options replaced.
 
         Raises:
             ValueError: an unknown method, or an option or value it does not take.
@@ -176,7 +176,7 @@ class ZOConfig(TrainingArguments):
         twice = sorted(given.keys() & extra.keys())
         if twice:
             raise ValueError(f"{twice[0]} is given both as a field and in method_args: give it once.")
-        return methods.get(self.method, **given, **extra)
+        return methods.get(self.method, **{**given, **extra, **options})
 
     def _check_settings(self) -> None:
         for name, reason in _REFUSED.items():
