@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import datasets
@@ -24,7 +25,7 @@ def test_every_stretch_holds_each_class_as_often_as_the_whole_to_within_one():
 
 def test_neighbours_of_two_equal_classes_alternate():
     order = [i % 2 for i in Stratified([i % 2 for i in range(50)], seed=0)]
-    assert all(a != b for a, b in zip(order, order[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(order))
 
 
 def test_seed_and_epoch_alone_decide():

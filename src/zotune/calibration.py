@@ -17,8 +17,8 @@ The measurements are made on the first batch, after 1, 2, 4, ... steps, and ever
 signal falls while a model learns. A loss that rises all the same halves the rate.
 
 How weak the signal of a batch may be is the one thing few forwards cannot tell: near the end of a run the examples' gradients are hundreds
-of times larger than their mean, and a batch shows noise only. Then s is taken to be M times the batch over :data:`NOISE_SCALE` examples,
-the "simple noise scale" at which fine-tuning works (1812.06162).
+of times larger than their mean, and a batch shows noise only. Then s is taken to be n over :data:`NOISE_SCALE`, n being the examples' own
+mean square along a direction: a batch of so many examples, the "simple noise scale", is where their mean stands out (1812.06162).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DIRECTION = 1 << 24
 #: Relative error of the coefficients that a larger ε may bring: small beside that of a random direction, which is 100%.
 TOLERANCE = 0.03
 #: Examples whose mean gradient is as large as its noise, if a batch shows no signal.
-NOISE_SCALE = 200.0
+NOISE_SCALE = 300.0
 #: What a rising loss multiplies η by, and what every measurement since then multiplies it by until it is back.
 BRAKE, RELEASE = 0.5, 1.1
 #: Weight of a new measurement in the running means, once there are enough of them.
@@ -145,12 +145,14 @@ class StepSize:
     Attributes:
         curvature: h.
         signal: s, from pairs of examples under the same direction.
+        single: n, the mean square of single examples' coefficients.
         moment: M of the steps.
         brake: factor that a rising loss has taken the rate back by.
     """
 
     curvature: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
     signal: RunningMean = field(default_factory=RunningMean)
+    single: RunningMean = field(default_factory=RunningMean)
     moment: RunningMean = field(default_factory=RunningMean)
     recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
     lowest: float | None = None
@@ -162,6 +164,7 @@ class StepSize:
         each = (plus.double() - minus.double()) / (2 * eps)
         self.curvature.add(second)
         self.brake = min(1.0, RELEASE * self.brake)
+        self.single.add(float(each.square().mean()))
         if parts is not None:
             each = torch.stack([part.mean() for part in each.tensor_split(parts)])
         n = each.numel()
@@ -186,11 +189,8 @@ class StepSize:
             self.recent = RunningMean(self.recent.forgetting)  # see first what the lower rate does
             self.lowest = None
 
-    def rate(self, directions: int, examples: int) -> float:
-        """η for steps of K directions on N examples, for plain SGD on coordinates of unit scale; 0 before there is anything to go by.
-
-        An example that has several directions of its own counts as often.
-        """
+    def rate(self, directions: int) -> float:
+        """η for steps of K directions, for plain SGD on coordinates of unit scale; 0 before there is anything to go by."""
         moment, curvature = self.moment.mean, self.curvature
         # A saddle's directions cancel, but their sizes say how far is far.
         mean = max(curvature.mean + curvature.error, 0.2 * math.sqrt(curvature.square))
@@ -198,7 +198,7 @@ class StepSize:
             return 0.0
         # A loss that does not tell its examples apart hides how noisy it is.
         certain = (self.signal.mean - self.signal.error) / moment if self.signal.count else 0.25
-        gain = min(float(directions), max(directions * certain, examples / NOISE_SCALE))
+        gain = directions * min(1.0, max(certain, self.single.mean / (NOISE_SCALE * moment)))
         return self.brake / (mean / gain + math.sqrt(curvature.variance / 2))
 
     def summary(self) -> dict[str, float]:
@@ -277,9 +277,9 @@ class Calibrator:
                 self.step_size.moment.add(float(each.square().mean()) if self.method.own else float(each.mean()) ** 2)
         self.probe.forget_directions()
 
-    def rate(self, directions: int, examples: int) -> float:
-        """η for the next step, of K directions on N examples."""
-        plain = self.step_size.rate(directions, examples)
+    def rate(self, directions: int) -> float:
+        """η for the next step, of K directions."""
+        plain = self.step_size.rate(directions)
         return plain * rule_gain(self.rule, self.step_size.moment.mean, directions) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:

@@ -193,7 +193,7 @@ class ZerothOrder(torch.optim.Optimizer):
         estimate = losses.estimate(self.estimator, self.eps)
         record = StepRecord(
             step=step,
-            lrs=self._rates(estimate, losses.values.shape[1]),
+            lrs=self._rates(estimate),
             loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
             coefficients=tuple(estimate.coefficients.tolist()),
             skipped=estimate.skipped,
@@ -217,11 +217,11 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         return torch.tensor(record.loss)
 
-    def _rates(self, estimate: Estimate, examples: int) -> tuple[float, ...]:
+    def _rates(self, estimate: Estimate) -> tuple[float, ...]:
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.calibrator is not None and self.calibrator.chooses_lr:
             self.calibrator.step_size.step(estimate.coefficients.tolist(), estimate.loss)
-            found = self.calibrator.rate(len(estimate.coefficients), examples)
+            found = self.calibrator.rate(len(estimate.coefficients))
             rates = [found * rate for rate in rates]
         return tuple(rates)
 
