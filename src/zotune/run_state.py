@@ -18,6 +18,7 @@ from zotune.calibration import StepSize
 from zotune.coordinates import Coordinate
 from zotune.journal import digest
 from zotune.methods import AUTO
+from zotune.replayed import Past
 from zotune.subspaces import LowRankCoordinate
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def save(optimizer: ZerothOrder) -> dict[str, Any]:
         "batched": optimizer.evaluations.batched,
         "general_path": [n for n, c in _by_name(optimizer).items() if isinstance(c, LowRankCoordinate) and not c.side_path],
         "rule": rule_others,
+        "shaping": dict(optimizer.shaping_state),
+        "past": [[past.step, list(past.coefficients)] for past in optimizer.past],
     }
     return {"state": tensors, "param_groups": groups, "zotune": run}
 
@@ -83,6 +86,8 @@ def restore(optimizer: ZerothOrder, state_dict: Mapping[str, Any]) -> None:
         optimizer.calibrator.step_size = StepSize.restored(run["step_size"])
     if optimizer.evaluations.batched is None:
         optimizer.evaluations.batched = run.get("batched")
+    optimizer.shaping_state = dict(run.get("shaping", {}))
+    optimizer.past = [Past(step, tuple(coefficients)) for step, coefficients in run.get("past", [])]
     optimizer._begun = optimizer.steps - 1
     optimizer.probe.distrust(run["general_path"])
     for name, coordinate in _by_name(optimizer).items():
