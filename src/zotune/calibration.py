@@ -33,10 +33,12 @@ import torch
 from torch import Tensor
 
 from zotune.coordinates import Offset
-from zotune.estimators import Estimator
+from zotune.estimators import ESTIMATORS, Estimator
 from zotune.evaluating import NonFiniteLossError
+from zotune.methods import Method
 from zotune.probe import Probe
-from zotune.rules import EMASGD, Rule
+from zotune.rules import EMASGD, Rule, Sign
+from zotune.shaping import FITNESS
 
 #: The values of ε that are tried; where climbing begins, and in well-behaved single precision goes on from.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -211,6 +213,9 @@ class StepSize:
 def rule_gain(rule: Rule, moment: float, directions: int) -> float:
     """What to multiply plain SGD's η by for another rule: 1 − β under momentum; Adam's step is η whatever the size of ĝ.
 
+    The sign of ĝ moves every number by η too, and for a noisy ĝ, whose numbers are normal with the variance M/K, has the mean √(2/π) ∇
+    over their standard deviation.
+
     Raises:
         ValueError: a rule of which that is not known.
     """
@@ -221,7 +226,36 @@ def rule_gain(rule: Rule, moment: float, directions: int) -> float:
         return (1 - rule.options.get("momentum", 0.0)) / (1 - rule.options.get("dampening", 0.0))
     if names & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop"}:
         return math.sqrt(moment / directions)
-    raise ValueError(f"learning rate 'auto' is not known for the update rule {rule.cls.__name__}; give a number, or use SGD or Adam.")
+    if rule.cls is Sign:
+        return math.sqrt(2 / math.pi * moment / directions)
+    raise ValueError(
+        f"learning rate 'auto' is not known for the update rule {rule.cls.__name__}; give a number, or use a method on SGD or Adam."
+    )
+
+
+def gain(method: Method, rule: Rule, moment: float, directions: int, eps: float) -> float:
+    """What to multiply plain SGD's η by for a method, of coefficients with the mean square ``moment`` over K directions.
+
+    Raises:
+        ValueError: its update rule is one of which that is not known.
+    """
+    if method.replayed is not None:
+        return method.replayed.gain(moment, directions)
+    fitness = FITNESS[method.fitness]
+    if fitness is not None or method.shaping is not None:  # from here on M is that of other coefficients, 1 or so
+        scale = fitness.gain(moment) if fitness is not None else 1.0
+        scale *= method.shaping.gain(moment, directions, eps) if method.shaping is not None else 1.0
+        return scale * rule_gain(rule, 1.0, 1)
+    return rule_gain(rule, moment, directions)
+
+
+def measurable(method: Method) -> bool:
+    """Whether ``lr="auto"`` is known for a method."""
+    try:
+        gain(method, Rule(method.rule, method.rule_args), 1.0, 1, 1.0)
+    except ValueError:
+        return False
+    return True
 
 
 class Calibrator:
@@ -229,8 +263,7 @@ class Calibrator:
 
     Args:
         probe: evaluates the model.
-        estimator, rule: the method's.
-        own: whether every example, or part of the batch, has directions of its own.
+        method, rule: what is calibrated.
         lr_scale: what low-rank coordinates multiply a learning rate by.
         chooses_eps, chooses_lr: what is to be chosen.
 
@@ -238,12 +271,11 @@ class Calibrator:
         ValueError: a learning rate is to be chosen for a rule of which no scale is known.
     """
 
-    def __init__(
-        self, probe: Probe, estimator: Estimator, rule: Rule, own: bool, lr_scale: float, chooses_eps: bool, chooses_lr: bool
-    ) -> None:
+    def __init__(self, probe: Probe, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool) -> None:
         if chooses_lr:
-            rule_gain(rule, 1.0, 1)
-        self.probe, self.estimator, self.rule, self.own, self.lr_scale = probe, estimator, rule, own, lr_scale
+            gain(method, rule, 1.0, 1, 1.0)
+        self.probe, self.method, self.rule, self.lr_scale = probe, method, rule, lr_scale
+        self.estimator, self.own = ESTIMATORS[method.estimator], method.groups is not None
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
         self.step_size = StepSize()
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
@@ -268,10 +300,10 @@ class Calibrator:
                 self.step_size.moment.add(float(each.square().mean()) if self.own else float(each.mean()) ** 2)
         self.probe.forget_directions()
 
-    def rate(self, directions: int, examples: int) -> float:
+    def rate(self, directions: int, examples: int, eps: float) -> float:
         """η for the next step, of K directions on N examples."""
         plain = self.step_size.rate(directions, examples)
-        return plain * rule_gain(self.rule, self.step_size.moment.mean, directions) / self.lr_scale
+        return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:
         def at(scale: float, direction: int) -> Tensor:
