@@ -83,7 +83,9 @@ class ByDeviation:
 class ByRootMeanSquare:
     """c′ = c / (√v̂ + ζ), v an average of squared coefficients: Adam's second moment as one number (MEAZO, 2605.03869).
 
-    g = mean of the c_k,   v ← β v + (1 − β) g²,   v̂ = v / (1 − βᵗ)
+    v ← β v + (1 − β) Σ c_k² / K²,   v̂ = v / (1 − βᵗ)
+
+    Σ c_k² / K² is what the square of the mean of the c_k, which the paper takes, is on average for K directions; it cannot vanish.
     """
 
     beta: float = 0.999
@@ -99,8 +101,8 @@ class ByRootMeanSquare:
 
     def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
         kept = [c for c, bad in zip(coefficients, skipped, strict=True) if not bad]
-        mean = math.fsum(kept) / len(kept)
-        state["v"] = self.beta * state.get("v", 0.0) + (1 - self.beta) * mean * mean
+        square = math.fsum(c * c for c in kept) / len(kept) ** 2
+        state["v"] = self.beta * state.get("v", 0.0) + (1 - self.beta) * square
         state["t"] = state.get("t", 0) + 1
         root = math.sqrt(state["v"] / (1 - self.beta ** state["t"])) + self.zeta
         return [c / root for c in coefficients]

@@ -114,9 +114,11 @@ def meazo(
 ) -> Method:
     """MEAZO: one number as the second moment of all weights (2605.03869).
 
-    g = (1/K) Σ c_k,   v ← β v + (1 − β) g²,   θ ← θ − η ĝ / (√v̂ + 1e-8),   v̂ = v / (1 − βᵗ)
+    v ← β v + (1 − β) Σ c_k² / K²,   θ ← θ − η ĝ / (√v̂ + 1e-8),   v̂ = v / (1 − βᵗ)
 
     c is common to all weights, so that E[(cZ)²] is all but the same for each: Adam's effect for no memory. State: v and t.
+    For one direction this is the paper's. For K > 1 the paper has ((1/K) Σ c_k)² in place of Σ c_k² / K²: the same on average, but it may
+    come near 0 and make a first step of any length.
     """
     return Method(
         name="meazo",

@@ -80,7 +80,7 @@ def zo_jaguar(
 
     s_i ← sign(L(θ + τ1_i) − L(θ − τ1_i)) for one random row i,   θ ← θ − η s with all rows' signs, η = γτ
 
-    State: s, a signed byte a weight.
+    State: s, a signed byte a weight. A row moves as a whole, by ±η: what a change of its row sums cannot do is out of reach.
     """
     return Method(
         name="zo-jaguar",
@@ -93,4 +93,5 @@ def zo_jaguar(
         rule="PersistentSign",
         rule_state=0.25,
         estimates="descent",
+        reach="rows",
     )

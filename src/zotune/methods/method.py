@@ -46,6 +46,7 @@ class Method:
         conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and go where the loss is lowest.
         estimates: what the estimate that the rule is given is on average: the ``"gradient"`` itself (of the smoothed loss), a multiple
             of it (its ``"direction"``), or no more than a direction of ``"descent"``.
+        reach: ``"all"`` weights, or ``"rows"``: every row of a matrix moves as a whole, by one number.
         options: the recipe's keyword arguments, for headers and reports.
 
     Raises:
@@ -69,6 +70,7 @@ class Method:
     replayed: Replayed | None = None
     conservative: bool = False
     estimates: str = "gradient"
+    reach: str = "all"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ class Method:
         self._check_together()
 
     def _check_together(self) -> None:
-        assert self.estimates in ESTIMATES, self.estimates
+        assert self.estimates in ESTIMATES and self.reach in ("all", "rows"), (self.estimates, self.reach)
         shared = isinstance(self.num_directions, int)
         if self.fitness not in FITNESS:
             raise ValueError(f"unknown fitness {self.fitness!r}; choose one of {', '.join(FITNESS)}.")
