@@ -115,6 +115,8 @@ def test_rules_scale_the_rate():
     assert rule_gain(Rule("SGD", {"momentum": 0.9}), 4.0, 1) == pytest.approx(0.1)
     assert rule_gain(Rule("EMASGD", {"beta": 0.9}), 4.0, 1) == 1.0
     assert rule_gain(Rule("AdamW", {}), 4.0, 4) == 1.0
+    assert rule_gain(Rule("RMSprop", {"alpha": 0.96}), 4.0, 4) == 1.0
+    assert rule_gain(Rule("RMSprop", {"alpha": 0.96}), 4.0, 4, step=0) == pytest.approx(0.2)  # its first step is five times as long
     assert rule_gain(Rule("Sign", {}), 4.0, 4) == pytest.approx(math.sqrt(2 / math.pi))
     with pytest.raises(ValueError, match="not known for the update rule Rprop; give a number"):
         rule_gain(Rule("Rprop", {}), 4.0, 4)

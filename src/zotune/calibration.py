@@ -210,10 +210,10 @@ class StepSize:
         return cls(**{**state, **means})
 
 
-def rule_gain(rule: Rule, moment: float, directions: int) -> float:
+def rule_gain(rule: Rule, moment: float, directions: int, step: int = 1 << 20) -> float:
     """What to multiply plain SGD's η by for another rule: 1 − β under momentum; Adam's step is η whatever the size of ĝ.
 
-    The sign of ĝ moves every number by η too, and for a noisy ĝ, whose numbers are normal with the variance M/K, has the mean √(2/π) ∇
+    RMSprop's does not either, once its average, which starts at 0, has taken in enough of the ``step`` steps so far. The sign of ĝ moves every number by η too, and for a noisy ĝ, whose numbers are normal with the variance M/K, has the mean √(2/π) ∇
     over their standard deviation.
 
     Raises:
@@ -224,8 +224,10 @@ def rule_gain(rule: Rule, moment: float, directions: int) -> float:
         return 1.0
     if rule.cls is torch.optim.SGD:
         return (1 - rule.options.get("momentum", 0.0)) / (1 - rule.options.get("dampening", 0.0))
-    if names & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop"}:
+    if names & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax"}:
         return math.sqrt(moment / directions)
+    if rule.cls is torch.optim.RMSprop:
+        return math.sqrt(moment / directions * (1 - rule.options.get("alpha", 0.99) ** (step + 1)))
     if rule.cls is Sign:
         return math.sqrt(2 / math.pi * moment / directions)
     raise ValueError(
@@ -233,8 +235,8 @@ def rule_gain(rule: Rule, moment: float, directions: int) -> float:
     )
 
 
-def gain(method: Method, rule: Rule, moment: float, directions: int, eps: float) -> float:
-    """What to multiply plain SGD's η by for a method, of coefficients with the mean square ``moment`` over K directions.
+def gain(method: Method, rule: Rule, moment: float, directions: int, eps: float, step: int = 1 << 20) -> float:
+    """What to multiply plain SGD's η by in a method's step number ``step``, of coefficients with the mean square ``moment``, K directions.
 
     Raises:
         ValueError: its update rule is one of which that is not known.
@@ -245,8 +247,8 @@ def gain(method: Method, rule: Rule, moment: float, directions: int, eps: float)
     if fitness is not None or method.shaping is not None:  # from here on M is that of other coefficients, 1 or so
         scale = fitness.gain(moment) if fitness is not None else 1.0
         scale *= method.shaping.gain(moment, directions, eps) if method.shaping is not None else 1.0
-        return scale * rule_gain(rule, 1.0, 1)
-    return rule_gain(rule, moment, directions)
+        return scale * rule_gain(rule, 1.0, 1, step)
+    return rule_gain(rule, moment, directions, step)
 
 
 def measurable(method: Method) -> bool:
@@ -300,10 +302,10 @@ class Calibrator:
                 self.step_size.moment.add(float(each.square().mean()) if self.own else float(each.mean()) ** 2)
         self.probe.forget_directions()
 
-    def rate(self, directions: int, examples: int, eps: float) -> float:
-        """η for the next step, of K directions on N examples."""
+    def rate(self, directions: int, examples: int, eps: float, step: int) -> float:
+        """η for step ``step``, of K directions on N examples."""
         plain = self.step_size.rate(directions, examples)
-        return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps) / self.lr_scale
+        return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps, step) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:
         def at(scale: float, direction: int) -> Tensor:

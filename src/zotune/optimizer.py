@@ -221,7 +221,7 @@ class ZerothOrder(torch.optim.Optimizer):
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.calibrator is not None and self.calibrator.chooses_lr:
             self.calibrator.step_size.step(estimate.coefficients.tolist(), estimate.loss)
-            found = self.calibrator.rate(len(estimate.coefficients), examples, self.eps)
+            found = self.calibrator.rate(len(estimate.coefficients), examples, self.eps, self.steps)
             rates = [found * rate for rate in rates]
         return tuple(rates)
 

@@ -16,6 +16,7 @@ def methods(argv: Sequence[str]) -> int:
     if name is None:
         return 0
     from zotune import methods as registry
+    from zotune.calibration import measurable
 
     if name:
         recipe = registry.recipe(name)
@@ -26,6 +27,8 @@ def methods(argv: Sequence[str]) -> int:
         for option, default in registry.options(name).items():
             print(f"  {option:<16}{_plain(default)}")
         print(f"\nforward passes a step: {method.forwards_per_step}; memory beyond the weights: {method.extra_memory}")
+        if not measurable(method):
+            print("its learning rate cannot be measured: without --learning_rate it is the default above")
         return 0
     chosen = registry.recommended().name
     rows = []
