@@ -81,9 +81,7 @@ def test_a_step_is_its_equation(name):
     model, eps, lr, k = toys.classifier(), 1e-2, 1e-3, 5
     x, before = toys.batch(), copy.deepcopy(model)
     method = methods.get(name, eps=eps, num_directions=k)
-    directions = [
-        {n: Directions(method.direction).draw(Key(0, 0, j, n), p.shape) for n, p in before.named_parameters()} for j in range(k)
-    ]
+    directions = [{n: Directions(method.direction).draw(Key(0, 0, j, n), p.shape) for n, p in before.named_parameters()} for j in range(k)]
 
     def loss(scale: float, j: int) -> torch.Tensor:
         moved = reference_step(copy.deepcopy(before), directions[j], -scale)

@@ -17,6 +17,7 @@ from zotune.methods.populations import es, es_ranks, fzoo
 from zotune.methods.registry import Recipe, get, names, options_of, recipe, register
 from zotune.methods.replayed import replayed_adam, replayed_momentum
 from zotune.methods.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
+from zotune.methods.svrg import mezo_svrg
 
 options = options_of
 
@@ -37,6 +38,7 @@ __all__ = [
     "mezo",
     "mezo_adam",
     "mezo_momentum",
+    "mezo_svrg",
     "names",
     "options",
     "options_of",
