@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 
 from zotune.coordinates import Offset
-from zotune.estimators import Estimator
+from zotune.estimators import ESTIMATORS, Estimator
 from zotune.evaluating import NonFiniteLossError
 from zotune.methods.method import Method
 from zotune.probe import Probe
-from zotune.rules import EMASGD, Rule
+from zotune.rules import EMASGD, Rule, Sign
+from zotune.shaping import FITNESS
 
 #: The values of ε that are tried; where climbing begins, and in well-behaved single precision goes on from.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -216,8 +217,12 @@ class StepSize:
         return cls(**{**state, **means})
 
 
-def rule_gain(rule: Rule, moment: float, directions: int) -> float:
+def rule_gain(rule: Rule, moment: float, directions: int, step: int = 1 << 20) -> float:
     """What to multiply plain SGD's η by for another rule: 1 − β under momentum; Adam's step is η whatever the size of ĝ.
+
+    RMSprop's does not either, once its average, which starts at 0, has taken in enough of the ``step`` steps so far. The sign of ĝ moves
+    every number by η too, and for a noisy ĝ, whose numbers are normal with the variance M/K, has the mean √(2/π) ∇ over their standard
+    deviation.
 
     Raises:
         ValueError: a rule of which that is not known.
@@ -227,9 +232,42 @@ def rule_gain(rule: Rule, moment: float, directions: int) -> float:
         return 1.0
     if rule.cls is torch.optim.SGD:
         return (1 - rule.options.get("momentum", 0.0)) / (1 - rule.options.get("dampening", 0.0))
-    if names & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop"}:
+    if names & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax"}:
         return math.sqrt(moment / directions)
-    raise ValueError(f"learning rate 'auto' is not known for the update rule {rule.cls.__name__}; give a number, or use SGD or Adam.")
+    if rule.cls is torch.optim.RMSprop:
+        return math.sqrt(moment / directions * (1 - rule.options.get("alpha", 0.99) ** (step + 1)))
+    if rule.cls is Sign:
+        return math.sqrt(2 / math.pi * moment / directions)
+    raise ValueError(
+        f"learning rate 'auto' is not known for the update rule {rule.cls.__name__}; give a number, or use a method on SGD or Adam."
+    )
+
+
+def gain(method: Method, rule: Rule, moment: float, directions: int, eps: float, step: int = 1 << 20) -> float:
+    """What to multiply plain SGD's η by in a method's step number ``step``, of coefficients with the mean square ``moment``, K directions.
+
+    Raises:
+        ValueError: its update rule is one of which that is not known.
+    """
+    if method.anchoring is not None:
+        raise ValueError(f"learning rate 'auto' is not known for {method.name}, which has two; give a number.")
+    if method.replayed is not None:
+        return method.replayed.gain(moment, directions)
+    fitness = FITNESS[method.fitness]
+    if fitness is not None or method.shaping is not None:  # from here on M is that of other coefficients, 1 or so
+        scale = fitness.gain(moment) if fitness is not None else 1.0
+        scale *= method.shaping.gain(moment, directions, eps) if method.shaping is not None else 1.0
+        return scale * rule_gain(rule, 1.0, 1, step)
+    return rule_gain(rule, moment, directions, step)
+
+
+def measurable(method: Method) -> bool:
+    """Whether ``lr="auto"`` is known for a method."""
+    try:
+        gain(method, Rule(method.rule, method.rule_args), 1.0, 1, 1.0)
+    except ValueError:
+        return False
+    return True
 
 
 class Calibrator:
@@ -237,8 +275,7 @@ class Calibrator:
 
     Args:
         probe: evaluates the model.
-        estimator, rule: the method's.
-        method: says which parts of a batch have directions of their own.
+        method, rule: what is calibrated.
         lr_scale: what low-rank coordinates multiply a learning rate by.
         chooses_eps, chooses_lr: what is to be chosen.
 
@@ -246,12 +283,11 @@ class Calibrator:
         ValueError: a learning rate is to be chosen for a rule of which no scale is known.
     """
 
-    def __init__(
-        self, probe: Probe, estimator: Estimator, rule: Rule, method: Method, lr_scale: float, chooses_eps: bool, chooses_lr: bool
-    ) -> None:
+    def __init__(self, probe: Probe, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool) -> None:
         if chooses_lr:
-            rule_gain(rule, 1.0, 1)
-        self.probe, self.estimator, self.rule, self.method, self.lr_scale = probe, estimator, rule, method, lr_scale
+            gain(method, rule, 1.0, 1, 1.0)
+        self.probe, self.method, self.rule, self.lr_scale = probe, method, rule, lr_scale
+        self.estimator = ESTIMATORS[method.estimator]
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
         self.step_size = StepSize()
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
@@ -277,10 +313,10 @@ class Calibrator:
                 self.step_size.moment.add(float(each.square().mean()) if self.method.own else float(each.mean()) ** 2)
         self.probe.forget_directions()
 
-    def rate(self, directions: int) -> float:
-        """η for the next step, of K directions."""
+    def rate(self, directions: int, eps: float, step: int) -> float:
+        """η for step ``step``, of K directions."""
         plain = self.step_size.rate(directions)
-        return plain * rule_gain(self.rule, self.step_size.moment.mean, directions) / self.lr_scale
+        return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps, step) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:
         def at(scale: float, direction: int) -> Tensor:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
 from zotune import methods
-from zotune.calibration import rule_gain
+from zotune.calibration import gain, measurable
 from zotune.evaluating import PROBES
 from zotune.rules import Rule
+
+logger = logging.getLogger(__name__)
+
+#: A learning rate that nobody has given: measured where that is known for the method, else the method's own.
+_NOT_GIVEN = "auto where known"
 
 _METHOD_FIELDS = (
     "eps",
@@ -62,7 +68,8 @@ class ZOConfig(TrainingArguments):
 
     Every field of `TrainingArguments` keeps its name and meaning; the defaults below differ. `learning_rate` and `eps`
     are measured (``"auto"``; see :mod:`zotune.calibration`) unless they are numbers; None takes the method's own (the
-    paper's), as it does for all other options of the method. Training lasts `max_steps` steps, 1000 when neither it nor
+    paper's), as it does for all other options of the method. Where nothing is given and the method's rate cannot be
+    measured (JAGUAR), it is the method's own too, and the log says so. Training lasts `max_steps` steps, 1000 when neither it nor
     `num_train_epochs` is given.
 
     Raises:
@@ -101,7 +108,8 @@ class ZOConfig(TrainingArguments):
     max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps in a row with a non-finite loss after which training stops."})
 
     learning_rate: float | str | None = field(
-        default=methods.AUTO, metadata={"help": "The learning rate, or auto: measured now and then, times the schedule."}
+        default=_NOT_GIVEN,
+        metadata={"help": "The learning rate, or auto: measured now and then, times the schedule (the default where it is known)."},
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "The schedule of the learning rate."})
     max_steps: int = field(default=-1, metadata={"help": "Steps to train; 1000 when num_train_epochs is not given either."})
@@ -149,10 +157,17 @@ class ZOConfig(TrainingArguments):
             if isinstance(value, str):
                 setattr(self, name, _parsed_json(name, value))
         recipe = self.zo_method()
+        if self.learning_rate == _NOT_GIVEN:
+            self.learning_rate = methods.AUTO if measurable(recipe) else recipe.lr
+            if self.learning_rate != methods.AUTO:
+                logger.warning(
+                    f"no learning rate was given, and for method {recipe.name!r} it cannot be measured: taking the method's own, "
+                    f"{recipe.lr:g}, which is for models of a billion parameters; small models want a far larger one (--learning_rate)."
+                )
         if self.learning_rate is None:
             self.learning_rate = recipe.lr
         if self.learning_rate == methods.AUTO:
-            rule_gain(Rule(recipe.rule, recipe.rule_args), 1.0, 1)  # refuses rules it knows no scale for
+            gain(recipe, Rule(recipe.rule, recipe.rule_args), 1.0, 1, 1.0)  # refuses rules it knows no scale for
         super().__post_init__()
         if self.world_size > 1:
             raise ValueError(
@@ -190,7 +205,7 @@ class ZOConfig(TrainingArguments):
             raise ValueError("logging_nan_inf_filter=True would hide diverged steps: leave it False, they are logged as skipped.")
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
-            if value not in (None, methods.AUTO) and not value >= lowest:
+            if value not in (None, methods.AUTO, _NOT_GIVEN) and not value >= lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}.")
         for name in ("eps", "num_train_epochs"):
             value = getattr(self, name)
@@ -217,7 +232,7 @@ _LOWEST = {
 
 
 def _number_or_auto(name: str, value: float | str | None) -> float | str | None:
-    if not isinstance(value, str) or value == methods.AUTO:
+    if not isinstance(value, str) or value in (methods.AUTO, _NOT_GIVEN):
         return value
     try:
         return float(value)

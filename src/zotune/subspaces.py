@@ -79,7 +79,7 @@ class FullCoordinate(Coordinate):
     def _perturb(self, directions: Directions, offset: Offset, flat: Tensor, out: Tensor, whole: slice, scale: float) -> None:
         """Write elements ``whole`` of the perturbed weight to ``out``."""
         key = offset.key(self.name)
-        kernel = moves_for(flat, self.residual)
+        kernel = moves_for(flat, self.residual) if directions.dense else None
         if kernel is not None and out.numel() == self.numel:
             kernel.perturb(directions, key, scale, flat, self.residual, out)
             return
@@ -143,7 +143,7 @@ class FullCoordinate(Coordinate):
             return
         keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
         moves = [(key, weight * directions.scale(key, self.numel, self.device)) for key, weight in keys]
-        kernel = moves_for(flat, self.residual)
+        kernel = moves_for(flat, self.residual) if directions.dense else None
         if kernel is not None and moves:
             for place, (key, scale) in enumerate(moves):
                 kernel.update(directions, key, scale, flat, self.residual, 1.0 if place else keep)

@@ -16,6 +16,7 @@ def methods(argv: Sequence[str]) -> int:
     if name is None:
         return 0
     from zotune import methods as registry
+    from zotune.calibration import measurable
 
     if name:
         recipe = registry.recipe(name)
@@ -26,6 +27,8 @@ def methods(argv: Sequence[str]) -> int:
         for option, default in registry.options(name).items():
             print(f"  {option:<16}{_plain(default)}")
         print(f"\nforward passes a step: {method.forwards_per_step}; memory beyond the weights: {method.extra_memory}")
+        if not measurable(method):
+            print("its learning rate cannot be measured: without --learning_rate it is the default above")
         return 0
     chosen = registry.recommended().name
     rows = []
@@ -40,13 +43,12 @@ def methods(argv: Sequence[str]) -> int:
                 method.extra_memory,
                 f"{method.lr:g}",
                 f"{method.eps:g}",
-                ", ".join(o for o in registry.options(each) if o not in ("lr", "eps")),
             )
         )
-    print(wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "eps", "options"), rows))
+    print(wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "eps"), rows))
     print("* the default of `zotune train`. W: the weights that move; r: rank; m, n: sides of a matrix.")
     print("The learning rates are the papers', for models of a billion parameters and more; small models want far larger ones.")
-    print("`zotune methods NAME` describes one.")
+    print("`zotune methods NAME` describes one, with its options.")
     return 0
 
 

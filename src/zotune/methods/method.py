@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 
-from zotune.directions import Directions
+from zotune import chosen
+from zotune.anchoring import Anchoring
 from zotune.estimators import ESTIMATORS
+from zotune.replayed import Replayed
 from zotune.rules import Rule
+from zotune.shaping import FITNESS, ByDeviation, Shaping
 from zotune.subspaces import Full, Subspace
 
 #: For a learning rate or ε that is measured instead of given.
 AUTO = "auto"
+#: What a method's estimate may be of the gradient.
+ESTIMATES = ("gradient", "direction", "descent")
 
 #: Spellings of ``num_directions`` that give parts of a batch directions of their own.
 OWN = ("example", "sets:S", "groups:G")
@@ -39,7 +44,15 @@ class Method:
         estimator: ``"central"`` or ``"forward"``.
         rule: name or class of a torch optimiser, or one of ``rules``.
         rule_args: its keyword arguments besides lr.
-        rule_state: numbers the rule keeps for each coordinate.
+        rule_state: float32 numbers the rule keeps for each coordinate.
+        fitness: what the points of a step are compared by: ``"loss"``, ``"z-score"`` or ``"ranks"`` (see ``shaping``).
+        shaping: what coefficients go through before the rule; None: nothing.
+        replayed: moments made of the last steps' coefficients, in place of the rule.
+        anchoring: steps relative to an anchor, of plain SGD.
+        conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and go where the loss is lowest.
+        estimates: what the estimate that the rule is given is on average: the ``"gradient"`` itself (of the smoothed loss), a multiple
+            of it (its ``"direction"``), or no more than a direction of ``"descent"``.
+        reach: ``"all"`` weights, or ``"rows"``: every row of a matrix moves as a whole, by one number.
         options: the recipe's keyword arguments, for headers and reports.
 
     Raises:
@@ -58,6 +71,13 @@ class Method:
     rule: str | type[torch.optim.Optimizer] = "SGD"
     rule_args: dict[str, Any] = field(default_factory=dict)
     rule_state: float = 0
+    fitness: str = "loss"
+    shaping: Shaping | None = None
+    replayed: Replayed | None = None
+    anchoring: Anchoring | None = None
+    conservative: bool = False
+    estimates: str = "gradient"
+    reach: str = "all"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,8 +92,27 @@ class Method:
             )
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
-        Directions(self.direction)
+        chosen.directions(self.direction, {})
         Rule(self.rule, self.rule_args)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        assert self.estimates in ESTIMATES and self.reach in ("all", "rows"), (self.estimates, self.reach)
+        shared = isinstance(self.num_directions, int)
+        if self.fitness not in FITNESS:
+            raise ValueError(f"unknown fitness {self.fitness!r}; choose one of {', '.join(FITNESS)}.")
+        if self.fitness != "loss" and not (shared and self.estimator == "central"):
+            raise ValueError(
+                "fitness compares pairs of points on the same examples: set num_directions to a number, estimator to 'central'."
+            )
+        if isinstance(self.shaping, ByDeviation) and self.num_directions == 1:
+            raise ValueError(f"{self.name} divides by the deviation of its directions' losses: set num_directions to at least 2.")
+        if self.conservative and self.num_directions != 1:
+            raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1.")
+        if self.anchoring and not shared:
+            raise ValueError(f"{self.name} looks along the same directions at two points: set num_directions to a number.")
+        if (self.replayed or self.conservative or self.anchoring) and not isinstance(self.subspace, Full):
+            raise ValueError(f"{self.name} moves weights in full space, not in a subspace.")
 
     @property
     def own(self) -> bool:
@@ -97,12 +136,25 @@ class Method:
         """K in a step of ``rows`` examples."""
         return self.num_directions if isinstance(self.num_directions, int) else self.parts(rows) * self.each
 
-    @property
-    def forwards_per_step(self) -> int:
-        """Evaluations of the batch a step makes."""
+    def forwards(self, step: int) -> int:
+        """Evaluations of the batch that step number ``step`` makes."""
         estimator = ESTIMATORS[self.estimator]
         count = self.num_directions if isinstance(self.num_directions, int) else self.each
-        return len(estimator.points(count))
+        twice = self.anchoring is not None and not self.anchoring.anchors(step)
+        return len(estimator.points(count)) * (2 if twice else 1) + (3 if self.conservative else 0)
+
+    @property
+    def forwards_per_step(self) -> int:
+        """:meth:`forwards` of a step, the most it can be."""
+        return self.forwards(-1)
+
+    @property
+    def numbers(self) -> int:
+        """Single numbers kept between steps, whatever the size of the model."""
+        past = self.replayed.history * (self.num_directions if isinstance(self.num_directions, int) else 1) if self.replayed else 0
+        if self.anchoring:
+            past += self.directions_of(0) + 1
+        return past + (self.shaping.numbers if self.shaping else 0)
 
     def state_bytes(self, shapes: Sequence[Sequence[int]], *, half: bool = False) -> int:
         """Bytes kept between steps beyond the weights, for trainable parameters of these shapes.
@@ -122,7 +174,8 @@ class Method:
         kept = self.rule_state
         if isinstance(self.subspace, Full):
             # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
-            return f"{f'{kept:g} × W' if kept else 'none'} (half precision: {2 * kept + 1:g} × W)"
+            numbers = f"{self.numbers} numbers" if self.numbers else "none"
+            return f"{f'{kept:g} × W' if kept else numbers} (half precision: {2 * kept + 1:g} × W)"
         factors = "Σ r·(m + n)"
         return factors if not kept else f"{factors} + r·m" if kept == 1 else f"{factors} + {kept:g}·r·m"
 
