@@ -229,7 +229,8 @@ def main() -> None:
     parser.add_argument("--template")
     parser.add_argument("--objective", choices=["lm", "choices", "similarity"], default="choices", help="similarity: for encoders")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
-    parser.add_argument("--lr", nargs="+", type=number_or_auto, required=True)
+    parser.add_argument("--lr", nargs="+", type=number_or_auto, default=["auto"])
+    parser.add_argument("--auto", nargs="*", default=[], help="methods that measure learning rate and eps and have no grid")
     parser.add_argument("--eps", nargs="+", type=number_or_auto, default=[1e-3])
     parser.add_argument("--options", type=json.loads, default={}, help='options per method, JSON: {"lozo": {"rank": 1}}')
     parser.add_argument("--steps", type=int, default=2000)
@@ -290,7 +291,8 @@ def main() -> None:
         }
 
     results = args.out / "results.jsonl"
-    grid = [cell(m, lr, eps, 0, HELD_OUT) for m, eps, lr in itertools.product(args.methods, args.eps, args.lr)]
+    tuned = [m for m in args.methods if m not in args.auto]
+    grid = [cell(m, lr, eps, 0, HELD_OUT) for m, eps, lr in itertools.product(tuned, args.eps, args.lr)]
     scored = sweep(grid, results, args.processes)
     lines = ["| method | η | ε | held-out accuracy | training loss |", "|---|---|---|---|---|"]
     best: dict[str, dict[str, Any]] = {}
@@ -300,7 +302,8 @@ def main() -> None:
         if c["method"] not in best or result["train_loss"] < best[c["method"]]["train_loss"]:
             best[c["method"]] = result
     if not args.grid_only:
-        finals_cells = [cell(m, best[m]["cell"]["lr"], best[m]["cell"]["eps"], s, "validation") for m in args.methods for s in args.seeds]
+        chosen = {m: (best[m]["cell"]["lr"], best[m]["cell"]["eps"]) if m in best else ("auto", "auto") for m in args.methods}
+        finals_cells = [cell(m, *chosen[m], s, "validation") for m in args.methods for s in args.seeds]
         finals_list = sweep(finals_cells, results, args.processes)
         finals = {m: [r for r in finals_list if r["cell"]["method"] == m] for m in args.methods}
         lines += [
