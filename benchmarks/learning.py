@@ -230,12 +230,14 @@ def main() -> None:
     parser.add_argument("--objective", choices=["lm", "choices", "similarity"], default="choices", help="similarity: for encoders")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
     parser.add_argument("--lr", nargs="+", type=number_or_auto, default=["auto"])
-    parser.add_argument("--auto", nargs="*", default=[], help="methods that measure learning rate and eps and have no grid")
+    parser.add_argument("--auto", nargs="*", default=[], help="methods that measure learning rate and eps: no grid, a linear schedule")
     parser.add_argument("--eps", nargs="+", type=number_or_auto, default=[1e-3])
     parser.add_argument("--options", type=json.loads, default={}, help='options per method, JSON: {"lozo": {"rank": 1}}')
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--final_steps", type=int, help="steps of the best cell's runs (default: --steps)")
-    parser.add_argument("--budget", type=json.loads, default={}, help='sequences of a run, in place of steps: {"lozo-e": 9600}')
+    parser.add_argument(
+        "--budget", type=json.loads, default={}, help='sequences of a run, in place of steps, and eval_steps: {"lozo-e": [9600, 10]}'
+    )
     parser.add_argument("--stratified", nargs="*", default=[], help="methods that take the examples in stratified order")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--eval_steps", type=int, default=200)
@@ -276,12 +278,13 @@ def main() -> None:
         steps = args.final_steps if args.final_steps and score != HELD_OUT else args.steps
         eval_steps = args.steps if score == HELD_OUT else args.eval_steps  # the grid looks at the end only
         # what was not asked for is left out, so that results of before it could be asked for still count
-        asked = {"stratified": method in args.stratified, "budget": args.budget.get(method)}
+        budget, looks = args.budget.get(method, (None, 0))
+        asked = {"stratified": method in args.stratified, "budget": budget, "schedule": method in args.auto and "linear"}
         return {
             **shared,
             **{name: value for name, value in asked.items() if value},
             "steps": steps,
-            "eval_steps": eval_steps,
+            "eval_steps": looks or eval_steps,
             "method": method,
             "lr": lr,
             "eps": eps,
