@@ -316,7 +316,7 @@ def test_activation_checkpointing_changes_no_result(name: str, tmp_path: Path) -
 
 
 def test_the_config_gives_a_rival_its_options(tmp_path: Path) -> None:
-    made = config(tmp_path, method="fo-adamw", adam_beta2=0.95, learning_rate="auto", max_grad_norm=1.0)
+    made = config(tmp_path, method="fo-adamw", adam_beta2=0.95, learning_rate=None, max_grad_norm=1.0)
     assert made.chosen_method() == first_order.fo_adamw(adam_beta2=0.95) and made.learning_rate == 5e-5
     assert config(tmp_path, method="galore", rank=8, interval=50).chosen_method() == first_order.galore(rank=8, interval=50)
     assert config(tmp_path, method="fo-sgd", momentum=0.5).chosen_method() == first_order.fo_sgd(momentum=0.5)
@@ -327,6 +327,7 @@ def test_the_config_gives_a_rival_its_options(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"method": "fo-adam"}, "unknown method 'fo-adam'; did you mean 'fo-adamw'"),
+        ({"method": "fo-sgd", "learning_rate": "auto"}, "is not measured: give a number"),
         ({"method": "fo-sgd", "rank": 3}, "method 'fo-sgd' has no option 'rank'"),
         ({"method": "fo-sgd", "eps": 1e-3}, "method 'fo-sgd' has no option 'eps'"),
         ({"method": "fo-sgd", "adam_beta1": 0.8}, "fo-sgd has no such option"),

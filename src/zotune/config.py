@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
 from zotune import catalogue, first_order, methods
-from zotune.calibration import rule_gain
+from zotune.calibration import gain, measurable
 from zotune.evaluating import PROBES
 from zotune.first_order import Rival
 from zotune.rules import Rule
+
+logger = logging.getLogger(__name__)
+
+#: A learning rate that nobody has given: measured where that is known for the method, else the method's own.
+_NOT_GIVEN = "auto where known"
 
 _METHOD_FIELDS = (
     "eps",
@@ -68,11 +74,12 @@ class ZOConfig(TrainingArguments):
 
     Every field of `TrainingArguments` keeps its name and meaning; the defaults below differ. `learning_rate` and `eps`
     are measured (``"auto"``; see :mod:`zotune.calibration`) unless they are numbers; None takes the method's own (the
-    paper's), as it does for all other options of the method. Training lasts `max_steps` steps, 1000 when neither it nor
+    paper's), as it does for all other options of the method. Where nothing is given and the method's rate cannot be
+    measured (JAGUAR), it is the method's own too, and the log says so. Training lasts `max_steps` steps, 1000 when neither it nor
     `num_train_epochs` is given.
 
-    `method` may also name a first-order rival (:mod:`zotune.first_order`): its learning rate is a number (the method's own for
-    ``"auto"``), and `max_grad_norm` and gradient checkpointing then mean what they mean to `transformers`.
+    `method` may also name a first-order rival (:mod:`zotune.first_order`): its learning rate is a number (the method's own when
+    not given), and `max_grad_norm` and gradient checkpointing then mean what they mean to `transformers`.
 
     Raises:
         ValueError: an unknown method, an option the method does not take, a value that makes no sense, or an option
@@ -91,7 +98,8 @@ class ZOConfig(TrainingArguments):
     num_directions: int | str | None = field(
         default=None,
         metadata={
-            "help": "Directions of a step: a number, all examples under each; example: each under its own (example:4: under 4); groups:G."
+            "help": "Directions of a step: a number, all examples under each; example: each under its own (example:4: under 4); sets:S, "
+            "groups:G: every S examples, or G parts of the batch."
         },
     )
     probe: str = field(
@@ -109,7 +117,8 @@ class ZOConfig(TrainingArguments):
     max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps in a row with a non-finite loss after which training stops."})
 
     learning_rate: float | str | None = field(
-        default=methods.AUTO, metadata={"help": "The learning rate, or auto: measured now and then, times the schedule."}
+        default=_NOT_GIVEN,
+        metadata={"help": "The learning rate, or auto: measured now and then, times the schedule (the default where it is known)."},
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "The schedule of the learning rate."})
     max_steps: int = field(default=-1, metadata={"help": "Steps to train; 1000 when num_train_epochs is not given either."})
@@ -118,6 +127,14 @@ class ZOConfig(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step (and micro-batch)."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a batch at evaluation."})
+    train_sampling_strategy: str = field(
+        default="stratified",
+        metadata={
+            "help": "Order of the training examples: stratified (random, every stretch with its share of each class, where there "
+            "are classes), random, sequential or group_by_length.",
+            "choices": ["stratified", "random", "sequential", "group_by_length"],
+        },
+    )
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "First-order methods clip gradients to this norm; 0: they do not. Must stay 0 for all others."}
     )
@@ -151,13 +168,7 @@ class ZOConfig(TrainingArguments):
             if isinstance(value, str):
                 setattr(self, name, _parsed_json(name, value))
         chosen = self.chosen_method()
-        if isinstance(chosen, Rival) and chosen.package is not None and importlib.util.find_spec(chosen.package) is None:
-            raise ModuleNotFoundError(f"{chosen.name} needs the package {chosen.package!r}: install it first.", name=chosen.package)
-        if self.learning_rate is None or (isinstance(chosen, Rival) and self.learning_rate == methods.AUTO):
-            self.learning_rate = chosen.lr or 0.0
-        if self.learning_rate == methods.AUTO:
-            assert isinstance(chosen, methods.Method)
-            rule_gain(Rule(chosen.rule, chosen.rule_args), 1.0, 1)  # refuses rules it knows no scale for
+        self._settle_learning_rate(chosen)
         super().__post_init__()
         if self.world_size > 1:
             raise ValueError(
@@ -170,8 +181,8 @@ class ZOConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
-    def chosen_method(self) -> methods.Method | Rival:
-        """The method these fields describe, zeroth-order or a rival.
+    def chosen_method(self, **options: Any) -> methods.Method | Rival:
+        """The method these fields describe, zeroth-order or a rival, some of its options replaced.
 
         Raises:
             ValueError: an unknown method, or an option or value it does not take.
@@ -188,18 +199,41 @@ class ZOConfig(TrainingArguments):
         twice = sorted(given.keys() & extra.keys())
         if twice:
             raise ValueError(f"{twice[0]} is given both as a field and in method_args: give it once.")
-        return catalogue.get(self.method, **given, **extra)
+        return catalogue.get(self.method, **{**given, **extra, **options})
 
-    def zo_method(self) -> methods.Method:
-        """The zeroth-order method these fields describe.
+    def zo_method(self, **options: Any) -> methods.Method:
+        """The zeroth-order method these fields describe, some of its options replaced.
 
         Raises:
             ValueError: an unknown method, one that is not zeroth-order, or an option or value it does not take.
         """
-        chosen = self.chosen_method()
+        chosen = self.chosen_method(**options)
         if isinstance(chosen, Rival):
             raise ValueError(f"{chosen.name} is not a zeroth-order method: there are {', '.join(methods.names())}.")
         return chosen
+
+    def _settle_learning_rate(self, chosen: methods.Method | Rival) -> None:
+        if isinstance(chosen, Rival):
+            if chosen.package is not None and importlib.util.find_spec(chosen.package) is None:
+                raise ModuleNotFoundError(f"{chosen.name} needs the package {chosen.package!r}: install it first.", name=chosen.package)
+            if self.learning_rate == methods.AUTO:
+                raise ValueError(
+                    f"the learning rate of {chosen.name} is not measured: give a number, or leave it out."
+                )
+            if self.learning_rate in (None, _NOT_GIVEN):
+                self.learning_rate = chosen.lr or 0.0
+            return
+        if self.learning_rate == _NOT_GIVEN:
+            self.learning_rate = methods.AUTO if measurable(chosen) else chosen.lr
+            if self.learning_rate != methods.AUTO:
+                logger.warning(
+                    f"no learning rate was given, and for method {chosen.name!r} it cannot be measured: taking the method's own, "
+                    f"{chosen.lr:g}, which is for models of a billion parameters; small models want a far larger one (--learning_rate)."
+                )
+        if self.learning_rate is None:
+            self.learning_rate = chosen.lr
+        if self.learning_rate == methods.AUTO:
+            gain(chosen, Rule(chosen.rule, chosen.rule_args), 1.0, 1, 1.0)  # refuses rules it knows no scale for
 
     def _check_settings(self) -> None:
         rival = catalogue.is_rival(self.method)
@@ -222,7 +256,7 @@ class ZOConfig(TrainingArguments):
             raise ValueError("logging_nan_inf_filter=True would hide diverged steps: leave it False, they are logged as skipped.")
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
-            if value not in (None, methods.AUTO) and not value >= lowest:
+            if value not in (None, methods.AUTO, _NOT_GIVEN) and not value >= lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {value}.")
         for name in ("eps", "num_train_epochs"):
             value = getattr(self, name)
@@ -252,7 +286,7 @@ _LOWEST = {
 
 
 def _number_or_auto(name: str, value: float | str | None) -> float | str | None:
-    if not isinstance(value, str) or value == methods.AUTO:
+    if not isinstance(value, str) or value in (methods.AUTO, _NOT_GIVEN):
         return value
     try:
         return float(value)

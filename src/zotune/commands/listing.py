@@ -33,15 +33,14 @@ def methods(argv: Sequence[str]) -> int:
                 method.extra_memory,
                 f"{method.lr:g}",
                 f"{method.eps:g}",
-                ", ".join(o for o in registry.options(each) if o not in ("lr", "eps")),
             )
         )
-    print(wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "eps", "options"), rows))
+    print(wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "eps"), rows))
     print("* the default of `zotune train`. W: the weights that move; r: rank; m, n: sides of a matrix.\n")
     print("To compare with, on the same data and in the same report (a backward pass counts as two forwards, float32 numbers are kept):")
     print(_rivals())
     print("The learning rates are the papers', for models of a billion parameters and more; small models want far larger ones.")
-    print("`zotune methods NAME` describes one.")
+    print("`zotune methods NAME` describes one, with its options.")
     return 0
 
 
@@ -60,6 +59,8 @@ def _rivals() -> str:
 
 def _describe_method(name: str) -> None:
     from zotune import catalogue
+    from zotune.calibration import measurable
+    from zotune.methods import Method
 
     method = catalogue.get(name)
     source = f"  (arXiv:{method.arxiv}, https://arxiv.org/abs/{method.arxiv})" if method.arxiv else ""
@@ -71,6 +72,8 @@ def _describe_method(name: str) -> None:
     for option, default in options.items():
         print(f"  {option:<16}{_plain(default)}")
     print(f"\nforward passes a step: {method.forwards_per_step}; memory beyond the weights: {method.extra_memory}")
+    if isinstance(method, Method) and not measurable(method):
+        print("its learning rate cannot be measured: without --learning_rate it is the default above")
 
 
 def tasks(argv: Sequence[str]) -> int:
