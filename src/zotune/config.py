@@ -217,9 +217,7 @@ class ZOConfig(TrainingArguments):
             if chosen.package is not None and importlib.util.find_spec(chosen.package) is None:
                 raise ModuleNotFoundError(f"{chosen.name} needs the package {chosen.package!r}: install it first.", name=chosen.package)
             if self.learning_rate == methods.AUTO:
-                raise ValueError(
-                    f"the learning rate of {chosen.name} is not measured: give a number, or leave it out."
-                )
+                raise ValueError(f"the learning rate of {chosen.name} is not measured: give a number, or leave it out.")
             if self.learning_rate in (None, _NOT_GIVEN):
                 self.learning_rate = chosen.lr or 0.0
             return
