@@ -313,7 +313,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_said(name, tmp_path):
     optimizer.step(lambda batch: toys.loss_function(model)(batch) * math.nan, toys.batch())
     assert all(optimizer.last.skipped) and not optimizer.last.coefficients.any()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-    assert [set(r.skipped) for r in optimizer.journal.records()] == [{False}] * 3 + [{True}]
+    assert [set(r.skipped) for r in optimizer.journal.records() if not isinstance(r, dict)] == [{False}] * 3 + [{True}]
     run(model, optimizer, 4, 6)
     assert not all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
@@ -339,13 +339,13 @@ def test_a_step_makes_the_forwards_that_are_declared(name):
         evaluated += len(batch[0])
         return toys.loss_function(model)(batch)
 
-    optimizer.step(counting, toys.batch())  # the first compares ways of evaluating
-    evaluated = 0
+    optimizer.step(counting, toys.batch())  # the first compares ways of evaluating, and may measure
+    evaluated, passes, sequences = 0, optimizer.forward_passes, optimizer.sequences_evaluated
     for _ in range(9):
         optimizer.step(counting, toys.batch())
     forwards = [method.forwards(step) for step in range(10)]
     assert evaluated == sum(forwards[1:]) * 8 and max(forwards) == method.forwards_per_step
-    assert optimizer.forward_passes == sum(forwards) and optimizer.sequences_evaluated == 8 * sum(forwards)
+    assert optimizer.forward_passes - passes == sum(forwards[1:]) and optimizer.sequences_evaluated - sequences == evaluated
 
 
 @every_method

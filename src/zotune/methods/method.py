@@ -22,6 +22,9 @@ AUTO = "auto"
 #: What a method's estimate may be of the gradient.
 ESTIMATES = ("gradient", "direction", "descent")
 
+#: Spellings of ``num_directions`` that give parts of a batch directions of their own.
+OWN = ("example", "sets:S", "groups:G")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -33,8 +36,9 @@ class Method:
         arxiv: id of the paper.
         lr: default learning rate η (the paper's, for models of a billion parameters; small models want far larger ones).
         eps: perturbation scale ε, or ``"auto"`` (see ``calibration``).
-        num_directions: K; ``"example"`` for a direction per example, ``"example:m"`` for m of them, ``"groups:G"`` for one per G-th part
-            of the batch.
+        num_directions: K, all examples of a step under each; or directions of their own: ``"example"`` for each example, ``"sets:S"``
+            for every S neighbouring ones, ``"groups:G"`` for G parts of the batch; ``"example:m"``, ``"sets:S:m"``, ``"groups:G:m"`` for m
+            directions in place of one.
         subspace: see ``subspaces``.
         direction: see ``directions`` and ``chosen``.
         estimator: ``"central"`` or ``"forward"``.
@@ -80,9 +84,11 @@ class Method:
         number = isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps > 0
         if not (number or self.eps == AUTO):
             raise ValueError(f"eps must be a positive number or 'auto', not {self.eps!r}.")
-        if not (self.groups is not None or (isinstance(self.num_directions, int) and self.num_directions >= 1)):
+        shared = isinstance(self.num_directions, int) and self.num_directions >= 1
+        if not (shared or _own_directions(self.num_directions)):
             raise ValueError(
-                f"num_directions must be a whole number of at least 1, 'example', 'example:m' or 'groups:G', not {self.num_directions!r}."
+                f"num_directions must be a whole number of at least 1, {' or '.join(map(repr, OWN))} (m directions each with :m behind), "
+                f"not {self.num_directions!r}."
             )
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
@@ -111,23 +117,26 @@ class Method:
             raise ValueError(f"{self.name} moves weights in full space, not in a subspace.")
 
     @property
-    def groups(self) -> float | None:
-        """Parts of a step's examples that have directions of their own: G, infinity for every example; None if directions are shared."""
-        parsed = _own_directions(self.num_directions)
-        return None if parsed is None else parsed[0]
+    def own(self) -> bool:
+        """Whether parts of a step's examples, or every example, have directions of their own."""
+        return isinstance(self.num_directions, str)
 
     @property
     def each(self) -> int:
         """Directions that each such part has."""
         parsed = _own_directions(self.num_directions)
-        return 1 if parsed is None else parsed[1]
+        return 1 if parsed is None else parsed[2]
+
+    def parts(self, rows: int) -> int:
+        """Parts of a step of ``rows`` examples that have directions of their own."""
+        parsed = _own_directions(self.num_directions)
+        assert parsed is not None
+        word, number, _ = parsed
+        return min(rows, number) if word == "groups" else max(1, rows // number)
 
     def directions_of(self, rows: int) -> int:
         """K in a step of ``rows`` examples."""
-        if isinstance(self.num_directions, int):
-            return self.num_directions
-        assert self.groups is not None
-        return int(min(rows, self.groups)) * self.each
+        return self.num_directions if isinstance(self.num_directions, int) else self.parts(rows) * self.each
 
     def forwards(self, step: int) -> int:
         """Evaluations of the batch that step number ``step`` makes."""
@@ -173,12 +182,14 @@ class Method:
         return factors if not kept else f"{factors} + r·m" if kept == 1 else f"{factors} + {kept:g}·r·m"
 
 
-def _own_directions(spelled: int | str) -> tuple[float, int] | None:
-    """(parts, directions each) of ``"example"``, ``"example:m"``, ``"groups:G"``; None for anything else."""
+def _own_directions(spelled: int | str) -> tuple[str, int, int] | None:
+    """("sets", S, m) or ("groups", G, m): a part for every S examples or G parts, m directions each; None for what is not spelled so."""
     if not isinstance(spelled, str):
         return None
-    word, colon, text = spelled.partition(":")
-    number = int(text) if text.isdecimal() else 0
-    if word == "example" and (number or not colon):
-        return math.inf, number or 1
-    return (number, 1) if word == "groups" and number else None
+    word, *texts = spelled.split(":")
+    numbers = [int(text) if text.isdecimal() else 0 for text in texts]
+    if word == "example":
+        word, numbers = "sets", [1, *numbers]
+    if word not in ("sets", "groups") or not all(numbers) or len(numbers) not in (1, 2):
+        return None
+    return word, numbers[0], numbers[1] if len(numbers) == 2 else 1
