@@ -6,9 +6,7 @@ import dataclasses
 
 from transformers import TrainingArguments
 
-from zotune import first_order
 from zotune.config import ZOConfig
-from zotune.methods import names as method_names
 from zotune.methods import recommended
 from zotune.schemes import Scheme
 
@@ -40,8 +38,8 @@ def groups() -> dict[str, dict[str, str]]:
         "task": "",
         "data_dir": "",
         "output_dir": "folder of the run: model, journal, checkpoints, summary.json, curve.png",
-        "method": f"one of {', '.join(method_names())}; to compare with: {', '.join(first_order.names())}",
-        "learning_rate": "a number, or auto (the default): measured now and then from a few losses",
+        "method": f"one of those that `zotune methods` lists (default {recommended().name})",
+        "learning_rate": "a number, or auto (the default where it is known): measured now and then from a few losses",
         "eps": "size of the perturbation, or auto (the default): measured on the first batch",
         "max_steps": "training steps (default 1000)",
         "per_device_train_batch_size": "examples a step",

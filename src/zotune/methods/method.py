@@ -40,7 +40,7 @@ class Method:
             for every S neighbouring ones, ``"groups:G"`` for G parts of the batch; ``"example:m"``, ``"sets:S:m"``, ``"groups:G:m"`` for m
             directions in place of one.
         subspace: see ``subspaces``.
-        direction: see ``directions``.
+        direction: see ``directions`` and ``chosen``.
         estimator: ``"central"`` or ``"forward"``.
         rule: name or class of a torch optimiser, or one of ``rules``.
         rule_args: its keyword arguments besides lr.
@@ -111,6 +111,8 @@ class Method:
             raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1.")
         if self.anchoring and not shared:
             raise ValueError(f"{self.name} looks along the same directions at two points: set num_directions to a number.")
+        if (self.replayed or self.anchoring) and not Rule(self.rule, self.rule_args).plain:
+            raise ValueError(f"{self.name} is an update of its own; leave the rule at SGD.")
         if (self.replayed or self.conservative or self.anchoring) and not isinstance(self.subspace, Full):
             raise ValueError(f"{self.name} moves weights in full space, not in a subspace.")
 
