@@ -186,7 +186,7 @@ def test_the_last_batch_may_be_smaller():
         assert len(optimizer.last.coefficients) == directions
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", ["mezo", "mezo-adam", "mezo-momentum", "lozo", "lozo-m", "lozo-e"])
 def test_learns(name):
     rate = {"mezo": 3e-2, "mezo-momentum": 3e-3, "mezo-adam": 1e-2}.get(name, 3e-2)
     model = toys.classifier()
@@ -199,8 +199,8 @@ def test_learns(name):
     ("call", "message"),
     [
         (lambda m: ZerothOrder(nn.Linear(80, 70), methods.mezo(num_directions="example")), "moves in full space; use a low-rank method"),
-        (lambda m: methods.lozo(num_directions="examples"), "'example:m' or 'groups:G', not 'examples'"),
-        (lambda m: methods.lozo(num_directions="groups:0"), "'example:m' or 'groups:G', not 'groups:0'"),
+        (lambda m: methods.lozo(num_directions="examples"), "m directions each with :m behind.*, not 'examples'"),
+        (lambda m: methods.lozo(num_directions="groups:0"), "m directions each with :m behind.*, not 'groups:0'"),
         (
             lambda m: ZerothOrder(m, methods.lozo(num_directions="example")).step(lambda b: toys.loss_function(m)(b).mean(), toys.batch()),
             "needs one loss per example, and the loss function returned shape",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import toys
 from zotune import ZerothOrder, methods
 from zotune.directions import Directions, Key
-from zotune.rules import EMASGD, FIRST_MOMENTS, Rule, resolve
+from zotune.rules import EMASGD, FIRST_MOMENTS, OWN_RULES, Rule, resolve
 from zotune.subspaces import Coordinate
 
 RULES = [
@@ -22,26 +23,93 @@ RULES = [
     ("Adagrad", {}),
     ("EMASGD", {"beta": 0.7}),
     ("Lion", {}),
+    ("Prodigy", {}),
 ]
 
 
 @pytest.mark.parametrize(("rule", "options"), RULES)
 def test_a_rule_does_what_its_optimizer_does_with_the_same_estimates(rule, options):
-    if rule == "Lion":
+    if rule in ("Lion", "Prodigy"):
         pytest.importorskip("pytorch_optimizer")
     model, x = toys.classifier(), toys.batch()
     reference = copy.deepcopy(model)
     optimizer = ZerothOrder(model, methods.mezo(rule=rule, rule_args=options), lr=1e-2)
-    expected = resolve(rule)(reference.parameters(), lr=1e-2, **options)
+    each = [resolve(rule)([p], lr=1e-2, **options) for p in reference.parameters()]
     directions = Directions("gaussian")
     for step in range(5):
         optimizer.step(toys.loss_function(model), x)
         c = float(optimizer.last.coefficients[0])
         for name, parameter in reference.named_parameters():
             parameter.grad = c * directions.draw(Key(0, step, 0, name), parameter.shape)
-        expected.step()
+        for expected in each:
+            expected.step()
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def trained(rule: str, cut: int | None = None, steps: int = 7) -> nn.Module:
+    """The toy after some steps of a rule, in one run, or in two with state dicts between them."""
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, methods.mezo(rule=rule), lr=1e-3)
+    for step in range(steps):
+        if step == cut:
+            weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+            json.dumps(state["zotune"])
+            model = toys.classifier()
+            model.load_state_dict(weights)
+            optimizer = ZerothOrder(model, methods.mezo(rule=rule), lr=1e-3)
+            optimizer.load_state_dict(state)
+        optimizer.step(toys.loss_function(model), toys.batch(seed=step))
+    return model
+
+
+TORCH = [n for n, v in vars(torch.optim).items() if isinstance(v, type) and n not in ("Optimizer", "LBFGS", "SparseAdam")]
+
+
+@pytest.mark.parametrize("rule", [*OWN_RULES, *TORCH, "Lion", "AdamP", "Prodigy", "Adan", "SpectralSphere"])
+def test_any_class_that_is_let_in_resumes_bit_for_bit(rule):
+    if rule not in OWN_RULES and rule not in TORCH:
+        pytest.importorskip("pytorch_optimizer")
+    straight, halves = trained(rule), trained(rule, cut=4)
+    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), halves.state_dict().values(), strict=True))
+    assert not torch.equal(straight[1].weight, toys.classifier()[1].weight)
+
+
+def test_a_rule_for_matrices_leaves_the_rest_to_adamw_at_the_same_rate():
+    model = toys.classifier()
+    before = copy.deepcopy(model)
+    optimizer = ZerothOrder(model, methods.mezo(rule="Muon"), lr=1e-2)
+    assert optimizer.rule.matrices_only
+    optimizer.step(toys.loss_function(model), toys.batch())
+    c = float(optimizer.last.coefficients[0])
+    for name, parameter in before.named_parameters():
+        cls, options = (torch.optim.Muon, {"weight_decay": 0.0}) if parameter.dim() == 2 else (torch.optim.AdamW, {"weight_decay": 0.0})
+        parameter.grad = c * Directions("gaussian").draw(Key(0, 0, 0, name), parameter.shape)
+        cls([parameter], lr=1e-2, **options).step()
+        assert torch.allclose(dict(model.named_parameters())[name], parameter, atol=1e-6), name
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.9])
+def test_r_adazo_is_its_equation(beta2):
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = resolve("RAdaZO")([p], lr=0.5, betas=(0.75, beta2), zeta=1e-6)
+    m = v = 0.0
+    value = 1.0
+    for grad in (1.0, -3.0, 2.0):
+        p.grad = torch.tensor([grad])
+        optimizer.step()
+        m = 0.75 * m + 0.25 * grad
+        v = beta2 * v + (1 - beta2) * m * m
+        value -= 0.5 * m / (v + 1e-6) ** 0.5
+    assert float(p.detach()) == pytest.approx(value, rel=1e-5)
+
+
+def test_sign_moves_every_number_by_the_rate_after_its_decay():
+    p = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = resolve("Sign")([p], lr=0.5, weight_decay=0.1)
+    p.grad = torch.tensor([1e-9, -5.0, 0.0])
+    optimizer.step()
+    assert torch.allclose(p.detach(), torch.tensor([0.95 - 0.5, -1.9 + 0.5, 2.85]))
 
 
 def test_a_class_is_as_good_as_a_name():
@@ -124,8 +192,16 @@ def test_weight_decay_means_what_it_means_to_the_optimizer_and_spares_vectors(ru
         ("Adamm", {}, "did you mean 'Adam'"),
         ("Adam", {"beta": 0.9}, "does not take the options"),
         (nn.Linear, {}, "must be a torch.optim.Optimizer class"),
+        ("LBFGS", {}, "LBFGS cannot be an update rule here: a step on an estimate alone fails"),
+        ("SparseAdam", {}, "SparseAdam cannot be an update rule here: a step on an estimate alone fails"),
+        ("ScheduleFreeAdamW", {}, "it trains other weights than it evaluates"),
+        ("SOAP", {}, "it keeps a state that cannot be saved and restored exactly"),
+        ("AdamMini", {}, "it does not take a list of parameters"),
+        ("AdaHessian", {}, "a step on an estimate alone fails"),
     ],
 )
 def test_bad_rules_are_refused(rule, options, message):
+    if rule in ("ScheduleFreeAdamW", "SOAP", "AdamMini", "AdaHessian"):
+        pytest.importorskip("pytorch_optimizer")
     with pytest.raises(ValueError, match=message):
         methods.mezo(rule=rule, rule_args=options)

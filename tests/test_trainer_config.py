@@ -25,6 +25,18 @@ def test_rate_and_eps_are_measured_unless_they_are_given(tmp_path: Path) -> None
     assert config(tmp_path, learning_rate="1e-3", eps="0.01").zo_method().eps == 0.01
 
 
+def test_a_rate_that_nobody_gives_and_nobody_can_measure_is_the_methods_own_and_that_is_said(tmp_path: Path, caplog) -> None:
+    made = config(tmp_path, method="jaguar-sign")
+    assert made.learning_rate == zotune.methods.jaguar_sign().lr
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "no learning rate was given, and for method 'jaguar-sign' it cannot be measured"
+    ]
+    caplog.clear()
+    assert config(tmp_path, method="fzoo").learning_rate == "auto" and not caplog.records
+    with pytest.raises(ValueError, match="'auto' is not known for the update rule JaguarSign"):
+        config(tmp_path, method="jaguar-sign", learning_rate="auto")
+
+
 @pytest.mark.parametrize("method", zotune.methods.names())
 def test_options_left_out_are_the_methods_own(method: str, tmp_path: Path) -> None:
     made = config(tmp_path, method=method, eps=None, learning_rate=None)
@@ -72,9 +84,9 @@ def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Pa
         ({"eps": 0.0}, "eps must be positive, got 0.0"),
         ({"eps": float("nan")}, "eps must be positive, got nan"),
         ({"probe": "batch"}, "unknown probe 'batch'"),
-        ({"num_directions": "exmaple"}, "'example:m' or 'groups:G', not 'exmaple'"),
+        ({"num_directions": "exmaple"}, "m directions each with :m behind), not 'exmaple'"),
         ({"learning_rate": "automatic"}, "learning_rate must be a number or 'auto', got 'automatic'"),
-        ({"method": "mezo", "rule": "Rprop"}, "'auto' is not known for the update rule Rprop; give a number"),
+        ({"method": "mezo", "rule": "Rprop", "learning_rate": "auto"}, "'auto' is not known for the update rule Rprop; give a number"),
         ({"num_directions": 0}, "num_directions must be a whole number of at least 1"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"interval": 0}, "interval must be at least 1, got 0"),

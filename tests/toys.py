@@ -80,3 +80,15 @@ def transformer_loss(model: nn.Module):
 
 def tokens(size: int = 3, length: int = 7) -> Tensor:
     return torch.randint(4, 60, (size, length), generator=torch.Generator().manual_seed(1))
+
+
+#: Options that make a method's slow clocks tick within a short test.
+SHORT: dict[str, Any] = {"interval": 7, "history": 3, "choice": "block:2x2", "anchor_batches": 2, "anchor_ratio": 1.0}
+
+
+def method(name: str, **options: Any):
+    """A method with the options among :data:`SHORT` and ``options`` that it takes."""
+    from zotune import methods
+
+    known = methods.options(name)
+    return methods.get(name, **{option: value for option, value in (SHORT | options).items() if option in known})

@@ -200,6 +200,8 @@ class Directions:
     """
 
     KINDS = ("gaussian", "rademacher", "sphere")
+    #: Whether kernels that draw every number for themselves may stand in.
+    dense = True
 
     def __init__(self, kind: str = "gaussian") -> None:
         if kind not in self.KINDS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import methods, run_state
+from zotune import chosen, layer_scales, methods, run_state
+from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
-from zotune.directions import Directions
 from zotune.estimators import ESTIMATORS, Estimate
-from zotune.evaluating import Evaluations, LossFunction, NonFiniteLossError, evaluation
+from zotune.evaluating import Evaluations, Losses, LossFunction, NonFiniteLossError, evaluation
 from zotune.journal import Journal, Record, StepRecord
 from zotune.methods import AUTO, Method
 from zotune.neighbours import Neighbours, together
 from zotune.probe import Probe
+from zotune.replayed import Past
 from zotune.rules import Rule
-from zotune.subspaces import LowRankCoordinate
+from zotune.shaping import FITNESS, State
+from zotune.stacking import batch_rows, take
+from zotune.subspaces import LowRank, LowRankCoordinate
 
 _NO_BATCH: Any = object()
 
@@ -39,6 +42,7 @@ class StepReport:
         gap_noise: its standard error over the batch's examples; None for scalar losses.
         skipped: per direction, whether a loss was not finite.
         lr: learning rate of each parameter group.
+        terms: the steps whose directions, with these coefficients, the step's estimate was made of; as a rule itself alone.
     """
 
     step: int
@@ -48,6 +52,7 @@ class StepReport:
     gap_noise: float | None
     skipped: tuple[bool, ...]
     lr: tuple[float, ...]
+    terms: tuple[Past, ...] = ()
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -108,11 +113,16 @@ class ZerothOrder(torch.optim.Optimizer):
         self.model = model
         self.seed = int(seed)
         self.max_nonfinite_steps = max_nonfinite_steps
-        self.directions = Directions(self.method.direction)
         self.estimator = ESTIMATORS[self.method.estimator]
         self.rule = Rule(self.method.rule, self.method.rule_args)
         super().__init__(_groups(model, params, weight_decay), {"lr": lr, "weight_decay": 0.0})
         self.coordinates = self._coordinates()
+        self.layers = self._layers()
+        self.directions = chosen.directions(self.method.direction, {c.name: c.shape for group in self.coordinates for c in group})
+        self.shaping_state: State = {}
+        self.past: list[Past] = []
+        self.anchor = Anchor(self.method.anchoring) if self.method.anchoring else None
+        self._terms: tuple[Past, ...] = ()
         self.eps: float = math.nan if isinstance(self.method.eps, str) else self.method.eps
         self.probe = Probe(model, [c for group in self.coordinates for c in group], self.directions)
         try:
@@ -147,11 +157,16 @@ class ZerothOrder(torch.optim.Optimizer):
             groups.append(coordinates)
         return groups
 
+    def _layers(self) -> list[list[LowRankCoordinate]]:
+        subspace = self.method.subspace
+        if not (isinstance(subspace, LowRank) and subspace.layer_scales):
+            return []
+        return layer_scales.layers([c for group in self.coordinates for c in group if isinstance(c, LowRankCoordinate)])
+
     def _calibrator(self, measured: bool) -> Calibrator:
         coordinates = self.probe.coordinates
         scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
-        own = self.method.groups is not None
-        return Calibrator(self.probe, self.estimator, self.rule, own, scale, math.isnan(self.eps), measured)
+        return Calibrator(self.probe, self.method, self.rule, scale, math.isnan(self.eps), measured)
 
     # -- a step ---------------------------------------------------------------------------------------------------------------------
 
@@ -178,18 +193,29 @@ class ZerothOrder(torch.optim.Optimizer):
             self._choose_eps(evaluation(loss_fn, parts), step)
         if not self._prepared:
             self._prepare(evaluation(loss_fn, parts), step)
+        if self.layers and layer_scales.due(step, self.layers[0][0].interval):
+            self._scale_layers(loss_fn, parts, step)
         if self.calibrator is not None:
             self._measure(evaluation(loss_fn, parts), step)
-        known = self.evaluations.batched
-        losses = self.evaluations.gather(loss_fn, parts, self.seed, step)
-        if self.evaluations.batched != known and self.journal is not None:
-            self.journal.append({"event": "probe", "batched": self.evaluations.batched})
-        self.forward_passes += self.method.forwards_per_step
+        at = step if self.anchor is None else self.anchor.anchoring.key_step(step)
+        losses = self._gather(loss_fn, parts, at)
+        self.forward_passes += self.method.forwards(step)
         self.sequences_evaluated += losses.evaluated
         estimate = losses.estimate(self.estimator, self.eps)
+        rates = self._rates(estimate)
+        fitness = FITNESS[self.method.fitness]
+        if fitness is not None:
+            means = losses.values.double().mean(dim=1).cpu()
+            estimate = estimate._replace(coefficients=fitness.coefficients(means[0::2], means[1::2]))
+        if self.anchor is not None and not self.anchor.anchoring.anchors(step):
+            evaluate = evaluation(loss_fn, parts)
+            estimate, evaluated = self.anchor.difference(estimate, self.probe, self.estimator, evaluate, self.eps, self.seed, step)
+            self.sequences_evaluated += evaluated
+        if self.method.conservative:
+            estimate = self._lowest(estimate, rates, evaluation(loss_fn, parts), step)
         record = StepRecord(
             step=step,
-            lrs=self._rates(estimate, losses.values.shape[1]),
+            lrs=rates,
             loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
             coefficients=tuple(estimate.coefficients.tolist()),
             skipped=estimate.skipped,
@@ -205,6 +231,7 @@ class ZerothOrder(torch.optim.Optimizer):
             estimate.gap_noise,
             estimate.skipped,
             record.lrs,
+            self._terms,
         )
         if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteLossError(
@@ -213,13 +240,35 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         return torch.tensor(record.loss)
 
-    def _rates(self, estimate: Estimate, examples: int) -> tuple[float, ...]:
+    def _rates(self, estimate: Estimate) -> tuple[float, ...]:
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.calibrator is not None and self.calibrator.chooses_lr:
             self.calibrator.step_size.step(estimate.coefficients.tolist(), estimate.loss)
-            found = self.calibrator.rate(len(estimate.coefficients), examples)
+            found = self.calibrator.rate(len(estimate.coefficients), self.eps, self.steps)
             rates = [found * rate for rate in rates]
         return tuple(rates)
+
+    def _lowest(self, estimate: Estimate, rates: tuple[float, ...], evaluate: Callable[[], Tensor], step: int) -> Estimate:
+        """The estimate with c, 0 or −c, whichever of θ − ηcZ, θ and θ + ηcZ has the lowest loss."""
+        if len(set(rates)) > 1:
+            raise ValueError(f"{self.method.name} compares steps of one length: give all parameter groups the same lr.")
+        best, lowest = 0.0, math.inf
+        c = float(estimate.coefficients[0])
+        for sign in (1.0, 0.0, -1.0):
+            losses = self.probe.evaluate(evaluate, Offset(-rates[0] * sign * c, self.seed, step, 0))
+            self.sequences_evaluated += losses.numel()
+            loss = float(losses.double().mean())
+            if loss < lowest:
+                best, lowest = sign, loss
+        return estimate._replace(coefficients=best * estimate.coefficients)
+
+    def _gather(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> Losses:
+        """The losses of a step; if the way in which they are evaluated was found out on the way, the journal says so."""
+        known = self.evaluations.batched
+        losses = self.evaluations.gather(loss_fn, parts, self.seed, step)
+        if self.evaluations.batched != known and self.journal is not None:
+            self.journal.append({"event": "probe", "batched": self.evaluations.batched})
+        return losses
 
     def _choose_eps(self, evaluate: Callable[[], Tensor], step: int) -> None:
         assert self.calibrator is not None
@@ -236,6 +285,34 @@ class ZerothOrder(torch.optim.Optimizer):
         self.sequences_evaluated += self.calibrator.sequences
         if self.calibrator.forwards and self.journal is not None:
             self.journal.append({"event": "measured", **self.calibrator.step_size.summary()})
+
+    def _scale_layers(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
+        few = None if parts is None else self._few(parts[0])
+
+        def coefficients(draw: int) -> Tensor:
+            losses = self._gather(loss_fn, few, layer_scales.STEP + step * layer_scales.SAMPLES + draw)
+            self.forward_passes += self.method.forwards_per_step
+            self.sequences_evaluated += losses.evaluated
+            return losses.estimate(self.estimator, self.eps).coefficients
+
+        if self.evaluations.batched is None:
+            coefficients(0)  # finds out how this model can be evaluated, while all of it is perturbed
+        found = layer_scales.measure(self.layers, coefficients)
+        self.probe.forget_directions()
+        if found is None:
+            return
+        event = {"event": "scales", "values": found}
+        if self.journal is not None:
+            self.journal.append(event)
+        self._apply_event(event)
+
+    def _few(self, part: Any) -> list[Any]:
+        """The first examples of a micro-batch, as many as make enough coefficients where examples have directions of their own."""
+        rows = batch_rows(part) if self.method.own else 0
+        enough = math.ceil(layer_scales.SAMPLES / self.method.each) * math.ceil(rows / self.method.parts(rows)) if rows else 0
+        if enough >= rows or self.method.parts(enough) >= self.method.parts(rows):
+            return [part]
+        return [take(part, torch.arange(enough), rows)]
 
     def _begin(self, step: int) -> None:
         if self._begun == step:
@@ -267,26 +344,52 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(f"the record of step {record.step} does not follow step {self.steps - 1} of this run.")
         self._begin(record.step)
         self.steps += 1
+        terms, factor = [Past(record.step, record.coefficients)], 1.0
+        if self.anchor is not None:
+            terms, factor = self.anchor.take(terms[0], all(record.skipped), self.probe.coordinates)
+        self._terms = ()
         if all(record.skipped):  # nothing was learnt, so nothing moves, momentum included
             self._nonfinite_in_a_row += 1
             self.probe.forget_directions()
             return
         self._nonfinite_in_a_row = 0
-        for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):
-            for coordinate in together(coordinates) if self.rule.plain else coordinates:
-                self._update(coordinate, record, lr, float(group["weight_decay"]))
+        if self.method.shaping is not None:
+            shaped = self.method.shaping.shape(record.coefficients, record.skipped, self.eps, self.shaping_state)
+            terms = [Past(record.step, tuple(shaped))]
+        if self.method.replayed is not None:
+            self.past = [*self.past, *terms][-self.method.replayed.history :]
+        self._terms = tuple(terms)
+        for place, term in enumerate(terms):
+            for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):
+                weight_decay = 0.0 if place else float(group["weight_decay"])
+                at_once = self.rule.plain and self.method.replayed is None
+                for coordinate in together(coordinates) if at_once else coordinates:
+                    self._update(coordinate, term.step, term.coefficients, factor * lr, weight_decay)
+        if not terms:
+            self.probe.forget_directions()
 
-    def _update(self, coordinate: Coordinate | Neighbours, record: StepRecord, lr: float, weight_decay: float) -> None:
-        step, k = record.step, len(record.coefficients)
+    def _update(
+        self, coordinate: Coordinate | Neighbours, step: int, coefficients: Sequence[float], lr: float, weight_decay: float
+    ) -> None:
+        k = len(coefficients)
         rate = lr * coordinate.lr_scale
+        if self.method.replayed is not None:
+            assert isinstance(coordinate, Coordinate)
+            coordinate.drop()
+            value = coordinate.value()
+            if weight_decay:
+                value.mul_(1 - lr * weight_decay)
+            self.method.replayed.move(coordinate, value, self.past, rate, self.directions, self.seed)
+            coordinate.assign(value, self.seed, step)
+            return
         if self.rule.plain:
-            weights = [-rate * (c / k) for c in record.coefficients]
+            weights = [-rate * (c / k) for c in coefficients]
             coordinate.descend(self.directions, weights, 1 - lr * weight_decay, self.seed, step)
             coordinate.drop()
             return
         assert isinstance(coordinate, Coordinate)
         value = coordinate.value()
-        weights = [c / k for c in record.coefficients]
+        weights = [c / k for c in coefficients]
         estimate = coordinate.weighted(self.directions, weights, self.seed, step).to(value.dtype)
         coordinate.drop()
         if weight_decay and not coordinate.decays_weights:
@@ -302,6 +405,11 @@ class ZerothOrder(torch.optim.Optimizer):
             self._fold()
         elif event.get("event") == "eps":
             self.eps = self.evaluations.eps = float(event["value"])
+        elif event.get("event") == "scales":
+            self._begin(self.steps)
+            for layer, scale in zip(self.layers, event["values"], strict=True):
+                for coordinate in layer:
+                    self.rule.transport(coordinate.name, coordinate.rescale(float(scale), self.seed, self.steps))
         elif event.get("event") == "measured":
             pass  # what came of it is in the steps' learning rates
         elif event.get("event") == "probe":

@@ -179,6 +179,18 @@ class Probe:
             yield tables
 
     @contextmanager
+    def instead(self, coordinates: Mapping[str, Any]) -> Iterator[None]:
+        """For the length of a block, evaluate with other objects in place of the coordinates of these names; they need :meth:`at`."""
+        originals = [dict(owner.parameters) for owner in self._owners]
+        try:
+            for owner in self._owners:
+                owner.parameters = {local: coordinates.get(c.name, c) for local, c in owner.parameters.items()}
+            yield
+        finally:
+            for owner, parameters in zip(self._owners, originals, strict=True):
+                owner.parameters = parameters
+
+    @contextmanager
     def _lent(self, lend: dict[int, dict[str, Callable[[], Tensor]]]) -> Iterator[list[LentParameters]]:
         """Lend parameters, by id of their owner and local name; afterwards tables and side paths are as they were."""
         lent: list[tuple[nn.Module, dict[str, Any]]] = []

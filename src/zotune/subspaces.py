@@ -79,7 +79,7 @@ class FullCoordinate(Coordinate):
     def _perturb(self, directions: Directions, offset: Offset, flat: Tensor, out: Tensor, whole: slice, scale: float) -> None:
         """Write elements ``whole`` of the perturbed weight to ``out``."""
         key = offset.key(self.name)
-        kernel = moves_for(flat, self.residual)
+        kernel = moves_for(flat, self.residual) if directions.dense else None
         if kernel is not None and out.numel() == self.numel:
             kernel.perturb(directions, key, scale, flat, self.residual, out)
             return
@@ -143,7 +143,7 @@ class FullCoordinate(Coordinate):
             return
         keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
         moves = [(key, weight * directions.scale(key, self.numel, self.device)) for key, weight in keys]
-        kernel = moves_for(flat, self.residual)
+        kernel = moves_for(flat, self.residual) if directions.dense else None
         if kernel is not None and moves:
             for place, (key, scale) in enumerate(moves):
                 kernel.update(directions, key, scale, flat, self.residual, 1.0 if place else keep)
@@ -210,6 +210,7 @@ class LowRankCoordinate(Coordinate):
         rows, columns = parameter.shape
         super().__init__(name, parameter, (rows, rank), lr_scale=1.0 / rank)
         self.rank, self.interval = rank, interval
+        self.scale = 1.0  # σ of the layer (see ``layer_scales``), which V carries
         self.side_path = True
         self.a = torch.zeros(rows, rank, device=parameter.device)
         self.v = torch.zeros(columns, rank, device=parameter.device)
@@ -226,11 +227,20 @@ class LowRankCoordinate(Coordinate):
         self.fold()
         old = self.v
         self._draw_v(seed, step)
-        return old.T @ self.v / self.v.shape[0] if step else None
+        return old.T @ self.v / (self.v.shape[0] * self.scale**2) if step else None
+
+    def rescale(self, scale: float, seed: int, step: int) -> Tensor:
+        """Change σ at a redraw; the matrix T that carries first moments M over as M ← M T."""
+        assert not self.pending and step % self.interval == 0, f"{self.name} has moved since V was drawn"
+        ratio, self.scale = scale / self.scale, scale
+        self._draw_v(seed, step)
+        return torch.eye(self.rank, device=self.device) / ratio
 
     def _draw_v(self, seed: int, step: int) -> None:
         redraw = step // self.interval
         v = Directions("gaussian").draw(Key(seed, redraw, 0, self.name, "subspace"), self.v.shape, self.device)
+        if self.scale != 1.0:
+            v *= self.scale
         self.v = v.T.contiguous().T  # r rows of n numbers: on a CPU x V is many times faster so
 
     def _u(self, directions: Directions, offset: Offset) -> Tensor:
@@ -363,13 +373,15 @@ class LowRank:
     Args:
         rank: columns r of A (m, r) and V (n, r).
         interval: steps between two redraws of V (ν in the paper).
+        layer_scales: measure a scale for each layer's directions (see ``layer_scales``).
 
     Raises:
-        ValueError: either is below 1.
+        ValueError: rank or interval is below 1.
     """
 
     rank: int = 2
     interval: int = 50
+    layer_scales: bool = False
 
     def __post_init__(self) -> None:
         for field in ("rank", "interval"):

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from zotune.methods.adaptive import meazo, r_adazo, zo_adamw, zo_rmsprop
+from zotune.methods.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
 from zotune.methods.lozo import lozo, lozo_e, lozo_m
 from zotune.methods.method import AUTO, Method
 from zotune.methods.mezo import mezo, mezo_adam, mezo_momentum
+from zotune.methods.populations import es, es_ranks, fzoo
 from zotune.methods.registry import Recipe, get, names, options_of, recipe, register
+from zotune.methods.replayed import replayed_adam, replayed_momentum
+from zotune.methods.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
+from zotune.methods.svrg import mezo_svrg
 
 options = options_of
 
@@ -19,19 +25,35 @@ __all__ = [
     "AUTO",
     "Method",
     "Recipe",
+    "es",
+    "es_ranks",
+    "fzoo",
     "get",
+    "jaguar_muon",
+    "jaguar_sign",
     "lozo",
     "lozo_e",
     "lozo_m",
+    "meazo",
     "mezo",
     "mezo_adam",
     "mezo_momentum",
+    "mezo_svrg",
     "names",
     "options",
     "options_of",
+    "r_adazo",
     "recipe",
     "recommended",
     "register",
+    "replayed_adam",
+    "replayed_momentum",
+    "zo_adamw",
+    "zo_jaguar",
+    "zo_rmsprop",
+    "zo_sgd_cons",
+    "zo_sgd_scalar_sign",
+    "zo_sgd_sign",
 ]
 
 

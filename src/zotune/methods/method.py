@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 
-from zotune.directions import Directions
+from zotune import chosen
+from zotune.anchoring import Anchoring
 from zotune.estimators import ESTIMATORS
+from zotune.replayed import Replayed
 from zotune.rules import Rule
+from zotune.shaping import FITNESS, ByDeviation, Shaping
 from zotune.subspaces import Full, Subspace
 
 #: For a learning rate or ε that is measured instead of given.
 AUTO = "auto"
+#: What a method's estimate may be of the gradient.
+ESTIMATES = ("gradient", "direction", "descent")
+
+#: Spellings of ``num_directions`` that give parts of a batch directions of their own.
+OWN = ("example", "sets:S", "groups:G")
 
 
 @dataclass(frozen=True)
@@ -28,14 +36,23 @@ class Method:
         arxiv: id of the paper.
         lr: default learning rate η (the paper's, for models of a billion parameters; small models want far larger ones).
         eps: perturbation scale ε, or ``"auto"`` (see ``calibration``).
-        num_directions: K; ``"example"`` for a direction per example, ``"example:m"`` for m of them, ``"groups:G"`` for one per G-th part
-            of the batch.
+        num_directions: K, all examples of a step under each; or directions of their own: ``"example"`` for each example, ``"sets:S"``
+            for every S neighbouring ones, ``"groups:G"`` for G parts of the batch; ``"example:m"``, ``"sets:S:m"``, ``"groups:G:m"`` for m
+            directions in place of one.
         subspace: see ``subspaces``.
-        direction: see ``directions``.
+        direction: see ``directions`` and ``chosen``.
         estimator: ``"central"`` or ``"forward"``.
         rule: name or class of a torch optimiser, or one of ``rules``.
         rule_args: its keyword arguments besides lr.
-        rule_state: numbers the rule keeps for each coordinate.
+        rule_state: float32 numbers the rule keeps for each coordinate.
+        fitness: what the points of a step are compared by: ``"loss"``, ``"z-score"`` or ``"ranks"`` (see ``shaping``).
+        shaping: what coefficients go through before the rule; None: nothing.
+        replayed: moments made of the last steps' coefficients, in place of the rule.
+        anchoring: steps relative to an anchor, of plain SGD.
+        conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and go where the loss is lowest.
+        estimates: what the estimate that the rule is given is on average: the ``"gradient"`` itself (of the smoothed loss), a multiple
+            of it (its ``"direction"``), or no more than a direction of ``"descent"``.
+        reach: ``"all"`` weights, or ``"rows"``: every row of a matrix moves as a whole, by one number.
         options: the recipe's keyword arguments, for headers and reports.
 
     Raises:
@@ -54,46 +71,92 @@ class Method:
     rule: str | type[torch.optim.Optimizer] = "SGD"
     rule_args: dict[str, Any] = field(default_factory=dict)
     rule_state: float = 0
+    fitness: str = "loss"
+    shaping: Shaping | None = None
+    replayed: Replayed | None = None
+    anchoring: Anchoring | None = None
+    conservative: bool = False
+    estimates: str = "gradient"
+    reach: str = "all"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         number = isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps > 0
         if not (number or self.eps == AUTO):
             raise ValueError(f"eps must be a positive number or 'auto', not {self.eps!r}.")
-        if not (self.groups is not None or (isinstance(self.num_directions, int) and self.num_directions >= 1)):
+        shared = isinstance(self.num_directions, int) and self.num_directions >= 1
+        if not (shared or _own_directions(self.num_directions)):
             raise ValueError(
-                f"num_directions must be a whole number of at least 1, 'example', 'example:m' or 'groups:G', not {self.num_directions!r}."
+                f"num_directions must be a whole number of at least 1, {' or '.join(map(repr, OWN))} (m directions each with :m behind), "
+                f"not {self.num_directions!r}."
             )
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
-        Directions(self.direction)
+        chosen.directions(self.direction, {})
         Rule(self.rule, self.rule_args)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        assert self.estimates in ESTIMATES and self.reach in ("all", "rows"), (self.estimates, self.reach)
+        shared = isinstance(self.num_directions, int)
+        if self.fitness not in FITNESS:
+            raise ValueError(f"unknown fitness {self.fitness!r}; choose one of {', '.join(FITNESS)}.")
+        if self.fitness != "loss" and not (shared and self.estimator == "central"):
+            raise ValueError(
+                "fitness compares pairs of points on the same examples: set num_directions to a number, estimator to 'central'."
+            )
+        if isinstance(self.shaping, ByDeviation) and self.num_directions == 1:
+            raise ValueError(f"{self.name} divides by the deviation of its directions' losses: set num_directions to at least 2.")
+        if self.conservative and self.num_directions != 1:
+            raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1.")
+        if self.anchoring and not shared:
+            raise ValueError(f"{self.name} looks along the same directions at two points: set num_directions to a number.")
+        if (self.replayed or self.anchoring) and not Rule(self.rule, self.rule_args).plain:
+            raise ValueError(f"{self.name} is an update of its own; leave the rule at SGD.")
+        if (self.replayed or self.conservative or self.anchoring) and not isinstance(self.subspace, Full):
+            raise ValueError(f"{self.name} moves weights in full space, not in a subspace.")
 
     @property
-    def groups(self) -> float | None:
-        """Parts of a step's examples that have directions of their own: G, infinity for every example; None if directions are shared."""
-        parsed = _own_directions(self.num_directions)
-        return None if parsed is None else parsed[0]
+    def own(self) -> bool:
+        """Whether parts of a step's examples, or every example, have directions of their own."""
+        return isinstance(self.num_directions, str)
 
     @property
     def each(self) -> int:
         """Directions that each such part has."""
         parsed = _own_directions(self.num_directions)
-        return 1 if parsed is None else parsed[1]
+        return 1 if parsed is None else parsed[2]
+
+    def parts(self, rows: int) -> int:
+        """Parts of a step of ``rows`` examples that have directions of their own."""
+        parsed = _own_directions(self.num_directions)
+        assert parsed is not None
+        word, number, _ = parsed
+        return min(rows, number) if word == "groups" else max(1, rows // number)
 
     def directions_of(self, rows: int) -> int:
         """K in a step of ``rows`` examples."""
-        if isinstance(self.num_directions, int):
-            return self.num_directions
-        assert self.groups is not None
-        return int(min(rows, self.groups)) * self.each
+        return self.num_directions if isinstance(self.num_directions, int) else self.parts(rows) * self.each
+
+    def forwards(self, step: int) -> int:
+        """Evaluations of the batch that step number ``step`` makes."""
+        estimator = ESTIMATORS[self.estimator]
+        count = self.num_directions if isinstance(self.num_directions, int) else self.each
+        twice = self.anchoring is not None and not self.anchoring.anchors(step)
+        return len(estimator.points(count)) * (2 if twice else 1) + (3 if self.conservative else 0)
 
     @property
     def forwards_per_step(self) -> int:
-        """Evaluations of the batch a step makes."""
-        estimator = ESTIMATORS[self.estimator]
-        count = self.num_directions if isinstance(self.num_directions, int) else self.each
-        return len(estimator.points(count))
+        """:meth:`forwards` of a step, the most it can be."""
+        return self.forwards(-1)
+
+    @property
+    def numbers(self) -> int:
+        """Single numbers kept between steps, whatever the size of the model."""
+        past = self.replayed.history * (self.num_directions if isinstance(self.num_directions, int) else 1) if self.replayed else 0
+        if self.anchoring:
+            past += self.directions_of(0) + 1
+        return past + (self.shaping.numbers if self.shaping else 0)
 
     def state_bytes(self, shapes: Sequence[Sequence[int]], *, half: bool = False) -> int:
         """Bytes kept between steps beyond the weights, for trainable parameters of these shapes.
@@ -113,17 +176,20 @@ class Method:
         kept = self.rule_state
         if isinstance(self.subspace, Full):
             # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
-            return f"{f'{kept:g} × W' if kept else 'none'} (half precision: {2 * kept + 1:g} × W)"
+            numbers = f"{self.numbers} numbers" if self.numbers else "none"
+            return f"{f'{kept:g} × W' if kept else numbers} (half precision: {2 * kept + 1:g} × W)"
         factors = "Σ r·(m + n)"
         return factors if not kept else f"{factors} + r·m" if kept == 1 else f"{factors} + {kept:g}·r·m"
 
 
-def _own_directions(spelled: int | str) -> tuple[float, int] | None:
-    """(parts, directions each) of ``"example"``, ``"example:m"``, ``"groups:G"``; None for anything else."""
+def _own_directions(spelled: int | str) -> tuple[str, int, int] | None:
+    """("sets", S, m) or ("groups", G, m): a part for every S examples or G parts, m directions each; None for what is not spelled so."""
     if not isinstance(spelled, str):
         return None
-    word, colon, text = spelled.partition(":")
-    number = int(text) if text.isdecimal() else 0
-    if word == "example" and (number or not colon):
-        return math.inf, number or 1
-    return (number, 1) if word == "groups" and number else None
+    word, *texts = spelled.split(":")
+    numbers = [int(text) if text.isdecimal() else 0 for text in texts]
+    if word == "example":
+        word, numbers = "sets", [1, *numbers]
+    if word not in ("sets", "groups") or not all(numbers) or len(numbers) not in (1, 2):
+        return None
+    return word, numbers[0], numbers[1] if len(numbers) == 2 else 1

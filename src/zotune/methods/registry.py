@@ -42,8 +42,8 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """The methods there are."""
-    return list(_RECIPES)
+    """The methods there are, in alphabetical order."""
+    return sorted(_RECIPES)
 
 
 def recipe(name: str) -> Recipe:

@@ -1,0 +1,50 @@
+"""What the rules of our own have in common: one equation for one parameter, with decoupled weight decay before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class OwnRule(torch.optim.Optimizer):
+    """A rule that is one equation: subclasses write :meth:`move`.
+
+    Args:
+        params: as in any torch optimiser.
+        lr: η.
+        weight_decay: λ of θ ← (1 − η λ) θ, before the move (as AdamW).
+        options: the rule's own, into every parameter group.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **options})
+
+    def move(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Change ``p`` in place by one step along the estimate ``grad``."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                self.move(p, p.grad, self.state[p], group)
+        return loss
+
+
+def fraction(name: str, value: float) -> float:
+    """``value``, if it may be the decay rate of an average.
+
+    Raises:
+        ValueError: it does not lie in [0, 1).
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), not {value}.")
+    return value

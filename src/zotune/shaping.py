@@ -1,0 +1,168 @@
+"""What is done to a step's coefficients before the rule sees them.
+
+Two places, two kinds:
+
+- **fitness**: coefficients made of the *ranking* of the evaluated points instead of their losses (evolution strategies). It needs the
+  losses, so it happens before the journal, which holds what came of it.
+- **shaping**: coefficients rescaled by what is known of coefficients alone, those of the step (:class:`ByDeviation`) or all so far
+  (:class:`ByRootMeanSquare`). The journal holds them as measured; shaping is part of applying a record, and its state, a few numbers,
+  is rebuilt by replaying.
+
+Neither ever sees a parameter: plain SGD on shaped coefficients is still one pass, with nothing kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: Numbers that a shaping carries from step to step, by name.
+State = dict[str, float]
+
+
+class Shaping(Protocol):
+    """c ↦ c′, the coefficients that a step moves by.
+
+    Attributes:
+        numbers: how many numbers it keeps between steps.
+    """
+
+    @property
+    def numbers(self) -> int: ...
+
+    def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
+        """c′ of a step; 0 where skipped. ``state`` (empty before the first step) is changed in place."""
+        ...
+
+    def gain(self, moment: float, directions: int, eps: float) -> float:
+        """What to multiply plain SGD's η by, for steps of K directions whose squared coefficients have the mean ``moment``."""
+        ...
+
+
+@dataclass(frozen=True)
+class BySign:
+    """c′ = sign(c): the sign of the difference, whatever its size."""
+
+    numbers = 0
+
+    def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
+        return [math.copysign(1.0, c) if c else 0.0 for c in coefficients]
+
+    def gain(self, moment: float, directions: int, eps: float) -> float:
+        # For a normal c: E[sign(c) Z] = √(2/π) ∇ / √M, and E[sign(c)²] = 1 in place of M.
+        return math.sqrt(2 / math.pi * moment)
+
+
+@dataclass(frozen=True)
+class ByDeviation:
+    """c′ = c / σ, σ = ε · std(c): with forward differences the standard deviation of the K losses (FZOO, 2506.09034).
+
+    Where σ is 0, or fewer than two directions are left, nothing moves.
+    """
+
+    numbers = 0
+
+    def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
+        kept = [c for c, bad in zip(coefficients, skipped, strict=True) if not bad]
+        if len(kept) < 2:
+            return [0.0] * len(coefficients)
+        mean = math.fsum(kept) / len(kept)
+        sigma = eps * math.sqrt(math.fsum((c - mean) ** 2 for c in kept) / (len(kept) - 1))
+        return [c / sigma if sigma > 0 else 0.0 for c in coefficients]
+
+    def gain(self, moment: float, directions: int, eps: float) -> float:
+        return eps * math.sqrt(moment)
+
+
+@dataclass(frozen=True)
+class ByRootMeanSquare:
+    """c′ = c / (√v̂ + ζ), v an average of squared coefficients: Adam's second moment as one number (MEAZO, 2605.03869).
+
+    v ← β v + (1 − β) Σ c_k² / K²,   v̂ = v / (1 − βᵗ)
+
+    Σ c_k² / K² is what the square of the mean of the c_k, which the paper takes, is on average for K directions; it cannot vanish.
+    """
+
+    beta: float = 0.999
+    zeta: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must lie in [0, 1), not {self.beta!r}.")
+
+    @property
+    def numbers(self) -> int:
+        return 2
+
+    def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
+        kept = [c for c, bad in zip(coefficients, skipped, strict=True) if not bad]
+        square = math.fsum(c * c for c in kept) / len(kept) ** 2
+        state["v"] = self.beta * state.get("v", 0.0) + (1 - self.beta) * square
+        state["t"] = state.get("t", 0) + 1
+        root = math.sqrt(state["v"] / (1 - self.beta ** state["t"])) + self.zeta
+        return [c / root for c in coefficients]
+
+    def gain(self, moment: float, directions: int, eps: float) -> float:
+        return math.sqrt(moment / directions)
+
+
+# -- fitness ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """The fitness of the 2K points of a step, which takes the place of the loss.
+
+    Attributes:
+        of: fitness of the losses at them, (2K,), float64; the lower the loss, the lower.
+        slope: its standard deviation over the points, about.
+    """
+
+    of: Callable[[Tensor], Tensor]
+    slope: float
+
+    def coefficients(self, plus: Tensor, minus: Tensor) -> Tensor:
+        """c_k = (s(L(θ + εZ_k)) − s(L(θ − εZ_k))) / 2, so that (1/K) Σ c_k Z_k = (1/2K) Σ over the points of s · their direction.
+
+        Args:
+            plus, minus: mean losses at θ ± εZ_k, (K,); directions with one that is not finite get 0 and do not count.
+        """
+        kept = plus.isfinite() & minus.isfinite()
+        out = torch.zeros(len(plus), dtype=torch.float64)
+        if bool(kept.any()):
+            fitness = self.of(torch.cat([plus[kept], minus[kept]]).double())
+            high, low = fitness.chunk(2)
+            out[kept] = (high - low) / 2
+        return out.float()
+
+    def gain(self, moment: float) -> float:
+        """What to multiply plain SGD's η by: a c of size √M becomes one of ``slope``."""
+        return math.sqrt(moment) / self.slope
+
+
+def _z_scores(losses: Tensor) -> Tensor:
+    """(L − mean) / standard deviation; 0 where all are equal."""
+    centred = losses - losses.mean()
+    deviation = centred.square().mean().sqrt()
+    return centred / deviation if float(deviation) > 0 else torch.zeros_like(losses)
+
+
+def _centred_ranks(losses: Tensor) -> Tensor:
+    """Ranks spread evenly over [−½, ½]; equal losses share their mean rank."""
+    _, place, count = losses.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    rank = (last - (count.double() + 1) / 2)[place]  # from 0
+    return rank / (len(losses) - 1) - 0.5
+
+
+#: By name; None: the loss itself.
+FITNESS: dict[str, Fitness | None] = {
+    "loss": None,
+    "z-score": Fitness(_z_scores, 1.0),
+    "ranks": Fitness(_centred_ranks, math.sqrt(1 / 12)),
+}

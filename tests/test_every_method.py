@@ -1,0 +1,362 @@
+"""Every method of the registry passes the same tests, whatever it is made of.
+
+What a method cannot do it says in a field of its own (``estimates``, ``reach``), and the tests hold it to that.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import toys
+from zotune import ZerothOrder, methods, replay
+from zotune.calibration import measurable
+from zotune.coordinates import Offset
+from zotune.subspaces import LowRankCoordinate
+
+#: Learning rates for the toy problems, found on the grid 1e-3, 3e-3, 1e-2, 3e-2, 1e-1 (FZOO: two decades below). Others are measured.
+RATES = {
+    "es": 3e-2,
+    "es-ranks": 1e-1,
+    "fzoo": 1e-5,
+    "jaguar-muon": 3e-2,
+    "jaguar-sign": 1e-2,
+    "lozo": 3e-2,
+    "lozo-e": 3e-2,
+    "lozo-m": 3e-2,
+    "meazo": 3e-2,
+    "mezo": 3e-2,
+    "mezo-adam": 1e-2,
+    "mezo-momentum": 3e-3,
+    "mezo-svrg": 1e-2,
+    "r-adazo": 1e-2,
+    "replayed-adam": 3e-2,
+    "replayed-momentum": 1e-2,
+    "zo-adamw": 1e-2,
+    "zo-jaguar": 5e-3,
+    "zo-rmsprop": 1e-2,
+    "zo-sgd-cons": 3e-2,
+    "zo-sgd-scalar-sign": 3e-2,
+    "zo-sgd-sign": 1e-2,
+}
+
+every_method = pytest.mark.parametrize("name", methods.names())
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
+
+
+def rate(name: str) -> float | str:
+    return RATES.get(name, "auto" if measurable(methods.get(name)) else methods.get(name).lr)
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, lr: float | None = None, **arguments) -> tuple[nn.Module, ZerothOrder]:
+    model = toys.classifier(dtype)
+    return model, ZerothOrder(model, toys.method(name), lr=rate(name) if lr is None else lr, **arguments)
+
+
+def run(model: nn.Module, optimizer: ZerothOrder, first: int, last: int) -> list[float]:
+    return [float(optimizer.step(toys.loss_function(model), toys.batch(seed=step))) for step in range(first, last)]
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# -- learning --------------------------------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_converges_on_a_quadratic(name):
+    method = toys.method(name, num_directions=4)
+    target = torch.linspace(-1, 1, 60).view(10, 6)
+    if method.reach == "rows":
+        target = target.mean(dim=1, keepdim=True).expand(10, 6)
+    model = nn.Linear(6, 10, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = ZerothOrder(model, method, lr=rate(name))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
+
+    def loss(eye):
+        return (model(eye).T - target).detach().square().sum().div(2)
+
+    begin = float(loss(torch.eye(6)))
+    for _ in range(400):
+        optimizer.step(loss, torch.eye(6))
+        schedule.step()
+    assert float(loss(torch.eye(6))) < 0.2 * begin
+
+
+@every_method
+def test_learns_a_small_classification_problem(name):
+    model = toys.classifier()
+    method = toys.method(name, num_directions=4)
+    optimizer = ZerothOrder(model, method, lr=rate(name))
+    losses = run(model, optimizer, 0, 200)
+    assert sum(losses[-20:]) < (0.8 if method.reach == "all" else 0.95) * sum(losses[:20])
+
+
+@every_method
+@pytest.mark.parametrize("build", [lambda: nn.LayerNorm(6), lambda: nn.Linear(6, 6, bias=False)], ids=["vectors", "matrix"])
+def test_models_of_vectors_only_and_of_matrices_only_learn(name, build):
+    model = build()
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    optimizer = ZerothOrder(model, toys.method(name, num_directions=4), lr=rate(name))
+
+    def loss(x):
+        return (model(x) - 2 * x.flip(1)).square().mean(dim=1)
+
+    losses = [float(optimizer.step(loss, x)) for _ in range(200)]
+    assert losses[-1] < 0.98 * losses[0]
+
+
+@every_method
+def test_the_estimate_is_of_the_gradient_what_the_method_says(name):
+    """On a linear loss, over many keys, to 5 standard errors: its mean is the gradient, a multiple of it, or at least points downhill."""
+    method = toys.method(name, num_directions=16, interval=1)
+    shared = isinstance(method.num_directions, int) and method.num_directions > 1
+    model = nn.Linear(4, 3)
+    slopes = [torch.linspace(-1, 2, 12).view(3, 4), torch.tensor([0.5, -1.0, 1.5])]
+    parameters = list(model.parameters())
+    optimizer = ZerothOrder(model, method, lr=1e-6)
+    points = torch.cat([torch.eye(4), torch.zeros(1, 4)])
+
+    def loss():
+        out = model(points)  # the columns of the weight, plus the bias; and the bias
+        return ((out[:4] - out[4]) * slopes[0].T).sum() + (out[4] * slopes[1]).sum()
+
+    estimates = []
+    for _step in range(60 if shared else 800):
+        optimizer.step(loss)
+        if not optimizer.last.terms:  # looked, and did not move
+            continue
+        estimate = []
+        for parameter in parameters:
+            (coordinate,) = (c for c in optimizer.probe.coordinates if c.parameter is parameter)
+            here, total = coordinate.at(optimizer.directions, None), torch.zeros_like(parameter)
+            for term in optimizer.last.terms:
+                for k, c in enumerate(term.coefficients):
+                    move = coordinate.at(optimizer.directions, Offset(1.0, 0, term.step, k)) - here
+                    total += c / len(term.coefficients) * move
+            estimate.append(coordinate.lr_scale * total.flatten())
+            coordinate.drop()
+        estimates.append(torch.cat(estimate))
+    found, gradient = torch.stack(estimates).detach().double(), torch.cat([slope.flatten() for slope in slopes]).double()
+    along = found @ gradient / gradient.square().sum()
+    scale = float(along.mean())
+    assert scale > 5 * float(along.std()) / math.sqrt(len(found))
+    if method.estimates != "descent":
+        apart = found.mean(dim=0) - (1.0 if method.estimates == "gradient" else scale) * gradient
+        assert bool((apart.abs() < 5 * found.std(dim=0) / math.sqrt(len(found))).all())
+
+
+# -- laws ------------------------------------------------------------------------------------------------------------------------------
+
+
+@every_method
+@every_dtype
+def test_every_parameter_moves_and_no_grad_appears(name, dtype):
+    model, optimizer = build(name, dtype, lr=1e-1)
+    before = copy.deepcopy(model)
+    run(model, optimizer, 0, 10)
+    state = model.state_dict()
+    for key, parameter in before.named_parameters():
+        assert not torch.equal(state[key], parameter), key
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@every_method
+def test_what_moves_is_what_the_method_says(name):
+    """A method that reaches rows only moves each row of a matrix by one number."""
+    model = nn.Linear(6, 5, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = ZerothOrder(model, toys.method(name), lr=1e-2)
+    for _ in range(8):
+        optimizer.step(lambda x: model(x).square().mean(dim=1), torch.ones(4, 6))
+    change = model.state_dict()["weight"] - before
+    assert torch.allclose(change, change[:, :1].expand(5, 6), atol=1e-6) == (optimizer.method.reach == "rows")
+
+
+@every_method
+@every_dtype
+def test_no_evaluation_writes_a_weight(name, dtype):
+    model, optimizer = build(name, dtype)
+    run(model, optimizer, 0, 3)
+    parameters = [p.data for p in model.parameters()]
+    before = [p.clone() for p in parameters]
+    seen = []
+
+    def watching(batch):
+        seen.append(all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True)))
+        return toys.loss_function(model)(batch)
+
+    optimizer.step(watching, toys.batch())
+    assert seen and all(seen)
+
+
+@every_method
+def test_the_same_run_twice_is_equal_bit_for_bit(name):
+    runs = [build(name, seed=3) for _ in range(2)]
+    state = torch.get_rng_state()
+    losses = [run(*each, 0, 15) for each in runs]
+    assert losses[0] == losses[1] and equal(runs[0][0], runs[1][0])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("dtype", "stop"), [(torch.float32, 5), (torch.float32, 7), (torch.bfloat16, 7), (torch.bfloat16, 10), (torch.float16, 5)]
+)
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(name, dtype, stop):
+    straight, optimizer = build(name, dtype, weight_decay=0.1)
+    losses = run(straight, optimizer, 0, 16)
+    halted, first = build(name, dtype, weight_decay=0.1)
+    run(halted, first, 0, stop)
+    weights, state = copy.deepcopy(halted.state_dict()), copy.deepcopy(first.state_dict())
+    resumed, second = build(name, dtype, weight_decay=0.1)
+    resumed.load_state_dict(weights)
+    second.load_state_dict(state)
+    assert run(resumed, second, stop, 16) == losses[stop:]
+    assert equal(straight, resumed)
+    assert second.forward_passes == optimizer.forward_passes
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_journal_replays_bit_for_bit(name, dtype, tmp_path):
+    model, optimizer = build(name, dtype, weight_decay=0.1, journal=tmp_path / "j")
+    run(model, optimizer, 0, 8)
+    optimizer.step(lambda batch: toys.loss_function(model)(batch) * math.nan, toys.batch())
+    run(model, optimizer, 9, 16)
+    rebuilt = toys.classifier(dtype)
+    again = replay(rebuilt, tmp_path / "j", method=optimizer.method)
+    assert equal(model, rebuilt)
+    assert (again.shaping_state, again.past) == (optimizer.shaping_state, optimizer.past)
+
+
+@every_method
+def test_micro_batches_are_one_batch(name):
+    tokens, labels = toys.batch(12)
+    (whole, first), (parts, second) = build(name, lr=1e-4), build(name, lr=1e-4)
+    for _ in range(2):
+        a = first.step(toys.loss_function(whole), (tokens, labels))
+        b = second.step(toys.loss_function(parts), [(tokens[:4], labels[:4]), (tokens[4:], labels[4:])])
+        assert torch.allclose(a, b, atol=1e-5)
+    assert first.sequences_evaluated == second.sequences_evaluated
+
+
+@every_method
+def test_saving_does_not_change_the_run(name):
+    (plain, first), (saved, second) = build(name, torch.bfloat16), build(name, torch.bfloat16)
+    for step in range(10):
+        run(plain, first, step, step + 1)
+        run(saved, second, step, step + 1)
+        saved.state_dict(), second.state_dict()
+    assert equal(plain, saved)
+
+
+@every_method
+def test_between_steps_the_model_computes_with_what_state_dict_holds(name):
+    model, optimizer = build(name)
+    run(model, optimizer, 0, 10)
+    plain = toys.classifier()
+    plain.load_state_dict(model.state_dict())
+    x = toys.batch()[0]
+    live = model(x)
+    assert torch.allclose(live, plain(x), atol=1e-5)
+    optimizer.detach()
+    assert torch.allclose(live, model(x), atol=1e-5) and equal(model, plain)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@every_method
+def test_loading_weights_forgets_what_was_pending(name):
+    model, optimizer = build(name, lr=1e-1)
+    start = copy.deepcopy(model.state_dict())
+    run(model, optimizer, 0, 10)
+    model.load_state_dict(start)
+    x = toys.batch()[0]
+    assert torch.equal(model(x), toys.classifier()(x))
+
+
+@every_method
+@every_dtype
+def test_state_stays_within_what_is_declared(name, dtype):
+    model = nn.Sequential(nn.Embedding(60, 32), nn.Linear(32, 40), nn.LayerNorm(40), nn.Linear(40, 60)).to(dtype)
+    method = toys.method(name, num_directions=4, rank=2)
+    optimizer = ZerothOrder(model, method, lr=1e-4)
+    for _ in range(3):
+        optimizer.step(lambda ids: model(ids).float().mean(dim=1), torch.arange(8))
+    held = {id(t): t for t in optimizer.rule.state()[0].values() if t.dim()}
+    if optimizer.anchor is not None:
+        held |= {id(t): t for t in optimizer.anchor.weights.values()}
+    for coordinate in optimizer.probe.coordinates:
+        if isinstance(coordinate, LowRankCoordinate):
+            held |= {id(t): t for t in (coordinate.a, coordinate.v)}
+            assert not coordinate.drawn
+        elif (residual := coordinate.state().get("residual")) is not None:
+            held[id(residual)] = residual
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    declared = method.state_bytes(shapes, half=dtype != torch.float32)
+    assert sum(t.numel() * t.element_size() for t in held.values()) == declared
+    numbers = len(optimizer.shaping_state) + sum(len(past.coefficients) for past in optimizer.past)
+    assert numbers <= method.numbers
+
+
+@every_method
+def test_a_loss_that_is_not_finite_is_skipped_and_said(name, tmp_path):
+    model, optimizer = build(name, journal=tmp_path / "j")
+    run(model, optimizer, 0, 3)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step(lambda batch: toys.loss_function(model)(batch) * math.nan, toys.batch())
+    assert all(optimizer.last.skipped) and not optimizer.last.coefficients.any()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert [set(r.skipped) for r in optimizer.journal.records() if not isinstance(r, dict)] == [{False}] * 3 + [{True}]
+    run(model, optimizer, 4, 6)
+    assert not all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+@every_method
+def test_bfloat16_steps_at_rate_zero_leave_every_weight_unchanged(name):
+    model, optimizer = build(name, torch.bfloat16, lr=0.0)
+    before = copy.deepcopy(model)
+    run(model, optimizer, 0, 30)
+    optimizer.detach()
+    assert equal(model, before)
+
+
+@every_method
+def test_a_step_makes_the_forwards_that_are_declared(name):
+    model = toys.classifier()
+    method = methods.get(name)
+    optimizer = ZerothOrder(model, method, lr=1e-4)
+    evaluated = 0
+
+    def counting(batch):
+        nonlocal evaluated
+        evaluated += len(batch[0])
+        return toys.loss_function(model)(batch)
+
+    optimizer.step(counting, toys.batch())  # the first compares ways of evaluating, and may measure
+    evaluated, passes, sequences = 0, optimizer.forward_passes, optimizer.sequences_evaluated
+    for _ in range(9):
+        optimizer.step(counting, toys.batch())
+    forwards = [method.forwards(step) for step in range(10)]
+    assert evaluated == sum(forwards[1:]) * 8 and max(forwards) == method.forwards_per_step
+    assert optimizer.forward_passes - passes == sum(forwards[1:]) and optimizer.sequences_evaluated - sequences == evaluated
+
+
+@every_method
+def test_every_method_says_what_it_is(name):
+    method = methods.get(name)
+    assert method.name == name and method.title and method.extra_memory
+    assert method.arxiv in (methods.recipe(name).__doc__ or "")
+    assert "State" in (methods.recipe(name).__doc__ or "")
+    assert method.options == methods.options(name)
+    assert methods.get(name, **method.options) == method
+
+
+def test_the_table_of_rates_names_methods_only():
+    assert set(RATES) <= set(methods.names())

@@ -1,0 +1,154 @@
+"""What is done to coefficients, against the equations; the moves that come of it, against plain arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import toys
+from zotune import ZerothOrder, methods
+from zotune.directions import Directions, Key
+from zotune.shaping import FITNESS, ByDeviation, ByRootMeanSquare, BySign, State
+from zotune.subspaces import LowRank
+
+
+def test_signs():
+    assert BySign().shape([0.5, -3.0, 0.0], [False] * 3, 1e-3, {}) == [1.0, -1.0, 0.0]
+
+
+def test_the_deviation_is_that_of_the_losses_and_skipped_directions_do_not_count():
+    eps, here, losses = 1e-2, 2.0, torch.tensor([2.5, 1.0, 3.0, 2.25], dtype=torch.float64)
+    coefficients = ((losses - here) / eps).tolist()
+    shaped = ByDeviation().shape(coefficients, [False] * 4, eps, {})
+    assert shaped == pytest.approx([c / float(losses.std()) for c in coefficients])
+    shaped = ByDeviation().shape([*coefficients, 0.0], [False] * 4 + [True], eps, {})
+    assert shaped == pytest.approx([c / float(losses.std()) for c in coefficients] + [0.0])
+    assert ByDeviation().shape([1.0, 1.0], [False] * 2, eps, {}) == [0.0, 0.0]
+    assert ByDeviation().shape([1.0, 0.0], [False, True], eps, {}) == [0.0, 0.0]
+
+
+def test_the_root_mean_square_is_adams_of_the_coefficient():
+    state: State = {}
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    adam = torch.optim.Adam([p], lr=1.0, betas=(0.0, 0.9))
+    for c in (0.5, -2.0, 0.1, 3.0):
+        (shaped,) = ByRootMeanSquare(0.9).shape([c], [False], 1e-3, state)
+        before, p.grad = float(p.detach()), torch.tensor([c], dtype=torch.float64)
+        adam.step()
+        assert shaped == pytest.approx(before - float(p.detach()), rel=1e-6)
+
+
+def test_z_scores_and_ranks_of_a_population():
+    losses = torch.tensor([3.0, 1.0, 1.0, 10.0], dtype=torch.float64)
+    z = (losses - losses.mean()) / losses.std(unbiased=False)
+    plus, minus = losses[:2], losses[2:]
+    assert torch.allclose(FITNESS["z-score"].coefficients(plus, minus), ((z[:2] - z[2:]) / 2).float())
+    ranks = torch.tensor([1 / 6, -1 / 3, -1 / 3, 1 / 2])  # places 2, 0½, 0½, 3 of 0..3, over 3, less ½
+    assert torch.allclose(FITNESS["ranks"].coefficients(plus, minus), (ranks[:2] - ranks[2:]) / 2)
+
+
+@pytest.mark.parametrize("fitness", ["z-score", "ranks"])
+def test_the_units_of_a_loss_do_not_matter_to_fitness_nor_its_outliers_to_ranks(fitness):
+    generator = torch.Generator().manual_seed(0)
+    plus, minus = torch.randn(2, 6, generator=generator).double()
+    there = FITNESS[fitness].coefficients(plus, minus)
+    assert torch.allclose(FITNESS[fitness].coefficients(5 * plus + 3, 5 * minus + 3), there)
+    far = torch.where(plus == torch.maximum(plus.max(), minus.max()), plus * 100, plus)
+    assert torch.equal(FITNESS[fitness].coefficients(far, minus), there) == (fitness == "ranks")
+
+
+def test_fitness_leaves_points_out_that_have_no_loss():
+    plus, minus = torch.tensor([1.0, math.nan, 2.0]), torch.tensor([0.0, 1.0, 1.5])
+    kept = [0, 2]
+    found = FITNESS["ranks"].coefficients(plus, minus)
+    assert float(found[1]) == 0.0
+    assert torch.equal(found[kept], FITNESS["ranks"].coefficients(plus[kept], minus[kept]))
+
+
+def reference_step(model: nn.Module, moves: dict[str, torch.Tensor], lr: float) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter -= lr * moves[name]
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["fzoo", "es", "zo-sgd-scalar-sign"])
+def test_a_step_is_its_equation(name):
+    """From the losses of the points, evaluated by hand on copies of the model."""
+    model, eps, lr, k = toys.classifier(), 1e-2, 1e-3, 5
+    x, before = toys.batch(), copy.deepcopy(model)
+    method = methods.get(name, eps=eps, num_directions=k)
+    directions = [{n: Directions(method.direction).draw(Key(0, 0, j, n), p.shape) for n, p in before.named_parameters()} for j in range(k)]
+
+    def loss(scale: float, j: int) -> torch.Tensor:
+        moved = reference_step(copy.deepcopy(before), directions[j], -scale)
+        return toys.loss_function(moved)(x).detach().double().mean()
+
+    plus, minus = (torch.stack([loss(sign * eps, j) for j in range(k)]) for sign in (1, -1))
+    if name == "fzoo":
+        weights = (plus - loss(0.0, 0)) / eps / plus.std()
+    elif name == "es":
+        both = torch.cat([plus, minus])
+        weights = (plus - minus) / 2 / both.std(unbiased=False)
+    else:
+        weights = (plus - minus).sign()
+    ZerothOrder(model, method, lr=lr).step(toys.loss_function(model), x)
+    moves = {n: sum(float(w) * z[n] for w, z in zip(weights, directions, strict=True)) / k for n, _ in model.named_parameters()}
+    expected = reference_step(copy.deepcopy(before), moves, lr)
+    for (n, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(ours - dict(before.named_parameters())[n], theirs - dict(before.named_parameters())[n], rtol=2e-2, atol=1e-6)
+
+
+def test_the_conservative_step_is_the_best_of_three(tmp_path):
+    """The loss after a step is the lowest of those at θ − ηĝ, θ and θ + ηĝ, and the journal says which that was."""
+    model, lr = toys.classifier(), 0.5  # too far, now and then
+    optimizer = ZerothOrder(model, "zo-sgd-cons", lr=lr, journal=tmp_path / "j")
+    taken = set()
+    for step in range(40):
+        x, before = toys.batch(seed=step), copy.deepcopy(model)
+        optimizer.step(toys.loss_function(model), x)
+        c = float(optimizer.last.coefficients)
+        raw = optimizer.last.gap / (2 * optimizer.eps)
+        z = {n: Directions("gaussian").draw(Key(0, step, 0, n), p.shape) for n, p in before.named_parameters()}
+        losses = {}
+        for sign in (1, 0, -1):
+            moved = reference_step(copy.deepcopy(before), z, sign * lr * raw)
+            losses[sign] = float(toys.loss_function(moved)(x).mean())
+        place = round(c / raw)
+        taken.add(abs(place))
+        assert losses[place] <= min(losses.values()) + 1e-5
+        assert float(toys.loss_function(model)(x).detach().mean()) == pytest.approx(losses[place], abs=1e-4)
+    assert taken == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: methods.fzoo(num_directions=1), "set num_directions to at least 2"),
+        (lambda: methods.es(num_directions="example"), "set num_directions to a number"),
+        (lambda: methods.meazo(beta=1.0), r"beta must lie in \[0, 1\)"),
+        (lambda: methods.replayed_adam(history=0), "history must be a whole number of at least 1"),
+        (lambda: methods.replayed_momentum(momentum=1.0), "a decay rate must lie in"),
+        (lambda: dataclasses.replace(methods.replayed_adam(), rule="Adam"), "leave the rule at SGD"),
+        (lambda: dataclasses.replace(methods.zo_sgd_cons(), subspace=LowRank()), "moves weights in full space"),
+        (lambda: methods.jaguar_sign(choice="block:4"), "spelled 'block:16x16'"),
+        (lambda: methods.jaguar_sign(choice="rows"), "unknown direction distribution 'rows'"),
+        (lambda: methods.jaguar_sign(momentum=1.5), r"beta must lie in \[0, 1\)"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_fix(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_conservative_steps_want_one_rate():
+    model = toys.classifier()
+    parameters = list(model.parameters())
+    optimizer = ZerothOrder(model, "zo-sgd-cons", params=[{"params": parameters[:2], "lr": 1.0}, {"params": parameters[2:], "lr": 0.5}])
+    with pytest.raises(ValueError, match="give all parameter groups the same lr"):
+        optimizer.step(toys.loss_function(model), toys.batch())
