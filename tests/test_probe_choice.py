@@ -82,6 +82,18 @@ def test_a_resumed_run_keeps_the_choice_bit_for_bit(sequential_is_faster, monkey
     assert all(torch.equal(a, b) for a, b in zip(replayed.model.state_dict().values(), model.state_dict().values(), strict=True))
 
 
+def test_a_batched_run_stays_batched_when_it_is_resumed_from_its_journal(monkeypatch, tmp_path, request):
+    straight = ZerothOrder(toys.classifier(), methods.lozo(eps=1e-2), lr=1e-2, journal=tmp_path / "j")
+    run(straight, range(2))
+    assert events(tmp_path / "j") == []
+    request.getfixturevalue("sequential_is_faster")
+    resumed = ZerothOrder(toys.classifier(), methods.lozo(eps=1e-2), lr=1e-2)
+    for record in Journal.open(tmp_path / "j").records():
+        resumed.apply(record)
+    assert all(torch.equal(a, b) for a, b in zip(run(resumed, range(2, 4)), run(straight, range(2, 4)), strict=True))
+    assert resumed.evaluations.batched and straight.evaluations.batched
+
+
 def test_another_way_can_be_asked_for_on_resuming(sequential_is_faster):
     first = ZerothOrder(toys.classifier(), "lozo", lr=1e-3)
     run(first, range(1))

@@ -7,7 +7,7 @@ of itself, one a direction.
 
 The first step evaluates some points both ways and gives batched up, with a warning, where they disagree. ``"auto"`` then times the two and
 takes sequential only where it is clearly faster (a batch whose stacked activations leave the caches can be). The choice is made once a
-run, for losses differ in their last bits: it is an event of the journal and part of a checkpoint.
+run, for losses differ in their last bits: a checkpoint holds it, and the journal has an event where it is sequential.
 """
 
 from __future__ import annotations

@@ -263,11 +263,11 @@ class ZerothOrder(torch.optim.Optimizer):
         return estimate._replace(coefficients=best * estimate.coefficients)
 
     def _gather(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> Losses:
-        """The losses of a step; if the way in which they are evaluated was found out on the way, the journal says so."""
+        """The losses of a step. A run that goes on sequentially though it might have been batched says so in the journal."""
         known = self.evaluations.batched
         losses = self.evaluations.gather(loss_fn, parts, self.seed, step)
-        if self.evaluations.batched != known and self.journal is not None:
-            self.journal.append({"event": "probe", "batched": self.evaluations.batched})
+        if self.evaluations.batched is False and known is not False and self.journal is not None:
+            self.journal.append({"event": "probe", "batched": False})
         return losses
 
     def _choose_eps(self, evaluate: Callable[[], Tensor], step: int) -> None:
@@ -342,6 +342,8 @@ class ZerothOrder(torch.optim.Optimizer):
             return
         if record.step != self.steps or len(record.lrs) != len(self.param_groups):
             raise ValueError(f"the record of step {record.step} does not follow step {self.steps - 1} of this run.")
+        if self.evaluations.batched is None:  # a run's step without an event that says otherwise
+            self.evaluations.restore(True)
         self._begin(record.step)
         self.steps += 1
         terms, factor = [Past(record.step, record.coefficients)], 1.0
