@@ -162,16 +162,30 @@ class FullCoordinate(Coordinate):
 
     def add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float = 1.0) -> None:
         """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r): a block of rows at a time."""
-        rows, columns = self.parameter.shape
-        height = max(1, (1 << 17) // columns)  # what a cache holds
+        columns = self.parameter.shape[1]
         rounding = Key(seed, step, 0, self.name, "rounding")
         flat = self._flat()
-        for top in range(0, rows, height):
-            part = slice(top * columns, min(rows, top + height) * columns)
+        for rows in self._row_blocks():
+            part = slice(rows.start * columns, rows.stop * columns)
             block = self._block(flat, part)
-            block.view(-1, columns).addmm_(left[top : top + height].to(block.dtype), right.T.to(block.dtype), beta=keep)
+            block.view(-1, columns).addmm_(left[rows].to(block.dtype), right.T.to(block.dtype), beta=keep)
             self._store(flat, part, block, rounding)
         self._finish(flat)
+
+    def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """W + left · rightᵀ in W's dtype, a new tensor, made like :meth:`add_product`."""
+        columns, flat = self.parameter.shape[1], self._flat()
+        out = torch.empty(self.shape, dtype=flat.dtype, device=flat.device)
+        for rows in self._row_blocks():
+            block = self._block(flat, slice(rows.start * columns, rows.stop * columns)).view(-1, columns)
+            out[rows] = torch.addmm(block, left[rows].to(block.dtype), right.T.to(block.dtype))
+        return out
+
+    def _row_blocks(self) -> Iterator[slice]:
+        """Rows of a matrix, about as many at a time as a cache holds."""
+        rows, columns = self.parameter.shape
+        height = max(1, (1 << 17) // columns)
+        return (slice(top, min(rows, top + height)) for top in range(0, rows, height))
 
     def store(self) -> Tensor | None:
         return self.parameter.data if self.parameter.is_contiguous() else None
@@ -254,8 +268,7 @@ class LowRankCoordinate(Coordinate):
         a = self.a if offset is None else torch.add(self.a, self._u(directions, offset), alpha=offset.scale)
         if offset is None and not self.pending:
             return self.parameter.detach()
-        weight = self._weight.value()
-        return torch.addmm(weight, a.to(weight.dtype), self.v.T.to(weight.dtype)).to(self.parameter.dtype)
+        return self._weight.plus_product(a, self.v)
 
     def value(self) -> Tensor:
         return self.a
