@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,9 @@ class Offset:
     def key(self, name: str) -> Key:
         return Key(self.seed, self.step, self.direction, name)
 
+
+#: How a first moment of θ, linear in its estimates, follows θ to another basis.
+Carry = Callable[[Tensor], Tensor]
 
 #: A matrix in full space with a side of at most this many is small enough to keep several directions of it at a time: an adapter's.
 THIN = 64
@@ -112,9 +115,13 @@ class Coordinate(abc.ABC):
     def device(self) -> torch.device:
         return self.parameter.device
 
-    def begin_step(self, seed: int, step: int) -> Tensor | None:
-        """Redraw what is due at the start of ``step``; a matrix T if first moments M must be carried over as M ← M T."""
+    def begin_step(self, seed: int, step: int) -> Carry | None:
+        """Redraw what is due at the start of ``step``; how first moments are to be carried over, if they are."""
         return None
+
+    def kept(self) -> list[Tensor]:
+        """The tensors that are kept between steps beside the weight."""
+        return []
 
     @abc.abstractmethod
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:

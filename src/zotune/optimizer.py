@@ -260,9 +260,9 @@ class ZerothOrder(torch.optim.Optimizer):
             return
         for group in self.coordinates:
             for coordinate in group:
-                transport = coordinate.begin_step(self.seed, step)
-                if transport is not None:
-                    self.rule.transport(coordinate.name, transport)
+                carry = coordinate.begin_step(self.seed, step)
+                if carry is not None:
+                    self.rule.transport(coordinate.name, carry)
         self._begun = step
 
     def _prepare(self, evaluate: Callable[[], Tensor], step: int) -> None:

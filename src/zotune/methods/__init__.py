@@ -14,6 +14,7 @@ from zotune.methods.lozo import lozo, lozo_e, lozo_m
 from zotune.methods.method import AUTO, Method
 from zotune.methods.mezo import mezo, mezo_adam, mezo_momentum
 from zotune.methods.populations import es, es_ranks, fzoo
+from zotune.methods.projected import subzero, tezo, zo_muon
 from zotune.methods.registry import Recipe, get, names, options_of, recipe, register
 from zotune.methods.replayed import replayed_adam, replayed_momentum
 from zotune.methods.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
@@ -46,8 +47,11 @@ __all__ = [
     "register",
     "replayed_adam",
     "replayed_momentum",
+    "subzero",
+    "tezo",
     "zo_adamw",
     "zo_jaguar",
+    "zo_muon",
     "zo_rmsprop",
     "zo_sgd_cons",
     "zo_sgd_scalar_sign",

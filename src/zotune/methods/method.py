@@ -46,7 +46,8 @@ class Method:
         conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and go where the loss is lowest.
         estimates: what the estimate that the rule is given is on average: the ``"gradient"`` itself (of the smoothed loss), a multiple
             of it (its ``"direction"``), or no more than a direction of ``"descent"``.
-        reach: ``"all"`` weights, or ``"rows"``: every row of a matrix moves as a whole, by one number.
+        reach: ``"all"`` weights; ``"rows"``: every row of a matrix moves as a whole, by one number; ``"span"``: a part of a matrix's
+            space that is fixed for the run.
         options: the recipe's keyword arguments, for headers and reports.
 
     Raises:
@@ -88,7 +89,7 @@ class Method:
         self._check_together()
 
     def _check_together(self) -> None:
-        assert self.estimates in ESTIMATES and self.reach in ("all", "rows"), (self.estimates, self.reach)
+        assert self.estimates in ESTIMATES and self.reach in ("all", "rows", "span"), (self.estimates, self.reach)
         shared = isinstance(self.num_directions, int)
         if self.fitness not in FITNESS:
             raise ValueError(f"unknown fitness {self.fitness!r}; choose one of {', '.join(FITNESS)}.")
@@ -143,20 +144,22 @@ class Method:
         total = 0.0
         for shape in shapes:
             moving, beside = self.subspace.elements(shape)
-            in_full_space = moving == math.prod(shape)
+            in_full_space = self.subspace.full or moving == math.prod(shape)
             total += 4 * (beside + self.rule_state * moving) + (2 * moving if half and in_full_space else 0)
         return math.ceil(total)
 
     @property
     def extra_memory(self) -> str:
         """What is kept between steps beyond the weights, for people: in multiples of the trainable weights W, or by matrix (m, n)."""
-        kept = self.rule_state
-        if isinstance(self.subspace, Full):
-            # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
-            numbers = f"{self.numbers} numbers" if self.numbers else "none"
-            return f"{f'{kept:g} × W' if kept else numbers} (half precision: {2 * kept + 1:g} × W)"
-        factors = "Σ r·(m + n)"
-        return factors if not kept else f"{factors} + r·m" if kept == 1 else f"{factors} + {kept:g}·r·m"
+        if not self.subspace.full:
+            return self.subspace.memory(self.rule_state)
+        kept = self.subspace.memory(self.rule_state)
+        if kept == "none" and self.numbers:
+            kept = f"{self.numbers} numbers"
+        # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
+        moving, beside = self.subspace.elements((1024, 1024))
+        half = (4 * (beside + self.rule_state * moving) + 2 * moving) / (2 * 1024 * 1024)
+        return f"{kept} (half precision: {half:.3g} × W)"
 
 
 def _own_directions(spelled: int | str) -> tuple[float, int] | None:
