@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from zotune.probe import Probe
 from zotune.replayed import Past
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, State
-from zotune.subspaces import LowRankCoordinate
+from zotune.subspaces import CurvedCoordinate, LowRankCoordinate
 
 _NO_BATCH: Any = object()
 
@@ -111,6 +112,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rule = Rule(self.method.rule, self.method.rule_args)
         super().__init__(_groups(model, params, weight_decay), {"lr": lr, "weight_decay": 0.0})
         self.coordinates = self._coordinates()
+        parts = self.method.subspace.attach(model, [c for group in self.coordinates for c in group])
+        self.method = dataclasses.replace(self.method, parts=parts)
         self.directions = chosen.directions(self.method.direction, {c.name: c.shape for group in self.coordinates for c in group})
         self.shaping_state: State = {}
         self.past: list[Past] = []
@@ -195,8 +198,8 @@ class ZerothOrder(torch.optim.Optimizer):
             step=step,
             lrs=rates,
             loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
-            coefficients=tuple(estimate.coefficients.tolist()),
-            skipped=estimate.skipped,
+            coefficients=(*estimate.coefficients.tolist(), *estimate.curvatures.tolist()),
+            skipped=estimate.skipped + estimate.skipped[: len(estimate.curvatures)],
         )
         if self.journal is not None:
             self.journal.append(record)
@@ -290,7 +293,8 @@ class ZerothOrder(torch.optim.Optimizer):
             self.probe.forget_directions()
             return
         self._nonfinite_in_a_row = 0
-        coefficients: Sequence[float] = record.coefficients
+        k = len(record.coefficients) // (2 if self.method.estimator == "curvature" else 1)
+        coefficients: Sequence[float] = record.coefficients[:k]
         if self.method.shaping is not None:
             coefficients = self.method.shaping.shape(coefficients, record.skipped, self.eps, self.shaping_state)
         if self.method.replayed is not None:
@@ -298,10 +302,18 @@ class ZerothOrder(torch.optim.Optimizer):
         for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):
             for coordinate in coordinates:
                 self._update(coordinate, record.step, coefficients, lr, float(group["weight_decay"]))
+                if isinstance(coordinate, CurvedCoordinate):
+                    coordinate.learn(self.directions, record.coefficients[k:], self.seed, record.step)
 
     def _update(self, coordinate: Coordinate, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> None:
         k = len(coefficients)
         rate = lr * coordinate.lr_scale
+        if coordinate.turn is not None:
+            turns = [coordinate.moves(step, direction) for direction in range(k)]
+            if not any(turns):
+                coordinate.drop()
+                return
+            coefficients = [c if turn else 0.0 for c, turn in zip(coefficients, turns, strict=True)]
         if self.method.replayed is not None:
             coordinate.drop()
             value = coordinate.value()

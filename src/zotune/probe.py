@@ -166,6 +166,7 @@ class Probe:
                     for name, coordinate in owner.parameters.items()
                     if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path)
                     and (only is None or coordinate.name in only)
+                    and (coordinate.moves(offset.step, offset.direction) or isinstance(coordinate, LowRankCoordinate))
                 }
         with self._lent(lend) as tables:
             for coordinate in self._low_rank():
@@ -173,7 +174,8 @@ class Probe:
                 if moves and not side_paths:
                     coordinate.moved = None  # the weight that is lent has A in it already
                 elif moves and coordinate.side_path:
-                    coordinate.shift(self.directions, offset)
+                    still = offset is None or not coordinate.moves(offset.step, offset.direction)
+                    coordinate.shift(self.directions, None if still else offset)
             yield tables
 
     @contextmanager

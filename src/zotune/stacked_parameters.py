@@ -55,6 +55,9 @@ class Lending:
         z = coordinate.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count)
         if not self.in_order:
             z = z.index_select(0, torch.tensor(self.stack.directions, device=z.device) - self.first)
+        if coordinate.turn is not None:
+            moves = [float(coordinate.moves(self.stack.step, direction)) for direction in self.stack.directions]
+            z = z * torch.tensor(moves, device=z.device).view(-1, *[1] * (z.dim() - 1))
         return coordinate.expand(z) if isinstance(coordinate, LowRankCoordinate) else z
 
     def scales(self, like: Tensor, dims: int) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from zotune.methods.adaptive import meazo, r_adazo, zo_adamw, zo_rmsprop
+from zotune.methods.blockwise import zo_block, zo_block_jacobi
+from zotune.methods.hizoo import hizoo
 from zotune.methods.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
 from zotune.methods.lozo import lozo, lozo_e, lozo_m
 from zotune.methods.method import AUTO, Method
@@ -18,6 +20,7 @@ from zotune.methods.projected import subzero, tezo, zo_muon
 from zotune.methods.registry import Recipe, get, names, options_of, recipe, register
 from zotune.methods.replayed import replayed_adam, replayed_momentum
 from zotune.methods.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
+from zotune.methods.sparse import sparse_mezo, zo_sparse
 
 options = options_of
 
@@ -29,6 +32,7 @@ __all__ = [
     "es_ranks",
     "fzoo",
     "get",
+    "hizoo",
     "jaguar_muon",
     "jaguar_sign",
     "lozo",
@@ -47,15 +51,19 @@ __all__ = [
     "register",
     "replayed_adam",
     "replayed_momentum",
+    "sparse_mezo",
     "subzero",
     "tezo",
     "zo_adamw",
+    "zo_block",
+    "zo_block_jacobi",
     "zo_jaguar",
     "zo_muon",
     "zo_rmsprop",
     "zo_sgd_cons",
     "zo_sgd_scalar_sign",
     "zo_sgd_sign",
+    "zo_sparse",
 ]
 
 

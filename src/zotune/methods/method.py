@@ -14,7 +14,7 @@ from zotune.estimators import ESTIMATORS
 from zotune.replayed import Replayed
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, ByDeviation, Shaping
-from zotune.subspaces import Full, Subspace
+from zotune.subspaces import Curved, Full, Subspace
 
 #: For a learning rate or ε that is measured instead of given.
 AUTO = "auto"
@@ -36,7 +36,7 @@ class Method:
             of the batch.
         subspace: see ``subspaces``.
         direction: see ``directions``.
-        estimator: ``"central"`` or ``"forward"``.
+        estimator: a name of ``estimators.ESTIMATORS``.
         rule: name or class of a torch optimiser, or one of ``rules``.
         rule_args: its keyword arguments besides lr.
         rule_state: float32 numbers the rule keeps for each coordinate.
@@ -47,7 +47,9 @@ class Method:
         estimates: what the estimate that the rule is given is on average: the ``"gradient"`` itself (of the smoothed loss), a multiple
             of it (its ``"direction"``), or no more than a direction of ``"descent"``.
         reach: ``"all"`` weights; ``"rows"``: every row of a matrix moves as a whole, by one number; ``"span"``: a part of a matrix's
-            space that is fixed for the run.
+            space that is fixed for the run; ``"part"``: some of a matrix's numbers, the same for long.
+        parts: parts of the model with directions of their own (see ``subspaces.blocks``), which the optimizer finds out: of K directions
+            each part has K / parts.
         options: the recipe's keyword arguments, for headers and reports.
 
     Raises:
@@ -72,6 +74,7 @@ class Method:
     conservative: bool = False
     estimates: str = "gradient"
     reach: str = "all"
+    parts: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,7 +92,7 @@ class Method:
         self._check_together()
 
     def _check_together(self) -> None:
-        assert self.estimates in ESTIMATES and self.reach in ("all", "rows", "span"), (self.estimates, self.reach)
+        assert self.estimates in ESTIMATES and self.reach in ("all", "rows", "span", "part"), (self.estimates, self.reach)
         shared = isinstance(self.num_directions, int)
         if self.fitness not in FITNESS:
             raise ValueError(f"unknown fitness {self.fitness!r}; choose one of {', '.join(FITNESS)}.")
@@ -99,6 +102,12 @@ class Method:
             )
         if isinstance(self.shaping, ByDeviation) and self.num_directions == 1:
             raise ValueError(f"{self.name} divides by the deviation of its directions' losses: set num_directions to at least 2.")
+        if self.parts > 1 and not shared:
+            raise ValueError(f"{self.name} gives each block directions of its own: set num_directions to a number.")
+        if self.estimator == "curvature" and not (shared and isinstance(self.subspace, Curved)):
+            raise ValueError("the estimator 'curvature' is HiZOO's: take method 'hizoo', with num_directions a number.")
+        if isinstance(self.subspace, Curved) and self.estimator != "curvature":
+            raise ValueError(f"{self.name} learns from curvature: leave its estimator at 'curvature'.")
         if self.conservative and self.num_directions != 1:
             raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1.")
         if (self.replayed or self.conservative) and not isinstance(self.subspace, Full):
@@ -119,7 +128,7 @@ class Method:
     def directions_of(self, rows: int) -> int:
         """K in a step of ``rows`` examples."""
         if isinstance(self.num_directions, int):
-            return self.num_directions
+            return self.num_directions * self.parts
         assert self.groups is not None
         return int(min(rows, self.groups)) * self.each
 
@@ -127,7 +136,7 @@ class Method:
     def forwards_per_step(self) -> int:
         """Evaluations of the batch a step makes."""
         estimator = ESTIMATORS[self.estimator]
-        count = self.num_directions if isinstance(self.num_directions, int) else self.each
+        count = self.num_directions * self.parts if isinstance(self.num_directions, int) else self.each
         return len(estimator.points(count)) + (3 if self.conservative else 0)
 
     @property

@@ -11,20 +11,28 @@ Adapters (LoRA, prefix, prompt) need no class of their own: they are :class:`Ful
 from __future__ import annotations
 
 from zotune.coordinates import Coordinate, Offset
+from zotune.subspaces.blocks import Blocks
+from zotune.subspaces.curved import Curved, CurvedCoordinate
 from zotune.subspaces.full import Full, FullCoordinate
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
 from zotune.subspaces.projected import Left, RankOnes, TwoSided
+from zotune.subspaces.sparse import MaskedCoordinate, Sparse
 from zotune.subspaces.subspace import Subspace
 
 __all__ = [
+    "Blocks",
     "Coordinate",
+    "Curved",
+    "CurvedCoordinate",
     "Full",
     "FullCoordinate",
     "Left",
     "LowRank",
     "LowRankCoordinate",
+    "MaskedCoordinate",
     "Offset",
     "RankOnes",
+    "Sparse",
     "Subspace",
     "TwoSided",
 ]
