@@ -66,6 +66,7 @@ class Coordinate(abc.ABC):
         self.shape = tuple(shape)
         self.numel = math.prod(shape)
         self.lr_scale = lr_scale
+        self.observed: Tensor | None = None  # what the next redraw is to go by, where that is data's to say
         self.turn: Turn | None = None  # None: moves in every step, along every direction
         self.neighbours: list[Coordinate] = []  # small coordinates, this one among them, whose directions are drawn together
         self.drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times

@@ -118,7 +118,22 @@ class Curvature(Central):
         return estimate._replace(curvatures=torch.tensor(q, dtype=torch.float32))
 
 
-ESTIMATORS: dict[str, Estimator] = {"central": Central(), "forward": Forward(), "curvature": Curvature()}
+@dataclass(frozen=True)
+class Tangent(Central):
+    """c_k = ∇L(θ) · Z_k by forward-mode differentiation: exact, one evaluation a direction, which is about two forwards' work."""
+
+    def points(self, num_directions: int) -> list[Point]:
+        return [Point(0, k) for k in range(num_directions)]
+
+    def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate:
+        """Of losses and their derivatives in turn, 2K tensors."""
+        primals, tangents = losses[0::2], losses[1::2]
+        levels = [_mean(primal) for primal in primals]
+        kept = [t if math.isfinite(level) else torch.full_like(t, math.nan) for t, level in zip(tangents, levels, strict=True)]
+        return _estimate([(t, torch.zeros_like(t)) for t in kept], levels, 1.0)
+
+
+ESTIMATORS: dict[str, Estimator] = {"central": Central(), "forward": Forward(), "curvature": Curvature(), "tangent": Tangent()}
 
 
 def _mean(losses: Tensor) -> float:

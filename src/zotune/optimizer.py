@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zotune import chosen, methods, run_state
+from zotune import chosen, methods, observing, run_state
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
+from zotune.directions import Key
 from zotune.estimators import ESTIMATORS, Estimate
 from zotune.evaluating import Evaluations, LossFunction, NonFiniteLossError, evaluation
 from zotune.journal import Journal, Record, StepRecord
 from zotune.methods import AUTO, Method
-from zotune.probe import Probe
+from zotune.probe import Probe, isolated_generators
 from zotune.replayed import Past
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, State
@@ -132,6 +134,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._nonfinite_in_a_row = 0
         self._prepared = False
         self._begun = -1
+        self._gathered = observing.Gathered()
         self.journal = journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
 
     def _coordinates(self) -> list[list[Coordinate]]:
@@ -176,6 +179,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if not callable(loss_fn):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
         parts, step = _parts(batch), self.steps
+        self._observe(loss_fn, parts, step)
         self._begin(step)
         if self.calibrator is not None and math.isnan(self.eps):
             self._choose_eps(evaluation(loss_fn, parts), step)
@@ -257,6 +261,36 @@ class ZerothOrder(torch.optim.Optimizer):
         self.sequences_evaluated += self.calibrator.sequences
         if self.calibrator.forwards and self.journal is not None:
             self.journal.append({"event": "measured", **self.calibrator.step_size.summary()})
+
+    def _observe(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
+        """Let the subspace look at the step's data, where it has to."""
+        if self._begun == step or not self.method.subspace.observes(step):
+            return
+        counted = 0
+
+        def losses() -> Iterator[Tensor]:
+            nonlocal counted
+            for call in [loss_fn] if parts is None else [partial(loss_fn, part) for part in parts]:
+                found = torch.as_tensor(call())
+                counted += found.numel()
+                yield found
+
+        def look() -> dict[str, Tensor]:
+            with isolated_generators(Key(self.seed, step, 0, "", "loss"), self.probe.devices):
+                return self.method.subspace.observe(self.model, self.probe.coordinates, losses, self.seed, step)
+
+        found = self.probe.evaluate(look, None)
+        self.forward_passes += 1
+        self.sequences_evaluated += counted
+        if self.journal is not None:
+            for event in observing.events(step, found):
+                self.journal.append(event)
+        self._tell(found)
+
+    def _tell(self, observed: Mapping[str, Tensor]) -> None:
+        for coordinate in self.probe.coordinates:
+            if coordinate.name in observed:
+                coordinate.observed = observed[coordinate.name]
 
     def _begin(self, step: int) -> None:
         if self._begun == step:
@@ -344,6 +378,8 @@ class ZerothOrder(torch.optim.Optimizer):
             self._fold()
         elif event.get("event") == "eps":
             self.eps = self.evaluations.eps = float(event["value"])
+        elif event.get("event") == "observed":
+            self._tell(self._gathered.add(event))
         elif event.get("event") == "measured":
             pass  # what came of it is in the steps' learning rates
         elif event.get("event") == "general_path":

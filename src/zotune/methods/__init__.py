@@ -10,9 +10,10 @@ from typing import Any
 
 from zotune.methods.adaptive import meazo, r_adazo, zo_adamw, zo_rmsprop
 from zotune.methods.blockwise import zo_block, zo_block_jacobi
+from zotune.methods.forward_grad import forward_grad
 from zotune.methods.hizoo import hizoo
 from zotune.methods.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
-from zotune.methods.lozo import lozo, lozo_e, lozo_m
+from zotune.methods.lozo import agzo, lozo, lozo_e, lozo_m
 from zotune.methods.method import AUTO, Method
 from zotune.methods.mezo import mezo, mezo_adam, mezo_momentum
 from zotune.methods.populations import es, es_ranks, fzoo
@@ -20,7 +21,7 @@ from zotune.methods.projected import subzero, tezo, zo_muon
 from zotune.methods.registry import Recipe, get, names, options_of, recipe, register
 from zotune.methods.replayed import replayed_adam, replayed_momentum
 from zotune.methods.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
-from zotune.methods.sparse import sparse_mezo, zo_sparse
+from zotune.methods.sparse import sensitive_mezo, sparse_mezo, zo_sparse
 
 options = options_of
 
@@ -28,8 +29,10 @@ __all__ = [
     "AUTO",
     "Method",
     "Recipe",
+    "agzo",
     "es",
     "es_ranks",
+    "forward_grad",
     "fzoo",
     "get",
     "hizoo",
@@ -51,6 +54,7 @@ __all__ = [
     "register",
     "replayed_adam",
     "replayed_momentum",
+    "sensitive_mezo",
     "sparse_mezo",
     "subzero",
     "tezo",

@@ -108,6 +108,8 @@ class Method:
             raise ValueError("the estimator 'curvature' is HiZOO's: take method 'hizoo', with num_directions a number.")
         if isinstance(self.subspace, Curved) and self.estimator != "curvature":
             raise ValueError(f"{self.name} learns from curvature: leave its estimator at 'curvature'.")
+        if self.estimator == "tangent" and not (shared and isinstance(self.subspace, Full)):
+            raise ValueError("the estimator 'tangent' differentiates along one direction in full space: take method 'forward-grad'.")
         if self.conservative and self.num_directions != 1:
             raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1.")
         if (self.replayed or self.conservative) and not isinstance(self.subspace, Full):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zotune.methods.method import Method
 from zotune.methods.registry import register
-from zotune.subspaces import Sparse
+from zotune.subspaces import Sensitive, Sparse
 
 
 @register
@@ -67,6 +67,40 @@ def sparse_mezo(
         direction=direction,
         estimator=estimator,
         subspace=Sparse(density, "small"),
+        estimates="descent",
+        reach="part",
+    )
+
+
+@register
+def sensitive_mezo(
+    *,
+    lr: float = 1e-6,
+    eps: float | str = 1e-3,
+    num_directions: int = 1,
+    direction: str = "gaussian",
+    estimator: str = "central",
+    density: float = 1e-3,
+) -> Method:
+    """SensZOQ's sparse training: the few weights of every matrix to which the loss is most sensitive move (2406.02913).
+
+    c = (L(θ + ε m⊙Z) − L(θ − ε m⊙Z)) / 2ε,   θ ← θ − η c m⊙Z,   m = the largest Σ_b (∂ℓ_b/∂W_i)² of every matrix
+
+    The squared gradients are of the first step's batch, by one backward pass for each of its examples, with the memory of training by
+    backpropagation that once; m stays for the run. Vectors (bias, norm) move whole. State: an int32 index for every weight that moves.
+    Departs from the paper, which takes the gradients on general text, and keeps the weights that rest in 4 bits: here they stay as
+    they are. The indices go to the journal.
+    """
+    return Method(
+        name="sensitive-mezo",
+        title="Sensitive MeZO",
+        arxiv="2406.02913",
+        lr=lr,
+        eps=eps,
+        num_directions=num_directions,
+        direction=direction,
+        estimator=estimator,
+        subspace=Sensitive(density),
         estimates="descent",
         reach="part",
     )

@@ -14,8 +14,10 @@ from zotune.coordinates import Coordinate, Offset
 from zotune.subspaces.blocks import Blocks
 from zotune.subspaces.curved import Curved, CurvedCoordinate
 from zotune.subspaces.full import Full, FullCoordinate
+from zotune.subspaces.inputs import Inputs, InputsCoordinate
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
 from zotune.subspaces.projected import Left, RankOnes, TwoSided
+from zotune.subspaces.sensitive import IndexedCoordinate, Sensitive
 from zotune.subspaces.sparse import MaskedCoordinate, Sparse
 from zotune.subspaces.subspace import Subspace
 
@@ -26,12 +28,16 @@ __all__ = [
     "CurvedCoordinate",
     "Full",
     "FullCoordinate",
+    "IndexedCoordinate",
+    "Inputs",
+    "InputsCoordinate",
     "Left",
     "LowRank",
     "LowRankCoordinate",
     "MaskedCoordinate",
     "Offset",
     "RankOnes",
+    "Sensitive",
     "Sparse",
     "Subspace",
     "TwoSided",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from zotune.coordinates import Coordinate, Turn
 from zotune.subspaces.full import Full
@@ -55,6 +55,14 @@ class Blocks:
                 if jacobi:  # the mean over the directions of all blocks is to be the mean over those of its own
                     coordinate.lr_scale *= len(blocks)
         return len(blocks) if jacobi else 1
+
+    def observes(self, step: int) -> bool:
+        return self.inner.observes(step)
+
+    def observe(
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+    ) -> dict[str, Tensor]:
+        return self.inner.observe(model, coordinates, losses, seed, step)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
         return self.inner.elements(shape)

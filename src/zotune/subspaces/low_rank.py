@@ -15,9 +15,6 @@ from zotune.directions import Directions, Key
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.subspace import Space
 
-#: Where V comes from.
-BASES = ("gaussian", "inputs")
-
 
 class LowRankCoordinate(Coordinate):
     """θ = A of W + A Vᵀ: W (m, n) the parameter as stored, A (m, r) float32, V (n, r) ~ N(0, 1) redrawn every ``interval`` steps.
@@ -35,8 +32,6 @@ class LowRankCoordinate(Coordinate):
 
     #: Whether the fixed factor is the left one.
     transposed = False
-    #: Whether the fixed factor is known from data, not from a key (see ``subspaces.inputs``).
-    observes = False
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
         rows, columns = parameter.shape

@@ -38,7 +38,7 @@ class MaskedCoordinate(ShapedCoordinate):
     def factors(self, seed: int, step: int) -> Factors:
         if self.share is None:
             flat, threshold = self._flat(), self.threshold
-            return lambda part: flat[part].float().abs_() <= threshold
+            return lambda part: flat[part].abs() <= threshold
         key, below = Key(seed, step // self.interval, 0, self.name, "mask"), round(self.share * (1 << _BITS))
         return lambda part: uniform_integers(key, part, _BITS, self.device) < below
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from zotune.coordinates import Coordinate
 
@@ -29,6 +29,20 @@ class Subspace(Protocol):
         """Tell the coordinates of a whole model what they need to know of each other; how many parts have directions of their own."""
         ...
 
+    def observes(self, step: int) -> bool:
+        """Whether the subspace looks at the data of a step before it begins."""
+        ...
+
+    def observe(
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+    ) -> dict[str, Tensor]:
+        """What is to be known of the data, by name of the coordinate.
+
+        Args:
+            losses: evaluates the losses of the step's micro-batches at θ, one after the other, as the loss function returns them.
+        """
+        ...
+
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
         """(numbers in θ, float32 numbers kept beside the weights) for a parameter of this shape."""
         ...
@@ -45,6 +59,14 @@ class Space:
 
     def attach(self, model: nn.Module, coordinates: Sequence[Coordinate]) -> int:
         return 1
+
+    def observes(self, step: int) -> bool:
+        return False
+
+    def observe(
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+    ) -> dict[str, Tensor]:
+        return {}
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
         return math.prod(shape), 0
