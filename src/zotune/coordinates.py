@@ -33,6 +33,7 @@ class Offset:
 #: How a first moment of θ, linear in its estimates, follows θ to another basis.
 Carry = Callable[[Tensor], Tensor]
 
+
 @dataclass(frozen=True)
 class Turn:
     """When a coordinate of block ``block`` of ``blocks`` moves: in every blocks-th step, or along every blocks-th direction."""

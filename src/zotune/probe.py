@@ -137,7 +137,9 @@ class Probe:
         Raises:
             ValueError: something between the weights and the loss has no forward derivative.
         """
-        lend = {id(o): {name: partial(dual, c, self.directions, offset) for name, c in o.parameters.items()} for o in self._owners}
+        lend: dict[int, dict[str, Callable[[], Tensor]]] = {
+            id(o): {name: partial(dual, c, self.directions, offset) for name, c in o.parameters.items()} for o in self._owners
+        }
         key = Key(offset.seed, offset.step, 0, "", "loss")
         with torch.no_grad(), self.evaluation_mode(), self._lent(lend):
             return self.forward_mode.derivative(function, lambda: isolated_generators(key, self.devices))

@@ -131,7 +131,8 @@ def agzo(
 
     c = (L(W + ε U Vᵀ) − L(W − ε U Vᵀ)) / 2ε,   W ← W − η c U Vᵀ / r,   V (n, r) = √n · the leading right singular vectors of x (rows, n)
 
-    At a redraw one more forward of the step's batch gives V of every Linear layer by power iteration; layers of other kinds have LOZO's V. √n gives V the size of LOZO's. Since the gradient's rows lie in the span of the inputs, little of it lies outside V
+    At a redraw one more forward of the step's batch gives V of every Linear layer by power iteration; layers of other kinds have LOZO's
+    V. √n gives V the size of LOZO's. Since the gradient's rows lie in the span of the inputs, little of it lies outside V
     where x has few large singular values; that part is out of reach until V changes.
     V goes to the journal in bfloat16, 2·n·r bytes a layer and redraw, so that a run replays without the data.
     State: A and V, r·(m + n) float32 numbers a matrix.

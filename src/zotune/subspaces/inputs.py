@@ -90,6 +90,11 @@ class Inputs(LowRank):
         return {name: _spread(found, self.rank) for name, found in sketches.items()}
 
 
+def leading_inputs(x: Tensor, rank: int, key: Key) -> Tensor:
+    """√n times the leading right singular vectors of x (rows, n), bfloat16, (n, rank)."""
+    return _spread(sketch(x, rank, key), rank)
+
+
 def sketch(x: Tensor, rank: int, key: Key, before: Tensor | None = None) -> Tensor:
     """A few rows S with SᵀS ≈ xᵀx (+ those of the rows ``before``), float64 on the CPU, (rank + :data:`SPARE`, n) or fewer.
 

@@ -92,7 +92,7 @@ class LowRankCoordinate(Coordinate):
         return (self.v, a) if self.transposed else (a, self.v)
 
     def begin_step(self, seed: int, step: int) -> Carry | None:
-        if self.interval and step % self.interval or (step and not self.interval):
+        if step % self.interval if self.interval else step:
             return None
         self.fold()
         carry = self.redraw(seed, self._redraws(step))
@@ -257,5 +257,5 @@ def at_least_one(field: str, number: object) -> None:
 
 
 def times(count: float, what: str) -> str:
-    """" + count·what", nothing for none."""
+    """What is to follow a formula, for ``count`` times ``what``; nothing for none."""
     return f" + {what}" if count == 1 else f" + {count:g}·{what}" if count else ""
