@@ -137,7 +137,7 @@ def test_gap_noise_is_the_standard_error_of_the_gap():
 
 
 @pytest.mark.parametrize("probe", ["sequential", "auto"])
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", ["mezo", "mezo-adam", "lozo", "lozo-m"])
 def test_forward_passes_are_counted_as_declared(name, probe):
     calls = []
     model = toys.classifier()

@@ -43,7 +43,7 @@ def test_a_mezo_step_is_its_equation():
         assert torch.allclose(dict(model.named_parameters())[name], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", ["mezo", "lozo", "lozo-e"])
 def test_micro_batches_are_the_batch(name):
     tokens, labels = toys.batch(16)
     whole, parts = toys.classifier(), toys.classifier()

@@ -186,7 +186,7 @@ def test_the_last_batch_may_be_smaller():
         assert len(optimizer.last.coefficients) == directions
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", ["mezo", "mezo-adam", "mezo-momentum", "lozo", "lozo-m", "lozo-e"])
 def test_learns(name):
     rate = {"mezo": 3e-2, "mezo-momentum": 3e-3, "mezo-adam": 1e-2}.get(name, 3e-2)
     model = toys.classifier()

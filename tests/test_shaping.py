@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -13,6 +14,7 @@ import toys
 from zotune import ZerothOrder, methods
 from zotune.directions import Directions, Key
 from zotune.shaping import FITNESS, ByDeviation, ByRootMeanSquare, BySign, State
+from zotune.subspaces import LowRank
 
 
 def test_signs():
@@ -81,9 +83,7 @@ def test_a_step_is_its_equation(name):
     model, eps, lr, k = toys.classifier(), 1e-2, 1e-3, 5
     x, before = toys.batch(), copy.deepcopy(model)
     method = methods.get(name, eps=eps, num_directions=k)
-    directions = [
-        {n: Directions(method.direction).draw(Key(0, 0, j, n), p.shape) for n, p in before.named_parameters()} for j in range(k)
-    ]
+    directions = [{n: Directions(method.direction).draw(Key(0, 0, j, n), p.shape) for n, p in before.named_parameters()} for j in range(k)]
 
     def loss(scale: float, j: int) -> torch.Tensor:
         moved = reference_step(copy.deepcopy(before), directions[j], -scale)
@@ -134,6 +134,8 @@ def test_the_conservative_step_is_the_best_of_three(tmp_path):
         (lambda: methods.meazo(beta=1.0), r"beta must lie in \[0, 1\)"),
         (lambda: methods.replayed_adam(history=0), "history must be a whole number of at least 1"),
         (lambda: methods.replayed_momentum(momentum=1.0), "a decay rate must lie in"),
+        (lambda: dataclasses.replace(methods.replayed_adam(), rule="Adam"), "leave the rule at SGD"),
+        (lambda: dataclasses.replace(methods.zo_sgd_cons(), subspace=LowRank()), "moves weights in full space"),
         (lambda: methods.jaguar_sign(choice="block:4"), "spelled 'block:16x16'"),
         (lambda: methods.jaguar_sign(choice="rows"), "unknown direction distribution 'rows'"),
         (lambda: methods.jaguar_sign(momentum=1.5), r"beta must lie in \[0, 1\)"),

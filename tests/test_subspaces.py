@@ -341,9 +341,7 @@ def test_forward_grad_is_the_directional_derivative(architecture):
     model = toys.transformer(architecture).eval()
     losses, ids = toys.transformer_loss(model), toys.tokens()
     losses(ids).mean().backward()
-    expected = sum(
-        float((p.grad * Directions("gaussian").draw(Key(0, 0, 0, name), p.shape)).sum()) for name, p in model.named_parameters()
-    )
+    expected = sum(float((p.grad * Directions("gaussian").draw(Key(0, 0, 0, name), p.shape)).sum()) for name, p in model.named_parameters())
     for p in model.parameters():
         p.grad = None
     optimizer = ZerothOrder(model, "forward-grad", lr=0.0)

@@ -33,7 +33,8 @@ from zotune.objectives import ChoiceLoss, choice_scores
 
 @pytest.mark.parametrize("method", zotune.methods.names())
 def test_every_trainable_parameter_moves_and_no_gradient_exists(method: str, tmp_path: Path) -> None:
-    run = trainer(tmp_path, method=method)
+    anchored = {"method_args": {"anchor_batches": 2}} if "anchor_batches" in zotune.methods.options(method) else {}
+    run = trainer(tmp_path, method=method, learning_rate=1e-5, **anchored)
     run.model.model.norm.weight.requires_grad = False
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.train()

@@ -213,8 +213,9 @@ class StepSize:
 def rule_gain(rule: Rule, moment: float, directions: int, step: int = 1 << 20) -> float:
     """What to multiply plain SGD's η by for another rule: 1 − β under momentum; Adam's step is η whatever the size of ĝ.
 
-    RMSprop's does not either, once its average, which starts at 0, has taken in enough of the ``step`` steps so far. The sign of ĝ moves every number by η too, and for a noisy ĝ, whose numbers are normal with the variance M/K, has the mean √(2/π) ∇
-    over their standard deviation.
+    RMSprop's does not either, once its average, which starts at 0, has taken in enough of the ``step`` steps so far. The sign of ĝ moves
+    every number by η too, and for a noisy ĝ, whose numbers are normal with the variance M/K, has the mean √(2/π) ∇ over their standard
+    deviation.
 
     Raises:
         ValueError: a rule of which that is not known.
@@ -241,6 +242,8 @@ def gain(method: Method, rule: Rule, moment: float, directions: int, eps: float,
     Raises:
         ValueError: its update rule is one of which that is not known.
     """
+    if method.anchoring is not None:
+        raise ValueError(f"learning rate 'auto' is not known for {method.name}, which has two; give a number.")
     if method.replayed is not None:
         return method.replayed.gain(moment, directions)
     fitness = FITNESS[method.fitness]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune import chosen, methods, observing, run_state
+from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Key
@@ -42,6 +43,7 @@ class StepReport:
         gap_noise: its standard error over the batch's examples; None for scalar losses.
         skipped: per direction, whether a loss was not finite.
         lr: learning rate of each parameter group.
+        terms: the steps whose directions, with these coefficients, the step's estimate was made of; as a rule itself alone.
     """
 
     step: int
@@ -51,6 +53,7 @@ class StepReport:
     gap_noise: float | None
     skipped: tuple[bool, ...]
     lr: tuple[float, ...]
+    terms: tuple[Past, ...] = ()
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -119,6 +122,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.directions = chosen.directions(self.method.direction, {c.name: c.shape for group in self.coordinates for c in group})
         self.shaping_state: State = {}
         self.past: list[Past] = []
+        self.anchor = Anchor(self.method.anchoring) if self.method.anchoring else None
+        self._terms: tuple[Past, ...] = ()
         self.eps: float = math.nan if isinstance(self.method.eps, str) else self.method.eps
         self.probe = Probe(model, [c for group in self.coordinates for c in group], self.directions)
         try:
@@ -187,8 +192,9 @@ class ZerothOrder(torch.optim.Optimizer):
             self._prepare(evaluation(loss_fn, parts), step)
         if self.calibrator is not None:
             self._measure(evaluation(loss_fn, parts), step)
-        losses = self.evaluations.gather(loss_fn, parts, self.seed, step)
-        self.forward_passes += self.method.forwards_per_step
+        at = step if self.anchor is None else self.anchor.anchoring.key_step(step)
+        losses = self.evaluations.gather(loss_fn, parts, self.seed, at)
+        self.forward_passes += self.method.forwards(step)
         self.sequences_evaluated += losses.evaluated
         estimate = losses.estimate(self.estimator, self.eps)
         rates = self._rates(estimate, losses.values.shape[1])
@@ -196,6 +202,10 @@ class ZerothOrder(torch.optim.Optimizer):
         if fitness is not None:
             means = losses.values.double().mean(dim=1).cpu()
             estimate = estimate._replace(coefficients=fitness.coefficients(means[0::2], means[1::2]))
+        if self.anchor is not None and not self.anchor.anchoring.anchors(step):
+            evaluate = evaluation(loss_fn, parts)
+            estimate, evaluated = self.anchor.difference(estimate, self.probe, self.estimator, evaluate, self.eps, self.seed, step)
+            self.sequences_evaluated += evaluated
         if self.method.conservative:
             estimate = self._lowest(estimate, rates, evaluation(loss_fn, parts), step)
         record = StepRecord(
@@ -216,6 +226,7 @@ class ZerothOrder(torch.optim.Optimizer):
             estimate.gap_noise,
             estimate.skipped,
             record.lrs,
+            self._terms,
         )
         if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteLossError(
@@ -322,22 +333,31 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(f"the record of step {record.step} does not follow step {self.steps - 1} of this run.")
         self._begin(record.step)
         self.steps += 1
+        k = len(record.coefficients) // (2 if self.method.estimator == "curvature" else 1)  # curvatures stand behind the coefficients
+        terms, factor = [Past(record.step, record.coefficients[:k])], 1.0
+        if self.anchor is not None:
+            terms, factor = self.anchor.take(terms[0], all(record.skipped), self.probe.coordinates)
+        self._terms = ()
         if all(record.skipped):  # nothing was learnt, so nothing moves, momentum included
             self._nonfinite_in_a_row += 1
             self.probe.forget_directions()
             return
         self._nonfinite_in_a_row = 0
-        k = len(record.coefficients) // (2 if self.method.estimator == "curvature" else 1)
-        coefficients: Sequence[float] = record.coefficients[:k]
         if self.method.shaping is not None:
-            coefficients = self.method.shaping.shape(coefficients, record.skipped, self.eps, self.shaping_state)
+            shaped = self.method.shaping.shape(record.coefficients, record.skipped, self.eps, self.shaping_state)
+            terms = [Past(record.step, tuple(shaped))]
         if self.method.replayed is not None:
-            self.past = [*self.past, Past(record.step, tuple(coefficients))][-self.method.replayed.history :]
-        for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):
-            for coordinate in coordinates:
-                self._update(coordinate, record.step, coefficients, lr, float(group["weight_decay"]))
-                if isinstance(coordinate, CurvedCoordinate):
-                    coordinate.learn(self.directions, record.coefficients[k:], self.seed, record.step)
+            self.past = [*self.past, *terms][-self.method.replayed.history :]
+        self._terms = tuple(terms)
+        for place, term in enumerate(terms):
+            for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):
+                weight_decay = 0.0 if place else float(group["weight_decay"])
+                for coordinate in coordinates:
+                    self._update(coordinate, term.step, term.coefficients, factor * lr, weight_decay)
+                    if isinstance(coordinate, CurvedCoordinate):
+                        coordinate.learn(self.directions, record.coefficients[k:], self.seed, record.step)
+        if not terms:
+            self.probe.forget_directions()
 
     def _update(self, coordinate: Coordinate, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> None:
         k = len(coefficients)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -192,6 +192,18 @@ class Probe:
                     still = offset is None or not coordinate.moves(offset.step, offset.direction)
                     coordinate.shift(self.directions, None if still else offset)
             yield tables
+
+    @contextmanager
+    def instead(self, coordinates: Mapping[str, Any]) -> Iterator[None]:
+        """For the length of a block, evaluate with other objects in place of the coordinates of these names; they need :meth:`at`."""
+        originals = [dict(owner.parameters) for owner in self._owners]
+        try:
+            for owner in self._owners:
+                owner.parameters = {local: coordinates.get(c.name, c) for local, c in owner.parameters.items()}
+            yield
+        finally:
+            for owner, parameters in zip(self._owners, originals, strict=True):
+                owner.parameters = parameters
 
     @contextmanager
     def _lent(self, lend: dict[int, dict[str, Callable[[], Tensor]]]) -> Iterator[list[LentParameters]]:

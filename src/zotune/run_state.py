@@ -30,6 +30,8 @@ def save(optimizer: ZerothOrder) -> dict[str, Any]:
     tensors = {f"coordinate/{name}/{entry}": tensor for name, c in _by_name(optimizer).items() for entry, tensor in c.state().items()}
     rule_tensors, rule_others = optimizer.rule.state()
     tensors |= {f"rule/{path}": tensor for path, tensor in rule_tensors.items()}
+    if optimizer.anchor is not None:
+        tensors |= {f"anchor/{name}": tensor for name, tensor in optimizer.anchor.weights.items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     run = {
         "method": optimizer.method.name,
@@ -46,6 +48,7 @@ def save(optimizer: ZerothOrder) -> dict[str, Any]:
         "general_path": [n for n, c in _by_name(optimizer).items() if isinstance(c, LowRankCoordinate) and not c.side_path],
         "rule": rule_others,
         "shaping": dict(optimizer.shaping_state),
+        "anchor": None if optimizer.anchor is None else optimizer.anchor.numbers(),
         "past": [[past.step, list(past.coefficients)] for past in optimizer.past],
     }
     return {"state": tensors, "param_groups": groups, "zotune": run}
@@ -69,6 +72,9 @@ def restore(optimizer: ZerothOrder, state_dict: Mapping[str, Any]) -> None:
         if kind == "rule":
             rule_tensors[rest] = tensor
             continue
+        if kind == "anchor" and optimizer.anchor is not None:
+            optimizer.anchor.weights[rest] = tensor.to(_by_name(optimizer)[rest].device, copy=True)
+            continue
         name, _, entry = rest.rpartition("/")
         if name not in states:
             raise ValueError(f"the saved run trains {name!r}, which this one does not; construct the optimizer as it was then.")
@@ -88,6 +94,8 @@ def restore(optimizer: ZerothOrder, state_dict: Mapping[str, Any]) -> None:
         optimizer.evaluations.batched = run.get("batched")
     optimizer.shaping_state = dict(run.get("shaping", {}))
     optimizer.past = [Past(step, tuple(coefficients)) for step, coefficients in run.get("past", [])]
+    if optimizer.anchor is not None and run.get("anchor"):
+        optimizer.anchor.sums, optimizer.anchor.count = list(run["anchor"]["sums"]), run["anchor"]["count"]
     optimizer._begun = optimizer.steps - 1
     optimizer.probe.distrust(run["general_path"])
     for name, coordinate in _by_name(optimizer).items():

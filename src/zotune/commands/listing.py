@@ -43,13 +43,12 @@ def methods(argv: Sequence[str]) -> int:
                 method.extra_memory,
                 f"{method.lr:g}",
                 f"{method.eps:g}",
-                ", ".join(o for o in registry.options(each) if o not in ("lr", "eps")),
             )
         )
-    print(wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "eps", "options"), rows))
+    print(wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "eps"), rows))
     print("* the default of `zotune train`. W: the weights that move; r: rank; m, n: sides of a matrix.")
     print("The learning rates are the papers', for models of a billion parameters and more; small models want far larger ones.")
-    print("`zotune methods NAME` describes one.")
+    print("`zotune methods NAME` describes one, with its options.")
     return 0
 
 

@@ -22,6 +22,7 @@ from zotune.methods.registry import Recipe, get, names, options_of, recipe, regi
 from zotune.methods.replayed import replayed_adam, replayed_momentum
 from zotune.methods.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
 from zotune.methods.sparse import sensitive_mezo, sparse_mezo, zo_sparse
+from zotune.methods.svrg import mezo_svrg
 
 options = options_of
 
@@ -45,6 +46,7 @@ __all__ = [
     "mezo",
     "mezo_adam",
     "mezo_momentum",
+    "mezo_svrg",
     "names",
     "options",
     "options_of",

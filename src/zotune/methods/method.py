@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from zotune import chosen
+from zotune.anchoring import Anchoring
 from zotune.estimators import ESTIMATORS
 from zotune.replayed import Replayed
 from zotune.rules import Rule
@@ -35,7 +36,7 @@ class Method:
         num_directions: K; ``"example"`` for a direction per example, ``"example:m"`` for m of them, ``"groups:G"`` for one per G-th part
             of the batch.
         subspace: see ``subspaces``.
-        direction: see ``directions``.
+        direction: see ``directions`` and ``chosen``.
         estimator: a name of ``estimators.ESTIMATORS``.
         rule: name or class of a torch optimiser, or one of ``rules``.
         rule_args: its keyword arguments besides lr.
@@ -43,6 +44,7 @@ class Method:
         fitness: what the points of a step are compared by: ``"loss"``, ``"z-score"`` or ``"ranks"`` (see ``shaping``).
         shaping: what coefficients go through before the rule; None: nothing.
         replayed: moments made of the last steps' coefficients, in place of the rule.
+        anchoring: steps relative to an anchor, of plain SGD.
         conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and go where the loss is lowest.
         estimates: what the estimate that the rule is given is on average: the ``"gradient"`` itself (of the smoothed loss), a multiple
             of it (its ``"direction"``), or no more than a direction of ``"descent"``.
@@ -71,6 +73,7 @@ class Method:
     fitness: str = "loss"
     shaping: Shaping | None = None
     replayed: Replayed | None = None
+    anchoring: Anchoring | None = None
     conservative: bool = False
     estimates: str = "gradient"
     reach: str = "all"
@@ -112,7 +115,11 @@ class Method:
             raise ValueError("the estimator 'tangent' differentiates along one direction in full space: take method 'forward-grad'.")
         if self.conservative and self.num_directions != 1:
             raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1.")
-        if (self.replayed or self.conservative) and not isinstance(self.subspace, Full):
+        if self.anchoring and not shared:
+            raise ValueError(f"{self.name} looks along the same directions at two points: set num_directions to a number.")
+        if (self.replayed or self.anchoring) and not Rule(self.rule, self.rule_args).plain:
+            raise ValueError(f"{self.name} is an update of its own; leave the rule at SGD.")
+        if (self.replayed or self.conservative or self.anchoring) and not isinstance(self.subspace, Full):
             raise ValueError(f"{self.name} moves weights in full space, not in a subspace.")
 
     @property
@@ -134,17 +141,24 @@ class Method:
         assert self.groups is not None
         return int(min(rows, self.groups)) * self.each
 
-    @property
-    def forwards_per_step(self) -> int:
-        """Evaluations of the batch a step makes."""
+    def forwards(self, step: int) -> int:
+        """Evaluations of the batch that step number ``step`` makes."""
         estimator = ESTIMATORS[self.estimator]
         count = self.num_directions * self.parts if isinstance(self.num_directions, int) else self.each
-        return len(estimator.points(count)) + (3 if self.conservative else 0)
+        twice = self.anchoring is not None and not self.anchoring.anchors(step)
+        return len(estimator.points(count)) * (2 if twice else 1) + (3 if self.conservative else 0)
+
+    @property
+    def forwards_per_step(self) -> int:
+        """:meth:`forwards` of a step, the most it can be."""
+        return self.forwards(-1)
 
     @property
     def numbers(self) -> int:
         """Single numbers kept between steps, whatever the size of the model."""
         past = self.replayed.history * (self.num_directions if isinstance(self.num_directions, int) else 1) if self.replayed else 0
+        if self.anchoring:
+            past += self.directions_of(0) + 1
         return past + (self.shaping.numbers if self.shaping else 0)
 
     def state_bytes(self, shapes: Sequence[Sequence[int]], *, half: bool = False) -> int:
