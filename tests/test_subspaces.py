@@ -13,6 +13,7 @@ from zotune import ZerothOrder, methods, observing
 from zotune.coordinates import Offset
 from zotune.directions import Directions, Key
 from zotune.journal import Journal
+from zotune.quantised import QuantisedLinear, quantise
 from zotune.subspaces import Blocks, Full, Inputs, LowRank, Sparse
 from zotune.subspaces.blocks import blocks_of, repeated_layers
 from zotune.subspaces.inputs import leading_inputs
@@ -392,3 +393,36 @@ def test_a_loss_that_is_cut_off_has_no_derivative(loss, message):
 def test_bad_options_get_one_sentence_with_the_fix(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# -- scales of quantised weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_of_a_quantised_model_the_scales_move_and_nothing_else(architecture):
+    model = toys.transformer(architecture).eval()
+    losses, ids = toys.transformer_loss(model), toys.tokens()
+    exact = losses(ids).detach()
+    quantise(model)
+    assert torch.allclose(losses(ids), exact, rtol=2e-2)
+    optimizer = ZerothOrder(model, methods.mezo(num_directions=2), lr=1e-4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(3):
+        optimizer.step(losses, ids)
+    assert optimizer.evaluations.batched
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and moved == {name for name in before if name.endswith(".scale")}
+
+
+@torch.no_grad()
+def test_a_quantised_layer_is_its_rounded_weight():
+    linear = nn.Linear(6, 5)
+    layer, x = QuantisedLinear(linear), torch.randn(4, 6)
+    weight = layer.quantised.float() * layer.scale.unsqueeze(1)
+    assert float((weight - linear.weight).abs().max()) <= 0.5001 * float(layer.scale.max())
+    assert torch.allclose(layer(x), x @ weight.T + linear.bias, atol=1e-6)
+
+
+def test_a_model_without_linear_layers_is_not_quantised():
+    with pytest.raises(ValueError, match="no Linear layer"):
+        quantise(nn.LayerNorm(4))

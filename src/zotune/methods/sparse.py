@@ -55,8 +55,9 @@ def sparse_mezo(
     m = [|W| ≤ τ],   c = (L(W + ε m⊙Z) − L(W − ε m⊙Z)) / 2ε,   W ← W − η c m⊙Z
 
     τ of a matrix is the magnitude that a fraction ``density`` of its weights does not exceed at the start (to within 0.4%); m is that of
-    the weights as they are, made again wherever it is needed and never stored. Vectors (bias, norm) move whole. State: τ, a number a
-    matrix. """
+    the weights as they are, made again wherever it is needed and never stored. Vectors (bias, norm) move whole.
+    State: τ, a number a matrix.
+    """
     return Method(
         name="sparse-mezo",
         title="Sparse MeZO",
