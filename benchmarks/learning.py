@@ -32,6 +32,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     import zotune
+    from zotune.class_order import Stratified, classes_of
 
     torch.set_num_threads(cell["threads"])
     similarity = cell["objective"] == "similarity"
@@ -77,14 +78,30 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     loss_fn = similarity_loss if similarity else zotune.objectives.objective(data.train_objective, model)
     method = zotune.methods.get(cell["method"], eps=cell["eps"], **cell["options"])
     optimizer = zotune.ZerothOrder(model, method, lr=cell["lr"], seed=cell["seed"])
-    steps = cell["steps"]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 if cell["schedule"] == "constant" else max(0.0, 1 - t / steps))
+    steps, budget = cell["steps"], cell.get("budget")
+
+    def left(step: int) -> float:
+        """The part of the run that is still to come."""
+        return max(0.0, 1 - (optimizer.sequences_evaluated / budget if budget else step / steps))
+
+    def whole_loss() -> float:
+        """Mean loss of all training examples at the weights as they are."""
+        with torch.no_grad():
+            parts = [loss_fn(data.collate_train(train[start : start + 50])).double().sum() for start in range(0, len(train), 50)]
+        return float(torch.stack(parts).sum()) / len(train)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 if cell["schedule"] == "constant" else left(t))
     shuffle = torch.Generator().manual_seed(cell["seed"])
+    stratified = Stratified(classes_of(train) or [0] * len(train), cell["seed"])
     order: list[int] = []
     losses, sequences, curve, begun = [], [], [(0, accuracy())], time.perf_counter()
-    for step in range(steps):
+    whole = [(0, whole_loss())]
+    step = -1
+    while left(step + 1) > 0:
+        step += 1
         if len(order) < cell["batch_size"]:
-            order = torch.randperm(len(train), generator=shuffle).tolist()
+            stratified.set_epoch(step)
+            order = list(stratified) if cell.get("stratified") else torch.randperm(len(train), generator=shuffle).tolist()
         chosen, order = order[: cell["batch_size"]], order[cell["batch_size"] :]
         try:
             losses.append(float(optimizer.step(loss_fn, data.collate_train([train[i] for i in chosen]))))
@@ -92,8 +109,9 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
             break
         sequences.append(optimizer.sequences_evaluated)
         schedule.step()
-        if (step + 1) % cell["eval_steps"] == 0 or step + 1 == steps:
+        if (step + 1) % cell["eval_steps"] == 0 or not left(step + 1):
             curve.append((step + 1, accuracy()))
+            whole.append((optimizer.sequences_evaluated, whole_loss()))
     window = max(1, len(losses) // 10)
     return {
         "cell": cell,
@@ -101,6 +119,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         "zero_shot": curve[0][1],
         "train_loss": statistics.fmean(losses[-window:]) if losses else float("nan"),
         "curve": curve,
+        "whole": whole,
         "losses": [statistics.fmean(losses[i : i + BLOCK]) for i in range(0, len(losses), BLOCK)],
         "sequences": [sequences[min(i + BLOCK, len(sequences)) - 1] for i in range(0, len(losses), BLOCK)],
         "forward_passes": optimizer.forward_passes,
@@ -135,10 +154,14 @@ def smoothed(losses: list[float], window: int = 10) -> list[float]:
 
 
 def sequences_to(target: float, runs: list[dict[str, Any]]) -> float | None:
-    """Mean over the runs of the sequences evaluated until the smoothed loss is at most ``target``; None if a run never is."""
+    """Mean over the runs of the sequences evaluated until the loss is at most ``target``; None if a run never is.
+
+    The loss of all training examples, where runs have looked at it, else the smoothed loss of their batches.
+    """
     needed = []
     for r in runs:
-        reached = [n for n, loss in zip(r["sequences"], smoothed(r["losses"]), strict=True) if loss <= target]
+        points = r.get("whole") or zip(r["sequences"], smoothed(r["losses"]), strict=True)
+        reached = [n for n, loss in points if loss <= target]
         if not reached:
             return None
         needed.append(reached[0])
@@ -150,11 +173,12 @@ def ratios(finals: dict[str, list[dict[str, Any]]], reference: str) -> list[str]
     runs = finals[reference]
     first = statistics.fmean(smoothed(r["losses"])[0] for r in runs)
     last = statistics.fmean(r["train_loss"] for r in runs)
+    total = statistics.fmean(r["sequences"][-1] for r in runs)
     others = [m for m in finals if m != reference]
     lines = ["", f"| loss | {reference} | {' | '.join(others)} |", "|---|---|" + "---|" * len(others)]
     for share in (0.5, 0.8, 0.9, 1.0):
         target = first + share * (last - first)
-        base = sequences_to(target, runs)
+        base = total if share == 1.0 else sequences_to(target, runs)  # its end is where it is all used up
         row = [f"{target:.3f}", "never" if base is None else f"{base:.0f}"]
         for other in others:
             n = sequences_to(target, finals[other])
@@ -171,7 +195,7 @@ def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> Non
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for method, runs in finals.items():
-        per_step = runs[0]["sequences"][-1] / runs[0]["cell"]["steps"]
+        per_step = runs[0]["sequences"][-1] / runs[0]["curve"][-1][0]
         smooth = [smoothed(r["losses"]) for r in runs]
         loss = list(zip(*smooth, strict=False))
         x = runs[0]["sequences"][: len(loss)]
@@ -205,11 +229,16 @@ def main() -> None:
     parser.add_argument("--template")
     parser.add_argument("--objective", choices=["lm", "choices", "similarity"], default="choices", help="similarity: for encoders")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
-    parser.add_argument("--lr", nargs="+", type=number_or_auto, required=True)
+    parser.add_argument("--lr", nargs="+", type=number_or_auto, default=["auto"])
+    parser.add_argument("--auto", nargs="*", default=[], help="methods that measure learning rate and eps: no grid, a linear schedule")
     parser.add_argument("--eps", nargs="+", type=number_or_auto, default=[1e-3])
     parser.add_argument("--options", type=json.loads, default={}, help='options per method, JSON: {"lozo": {"rank": 1}}')
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--final_steps", type=int, help="steps of the best cell's runs (default: --steps)")
+    parser.add_argument(
+        "--budget", type=json.loads, default={}, help='sequences of a run, in place of steps, and eval_steps: {"lozo-e": [9600, 10]}'
+    )
+    parser.add_argument("--stratified", nargs="*", default=[], help="methods that take the examples in stratified order")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--eval_steps", type=int, default=200)
     parser.add_argument("--num_train", type=int, default=1000)
@@ -248,10 +277,14 @@ def main() -> None:
         options = args.options.get(method, {})
         steps = args.final_steps if args.final_steps and score != HELD_OUT else args.steps
         eval_steps = args.steps if score == HELD_OUT else args.eval_steps  # the grid looks at the end only
+        # what was not asked for is left out, so that results of before it could be asked for still count
+        budget, looks = args.budget.get(method, (None, 0))
+        asked = {"stratified": method in args.stratified, "budget": budget, "schedule": method in args.auto and "linear"}
         return {
             **shared,
+            **{name: value for name, value in asked.items() if value},
             "steps": steps,
-            "eval_steps": eval_steps,
+            "eval_steps": looks or eval_steps,
             "method": method,
             "lr": lr,
             "eps": eps,
@@ -261,7 +294,8 @@ def main() -> None:
         }
 
     results = args.out / "results.jsonl"
-    grid = [cell(m, lr, eps, 0, HELD_OUT) for m, eps, lr in itertools.product(args.methods, args.eps, args.lr)]
+    tuned = [m for m in args.methods if m not in args.auto]
+    grid = [cell(m, lr, eps, 0, HELD_OUT) for m, eps, lr in itertools.product(tuned, args.eps, args.lr)]
     scored = sweep(grid, results, args.processes)
     lines = ["| method | η | ε | held-out accuracy | training loss |", "|---|---|---|---|---|"]
     best: dict[str, dict[str, Any]] = {}
@@ -271,7 +305,8 @@ def main() -> None:
         if c["method"] not in best or result["train_loss"] < best[c["method"]]["train_loss"]:
             best[c["method"]] = result
     if not args.grid_only:
-        finals_cells = [cell(m, best[m]["cell"]["lr"], best[m]["cell"]["eps"], s, "validation") for m in args.methods for s in args.seeds]
+        chosen = {m: (best[m]["cell"]["lr"], best[m]["cell"]["eps"]) if m in best else ("auto", "auto") for m in args.methods}
+        finals_cells = [cell(m, *chosen[m], s, "validation") for m in args.methods for s in args.seeds]
         finals_list = sweep(finals_cells, results, args.processes)
         finals = {m: [r for r in finals_list if r["cell"]["method"] == m] for m in args.methods}
         lines += [

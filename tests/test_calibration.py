@@ -12,7 +12,7 @@ from torch import nn
 
 import toys
 from zotune import NonFiniteLossError, ZerothOrder, methods, replay
-from zotune.calibration import INTERVAL, LADDER, RunningMean, StepSize, choose_eps, gain, measurable, rule_gain
+from zotune.calibration import INTERVAL, LADDER, NOISE_SCALE, RunningMean, StepSize, choose_eps, gain, measurable, rule_gain
 from zotune.estimators import ESTIMATORS
 from zotune.rules import Rule
 from zotune.shaping import FITNESS
@@ -88,15 +88,16 @@ def test_curvature_and_signal_are_the_trace_and_the_squared_gradient():
 
 
 def test_the_rate_is_its_formula():
-    """η = 1 / (M h / (K s) + ‖H‖_F), bounded by the signal's floor N / NOISE_SCALE."""
+    """η = 1 / (M h / (K s) + ‖H‖_F), s being n / NOISE_SCALE at least."""
     h, s, m = RunningMean(0.1, 9, 10.0, 100.0), RunningMean(0.1, 9, 2.0, 4.0), RunningMean(0.1, 9, 4.0, 16.0)
     known = StepSize(curvature=h, signal=s, moment=m)
-    assert known.rate(1, 16) == pytest.approx(1 / (10 / 0.5))
-    assert known.rate(8, 16) == pytest.approx(1 / (10 / 4))
+    assert known.rate(1) == pytest.approx(1 / (10 / 0.5))
+    assert known.rate(8) == pytest.approx(1 / (10 / 4))
     known.curvature.square = 100.0 + 2 * 3.0**2
-    assert known.rate(8, 16) == pytest.approx(1 / ((10 + known.curvature.error) / 4 + 3))
+    assert known.rate(8) == pytest.approx(1 / ((10 + known.curvature.error) / 4 + 3))
     known.signal = RunningMean(0.1, 9, -5.0, 25.0)
-    assert known.rate(1, 35) == pytest.approx(1 / ((10 + known.curvature.error) / 0.1 + 3))
+    known.single = RunningMean(0.1, 9, 0.1 * 4.0 * NOISE_SCALE)
+    assert known.rate(1) == pytest.approx(1 / ((10 + known.curvature.error) / 0.1 + 3))
 
 
 def test_a_rising_loss_brakes_and_measuring_releases():

@@ -73,7 +73,7 @@ def test_train_help_begins_with_a_dozen_options(command: Command) -> None:
     flags = [line.split()[0] for line in first.splitlines() if line.startswith("  --")]
     assert flags[:6] == ["--model_name_or_path", "--task", "--data_dir", "--output_dir", "--method", "--learning_rate"]
     assert len(flags) == 12
-    assert all(name in first.replace("\n", " ") for name in zotune.methods.names())
+    assert "`zotune methods` lists" in " ".join(first.split())
     assert "--dataloader_num_workers" not in shown.out
     everything = command("train", "--help-all").out
     assert "--dataloader_num_workers" in everything

@@ -199,8 +199,8 @@ def test_learns(name):
     ("call", "message"),
     [
         (lambda m: ZerothOrder(nn.Linear(80, 70), methods.mezo(num_directions="example")), "moves in full space; use a low-rank method"),
-        (lambda m: methods.lozo(num_directions="examples"), "'example:m' or 'groups:G', not 'examples'"),
-        (lambda m: methods.lozo(num_directions="groups:0"), "'example:m' or 'groups:G', not 'groups:0'"),
+        (lambda m: methods.lozo(num_directions="examples"), "m directions each with :m behind.*, not 'examples'"),
+        (lambda m: methods.lozo(num_directions="groups:0"), "m directions each with :m behind.*, not 'groups:0'"),
         (
             lambda m: ZerothOrder(m, methods.lozo(num_directions="example")).step(lambda b: toys.loss_function(m)(b).mean(), toys.batch()),
             "needs one loss per example, and the loss function returned shape",

@@ -163,3 +163,29 @@ def test_results_of_any_nesting_go_back() -> None:
     found = order.restored({"a": np.array([1, 2, 0]), "b": (np.array([[1.0], [2.0], [0.0]]), None, [np.array([1, 2])])})
     assert found["a"].tolist() == [0, 1, 2] and found["b"][0].tolist() == [[0.0], [1.0], [2.0]]
     assert found["b"][1] is None and found["b"][2][0].tolist() == [1, 2]
+
+
+def test_batches_hold_every_class_by_default(tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_dataset=uneven_rows(), data_collator=collate, per_device_train_batch_size=8)
+    for order in orders(run, 2):
+        answers = [uneven_rows()[index]["answer"] for index in order]
+        assert all(sum(answers[at : at + 8]) == 4 for at in range(0, 40, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "directions"),
+    [
+        ({}, "sets:2:1"),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, "sets:2:1"),
+        ({"per_device_train_batch_size": 4}, "example"),  # fewer than four sets
+        ({"num_directions": "example"}, "example"),
+        ({"method_args": {"num_directions": "example"}}, "example"),
+        ({"train_sampling_strategy": "random"}, "example"),
+        ({"method": "lozo"}, 1),
+    ],
+)
+def test_a_set_with_every_class_has_a_direction_unless_said_otherwise(tmp_path: Path, options: dict, directions: str | int) -> None:
+    settings = {"method": "lozo-e", "per_device_train_batch_size": 8, "estimator": "central", **options}
+    run = trainer(tmp_path, train_dataset=uneven_rows(), data_collator=collate, **settings)
+    run.create_optimizer()
+    assert run.zo_optimizer.method.num_directions == directions

@@ -17,8 +17,8 @@ The measurements are made on the first batch, after 1, 2, 4, ... steps, and ever
 signal falls while a model learns. A loss that rises all the same halves the rate.
 
 How weak the signal of a batch may be is the one thing few forwards cannot tell: near the end of a run the examples' gradients are hundreds
-of times larger than their mean, and a batch shows noise only. Then s is taken to be M times the batch over :data:`NOISE_SCALE` examples,
-the "simple noise scale" at which fine-tuning works (1812.06162).
+of times larger than their mean, and a batch shows noise only. Then s is taken to be n over :data:`NOISE_SCALE`, n being the examples' own
+mean square along a direction: a batch of so many examples, the "simple noise scale", is where their mean stands out (1812.06162).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor
 from zotune.coordinates import Offset
 from zotune.estimators import ESTIMATORS, Estimator
 from zotune.evaluating import NonFiniteLossError
-from zotune.methods import Method
+from zotune.methods.method import Method
 from zotune.probe import Probe
 from zotune.rules import EMASGD, Rule, Sign
 from zotune.shaping import FITNESS
@@ -52,11 +52,13 @@ DIRECTION = 1 << 24
 #: Relative error of the coefficients that a larger ε may bring: small beside that of a random direction, which is 100%.
 TOLERANCE = 0.03
 #: Examples whose mean gradient is as large as its noise, if a batch shows no signal.
-NOISE_SCALE = 350.0
+NOISE_SCALE = 300.0
 #: What a rising loss multiplies η by, and what every measurement since then multiplies it by until it is back.
 BRAKE, RELEASE = 0.5, 1.1
 #: Weight of a new measurement in the running means, once there are enough of them.
 FORGETTING = 0.1
+#: The same for curvature, which may fall tenfold within a few steps of a new task.
+FORGETTING_CURVATURE = 0.25
 
 #: Losses of the batch at θ + scale · Z_direction, (n,).
 At = Callable[[float, int], Tensor]
@@ -144,23 +146,28 @@ class StepSize:
     Attributes:
         curvature: h.
         signal: s, from pairs of examples under the same direction.
+        single: n, the mean square of single examples' coefficients.
         moment: M of the steps.
         brake: factor that a rising loss has taken the rate back by.
     """
 
-    curvature: RunningMean = field(default_factory=RunningMean)
-    signal: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
-    moment: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
+    curvature: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
+    signal: RunningMean = field(default_factory=RunningMean)
+    single: RunningMean = field(default_factory=RunningMean)
+    moment: RunningMean = field(default_factory=RunningMean)
     recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
     lowest: float | None = None
     brake: float = 1.0
 
-    def measure(self, here: Tensor, plus: Tensor, minus: Tensor, eps: float) -> Tensor:
-        """Take in the losses of a batch at θ and θ ± εZ, (n,) each; returns the examples' coefficients along Z, (n,)."""
+    def measure(self, here: Tensor, plus: Tensor, minus: Tensor, eps: float, parts: int | None = None) -> Tensor:
+        """Take in the losses of a batch at θ and θ ± εZ, (n,) each; returns the coefficients along Z of its examples, or ``parts``."""
         second = float((plus.double() + minus.double() - 2 * here.double()).mean()) / eps**2
         each = (plus.double() - minus.double()) / (2 * eps)
         self.curvature.add(second)
         self.brake = min(1.0, RELEASE * self.brake)
+        self.single.add(float(each.square().mean()))
+        if parts is not None:
+            each = torch.stack([part.mean() for part in each.tensor_split(parts)])
         n = each.numel()
         if n > 1:
             self.signal.add(float(each.sum() ** 2 - each.square().sum()) / (n * (n - 1)))
@@ -178,13 +185,13 @@ class StepSize:
         if self.recent.count < 1 / self.recent.forgetting:
             return
         self.lowest = self.recent.mean if self.lowest is None else min(self.lowest, self.recent.mean)
-        if self.recent.mean > self.lowest + 0.05 * abs(self.lowest) + 3 * self.recent.error:
+        if self.recent.mean > self.lowest + 0.1 * abs(self.lowest) + 3 * self.recent.error:
             self.brake *= BRAKE
             self.recent = RunningMean(self.recent.forgetting)  # see first what the lower rate does
             self.lowest = None
 
-    def rate(self, directions: int, examples: int) -> float:
-        """η for steps of K directions on N examples, for plain SGD on coordinates of unit scale; 0 before there is anything to go by."""
+    def rate(self, directions: int) -> float:
+        """η for steps of K directions, for plain SGD on coordinates of unit scale; 0 before there is anything to go by."""
         moment, curvature = self.moment.mean, self.curvature
         # A saddle's directions cancel, but their sizes say how far is far.
         mean = max(curvature.mean + curvature.error, 0.2 * math.sqrt(curvature.square))
@@ -192,7 +199,7 @@ class StepSize:
             return 0.0
         # A loss that does not tell its examples apart hides how noisy it is.
         certain = (self.signal.mean - self.signal.error) / moment if self.signal.count else 0.25
-        gain = min(float(directions), max(directions * certain, examples / NOISE_SCALE))
+        gain = directions * min(1.0, max(certain, self.single.mean / (NOISE_SCALE * moment)))
         return self.brake / (mean / gain + math.sqrt(curvature.variance / 2))
 
     def summary(self) -> dict[str, float]:
@@ -280,7 +287,7 @@ class Calibrator:
         if chooses_lr:
             gain(method, rule, 1.0, 1, 1.0)
         self.probe, self.method, self.rule, self.lr_scale = probe, method, rule, lr_scale
-        self.estimator, self.own = ESTIMATORS[method.estimator], method.groups is not None
+        self.estimator = ESTIMATORS[method.estimator]
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
         self.step_size = StepSize()
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
@@ -299,15 +306,16 @@ class Calibrator:
             return
         at, first = self._at(evaluate, seed, step), not self.step_size.curvature.count
         here = at(0.0, DIRECTION)
+        parts = self.method.parts(len(here)) if self.method.own else None
         for k in range(FIRST_DIRECTIONS if first else 1):
-            each = self.step_size.measure(here, at(eps, DIRECTION + k), at(-eps, DIRECTION + k), eps)
+            each = self.step_size.measure(here, at(eps, DIRECTION + k), at(-eps, DIRECTION + k), eps, parts)
             if first:
-                self.step_size.moment.add(float(each.square().mean()) if self.own else float(each.mean()) ** 2)
+                self.step_size.moment.add(float(each.square().mean()) if self.method.own else float(each.mean()) ** 2)
         self.probe.forget_directions()
 
-    def rate(self, directions: int, examples: int, eps: float, step: int) -> float:
-        """η for step ``step``, of K directions on N examples."""
-        plain = self.step_size.rate(directions, examples)
+    def rate(self, directions: int, eps: float, step: int) -> float:
+        """η for step ``step``, of K directions."""
+        plain = self.step_size.rate(directions)
         return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps, step) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:

@@ -89,7 +89,8 @@ class ZOConfig(TrainingArguments):
     num_directions: int | str | None = field(
         default=None,
         metadata={
-            "help": "Directions of a step: a number, all examples under each; example: each under its own (example:4: under 4); groups:G."
+            "help": "Directions of a step: a number, all examples under each; example: each under its own (example:4: under 4); sets:S, "
+            "groups:G: every S examples, or G parts of the batch."
         },
     )
     probe: str = field(
@@ -117,6 +118,14 @@ class ZOConfig(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step (and micro-batch)."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a batch at evaluation."})
+    train_sampling_strategy: str = field(
+        default="stratified",
+        metadata={
+            "help": "Order of the training examples: stratified (random, every stretch with its share of each class, where there "
+            "are classes), random, sequential or group_by_length.",
+            "choices": ["stratified", "random", "sequential", "group_by_length"],
+        },
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no gradient to clip."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between evaluations (eval_strategy=steps)."})
@@ -171,8 +180,8 @@ class ZOConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
-    def zo_method(self) -> methods.Method:
-        """The method these fields describe.
+    def zo_method(self, **options: Any) -> methods.Method:
+        """The method these fields describe, some of its options replaced.
 
         Raises:
             ValueError: an unknown method, or an option or value it does not take.
@@ -182,7 +191,7 @@ class ZOConfig(TrainingArguments):
         twice = sorted(given.keys() & extra.keys())
         if twice:
             raise ValueError(f"{twice[0]} is given both as a field and in method_args: give it once.")
-        return methods.get(self.method, **given, **extra)
+        return methods.get(self.method, **{**given, **extra, **options})
 
     def _check_settings(self) -> None:
         for name, reason in _REFUSED.items():

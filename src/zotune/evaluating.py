@@ -74,8 +74,8 @@ class Evaluations:
         if choice not in PROBES:
             raise ValueError(f"unknown probe {choice!r}; choose one of {', '.join(PROBES)}.")
         dense = probe.dense
-        if dense is not None and (method.groups is not None or choice == "batched"):
-            what = f"num_directions={method.num_directions!r}" if method.groups is not None else "probe='batched'"
+        if dense is not None and (method.own or choice == "batched"):
+            what = f"num_directions={method.num_directions!r}" if method.own else "probe='batched'"
             raise ValueError(
                 f"{what} is not possible for {dense.name}, a weight of shape {tuple(dense.parameter.shape)} that moves in full space; "
                 "use a low-rank method (lozo, lozo-m) or train an adapter (PEFT)."
@@ -96,7 +96,7 @@ class Evaluations:
         Raises:
             ValueError: the loss has no shape that the method can use.
         """
-        if self.method.groups is not None:
+        if self.method.own:
             return self._own(loss_fn, parts, seed, step)
         if self.method.estimator == "tangent":
             return self._tangents(loss_fn, parts, seed, step)
@@ -150,7 +150,7 @@ class Evaluations:
                 "call step(loss_fn, batch), or set num_directions to a number."
             ) from None
         count = self.method.directions_of(sum(sizes))
-        shares = stacking.share_out(sizes, count // self.method.each, self.method.each)
+        shares = stacking.share_out(sizes, self.method.parts(sum(sizes)), self.method.each)
         if self.batched is None or not self.checked:
             self._decide(loss_fn, parts, seed, step, shares[0])
         values = None

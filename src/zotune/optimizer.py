@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import chosen, methods, observing, run_state
+from zotune import chosen, layer_scales, methods, observing, run_state
 from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
@@ -26,7 +26,8 @@ from zotune.probe import Probe, isolated_generators
 from zotune.replayed import Past
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, State
-from zotune.subspaces import CurvedCoordinate, LowRankCoordinate
+from zotune.stacking import batch_rows, take
+from zotune.subspaces import CurvedCoordinate, LowRank, LowRankCoordinate
 
 _NO_BATCH: Any = object()
 
@@ -117,8 +118,9 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rule = Rule(self.method.rule, self.method.rule_args)
         super().__init__(_groups(model, params, weight_decay), {"lr": lr, "weight_decay": 0.0})
         self.coordinates = self._coordinates()
-        parts = self.method.subspace.attach(model, [c for group in self.coordinates for c in group])
-        self.method = dataclasses.replace(self.method, parts=parts)
+        blocks = self.method.subspace.attach(model, [c for group in self.coordinates for c in group])
+        self.method = dataclasses.replace(self.method, blocks=blocks)
+        self.layers = self._layers()
         self.directions = chosen.directions(self.method.direction, {c.name: c.shape for group in self.coordinates for c in group})
         self.shaping_state: State = {}
         self.past: list[Past] = []
@@ -159,6 +161,12 @@ class ZerothOrder(torch.optim.Optimizer):
             groups.append(coordinates)
         return groups
 
+    def _layers(self) -> list[list[LowRankCoordinate]]:
+        subspace = self.method.subspace
+        if not (isinstance(subspace, LowRank) and subspace.layer_scales):
+            return []
+        return layer_scales.layers([c for group in self.coordinates for c in group if isinstance(c, LowRankCoordinate)])
+
     def _calibrator(self, measured: bool) -> Calibrator:
         coordinates = self.probe.coordinates
         scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
@@ -190,6 +198,8 @@ class ZerothOrder(torch.optim.Optimizer):
             self._choose_eps(evaluation(loss_fn, parts), step)
         if not self._prepared:
             self._prepare(evaluation(loss_fn, parts), step)
+        if self.layers and layer_scales.due(step, self.layers[0][0].interval):
+            self._scale_layers(loss_fn, parts, step)
         if self.calibrator is not None:
             self._measure(evaluation(loss_fn, parts), step)
         at = step if self.anchor is None else self.anchor.anchoring.key_step(step)
@@ -197,7 +207,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.forward_passes += self.method.forwards(step)
         self.sequences_evaluated += losses.evaluated
         estimate = losses.estimate(self.estimator, self.eps)
-        rates = self._rates(estimate, losses.values.shape[1])
+        rates = self._rates(estimate)
         fitness = FITNESS[self.method.fitness]
         if fitness is not None:
             means = losses.values.double().mean(dim=1).cpu()
@@ -235,11 +245,11 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         return torch.tensor(record.loss)
 
-    def _rates(self, estimate: Estimate, examples: int) -> tuple[float, ...]:
+    def _rates(self, estimate: Estimate) -> tuple[float, ...]:
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.calibrator is not None and self.calibrator.chooses_lr:
             self.calibrator.step_size.step(estimate.coefficients.tolist(), estimate.loss)
-            found = self.calibrator.rate(len(estimate.coefficients), examples, self.eps, self.steps)
+            found = self.calibrator.rate(len(estimate.coefficients), self.eps, self.steps)
             rates = [found * rate for rate in rates]
         return tuple(rates)
 
@@ -302,6 +312,34 @@ class ZerothOrder(torch.optim.Optimizer):
         for coordinate in self.probe.coordinates:
             if coordinate.name in observed:
                 coordinate.observed = observed[coordinate.name]
+
+    def _scale_layers(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
+        few = None if parts is None else self._few(parts[0])
+
+        def coefficients(draw: int) -> Tensor:
+            losses = self.evaluations.gather(loss_fn, few, self.seed, layer_scales.STEP + step * layer_scales.SAMPLES + draw)
+            self.forward_passes += self.method.forwards_per_step
+            self.sequences_evaluated += losses.evaluated
+            return losses.estimate(self.estimator, self.eps).coefficients
+
+        if self.evaluations.batched is None:
+            coefficients(0)  # finds out how this model can be evaluated, while all of it is perturbed
+        found = layer_scales.measure(self.layers, coefficients)
+        self.probe.forget_directions()
+        if found is None:
+            return
+        event = {"event": "scales", "values": found}
+        if self.journal is not None:
+            self.journal.append(event)
+        self._apply_event(event)
+
+    def _few(self, part: Any) -> list[Any]:
+        """The first examples of a micro-batch, as many as make enough coefficients where examples have directions of their own."""
+        rows = batch_rows(part) if self.method.own else 0
+        enough = math.ceil(layer_scales.SAMPLES / self.method.each) * math.ceil(rows / self.method.parts(rows)) if rows else 0
+        if enough >= rows or self.method.parts(enough) >= self.method.parts(rows):
+            return [part]
+        return [take(part, torch.arange(enough), rows)]
 
     def _begin(self, step: int) -> None:
         if self._begun == step:
@@ -400,6 +438,11 @@ class ZerothOrder(torch.optim.Optimizer):
             self.eps = self.evaluations.eps = float(event["value"])
         elif event.get("event") == "observed":
             self._tell(self._gathered.add(event))
+        elif event.get("event") == "scales":
+            self._begin(self.steps)
+            for layer, scale in zip(self.layers, event["values"], strict=True):
+                for coordinate in layer:
+                    self.rule.transport(coordinate.name, coordinate.rescale(float(scale), self.seed, self.steps))
         elif event.get("event") == "measured":
             pass  # what came of it is in the steps' learning rates
         elif event.get("event") == "general_path":

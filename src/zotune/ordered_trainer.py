@@ -9,11 +9,12 @@ from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, has_length
 
 from zotune.checkpointed_trainer import CheckpointedTrainer
+from zotune.class_order import Stratified, classes_of
 from zotune.length_order import GroupedByLength, LongestFirst, lengths_of
 
 
 class OrderedTrainer(CheckpointedTrainer):
-    """Groups training examples by length where asked to, and evaluates the longest first where that changes no result.
+    """Takes training examples by class or by length where asked to, and evaluates the longest first where that changes no result.
 
     Hugging Face's own grouping draws from the global generator, so that a resumed epoch is another, and leaves predictions shuffled.
     """
@@ -22,7 +23,12 @@ class OrderedTrainer(CheckpointedTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+        strategy, seed = self.args.train_sampling_strategy, self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if strategy == "stratified" and has_length(dataset):
+            classes = classes_of(dataset)
+            if classes is not None:
+                return Stratified(classes, seed)
+        if strategy != "group_by_length" or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
         lengths = lengths_of(dataset, self.args.length_column_name)
         if lengths is None:
@@ -30,7 +36,6 @@ class OrderedTrainer(CheckpointedTrainer):
                 "train_sampling_strategy='group_by_length' needs to know how long an example is: give the data a column "
                 f"{self.args.length_column_name!r}, prompt_ids or input_ids, or leave the strategy at 'random'."
             )
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedByLength(lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:

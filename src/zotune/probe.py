@@ -181,7 +181,6 @@ class Probe:
                     for name, coordinate in owner.parameters.items()
                     if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path)
                     and (only is None or coordinate.name in only)
-                    and (coordinate.moves(offset.step, offset.direction) or isinstance(coordinate, LowRankCoordinate))
                 }
         with self._lent(lend) as tables:
             for coordinate in self._low_rank():

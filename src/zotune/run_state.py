@@ -44,6 +44,7 @@ def save(optimizer: ZerothOrder) -> dict[str, Any]:
         "prepared": optimizer._prepared,
         "eps": None if math.isnan(optimizer.eps) else optimizer.eps,
         "step_size": None if optimizer.calibrator is None else optimizer.calibrator.step_size.state(),
+        "scales": [layer[0].scale for layer in optimizer.layers],
         "batched": optimizer.evaluations.batched,
         "general_path": [n for n, c in _by_name(optimizer).items() if isinstance(c, LowRankCoordinate) and not c.side_path],
         "rule": rule_others,
@@ -98,6 +99,9 @@ def restore(optimizer: ZerothOrder, state_dict: Mapping[str, Any]) -> None:
         optimizer.anchor.sums, optimizer.anchor.count = list(run["anchor"]["sums"]), run["anchor"]["count"]
     optimizer._begun = optimizer.steps - 1
     optimizer.probe.distrust(run["general_path"])
+    for layer, scale in zip(optimizer.layers, run.get("scales", ()), strict=True):
+        for member in layer:
+            member.scale = float(scale)
     for name, coordinate in _by_name(optimizer).items():
         coordinate.load_state(states[name], optimizer.seed, optimizer.steps)
     optimizer.rule.load_state(rule_tensors, run["rule"], {name: c.value() for name, c in _by_name(optimizer).items()})

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from zotune import checkpoint, objectives
 from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
+from zotune.class_order import classes_of
 from zotune.config import ZOConfig
 from zotune.journal import Journal
-from zotune.methods import AUTO
+from zotune.methods import AUTO, Method
 from zotune.optimizer import ZerothOrder
 from zotune.ordered_trainer import OrderedTrainer
 from zotune.step_sums import StepSums
@@ -34,6 +35,9 @@ LossFunction = Callable[[Batch], Tensor]
 Objective = str | Callable[[nn.Module, Batch], Tensor]
 
 INITIAL_ADAPTER = "initial_adapter"
+
+#: Sets of examples with a direction of their own that a step shall have at least, where classes decide their size.
+LEAST_SETS = 4
 
 
 class ZOTrainer(OrderedTrainer):
@@ -200,7 +204,7 @@ class ZOTrainer(OrderedTrainer):
             args = self.args
             optimizer = self.optimizer or ZerothOrder(
                 self.model,
-                args.zo_method(),
+                self._method(),
                 lr=args.learning_rate,
                 weight_decay=args.weight_decay,
                 seed=args.seed,
@@ -209,6 +213,21 @@ class ZOTrainer(OrderedTrainer):
             )
             self.optimizer = _SteppedOptimizer(optimizer)
         return self.optimizer
+
+    def _method(self) -> Method:
+        """The config's method; where it gives every example a direction and nobody said so, sets with every class in them get one instead.
+
+        What the examples of a class have in common cancels within such a set, and it is most of what their gradients differ by.
+        """
+        args, method = self.args, self.args.zo_method()
+        extra = args.method_args if isinstance(args.method_args, dict) else {}
+        if not method.own or args.num_directions is not None or "num_directions" in extra:
+            return method
+        stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
+        classes = len(set(classes_of(self.train_dataset) or ())) if stratified else 0
+        if not 1 < classes <= args.train_batch_size * args.gradient_accumulation_steps / LEAST_SETS:
+            return method
+        return args.zo_method(num_directions=f"sets:{classes}:{method.each}")
 
     # --- a step ---
 

@@ -83,20 +83,23 @@ def lozo_e(
     *,
     lr: float = 1e-6,
     eps: float | str = 1e-3,
-    num_directions: int | str = "example",
+    num_directions: int | str = "example:3",
     direction: str = "gaussian",
-    estimator: str = "central",
+    estimator: str = "forward",
     rank: int = 1,
     interval: int = 50,
+    layer_scales: bool = True,
     rule: str = "SGD",
     rule_args: dict[str, Any] | None = None,
 ) -> Method:
-    """LOZO-E: LOZO with a direction per example, zotune's own choice (LOZO 2410.07698; GRZO 2606.02857).
+    """LOZO-E: LOZO with directions per example and a scale per layer, zotune's own choice (LOZO 2410.07698; GRZO 2606.02857).
 
-    c_b = (ℓ_b(W + ε U_b Vᵀ) − ℓ_b(W − ε U_b Vᵀ)) / 2ε,   W ← W − η (1/B) Σ_b c_b U_b Vᵀ / r
+    c_bk = (ℓ_b(W + ε σ U_bk Vᵀ) − ℓ_b(W)) / ε,   W ← W − η (1/3B) Σ_b Σ_k c_bk σ U_bk Vᵀ / r,   k = 1, 2, 3
 
-    Each example b of the batch is evaluated under its own direction, in the two forwards that one direction for all would take. The
-    noise of the directions, ‖∇ℓ_b‖² times the number of dimensions, is averaged over B of them; the rate can be up to B times larger.
+    Each example b of the batch is evaluated at W and under three directions of its own. The noise of the directions, ‖∇ℓ_b‖² times the
+    number of dimensions, is averaged over 3B of them, for four evaluations in place of two. σ is measured for each layer, so that all
+    coordinates have the same share in the loss difference (see ``layer_scales``). In a trainer that knows the examples' classes, sets of
+    examples in which every class is once take the place of single examples: what their gradients differ by most cancels in them.
     State: LOZO's, r·(m + n) float32 numbers a matrix.
     """
     return Method(
@@ -108,7 +111,7 @@ def lozo_e(
         num_directions=num_directions,
         direction=direction,
         estimator=estimator,
-        subspace=LowRank(rank, interval),
+        subspace=LowRank(rank, interval, layer_scales),
         rule=rule,
         rule_args=rule_args or {},
     )

@@ -22,6 +22,9 @@ AUTO = "auto"
 #: What a method's estimate may be of the gradient.
 ESTIMATES = ("gradient", "direction", "descent")
 
+#: Spellings of ``num_directions`` that give parts of a batch directions of their own.
+OWN = ("example", "sets:S", "groups:G")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -33,8 +36,9 @@ class Method:
         arxiv: id of the paper.
         lr: default learning rate η (the paper's, for models of a billion parameters; small models want far larger ones).
         eps: perturbation scale ε, or ``"auto"`` (see ``calibration``).
-        num_directions: K; ``"example"`` for a direction per example, ``"example:m"`` for m of them, ``"groups:G"`` for one per G-th part
-            of the batch.
+        num_directions: K, all examples of a step under each; or directions of their own: ``"example"`` for each example, ``"sets:S"``
+            for every S neighbouring ones, ``"groups:G"`` for G parts of the batch; ``"example:m"``, ``"sets:S:m"``, ``"groups:G:m"`` for m
+            directions in place of one.
         subspace: see ``subspaces``.
         direction: see ``directions`` and ``chosen``.
         estimator: a name of ``estimators.ESTIMATORS``.
@@ -50,8 +54,8 @@ class Method:
             of it (its ``"direction"``), or no more than a direction of ``"descent"``.
         reach: ``"all"`` weights; ``"rows"``: every row of a matrix moves as a whole, by one number; ``"span"``: a part of a matrix's
             space that is fixed for the run; ``"part"``: some of a matrix's numbers, the same for long.
-        parts: parts of the model with directions of their own (see ``subspaces.blocks``), which the optimizer finds out: of K directions
-            each part has K / parts.
+        blocks: blocks of the model with directions of their own (see ``subspaces.blocks``), which the optimizer finds out:
+            ``num_directions`` for each.
         options: the recipe's keyword arguments, for headers and reports.
 
     Raises:
@@ -77,16 +81,18 @@ class Method:
     conservative: bool = False
     estimates: str = "gradient"
     reach: str = "all"
-    parts: int = 1
+    blocks: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         number = isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps > 0
         if not (number or self.eps == AUTO):
             raise ValueError(f"eps must be a positive number or 'auto', not {self.eps!r}.")
-        if not (self.groups is not None or (isinstance(self.num_directions, int) and self.num_directions >= 1)):
+        shared = isinstance(self.num_directions, int) and self.num_directions >= 1
+        if not (shared or _own_directions(self.num_directions)):
             raise ValueError(
-                f"num_directions must be a whole number of at least 1, 'example', 'example:m' or 'groups:G', not {self.num_directions!r}."
+                f"num_directions must be a whole number of at least 1, {' or '.join(map(repr, OWN))} (m directions each with :m behind), "
+                f"not {self.num_directions!r}."
             )
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
@@ -105,7 +111,7 @@ class Method:
             )
         if isinstance(self.shaping, ByDeviation) and self.num_directions == 1:
             raise ValueError(f"{self.name} divides by the deviation of its directions' losses: set num_directions to at least 2.")
-        if self.parts > 1 and not shared:
+        if self.blocks > 1 and not shared:
             raise ValueError(f"{self.name} gives each block directions of its own: set num_directions to a number.")
         if self.estimator == "curvature" and not (shared and isinstance(self.subspace, Curved)):
             raise ValueError("the estimator 'curvature' is HiZOO's: take method 'hizoo', with num_directions a number.")
@@ -123,28 +129,33 @@ class Method:
             raise ValueError(f"{self.name} moves weights in full space, not in a subspace.")
 
     @property
-    def groups(self) -> float | None:
-        """Parts of a step's examples that have directions of their own: G, infinity for every example; None if directions are shared."""
-        parsed = _own_directions(self.num_directions)
-        return None if parsed is None else parsed[0]
+    def own(self) -> bool:
+        """Whether parts of a step's examples, or every example, have directions of their own."""
+        return isinstance(self.num_directions, str)
 
     @property
     def each(self) -> int:
         """Directions that each such part has."""
         parsed = _own_directions(self.num_directions)
-        return 1 if parsed is None else parsed[1]
+        return 1 if parsed is None else parsed[2]
+
+    def parts(self, rows: int) -> int:
+        """Parts of a step of ``rows`` examples that have directions of their own."""
+        parsed = _own_directions(self.num_directions)
+        assert parsed is not None
+        word, number, _ = parsed
+        return min(rows, number) if word == "groups" else max(1, rows // number)
 
     def directions_of(self, rows: int) -> int:
         """K in a step of ``rows`` examples."""
         if isinstance(self.num_directions, int):
-            return self.num_directions * self.parts
-        assert self.groups is not None
-        return int(min(rows, self.groups)) * self.each
+            return self.num_directions * self.blocks
+        return self.parts(rows) * self.each
 
     def forwards(self, step: int) -> int:
         """Evaluations of the batch that step number ``step`` makes."""
         estimator = ESTIMATORS[self.estimator]
-        count = self.num_directions * self.parts if isinstance(self.num_directions, int) else self.each
+        count = self.num_directions * self.blocks if isinstance(self.num_directions, int) else self.each
         twice = self.anchoring is not None and not self.anchoring.anchors(step)
         return len(estimator.points(count)) * (2 if twice else 1) + (3 if self.conservative else 0)
 
@@ -187,12 +198,14 @@ class Method:
         return f"{kept} (half precision: {half:.3g} × W)"
 
 
-def _own_directions(spelled: int | str) -> tuple[float, int] | None:
-    """(parts, directions each) of ``"example"``, ``"example:m"``, ``"groups:G"``; None for anything else."""
+def _own_directions(spelled: int | str) -> tuple[str, int, int] | None:
+    """("sets", S, m) or ("groups", G, m): a part for every S examples or G parts, m directions each; None for what is not spelled so."""
     if not isinstance(spelled, str):
         return None
-    word, colon, text = spelled.partition(":")
-    number = int(text) if text.isdecimal() else 0
-    if word == "example" and (number or not colon):
-        return math.inf, number or 1
-    return (number, 1) if word == "groups" and number else None
+    word, *texts = spelled.split(":")
+    numbers = [int(text) if text.isdecimal() else 0 for text in texts]
+    if word == "example":
+        word, numbers = "sets", [1, *numbers]
+    if word not in ("sets", "groups") or not all(numbers) or len(numbers) not in (1, 2):
+        return None
+    return word, numbers[0], numbers[1] if len(numbers) == 2 else 1

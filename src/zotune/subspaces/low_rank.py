@@ -38,6 +38,7 @@ class LowRankCoordinate(Coordinate):
         moving, fixed = (columns, rows) if self.transposed else (rows, columns)
         super().__init__(name, parameter, self.core_shape(moving, rank), lr_scale=self.core_rate(rank))
         self.rank, self.interval = rank, interval
+        self.scale = 1.0  # σ of the layer (see ``layer_scales``), which V carries
         self.side_path = True
         self.core = torch.zeros(self.shape, device=parameter.device)
         self.v = torch.zeros(fixed, rank, device=parameter.device)
@@ -65,8 +66,11 @@ class LowRankCoordinate(Coordinate):
     def redraw(self, seed: int, redraw: int) -> Carry | None:
         """Draw the fixed factors of an interval; how first moments of θ follow from the old ones to the new."""
         old = self.v
-        self.v = self._laid_out(self._gaussian(seed, redraw, "subspace", self.v.shape))
-        transport = old.T @ self.v / self.v.shape[0]
+        v = self._gaussian(seed, redraw, "subspace", self.v.shape)
+        if self.scale != 1.0:
+            v *= self.scale
+        self.v = self._laid_out(v)
+        transport = old.T @ self.v / (self.v.shape[0] * self.scale**2)
         return lambda moment: moment @ transport
 
     def kept(self) -> list[Tensor]:
@@ -97,6 +101,13 @@ class LowRankCoordinate(Coordinate):
         self.fold()
         carry = self.redraw(seed, self._redraws(step))
         return carry if step else None
+
+    def rescale(self, scale: float, seed: int, step: int) -> Carry:
+        """Change σ at a redraw; how first moments of θ follow."""
+        assert not self.pending and step % self.interval == 0, f"{self.name} has moved since V was drawn"
+        ratio, self.scale = scale / self.scale, scale
+        self.redraw(seed, self._redraws(step))
+        return lambda moment: moment / ratio
 
     def _redraws(self, step: int) -> int:
         return step // self.interval if self.interval else 0
@@ -212,13 +223,15 @@ class LowRank(Space):
     Args:
         rank: columns r of A (m, r) and V (n, r).
         interval: steps between two redraws of V (ν in the paper).
+        layer_scales: measure a scale for each layer's directions (see ``layer_scales``).
 
     Raises:
-        ValueError: either is below 1.
+        ValueError: rank or interval is below 1.
     """
 
     rank: int = 2
     interval: int = 50
+    layer_scales: bool = False
 
     full = False
 

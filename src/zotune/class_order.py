@@ -1,0 +1,64 @@
+"""The order of examples by class, so that every stretch of it holds the classes in the proportions of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class Stratified(Sampler[int]):
+    """A random order without replacement in which any stretch has as many of each class as the whole would let expect, to within one.
+
+    What examples of a class have in common, its weight in the loss, is most of what their gradients differ by: of the noise of a random
+    batch on two-class data more than half is its having too many of one class.
+
+    The order depends on seed and epoch alone, so that a resumed epoch is the one that was interrupted.
+
+    Args:
+        classes: of the examples.
+        seed: of the order.
+    """
+
+    def __init__(self, classes: Sequence[Hashable], seed: int) -> None:
+        self.members: dict[Hashable, list[int]] = {}
+        for index, name in enumerate(classes):
+            self.members.setdefault(name, []).append(index)
+        self.seed, self.epoch = seed, 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self.members.values()))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        placed: list[tuple[float, int]] = []
+        for members in self.members.values():
+            # member number r of a class of n lies at (r + u) / n of the way, u the same for the class
+            places = (np.arange(len(members)) + random.random()) / len(members)
+            placed += zip(places.tolist(), random.permutation(members).tolist(), strict=True)
+        return iter([index for _, index in sorted(placed)])
+
+
+def classes_of(dataset: Any) -> list[Hashable] | None:
+    """The class of every example: the number of its right answer, or its label; None where they are not of a few classes."""
+    columns = getattr(dataset, "column_names", None)
+    column = next((name for name in ("answer", "label", "labels") if name in _columns(dataset)), None)
+    if column is None:
+        return None
+    found = list(dataset[column]) if columns else [example.get(column) for example in dataset]
+    if not all(isinstance(name, (int, str)) for name in found):
+        return None
+    return found if 1 < len(set(found)) <= len(found) // 2 else None
+
+
+def _columns(dataset: Any) -> Sequence[str]:
+    columns = getattr(dataset, "column_names", None)
+    if columns:
+        return list(columns)
+    first = dataset[0] if len(dataset) else None
+    return list(first) if isinstance(first, Mapping) else ()
