@@ -1,4 +1,4 @@
-"""The code of docs/python.md and docs/learning-rate.md runs as it stands."""
+"""The code of these pages of docs/ runs as it stands."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+# Page, number of its blocks, what they print.
+PAGES = [
+    ("python.md", 3, "tensor"),
+    ("learning-rate.md", 1, "0.0"),
+    ("schemes.md", 1, "prompt_encoder"),
+    ("rivals.md", 1, "150"),
+]
 
 
-@pytest.mark.parametrize(("name", "count", "printed"), [("python.md", 3, "tensor"), ("learning-rate.md", 1, "0.0")])
+@pytest.mark.parametrize(("name", "count", "printed"), PAGES)
 def test_a_page_runs_from_top_to_bottom(name, count, printed, capsys):
     page = DOCS / name
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)

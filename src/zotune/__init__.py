@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from zotune import journal, methods, objectives, tasks
+    from zotune import first_order, journal, methods, objectives, schemes, tasks
     from zotune.config import ZOConfig
     from zotune.journal import Journal
     from zotune.methods import Method
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zotune.trainer import ZOTrainer
 
 # Public names are imported when first asked for, so that `zotune --help` need not wait for torch.
-_MODULES = ("journal", "methods", "objectives", "tasks")
+_MODULES = ("first_order", "journal", "methods", "objectives", "schemes", "tasks")
 _NAMES = {
     "Journal": "journal",
     "Method": "methods",
@@ -37,10 +37,12 @@ __all__ = [
     "ZOConfig",
     "ZOTrainer",
     "ZerothOrder",
+    "first_order",
     "journal",
     "methods",
     "objectives",
     "replay",
+    "schemes",
     "tasks",
 ]
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_model as save_bare_model
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from zotune.first_order import FirstOrder
 from zotune.optimizer import ZerothOrder
 
 STATE_TENSORS = "zotune_state.safetensors"
@@ -149,7 +150,7 @@ def truly_missing(model: nn.Module, missing: list[str]) -> list[str]:
     return [name for name in missing if owner.get(name) not in loaded]
 
 
-def save_optimizer(folder: Path, optimizer: ZerothOrder, **extra: Any) -> None:
+def save_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder, **extra: Any) -> None:
     """Write the optimizer's state: tensors as safetensors, the rest and `extra` as JSON."""
     state = optimizer.state_dict()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.pop("state").items()}
@@ -157,7 +158,7 @@ def save_optimizer(folder: Path, optimizer: ZerothOrder, **extra: Any) -> None:
     save_json(folder / STATE, {"format": 1, "optimizer": state, **extra})
 
 
-def load_optimizer(folder: Path, optimizer: ZerothOrder) -> dict[str, Any]:
+def load_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder) -> dict[str, Any]:
     """Restore what :func:`save_optimizer` wrote; returns the extra entries."""
     content = load_json(folder / STATE)
     if content.pop("format", None) != 1:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from zotune import checkpoint
 from zotune.config import settings
+from zotune.first_order import FirstOrder
 from zotune.optimizer import ZerothOrder
 from zotune.step_sums import StepSums
 
@@ -22,13 +23,13 @@ JOURNAL = "journal.zo"
 
 
 class CheckpointedTrainer(Trainer):
-    """`transformers.Trainer` of a :class:`ZerothOrder`; its checkpoints are safetensors and JSON, whole or absent.
+    """`transformers.Trainer` of a :class:`ZerothOrder` or :class:`FirstOrder`; its checkpoints are safetensors and JSON, whole or absent.
 
     Hugging Face's own write optimizer, scheduler, generators and arguments by pickle, appear before they are complete,
     and go on silently where a file is missing. What a checkpoint holds is in :mod:`zotune.checkpoint`.
     """
 
-    optimizer: Any  # the ZerothOrder; within an AcceleratedOptimizer from the start of training
+    optimizer: Any  # the ZerothOrder or FirstOrder; within an AcceleratedOptimizer from the start of training
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._since_log = StepSums()
@@ -36,8 +37,8 @@ class CheckpointedTrainer(Trainer):
         self._run_folder = Path(self.args.output_dir)
 
     @property
-    def zo_optimizer(self) -> ZerothOrder:
-        """The optimizer that takes the steps, with its counts and its last report.
+    def zo_optimizer(self) -> ZerothOrder | FirstOrder:
+        """The optimizer (a :class:`FirstOrder` for a first-order method) that takes the steps, with its counts and its last report.
 
         Raises:
             ValueError: training has not begun, so there is none yet.

@@ -1,7 +1,8 @@
-"""Settings of a training run: :class:`ZOConfig`, the forward-only counterpart of ``transformers.TrainingArguments``."""
+"""Settings of a training run: :class:`ZOConfig`, the counterpart of ``transformers.TrainingArguments`` for every method there is."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from dataclasses import dataclass, field
@@ -9,9 +10,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from zotune import methods
+from zotune import catalogue, first_order, methods
 from zotune.calibration import gain, measurable
 from zotune.evaluating import PROBES
+from zotune.first_order import Rival
 from zotune.rules import Rule
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ _REFUSED = {
     "optim_args": _BACKWARD_OPTIM,
     "optim_target_modules": _BACKWARD_OPTIM,
 }
+# Those that mean something to a first-order method.
+_OF_BACKWARD = ("activation_checkpointing", "gradient_checkpointing", "max_grad_norm")
 # Options that are refused once they differ from the value they have when nobody touches them.
 _FIXED = {
     "optim": (TrainingArguments.default_optim, _BACKWARD_OPTIM),
@@ -60,17 +64,22 @@ _FIXED = {
     "adam_beta2": (0.999, "pass method='mezo-adam' with rule_args={'betas': [..., ...]}"),
     "adam_epsilon": (1e-8, "pass method='mezo-adam' with rule_args={'eps': ...}"),
 }
+# Fields that are options of a first-order method where it has them, beside those of `_METHOD_FIELDS`.
+_ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 @dataclass
 class ZOConfig(TrainingArguments):
-    """Settings of a forward-only run: `transformers.TrainingArguments` with the method's options beside them.
+    """Settings of a run: `transformers.TrainingArguments` with the method's options beside them.
 
     Every field of `TrainingArguments` keeps its name and meaning; the defaults below differ. `learning_rate` and `eps`
     are measured (``"auto"``; see :mod:`zotune.calibration`) unless they are numbers; None takes the method's own (the
     paper's), as it does for all other options of the method. Where nothing is given and the method's rate cannot be
     measured (JAGUAR), it is the method's own too, and the log says so. Training lasts `max_steps` steps, 1000 when neither it nor
     `num_train_epochs` is given.
+
+    `method` may also name a first-order rival (:mod:`zotune.first_order`): its learning rate is a number (the method's own when
+    not given), and `max_grad_norm` and gradient checkpointing then mean what they mean to `transformers`.
 
     Raises:
         ValueError: an unknown method, an option the method does not take, a value that makes no sense, or an option
@@ -126,7 +135,9 @@ class ZOConfig(TrainingArguments):
             "choices": ["stratified", "random", "sequential", "group_by_length"],
         },
     )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no gradient to clip."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "First-order methods clip gradients to this norm; 0: they do not. Must stay 0 for all others."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between evaluations (eval_strategy=steps)."})
     save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints (save_strategy=steps)."})
@@ -156,18 +167,8 @@ class ZOConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, _parsed_json(name, value))
-        recipe = self.zo_method()
-        if self.learning_rate == _NOT_GIVEN:
-            self.learning_rate = methods.AUTO if measurable(recipe) else recipe.lr
-            if self.learning_rate != methods.AUTO:
-                logger.warning(
-                    f"no learning rate was given, and for method {recipe.name!r} it cannot be measured: taking the method's own, "
-                    f"{recipe.lr:g}, which is for models of a billion parameters; small models want a far larger one (--learning_rate)."
-                )
-        if self.learning_rate is None:
-            self.learning_rate = recipe.lr
-        if self.learning_rate == methods.AUTO:
-            gain(recipe, Rule(recipe.rule, recipe.rule_args), 1.0, 1, 1.0)  # refuses rules it knows no scale for
+        chosen = self.chosen_method()
+        self._settle_learning_rate(chosen)
         super().__post_init__()
         if self.world_size > 1:
             raise ValueError(
@@ -180,25 +181,73 @@ class ZOConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
-    def zo_method(self, **options: Any) -> methods.Method:
-        """The method these fields describe, some of its options replaced.
+    def chosen_method(self, **options: Any) -> methods.Method | Rival:
+        """The method these fields describe, zeroth-order or a rival, some of its options replaced.
 
         Raises:
             ValueError: an unknown method, or an option or value it does not take.
         """
+        rival = catalogue.is_rival(self.method)
         given = {name: getattr(self, name) for name in _METHOD_FIELDS if getattr(self, name) is not None}
+        if rival:
+            if given.get("eps") == methods.AUTO:  # nobody touched it
+                del given["eps"]
+            known = first_order.options_of(self.method)
+            untouched = {name: _FIXED[name][0] for name in _ADAM_FIELDS}
+            given |= {name: getattr(self, name) for name in _ADAM_FIELDS if name in known and getattr(self, name) != untouched[name]}
         extra: dict[str, Any] = self.method_args if isinstance(self.method_args, dict) else {}
         twice = sorted(given.keys() & extra.keys())
         if twice:
             raise ValueError(f"{twice[0]} is given both as a field and in method_args: give it once.")
-        return methods.get(self.method, **{**given, **extra, **options})
+        return catalogue.get(self.method, **{**given, **extra, **options})
+
+    def zo_method(self, **options: Any) -> methods.Method:
+        """The zeroth-order method these fields describe, some of its options replaced.
+
+        Raises:
+            ValueError: an unknown method, one that is not zeroth-order, or an option or value it does not take.
+        """
+        chosen = self.chosen_method(**options)
+        if isinstance(chosen, Rival):
+            raise ValueError(f"{chosen.name} is not a zeroth-order method: there are {', '.join(methods.names())}.")
+        return chosen
+
+    def _settle_learning_rate(self, chosen: methods.Method | Rival) -> None:
+        if isinstance(chosen, Rival):
+            if chosen.package is not None and importlib.util.find_spec(chosen.package) is None:
+                raise ModuleNotFoundError(f"{chosen.name} needs the package {chosen.package!r}: install it first.", name=chosen.package)
+            if self.learning_rate == methods.AUTO:
+                raise ValueError(f"the learning rate of {chosen.name} is not measured: give a number, or leave it out.")
+            if self.learning_rate in (None, _NOT_GIVEN):
+                self.learning_rate = chosen.lr or 0.0
+            return
+        if self.learning_rate == _NOT_GIVEN:
+            self.learning_rate = methods.AUTO if measurable(chosen) else chosen.lr
+            if self.learning_rate != methods.AUTO:
+                logger.warning(
+                    f"no learning rate was given, and for method {chosen.name!r} it cannot be measured: taking the method's own, "
+                    f"{chosen.lr:g}, which is for models of a billion parameters; small models want a far larger one (--learning_rate)."
+                )
+        if self.learning_rate is None:
+            self.learning_rate = chosen.lr
+        if self.learning_rate == methods.AUTO:
+            gain(chosen, Rule(chosen.rule, chosen.rule_args), 1.0, 1, 1.0)  # refuses rules it knows no scale for
 
     def _check_settings(self) -> None:
+        rival = catalogue.is_rival(self.method)
+        trains = rival and first_order.recipe(self.method)().kind == "backward"
         for name, reason in _REFUSED.items():
             value = getattr(self, name)
+            if trains and name in _OF_BACKWARD:
+                continue
             if value not in (None, False, "", 0, 0.0, {}, []):
                 raise ValueError(f"{name}={value!r} cannot be used: {reason}.")
+        own = first_order.options_of(self.method) if rival else {}
         for name, (untouched, reason) in _FIXED.items():
+            if name in own:
+                continue
+            if rival and name in _ADAM_FIELDS:
+                reason = f"{self.method} has no such option"
             if getattr(self, name) != untouched:
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be used: {reason}.")
         if self.logging_nan_inf_filter:
@@ -213,6 +262,8 @@ class ZOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be positive, got {value}.")
         if self.probe not in PROBES:
             raise ValueError(f"unknown probe {self.probe!r}: choose one of {', '.join(PROBES)}.")
+        if rival and self.probe != "auto":
+            raise ValueError(f"probe={self.probe!r} cannot be used: {self.method} evaluates no perturbed weights; leave it out.")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         if self.max_steps != -1 and self.max_steps < 1:
@@ -228,6 +279,7 @@ _LOWEST = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 0,
     "weight_decay": 0,
+    "max_grad_norm": 0,
 }
 
 

@@ -61,6 +61,9 @@ def _may_pack(model: nn.Module, length: int) -> bool:
     config: Any = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) not in _MASKS or not takes(model, "position_ids"):
         return False
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):  # PEFT puts tokens before the text and sets masks and positions itself
+        return False
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     reaches = [getattr(config, name, None) for name in _REACHES]
     return all(length <= reach for reach in reaches if isinstance(reach, int))

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from zotune.first_order import BackwardReport
 from zotune.optimizer import StepReport
 
 
@@ -23,8 +24,9 @@ class StepSums:
     gap: float = 0.0
     gap_noise: float = 0.0
     seconds: float = 0.0
+    gapped: int = 0
 
-    def add(self, report: StepReport, seconds: float) -> None:
+    def add(self, report: StepReport | BackwardReport, seconds: float) -> None:
         """Count one step that took `seconds`."""
         self.steps += 1
         self.seconds += seconds
@@ -33,7 +35,9 @@ class StepSums:
             self.skipped += 1
             return
         self.loss += loss
-        self.gap += float(report.gap)
+        if report.gap is not None:
+            self.gapped += 1
+            self.gap += float(report.gap)
         if report.gap_noise is not None:
             self.noisy += 1
             self.gap_noise += float(report.gap_noise)
@@ -46,11 +50,13 @@ class StepSums:
         return self.loss / taken if taken else math.nan
 
     def entries(self) -> dict[str, Any]:
-        """The means to log: loss and gap (absent when every step was skipped), skipped_steps (absent when none was)."""
+        """The means to log: loss and gap (absent when every step was skipped; a first-order step has no gap), skipped_steps (or absent)."""
         entries: dict[str, Any] = {}
         taken = self.steps - self.skipped
         if taken:
-            entries = {"loss": self.loss / taken, "gap": self.gap / taken}
+            entries = {"loss": self.loss / taken}
+        if self.gapped:
+            entries["gap"] = self.gap / self.gapped
         if self.noisy:
             entries["gap_noise"] = self.gap_noise / self.noisy
         if self.skipped:

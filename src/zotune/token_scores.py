@@ -42,7 +42,7 @@ def scored_logits(model: nn.Module, inputs: Mapping[str, Tensor], positions: Ten
     with _gather_before_head(model, positions, inputs["input_ids"].shape) as gathered:
         logits = logits_of(model(**arguments))
     if not gathered:
-        logits = _select(logits, positions)
+        logits = _select(logits, _behind_own_tokens(logits, positions, inputs["input_ids"].shape[1]))
     return logits
 
 
@@ -60,10 +60,11 @@ def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) 
         return
 
     def gather(_module: nn.Module, args: tuple) -> tuple | None:
-        if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3 or args[0].shape[:2] != shape:
+        states = args[0] if args else None
+        if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[0] != shape[0] or states.shape[1] < shape[1]:
             return None  # a head that is fed something else: the logits are gathered afterwards instead
         gathered.append(True)
-        return (_select(args[0], positions), *args[1:])
+        return (_select(states, _behind_own_tokens(states, positions, shape[1])), *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:
@@ -79,6 +80,11 @@ def _head(model: nn.Module) -> nn.Module | None:
     head = get_head()
     # A head that is the input embedding itself is called with token ids: not a place to gather at.
     return head if isinstance(head, nn.Module) and not isinstance(head, nn.Embedding) else None
+
+
+def _behind_own_tokens(states: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Positions where a model has put tokens of its own before the text, as prompt tuning does."""
+    return positions + (states.shape[1] - length)
 
 
 def _select(states: Tensor, positions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training by forward passes under Hugging Face's loop: :class:`ZOTrainer`.
+"""Training under Hugging Face's loop, by forward passes or by a first-order rival: :class:`ZOTrainer`.
 
 The loop, its callbacks, schedules, evaluation and logging are `transformers.Trainer`'s; the step, the objectives and
 the files of a checkpoint are ours.
@@ -24,6 +24,7 @@ from zotune import checkpoint, objectives
 from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.class_order import classes_of
 from zotune.config import ZOConfig
+from zotune.first_order import FirstOrder, Rival
 from zotune.journal import Journal
 from zotune.methods import AUTO, Method
 from zotune.optimizer import ZerothOrder
@@ -43,6 +44,9 @@ LEAST_SETS = 4
 class ZOTrainer(OrderedTrainer):
     """`transformers.Trainer` that trains with forward passes only: no backward pass, no `.grad`, inference memory.
 
+    With a first-order `method` (:mod:`zotune.first_order`) the same loop, data, objectives and files serve for comparison: gradients
+    come from a backward pass, and there is no journal.
+
     Args:
         model: any `transformers` model, PEFT model or module; its parameters with `requires_grad` are trained.
         args: a :class:`ZOConfig`.
@@ -52,7 +56,7 @@ class ZOTrainer(OrderedTrainer):
             or "lm"; any others get the loss the model computes from their labels (`compute_loss`).
         eval_objective: the same for evaluation; None: by the keys of the evaluation batches, else as `objective`.
         eval_data_collator: collator of the evaluation and prediction batches, when they have another layout.
-        optimizers: a (:class:`ZerothOrder`, scheduler) pair of your own; either may be None.
+        optimizers: a (:class:`ZerothOrder` or :class:`FirstOrder`, scheduler) pair of your own; either may be None.
         kwargs: everything else `transformers.Trainer` takes.
 
     Raises:
@@ -73,13 +77,13 @@ class ZOTrainer(OrderedTrainer):
         objective: Objective | None = None,
         eval_objective: Objective | None = None,
         eval_data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
-        optimizers: tuple[ZerothOrder | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizers: tuple[ZerothOrder | FirstOrder | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         **kwargs: Any,
     ) -> None:
         args = ZOConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, ZOConfig):
             raise ValueError(f"ZOTrainer takes args=zotune.ZOConfig(...), not {type(args).__name__}.")
-        if optimizers[0] is not None and not isinstance(optimizers[0], ZerothOrder):
+        if optimizers[0] is not None and not isinstance(optimizers[0], (ZerothOrder, FirstOrder)):
             raise ValueError(
                 f"ZOTrainer steps with zotune.ZerothOrder, not {type(optimizers[0]).__name__}: pass "
                 "optimizers=(zotune.ZerothOrder(model, method, lr=...), None), or choose the update rule with "
@@ -143,7 +147,7 @@ class ZOTrainer(OrderedTrainer):
         optimizer = self.zo_optimizer
         if self._own_optimizer:
             optimizer.detach()
-        if optimizer.journal is not None:
+        if isinstance(optimizer, ZerothOrder) and optimizer.journal is not None:
             optimizer.journal.close()
 
     def _refuse_used_folder(self) -> None:
@@ -172,6 +176,8 @@ class ZOTrainer(OrderedTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         optimizer = self.zo_optimizer
+        if isinstance(optimizer, FirstOrder):
+            return prepared
         if resume_from_checkpoint is not None:
             optimizer.journal = _cut_back(optimizer.journal or Journal.open(self._journal_path), optimizer)
         elif optimizer.steps:
@@ -199,20 +205,19 @@ class ZOTrainer(OrderedTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the :class:`ZerothOrder` the config describes, unless one was passed."""
+        """Build the optimizer the config describes, unless one was passed."""
         if not isinstance(self.optimizer, _SteppedOptimizer):
-            args = self.args
-            optimizer = self.optimizer or ZerothOrder(
-                self.model,
-                self._method(),
-                lr=args.learning_rate,
-                weight_decay=args.weight_decay,
-                seed=args.seed,
-                max_nonfinite_steps=args.max_nonfinite_steps,
-                probe=args.probe,
-            )
-            self.optimizer = _SteppedOptimizer(optimizer)
+            self.optimizer = _SteppedOptimizer(self.optimizer or self._new_optimizer())
         return self.optimizer
+
+    def _new_optimizer(self) -> ZerothOrder | FirstOrder:
+        args = self.args
+        common = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
+        common["max_nonfinite_steps"] = args.max_nonfinite_steps
+        method = args.chosen_method()
+        if isinstance(method, Rival):
+            return FirstOrder(self.model, method, max_grad_norm=args.max_grad_norm, max_steps=self.state.max_steps or None, **common)
+        return ZerothOrder(self.model, self._method(), probe=args.probe, **common)
 
     def _method(self) -> Method:
         """The config's method; where it gives every example a direction and nobody said so, sets with every class in them get one instead.
@@ -265,8 +270,12 @@ class ZOTrainer(OrderedTrainer):
 
         return loss_of_labels
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """There is no gradient whose norm could be logged."""
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """A first-order step has clipped its gradient itself."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
+        """The last step's, before clipping; a zeroth-order step has none."""
+        return getattr(self.zo_optimizer.last, "grad_norm", None)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations a micro-batch costs: a third of a forward and backward pass, once for each evaluation."""
@@ -358,7 +367,7 @@ class _SteppedOptimizer(AcceleratedOptimizer):
 
     _is_accelerate_prepared = True
 
-    def __init__(self, optimizer: ZerothOrder) -> None:
+    def __init__(self, optimizer: ZerothOrder | FirstOrder) -> None:
         super().__init__(optimizer, device_placement=False)
 
     def step(self, closure: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Options of the commands that are not `transformers.TrainingArguments`: the model, the data, the tuning scheme."""
+"""Options of the commands that are not `transformers.TrainingArguments`: the model and the data."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ class EvalDataArguments:
     template: str | None = field(default=None, metadata={"help": "name of a task's template, or your own: '{sentence} It was'"})
     options: list[str] | None = field(default=None, metadata={"help": "answer options in label order, in place of the template's"})
     num_eval: int | None = field(default=None, metadata={"help": "evaluate on so many examples, drawn by seed"})
+    num_demonstrations: int | None = field(
+        default=None, metadata={"help": "so many solved training examples, drawn by seed, before every prompt (in train: --method icl)"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "longest example in tokens; the model's context when not given"})
     truncate: bool = field(default=False, metadata={"help": "shorten what is too long instead of stopping"})
 
@@ -69,21 +72,3 @@ class DataArguments(EvalDataArguments):
     num_train: int | None = field(default=None, metadata={"help": "use so many training examples, drawn by seed"})
     num_dev: int | None = field(default=None, metadata={"help": "hold so many training examples out, for the evaluations during training"})
     k_shot: int | None = field(default=None, metadata={"help": "so many training examples of each class"})
-
-
-@dataclass
-class SchemeArguments:
-    """Which parameters move."""
-
-    scheme: Literal["full", "lora"] = field(default="full", metadata={"help": "all weights, or a LoRA adapter's"})
-    lora_r: int = field(default=8, metadata={"help": "rank of the adapter"})
-    lora_alpha: float = field(default=16.0, metadata={"help": "scale of the adapter: alpha / r"})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "names of the layers that get an adapter; peft's choice when not given"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r must be at least 1, not {self.lora_r}.")
-        if not self.lora_alpha > 0:
-            raise ValueError(f"--lora_alpha must be above 0, not {self.lora_alpha}.")

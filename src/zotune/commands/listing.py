@@ -16,19 +16,9 @@ def methods(argv: Sequence[str]) -> int:
     if name is None:
         return 0
     from zotune import methods as registry
-    from zotune.calibration import measurable
 
     if name:
-        recipe = registry.recipe(name)
-        method = registry.get(name)
-        print(f"{method.name}  (arXiv:{method.arxiv}, https://arxiv.org/abs/{method.arxiv})\n")
-        print(inspect.getdoc(recipe))
-        print("\noptions and defaults:")
-        for option, default in registry.options(name).items():
-            print(f"  {option:<16}{_plain(default)}")
-        print(f"\nforward passes a step: {method.forwards_per_step}; memory beyond the weights: {method.extra_memory}")
-        if not measurable(method):
-            print("its learning rate cannot be measured: without --learning_rate it is the default above")
+        _describe_method(name)
         return 0
     chosen = registry.recommended().name
     rows = []
@@ -46,10 +36,44 @@ def methods(argv: Sequence[str]) -> int:
             )
         )
     print(wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "eps"), rows))
-    print("* the default of `zotune train`. W: the weights that move; r: rank; m, n: sides of a matrix.")
+    print("* the default of `zotune train`. W: the weights that move; r: rank; m, n: sides of a matrix.\n")
+    print("To compare with, on the same data and in the same report (a backward pass counts as two forwards, float32 numbers are kept):")
+    print(_rivals())
     print("The learning rates are the papers', for models of a billion parameters and more; small models want far larger ones.")
     print("`zotune methods NAME` describes one, with its options.")
     return 0
+
+
+def _rivals() -> str:
+    from zotune import first_order
+
+    rows = []
+    for each in first_order.names():
+        rival = first_order.get(each)
+        rate = "–" if rival.lr is None else f"{rival.lr:g}"
+        cost = str(rival.forwards_per_step) if rival.kind == "backward" else "no steps"
+        options = ", ".join(option for option in first_order.options_of(each) if option != "lr")
+        rows.append((each, rival.title, rival.arxiv or "–", cost, rival.memory, rate, options))
+    return wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "options"), rows)
+
+
+def _describe_method(name: str) -> None:
+    from zotune import catalogue
+    from zotune.calibration import measurable
+    from zotune.methods import Method
+
+    method = catalogue.get(name)
+    source = f"  (arXiv:{method.arxiv}, https://arxiv.org/abs/{method.arxiv})" if method.arxiv else ""
+    print(f"{method.name}{source}\n")
+    print(inspect.getdoc(catalogue.recipe(name)))
+    options = catalogue.options_of(name)
+    if options:
+        print("\noptions and defaults:")
+    for option, default in options.items():
+        print(f"  {option:<16}{_plain(default)}")
+    print(f"\nforward passes a step: {method.forwards_per_step}; memory beyond the weights: {method.extra_memory}")
+    if isinstance(method, Method) and not measurable(method):
+        print("its learning rate cannot be measured: without --learning_rate it is the default above")
 
 
 def tasks(argv: Sequence[str]) -> int:

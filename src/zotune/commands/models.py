@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zotune.commands.arguments import ModelArguments, SchemeArguments
+from zotune.commands.arguments import ModelArguments
+from zotune.schemes import load_adapter
 
 
 @dataclass
@@ -93,23 +94,8 @@ def load_model(
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
     if plan.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, plan.adapter, is_trainable=True)
+        model = load_adapter(model, plan.adapter)
     return model, missing
-
-
-def add_adapter(model: nn.Module, scheme: SchemeArguments, *, classifier: bool) -> nn.Module:
-    """The model under a fresh LoRA adapter, the only thing that stays trainable (with a classifier's head)."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    config = LoraConfig(
-        r=scheme.lora_r,
-        lora_alpha=scheme.lora_alpha,  # type: ignore[arg-type]
-        target_modules=scheme.lora_target_modules,
-        task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
-    )
-    return get_peft_model(model, config)
 
 
 def resolve_dtype(name: str, device: torch.device) -> Any:

@@ -113,11 +113,12 @@ class ChildFailedError(RuntimeError):
 
 def forward_only(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     """What `zotune train` does, on the bundled model and reviews. Returns its summary."""
-    from zotune.commands.arguments import DataArguments, ModelArguments, SchemeArguments
+    from zotune.commands.arguments import DataArguments, ModelArguments
     from zotune.commands.quiet import quiet_libraries
     from zotune.commands.train import Run
     from zotune.commands.train_options import OutputArguments
     from zotune.config import ZOConfig
+    from zotune.schemes import Scheme
 
     quiet_libraries()
     config = ZOConfig(
@@ -136,7 +137,7 @@ def forward_only(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     model = ModelArguments(str(bundled.path("tiny-lm")))
     data = DataArguments(task="sst2", train_file=_reviews("train"), eval_file=_reviews("test"), objective="choices")
     command = ["--output_dir", str(folder)]
-    return Run(command, model, data, SchemeArguments(), OutputArguments(overwrite_output_dir=True), config, name="reviews").carry_out()
+    return Run(command, model, data, Scheme(), OutputArguments(overwrite_output_dir=True), config, name="reviews").carry_out()
 
 
 def adam(path: Path, seed: int) -> dict[str, Any]:

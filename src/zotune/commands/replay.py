@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from zotune import checkpoint
+from zotune import checkpoint, schemes
 from zotune.commands import run_folder
 from zotune.commands.arguments import ModelArguments
 from zotune.commands.models import load_model, load_tokenizer, plan_model
@@ -20,6 +20,7 @@ from zotune.commands.quiet import quiet_libraries
 from zotune.commands.simple_parser import SimpleParser
 from zotune.journal import Journal, verify
 from zotune.replaying import replay
+from zotune.schemes import Scheme
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     path = Path(args.journal).expanduser()
     path = path / run_folder.JOURNAL_FILE if path.is_dir() else path
+    if not path.is_file() and (path.parent / run_folder.RUN_FILE).is_file():
+        raise ValueError(f"{path.parent} has no journal: a run of a first-order method, or of one without steps, cannot be replayed.")
     if args.verify:
         found = verify(path)
         if not found.ok:
@@ -79,6 +82,8 @@ def _base_model(args: argparse.Namespace, journal: Journal, folder: Path) -> tup
     if adapter.is_dir():
         plan = dataclasses.replace(plan, adapter=str(adapter))
     model, _ = load_model(plan, options, device, classes=run.get("classes"))
+    if run and plan.adapter is None:
+        schemes.apply(model, Scheme(**run.get("scheme", {})))  # a head that was untied
     head = folder / run_folder.HEAD_FILE
     if head.is_file():
         model.load_state_dict(load_file(head), strict=False)

@@ -23,6 +23,7 @@ CURVE_FILE = "curve.png"
 JOURNAL_FILE = "journal.zo"
 ADAPTER_FOLDER = "initial_adapter"
 HEAD_FILE = "initial_head.safetensors"
+PROBE_FILE = "linear_probe.safetensors"
 
 _RUN_MARKS = (RUN_FILE, JOURNAL_FILE, SUMMARY_FILE, "model.safetensors", "adapter_model.safetensors", "config.json")
 
@@ -47,7 +48,7 @@ def clear_run(folder: Path) -> None:
     """Removes a run from a folder: what we write there, nothing else."""
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".*.partial"), folder / ADAPTER_FOLDER]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (*_RUN_MARKS, CURVE_FILE, HEAD_FILE, "adapter_config.json", "trainer_state.json"):
+    for name in (*_RUN_MARKS, CURVE_FILE, HEAD_FILE, PROBE_FILE, "adapter_config.json", "trainer_state.json"):
         (folder / name).unlink(missing_ok=True)
 
 

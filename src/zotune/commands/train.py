@@ -1,4 +1,4 @@
-"""`zotune train`: data, zero-shot evaluation, forward-only training, evaluation, and what is left in the run folder."""
+"""`zotune train`: data, zero-shot evaluation, training, evaluation, and what is left in the run folder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
-from zotune import checkpoint
-from zotune.commands import run_folder
-from zotune.commands.arguments import DataArguments, ModelArguments, SchemeArguments
-from zotune.commands.models import add_adapter, load_model, load_tokenizer, plan_model
+from zotune import checkpoint, schemes
+from zotune.commands import run_folder, untrained
+from zotune.commands.arguments import DataArguments, ModelArguments
+from zotune.commands.models import load_model, load_tokenizer, plan_model
 from zotune.commands.parser import CommandParser
 from zotune.commands.progress import RunProgress
 from zotune.commands.quiet import quiet_libraries
 from zotune.commands.train_options import ABOUT, DEFAULTS, USAGE, OutputArguments, groups
 from zotune.config import ZOConfig, settings
+from zotune.first_order import FirstOrder, Rival
+from zotune.methods import Method
 from zotune.run_report import (
     PeakMemory,
     curve_of,
@@ -34,6 +36,7 @@ from zotune.run_report import (
     write_curve,
     write_json,
 )
+from zotune.schemes import Scheme
 from zotune.tasks import PreparedData, prepare
 from zotune.trainer import ZOTrainer
 
@@ -41,7 +44,7 @@ from zotune.trainer import ZOTrainer
 def main(argv: Sequence[str]) -> int:
     """Runs `zotune train`."""
     quiet_libraries()
-    parser = CommandParser((ModelArguments, DataArguments, SchemeArguments, OutputArguments, ZOConfig), "zotune train", DEFAULTS)
+    parser = CommandParser((ModelArguments, DataArguments, Scheme, OutputArguments, ZOConfig), "zotune train", DEFAULTS)
     resume = parser.option("resume_from_checkpoint")
     resume.nargs, resume.const = "?", "true"
     if {"-h", "--help", "--help-all"} & set(argv):
@@ -72,7 +75,7 @@ class Run:
         argv: Sequence[str],
         model: ModelArguments,
         data: DataArguments,
-        scheme: SchemeArguments,
+        scheme: Scheme,
         output: OutputArguments,
         config: ZOConfig,
         console: Console | None = None,
@@ -95,17 +98,27 @@ class Run:
         resume = self._resume()
         if resume is None and not self.output.overwrite_output_dir:
             run_folder.check_unused(self.folder, "zotune train")
+        method = self.config.chosen_method()
+        self._settle_demonstrations(method)
         plan = plan_model(self.model_args, "zotune train")
         tokenizer = load_tokenizer(plan, self.model_args)
-        data = prepare(tokenizer, plan.config, seed=self.config.seed, **dataclasses.asdict(self.data_args))
+        parts = ("eval",) if isinstance(method, Rival) and method.kind == "evaluate" else ("train", "eval")
+        data = prepare(tokenizer, plan.config, seed=self.config.seed, parts=parts, **dataclasses.asdict(self.data_args))
         set_seed(self.config.seed)  # a new head or adapter is drawn from the global generator
         classes = data.label_names if data.train_objective == "classifier" else None
         model, fresh = load_model(plan, self.model_args, self.config.device, classes=classes)
-        if self.scheme.scheme == "lora" and plan.adapter is None:
-            model = add_adapter(model, self.scheme, classifier=classes is not None)
+        no_steps = isinstance(method, Rival) and method.kind != "backward"
+        if no_steps:
+            assert isinstance(method, Rival)
+            untrained.check(method, self.scheme, data)
+        else:
+            model = self._under_scheme(model, method, on_adapter=plan.adapter is not None)
         existed = self.folder.exists()
         try:
             trainer = self._trainer(model, tokenizer, data)
+            if no_steps:
+                assert isinstance(method, Rival)
+                return self._judge(method, trainer, data, base=plan.adapter or plan.name)
             return self._train(trainer, data, resume, fresh, base=plan.adapter or plan.name)
         finally:
             if not existed and self.folder.is_dir() and not any(self.folder.iterdir()):
@@ -117,6 +130,27 @@ class Run:
             return None
         run_folder.read_run(self.folder)
         return True if wanted.lower() in ("true", "yes") else wanted
+
+    def _settle_demonstrations(self, method: Method | Rival) -> None:
+        if method.name == "icl":
+            if self.data_args.num_demonstrations is None:
+                self.data_args.num_demonstrations = untrained.DEMONSTRATIONS
+        elif self.data_args.num_demonstrations is not None:
+            raise ValueError(f"--num_demonstrations is an option of --method icl, not of {method.name}.")
+
+    def _under_scheme(self, model: nn.Module, method: Method | Rival, *, on_adapter: bool) -> nn.Module:
+        """The model with what the scheme trains; a folder that holds an adapter goes on training that."""
+        if on_adapter:
+            if self.scheme.scheme in ("head", "bias") or self.scheme.trainable:
+                raise ValueError("the model folder holds an adapter, and training goes on with that: leave --scheme and --trainable out.")
+        else:
+            model = schemes.apply(model, self.scheme, seed=self.config.seed)
+        if self.scheme.scheme == "prefix" and self.config.activation_checkpointing:
+            raise ValueError("prefix tuning keeps its keys and values where activation checkpointing drops them: leave one of them out.")
+        reason = schemes.refusal(method, model, self.scheme)
+        if reason is not None:
+            raise ValueError(reason)
+        return model
 
     def _trainer(self, model: nn.Module, tokenizer: Any, data: PreparedData) -> ZOTrainer:
         if data.dev is None and data.eval is None:
@@ -144,7 +178,7 @@ class Run:
     def _train(self, trainer: ZOTrainer, data: PreparedData, resume: str | bool | None, fresh: list[str], base: str) -> dict[str, Any]:
         begin = time.perf_counter()
         memory = PeakMemory(self.config.device)
-        method = self.config.zo_method()
+        method = self.config.chosen_method()
         self._announce(trainer, data, method.title, base)
         if resume is None:
             before = self._evaluate(trainer, data, "before training")
@@ -179,10 +213,46 @@ class Run:
         write_curve(curve, self.folder / run_folder.CURVE_FILE, f"{method.title} on {self.data_name}")
         return summary
 
+    def _judge(self, method: Rival, trainer: ZOTrainer, data: PreparedData, base: str) -> dict[str, Any]:
+        """A method that takes no step: zero-shot, in-context learning, a linear probe."""
+        begin = time.perf_counter()
+        memory = PeakMemory(self.config.device)
+        self._announce(trainer, data, method.title, base)
+        before = self._evaluate(trainer, data, "with demonstrations" if method.name == "icl" else "before training")
+        assert before is not None, "there is something to evaluate on"
+        if self.output.overwrite_output_dir:
+            run_folder.clear_run(self.folder)
+        after, counts = before, {"loss": None, "forward_passes": 0, "sequences_evaluated": 0, "seconds": 0.0}
+        peak_before = memory.peak()
+        if method.kind == "fit":
+            after, counts = untrained.probed(method, trainer, data, self.folder)
+            self.console.print(f"with the probe: {data.main_metric} {metric_text(data.main_metric, after[data.main_metric])}")
+        self._note_start(trainer, data, [], base, before)
+        peaks: dict[str, int | str] = {"loaded": memory.baseline, "evaluation": peak_before, "training": memory.peak(), "of": memory.kind}
+        summary = self._facts(trainer, data) | {
+            "before": None if method.name == "icl" else before,
+            "after": after,
+            "loss": {"first": None, "last": counts["loss"]},
+            "learning_rate": None,
+            "first_learning_rate": None,
+            "eps": None,
+            "steps": 0,
+            "forward_passes": counts["forward_passes"],
+            "sequences_evaluated": counts["sequences_evaluated"],
+            "training_seconds": counts["seconds"],
+            "total_seconds": time.perf_counter() - begin,
+            "memory": peaks,
+            "files": {"summary": str(self.folder / run_folder.SUMMARY_FILE), "checkpoints": []},
+        }
+        if method.kind == "fit":
+            summary["files"]["model"] = str(self.folder / run_folder.PROBE_FILE)
+        write_json(self.folder / run_folder.SUMMARY_FILE, summary)
+        return summary
+
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _announce(self, trainer: ZOTrainer, data: PreparedData, method: str, base: str) -> None:
-        moving = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        moving = self._facts(trainer, data)["trainable_parameters"]
         whole = sum(p.numel() for p in trainer.model.parameters())
         dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
         sizes = [f"{len(data.train or [])} to train on"]
@@ -269,36 +339,48 @@ class Run:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         optimizer = trainer.zo_optimizer
         assert optimizer is not None, "training has made one"
-        method = optimizer.method
-        return {
-            "method": method.name,
-            "method_options": method.options,
-            "model": self.model_args.model_name_or_path,
-            "data": self.data_name,
-            "metric": data.main_metric,
+        files = {
+            "model": str(self.folder),
+            "journal": str(self.folder / run_folder.JOURNAL_FILE),
+            "curve": str(self.folder / run_folder.CURVE_FILE),
+            "summary": str(self.folder / run_folder.SUMMARY_FILE),
+            "checkpoints": [str(path) for path in checkpoint.checkpoints(self.folder)],
+        }
+        if isinstance(optimizer, FirstOrder):
+            del files["journal"]
+        return self._facts(trainer, data) | {
             "before": before,
             "after": after,
             "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
             "learning_rate": self.config.learning_rate,
             "first_learning_rate": next((e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e), None),
             "eps": optimizer.eps,
-            "batch_size": self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps,
-            "seed": self.config.seed,
             "steps": trainer.state.global_step,
+            # Of a first-order method: what its passes cost in forward passes (a backward pass counts as two).
             "forward_passes": optimizer.forward_passes,
             "sequences_evaluated": optimizer.sequences_evaluated,
             "training_seconds": seconds,
             "total_seconds": total,
             # Bytes: with the model and the data loaded, at the peak of the evaluation before training, at the peak of training.
             "memory": dict(peaks),
+            "files": files,
+        }
+
+    def _facts(self, trainer: ZOTrainer, data: PreparedData) -> dict[str, Any]:
+        """What a summary says of the request."""
+        method = self.config.chosen_method()
+        moves = not isinstance(method, Rival) or method.kind == "backward"
+        return {
+            "method": method.name,
+            "method_options": method.options,
+            "scheme": self.scheme.scheme,
+            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) if moves else 0,
+            "model": self.model_args.model_name_or_path,
+            "data": self.data_name,
+            "metric": data.main_metric,
+            "batch_size": self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps,
+            "seed": self.config.seed,
             "output_dir": str(self.folder),
-            "files": {
-                "model": str(self.folder),
-                "journal": str(self.folder / run_folder.JOURNAL_FILE),
-                "curve": str(self.folder / run_folder.CURVE_FILE),
-                "summary": str(self.folder / run_folder.SUMMARY_FILE),
-                "checkpoints": [str(path) for path in checkpoint.checkpoints(self.folder)],
-            },
         }
 
 
@@ -319,20 +401,20 @@ def report(summary: Mapping[str, Any]) -> Any:
     if summary["before"] and summary["after"]:
         change = f"{metric_text(metric, summary['before'][metric])} → {metric_text(metric, summary['after'][metric])}"
         rows.append((metric, change))
+    elif summary["after"]:
+        rows.append((metric, metric_text(metric, summary["after"][metric])))
     loss, memory = summary["loss"], summary["memory"]
     if loss["last"] is not None:  # a run shorter than --logging_steps logs none
-        change = " → ".join(metric_text("loss", value) for value in dict.fromkeys((loss["first"], loss["last"])))
+        change = " → ".join(metric_text("loss", value) for value in dict.fromkeys((loss["first"], loss["last"])) if value is not None)
         rows.append(("training loss", change))
+    if summary["steps"]:
+        rows.append(("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {_rate_text(summary)}"))
     rows += [
-        ("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {_rate_text(summary)}"),
         ("forward passes", f"{summary['forward_passes']} ({summary['sequences_evaluated']} sequences)"),
         ("time", f"{duration_text(summary['training_seconds'])} of training"),
         ("peak memory", f"{memory_text(memory['training'])} ({memory['of']}; {memory_text(memory['loaded'])} before the first forward)"),
-        ("model", summary["files"]["model"]),
-        ("journal", summary["files"]["journal"]),
-        ("curve", summary["files"]["curve"]),
-        ("summary", summary["files"]["summary"]),
     ]
+    rows += [(name, summary["files"][name]) for name in ("model", "journal", "curve", "summary") if name in summary["files"]]
     return summary_table(rows, f"{summary['method']} on {summary['data']}")
 
 

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from zotune.config import ZOConfig
 from zotune.methods import recommended
+from zotune.schemes import Scheme
 
 USAGE = "zotune train --model_name_or_path MODEL --task TASK --output_dir DIR [options]"
 ABOUT = (
@@ -50,18 +51,19 @@ def groups() -> dict[str, dict[str, str]]:
         "first of all": first,
         "data": dict.fromkeys(
             ("train_file", "eval_file", "template", "options", "objective", "num_train", "num_dev", "num_eval", "k_shot",
-             "max_length", "truncate"), ""),
+             "num_demonstrations", "max_length", "truncate"), ""),
         "the method's options (its own defaults when not given)": {
             field.name: "" for field in dataclasses.fields(ZOConfig) if field.name not in inherited | first.keys()
         },
         "model and scheme": dict.fromkeys(
-            ("scheme", "lora_r", "lora_alpha", "lora_target_modules", "dtype", "attn_implementation",
-             "trust_remote_code"), ""),
+            (*(field.name for field in dataclasses.fields(Scheme)), "dtype", "attn_implementation", "trust_remote_code"), ""),
         "the run": {
             "num_train_epochs": "instead of --max_steps",
             "gradient_accumulation_steps": "micro-batches a step, all evaluated under the same directions",
             "lr_scheduler_type": "constant, linear, cosine, ...",
             "weight_decay": "",
+            "max_grad_norm": "",
+            "activation_checkpointing": "first-order methods: keep no activations, run forwards again in the backward pass",
             "eval_steps": "steps between evaluations; below 1, a share of the run",
             "save_steps": "steps between checkpoints; below 1, a share of the run",
             "logging_steps": "",

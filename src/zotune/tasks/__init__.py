@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from zotune.tasks.demonstrations import demonstrated
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.metrics import ComputeMetrics
 from zotune.tasks.sources import Rows, load_rows, read_jsonl
@@ -34,6 +35,7 @@ __all__ = [
     "Rows",
     "Task",
     "context_limit",
+    "demonstrated",
     "is_encoder",
     "load",
     "load_rows",

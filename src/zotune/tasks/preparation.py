@@ -9,6 +9,7 @@ from typing import Any
 
 from zotune.tasks import task as task_module
 from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, LanguageModelCollator
+from zotune.tasks.demonstrations import demonstrated
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.metrics import ComputeMetrics
 from zotune.tasks.sources import Rows, clean, load_rows, read_jsonl, sample, split_train
@@ -60,6 +61,7 @@ def prepare(
     num_dev: int | None = None,
     num_eval: int | None = None,
     k_shot: int | None = None,
+    num_demonstrations: int | None = None,
     max_length: int | None = None,
     truncate: bool = False,
     seed: int = 0,
@@ -81,6 +83,7 @@ def prepare(
         num_train, num_eval: at most this many rows, drawn by `seed`.
         num_dev: this many rows held out of the training rows.
         k_shot: this many training rows of each class.
+        num_demonstrations: this many training rows, drawn by `seed`, stand solved before every prompt that is evaluated.
         max_length: most tokens a model is fed, if shorter than its context.
         truncate: cut what is too long instead of raising.
         seed: seed of the subsets.
@@ -91,6 +94,7 @@ def prepare(
         ValueError: for anything that is missing, malformed, too long or contradictory, in one sentence with the fix.
     """
     counts = {"num_train": num_train, "num_dev": num_dev, "num_eval": num_eval, "k_shot": k_shot}
+    counts["num_demonstrations"] = num_demonstrations
     for name, value in counts.items():
         if value is not None and value < (0 if name == "num_dev" else 1):
             raise ValueError(f"{name}={value} must be positive; leave it out to use every row.")
@@ -108,14 +112,16 @@ def prepare(
     if train_objective == "classifier" and getattr(model_config, "pad_token_id", 0) is None:
         model_config.pad_token_id = padding["pad_token_id"]  # decoder classifiers find a text's last token by it
 
-    def encode(rows: Rows | None) -> list[dict[str, Any]] | None:
+    def encode(rows: Rows | None, task: Task | None = task) -> list[dict[str, Any]] | None:
         if rows is None:
             return None
         if task is None:
             return encoder.completions(rows)
         return encoder.classifier(rows, task) if train_objective == "classifier" else encoder.choices(rows, task)
 
-    train_rows = _train_rows(task, data_dir, train_file) if "train" in parts else None
+    if num_demonstrations is not None and (task is None or eval_objective != "choices"):
+        raise ValueError("num_demonstrations needs a task with prompts and a causal language model: pass --task.")
+    train_rows = _train_rows(task, data_dir, train_file) if "train" in parts or num_demonstrations is not None else None
     eval_rows = _eval_rows(task, data_dir, train_file, eval_file) if "eval" in parts else None
     if train_rows is None and eval_rows is None:
         raise ValueError("nothing to evaluate: pass --task (list them with `zotune tasks`) or --eval_file.")
@@ -123,13 +129,21 @@ def prepare(
     if train_rows is not None:
         answers = _answers(train_rows, task) if k_shot is not None and task is not None else None
         train_rows, dev_rows = split_train(train_rows, seed=seed, num_train=num_train, num_dev=num_dev, k_shot=k_shot, answers=answers)
+    asked = task
+    if num_demonstrations is not None:
+        assert task is not None and train_rows is not None
+        if num_demonstrations > len(train_rows):
+            raise ValueError(f"num_demonstrations={num_demonstrations}, but there are {len(train_rows)} training rows: choose fewer.")
+        asked = demonstrated(task, sample(train_rows, num_demonstrations, seed=seed))
+    if "train" not in parts:
+        train_rows = dev_rows = None
     if eval_rows is not None:
         eval_rows = sample(eval_rows, num_eval, seed=seed)
     collators = {"lm": LanguageModelCollator, "choices": ChoicesCollator, "classifier": ClassifierCollator}
     return PreparedData(
         train=encode(train_rows),
-        dev=encode(dev_rows),
-        eval=encode(eval_rows),
+        dev=encode(dev_rows, asked),
+        eval=encode(eval_rows, asked),
         collate_train=collators[train_objective](**padding),
         collate_eval=collators[eval_objective](**padding),
         train_objective=train_objective,

@@ -1,0 +1,46 @@
+"""Both registries as one: the zeroth-order methods and the rivals they are compared with, by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from zotune import first_order, methods
+from zotune.first_order import Rival
+from zotune.methods import Method
+
+
+def names() -> list[str]:
+    """Every method there is, the zeroth-order ones first."""
+    return [*methods.names(), *first_order.names()]
+
+
+def is_rival(name: str) -> bool:
+    """Whether a name is that of a rival.
+
+    Raises:
+        ValueError: it is nobody's, with the nearest.
+    """
+    if name in first_order.names():
+        return True
+    if name in methods.names():
+        return False
+    near = difflib.get_close_matches(str(name).replace("_", "-").lower(), names(), 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}."
+    raise ValueError(f"unknown method {name!r}; {hint}")
+
+
+def recipe(name: str) -> Callable[..., Method | Rival]:
+    """The recipe of a name; ValueError with the nearest where there is none."""
+    return first_order.recipe(name) if is_rival(name) else methods.recipe(name)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The keyword options of a method, with their defaults."""
+    return first_order.options_of(name) if is_rival(name) else methods.options_of(name)
+
+
+def get(name: str, **options: Any) -> Method | Rival:
+    """The method of a name, its defaults overridden by ``options``; ValueError with the nearest name or option."""
+    return first_order.get(name, **options) if is_rival(name) else methods.get(name, **options)

@@ -1,0 +1,99 @@
+"""A rival: a method that calls backward, or that trains nothing, with what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+#: A backward pass costs as much as two forward passes.
+BACKWARD = 2
+
+
+class Setting(NamedTuple):
+    """What an optimizer is built for.
+
+    Attributes:
+        model: the model, for hooks on its layers.
+        names: of the parameters, by id.
+        groups: parameter groups, ``{"params", "weight_decay"}``; float32 copies stand in for half-precision parameters.
+        lr: learning rate.
+        last: ids of the parameters of the last layer (the head).
+        seed: of a method that draws.
+        max_steps: steps of the run, or None where nobody knows.
+        owners: the model's own parameter behind each of the groups' (itself, but for float32 copies), by id.
+    """
+
+    model: nn.Module
+    names: Mapping[int, str]
+    groups: list[dict[str, Any]]
+    lr: float
+    last: frozenset[int]
+    seed: int
+    max_steps: int | None
+    owners: Mapping[int, nn.Parameter]
+
+
+def nothing_kept(shape: Sequence[int], last: bool) -> int:
+    """A method that keeps nothing."""
+    return 0
+
+
+def takes_all(model: nn.Module, trained: Mapping[str, tuple[int, ...]]) -> None:
+    """A method that can train anything."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A method to compare with.
+
+    Args:
+        name: the method's one name.
+        title: what to call it in a table.
+        arxiv: id of the paper; empty where there is none.
+        lr: default learning rate; None for a method without one.
+        kind: ``"backward"``: trained by gradients; ``"fit"``: a probe fitted on features; ``"evaluate"``: nothing is trained.
+        build: makes the torch optimizer of a :class:`Setting`; None for a method without one.
+        kept: (shape, of the last layer?) -> float32 numbers kept between steps beside a parameter of that shape.
+        memory: the same for people.
+        curvature: whether the optimizer wants a Hutchinson estimate of the Hessian's diagonal.
+        package: what has to be installed for it.
+        refusal: (model, shapes of trained parameters by name) -> why it makes no sense there, or None.
+        options: the recipe's keyword arguments, for reports.
+    """
+
+    name: str
+    title: str
+    arxiv: str
+    lr: float | None = None
+    kind: Literal["backward", "fit", "evaluate"] = "backward"
+    build: Callable[[Setting], torch.optim.Optimizer] | None = field(default=None, compare=False)  # name and options say which
+    kept: Callable[[Sequence[int], bool], int] = field(default=nothing_kept, compare=False)
+    memory: str = "none"
+    curvature: bool = False
+    package: str | None = None
+    refusal: Callable[[nn.Module, Mapping[str, tuple[int, ...]]], str | None] = field(default=takes_all, compare=False)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def forwards_per_step(self) -> int:
+        """What a step costs in forward passes of the batch; a backward pass counts as two, one through forward and backward as four."""
+        if self.kind != "backward":
+            return 0
+        return 1 + BACKWARD + (2 * BACKWARD if self.curvature else 0)
+
+    def state_bytes(self, shapes: Mapping[str, Sequence[int]], *, last: frozenset[str] = frozenset(), half: bool = False) -> int:
+        """Bytes kept between steps beyond the weights, for trainable parameters of these shapes; gradients and activations not counted.
+
+        Half-precision weights have a float32 copy.
+        """
+        return 4 * sum(self.kept(shape, name in last) + (math.prod(shape) if half else 0) for name, shape in shapes.items())
+
+    @property
+    def extra_memory(self) -> str:
+        """What is kept between steps beyond the weights, for people, and what a step needs besides."""
+        return f"{self.memory}; in a step: 1 × W, activations" if self.kind == "backward" else self.memory
