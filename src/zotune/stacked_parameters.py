@@ -51,11 +51,14 @@ class Lending:
         return stacked
 
     def z(self, coordinate: Coordinate) -> Tensor:
-        """The groups' directions, (G, *shape)."""
+        """The groups' directions, (G, *shape); of low-rank coordinates what their moving factor moves by, (G, rows, r)."""
         z = coordinate.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count)
         if not self.in_order:
             z = z.index_select(0, torch.tensor(self.stack.directions, device=z.device) - self.first)
-        return z
+        if coordinate.turn is not None:
+            moves = [float(coordinate.moves(self.stack.step, direction)) for direction in self.stack.directions]
+            z = z * torch.tensor(moves, device=z.device).view(-1, *[1] * (z.dim() - 1))
+        return coordinate.expand(z) if isinstance(coordinate, LowRankCoordinate) else z
 
     def scales(self, like: Tensor, dims: int) -> Tensor:
         """The scales (G, S) with ``dims`` dimensions of size 1 behind."""
@@ -179,6 +182,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         view.add_(bias.offset().to(output.dtype).unsqueeze(1))
         return output
     assert isinstance(weight, Stacked)
+    if coordinate.transposed:
+        _add_moved(view, x, weight, coordinate)
+        if isinstance(bias, Stacked):
+            view.add_(bias.offset().to(output.dtype).unsqueeze(1))
+        return output
     rank, flat, v = coordinate.rank, x.reshape(-1, x.shape[-1]), coordinate.v.T
     if v.dtype != flat.dtype:
         v = v.to(flat.dtype)
@@ -196,6 +204,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         wide = wide.to(output.dtype)
     view.baddbmm_(thin.view(-1, blocks, view.shape[1]).permute(1, 2, 0), wide)
     return output
+
+
+def _add_moved(view: Tensor, x: Tensor, weight: Stacked, coordinate: LowRankCoordinate) -> None:
+    """view (B, q, width) += (x M) Fᵀ, where x (..., rows of M) meets the moving factor M of its block first, and F is the fixed one."""
+    moved = _moved(weight, coordinate).to(x.dtype)
+    thin = torch.bmm(x.reshape(len(moved), -1, x.shape[-1]), moved)
+    view.view(-1, view.shape[-1]).addmm_(thin.view(-1, coordinate.rank), coordinate.v.T.to(view.dtype))
+
+
+def _add_fixed(view: Tensor, thin: Tensor, weight: Stacked, coordinate: LowRankCoordinate) -> None:
+    """view (B, q, width) += thin Mᵀ, thin (B·q, r) what the fixed factor made of the input, M the block's moving factor."""
+    moved = _moved(weight, coordinate).to(view.dtype)
+    view.baddbmm_(thin.to(view.dtype).view(len(moved), -1, coordinate.rank), moved.transpose(1, 2))
 
 
 def _moved(weight: Stacked, coordinate: LowRankCoordinate, out: Tensor | None = None) -> Tensor:
@@ -230,6 +251,11 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: f
         view.add_(bias.offset().to(output.dtype).unsqueeze(1))
         return output
     assert isinstance(weight, Stacked)
+    if coordinate.transposed:
+        _add_fixed(view, x.reshape(-1, x.shape[-1]) @ coordinate.v.to(x.dtype), weight, coordinate)
+        if isinstance(bias, Stacked):
+            view.add_(bias.offset().to(output.dtype).unsqueeze(1))
+        return output
     rank = coordinate.rank
     moves = isinstance(bias, Stacked)
     thin = torch.empty(blocks, rank + moves, x.shape[-1], device=x.device)
@@ -272,6 +298,9 @@ def _embedding(
         first = torch.arange(blocks, device=ids.device).unsqueeze(1) * height
         return F.embedding((by_block + first).view(ids.shape), table)
     output = F.embedding(ids, weight.plain)
+    if coordinate.transposed:
+        _add_fixed(output.view(blocks, -1, output.shape[-1]), F.embedding(ids.reshape(-1), coordinate.v), weight, coordinate)
+        return output
     z = lending.z(coordinate)
     groups, rank = z.shape[0], coordinate.rank
     by_group = ids.reshape(groups, -1)
