@@ -158,7 +158,7 @@ def test_first_moments_follow_a_change_of_basis():
     rule.update("w", torch.zeros(4, 2), estimate, 1e-3, 0.0)
     tensors, _ = rule.state()
     before = {k: v.clone() for k, v in tensors.items()}
-    rule.transport("w", t)
+    rule.transport("w", lambda moment: moment @ t)
     after, _ = rule.state()
     assert FIRST_MOMENTS[0] == "exp_avg"
     assert torch.allclose(after["w/exp_avg"], before["w/exp_avg"] @ t)

@@ -202,8 +202,9 @@ def test_what_makes_no_sense_is_refused_with_the_reason(method: Any, scheme: Sch
 
 def test_what_makes_sense_is_not_refused() -> None:
     for name in methods.names():
+        method = methods.get(name, **({"rank": 1} if "rank" in methods.options(name) else {}))  # a model this small has no room for 64
         for scheme in (Scheme(), Scheme("lora"), Scheme("prefix"), Scheme("head")):
-            assert refusal(methods.get(name), apply(llama(), scheme), scheme) is None, (name, scheme)
+            assert refusal(method, apply(llama(), scheme), scheme) is None, (name, scheme)
     for name in first_order.names():
         for scheme in (Scheme(), Scheme("lora"), Scheme("head")):
             assert refusal(first_order.get(name), apply(llama(), scheme), scheme) is None, (name, scheme)

@@ -91,4 +91,5 @@ def method(name: str, **options: Any):
     from zotune import methods
 
     known = methods.options(name)
-    return methods.get(name, **{option: value for option, value in (SHORT | options).items() if option in known})
+    short = {**SHORT, "rank": min(3, known.get("rank", 3)), "density": max(0.25, known.get("density", 1)), **options}
+    return methods.get(name, **{option: value for option, value in short.items() if option in known})

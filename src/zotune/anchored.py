@@ -29,6 +29,9 @@ class _Anchored:
     def __init__(self, coordinate: Coordinate, anchor: Tensor) -> None:
         self.name, self.coordinate, self.anchor = coordinate.name, coordinate, anchor
 
+    def moves(self, step: int, direction: int) -> bool:
+        return self.coordinate.moves(step, direction)
+
     def at(self, directions: Directions, offset: Offset) -> Tensor:
         move = directions.combine([(offset.key(self.name), offset.scale)], self.coordinate.shape, self.coordinate.device)
         return move.add_(self.anchor).to(self.coordinate.parameter.dtype)

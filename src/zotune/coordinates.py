@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,22 @@ class Offset:
         return Key(self.seed, self.step, self.direction, name)
 
 
+#: How a first moment of θ, linear in its estimates, follows θ to another basis.
+Carry = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """When a coordinate of block ``block`` of ``blocks`` moves: in every blocks-th step, or along every blocks-th direction."""
+
+    block: int
+    blocks: int
+    by_direction: bool
+
+    def comes(self, step: int, direction: int) -> bool:
+        return (direction if self.by_direction else step) % self.blocks == self.block
+
+
 #: A matrix in full space with a side of at most this many is small enough to keep several directions of it at a time: an adapter's.
 THIN = 64
 
@@ -43,6 +59,8 @@ class Coordinate(abc.ABC):
     """
 
     thin = True
+    #: Whether its directions are drawn by calls of their own, never together with those of other small coordinates.
+    draws_alone = False
 
     def __init__(self, name: str, parameter: nn.Parameter, shape: Sequence[int], lr_scale: float = 1.0) -> None:
         self.name = name
@@ -50,8 +68,14 @@ class Coordinate(abc.ABC):
         self.shape = tuple(shape)
         self.numel = math.prod(shape)
         self.lr_scale = lr_scale
+        self.observed: Tensor | None = None  # what the next redraw is to go by, where that is data's to say
+        self.turn: Turn | None = None  # None: moves in every step, along every direction
         self.neighbours: Neighbours | None = None  # the small coordinates that this one is drawn, shown and moved together with
         self._drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
+
+    def moves(self, step: int, direction: int) -> bool:
+        """Whether the coordinate is anything but 0 in a direction of a step."""
+        return self.turn is None or self.turn.comes(step, direction)
 
     def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
         """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape).
@@ -109,9 +133,13 @@ class Coordinate(abc.ABC):
     def device(self) -> torch.device:
         return self.parameter.device
 
-    def begin_step(self, seed: int, step: int) -> Tensor | None:
-        """Redraw what is due at the start of ``step``; a matrix T if first moments M must be carried over as M ← M T."""
+    def begin_step(self, seed: int, step: int) -> Carry | None:
+        """Redraw what is due at the start of ``step``; how first moments are to be carried over, if they are."""
         return None
+
+    def kept(self) -> list[Tensor]:
+        """The tensors that are kept between steps beside the weight."""
+        return []
 
     @abc.abstractmethod
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:

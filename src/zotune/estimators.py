@@ -31,6 +31,7 @@ class Estimate(NamedTuple):
         skipped: per direction, whether a loss was not finite.
         gap: mean over k of the absolute loss difference that c_k is made of.
         gap_noise: its standard error over the examples of the batch; None if the loss is a scalar or the batch one example.
+        curvatures: q_k, float32 on the CPU, shape (K,), 0 where skipped; empty for estimators that do not look at it.
     """
 
     loss: float
@@ -38,6 +39,7 @@ class Estimate(NamedTuple):
     skipped: tuple[bool, ...]
     gap: float
     gap_noise: float | None
+    curvatures: Tensor = torch.empty(0)
 
 
 class Estimator(Protocol):
@@ -94,7 +96,44 @@ class Forward:
         return _estimate_own(losses[1], losses[0], losses[0].double(), owners, eps, num_directions)
 
 
-ESTIMATORS: dict[str, Estimator] = {"central": Central(), "forward": Forward()}
+@dataclass(frozen=True)
+class Curvature(Central):
+    """:class:`Central`, and q_k = |L(θ + εZ_k) + L(θ − εZ_k) − 2 L(θ)| / 2ε²; 2K + 1 evaluations (HiZOO, 2402.15173).
+
+    A direction counts only if its three losses are finite.
+    """
+
+    signs: ClassVar[tuple[int, ...]] = (+1, -1)
+
+    def points(self, num_directions: int) -> list[Point]:
+        return [*super().points(num_directions), Point(0, 0)]
+
+    def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate:
+        here = _mean(losses[-1])
+        if not math.isfinite(here):
+            losses = [torch.full_like(loss, math.nan) for loss in losses]
+        estimate = super().estimate(losses[:-1], eps, num_directions)
+        pairs = [(_mean(losses[2 * k]), _mean(losses[2 * k + 1])) for k in range(num_directions)]
+        q = [0.0 if bad else abs(a + b - 2 * here) / (2 * eps**2) for (a, b), bad in zip(pairs, estimate.skipped, strict=True)]
+        return estimate._replace(curvatures=torch.tensor(q, dtype=torch.float32))
+
+
+@dataclass(frozen=True)
+class Tangent(Central):
+    """c_k = ∇L(θ) · Z_k by forward-mode differentiation: exact, one evaluation a direction, which is about two forwards' work."""
+
+    def points(self, num_directions: int) -> list[Point]:
+        return [Point(0, k) for k in range(num_directions)]
+
+    def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate:
+        """Of losses and their derivatives in turn, 2K tensors."""
+        primals, tangents = losses[0::2], losses[1::2]
+        levels = [_mean(primal) for primal in primals]
+        kept = [t if math.isfinite(level) else torch.full_like(t, math.nan) for t, level in zip(tangents, levels, strict=True)]
+        return _estimate([(t, torch.zeros_like(t)) for t in kept], levels, 1.0)
+
+
+ESTIMATORS: dict[str, Estimator] = {"central": Central(), "forward": Forward(), "curvature": Curvature(), "tangent": Tangent()}
 
 
 def _mean(losses: Tensor) -> float:

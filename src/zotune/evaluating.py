@@ -16,6 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +112,8 @@ class Evaluations:
         """
         if self.method.own:
             return self._own(loss_fn, parts, seed, step)
+        if self.method.estimator == "tangent":
+            return self._tangents(loss_fn, parts, seed, step)
         points, eps = self.estimator.points(self.method.directions_of(0)), self.eps
         if self.batched is None:
             self._decide(loss_fn, parts, seed, step)
@@ -124,6 +127,16 @@ class Evaluations:
         rows = [self.probe.evaluate(evaluate, Offset(point.sign * eps, seed, step, point.direction)) for point in points]
         values = torch.stack(rows)
         return Losses(values, None, self.method.directions_of(0), values.numel())
+
+    def _tangents(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
+        """Losses and their derivatives along every direction, 2K rows."""
+        calls = [loss_fn] if parts is None else [partial(loss_fn, part) for part in parts]
+        rows: list[Tensor] = []
+        for direction in range(self.method.directions_of(0)):
+            found = [self.probe.tangent(call, Offset(0.0, seed, step, direction)) for call in calls]
+            rows += [as_losses([loss for loss, _ in found]), as_losses([tangent for _, tangent in found])]
+        values = torch.stack(rows)
+        return Losses(values, None, self.method.directions_of(0), values.numel() // 2)
 
     # -- one forward ----------------------------------------------------------------------------------------------------------------
 

@@ -34,8 +34,8 @@ def draw_together(coordinates: Sequence[Coordinate]) -> list[Neighbours]:
     """From now on, whoever asks for a direction of one of the small coordinates among these draws it for all of its kind."""
     kinds: dict[tuple[torch.device, torch.dtype | None, float], list[Coordinate]] = {}
     for coordinate in coordinates:
-        if coordinate.thin and coordinate.numel <= GROUPED_NUMEL:
-            store = coordinate.store()
+        if coordinate.thin and coordinate.numel <= GROUPED_NUMEL and not coordinate.draws_alone:
+            store = coordinate.store() if coordinate.turn is None else None
             kinds.setdefault((coordinate.device, None if store is None else store.dtype, coordinate.lr_scale), []).append(coordinate)
     return [Neighbours(members) for members in kinds.values()]
 
@@ -55,7 +55,7 @@ class Neighbours:
         self.numels = [c.numel for c in members]
         self.device = members[0].device
         self.lr_scale = members[0].lr_scale
-        self.stored = members[0].store() is not None  # whether θ can be read and written here
+        self.stored = members[0].store() is not None and all(c.turn is None for c in members)  # whether θ can be read and written here
         self.places: dict[str, slice] = {}
         self.runs: list[slice] = []
         self.run_of: dict[str, int] = {}

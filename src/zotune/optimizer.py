@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zotune import chosen, layer_scales, methods, run_state
+from zotune import chosen, layer_scales, methods, observing, run_state
 from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
+from zotune.directions import Key
 from zotune.estimators import ESTIMATORS, Estimate
 from zotune.evaluating import Evaluations, Losses, LossFunction, NonFiniteLossError, evaluation
 from zotune.journal import Journal, Record, StepRecord
 from zotune.methods import AUTO, Method
 from zotune.neighbours import Neighbours, together
-from zotune.probe import Probe
+from zotune.probe import Probe, isolated_generators
 from zotune.replayed import Past
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, State
 from zotune.stacking import batch_rows, take
-from zotune.subspaces import LowRank, LowRankCoordinate
+from zotune.subspaces import CurvedCoordinate, LowRank, LowRankCoordinate
 
 _NO_BATCH: Any = object()
 
@@ -117,6 +120,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rule = Rule(self.method.rule, self.method.rule_args)
         super().__init__(_groups(model, params, weight_decay), {"lr": lr, "weight_decay": 0.0})
         self.coordinates = self._coordinates()
+        blocks = self.method.subspace.attach(model, [c for group in self.coordinates for c in group])
+        self.method = dataclasses.replace(self.method, blocks=blocks)
         self.layers = self._layers()
         self.directions = chosen.directions(self.method.direction, {c.name: c.shape for group in self.coordinates for c in group})
         self.shaping_state: State = {}
@@ -138,6 +143,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._nonfinite_in_a_row = 0
         self._prepared = False
         self._begun = -1
+        self._gathered = observing.Gathered()
         self.journal = journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
 
     def _coordinates(self) -> list[list[Coordinate]]:
@@ -188,6 +194,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if not callable(loss_fn):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
         parts, step = _parts(batch), self.steps
+        self._observe(loss_fn, parts, step)
         self._begin(step)
         if self.calibrator is not None and math.isnan(self.eps):
             self._choose_eps(evaluation(loss_fn, parts), step)
@@ -217,8 +224,8 @@ class ZerothOrder(torch.optim.Optimizer):
             step=step,
             lrs=rates,
             loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
-            coefficients=tuple(estimate.coefficients.tolist()),
-            skipped=estimate.skipped,
+            coefficients=(*estimate.coefficients.tolist(), *estimate.curvatures.tolist()),
+            skipped=estimate.skipped + estimate.skipped[: len(estimate.curvatures)],
         )
         if self.journal is not None:
             self.journal.append(record)
@@ -286,6 +293,36 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.calibrator.forwards and self.journal is not None:
             self.journal.append({"event": "measured", **self.calibrator.step_size.summary()})
 
+    def _observe(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
+        """Let the subspace look at the step's data, where it has to."""
+        if self._begun == step or not self.method.subspace.observes(step):
+            return
+        counted = 0
+
+        def losses() -> Iterator[Tensor]:
+            nonlocal counted
+            for call in [loss_fn] if parts is None else [partial(loss_fn, part) for part in parts]:
+                found = torch.as_tensor(call())
+                counted += found.numel()
+                yield found
+
+        def look() -> dict[str, Tensor]:
+            with isolated_generators(Key(self.seed, step, 0, "", "loss"), self.probe.devices):
+                return self.method.subspace.observe(self.model, self.probe.coordinates, losses, self.seed, step)
+
+        found = self.probe.evaluate(look, None)
+        self.forward_passes += 1
+        self.sequences_evaluated += counted
+        if self.journal is not None:
+            for event in observing.events(step, found):
+                self.journal.append(event)
+        self._tell(found)
+
+    def _tell(self, observed: Mapping[str, Tensor]) -> None:
+        for coordinate in self.probe.coordinates:
+            if coordinate.name in observed:
+                coordinate.observed = observed[coordinate.name]
+
     def _scale_layers(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
         few = None if parts is None else self._few(parts[0])
 
@@ -319,9 +356,9 @@ class ZerothOrder(torch.optim.Optimizer):
             return
         for group in self.coordinates:
             for coordinate in group:
-                transport = coordinate.begin_step(self.seed, step)
-                if transport is not None:
-                    self.rule.transport(coordinate.name, transport)
+                carry = coordinate.begin_step(self.seed, step)
+                if carry is not None:
+                    self.rule.transport(coordinate.name, carry)
         self._begun = step
 
     def _prepare(self, evaluate: Callable[[], Tensor], step: int) -> None:
@@ -346,7 +383,8 @@ class ZerothOrder(torch.optim.Optimizer):
             self.evaluations.restore(True)
         self._begin(record.step)
         self.steps += 1
-        terms, factor = [Past(record.step, record.coefficients)], 1.0
+        k = len(record.coefficients) // (2 if self.method.estimator == "curvature" else 1)  # curvatures stand behind the coefficients
+        terms, factor = [Past(record.step, record.coefficients[:k])], 1.0
         if self.anchor is not None:
             terms, factor = self.anchor.take(terms[0], all(record.skipped), self.probe.coordinates)
         self._terms = ()
@@ -367,6 +405,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 at_once = self.rule.plain and self.method.replayed is None
                 for coordinate in together(coordinates) if at_once else coordinates:
                     self._update(coordinate, term.step, term.coefficients, factor * lr, weight_decay)
+                    if isinstance(coordinate, CurvedCoordinate):
+                        coordinate.learn(self.directions, record.coefficients[k:], self.seed, record.step)
         if not terms:
             self.probe.forget_directions()
 
@@ -375,6 +415,12 @@ class ZerothOrder(torch.optim.Optimizer):
     ) -> None:
         k = len(coefficients)
         rate = lr * coordinate.lr_scale
+        if isinstance(coordinate, Coordinate) and coordinate.turn is not None:
+            turns = [coordinate.moves(step, direction) for direction in range(k)]
+            if not any(turns):
+                coordinate.drop()
+                return
+            coefficients = [c if turn else 0.0 for c, turn in zip(coefficients, turns, strict=True)]
         if self.method.replayed is not None:
             assert isinstance(coordinate, Coordinate)
             coordinate.drop()
@@ -407,6 +453,8 @@ class ZerothOrder(torch.optim.Optimizer):
             self._fold()
         elif event.get("event") == "eps":
             self.eps = self.evaluations.eps = float(event["value"])
+        elif event.get("event") == "observed":
+            self._tell(self._gathered.add(event))
         elif event.get("event") == "scales":
             self._begin(self.steps)
             for layer, scale in zip(self.layers, event["values"], strict=True):

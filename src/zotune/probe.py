@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key, generator_seed
+from zotune.forward_mode import ForwardMode, dual
 from zotune.neighbours import draw_together
 from zotune.precision import HALF
 from zotune.side_path import SidePath
@@ -116,6 +117,7 @@ class Probe:
                     owners.setdefault(id(module), _Owner(module)).parameters[local_name] = coordinate
         self._owners = list(owners.values())
         self._siblings = _siblings(model, by_parameter)
+        self.forward_mode = ForwardMode()
         self.side_paths: list[SidePath] = []
         self._attach_side_paths()
 
@@ -130,6 +132,19 @@ class Probe:
                 return function()
             with isolated_generators(Key(offset.seed, offset.step, 0, "", "loss"), self.devices):
                 return function()
+
+    def tangent(self, function: Callable[[], Any], offset: Offset) -> tuple[Tensor, Tensor]:
+        """The loss ``function()`` at θ and its derivative along the direction of ``offset``, in one forward; see ``forward_mode``.
+
+        Raises:
+            ValueError: something between the weights and the loss has no forward derivative.
+        """
+        lend: dict[int, dict[str, Callable[[], Tensor]]] = {
+            id(o): {name: partial(dual, c, self.directions, offset) for name, c in o.parameters.items()} for o in self._owners
+        }
+        key = Key(offset.seed, offset.step, 0, "", "loss")
+        with torch.no_grad(), self.evaluation_mode(), self._lent(lend):
+            return self.forward_mode.derivative(function, lambda: isolated_generators(key, self.devices))
 
     def evaluate_stacked(self, function: Callable[[], T], stack: Stack) -> T:
         """``function()`` on stacked rows, each block of rows at its own point.
@@ -175,7 +190,8 @@ class Probe:
                 if moves and not side_paths:
                     coordinate.moved = None  # the weight that is lent has A in it already
                 elif moves and coordinate.side_path:
-                    coordinate.shift(self.directions, offset)
+                    still = offset is None or not coordinate.moves(offset.step, offset.direction)
+                    coordinate.shift(self.directions, None if still else offset)
             yield tables
 
     @contextmanager
@@ -343,7 +359,11 @@ def _siblings(model: nn.Module, by_parameter: Mapping[int, Coordinate]) -> dict[
         alike: dict[int, list[LowRankCoordinate]] = {}
         for child in parent.children():
             coordinate = by_parameter.get(id(child.weight)) if isinstance(child, nn.Linear) else None
-            if isinstance(coordinate, LowRankCoordinate) and coordinate not in alike.get(coordinate.parameter.shape[1], ()):
+            if (
+                isinstance(coordinate, LowRankCoordinate)
+                and not coordinate.transposed
+                and coordinate not in alike.get(coordinate.parameter.shape[1], ())
+            ):
                 alike.setdefault(coordinate.parameter.shape[1], []).append(coordinate)
         for group in alike.values():
             if 1 < len(group) <= _MOST_SIBLINGS:

@@ -93,10 +93,10 @@ class SidePath:
     def forward_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         self.fired += 1
         coordinate = self.coordinate
-        a = coordinate.moved
-        if a is None or (a is coordinate.a and not coordinate.pending):
+        core = coordinate.moved
+        if core is None or (core is coordinate.core and not coordinate.pending):
             return None
-        return self.kind(a, coordinate.v, args[0], output)
+        return self.kind(*coordinate.factors(core), args[0], output)
 
     def load_hook(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
         if prefix + self.local_name in state_dict:

@@ -56,8 +56,17 @@ class Lending:
         return stacked
 
     def z(self, coordinate: Coordinate) -> Tensor:
+        """The groups' directions, (G, *shape); of low-rank coordinates what their moving factor moves by, (G, rows, r)."""
+        z = self._own_z(coordinate)
+        return coordinate.expand(z) if isinstance(coordinate, LowRankCoordinate) else z
+
+    def _own_z(self, coordinate: Coordinate) -> Tensor:
         """The groups' directions, (G, *shape)."""
-        return self._by_group(coordinate.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
+        z = self._by_group(coordinate.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
+        if coordinate.turn is not None:
+            moves = [float(coordinate.moves(self.stack.step, direction)) for direction in self.stack.directions]
+            z = z * torch.tensor(moves, device=z.device).view(-1, *[1] * (z.dim() - 1))
+        return z
 
     def _by_group(self, z: Tensor) -> Tensor:
         if not self.in_order:
@@ -73,7 +82,7 @@ class Lending:
                 z = self._by_group(neighbours.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
                 shown = self._shown[id(neighbours)] = Shown(neighbours, z, self.scales(z, 0), dtype)
             return shown.of(coordinate.name).view(self.blocks, *coordinate.shape)
-        z, value = self.z(coordinate), coordinate.value()
+        z, value = self._own_z(coordinate), coordinate.value()
         return torch.addcmul(value, z.unsqueeze(1).to(value.dtype), self.scales(value, z.dim() - 1)).flatten(0, 1).to(dtype)
 
     def thin(self, coordinate: LowRankCoordinate, x: Tensor) -> Tensor:
@@ -85,7 +94,7 @@ class Lending:
             rows = [sibling.v.T for sibling in siblings]  # r contiguous rows each
             v = rows[0] if len(rows) == 1 else torch.cat(rows)
             product = torch.mm(v if v.dtype == x.dtype else v.to(x.dtype), flat.T).view(-1, self.blocks, flat.shape[0] // self.blocks)
-            parts = product.permute(1, 2, 0).split([sibling.rank for sibling in siblings], dim=2)
+            parts = product.permute(1, 2, 0).split([len(some) for some in rows], dim=2)
             self._thin = {sibling.name: part for sibling, part in zip(siblings, parts, strict=True)}
             self._input = weakref.ref(x), 0 if x.is_inference() else x._version
         return self._thin[coordinate.name]
@@ -188,16 +197,31 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     assert plain is not None
     first = bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
     if isinstance(weight, Stacked):
-        assert weight.low_rank is not None
-        output = _beside(first, lending.thin(weight.low_rank, x), _moved(weight, flat.dtype).transpose(1, 2))
+        output = _beside(first, x, weight, fixed_first=not _low(weight).transposed)
     else:
         assert first is not None
         output = first.expand(blocks, flat.shape[0] // blocks, width).contiguous()
     return output.view(-1, width).addmm_(flat, plain.T).view(*x.shape[:-1], width)
 
 
-def _beside(first: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """What W's product is added to: the side path and the bias, (B, q, m); as many passes over the output as a bias takes alone."""
+def _low(weight: Stacked) -> LowRankCoordinate:
+    coordinate = weight.low_rank
+    assert coordinate is not None
+    return coordinate
+
+
+def _beside(first: Tensor | None, x: Tensor, weight: Stacked, *, fixed_first: bool) -> Tensor:
+    """What W's product is added to: the side path and the bias, (B, q, width), in as many passes over it as a bias takes alone.
+
+    The input meets the fixed factor first, whose product siblings share, or the moving factor of its block.
+    """
+    coordinate, blocks = _low(weight), weight.lending.blocks
+    moved = _moved(weight, x.dtype)
+    if fixed_first:
+        left, right = weight.lending.thin(coordinate, x), moved.transpose(1, 2)
+    else:
+        v = coordinate.v.T.to(x.dtype)
+        left, right = torch.bmm(x.reshape(blocks, -1, x.shape[-1]), moved), v.expand(blocks, *v.shape)
     if first is None:
         return torch.bmm(left, right)
     if left.shape[2] == 1:
@@ -206,8 +230,11 @@ def _beside(first: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _moved(weight: Stacked, dtype: torch.dtype) -> Tensor:
-    """A + s U_g of every block, (B, m, r)."""
-    return weight.lending.values(weight.coordinate, dtype)
+    """The moving factor A + s U_g of every block, (B, rows of A, r)."""
+    coordinate = _low(weight)
+    if type(coordinate).expand is LowRankCoordinate.expand:
+        return weight.lending.values(coordinate, dtype)
+    return coordinate.expand(weight.lending.values(coordinate, torch.float32)).to(dtype)
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -223,9 +250,7 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: f
     first, plain = (bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias), _plain(weight)
     assert plain is not None
     if isinstance(weight, Stacked):
-        assert weight.low_rank is not None
-        v = weight.low_rank.v.T.to(x.dtype)
-        output = _beside(first, torch.bmm(rows, _moved(weight, x.dtype)), v.expand(blocks, *v.shape))
+        output = _beside(first, x, weight, fixed_first=_low(weight).transposed)
     else:
         output = first.expand(blocks, rows.shape[1], width).contiguous()
     return output.view(-1, width).addmm_(x, plain)
@@ -255,6 +280,10 @@ def _embedding(
         first = torch.arange(blocks, device=ids.device).unsqueeze(1) * height
         return F.embedding((by_block + first).view(ids.shape), table)
     output = F.embedding(ids, weight.plain)
+    if coordinate.transposed:
+        left = F.embedding(by_block, coordinate.v).to(output.dtype)
+        output.view(blocks, -1, output.shape[-1]).baddbmm_(left, _moved(weight, output.dtype).transpose(1, 2))
+        return output
     z = lending.z(coordinate)
     groups, rank = z.shape[0], coordinate.rank
     by_group = ids.reshape(groups, -1)

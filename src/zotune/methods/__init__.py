@@ -9,14 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from zotune.methods.adaptive import meazo, r_adazo, zo_adamw, zo_rmsprop
+from zotune.methods.blockwise import zo_block, zo_block_jacobi
+from zotune.methods.forward_grad import forward_grad
+from zotune.methods.hizoo import hizoo
 from zotune.methods.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
-from zotune.methods.lozo import lozo, lozo_e, lozo_m
+from zotune.methods.lozo import agzo, lozo, lozo_e, lozo_m
 from zotune.methods.method import AUTO, Method
 from zotune.methods.mezo import mezo, mezo_adam, mezo_momentum
 from zotune.methods.populations import es, es_ranks, fzoo
+from zotune.methods.projected import subzero, tezo, zo_muon
 from zotune.methods.registry import Recipe, get, names, options_of, recipe, register
 from zotune.methods.replayed import replayed_adam, replayed_momentum
 from zotune.methods.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
+from zotune.methods.sparse import sensitive_mezo, sparse_mezo, zo_sparse
 from zotune.methods.svrg import mezo_svrg
 
 options = options_of
@@ -25,10 +30,13 @@ __all__ = [
     "AUTO",
     "Method",
     "Recipe",
+    "agzo",
     "es",
     "es_ranks",
+    "forward_grad",
     "fzoo",
     "get",
+    "hizoo",
     "jaguar_muon",
     "jaguar_sign",
     "lozo",
@@ -48,12 +56,20 @@ __all__ = [
     "register",
     "replayed_adam",
     "replayed_momentum",
+    "sensitive_mezo",
+    "sparse_mezo",
+    "subzero",
+    "tezo",
     "zo_adamw",
+    "zo_block",
+    "zo_block_jacobi",
     "zo_jaguar",
+    "zo_muon",
     "zo_rmsprop",
     "zo_sgd_cons",
     "zo_sgd_scalar_sign",
     "zo_sgd_sign",
+    "zo_sparse",
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from zotune.methods.method import Method
 from zotune.methods.registry import register
-from zotune.subspaces import LowRank
+from zotune.subspaces import Inputs, LowRank
 
 
 @register
@@ -114,4 +114,43 @@ def lozo_e(
         subspace=LowRank(rank, interval, layer_scales),
         rule=rule,
         rule_args=rule_args or {},
+    )
+
+
+@register
+def agzo(
+    *,
+    lr: float = 1e-6,
+    eps: float | str = 1e-3,
+    num_directions: int | str = 1,
+    direction: str = "gaussian",
+    estimator: str = "central",
+    rank: int = 1,
+    interval: int = 50,
+    rule: str = "SGD",
+    rule_args: dict[str, Any] | None = None,
+) -> Method:
+    """AGZO: LOZO with V from each layer's inputs instead of a Gaussian one (2601.17261).
+
+    c = (L(W + ε U Vᵀ) − L(W − ε U Vᵀ)) / 2ε,   W ← W − η c U Vᵀ / r,   V (n, r) = √n · the leading right singular vectors of x (rows, n)
+
+    At a redraw one more forward of the step's batch gives V of every Linear layer by power iteration; layers of other kinds have LOZO's
+    V. √n gives V the size of LOZO's. Since the gradient's rows lie in the span of the inputs, little of it lies outside V
+    where x has few large singular values; that part is out of reach until V changes.
+    V goes to the journal in bfloat16, 2·n·r bytes a layer and redraw, so that a run replays without the data.
+    State: A and V, r·(m + n) float32 numbers a matrix.
+    """
+    return Method(
+        name="agzo",
+        title="AGZO",
+        arxiv="2601.17261",
+        lr=lr,
+        eps=eps,
+        num_directions=num_directions,
+        direction=direction,
+        estimator=estimator,
+        subspace=Inputs(rank, interval),
+        rule=rule,
+        rule_args=rule_args or {},
+        estimates="descent",
     )

@@ -15,7 +15,7 @@ from zotune.estimators import ESTIMATORS
 from zotune.replayed import Replayed
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, ByDeviation, Shaping
-from zotune.subspaces import Full, Subspace
+from zotune.subspaces import Curved, Full, Subspace
 
 #: For a learning rate or ε that is measured instead of given.
 AUTO = "auto"
@@ -41,7 +41,7 @@ class Method:
             directions in place of one.
         subspace: see ``subspaces``.
         direction: see ``directions`` and ``chosen``.
-        estimator: ``"central"`` or ``"forward"``.
+        estimator: a name of ``estimators.ESTIMATORS``.
         rule: name or class of a torch optimiser, or one of ``rules``.
         rule_args: its keyword arguments besides lr.
         rule_state: float32 numbers the rule keeps for each coordinate.
@@ -52,7 +52,10 @@ class Method:
         conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and go where the loss is lowest.
         estimates: what the estimate that the rule is given is on average: the ``"gradient"`` itself (of the smoothed loss), a multiple
             of it (its ``"direction"``), or no more than a direction of ``"descent"``.
-        reach: ``"all"`` weights, or ``"rows"``: every row of a matrix moves as a whole, by one number.
+        reach: ``"all"`` weights; ``"rows"``: every row of a matrix moves as a whole, by one number; ``"span"``: a part of a matrix's
+            space that is fixed for the run; ``"part"``: some of a matrix's numbers, the same for long.
+        blocks: blocks of the model with directions of their own (see ``subspaces.blocks``), which the optimizer finds out:
+            ``num_directions`` for each.
         options: the recipe's keyword arguments, for headers and reports.
 
     Raises:
@@ -78,6 +81,7 @@ class Method:
     conservative: bool = False
     estimates: str = "gradient"
     reach: str = "all"
+    blocks: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +101,7 @@ class Method:
         self._check_together()
 
     def _check_together(self) -> None:
-        assert self.estimates in ESTIMATES and self.reach in ("all", "rows"), (self.estimates, self.reach)
+        assert self.estimates in ESTIMATES and self.reach in ("all", "rows", "span", "part"), (self.estimates, self.reach)
         shared = isinstance(self.num_directions, int)
         if self.fitness not in FITNESS:
             raise ValueError(f"unknown fitness {self.fitness!r}; choose one of {', '.join(FITNESS)}.")
@@ -107,6 +111,14 @@ class Method:
             )
         if isinstance(self.shaping, ByDeviation) and self.num_directions == 1:
             raise ValueError(f"{self.name} divides by the deviation of its directions' losses: set num_directions to at least 2.")
+        if self.blocks > 1 and not shared:
+            raise ValueError(f"{self.name} gives each block directions of its own: set num_directions to a number.")
+        if self.estimator == "curvature" and not (shared and isinstance(self.subspace, Curved)):
+            raise ValueError("the estimator 'curvature' is HiZOO's: take method 'hizoo', with num_directions a number.")
+        if isinstance(self.subspace, Curved) and self.estimator != "curvature":
+            raise ValueError(f"{self.name} learns from curvature: leave its estimator at 'curvature'.")
+        if self.estimator == "tangent" and not (shared and isinstance(self.subspace, Full)):
+            raise ValueError("the estimator 'tangent' differentiates along one direction in full space: take method 'forward-grad'.")
         if self.conservative and self.num_directions != 1:
             raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1.")
         if self.anchoring and not shared:
@@ -136,12 +148,14 @@ class Method:
 
     def directions_of(self, rows: int) -> int:
         """K in a step of ``rows`` examples."""
-        return self.num_directions if isinstance(self.num_directions, int) else self.parts(rows) * self.each
+        if isinstance(self.num_directions, int):
+            return self.num_directions * self.blocks
+        return self.parts(rows) * self.each
 
     def forwards(self, step: int) -> int:
         """Evaluations of the batch that step number ``step`` makes."""
         estimator = ESTIMATORS[self.estimator]
-        count = self.num_directions if isinstance(self.num_directions, int) else self.each
+        count = self.num_directions * self.blocks if isinstance(self.num_directions, int) else self.each
         twice = self.anchoring is not None and not self.anchoring.anchors(step)
         return len(estimator.points(count)) * (2 if twice else 1) + (3 if self.conservative else 0)
 
@@ -166,20 +180,22 @@ class Method:
         total = 0.0
         for shape in shapes:
             moving, beside = self.subspace.elements(shape)
-            in_full_space = moving == math.prod(shape)
+            in_full_space = self.subspace.full or moving == math.prod(shape)
             total += 4 * (beside + self.rule_state * moving) + (2 * moving if half and in_full_space else 0)
         return math.ceil(total)
 
     @property
     def extra_memory(self) -> str:
         """What is kept between steps beyond the weights, for people: in multiples of the trainable weights W, or by matrix (m, n)."""
-        kept = self.rule_state
-        if isinstance(self.subspace, Full):
-            # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
-            numbers = f"{self.numbers} numbers" if self.numbers else "none"
-            return f"{f'{kept:g} × W' if kept else numbers} (half precision: {2 * kept + 1:g} × W)"
-        factors = "Σ r·(m + n)"
-        return factors if not kept else f"{factors} + r·m" if kept == 1 else f"{factors} + {kept:g}·r·m"
+        if not self.subspace.full:
+            return self.subspace.memory(self.rule_state)
+        kept = self.subspace.memory(self.rule_state)
+        if kept == "none" and self.numbers:
+            kept = f"{self.numbers} numbers"
+        # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
+        moving, beside = self.subspace.elements((1024, 1024))
+        half = (4 * (beside + self.rule_state * moving) + 2 * moving) / (2 * 1024 * 1024)
+        return f"{kept} (half precision: {half:.3g} × W)"
 
 
 def _own_directions(spelled: int | str) -> tuple[str, int, int] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from zotune.rules.jaguar import JaguarMuon, JaguarSign, PersistentSign
 from zotune.rules.moments import EMASGD, RAdaZO
-from zotune.rules.orthogonal import orthogonalised
+from zotune.rules.orthogonal import Orthogonal, orthogonalised
 from zotune.rules.resolving import OWN_RULES, resolve
 from zotune.rules.rule import FIRST_MOMENTS, Rule, is_plain_sgd
 from zotune.rules.sign import Sign
@@ -20,6 +20,7 @@ __all__ = [
     "OWN_RULES",
     "JaguarMuon",
     "JaguarSign",
+    "Orthogonal",
     "PersistentSign",
     "RAdaZO",
     "Rule",

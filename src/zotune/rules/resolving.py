@@ -10,10 +10,11 @@ import torch
 
 from zotune.rules.jaguar import JaguarMuon, JaguarSign, PersistentSign
 from zotune.rules.moments import EMASGD, RAdaZO
+from zotune.rules.orthogonal import Orthogonal
 from zotune.rules.sign import Sign
 
 OWN_RULES: dict[str, type[torch.optim.Optimizer]] = {
-    rule.__name__: rule for rule in (EMASGD, JaguarMuon, JaguarSign, PersistentSign, RAdaZO, Sign)
+    rule.__name__: rule for rule in (EMASGD, JaguarMuon, JaguarSign, Orthogonal, PersistentSign, RAdaZO, Sign)
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,15 +79,15 @@ class Rule:
         parameter.grad, parameter.data = None, value.new_empty(0)
         return value
 
-    def transport(self, name: str, matrix: Tensor) -> None:
-        """Carry first moments over to a new basis: M ← M T, T (r, r)."""
+    def transport(self, name: str, carry: Callable[[Tensor], Tensor]) -> None:
+        """Carry first moments over to a new basis."""
         optimizer = self._optimizers.get(name)
         if optimizer is None:
             return
         for state in optimizer.state.values():
             for moment in FIRST_MOMENTS:
                 if isinstance(state.get(moment), Tensor):
-                    state[moment] = state[moment] @ matrix
+                    state[moment] = carry(state[moment])
 
     def _optimizer(self, name: str, value: Tensor) -> torch.optim.Optimizer:
         if name not in self._optimizers:

@@ -1,0 +1,60 @@
+"""What a subspace has learnt from data, as journal events, so that a run replays without the data.
+
+An event holds a few pieces of tensors, [name, dtype, shape, first byte, bytes in base64], at most :data:`ROOM` bytes of them; a large
+tensor comes in several.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Bytes of tensors in an event; base64 adds a third, and a record holds 65535.
+ROOM = 36_000
+
+
+def events(step: int, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+    """The events that say what was observed at ``step``."""
+    pieces: list[list[Any]] = []
+    left = ROOM
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        at = 0
+        while at < len(data):
+            taken = data[at : at + left]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            pieces.append([name, dtype, list(tensor.shape), at, base64.b64encode(taken).decode()])
+            at, left = at + len(taken), left - len(taken) - 2 * len(name) - 80
+            if left < 1000:
+                yield {"event": "observed", "step": step, "pieces": pieces}
+                pieces, left = [], ROOM
+    yield {"event": "observed", "step": step, "pieces": pieces}
+
+
+class Gathered:
+    """Tensors put together again from events."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._missing: dict[str, int] = {}
+
+    def add(self, event: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Take in an event; the tensors that it completes."""
+        whole = {}
+        for name, dtype, shape, at, data in event["pieces"]:
+            kind = getattr(torch, dtype)
+            if at == 0:
+                self.tensors[name] = torch.empty(math.prod(shape), dtype=kind)
+                self._missing[name] = self.tensors[name].numel() * kind.itemsize
+            piece = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.uint8)
+            self.tensors[name].view(torch.uint8)[at : at + len(piece)] = piece
+            self._missing[name] -= len(piece)
+            if self._missing[name] == 0:
+                del self._missing[name]
+                whole[name] = self.tensors.pop(name).view(shape)
+        return whole

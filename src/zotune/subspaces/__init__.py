@@ -1,0 +1,44 @@
+"""Subspaces: which coordinates θ of a model move, and the map from coordinates to weights.
+
+A *subspace* is a small configuration (:class:`Full`, :class:`LowRank`, ...); applied to a model it gives one *coordinate* object for each
+trainable parameter. A coordinate knows how to hand out its weight at θ + offset without writing it, how to take an update, and what
+must be kept to resume. Everything it keeps is float32 (or float32 split over a half-precision weight and a residual): no update is lost
+to rounding.
+
+Adapters (LoRA, prefix, prompt) need no class of their own: they are :class:`Full` over whatever parameters PEFT leaves trainable.
+"""
+
+from __future__ import annotations
+
+from zotune.coordinates import Coordinate, Offset
+from zotune.subspaces.blocks import Blocks
+from zotune.subspaces.curved import Curved, CurvedCoordinate
+from zotune.subspaces.full import Full, FullCoordinate
+from zotune.subspaces.inputs import Inputs, InputsCoordinate
+from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
+from zotune.subspaces.projected import Left, RankOnes, TwoSided
+from zotune.subspaces.sensitive import IndexedCoordinate, Sensitive
+from zotune.subspaces.sparse import MaskedCoordinate, Sparse
+from zotune.subspaces.subspace import Subspace
+
+__all__ = [
+    "Blocks",
+    "Coordinate",
+    "Curved",
+    "CurvedCoordinate",
+    "Full",
+    "FullCoordinate",
+    "IndexedCoordinate",
+    "Inputs",
+    "InputsCoordinate",
+    "Left",
+    "LowRank",
+    "LowRankCoordinate",
+    "MaskedCoordinate",
+    "Offset",
+    "RankOnes",
+    "Sensitive",
+    "Sparse",
+    "Subspace",
+    "TwoSided",
+]

@@ -1,0 +1,206 @@
+"""Full space: every number of a parameter moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zotune.coordinates import THIN, Coordinate, Offset
+from zotune.directions import Directions, Key, for_blocks
+from zotune.kernels import moves_for
+from zotune.precision import HALF, join, split_into, stochastic_round
+from zotune.subspaces.subspace import Space
+
+
+class FullCoordinate(Coordinate):
+    """θ = W. In half precision W is the upper part of a float32 value whose lower 16 bits live beside it (see ``precision``)."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
+        super().__init__(name, parameter, parameter.shape)
+        self.thin = parameter.dim() == 1 or (parameter.dim() == 2 and min(parameter.shape) <= THIN)
+        self.half = parameter.dtype in HALF
+        self.residual: Tensor | None = None
+        if self.half and keep_residual:
+            self.residual = torch.zeros(self.numel, dtype=torch.int16, device=parameter.device)
+
+    def _block(self, flat: Tensor, part: slice) -> Tensor:
+        """A block of θ in float32 (a view, where the weight is float32 itself; float64 weights stay float64)."""
+        if not self.half:
+            return flat[part]
+        return flat[part].float() if self.residual is None else join(flat[part], self.residual[part])
+
+    def _flat(self) -> Tensor:
+        data = self.parameter.data
+        return data.view(-1) if data.is_contiguous() else data.reshape(-1)
+
+    def _store(self, flat: Tensor, part: slice, block: Tensor, key: Key) -> None:
+        """Make ``block`` (flat, contiguous; its memory may be used up) a block of θ."""
+        if not self.half:
+            if block.data_ptr() != flat[part].data_ptr():
+                flat[part] = block
+        elif self.residual is None:
+            flat[part] = stochastic_round(block, flat.dtype, key, part.start)
+        else:
+            split_into(block, flat[part], self.residual[part])
+
+    def _finish(self, flat: Tensor) -> None:
+        if not self.parameter.data.is_contiguous():
+            self.parameter.data.copy_(flat.view(self.shape))
+
+    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        if offset is None:
+            return self.parameter.detach()
+        flat = self._flat()
+        if self.thin:  # drawn once for both evaluations and the update
+            move = self.many(directions, offset.seed, offset.step, offset.direction, 1).view(-1) * offset.scale
+            return torch.add(self._block(flat, slice(0, self.numel)), move).to(flat.dtype).view(self.shape)
+        out = torch.empty_like(flat)
+        self._perturb(directions, offset, flat, out, slice(0, self.numel), self.move_scale(directions, offset))
+        return out.view(self.shape)
+
+    def move_scale(self, directions: Directions, offset: Offset) -> float:
+        """What the numbers of the direction are multiplied by at ``offset``."""
+        return offset.scale * directions.scale(offset.key(self.name), self.numel, self.device)
+
+    def _perturb(self, directions: Directions, offset: Offset, flat: Tensor, out: Tensor, whole: slice, scale: float) -> None:
+        """Write elements ``whole`` of the perturbed weight to ``out``."""
+        key = offset.key(self.name)
+        kernel = moves_for(flat, self.residual) if directions.dense else None
+        if kernel is not None and out.numel() == self.numel:
+            kernel.perturb(directions, key, scale, flat, self.residual, out)
+            return
+
+        def perturb(part: slice) -> None:
+            move = directions.block(key, part, self.device, scale)
+            here = out[part.start - whole.start : part.stop - whole.start]
+            if self.half:
+                here.copy_(move.add_(self._block(flat, part)))
+            else:
+                torch.add(flat[part], move, out=here)
+
+        for_blocks(whole.stop, self.device, perturb, whole.start)
+
+    def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, these rows of :meth:`at`) for strips of ``height`` rows of a matrix that is not thin; each in the memory of the last."""
+        flat, columns = self._flat(), self.shape[1]
+        scale = self.move_scale(directions, offset)
+        room = torch.empty(height * columns, dtype=flat.dtype, device=flat.device)
+        for top in range(0, self.shape[0], height):
+            rows = slice(top, min(self.shape[0], top + height))
+            strip = room[: (rows.stop - top) * columns]
+            self._perturb(directions, offset, flat, strip, slice(top * columns, rows.stop * columns), scale)
+            yield rows, strip.view(-1, columns)
+
+    def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
+        """Rows ``rows`` (int64, (R,)) of :meth:`at` for a matrix that is not thin, bit for bit, without the others."""
+        key, columns = offset.key(self.name), self.shape[1]
+        move = directions.rows(key, rows, columns).mul_(self.move_scale(directions, offset))
+        weight = self.parameter.detach()[rows]
+        if self.residual is not None:
+            weight = join(weight, self.residual.view(self.shape)[rows])
+        return torch.add(weight, move).to(self.parameter.dtype)
+
+    def value(self) -> Tensor:
+        flat = self._flat()
+        return self._block(flat, slice(0, self.numel)).view(self.shape)
+
+    def assign(self, value: Tensor, seed: int, step: int) -> None:
+        if value.data_ptr() == self.parameter.data_ptr():  # a float32 weight was handed out as it is and updated in place
+            return
+        flat, new = self._flat(), value.reshape(-1)
+        key = Key(seed, step, 0, self.name, "rounding")
+        keep = self.residual is not None  # storing uses up what it is given
+        for_blocks(self.numel, self.device, lambda part: self._store(flat, part, new[part].clone() if keep else new[part], key))
+        self._finish(flat)
+
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        if keep == 1.0 and not any(weights):
+            return
+        flat = self._flat()
+        rounding = Key(seed, step, 0, self.name, "rounding")
+        if self.thin:
+            whole = slice(0, self.numel)
+            block = self._block(flat, whole)
+            if keep != 1.0:
+                block.mul_(keep)
+            self._add_weighted(block, directions, weights, seed, step)
+            self._store(flat, whole, block, rounding)
+            self._finish(flat)
+            return
+        keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
+        moves = [(key, weight * directions.scale(key, self.numel, self.device)) for key, weight in keys]
+        kernel = moves_for(flat, self.residual) if directions.dense else None
+        if kernel is not None and moves:
+            for place, (key, scale) in enumerate(moves):
+                kernel.update(directions, key, scale, flat, self.residual, 1.0 if place else keep)
+            self._finish(flat)
+            return
+
+        def move(part: slice) -> None:
+            block = self._block(flat, part)
+            if keep != 1.0:
+                block = block.mul_(keep)
+            directions.add_to(block, part, moves)
+            self._store(flat, part, block, rounding)
+
+        for_blocks(self.numel, self.device, move)
+        self._finish(flat)
+
+    def add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float = 1.0) -> None:
+        """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r): a block of rows at a time."""
+        columns = self.parameter.shape[1]
+        rounding = Key(seed, step, 0, self.name, "rounding")
+        flat = self._flat()
+        for rows in self._row_blocks():
+            part = slice(rows.start * columns, rows.stop * columns)
+            block = self._block(flat, part)
+            block.view(-1, columns).addmm_(left[rows].to(block.dtype), right.T.to(block.dtype), beta=keep)
+            self._store(flat, part, block, rounding)
+        self._finish(flat)
+
+    def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """W + left · rightᵀ in W's dtype, a new tensor, made like :meth:`add_product`."""
+        columns, flat = self.parameter.shape[1], self._flat()
+        out = torch.empty(self.shape, dtype=flat.dtype, device=flat.device)
+        for rows in self._row_blocks():
+            block = self._block(flat, slice(rows.start * columns, rows.stop * columns)).view(-1, columns)
+            out[rows] = torch.addmm(block, left[rows].to(block.dtype), right.T.to(block.dtype))
+        return out
+
+    def _row_blocks(self) -> Iterator[slice]:
+        """Rows of a matrix, about as many at a time as a cache holds."""
+        rows, columns = self.parameter.shape
+        height = max(1, (1 << 17) // columns)
+        return (slice(top, min(rows, top + height)) for top in range(0, rows, height))
+
+    def store(self) -> Tensor | None:
+        return self.parameter.data if self.parameter.is_contiguous() else None
+
+    def store_residual(self) -> Tensor:
+        assert self.residual is not None
+        return self.residual
+
+    def reset(self) -> None:
+        if self.residual is not None:
+            self.residual.zero_()
+
+    def kept(self) -> list[Tensor]:
+        return [] if self.residual is None else [self.residual]
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.residual is None else {"residual": self.residual}
+
+    def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        if self.residual is not None:
+            self.residual.copy_(state["residual"].to(self.device))
+
+
+@dataclass(frozen=True)
+class Full(Space):
+    """Every trainable parameter moves in its own full space."""
+
+    def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
+        return FullCoordinate(name, parameter)

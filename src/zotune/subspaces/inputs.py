@@ -1,0 +1,122 @@
+"""Low rank with V from data: the leading subspace of what a layer is given (AGZO)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.coordinates import Carry, Coordinate
+from zotune.directions import Directions, Key
+from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
+from zotune.subspaces.projected import orthonormal
+
+#: Rounds of the power iteration, and how many vectors more than are wanted it carries along.
+ROUNDS, SPARE = 3, 16
+
+
+class InputsCoordinate(LowRankCoordinate):
+    """θ = A of W + A Vᵀ, V = √n times the r leading right singular vectors of the layer's inputs x (rows, n), in bfloat16.
+
+    The gradient of a Linear is GᵀX for some G, so its rows lie in the span of the inputs; what V leaves out of it is small where the
+    inputs have few large singular values. √n gives V's columns the size of LOZO's. A layer that was not seen has LOZO's V.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
+        super().__init__(name, parameter, rank, interval)
+        self.seen = False  # whether V is of inputs
+
+    def redraw(self, seed: int, redraw: int) -> Carry | None:
+        observed, self.observed = self.observed, None
+        self.seen = observed is not None
+        if observed is None:
+            return super().redraw(seed, redraw)
+        old = self.v
+        self.v = self._laid_out(observed.to(self.device, torch.float32))
+        transport = old.T @ self.v / self.v.shape[0]
+        return lambda moment: moment @ transport
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | ({"v": self.v.bfloat16().contiguous()} if self.seen else {})
+
+    def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        self.observed = state.get("v")
+        super().load_state(state, seed, step)
+
+
+@dataclass(frozen=True)
+class Inputs(LowRank):
+    """Matrices of Linear layers move as W + A Vᵀ, V from the inputs of the step at which it is renewed; all else as in ``LowRank``.
+
+    Args:
+        rank: r.
+        interval: steps between two redraws of V.
+
+    Raises:
+        ValueError: either is below 1.
+    """
+
+    def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
+        return InputsCoordinate(name, parameter, self.rank, self.interval)
+
+    def observes(self, step: int) -> bool:
+        return step % self.interval == 0
+
+    def observe(
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+    ) -> dict[str, Tensor]:
+        """V of every Linear layer that the losses run, bfloat16, by name."""
+        wanted = {id(c.parameter): c for c in coordinates if isinstance(c, InputsCoordinate)}
+        sketches: dict[str, Tensor] = {}
+
+        def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
+            coordinate = wanted[id(module.weight)]
+            if args and isinstance(args[0], Tensor):
+                key = Key(seed, step, 0, coordinate.name, "inputs")
+                sketches[coordinate.name] = sketch(args[0].detach().flatten(0, -2), self.rank, key, sketches.get(coordinate.name))
+
+        owners = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m._parameters.get("weight")) in wanted]
+        handles = [module.register_forward_pre_hook(watch) for module in owners]
+        try:
+            for _ in losses():
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: _spread(found, self.rank) for name, found in sketches.items()}
+
+
+def leading_inputs(x: Tensor, rank: int, key: Key) -> Tensor:
+    """√n times the leading right singular vectors of x (rows, n), bfloat16, (n, rank)."""
+    return _spread(sketch(x, rank, key), rank)
+
+
+def sketch(x: Tensor, rank: int, key: Key, before: Tensor | None = None) -> Tensor:
+    """A few rows S with SᵀS ≈ xᵀx (+ those of the rows ``before``), float64 on the CPU, (rank + :data:`SPARE`, n) or fewer.
+
+    By power iteration Q ← QR(xᵀ x Q) from a keyed Gaussian, two thin products a round; exact where there are no more rows or columns.
+    """
+    x = x.float()
+    width = min(rank + SPARE, x.shape[1])
+    q = orthonormal(Directions("gaussian").draw(key, (x.shape[1], width), x.device))
+    for _ in range(ROUNDS):
+        q = orthonormal(x.T @ (x @ q))
+    y = (x @ q).double().cpu()
+    squares, vectors = torch.linalg.eigh(y.T @ y)
+    rows = squares.clamp_min(0).sqrt().unsqueeze(1) * (q.double().cpu() @ vectors).T
+    if before is not None:
+        rows = torch.cat([before, rows])
+    _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    return (sizes.unsqueeze(1) * right)[:width]
+
+
+def _spread(found: Tensor, rank: int) -> Tensor:
+    """√n times the leading right singular vectors of a sketch, their largest number positive, bfloat16, (n, rank)."""
+    _, _, right = torch.linalg.svd(found, full_matrices=False)
+    v = right[:rank].T
+    peak = v.gather(0, v.abs().argmax(dim=0, keepdim=True))
+    return (math.sqrt(v.shape[0]) * v * torch.where(peak < 0, -1.0, 1.0)).bfloat16().contiguous()

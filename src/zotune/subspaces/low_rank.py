@@ -1,0 +1,280 @@
+"""Low rank: a matrix moves as W + A Vᵀ, one factor following from θ and the other fixed until it is redrawn."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zotune.coordinates import Carry, Coordinate, Offset
+from zotune.directions import Directions, Key
+from zotune.subspaces.full import FullCoordinate
+from zotune.subspaces.subspace import Space
+
+
+class LowRankCoordinate(Coordinate):
+    """θ = A of W + A Vᵀ: W (m, n) the parameter as stored, A (m, r) float32, V (n, r) ~ N(0, 1) redrawn every ``interval`` steps.
+
+    A starts at 0 after each redraw; at the redraw A Vᵀ is folded into W. In between W is not written at all: where the modules that own
+    W have a *side path* (``side_path=True``; see ``probe``) they add (x V) Aᵀ to their output. Where they have none, the update is
+    folded after every step instead and A is always 0.
+
+    The gradient in A is G V; the update −η c U Vᵀ / r of LOZO (2410.07698) is therefore SGD on A with rate η / r (``lr_scale``), which
+    makes E[c U Vᵀ] / r = G: unbiased for the whole matrix.
+
+    Subclasses have θ of another shape, of which A is a linear function (:meth:`expand`), or another fixed factor (:meth:`redraw`). With
+    ``transposed`` it is the left factor that is fixed: W + V Aᵀ, V (m, r), A (n, r).
+    """
+
+    #: Whether the fixed factor is the left one.
+    transposed = False
+
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
+        rows, columns = parameter.shape
+        moving, fixed = (columns, rows) if self.transposed else (rows, columns)
+        super().__init__(name, parameter, self.core_shape(moving, rank), lr_scale=self.core_rate(rank))
+        self.rank, self.interval = rank, interval
+        self.scale = 1.0  # σ of the layer (see ``layer_scales``), which V carries
+        self.side_path = True
+        self.core = torch.zeros(self.shape, device=parameter.device)
+        self.v = torch.zeros(fixed, rank, device=parameter.device)
+        self.pending = False  # whether θ is anything but 0
+        self.keep = 1.0  # weight decay that W has still to take at the next fold
+        self.moved: Tensor | None = self.core  # θ, θ + offset during an evaluation, None while the side path is to keep out
+        self.clock = (0, 0)  # (seed, step) of the last change, the key of the fold's rounding
+        self._merged: weakref.ref[Tensor] | None = None
+        self._weight = FullCoordinate(name, parameter, keep_residual=False)
+
+    # -- what a subspace of its own overrides -----------------------------------------------------------------------------------------
+
+    def core_shape(self, moving: int, rank: int) -> tuple[int, ...]:
+        """The shape of θ, for a moving factor of so many rows."""
+        return moving, rank
+
+    def core_rate(self, rank: int) -> float:
+        """What the learning rate is multiplied by."""
+        return 1.0 / rank
+
+    def expand(self, core: Tensor) -> Tensor:
+        """The moving factor A of θ, (..., rows of A, r) for θ (..., *shape); linear."""
+        return core
+
+    def redraw(self, seed: int, redraw: int) -> Carry | None:
+        """Draw the fixed factors of an interval; how first moments of θ follow from the old ones to the new."""
+        old = self.v
+        v = self._gaussian(seed, redraw, "subspace", self.v.shape)
+        if self.scale != 1.0:
+            v *= self.scale
+        self.v = self._laid_out(v)
+        transport = old.T @ self.v / (self.v.shape[0] * self.scale**2)
+        return lambda moment: moment @ transport
+
+    def kept(self) -> list[Tensor]:
+        return [self.core, self.v, *self._weight.kept()]
+
+    def _gaussian(self, seed: int, redraw: int, purpose: str, shape: Sequence[int]) -> Tensor:
+        return Directions("gaussian").draw(Key(seed, redraw, 0, self.name, purpose), tuple(shape), self.device)
+
+    @staticmethod
+    def _laid_out(v: Tensor) -> Tensor:
+        return v.T.contiguous().T  # r rows of n numbers: on a CPU x V is many times faster so
+
+    # -- θ, A and the weight ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def a(self) -> Tensor:
+        """The moving factor."""
+        return self.expand(self.core)
+
+    def factors(self, core: Tensor) -> tuple[Tensor, Tensor]:
+        """(left, right) of the product that is added to W at θ, (m, r) and (n, r)."""
+        a = self.expand(core)
+        return (self.v, a) if self.transposed else (a, self.v)
+
+    def begin_step(self, seed: int, step: int) -> Carry | None:
+        if step % self.interval if self.interval else step:
+            return None
+        self.fold()
+        carry = self.redraw(seed, self._redraws(step))
+        return carry if step else None
+
+    def rescale(self, scale: float, seed: int, step: int) -> Carry:
+        """Change σ at a redraw; how first moments of θ follow."""
+        assert not self.pending and step % self.interval == 0, f"{self.name} has moved since V was drawn"
+        ratio, self.scale = scale / self.scale, scale
+        self.redraw(seed, self._redraws(step))
+        return lambda moment: moment / ratio
+
+    def _redraws(self, step: int) -> int:
+        return step // self.interval if self.interval else 0
+
+    def _core_at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        if offset is None:
+            return self.core
+        u = self.many(directions, offset.seed, offset.step, offset.direction, 1)[0]
+        return torch.add(self.core, u, alpha=offset.scale)
+
+    def shift(self, directions: Directions, offset: Offset | None) -> None:
+        """Make the side path use θ + offset (None: θ)."""
+        self.moved = self._core_at(directions, offset)
+
+    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        if offset is None and not self.pending:
+            return self.parameter.detach()
+        left, right = self.factors(self._core_at(directions, offset))
+        return self._weight.plus_product(left, right)
+
+    def value(self) -> Tensor:
+        return self.core
+
+    def assign(self, value: Tensor, seed: int, step: int) -> None:
+        if value.data_ptr() != self.core.data_ptr():
+            self.core.copy_(value)
+        self._changed(seed, step)
+
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        self.decay(keep)
+        self._add_weighted(self.core, directions, weights, seed, step)
+        self._changed(seed, step)
+
+    def decay(self, keep: float) -> None:
+        # W itself takes its share of the decay at the next fold: an interval late, in exchange for no pass over W.
+        if keep != 1.0:
+            self.core.mul_(keep)
+            self.keep *= keep
+
+    @property
+    def decays_weights(self) -> bool:
+        return False
+
+    def store(self) -> Tensor | None:
+        return self.core
+
+    def descended(self, keep: float, seed: int, step: int) -> None:
+        self.keep *= keep
+        self._changed(seed, step)
+
+    def _changed(self, seed: int, step: int) -> None:
+        self.pending = True
+        self.clock = (seed, step)
+        self._merged = None
+        if not self.side_path:
+            self.fold()
+
+    def fold_every_step(self) -> None:
+        """Go without a side path. W is then written every step, so in half precision it needs a residual as in full space."""
+        assert not self.pending
+        self.side_path = False
+        self._weight = FullCoordinate(self.name, self.parameter)
+
+    def fold(self) -> None:
+        """W ← W + A Vᵀ, θ ← 0; a half-precision W rounds stochastically, keyed by the step that changed θ last."""
+        if not self.pending and self.keep == 1.0:
+            return
+        self._weight.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
+        self._clear()
+
+    def merged(self) -> Tensor:
+        """What :meth:`fold` would make of W, as a copy; the same tensor for every owner of a shared weight."""
+        if not self.pending and self.keep == 1.0:
+            return self.parameter.detach()
+        merged = None if self._merged is None else self._merged()
+        if merged is not None:
+            return merged
+        merged = self.parameter.detach().clone()
+        copy = FullCoordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
+        copy.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
+        self._merged = weakref.ref(merged)
+        return merged
+
+    def _clear(self) -> None:
+        self.core.zero_()
+        self.pending, self.keep, self._merged = False, 1.0, None
+
+    def reset(self) -> None:
+        self._clear()
+        self._weight.reset()
+
+    def state(self) -> dict[str, Tensor]:
+        if not self.pending and self.keep == 1.0:
+            return self._weight.state()
+        # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
+        return {
+            "a": self.core,
+            "base": self.parameter.detach(),
+            "keep": torch.tensor(self.keep, dtype=torch.float64),
+            "clock": torch.tensor(self.clock[1]),
+        }
+
+    def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        self.reset()
+        if step:
+            self.redraw(seed, self._redraws(step - 1))
+        if "residual" in state:
+            self._weight.load_state(state, seed, step)
+        if "a" in state:
+            self.core.copy_(state["a"].to(self.device))
+            self.parameter.data.copy_(state["base"].to(self.device))
+            self.pending, self.keep, self.clock = True, float(state["keep"]), (seed, int(state["clock"]))
+
+
+@dataclass(frozen=True)
+class LowRank(Space):
+    """Matrices move as W + A Vᵀ (LOZO, 2410.07698); vectors (bias, norm) and tensors of other ranks move in full space.
+
+    Args:
+        rank: columns r of A (m, r) and V (n, r).
+        interval: steps between two redraws of V (ν in the paper).
+        layer_scales: measure a scale for each layer's directions (see ``layer_scales``).
+
+    Raises:
+        ValueError: rank or interval is below 1.
+    """
+
+    rank: int = 2
+    interval: int = 50
+    layer_scales: bool = False
+
+    full = False
+
+    def __post_init__(self) -> None:
+        for field in ("rank", "interval"):
+            at_least_one(field, getattr(self, field))
+
+    def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
+        if not self.fits(parameter.shape):
+            return FullCoordinate(name, parameter)
+        return self.factored(name, parameter)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a parameter of this shape moves in a low-rank subspace."""
+        return len(shape) == 2 and min(shape) > self.rank
+
+    def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
+        return LowRankCoordinate(name, parameter, self.rank, self.interval)
+
+    def elements(self, shape: Sequence[int]) -> tuple[int, int]:
+        if not self.fits(shape):
+            return math.prod(shape), 0
+        return self.factored_elements(*shape)
+
+    def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
+        return rows * self.rank, (rows + columns) * self.rank
+
+    def memory(self, rule_state: float) -> str:
+        return "Σ r·(m + n)" + times(rule_state, "r·m")
+
+
+def at_least_one(field: str, number: object) -> None:
+    """Raises ValueError unless ``number`` is a whole number of at least 1."""
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"{field} must be a whole number of at least 1, not {number!r}.")
+
+
+def times(count: float, what: str) -> str:
+    """What is to follow a formula, for ``count`` times ``what``; nothing for none."""
+    return f" + {what}" if count == 1 else f" + {count:g}·{what}" if count else ""

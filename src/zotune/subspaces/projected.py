@@ -1,0 +1,164 @@
+"""Projected subspaces: orthonormal bases on one side or both, and a fixed basis of rank-one matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zotune.coordinates import Carry
+from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
+
+
+def orthonormal(gaussian: Tensor) -> Tensor:
+    """Q of the QR decomposition of a Gaussian matrix (n, r), its columns' signs such that Q is uniformly distributed; float32.
+
+    On the CPU in float64 whatever the device, so that the last bits do not hang on who computes it.
+    """
+    q, r = torch.linalg.qr(gaussian.double().cpu())
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).float().to(gaussian.device)
+
+
+class TwoSidedCoordinate(LowRankCoordinate):
+    """θ = S (r, r) of W + σ P S Qᵀ, P (m, r) and Q (n, r) orthonormal, σ = √(mn) / r (SubZero, 2410.08989).
+
+    σ makes the perturbation of S ~ N(0, 1) as large as a Gaussian one of the whole matrix, E‖σ P S Qᵀ‖² = mn, and the estimate unbiased:
+    σ² E[P Pᵀ G Q Qᵀ] = σ² (r/m) (r/n) G = G.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
+        super().__init__(name, parameter, rank, interval)
+        self.sigma = math.sqrt(parameter.numel()) / rank
+        self.p = torch.zeros(parameter.shape[0], rank, device=parameter.device)  # σ P
+
+    def core_shape(self, moving: int, rank: int) -> tuple[int, ...]:
+        return rank, rank
+
+    def core_rate(self, rank: int) -> float:
+        return 1.0
+
+    def expand(self, core: Tensor) -> Tensor:
+        return self.p @ core
+
+    def redraw(self, seed: int, redraw: int) -> Carry | None:
+        p, q = self.p, self.v
+        self.p = orthonormal(self._gaussian(seed, redraw, "left", self.p.shape)).mul_(self.sigma)
+        self.v = self._laid_out(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
+        left, right = self.p.T @ p / self.sigma**2, q.T @ self.v
+        return lambda moment: left @ moment @ right
+
+    def kept(self) -> list[Tensor]:
+        return [*super().kept(), self.p]
+
+
+@dataclass(frozen=True)
+class TwoSided(LowRank):
+    """Matrices move as W + σ P S Qᵀ with orthonormal P and Q and σ = √(mn) / r; everything else in full space.
+
+    Args:
+        rank: r.
+        interval: steps between two redraws of P and Q.
+
+    Raises:
+        ValueError: either is below 1.
+    """
+
+    def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
+        return TwoSidedCoordinate(name, parameter, self.rank, self.interval)
+
+    def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
+        return self.rank**2, self.rank * (rows + columns + self.rank)
+
+    def memory(self, rule_state: float) -> str:
+        return "Σ r·(m + n + r)" + times(rule_state, "r²")
+
+
+class LeftCoordinate(LowRankCoordinate):
+    """θ = uᵀ (n, r) of W + P u, P (m, r) orthonormal (ZO-Muon, 2602.17155).
+
+    The gradient in u is PᵀG: what of the gradient lies in the span of P, which on average over P is r/m of it.
+    """
+
+    transposed = True
+
+    def core_rate(self, rank: int) -> float:
+        return 1.0
+
+    def redraw(self, seed: int, redraw: int) -> Carry | None:
+        old = self.v
+        self.v = self._laid_out(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
+        transport = old.T @ self.v
+        return lambda moment: moment @ transport
+
+
+@dataclass(frozen=True)
+class Left(LowRank):
+    """Matrices move as W + P u with orthonormal P (m, r); everything else in full space.
+
+    Args:
+        rank: r.
+        interval: steps between two redraws of P.
+
+    Raises:
+        ValueError: either is below 1.
+    """
+
+    def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
+        return LeftCoordinate(name, parameter, self.rank, self.interval)
+
+    def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
+        return columns * self.rank, (rows + columns) * self.rank
+
+    def memory(self, rule_state: float) -> str:
+        return "Σ r·(m + n)" + times(rule_state, "r·n")
+
+
+class RankOnesCoordinate(LowRankCoordinate):
+    """θ = τ (r,) of W + U diag(τ) Vᵀ, U (m, r) and V (n, r) ~ N(0, 1), the same for the whole run (TeZO, 2501.19057)."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int) -> None:
+        super().__init__(name, parameter, rank, interval=0)
+        self.u = torch.zeros(parameter.shape[0], rank, device=parameter.device)
+
+    def core_shape(self, moving: int, rank: int) -> tuple[int, ...]:
+        return (rank,)
+
+    def expand(self, core: Tensor) -> Tensor:
+        return core.unsqueeze(-2) * self.u
+
+    def redraw(self, seed: int, redraw: int) -> Carry | None:
+        self.u = self._gaussian(seed, redraw, "left", self.u.shape)
+        self.v = self._laid_out(self._gaussian(seed, redraw, "subspace", self.v.shape))
+        return None
+
+    def kept(self) -> list[Tensor]:
+        return [*super().kept(), self.u]
+
+
+@dataclass(frozen=True)
+class RankOnes(LowRank):
+    """Matrices move as W + U diag(τ) Vᵀ with U and V drawn once; everything else in full space.
+
+    Args:
+        rank: how many rank-one matrices r.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+
+    rank: int = 64
+    interval: int = 1  # not used: nothing is redrawn
+
+    def __post_init__(self) -> None:
+        at_least_one("rank", self.rank)
+
+    def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
+        return RankOnesCoordinate(name, parameter, self.rank)
+
+    def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
+        return self.rank, self.rank * (rows + columns + 1)
+
+    def memory(self, rule_state: float) -> str:
+        return "Σ r·(m + n + 1)" + times(rule_state, "r")

@@ -1,0 +1,160 @@
+"""Sparse full space with a static mask: of every matrix the numbers to which the loss is most sensitive, by index (SensZOQ)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zotune.coordinates import Coordinate, Offset
+from zotune.directions import Directions
+from zotune.precision import HALF, join, split_into
+from zotune.subspaces.full import FullCoordinate
+from zotune.subspaces.subspace import Space
+
+
+class IndexedCoordinate(Coordinate):
+    """θ = W[index], k numbers of one weight, int32 indices into it laid out flat. A residual, where there is one, has k numbers too."""
+
+    thin = False
+
+    def __init__(self, name: str, parameter: nn.Parameter, count: int) -> None:
+        super().__init__(name, parameter, (count,))
+        self.index = torch.arange(count, dtype=torch.int32, device=parameter.device)
+        self.half = parameter.dtype in HALF
+        self.residual = torch.zeros(count, dtype=torch.int16, device=parameter.device) if self.half else None
+
+    def begin_step(self, seed: int, step: int) -> None:
+        if self.observed is not None:
+            self.index, self.observed = self.observed.to(self.device), None
+
+    def _store(self, weight: Tensor, value: Tensor, residual: Tensor | None) -> None:
+        if residual is not None:
+            upper = torch.empty_like(value, dtype=weight.dtype)
+            split_into(value, upper, residual)
+            value = upper
+        weight.view(-1).index_copy_(0, self.index.long(), value.to(weight.dtype))
+
+    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        if offset is None:
+            return self.parameter.detach()
+        key = offset.key(self.name)
+        moved = torch.add(self.value(), directions.draw(key, self.shape, self.device), alpha=offset.scale)
+        weight = self.parameter.detach().clone(memory_format=torch.contiguous_format)
+        weight.view(-1).index_copy_(0, self.index.long(), moved.to(weight.dtype))
+        return weight
+
+    def value(self) -> Tensor:
+        stored = self.parameter.detach().reshape(-1)[self.index.long()]
+        return stored.float() if self.residual is None else join(stored, self.residual)
+
+    def assign(self, value: Tensor, seed: int, step: int) -> None:
+        data = self.parameter.data
+        if data.is_contiguous():
+            self._store(data, value, self.residual)
+            return
+        flat = data.contiguous()
+        self._store(flat, value, self.residual)
+        data.copy_(flat)
+
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        value = self.value()
+        if keep != 1.0:
+            value.mul_(keep)
+        self.assign(value.add_(self.weighted(directions, weights, seed, step)), seed, step)
+
+    def reset(self) -> None:
+        if self.residual is not None:
+            self.residual.zero_()
+
+    def kept(self) -> list[Tensor]:
+        return [self.index] if self.residual is None else [self.index, self.residual]
+
+    def state(self) -> dict[str, Tensor]:
+        return {"index": self.index} | ({} if self.residual is None else {"residual": self.residual})
+
+    def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        self.index = state["index"].to(self.device, copy=True)
+        if self.residual is not None:
+            self.residual.copy_(state["residual"].to(self.device))
+
+
+@dataclass(frozen=True)
+class Sensitive(Space):
+    """Of every matrix the fraction ``density`` of the numbers with the largest squared gradient moves; vectors (bias, norm) move whole.
+
+    Args:
+        density: the fraction, in (0, 1].
+
+    Raises:
+        ValueError: it does not lie there.
+    """
+
+    density: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.density, (int, float)) and 0 < self.density <= 1):
+            raise ValueError(f"density must lie in (0, 1], not {self.density!r}.")
+
+    def _count(self, shape: Sequence[int]) -> int:
+        return max(1, round(self.density * math.prod(shape)))
+
+    def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
+        if parameter.dim() < 2:
+            return FullCoordinate(name, parameter)
+        return IndexedCoordinate(name, parameter, self._count(parameter.shape))
+
+    def elements(self, shape: Sequence[int]) -> tuple[int, int]:
+        if len(shape) < 2:
+            return math.prod(shape), 0
+        return self._count(shape), self._count(shape)
+
+    def memory(self, rule_state: float) -> str:
+        return f"{(1 + rule_state) * self.density:g} × W"
+
+    def observes(self, step: int) -> bool:
+        return step == 0
+
+    def observe(
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+    ) -> dict[str, Tensor]:
+        """The indices of every matrix, rising, int32, by name: by backpropagation, an example of the batch after the other.
+
+        Raises:
+            ValueError: the loss cannot be differentiated.
+        """
+        indexed = [c for c in coordinates if isinstance(c, IndexedCoordinate)]
+        if not indexed:
+            return {}
+        weights = [c.parameter for c in indexed]
+        flags = [weight.requires_grad for weight in weights]
+        squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            with torch.enable_grad():
+                for found in losses():
+                    if not found.requires_grad:
+                        raise ValueError(
+                            "a sensitivity mask needs backward passes in the first step, and the loss function returns a loss cut off from "
+                            "the weights (.detach(), .item(), no_grad); return it as computed, or use a mask that needs none: zo-sparse, "
+                            "sparse-mezo."
+                        )
+                    for loss in found.reshape(-1):
+                        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+                        for square, grad in zip(squares, grads, strict=True):
+                            if grad is not None:
+                                square.add_(grad.float().square())
+        finally:
+            for weight, flag in zip(weights, flags, strict=True):
+                weight.requires_grad_(flag)
+        return {c.name: _largest(square.view(-1), c.numel) for c, square in zip(indexed, squares, strict=True)}
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    # A stable sort, so that equal scores (rows of an embedding that the batch did not use) are chosen alike everywhere.
+    order = scores.sort(descending=True, stable=True).indices[:count]
+    return order.sort().values.to(torch.int32)

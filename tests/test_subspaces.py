@@ -1,0 +1,428 @@
+"""Subspaces beyond full and low rank: their equations against plain arithmetic on small matrices."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import toys
+from zotune import ZerothOrder, methods, observing
+from zotune.coordinates import Offset
+from zotune.directions import Directions, Key
+from zotune.journal import Journal
+from zotune.quantised import QuantisedLinear, quantise
+from zotune.subspaces import Blocks, Full, Inputs, LowRank, Sparse
+from zotune.subspaces.blocks import blocks_of, repeated_layers
+from zotune.subspaces.inputs import leading_inputs
+from zotune.subspaces.projected import orthonormal
+
+
+def matrix(rows: int = 7, columns: int = 6) -> nn.Linear:
+    model = nn.Linear(columns, rows, bias=False)
+    nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+#: Methods whose update is plain SGD along the direction that was evaluated, in a matrix of 7 × 6.
+PLAIN = {
+    "lozo": {"rank": 2, "interval": 4},
+    "agzo": {"rank": 2, "interval": 4},
+    "subzero": {"rank": 3, "interval": 4},
+    "tezo": {"rank": 3},
+    "hizoo": {"smoothing": 0.05},
+    "zo-sparse": {"density": 0.5, "interval": 4},
+    "sparse-mezo": {"density": 0.5},
+    "sensitive-mezo": {"density": 0.3},
+    "zo-block": {},
+    "zo-block-jacobi": {},
+}
+
+
+@pytest.mark.parametrize("probe", ["sequential", "auto"])
+@pytest.mark.parametrize("num_directions", [1, 3])
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_update_is_along_the_direction_that_was_evaluated_redraw_steps_included(name, num_directions, probe):
+    """ΔW = −η s (1/K) Σ c_k (W₊ − W₋) / 2ε with the weights that the evaluations computed with, s = 1 or 1/r."""
+    model, eps, lr = matrix(), 1e-2, 1e-2
+    method = methods.get(name, eps=eps, num_directions=num_directions, **PLAIN[name])
+    seen: dict[int, list[torch.Tensor]] = {}
+    optimizer = ZerothOrder(model, method, lr=lr, probe=probe)
+    (coordinate,) = optimizer.probe.coordinates
+    x = torch.linspace(-1, 1, 24).view(4, 6)
+    for step in range(9):
+        before = model.state_dict()["weight"].clone()
+        optimizer._observe(lambda x: model(x).square().mean(dim=1), [x], step)
+        optimizer._begin(step)
+        for k in range(num_directions):
+            seen[k] = [optimizer.probe.evaluate(lambda: model(torch.eye(6)).T.clone(), Offset(s * eps, 0, step, k)) for s in (1, -1)]
+        optimizer.step(lambda x: model(x).square().mean(dim=1), x)
+        expected = before.clone()
+        for k, c in enumerate(optimizer.last.coefficients.tolist()):
+            expected -= lr * coordinate.lr_scale * c / num_directions * (seen[k][0] - seen[k][1]) / (2 * eps)
+            # and c is the difference of the losses there
+            losses = [(x @ weight.T).square().mean() for weight in seen[k]]
+            assert c == pytest.approx(float(losses[0] - losses[1]) / (2 * eps), rel=5e-3, abs=5e-4)
+        assert torch.allclose(model.state_dict()["weight"], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["subzero", "tezo", "zo-muon", "agzo"])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv1d"])
+def test_batched_and_sequential_losses_are_equal(name, kind):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    build = {"linear": lambda: nn.Linear(6, 7), "embedding": lambda: nn.Embedding(9, 6), "conv1d": lambda: Conv1D(7, 6)}[kind]
+    x = torch.randint(0, 9, (4, 3)) if kind == "embedding" else torch.randn(4, 3, 6)
+    losses = {}
+    start = build().state_dict()
+    for probe in ("batched", "sequential"):
+        model = build()
+        model.load_state_dict(start)
+        optimizer = ZerothOrder(model, methods.get(name, rank=3, eps=1e-2, num_directions=2), lr=1e-2, probe=probe)
+        losses[probe] = [optimizer.step(lambda x, model=model: model(x).square().mean(dim=(1, 2)), x) for _ in range(4)]
+        assert optimizer.evaluations.batched is (probe == "batched")
+        losses[probe] += [optimizer.last.coefficients]
+    for a, b in zip(losses["batched"], losses["sequential"], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+# -- projected ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_bases_are_orthonormal_and_as_large_as_declared():
+    optimizer = ZerothOrder(matrix(), methods.subzero(rank=3), lr=0.0)
+    (coordinate,) = optimizer.probe.coordinates
+    coordinate.begin_step(0, 0)
+    sigma = math.sqrt(7 * 6) / 3
+    assert torch.allclose(coordinate.p.T @ coordinate.p, sigma**2 * torch.eye(3), atol=1e-5)
+    assert torch.allclose(coordinate.v.T @ coordinate.v, torch.eye(3), atol=1e-6)
+    core = torch.randn(2000, 3, 3, generator=torch.Generator().manual_seed(0))
+    sizes = (coordinate.expand(core) @ coordinate.v.T).square().sum(dim=(1, 2))
+    assert float(sizes.mean()) == pytest.approx(42, rel=0.05)  # a Gaussian direction's, mn
+
+
+def test_orthonormal_bases_are_uniform():
+    """E[Q Qᵀ] = r/n I, and E[Q] = 0, which the raw signs of QR would not give."""
+    draws = [orthonormal(Directions("gaussian").draw(Key(0, k, 0, "w"), (5, 2))) for k in range(2000)]
+    stacked = torch.stack(draws)
+    assert torch.allclose((stacked @ stacked.mT).mean(dim=0), 0.4 * torch.eye(5), atol=0.03)
+    assert float(stacked.mean(dim=0).abs().max()) < 5 * math.sqrt(0.2 / 2000)
+
+
+def test_subzero_carries_momentum_over_a_redraw():
+    """M ← P_newᵀ P_old M Q_oldᵀ Q_new: the same matrix, seen from the new bases."""
+    method = methods.subzero(rank=5, interval=3, rule="SGD", rule_args={"momentum": 0.9})
+    model = nn.Linear(6, 6, bias=False)
+    optimizer = ZerothOrder(model, method, lr=1e-2)
+    (coordinate,) = optimizer.probe.coordinates
+    for _ in range(3):
+        optimizer.step(lambda x: model(x).square().mean(dim=1), torch.eye(6))
+    p, q, m = coordinate.p.clone(), coordinate.v.clone(), optimizer.rule.state()[0]["weight/momentum_buffer"].clone()
+    optimizer._begin(3)
+    new = optimizer.rule.state()[0]["weight/momentum_buffer"]
+    left, right = coordinate.p / coordinate.sigma, coordinate.v
+    whole = p / coordinate.sigma @ m @ q.T
+    assert torch.allclose(left @ new @ right.T, left @ left.T @ whole @ right @ right.T, atol=1e-5)
+
+
+def test_zo_muon_moves_by_orthogonal_factors():
+    """W moves by P u with singular values of about η on the matrix, and a vector by a step of length η."""
+    model = nn.Linear(8, 9)
+    optimizer = ZerothOrder(model, methods.zo_muon(rank=3), lr=1e-2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.step(lambda x: model(x).square().mean(dim=1), torch.eye(8))
+    change = {name: value - before[name] for name, value in model.state_dict().items()}
+    values = torch.linalg.svdvals(change["weight"])
+    assert bool((values[:3] > 0.5e-2).all() and (values[:3] < 1.3e-2).all()) and float(values[3:].max()) < 1e-6
+    assert float(change["bias"].norm()) == pytest.approx(1e-2, rel=1e-4)
+
+
+# -- HiZOO -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_hizoo_learns_the_curvature_after_the_update():
+    """H ← (1 − α) H + α q H ⊙ Z², and q = |l₊ + l₋ − 2l₀| / 2ε² is in the journal."""
+    model = matrix()
+    optimizer = ZerothOrder(model, methods.hizoo(smoothing=0.1, eps=1e-2), lr=1e-3)
+    (coordinate,) = optimizer.probe.coordinates
+    h = torch.ones(7, 6)
+    x = torch.eye(6)
+    for step in range(4):
+        z = Directions("gaussian").draw(Key(0, step, 0, "weight"), (7, 6))
+        weight, move = model.weight.detach().clone(), 1e-2 * z / h.sqrt()
+        plus, minus, here = ((weight + s * move).square().sum() / 2 for s in (1, -1, 0))
+        q = float((plus + minus - 2 * here).abs()) / (2 * 1e-4)
+        records = []
+        apply = optimizer.apply
+        optimizer.apply = lambda record, apply=apply, records=records: (records.append(record), apply(record))[1]
+        optimizer.step(lambda x: model(x).square().sum() / 2, x)
+        del optimizer.apply
+        assert records[0].coefficients[1] == pytest.approx(q, rel=2e-2)
+        h = 0.9 * h + 0.1 * records[0].coefficients[1] * h * z.square()
+        assert torch.allclose(coordinate.h.view(7, 6), h, rtol=1e-4)
+
+
+# -- sparse ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_small_weights_are_those_that_move(dtype, density):
+    model = matrix(40, 50).to(dtype)
+    optimizer = ZerothOrder(model, methods.sparse_mezo(density=density, eps=1e-3), lr=1e-4)
+    (coordinate,) = optimizer.probe.coordinates
+    start = model.weight.detach().clone()
+    small = start.float().abs() <= coordinate.threshold
+    assert float(small.float().mean()) == pytest.approx(density, abs=0.01)
+    optimizer.step(lambda x: model(x).float().square().mean(dim=1), torch.eye(50, dtype=dtype))
+    moved = coordinate.value() != start.float()
+    assert not bool((moved & ~small).any()) and float(moved[small].float().mean()) > 0.9
+
+
+def test_random_masks_have_their_density_and_change_when_they_are_due():
+    model = matrix(60, 50)
+    optimizer = ZerothOrder(model, methods.zo_sparse(density=0.3, interval=3), lr=0.0)
+    (coordinate,) = optimizer.probe.coordinates
+    masks = [coordinate.factors(0, step)(slice(0, 3000)).float() for step in range(6)]
+    assert all(torch.equal(masks[0], mask) for mask in masks[1:3]) and torch.equal(masks[3], masks[5])
+    assert float((masks[0] != masks[3]).float().mean()) == pytest.approx(2 * 0.3 * 0.7, abs=0.05)
+    assert abs(float(masks[0].mean()) - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 3000)
+    # and blocks are parts of the whole
+    assert torch.equal(coordinate.factors(0, 0)(slice(101, 999)).float(), masks[0][101:999])
+
+
+def test_global_magnitude_gives_large_layers_their_share():
+    model = nn.Sequential(nn.Linear(50, 50, bias=False), nn.Linear(50, 50, bias=False))
+    generator = torch.Generator().manual_seed(0)
+    for layer, size in zip(model, (0.1, 1.0), strict=True):
+        nn.init.normal_(layer.weight, std=size, generator=generator)
+    optimizer = ZerothOrder(model, methods.zo_sparse(density=0.4, layers="magnitude"), lr=0.0)
+    magnitudes = torch.cat([layer.weight.detach().abs().flatten() for layer in model])
+    threshold = magnitudes.sort().values[int(0.6 * 5000)]
+    for coordinate, layer in zip(optimizer.probe.coordinates, model, strict=True):
+        assert coordinate.share == pytest.approx(float((layer.weight.abs() > threshold).float().mean()), abs=0.01)
+
+
+def test_the_sensitive_weights_are_those_of_the_largest_squared_gradients():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+
+    def losses(x):
+        return (model(x) - 0.5).square().mean(dim=1)
+
+    squares = [torch.zeros_like(p) for p in model.parameters()]
+    for one in x:
+        for square, grad in zip(squares, torch.autograd.grad(losses(one[None]).sum(), list(model.parameters())), strict=True):
+            square += grad.square()
+    optimizer = ZerothOrder(model, methods.sensitive_mezo(density=0.25), lr=1e-2)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        optimizer.step(losses, x)
+    assert all(p.grad is None for p in model.parameters())
+    for p, old, square in zip(model.parameters(), before, squares, strict=True):
+        if p.dim() == 2:
+            expected = square.flatten().sort(descending=True).indices[: round(0.25 * p.numel())].sort().values
+            assert torch.equal((p.detach() != old).flatten().nonzero().flatten(), expected)
+        else:
+            assert bool((p.detach() != old).all())
+
+
+def test_a_loss_without_a_gradient_has_no_sensitive_weights():
+    model = matrix()
+    optimizer = ZerothOrder(model, "sensitive-mezo", lr=1e-2)
+    with pytest.raises(ValueError, match="needs backward passes in the first step"):
+        optimizer.step(lambda x: model(x).detach().square().mean(dim=1), torch.eye(6))
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("llama", 2), ("opt", 2), ("gpt2", 2), ("bert", 2)])
+def test_the_layers_of_a_transformer_are_its_blocks(architecture, layers):
+    model = toys.transformer(architecture)
+    assert len(repeated_layers(model)) == layers
+    coordinates = [Full().coordinate(name, p) for name, p in model.named_parameters()]
+    blocks = blocks_of(model, coordinates, "layer")
+    assert len(blocks) == layers + 1
+    assert sorted(c.name for block in blocks for c in block) == sorted(c.name for c in coordinates)
+    for place in range(layers):
+        assert all(f".{place}." in c.name for c in blocks[place])
+
+
+@pytest.mark.parametrize("order", ["gauss-seidel", "jacobi"])
+def test_only_the_block_whose_turn_it_is_moves(order):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    name = {"gauss-seidel": "zo-block", "jacobi": "zo-block-jacobi"}[order]
+    optimizer = ZerothOrder(model, methods.get(name, eps=1e-2), lr=1e-2)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+    def losses(x):
+        return (model(x) - 0.5).square().mean(dim=1)
+
+    for step in range(4):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.step(losses, x)
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        if order == "gauss-seidel":
+            assert moved == {f"{2 * (step % 2)}.weight", f"{2 * (step % 2)}.bias"}
+            continue
+        assert moved == set(before) and len(optimizer.last.coefficients) == 2
+        for block, c in enumerate(optimizer.last.coefficients.tolist()):  # each by its own difference, the other at rest
+            names = [f"{2 * block}.weight", f"{2 * block}.bias"]
+            z = {n: Directions("gaussian").draw(Key(0, step, block, n), before[n].shape) for n in names}
+            found = []
+            for sign in (1, -1):
+                there = {n: p + sign * 1e-2 * z[n] if n in z else p for n, p in before.items()}
+                found.append(float((torch.func.functional_call(model, there, (x,)) - 0.5).square().mean()))
+            assert c == pytest.approx((found[0] - found[1]) / 2e-2, rel=1e-3, abs=1e-4)
+            for n in names:
+                assert torch.allclose(model.get_parameter(n), before[n] - 1e-2 * c * z[n], atol=1e-6)
+
+
+def test_blocks_of_adapters_are_evaluated_in_one_forward():
+    models = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for model, probe in zip(models, ("batched", "sequential"), strict=True):
+        optimizer = ZerothOrder(model, methods.zo_block_jacobi(num_directions=2), lr=1e-2, probe=probe)
+        optimizer.step(lambda x, model=model: model(x).square().mean(dim=1), x)
+        found.append(optimizer.last.coefficients)
+    assert len(found[0]) == 4 and torch.allclose(*found, rtol=1e-3, atol=1e-3)
+
+
+# -- V from inputs -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_v_spans_the_inputs_leading_subspace(rows):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 30, generator=generator) @ torch.diag(0.7 ** torch.arange(30.0)) @ torch.randn(30, 30, generator=generator)
+    v = leading_inputs(x, 2, Key(0, 0, 0, "w")).float() / math.sqrt(30)
+    leading = torch.linalg.svd(x)[2][:2].T
+    assert torch.allclose(v.T @ v, torch.eye(2), atol=2e-2)
+    assert torch.allclose(v @ v.T, leading @ leading.T, atol=2e-2)
+
+
+def test_v_of_micro_batches_is_that_of_the_batch():
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * 0.8 ** torch.arange(30)
+    whole = leading_inputs(x, 3, Key(0, 0, 0, "w")).float()
+    model = nn.Linear(30, 31)
+    (coordinate,) = [Inputs(3, 5).coordinate("weight", model.weight)]
+
+    def losses():
+        for part in x.split(15):
+            yield model(part).mean()
+
+    found = Inputs(3, 5).observe(model, [coordinate], losses, 0, 0)["weight"].float()
+    assert torch.allclose(found @ found.T, whole @ whole.T, atol=0.3)  # of numbers up to 30, in bfloat16
+
+
+def test_what_was_observed_is_in_the_journal_and_comes_back(tmp_path):
+    tensors = {"a": torch.randn(300, 90).bfloat16(), "b": torch.arange(7, dtype=torch.int32), "c": torch.randn(9000, 4).bfloat16()}
+    journal = Journal.create(tmp_path / "j", {"seed": 0})
+    for event in observing.events(3, tensors):
+        journal.append(event)
+    assert len(list(journal.records())) > 2
+    gathered, found = observing.Gathered(), {}
+    for event in Journal.open(tmp_path / "j").records():
+        found |= gathered.add(event)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+
+
+# -- forward mode ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_forward_grad_is_the_directional_derivative(architecture):
+    model = toys.transformer(architecture).eval()
+    losses, ids = toys.transformer_loss(model), toys.tokens()
+    losses(ids).mean().backward()
+    expected = sum(float((p.grad * Directions("gaussian").draw(Key(0, 0, 0, name), p.shape)).sum()) for name, p in model.named_parameters())
+    for p in model.parameters():
+        p.grad = None
+    optimizer = ZerothOrder(model, "forward-grad", lr=0.0)
+    with pytest.warns(UserWarning, match="attention kernel has no forward derivative"):
+        optimizer.step(losses, ids)
+    assert float(optimizer.last.coefficients) == pytest.approx(expected, rel=1e-3)
+    optimizer.step(losses, ids)  # says it once
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda out: out.detach().square().mean(), "the loss has no derivative"),
+        (lambda out: torch.as_tensor(out.square().mean().item()), "the loss has no derivative"),
+    ],
+)
+def test_a_loss_that_is_cut_off_has_no_derivative(loss, message):
+    model = matrix()
+    before = model.weight.detach().clone()
+    optimizer = ZerothOrder(model, "forward-grad", lr=1e-2)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(lambda x: loss(model(x)), torch.eye(6))
+    assert torch.equal(model.weight, before)
+
+
+# -- options -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: methods.subzero(rank=0), "rank must be a whole number"),
+        (lambda: methods.tezo(rank=0), "rank must be a whole number"),
+        (lambda: methods.zo_sparse(density=0), "density must lie in"),
+        (lambda: methods.sensitive_mezo(density=2), "density must lie in"),
+        (lambda: methods.zo_sparse(layers="none"), "layers must be 'uniform' or 'magnitude'"),
+        (lambda: methods.zo_block(unit="row"), "unknown unit of blocks 'row'; choose one of layer, linear"),
+        (lambda: methods.hizoo(smoothing=1.0), "smoothing must lie in"),
+        (lambda: methods.mezo(estimator="curvature"), "take method 'hizoo'"),
+        (lambda: methods.lozo(estimator="tangent"), "take method 'forward-grad'"),
+        (lambda: methods.hizoo(num_directions="example"), "num_directions"),
+        (lambda: Sparse(choice="large"), "unknown choice of a mask"),
+        (lambda: Blocks(order="random"), "unknown order of blocks"),
+        (lambda: LowRank(interval=0), "interval must be a whole number"),
+    ],
+)
+def test_bad_options_get_one_sentence_with_the_fix(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# -- scales of quantised weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_of_a_quantised_model_the_scales_move_and_nothing_else(architecture):
+    model = toys.transformer(architecture).eval()
+    losses, ids = toys.transformer_loss(model), toys.tokens()
+    exact = losses(ids).detach()
+    quantise(model)
+    assert torch.allclose(losses(ids), exact, rtol=2e-2)
+    optimizer = ZerothOrder(model, methods.mezo(num_directions=2), lr=1e-4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(3):
+        optimizer.step(losses, ids)
+    assert optimizer.evaluations.batched
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and moved == {name for name in before if name.endswith(".scale")}
+
+
+@torch.no_grad()
+def test_a_quantised_layer_is_its_rounded_weight():
+    linear = nn.Linear(6, 5)
+    layer, x = QuantisedLinear(linear), torch.randn(4, 6)
+    weight = layer.quantised.float() * layer.scale.unsqueeze(1)
+    assert float((weight - linear.weight).abs().max()) <= 0.5001 * float(layer.scale.max())
+    assert torch.allclose(layer(x), x @ weight.T + linear.bias, atol=1e-6)
+
+
+def test_a_model_without_linear_layers_is_not_quantised():
+    with pytest.raises(ValueError, match="no Linear layer"):
+        quantise(nn.LayerNorm(4))
