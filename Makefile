@@ -1,4 +1,4 @@
-# make setup | test | check | quickstart | clean
+# make setup | test | lint | check | quickstart | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,12 +10,13 @@ EXTRAS := dev,peft,tensorboard,optimizers
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check quickstart clean
+.PHONY: help setup test lint check quickstart clean
 
 help:
 	@echo "make quickstart  fine-tune the bundled small model, forward passes only (installs first)"
 	@echo "make test        set up and run every test"
-	@echo "make check       set up, lint, types and the fast tests"
+	@echo "make lint        set up, lint and types"
+	@echo "make check       the same and the fast tests"
 	@echo "make setup       make $(VENV) and install zotune into it with the tested versions"
 	@echo "make clean       remove caches and build output ($(VENV) stays)"
 
@@ -35,10 +36,12 @@ $(ENCODER): $(STAMP)
 test: setup $(ENCODER)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
 
 quickstart: setup

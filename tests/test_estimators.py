@@ -46,7 +46,7 @@ def gradient(model: nn.Module, loss, x) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("direction", Directions.KINDS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ["central", "forward"])
 @pytest.mark.parametrize("recipe", ["mezo", "lozo"])
 def test_the_mean_over_keys_approaches_the_gradient(recipe, estimator, direction):
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_second_moment_of_the_low_rank_estimate(rank):
     assert abs(float(ratios.mean()) - expected) < 5 * float(ratios.std()) / math.sqrt(len(ratios))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", sorted(set(ESTIMATORS) - {"tangent"}))  # which is no difference of losses
 def test_losses_that_are_not_finite_give_zero_and_are_flagged(estimator):
     points = ESTIMATORS[estimator].points(3)
     losses = [torch.tensor([1.0, 2.0 + p.sign * 0.1]) for p in points]

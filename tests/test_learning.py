@@ -51,6 +51,7 @@ FEW = {"num_directions": 8, "history": 3, "anchor_batches": 2, "anchor_ratio": 1
 
 
 @pytest.mark.parametrize("name", zotune.methods.names())
+@pytest.mark.filterwarnings("ignore:this model.s attention kernel:UserWarning")  # forward-grad says so once
 def test_the_bundled_language_model_learns_the_bundled_reviews(name):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

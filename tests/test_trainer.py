@@ -33,6 +33,7 @@ from zotune.objectives import ChoiceLoss, choice_scores
 
 
 @pytest.mark.parametrize("method", zotune.methods.names())
+@pytest.mark.filterwarnings("ignore:this model.s attention kernel:UserWarning")  # forward-grad says so once
 def test_every_trainable_parameter_moves_and_no_gradient_exists(method: str, tmp_path: Path) -> None:
     anchored = {"method_args": {"anchor_batches": 2}} if "anchor_batches" in zotune.methods.options(method) else {}
     run = trainer(tmp_path, method=method, learning_rate=1e-5, **anchored)

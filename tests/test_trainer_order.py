@@ -175,17 +175,17 @@ def test_batches_hold_every_class_by_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "directions"),
     [
-        ({}, "sets:2:1"),
-        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, "sets:2:1"),
-        ({"per_device_train_batch_size": 4}, "example"),  # fewer than four sets
+        ({}, "sets:2:3"),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, "sets:2:3"),
+        ({"per_device_train_batch_size": 4}, "example:3"),  # fewer than four sets
         ({"num_directions": "example"}, "example"),
         ({"method_args": {"num_directions": "example"}}, "example"),
-        ({"train_sampling_strategy": "random"}, "example"),
+        ({"train_sampling_strategy": "random"}, "example:3"),
         ({"method": "lozo"}, 1),
     ],
 )
 def test_a_set_with_every_class_has_a_direction_unless_said_otherwise(tmp_path: Path, options: dict, directions: str | int) -> None:
-    settings = {"method": "lozo-e", "per_device_train_batch_size": 8, "estimator": "central", **options}
+    settings = {"method": "lozo-e", "per_device_train_batch_size": 8, **options}
     run = trainer(tmp_path, train_dataset=uneven_rows(), data_collator=collate, **settings)
     run.create_optimizer()
     assert run.zo_optimizer.method.num_directions == directions
