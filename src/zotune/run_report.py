@@ -71,7 +71,7 @@ def write_curve(curve: Curve, path: Path, title: str = "") -> None:
     left.set(xlabel="step", ylabel="loss", title="training loss")
     right.plot(*zip(*curve.metric, strict=True) if curve.metric else ([], []), color="#b0561f", marker="o", markersize=4)
     right.set(xlabel="step", ylabel=curve.metric_name, title=f"evaluation {curve.metric_name}")
-    if curve.metric_name in ("accuracy", "f1", "exact_match"):
+    if curve.metric_name in ("accuracy", "f1", "exact_match") or curve.metric_name.endswith("_f1"):
         right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if curve.metric:
         right.annotate(
