@@ -1,4 +1,7 @@
-"""What real rows become under every template, as short JSON in tests/rendered; run as a program, with ZOTUNE_DATA set, it writes the files."""
+"""What real rows become under every template, as short JSON in tests/rendered.
+
+Run as a program, with ZOTUNE_DATA set, it writes the files.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_all_forms_of_a_batch_score_real_rows_as_the_whole_text_does(tokenizer, 
 def test_options_that_differ_by_row_are_scored_too(tokenizer, config, model, data_dir):
     data = tasks.prepare(tokenizer, config, task="copa", data_dir=data_dir, parts=["eval"])
     batch = data.collate_eval(data.eval[:8])
-    one_row_an_option = tasks.ChoicesCollator(tokenizer.pad_token_id, shared_prompt=False)(data.eval[:8])
+    one_row_an_option = tasks.ChoicesCollator(tokenizer.pad_token_id, shared_prompt=False, length_normalize=True)(data.eval[:8])
     assert batch["input_ids"].numel() < 0.8 * one_row_an_option["input_ids"].numel()
     with torch.inference_mode():
         scores, expected = (objectives.choice_scores(model, form) for form in (batch, one_row_an_option))
@@ -116,7 +116,9 @@ def test_room_is_left_for_what_is_generated(tokenizer, config, data_dir):
     data = tasks.prepare(tokenizer, config, **limits)
     assert all(len(example["prompt_ids"]) + 50 - 1 <= 80 for example in data.eval)
     assert any(len(example["prompt_ids"]) + 50 - 1 > 80 for example in data.train)
-    with pytest.raises(ValueError, match=r"line \d+: the prompt has \d+ tokens and an answer may have 50, more than the --max_length of 80"):
+    with pytest.raises(
+        ValueError, match=r"line \d+: the prompt has \d+ tokens and an answer may have 50, more than the --max_length"
+    ):
         tasks.prepare(tokenizer, config, **{**limits, "truncate": False, "parts": ["eval"]})
 
 

@@ -400,7 +400,9 @@ def _check_derived(derived: Any, columns: Sequence[str]) -> None:
         for new in replacements.values():
             for column in columns_of(str(new)):
                 if column not in columns:
-                    raise ValueError(f"derived column {name!r} puts in {column!r}, which is not in 'columns'{did_you_mean(column, columns)}.")
+                    raise ValueError(
+                        f"derived column {name!r} puts in {column!r}, which is not in 'columns'{did_you_mean(column, columns)}."
+                    )
 
 
 def _check_join(task: Task) -> None:
