@@ -17,8 +17,9 @@ The measurements are made on the first batch, after 1, 2, 4, ... steps, and ever
 signal falls while a model learns. A loss that rises all the same halves the rate.
 
 How weak the signal of a batch may be is the one thing few forwards cannot tell: near the end of a run the examples' gradients are hundreds
-of times larger than their mean, and a batch shows noise only. Then s is taken to be n over :data:`NOISE_SCALE`, n being the examples' own
-mean square along a direction: a batch of so many examples, the "simple noise scale", is where their mean stands out (1812.06162).
+of times larger than their mean, and a batch shows noise only. Then K s / M is taken to be the number of examples whose noise a
+step averages, N or K n / M if that is more (n: the mean square of single examples' coefficients), over :data:`NOISE_SCALE`: a batch of so
+many examples, the "simple noise scale", is where their mean stands out (1812.06162).
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class StepSize:
     """
 
     curvature: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
-    signal: RunningMean = field(default_factory=RunningMean)
+    signal: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING / 2))
     single: RunningMean = field(default_factory=RunningMean)
     moment: RunningMean = field(default_factory=RunningMean)
     recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
@@ -190,8 +191,11 @@ class StepSize:
             self.recent = RunningMean(self.recent.forgetting)  # see first what the lower rate does
             self.lowest = None
 
-    def rate(self, directions: int) -> float:
-        """η for steps of K directions, for plain SGD on coordinates of unit scale; 0 before there is anything to go by."""
+    def rate(self, directions: int, examples: int) -> float:
+        """η for steps of K directions on N examples, for plain SGD on coordinates of unit scale; 0 before there is anything to go by.
+
+        An example that has several directions of its own counts as often.
+        """
         moment, curvature = self.moment.mean, self.curvature
         # A saddle's directions cancel, but their sizes say how far is far.
         mean = max(curvature.mean + curvature.error, 0.2 * math.sqrt(curvature.square))
@@ -199,7 +203,10 @@ class StepSize:
             return 0.0
         # A loss that does not tell its examples apart hides how noisy it is.
         certain = (self.signal.mean - self.signal.error) / moment if self.signal.count else 0.25
-        gain = directions * min(1.0, max(certain, self.single.mean / (NOISE_SCALE * moment)))
+        alone = max(
+            directions * self.single.mean / moment, float(examples)
+        )  # so many examples' noise is averaged out, as far as can be seen
+        gain = min(float(directions), max(directions * certain, alone / NOISE_SCALE))
         return self.brake / (mean / gain + math.sqrt(curvature.variance / 2))
 
     def summary(self) -> dict[str, float]:
@@ -313,9 +320,9 @@ class Calibrator:
                 self.step_size.moment.add(float(each.square().mean()) if self.method.own else float(each.mean()) ** 2)
         self.probe.forget_directions()
 
-    def rate(self, directions: int, eps: float, step: int) -> float:
-        """η for step ``step``, of K directions."""
-        plain = self.step_size.rate(directions)
+    def rate(self, directions: int, examples: int, eps: float, step: int) -> float:
+        """η for step ``step``, of K directions on N examples."""
+        plain = self.step_size.rate(directions, examples)
         return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps, step) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:

@@ -209,7 +209,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.forward_passes += self.method.forwards(step)
         self.sequences_evaluated += losses.evaluated
         estimate = losses.estimate(self.estimator, self.eps)
-        rates = self._rates(estimate)
+        rates = self._rates(estimate, losses.values.shape[1])
         fitness = FITNESS[self.method.fitness]
         if fitness is not None:
             means = losses.values.double().mean(dim=1).cpu()
@@ -247,11 +247,11 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         return torch.tensor(record.loss)
 
-    def _rates(self, estimate: Estimate) -> tuple[float, ...]:
+    def _rates(self, estimate: Estimate, examples: int) -> tuple[float, ...]:
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.calibrator is not None and self.calibrator.chooses_lr:
             self.calibrator.step_size.step(estimate.coefficients.tolist(), estimate.loss)
-            found = self.calibrator.rate(len(estimate.coefficients), self.eps, self.steps)
+            found = self.calibrator.rate(len(estimate.coefficients), examples, self.eps, self.steps)
             rates = [found * rate for rate in rates]
         return tuple(rates)
 
