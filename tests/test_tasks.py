@@ -232,6 +232,7 @@ def test_a_yaml_file_of_ones_own(tmp_path):
         ({"answers": "gold"}, "'answers' and 'label' exclude each other"),
         ({"candidates": "stars"}, "'candidates' goes with 'answers'"),
         ({**FREE, "answer": " {review}"}, "does not hold {answer}"),
+        ({**FREE, "candidates": "revew"}, "the candidates come from 'revew', which is not in 'columns'; did you mean 'review'"),
         ({**FREE, "metrics": ["accuracy"]}, "unknown metric 'accuracy'"),
         ({**FREE, "max_new_tokens": 0}, "'max_new_tokens' is 0"),
         ({**FREE, "templates": {"plain": "{review}"}, "answer": None}, "template 'plain' needs a prompt, and an answer"),

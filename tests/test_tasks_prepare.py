@@ -116,9 +116,7 @@ def test_room_is_left_for_what_is_generated(tokenizer, config, data_dir):
     data = tasks.prepare(tokenizer, config, **limits)
     assert all(len(example["prompt_ids"]) + 50 - 1 <= 80 for example in data.eval)
     assert any(len(example["prompt_ids"]) + 50 - 1 > 80 for example in data.train)
-    with pytest.raises(
-        ValueError, match=r"line \d+: the prompt has \d+ tokens and an answer may have 50, more than the --max_length"
-    ):
+    with pytest.raises(ValueError, match=r"line \d+: the prompt has \d+ tokens and an answer may have 50, more than the --max_length"):
         tasks.prepare(tokenizer, config, **{**limits, "truncate": False, "parts": ["eval"]})
 
 

@@ -275,6 +275,8 @@ def _parse(raw: Any, chosen: str | None) -> Task:
     if len(encoder) > 2:
         raise ValueError("'encoder' takes one template or two.")
     candidates = raw.get("candidates")
+    if candidates is not None and candidates not in columns:
+        raise ValueError(f"the candidates come from {candidates!r}, which is not in 'columns'{did_you_mean(candidates, columns)}.")
     generation = bool(gold) and candidates is None
     known: Mapping[str, Any] = ANSWER_METRICS if generation else METRICS
     metrics = tuple(raw.get("metrics") or tuple(known)[:1])
