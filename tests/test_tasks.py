@@ -13,118 +13,32 @@ import numpy as np
 import pytest
 
 from zotune import tasks
-from zotune.tasks.metrics import ComputeMetrics, accuracy, binary_f1, macro_f1, predictions
+from zotune.tasks.metrics import (
+    ComputeAnswerMetrics,
+    ComputeMetrics,
+    accuracy,
+    binary_f1,
+    exact_match,
+    macro_f1,
+    normalized,
+    predictions,
+    token_f1,
+)
 from zotune.tasks.template import columns_of, render
 
-NAMES = ["ag_news", "boolq", "cb", "copa", "mnli", "mr", "rte", "snli", "sst2", "sst5", "trec", "wic", "wsc"]
-
-# Row of the evaluation split -> its prompt's ending (all of it where short), its options, the right one.
-RENDERED = {
-    "ag_news": (
-        0,
-        "Fears for T N pension after talks Unions representing workers at Turner   Newall say they are 'disappointed' "
-        "after talks with stricken parent firm Federal Mogul.\nTopic:",
-        (" World", " Sports", " Business", " Technology"),
-        2,
-    ),
-    "boolq": (
-        1619,
-        "The Punisher (season 2) -- The season is set for release in 2019. Are they going to make a punisher season 2?",
-        (" No", " Yes"),
-        1,
-    ),
-    "cb": (
-        0,
-        "Suppose Valence the void-brain, Valence the virtuous valet. Why couldn't the figger choose his own portion of "
-        "titanic anatomy to shaft? Did he think he was helping? "
-        'Can we infer that "Valence was helping"? Yes, No, or Maybe?\n',
-        ("Yes", "No", "Maybe"),
-        1,
-    ),
-    "copa": (
-        0,
-        "The man turned on the faucet so",
-        (" the toilet filled with water.", " water flowed from the spout."),
-        1,
-    ),
-    "mnli": (
-        0,
-        "Suppose This site includes a list of all award winners and a searchable database of Government Executive "
-        'articles. Can we infer that "The Government Executive articles housed on the website are not able to be '
-        'searched."? Yes, No, or Maybe?\n',
-        ("Yes", "Maybe", "No"),
-        2,
-    ),
-    "mr": (
-        0,
-        "compassionately explores the seemingly irreconcilable situation between conservative christian parents and "
-        "their estranged gay and lesbian children . This movie is",
-        (" terrible", " great"),
-        1,
-    ),
-    "rte": (
-        0,
-        "Dana Reeve, the widow of the actor Christopher Reeve, has died of lung cancer at age 44, according to the "
-        'Christopher Reeve Foundation.\nDoes this mean that "Christopher Reeve had an accident." is true? Yes or No?\n',
-        ("Yes", "No"),
-        1,
-    ),
-    "snli": (
-        0,
-        "Suppose Two women are embracing while holding to go packages. "
-        'Can we infer that "Two woman are holding packages."? Yes, No, or Maybe?\n',
-        ("Yes", "Maybe", "No"),
-        0,
-    ),
-    "sst2": (0, "it 's a charming and often affecting journey . This movie is", (" terrible", " great"), 1),
-    "sst5": (
-        0,
-        "in his first stab at the form , jacquot takes a slightly anarchic approach that works only sporadically . This movie is",
-        (" terrible", " bad", " okay", " good", " great"),
-        2,
-    ),
-    "trec": (
-        0,
-        "Question: How far is it from Denver to Aspen ?\nType:",
-        (" Expression", " Entity", " Description", " Human", " Location", " Number"),
-        5,
-    ),
-    "wic": (
-        0,
-        'Does the word "class" have the same meaning in these two sentences? Yes, No?\n'
-        "An emerging professional class.\n"
-        "Apologizing for losing your temper, even though you were badly provoked, showed real class.\n",
-        ("No", "Yes"),
-        0,
-    ),
-    "wsc": (
-        0,
-        "Bernard , who had not told the government official that he was less than 21 when he filed for a homestead "
-        "claim, did not consider that he had done anything dishonest. Still, anyone who knew that he was 19 years old "
-        "could take his claim away from him .\n"
-        'In the previous sentence, does the pronoun "him" refer to anyone? Yes or No?\n',
-        ("No", "Yes"),
-        0,
-    ),
-}
+NAMES = [
+    "ag_news", "boolq", "cb", "copa", "drop", "mnli", "mr", "multirc", "record", "rte", "snli", "squad", "sst2", "sst5", "trec", "wic",
+    "winogrande", "wsc",
+]  # fmt: skip
 
 
 def test_the_bundled_tasks():
-    assert tasks.names() == NAMES == sorted(RENDERED)
+    assert tasks.names() == NAMES
 
 
 def test_listing_the_tasks_imports_neither_torch_nor_transformers():
     code = "import sys, zotune.tasks as t; [t.load(n) for n in t.names()]; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_one_real_row_is_rendered_exactly(name, data_dir):
-    index, prompt, options, answer = RENDERED[name]
-    task = tasks.load(name)
-    row = tasks.load_rows(task, "eval", data_dir)[index]
-    assert task.render(row) == (prompt, options)
-    assert task.answer(row) == answer
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,10 +50,12 @@ def test_every_template_renders_on_every_real_row(name, data_dir):
             task = tasks.load(name, template=template)
             for row in rows:
                 prompt, options = task.render(row)
-                assert prompt and not prompt.endswith(" ")
-                assert len(set(options)) == len(task.labels)
+                assert not prompt.endswith(" ") and (prompt or (name, template) == ("winogrande", "mezo"))
+                assert len(set(options)) == len(options) >= (1 if task.generation else 2)
+                assert all(options[index] for index in task.right(row))
                 seen.add(task.answer(row))
-        assert seen == set(range(len(task.labels)))
+        if task.labels:
+            assert seen == set(range(len(task.labels)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,7 +63,7 @@ def test_an_encoder_reads_one_or_two_texts(name, data_dir):
     task = tasks.load(name)
     texts = task.encoder_texts(tasks.load_rows(task, "eval", data_dir)[0])
     assert len(texts) in (1, 2) and all(texts)
-    assert task.fixed_options == (name != "copa")
+    assert task.fixed_options == (name not in ("copa", "drop", "record", "squad", "winogrande"))
 
 
 def test_alternatives_by_name():
@@ -177,6 +93,41 @@ def test_copa_keeps_a_leading_i_and_says_because_for_a_cause():
     assert tasks.load("copa").render(row) == ("My hand hurt because", (" I hit it.", " it rained."))
     with pytest.raises(ValueError, match=r"column 'question' holds 'why', not one of cause, effect"):
         tasks.load("copa").render({**row, "question": "why"})
+
+
+RECORD = {
+    "passage": "Ann met Bo.\n@highlight\nThey talked",
+    "query": "Later @placeholder left.",
+    "entities": ["Ann", "Bo ", "Cy", "Ann"],
+    "answers": ["Cy", "Bo"],
+}
+
+
+def test_candidates_are_a_rows_own_each_once_and_several_may_be_right():
+    task = tasks.load("record")
+    prompt, options = task.render(RECORD)
+    assert prompt == "Ann met Bo.\n- They talked\n-"
+    assert options == (" Later Ann left.", " Later Bo left.", " Later Cy left.")
+    assert (task.right(RECORD), task.answer(RECORD)) == ((1, 2), 1)
+    assert task.references(RECORD) == ("Cy", "Bo")
+    with pytest.raises(ValueError, match=r"none of the right answers \['Di'\] is among the row's 'entities'"):
+        task.right({**RECORD, "answers": ["Di"]})
+
+
+def test_a_generation_task_renders_its_right_answers():
+    row = {"title": "T", "context": "C.", "question": "Q?", "answers": {"text": ["one", "1", "one"]}}
+    task = tasks.load("squad")
+    assert task.generation and not task.labels
+    assert task.render(row) == ("Title: T\nContext: C.\nQuestion: Q?\nAnswer:", (" one\n", " 1\n"))
+    assert task.references(row) == ("one", "1")
+    with pytest.raises(ValueError, match=r"column 'answers.text' holds no answer"):
+        task.references({**row, "answers": {"text": []}})
+
+
+def test_both_names_are_put_in_place_of_a_blank():
+    row = {"sentence": "Al paid Ed as _ lost.", "option1": "Al", "option2": "Ed", "answer": "2"}
+    assert tasks.load("winogrande").render(row) == ("", ("Al paid Ed as Al lost.", "Al paid Ed as Ed lost."))
+    assert tasks.load("winogrande").answer(row) == 1
 
 
 def test_a_label_may_be_its_value_its_class_name_or_a_boolean():
@@ -224,6 +175,7 @@ def test_render():
         (("no/such.yaml",), r"no task file no/such.yaml"),
         (("sst2", "mezzo"), r"no template 'mezzo'; did you mean 'mezo'; there are this-movie-is"),
         (("sst2", None, [" good"]), r"got 1 options \[' good'\], but the task has 2 options, one for each of negative"),
+        (("squad", None, [" yes", " no"]), r"it has no options to choose: leave options out"),
         (("sst2", None, [" good", " good"]), r"two options are the same"),
         (("sst2", None, [" good", " "]), r"an option is blank"),
         (("sst2", None, {"positive": " good", "bad": " bad"}), r"do not name 2 options"),
@@ -243,6 +195,10 @@ GOOD = {
     "labels": {1: "low", 5: "high"},
     "templates": {"plain": {"prompt": "{review} Stars:", "options": {1: " one", 5: " five"}}},
 }
+
+
+#: Turns it into a generation task.
+FREE = {"label": None, "labels": None, "answers": "gold", "answer": " {answer}", "templates": {"plain": "{review}"}}
 
 
 def write(path, **changes):
@@ -273,6 +229,14 @@ def test_a_yaml_file_of_ones_own(tmp_path):
         ({"derived": {"x": {"column": "review", "apply": ["upper"]}}}, "unknown change 'upper'"),
         ({"derived": {"x": {"column": "revue", "apply": ["lower"]}}}, "which is not in 'columns'"),
         ({"columns": "review"}, "'columns' must be a list"),
+        ({"answers": "gold"}, "'answers' and 'label' exclude each other"),
+        ({"candidates": "stars"}, "'candidates' goes with 'answers'"),
+        ({**FREE, "answer": " {review}"}, "does not hold {answer}"),
+        ({**FREE, "candidates": "revew"}, "the candidates come from 'revew', which is not in 'columns'; did you mean 'review'"),
+        ({**FREE, "metrics": ["accuracy"]}, "unknown metric 'accuracy'"),
+        ({**FREE, "max_new_tokens": 0}, "'max_new_tokens' is 0"),
+        ({**FREE, "templates": {"plain": "{review}"}, "answer": None}, "template 'plain' needs a prompt, and an answer"),
+        ({"derived": {"x": {"column": "review", "replace": {"_": "{revue}"}}}}, "puts in 'revue', which is not in 'columns'; did you mean"),
     ],
 )
 def test_a_bad_task_file_is_named_with_what_is_wrong(tmp_path, changes, message):
@@ -300,6 +264,29 @@ def test_metrics():
     assert predictions(scores).tolist() == [0, 1, -1]
 
 
+def test_answers_are_compared_without_case_punctuation_articles_and_with_the_best_reference():
+    assert normalized("  The Cat's, a\tHat! ") == "cats hat"
+    assert exact_match("the  U.S.", ["Us", "America"]) == 1 and exact_match("us all", ["Us"]) == 0
+    assert token_f1("the black cat", ["cat", "a black dog"]) == pytest.approx(2 / 3)  # of "cat": 1/2 and 1; of "black dog": 1/2
+    assert token_f1("cat cat", ["cat cat sat"]) == pytest.approx(0.8)  # words count as often as they occur
+    assert token_f1("", ["cat"]) == 0 and token_f1("the", ["a"]) == 1
+
+
+def test_an_answer_ends_at_its_line_and_padding_is_no_token():
+    words = {1: " one", 2: " two", 3: "\n", 4: " three"}
+    compute = ComputeAnswerMetrics(lambda ids: "".join(words[i] for i in ids), [("two",), ("one two", "x")])
+    tokens = np.array([[1, 2, 3, 4], [2, 3, -100, -100]])
+    assert [compute.text(row) for row in tokens] == ["one two", "two"]
+    assert compute((tokens, np.array([1, 0]))) == {"token_f1": 1.0, "exact_match": 1.0}
+    assert compute((tokens, np.array([0, 0]))) == {"token_f1": pytest.approx((2 / 3 + 1) / 2), "exact_match": 0.5}
+
+
+def test_any_of_several_right_options_will_do():
+    scores = np.array([[-1.0, -2.0, -3.0], [-3.0, -1.0, -100.0], [-200.0, -150.0, -100.0]])  # -100: an option that is not there
+    right = np.array([[1, 1, 0], [1, 0, -100], [0, 1, -100]])
+    assert ComputeMetrics()((scores, right)) == {"accuracy": pytest.approx(2 / 3)}
+
+
 def test_compute_metrics_takes_a_trainers_evaluation():
     from transformers import EvalPrediction
 
@@ -317,7 +304,10 @@ def test_the_documentation_is_true(tmp_path):
     assert {name: tuple(cell.replace("`", "").split(", ")) for name, cell in table.items()} == {
         name: (tasks.load(name).template, *(t for t in tasks.load(name).templates if t != tasks.load(name).template)) for name in NAMES
     }
-    (tmp_path / "stars.yaml").write_text(re.search(r"```yaml\n(name: .*?)```", text, flags=re.DOTALL).group(1))
+    (tmp_path / "stars.yaml").write_text(re.search(r"```yaml\n(name: stars.*?)```", text, flags=re.DOTALL).group(1))
     assert tasks.load(tmp_path / "stars.yaml").render({"review": "fine"})[0] == "fine Stars:"
+    (tmp_path / "capitals.yaml").write_text(re.search(r"```yaml\n(name: capitals.*?)```", text, flags=re.DOTALL).group(1))
+    row = {"country": "Peru", "gold": {"text": ["Lima"]}}
+    assert tasks.load(tmp_path / "capitals.yaml").render(row) == ("Capital of Peru:", (" Lima\n",))
     own = tasks.load("sst2", template="{sentence} In a word:", options=[" bad", " good"])
     assert str(own.render({"sentence": "a joy ."})) in text

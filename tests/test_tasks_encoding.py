@@ -282,5 +282,5 @@ def test_a_classifiers_text_is_cut_only_on_request(tokenizer):
 
 
 def test_options_of_each_row_are_no_classes(tokenizer):
-    with pytest.raises(ValueError, match=r"task 'copa' has options of its own in every row"):
+    with pytest.raises(ValueError, match=r"task 'copa' has answers of its own in every row"):
         Encoder(tokenizer).classifier(rows({}), tasks.load("copa"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaConfig, T5Config
 
-from zotune import objectives, tasks
+from zotune import generation, objectives, tasks
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,89 @@ def test_all_forms_of_a_batch_score_real_rows_as_the_whole_text_does(tokenizer, 
 def test_options_that_differ_by_row_are_scored_too(tokenizer, config, model, data_dir):
     data = tasks.prepare(tokenizer, config, task="copa", data_dir=data_dir, parts=["eval"])
     batch = data.collate_eval(data.eval[:8])
-    one_row_an_option = tasks.ChoicesCollator(tokenizer.pad_token_id, shared_prompt=False)(data.eval[:8])
+    one_row_an_option = tasks.ChoicesCollator(tokenizer.pad_token_id, shared_prompt=False, length_normalize=True)(data.eval[:8])
     assert batch["input_ids"].numel() < 0.8 * one_row_an_option["input_ids"].numel()
     with torch.inference_mode():
         scores, expected = (objectives.choice_scores(model, form) for form in (batch, one_row_an_option))
     assert scores.shape == (8, 2)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_options_of_different_lengths_are_scored_by_their_mean(tokenizer, config, model, data_dir):
+    data = tasks.prepare(tokenizer, config, task="copa", data_dir=data_dir, num_eval=4, parts=["eval"])
+    batch = data.collate_eval(data.eval)
+    sums = objectives.choice_scores(model, {name: value for name, value in batch.items() if name != "option_lengths"})
+    lengths = torch.tensor([[len(option) for option in example["option_ids"]] for example in data.eval])
+    assert lengths.unique().numel() > 1
+    torch.testing.assert_close(objectives.choice_scores(model, batch), sums / lengths)
+
+
+@torch.inference_mode()
+def test_a_generated_answer_is_the_most_likely_token_after_token(tokenizer, config, model, data_dir):
+    data = tasks.prepare(tokenizer, config, task="squad", data_dir=data_dir, num_eval=3, parts=["eval"])
+    assert (data.train_objective, data.eval_objective, data.main_metric) == ("lm", "generation", "token_f1")
+    assert data.num_labels is None
+    batch = data.collate_eval(data.eval)
+    batch["max_new_tokens"][:] = 6
+    written = generation.greedy(model, batch)
+    stops = set(batch["stop_ids"][0].tolist())
+    assert tokenizer.eos_token_id in stops and "\n" in [tokenizer.decode([stop]) for stop in stops]
+    for example, row in zip(data.eval, written.tolist(), strict=True):
+        ids = list(example["prompt_ids"])
+        for token in row:
+            if token == objectives.IGNORE:
+                assert ids[-1] in stops
+                continue
+            assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
+            ids.append(token)
+
+
+def test_an_answer_that_is_generated_is_learnt_with_the_end_of_its_line(tokenizer, config, data_dir):
+    data = tasks.prepare(tokenizer, config, task="drop", data_dir=data_dir, num_train=4, num_dev=2, num_eval=2, truncate=True)
+    stops = data.collate_eval(data.eval)["stop_ids"][0].tolist()
+    assert all(example["completion_ids"][-1] == stops[0] for example in data.train)
+    assert [example["reference"] for example in [*data.dev, *data.eval]] == [0, 1, 2, 3]
+    assert len(data.compute_metrics.references) == 4
+
+
+def test_room_is_left_for_what_is_generated(tokenizer, config, data_dir):
+    limits = {"task": "squad", "data_dir": data_dir, "num_train": 4, "num_eval": 4, "max_length": 80, "truncate": True}
+    data = tasks.prepare(tokenizer, config, **limits)
+    assert all(len(example["prompt_ids"]) + 50 - 1 <= 80 for example in data.eval)
+    assert any(len(example["prompt_ids"]) + 50 - 1 > 80 for example in data.train)
+    with pytest.raises(ValueError, match=r"line \d+: the prompt has \d+ tokens and an answer may have 50, more than the --max_length"):
+        tasks.prepare(tokenizer, config, **{**limits, "truncate": False, "parts": ["eval"]})
+
+
+def test_demonstrations_of_a_generation_task_are_solved(tokenizer, config, data_dir):
+    data = tasks.prepare(
+        tokenizer, config, task="drop", data_dir=data_dir, num_demonstrations=1, num_eval=1, parts=["eval"], truncate=True, max_length=2048
+    )
+    text = tokenizer.decode(data.eval[0]["prompt_ids"])
+    assert text.count("Answer:") == 2 and text.endswith("Answer:")
+
+
+def test_splits_of_a_thousand_five_hundred_and_a_thousand(tokenizer, config, data_dir):
+    def texts(part):
+        return [tuple(example["prompt_ids"]) for example in part]
+
+    first, again = (
+        tasks.prepare(tokenizer, config, task="wic", data_dir=data_dir, num_train=1000, num_dev=500, num_eval=1000, seed=3) for _ in "ab"
+    )
+    assert (len(first.train), len(first.dev), len(first.eval)) == (1000, 500, 638)  # all there are
+    assert (first.train, first.dev, first.eval) == (again.train, again.dev, again.eval)
+    assert not set(texts(first.train)) & set(texts(first.dev))
+
+
+@pytest.mark.parametrize("k", [16, 512])
+def test_k_shot_leaves_dev_alone(tokenizer, config, data_dir, k):
+    few, other = (
+        tasks.prepare(tokenizer, config, task="sst2", data_dir=data_dir, k_shot=shots, num_dev=100, parts=["train"], seed=1)
+        for shots in (k, 8)
+    )
+    assert collections.Counter(example["answer"] for example in few.train) == {0: k, 1: k}
+    assert few.dev == other.dev
 
 
 def test_training_on_a_task_is_by_default_on_the_right_options_tokens(tokenizer, config, model, data_dir):

@@ -56,7 +56,7 @@ def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False
             :func:`zotune.shared_prompts.option_logprobs`) with option_mask (B, C); or one row an option (input_ids
             (B, C, T), attention_mask, positions (B, C, S), targets (B, C, S), option_mask (B, C)). Options outside the
             mask score -inf.
-        length_normalize: divide each score by the option's number of tokens.
+        length_normalize: divide each score by the option's number of tokens. A batch with option_lengths (B, C) asks for it itself.
     """
     if "option_ids" in batch:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -69,7 +69,9 @@ def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False
         rows = (batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "positions", "targets"))
         logprobs = token_logprobs(model, *rows).view(targets.shape)
     scores = logprobs.sum(dim=2)
-    if length_normalize:
+    if "option_lengths" in batch:
+        scores = scores / batch["option_lengths"]
+    elif length_normalize:
         scores = scores / (targets != IGNORE).sum(dim=2).clamp(min=1)
     return scores.masked_fill(~batch["option_mask"], float("-inf"))
 
@@ -113,11 +115,12 @@ _OBJECTIVES: dict[str, Callable[[nn.Module], Callable[[Batch], Tensor]]] = {
     "lm": LanguageModelLoss,
     "choices": ChoiceLoss,
     "classifier": ClassifierLoss,
+    "generation": LanguageModelLoss,
 }
 
 
 def objective(name: str, model: nn.Module) -> Callable[[Batch], Tensor]:
-    """The loss function of a name: ``"lm"``, ``"choices"`` or ``"classifier"``.
+    """The loss function of a name: ``"lm"``, ``"choices"``, ``"classifier"``, or ``"generation"`` (that of the right answer).
 
     Raises:
         ValueError: for any other name.

@@ -71,7 +71,7 @@ def write_curve(curve: Curve, path: Path, title: str = "") -> None:
     left.set(xlabel="step", ylabel="loss", title="training loss")
     right.plot(*zip(*curve.metric, strict=True) if curve.metric else ([], []), color="#b0561f", marker="o", markersize=4)
     right.set(xlabel="step", ylabel=curve.metric_name, title=f"evaluation {curve.metric_name}")
-    if curve.metric_name in ("accuracy", "f1"):
+    if curve.metric_name in ("accuracy", "f1", "exact_match") or curve.metric_name.endswith("_f1"):
         right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if curve.metric:
         right.annotate(
@@ -116,7 +116,7 @@ def metric_text(name: str, value: float | None) -> str:
     """`0.7843` as `78.4 %` for shares, with four digits otherwise."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{100 * value:.1f} %" if name in ("accuracy", "f1") or name.endswith("_f1") else f"{value:.4g}"
+    return f"{100 * value:.1f} %" if name in ("accuracy", "f1", "exact_match") or name.endswith("_f1") else f"{value:.4g}"
 
 
 def duration_text(seconds: float) -> str:

@@ -20,7 +20,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
-from zotune import checkpoint, objectives
+from zotune import checkpoint, generation, objectives
 from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.class_order import classes_of
 from zotune.config import ZOConfig
@@ -335,7 +335,8 @@ class ZOTrainer(OrderedTrainer):
         """(loss, predictions, labels) of an evaluation batch.
 
         "choices": log-probabilities of the options under the softmax of their scores (B, C), and `answer`. An option
-        that an example does not have scores -inf, or -100 where its batch has fewer options than another.
+        that an example does not have scores -inf, or -100 where its batch has fewer options than another. With several right options,
+        the labels are (B, C), 1 for those. "generation": the answers' token ids (B, S), and `reference`.
         """
         objective = self.eval_objective or _layout(inputs)
         if objective is None and callable(self.objective):
@@ -348,7 +349,10 @@ class ZOTrainer(OrderedTrainer):
                 scores = objectives.choice_scores(model, batch).log_softmax(dim=1)
                 answers = batch.get("answer")
                 loss = None if answers is None else F.nll_loss(scores, answers)
-                return (loss, None, None) if prediction_loss_only else (loss, scores, answers)
+                return (loss, None, None) if prediction_loss_only else (loss, scores, batch.get("right", answers))
+            if objective == "generation":
+                loss = _bound(objective, model)(batch).float().mean()
+                return (loss, None, None) if prediction_loss_only else (loss, generation.greedy(model, batch), batch["reference"])
             return _bound(objective, model)(batch).float().mean(), None, None
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
@@ -399,7 +403,9 @@ def _layout(batch: Mapping[str, Any]) -> str | None:
     """The objective that a batch's keys ask for; None when the model's own loss is meant."""
     if "positions" not in batch:
         return None
-    return "choices" if "option_ids" in batch or "option_mask" in batch else "lm"
+    if "option_ids" in batch or "option_mask" in batch:
+        return "choices"
+    return "generation" if "reference" in batch else "lm"
 
 
 def _bound(objective: Objective, model: nn.Module) -> LossFunction:

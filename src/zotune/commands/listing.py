@@ -93,7 +93,7 @@ def tasks(argv: Sequence[str]) -> int:
             (
                 each,
                 task.title,
-                str(len(task.options)),
+                "generated" if task.generation else "the row's" if task.candidates else str(len(task.options)),
                 ", ".join(name + (" *" if name == task.template else "") for name in task.templates),
                 ", ".join(task.metrics),
             )
@@ -112,14 +112,18 @@ def _describe_task(task: Any, name: str) -> None:
     source = " ".join(filter(None, (task.hub, task.subset)))
     print(f"\nhub data set: {source or 'none'}; locally <data_dir>/{task.name}/<split>.jsonl[.gz]")
     print(f"splits: {', '.join(f'{use} from {split}' for use, split in task.splits.items())}")
-    print(f"columns: {', '.join(task.columns)}; label in {task.label_column!r}: ", end="")
-    print(", ".join(f"{value} {label}" for value, label in zip(task.labels, task.label_names, strict=True)))
+    if task.gold:
+        how = f"chosen from {task.candidates!r}" if task.candidates else f"generated, at most {task.max_new_tokens} tokens"
+        print(f"columns: {', '.join(task.columns)}; answers in {'.'.join(task.gold)!r}, {how}")
+    else:
+        print(f"columns: {', '.join(task.columns)}; label in {task.label_column!r}: ", end="")
+        print(", ".join(f"{value} {label}" for value, label in zip(task.labels, task.label_names, strict=True)))
     print(f"metrics: {', '.join(task.metrics)}\n\ntemplates (--template NAME, or a text of your own):")
     for template in task.templates:
         one = registry.load(name, template=template)
         print(f"  {template}{' *' if template == task.template else ''}")
         print(f"    prompt   {one.prompt!r}")
-        print(f"    options  {', '.join(map(repr, one.options))}")
+        print(f"    {'answer ' if one.gold else 'options'}  {', '.join(map(repr, one.options))}")
 
 
 def _one_name(argv: Sequence[str], usage: str, about: str) -> str | None:

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from zotune.tasks.demonstrations import demonstrated
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
-from zotune.tasks.metrics import ComputeMetrics
+from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.sources import Rows, load_rows, read_jsonl
-from zotune.tasks.task import Task, load, names
+from zotune.tasks.task import Task
+from zotune.tasks.task_file import load, names
 
 if TYPE_CHECKING:
-    from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, LanguageModelCollator
+    from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator
     from zotune.tasks.preparation import PreparedData, is_encoder, prepare
 
 # These import torch, which listing the tasks should not wait for.
 _LATE = {
     "ChoicesCollator": "collators",
     "ClassifierCollator": "collators",
+    "GenerationCollator": "collators",
     "LanguageModelCollator": "collators",
     "PreparedData": "preparation",
     "is_encoder": "preparation",
@@ -28,8 +30,10 @@ _LATE = {
 __all__ = [
     "ChoicesCollator",
     "ClassifierCollator",
+    "ComputeAnswerMetrics",
     "ComputeMetrics",
     "Encoder",
+    "GenerationCollator",
     "LanguageModelCollator",
     "PreparedData",
     "Rows",

@@ -62,12 +62,16 @@ class ChoicesCollator:
         pad_token_id, pad_to_multiple_of: as in :class:`LanguageModelCollator`.
         single_token_form: False to do without the first form.
         shared_prompt: False to do without the second.
+        length_normalize: add option_lengths (B, C), the scored tokens of each option, by which its score is divided.
+
+    Examples with several right options add right (B, C), 1 for those.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     single_token_form: bool = True
     shared_prompt: bool = True
+    length_normalize: bool = False
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         counts = {len(example["option_ids"]) for example in examples}
@@ -77,6 +81,11 @@ class ChoicesCollator:
             batch = self._prompts_once(examples, max(counts))
         batch = batch or self._one_row_an_option(examples, max(counts))
         batch["answer"] = torch.tensor([example["answer"] for example in examples])
+        if self.length_normalize and "targets" in batch:  # else every option is one token
+            batch["option_lengths"] = (batch["targets"] != IGNORE).sum(dim=2).clamp(min=1)
+        if "right" in examples[0]:
+            columns = range(max(counts))
+            batch["right"] = torch.tensor([[int(column in example["right"]) for column in columns] for example in examples])
         return batch
 
     def _one_row_each(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -160,6 +169,37 @@ class ChoicesCollator:
             "targets": _padded(targets, scored, IGNORE).view(shape),
             "option_mask": torch.tensor(present),
         }
+
+
+@dataclass(frozen=True)
+class GenerationCollator:
+    """Batches for ``LanguageModelLoss`` on the right answers and for :func:`zotune.generation.greedy`.
+
+    To those of :class:`LanguageModelCollator` it adds prompt_ids (B, P) and prompt_mask (B, P), padded on the left, max_new_tokens (B,),
+    stop_ids (B, E), pad_id (B,) and reference (B,), each example's number among the right answers' texts.
+
+    Attributes:
+        pad_token_id, pad_to_multiple_of: as in :class:`LanguageModelCollator`.
+        max_new_tokens: most tokens of an answer.
+        stop_ids: tokens that end one.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    max_new_tokens: int = 50
+    stop_ids: tuple[int, ...] = ()
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        batch = LanguageModelCollator(self.pad_token_id, self.pad_to_multiple_of)(examples)
+        prompts, size = [example["prompt_ids"] for example in examples], len(examples)
+        length = max(map(len, prompts))
+        batch["prompt_ids"] = torch.tensor([[self.pad_token_id] * (length - len(ids)) + list(ids) for ids in prompts])
+        batch["prompt_mask"] = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+        batch["max_new_tokens"] = torch.full((size,), self.max_new_tokens)
+        batch["stop_ids"] = torch.tensor([self.stop_ids] * size, dtype=torch.long)
+        batch["pad_id"] = torch.full((size,), self.pad_token_id)
+        batch["reference"] = torch.tensor([example["reference"] for example in examples])
+        return batch
 
 
 @dataclass(frozen=True)

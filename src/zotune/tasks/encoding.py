@@ -40,17 +40,17 @@ class Encoder:
     _options: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def choices(self, rows: Rows, task: Task) -> list[dict[str, Any]]:
-        """Examples ``{"prompt_ids", "option_ids", "answer"}``.
+        """Examples ``{"prompt_ids", "option_ids", "answer"[, "right"]}``; `right` lists all right options where there may be several.
 
         Raises:
             ValueError: naming the row, for a label outside the options or a prompt longer than the limit.
         """
-        rendered, answers = [], []
+        rendered, right = [], []
         for index, row in enumerate(rows):
             with_row = _At(rows, index)
             with with_row:
                 rendered.append(task.render(row))
-                answers.append(task.answer(row))
+                right.append(task.right(row))
         prompts = self._prompts([prompt for prompt, _ in rendered])
         examples = []
         for index, (prompt_ids, (prompt, texts)) in enumerate(zip(prompts, rendered, strict=True)):
@@ -59,8 +59,37 @@ class Encoder:
                 if len(set(map(tuple, option_ids))) < len(option_ids):
                     raise ValueError(f"two of the options {list(texts)} are the same tokens; choose others.")
                 prompt_ids = self._fit_prompt(prompt_ids, max(map(len, option_ids)), "its longest option")
-            examples.append({"prompt_ids": prompt_ids, "option_ids": option_ids, "answer": answers[index]})
+            example = {"prompt_ids": prompt_ids, "option_ids": option_ids, "answer": right[index][0]}
+            examples.append({**example, "right": list(right[index])} if task.candidates else example)
         return examples
+
+    def answers(self, rows: Rows, task: Task, room: int = 0) -> list[dict[str, Any]]:
+        """Examples ``{"prompt_ids", "completion_ids"}`` of a generation task, the completion being the first right answer.
+
+        Args:
+            rows, task: which.
+            room: tokens that must fit behind the prompt, for an answer to be generated.
+
+        Raises:
+            ValueError: naming the row, for one without an answer, or a prompt longer than the limit.
+        """
+        rendered = []
+        for index, row in enumerate(rows):
+            with _At(rows, index):
+                prompt, texts = task.render(row)
+                rendered.append((prompt, texts[0]))
+        prompts = self._prompts([prompt for prompt, _ in rendered])
+        examples = []
+        for index, (prompt_ids, (prompt, text)) in enumerate(zip(prompts, rendered, strict=True)):
+            with _At(rows, index):
+                completion_ids = self._continuation(prompt, text)
+                following, what = max((len(completion_ids), "its answer"), (room, "an answer may have"))
+                examples.append({"prompt_ids": self._fit_prompt(prompt_ids, following, what), "completion_ids": completion_ids})
+        return examples
+
+    def answer_ends(self) -> list[int]:
+        """Ids of the tokens that end an answer: the line break, as it stands behind a word, and the end of text."""
+        return list(dict.fromkeys([self._continuation("a", "\n")[-1], *self._end()]))
 
     def completions(self, rows: Rows) -> list[dict[str, Any]]:
         """Examples ``{"prompt_ids", "completion_ids"[, "completion_mask"]}`` of one's own file.
@@ -87,7 +116,7 @@ class Encoder:
         """Examples ``{"input_ids"[, "token_type_ids"], "label"}`` of the task's one or two encoder texts."""
         if not task.fixed_options:
             raise ValueError(
-                f"task {task.name!r} has options of its own in every row, which a sequence-classification head cannot "
+                f"task {task.name!r} has answers of its own in every row, which a sequence-classification head cannot "
                 "score: use a causal language model."
             )
         examples = []

@@ -1,7 +1,10 @@
-"""Metrics of multiple-choice and classification predictions, in numpy."""
+"""Metrics of chosen options and of generated answers, in numpy."""
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,18 +48,87 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
+def normalized(text: str) -> str:
+    """An answer as SQuAD's evaluation compares it: lower case, no punctuation, no articles, single blanks (1606.05250)."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 where the normalised answer is one of the references', else 0."""
+    return float(any(normalized(answer) == normalized(reference) for reference in references))
+
+
+def token_f1(answer: str, references: Sequence[str]) -> float:
+    """F1 of the answer's words and a reference's, as bags of normalised words, for the reference it is best for.
+
+    Where one of the two has no words left, 1 if neither has, else 0.
+    """
+    return max(_word_f1(normalized(answer).split(), normalized(reference).split()) for reference in references)
+
+
+def _word_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    return 2 * sum((Counter(answer) & Counter(reference)).values()) / (len(answer) + len(reference))
+
+
+#: Of one generated answer and its right ones.
+ANSWER_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "token_f1": token_f1,
+    "exact_match": exact_match,
+}
+
+
 @dataclass(frozen=True)
 class ComputeMetrics:
-    """Callable for ``transformers.Trainer(compute_metrics=...)``: scores (N, C) and answers (N,) -> named floats.
+    """Callable for ``transformers.Trainer(compute_metrics=...)``: scores (N, C) and answers -> named floats.
 
-    Takes an ``EvalPrediction`` or a pair (scores, answers).
+    Takes an ``EvalPrediction`` or a pair (scores, answers). Answers are indices (N,), or (N, C) with 1 for every right option.
     """
 
     metrics: Sequence[str] = ("accuracy",)
 
     def __call__(self, prediction: Any) -> dict[str, float]:
-        scores, answers = (prediction.predictions, prediction.label_ids) if hasattr(prediction, "predictions") else prediction
-        if isinstance(scores, tuple):
-            scores = scores[0]
-        predicted, answers = predictions(scores), np.asarray(answers).reshape(-1)
+        scores, answers = _parts(prediction)
+        predicted = predictions(np.where(np.asarray(scores) == PADDING, -np.inf, scores))
+        if answers.ndim == 2:
+            answers = _right_one(predicted, answers)
+        answers = answers.reshape(-1)
         return {name: METRICS[name](predicted, answers) for name in self.metrics}
+
+
+@dataclass(frozen=True)
+class ComputeAnswerMetrics:
+    """The same for generated answers: token ids (N, S), -100 for none, and each one's number in `references` (N,) -> means.
+
+    An answer is the text up to its first line break, where the demonstrations and training answers end.
+    """
+
+    decode: Callable[[Sequence[int]], str]
+    references: Sequence[Sequence[str]]
+    metrics: Sequence[str] = ("token_f1", "exact_match")
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        tokens, numbers = _parts(prediction)
+        pairs = [(self.text(row), self.references[number]) for row, number in zip(tokens, numbers.reshape(-1), strict=True)]
+        return {name: float(np.mean([ANSWER_METRICS[name](*pair) for pair in pairs])) for name in self.metrics}
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer that generated tokens stand for."""
+        return self.decode([int(token) for token in tokens if token != PADDING]).strip().partition("\n")[0].strip()
+
+
+#: What a Trainer fills up with where batches differ in width.
+PADDING = -100
+
+
+def _parts(prediction: Any) -> tuple[Any, np.ndarray]:
+    found, answers = (prediction.predictions, prediction.label_ids) if hasattr(prediction, "predictions") else prediction
+    return found[0] if isinstance(found, tuple) else found, np.asarray(answers)
+
+
+def _right_one(predicted: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The predicted option where it is a right one, else the first right one: (N,), (N, C) -> (N,)."""
+    hit = (predicted >= 0) & (right[np.arange(len(right)), predicted] == 1)
+    return np.where(hit, predicted, (right == 1).argmax(axis=1))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zotune.tasks import task as task_module
-from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, LanguageModelCollator
+from zotune.tasks import task_file
+from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator
 from zotune.tasks.demonstrations import demonstrated
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
-from zotune.tasks.metrics import ComputeMetrics
+from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.sources import Rows, clean, load_rows, read_jsonl, sample, split_train
 from zotune.tasks.task import Task
 
@@ -27,9 +28,9 @@ class PreparedData:
         collate_train, collate_eval: examples -> batch; `collate_eval` is for dev and eval.
         train_objective, eval_objective: names for :func:`zotune.objectives.objective`.
         compute_metrics: callable for a Trainer, or None where there is only a loss.
-        main_metric: ``"accuracy"``, ``"f1"`` ... or ``"loss"``.
+        main_metric: ``"accuracy"``, ``"token_f1"`` ... or ``"loss"``.
         task: the task, or None for one's own text.
-        num_labels, label_names: of a task's options or classes; None and () without a task.
+        num_labels, label_names: of a task's options or classes; None and () where it has none that all rows share.
     """
 
     train: list[dict[str, Any]] | None
@@ -39,7 +40,7 @@ class PreparedData:
     collate_eval: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     train_objective: str
     eval_objective: str
-    compute_metrics: ComputeMetrics | None
+    compute_metrics: ComputeMetrics | ComputeAnswerMetrics | None
     main_metric: str
     task: Task | None = None
     num_labels: int | None = None
@@ -99,7 +100,7 @@ def prepare(
         if value is not None and value < (0 if name == "num_dev" else 1):
             raise ValueError(f"{name}={value} must be positive; leave it out to use every row.")
     if isinstance(task, (str, Path)):
-        task = task_module.load(task, template=template, options=options)
+        task = task_file.load(task, template=template, options=options)
     elif template is not None or options is not None:
         raise ValueError("template and options need the name or path of a task: pass --task.")
     train_objective, eval_objective = _objectives(objective, task, model_config)
@@ -112,19 +113,30 @@ def prepare(
     if train_objective == "classifier" and getattr(model_config, "pad_token_id", 0) is None:
         model_config.pad_token_id = padding["pad_token_id"]  # decoder classifiers find a text's last token by it
 
-    def encode(rows: Rows | None, task: Task | None = task) -> list[dict[str, Any]] | None:
+    references: list[tuple[str, ...]] = []  # of the evaluated examples of a generation task, dev and eval
+
+    def encode(rows: Rows | None, task: Task | None = task, judged: bool = False) -> list[dict[str, Any]] | None:
         if rows is None:
             return None
         if task is None:
             return encoder.completions(rows)
+        if task.generation and train_objective == "lm":
+            examples = encoder.answers(rows, task, (task.max_new_tokens or 0) if judged else 0)
+            if judged:
+                for example, row in zip(examples, rows, strict=True):
+                    example["reference"] = len(references)
+                    references.append(task.references(row))
+            return examples
         return encoder.classifier(rows, task) if train_objective == "classifier" else encoder.choices(rows, task)
 
-    if num_demonstrations is not None and (task is None or eval_objective != "choices"):
+    if num_demonstrations is not None and (task is None or eval_objective not in ("choices", "generation")):
         raise ValueError("num_demonstrations needs a task with prompts and a causal language model: pass --task.")
     train_rows = _train_rows(task, data_dir, train_file) if "train" in parts or num_demonstrations is not None else None
     eval_rows = _eval_rows(task, data_dir, train_file, eval_file) if "eval" in parts else None
     if train_rows is None and eval_rows is None:
         raise ValueError("nothing to evaluate: pass --task (list them with `zotune tasks`) or --eval_file.")
+    if k_shot is not None and task is not None and task.gold:
+        raise ValueError(f"task {task.name!r} has no classes to take k_shot={k_shot} examples of: use num_train.")
     dev_rows = None
     if train_rows is not None:
         answers = _answers(train_rows, task) if k_shot is not None and task is not None else None
@@ -139,21 +151,33 @@ def prepare(
         train_rows = dev_rows = None
     if eval_rows is not None:
         eval_rows = sample(eval_rows, num_eval, seed=seed)
-    collators = {"lm": LanguageModelCollator, "choices": ChoicesCollator, "classifier": ClassifierCollator}
+    compute_metrics: ComputeMetrics | ComputeAnswerMetrics | None = None if task is None else ComputeMetrics(task.metrics)
+    if task is not None and eval_objective == "generation":
+        compute_metrics = ComputeAnswerMetrics(partial(tokenizer.decode, skip_special_tokens=True), references, task.metrics)
+    collate = partial(_collator, task=task, encoder=encoder, padding=padding)
     return PreparedData(
         train=encode(train_rows),
-        dev=encode(dev_rows, asked),
-        eval=encode(eval_rows, asked),
-        collate_train=collators[train_objective](**padding),
-        collate_eval=collators[eval_objective](**padding),
+        dev=encode(dev_rows, asked, judged=True),
+        eval=encode(eval_rows, asked, judged=True),
+        collate_train=collate(train_objective),
+        collate_eval=collate(eval_objective),
         train_objective=train_objective,
         eval_objective=eval_objective,
-        compute_metrics=None if task is None else ComputeMetrics(task.metrics),
+        compute_metrics=compute_metrics,
         main_metric="loss" if task is None else task.metrics[0],
         task=task,
-        num_labels=None if task is None else len(task.labels),
+        num_labels=None if task is None or not task.labels else len(task.labels),
         label_names=() if task is None else task.label_names,
     )
+
+
+def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapping[str, Any]) -> Any:
+    if objective == "choices":
+        return ChoicesCollator(**padding, length_normalize=task is not None and task.length_normalize)
+    if objective == "generation":
+        assert task is not None and task.max_new_tokens is not None
+        return GenerationCollator(**padding, max_new_tokens=task.max_new_tokens, stop_ids=tuple(encoder.answer_ends()))
+    return {"lm": LanguageModelCollator, "classifier": ClassifierCollator}[objective](**padding)
 
 
 def is_encoder(model_config: Any) -> bool:
@@ -188,6 +212,10 @@ def _objectives(objective: str | None, task: Task | None, model_config: Any) -> 
         return "lm", "lm"
     if objective == "classifier":
         return "classifier", "classifier"
+    if task.generation:
+        if objective == "choices":
+            raise ValueError(f"task {task.name!r} has no options to score, its answers are generated: leave the objective out.")
+        return "lm", "generation"
     return objective or "lm", "choices"
 
 

@@ -109,7 +109,7 @@ def load_rows(task: Task, split: str, data_dir: str | Path | None = None) -> Row
         ValueError: if there is no such folder, file or data set, or a column is missing.
     """
     name = task.splits.get(split, split)
-    rows = _local(task, name, Path(data_dir)) if data_dir is not None else _hub(task, name)
+    rows = _local(task, task.files.get(split, name), Path(data_dir)) if data_dir is not None else _hub(task, name)
     return clean(rows, task)
 
 
