@@ -32,7 +32,7 @@ from zotune.stacking import NotStackable, Owned, Stack
 LossFunction = Callable[..., Any]
 PROBES = ("auto", "batched", "sequential")
 #: A batched evaluation of less than so many seconds is mostly calls, of which sequential ones take more.
-WORTH_MEASURING = 0.02
+WORTH_MEASURING = 0.5
 #: Sequential has to take less than this fraction of batched's time, so that a run's choice is not a matter of chance.
 CLEARLY = 0.8
 REPEATS = 3
