@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, methods, observing
+from zotune import ZerothOrder, applying, methods, observing
 from zotune.coordinates import Offset
 from zotune.directions import Directions, Key
 from zotune.journal import Journal
@@ -55,7 +55,7 @@ def test_the_update_is_along_the_direction_that_was_evaluated_redraw_steps_inclu
     for step in range(9):
         before = model.state_dict()["weight"].clone()
         optimizer._observe(lambda x: model(x).square().mean(dim=1), [x], step)
-        optimizer._begin(step)
+        applying.begin(optimizer, step)
         for k in range(num_directions):
             seen[k] = [optimizer.probe.evaluate(lambda: model(torch.eye(6)).T.clone(), Offset(s * eps, 0, step, k)) for s in (1, -1)]
         optimizer.step(lambda x: model(x).square().mean(dim=1), x)
@@ -121,7 +121,7 @@ def test_subzero_carries_momentum_over_a_redraw():
     for _ in range(3):
         optimizer.step(lambda x: model(x).square().mean(dim=1), torch.eye(6))
     p, q, m = coordinate.p.clone(), coordinate.v.clone(), optimizer.rule.state()[0]["weight/momentum_buffer"].clone()
-    optimizer._begin(3)
+    applying.begin(optimizer, 3)
     new = optimizer.rule.state()[0]["weight/momentum_buffer"]
     left, right = coordinate.p / coordinate.sigma, coordinate.v
     whole = p / coordinate.sigma @ m @ q.T

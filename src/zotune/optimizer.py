@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import chosen, layer_scales, methods, observing, run_state
+from zotune import applying, chosen, layer_scales, methods, observing, run_state
 from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
@@ -22,13 +22,12 @@ from zotune.estimators import ESTIMATORS, Estimate
 from zotune.evaluating import Evaluations, Losses, LossFunction, NonFiniteLossError, evaluation
 from zotune.journal import Journal, Record, StepRecord
 from zotune.methods import AUTO, Method
-from zotune.neighbours import Neighbours, together
 from zotune.probe import Probe, isolated_generators
 from zotune.replayed import Past
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, State
 from zotune.stacking import batch_rows, take
-from zotune.subspaces import CurvedCoordinate, LowRank, LowRankCoordinate
+from zotune.subspaces import LowRank, LowRankCoordinate
 
 _NO_BATCH: Any = object()
 
@@ -195,7 +194,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
         parts, step = _parts(batch), self.steps
         self._observe(loss_fn, parts, step)
-        self._begin(step)
+        applying.begin(self, step)
         if self.calibrator is not None and math.isnan(self.eps):
             self._choose_eps(evaluation(loss_fn, parts), step)
         if not self._prepared:
@@ -316,12 +315,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.journal is not None:
             for event in observing.events(step, found):
                 self.journal.append(event)
-        self._tell(found)
-
-    def _tell(self, observed: Mapping[str, Tensor]) -> None:
-        for coordinate in self.probe.coordinates:
-            if coordinate.name in observed:
-                coordinate.observed = observed[coordinate.name]
+        applying.tell(self, found)
 
     def _scale_layers(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
         few = None if parts is None else self._few(parts[0])
@@ -341,7 +335,7 @@ class ZerothOrder(torch.optim.Optimizer):
         event = {"event": "scales", "values": found}
         if self.journal is not None:
             self.journal.append(event)
-        self._apply_event(event)
+        applying.take_event(self, event)
 
     def _few(self, part: Any) -> list[Any]:
         """The first examples of a micro-batch, as many as make enough coefficients where examples have directions of their own."""
@@ -350,16 +344,6 @@ class ZerothOrder(torch.optim.Optimizer):
         if enough >= rows or self.method.parts(enough) >= self.method.parts(rows):
             return [part]
         return [take(part, torch.arange(enough), rows)]
-
-    def _begin(self, step: int) -> None:
-        if self._begun == step:
-            return
-        for group in self.coordinates:
-            for coordinate in group:
-                carry = coordinate.begin_step(self.seed, step)
-                if carry is not None:
-                    self.rule.transport(coordinate.name, carry)
-        self._begun = step
 
     def _prepare(self, evaluate: Callable[[], Tensor], step: int) -> None:
         distrusted = self.probe.prepare(evaluate, Offset(self.eps, self.seed, step, 0))
@@ -374,107 +358,9 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             ValueError: the record is not the next one of this run.
         """
-        if isinstance(record, dict):
-            self._apply_event(record)
-            return
-        if record.step != self.steps or len(record.lrs) != len(self.param_groups):
-            raise ValueError(f"the record of step {record.step} does not follow step {self.steps - 1} of this run.")
-        if self.evaluations.batched is None:  # a run's step without an event that says otherwise
-            self.evaluations.restore(True)
-        self._begin(record.step)
-        self.steps += 1
-        k = len(record.coefficients) // (2 if self.method.estimator == "curvature" else 1)  # curvatures stand behind the coefficients
-        terms, factor = [Past(record.step, record.coefficients[:k])], 1.0
-        if self.anchor is not None:
-            terms, factor = self.anchor.take(terms[0], all(record.skipped), self.probe.coordinates)
-        self._terms = ()
-        if all(record.skipped):  # nothing was learnt, so nothing moves, momentum included
-            self._nonfinite_in_a_row += 1
-            self.probe.forget_directions()
-            return
-        self._nonfinite_in_a_row = 0
-        if self.method.shaping is not None:
-            shaped = self.method.shaping.shape(record.coefficients, record.skipped, self.eps, self.shaping_state)
-            terms = [Past(record.step, tuple(shaped))]
-        if self.method.replayed is not None:
-            self.past = [*self.past, *terms][-self.method.replayed.history :]
-        self._terms = tuple(terms)
-        for place, term in enumerate(terms):
-            for group, coordinates, lr in zip(self.param_groups, self.coordinates, record.lrs, strict=True):
-                weight_decay = 0.0 if place else float(group["weight_decay"])
-                at_once = self.rule.plain and self.method.replayed is None
-                for coordinate in together(coordinates) if at_once else coordinates:
-                    self._update(coordinate, term.step, term.coefficients, factor * lr, weight_decay)
-                    if isinstance(coordinate, CurvedCoordinate):
-                        coordinate.learn(self.directions, record.coefficients[k:], self.seed, record.step)
-        if not terms:
-            self.probe.forget_directions()
-
-    def _update(
-        self, coordinate: Coordinate | Neighbours, step: int, coefficients: Sequence[float], lr: float, weight_decay: float
-    ) -> None:
-        k = len(coefficients)
-        rate = lr * coordinate.lr_scale
-        if isinstance(coordinate, Coordinate) and coordinate.turn is not None:
-            turns = [coordinate.moves(step, direction) for direction in range(k)]
-            if not any(turns):
-                coordinate.drop()
-                return
-            coefficients = [c if turn else 0.0 for c, turn in zip(coefficients, turns, strict=True)]
-        if self.method.replayed is not None:
-            assert isinstance(coordinate, Coordinate)
-            coordinate.drop()
-            value = coordinate.value()
-            if weight_decay:
-                value.mul_(1 - lr * weight_decay)
-            self.method.replayed.move(coordinate, value, self.past, rate, self.directions, self.seed)
-            coordinate.assign(value, self.seed, step)
-            return
-        if self.rule.plain:
-            weights = [-rate * (c / k) for c in coefficients]
-            coordinate.descend(self.directions, weights, 1 - lr * weight_decay, self.seed, step)
-            coordinate.drop()
-            return
-        assert isinstance(coordinate, Coordinate)
-        value = coordinate.value()
-        weights = [c / k for c in coefficients]
-        estimate = coordinate.weighted(self.directions, weights, self.seed, step).to(value.dtype)
-        coordinate.drop()
-        if weight_decay and not coordinate.decays_weights:
-            coordinate.decay(1 - lr * weight_decay)
-            weight_decay = 0.0
-        value = self.rule.update(coordinate.name, value, estimate, rate, weight_decay)
-        coordinate.assign(value, self.seed, step)
+        applying.take(self, record)
 
     # -- low-rank updates that are still pending ---------------------------------------------------------------------------------------
-
-    def _apply_event(self, event: Mapping[str, Any]) -> None:
-        if event.get("event") == "fold":
-            self._fold()
-        elif event.get("event") == "eps":
-            self.eps = self.evaluations.eps = float(event["value"])
-        elif event.get("event") == "observed":
-            self._tell(self._gathered.add(event))
-        elif event.get("event") == "scales":
-            self._begin(self.steps)
-            for layer, scale in zip(self.layers, event["values"], strict=True):
-                for coordinate in layer:
-                    self.rule.transport(coordinate.name, coordinate.rescale(float(scale), self.seed, self.steps))
-        elif event.get("event") == "measured":
-            pass  # what came of it is in the steps' learning rates
-        elif event.get("event") == "probe":
-            self.evaluations.restore(event["batched"])
-        elif event.get("event") == "general_path":
-            self.probe.distrust(event["names"])
-            self._prepared = True
-        else:
-            raise ValueError(f"this version of zotune does not know the journal event {event.get('event')!r}.")
-
-    def _fold(self) -> None:
-        for group in self.coordinates:
-            for coordinate in group:
-                if isinstance(coordinate, LowRankCoordinate):
-                    coordinate.fold()
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -484,12 +370,12 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         if self.journal is not None:
             self.journal.append({"event": "fold"})
-        self._fold()
+        applying.fold(self)
 
     def detach(self) -> None:
         """Leave the model as a plain module with the trained weights: fold, and remove every hook. The optimiser is done then."""
         with torch.no_grad():
-            self._fold()
+            applying.fold(self)
         self.probe.detach()
 
     # -- state ------------------------------------------------------------------------------------------------------------------------
