@@ -35,7 +35,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     from zotune.class_order import Stratified, classes_of
 
     torch.set_num_threads(cell["threads"])
-    similarity = cell["objective"] == "similarity"
+    similarity, scheme = cell["objective"] == "similarity", cell.get("scheme", "full")
     tokenizer = AutoTokenizer.from_pretrained(cell["model"])
     config = AutoConfig.from_pretrained(cell["model"])
     data = zotune.tasks.prepare(
@@ -51,10 +51,11 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     )
     model: Any
     if similarity:
-        model = LabelSimilarity(AutoModel.from_pretrained(cell["model"], dtype=torch.float32, add_pooling_layer=False))
+        encoder = AutoModel.from_pretrained(cell["model"], dtype=torch.float32, add_pooling_layer=False)
+        model = LabelSimilarity(zotune.schemes.apply(encoder, scheme))
         named = Batches(tokenizer, cell["task"])
     else:
-        model = AutoModelForCausalLM.from_pretrained(cell["model"], dtype=torch.float32)
+        model = zotune.schemes.apply(AutoModelForCausalLM.from_pretrained(cell["model"], dtype=torch.float32), scheme)
     held_out = data.dev if cell["score"] == HELD_OUT else data.eval
     train = data.train
     assert train is not None and held_out is not None
@@ -106,6 +107,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         try:
             losses.append(float(optimizer.step(loss_fn, data.collate_train([train[i] for i in chosen]))))
         except zotune.NonFiniteLossError:
+            whole.append((optimizer.sequences_evaluated, float("nan")))
             break
         sequences.append(optimizer.sequences_evaluated)
         schedule.step()
@@ -228,6 +230,7 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--template")
     parser.add_argument("--objective", choices=["lm", "choices", "similarity"], default="choices", help="similarity: for encoders")
+    parser.add_argument("--scheme", default="full", help="what moves: full, lora, prefix, prompt, head, bias")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
     parser.add_argument("--lr", nargs="+", type=number_or_auto, default=["auto"])
     parser.add_argument("--auto", nargs="*", default=[], help="methods that measure learning rate and eps: no grid, a linear schedule")
@@ -280,6 +283,7 @@ def main() -> None:
         # what was not asked for is left out, so that results of before it could be asked for still count
         budget, looks = args.budget.get(method, (None, 0))
         asked = {"stratified": method in args.stratified, "budget": budget, "schedule": method in args.auto and "linear"}
+        asked["scheme"] = args.scheme != "full" and args.scheme
         return {
             **shared,
             **{name: value for name, value in asked.items() if value},
