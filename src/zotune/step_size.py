@@ -10,8 +10,7 @@ curvature along the gradient itself, which is at most ‖H‖_F = √(Var[ZᵀHZ
 
     η = ½ / (M h / (K s) + ‖H‖_F),
 
-the ½ because without it η is best for one step, but what the step's noise adds to the sharp directions costs the next ones too; where a
-coefficient is all signal, ½ (1 + s / M) in its place.
+the ½ because without it η is best for one step, but what the step's noise adds to the sharp directions costs the next ones too.
 
 How weak the signal of a batch may be is the one thing few forwards cannot tell: near the end of a run the examples' gradients are many
 times larger than their mean, and a batch shows noise only. Then K s / M is taken to be the number of examples whose noise a
@@ -31,7 +30,7 @@ from torch import Tensor
 
 #: Examples whose mean gradient is as large as its noise, if a batch shows no signal.
 NOISE_SCALE = 100.0
-#: Part of the rate best for one step that is best for many, where noise is all there is.
+#: Part of the rate best for one step that is best for many.
 CAUTION = 0.5
 #: What a rising loss multiplies η by, and what every measurement since then multiplies it by until it is back.
 BRAKE, RELEASE = 0.5, 1.1
@@ -162,8 +161,7 @@ class StepSize:
         alone = max(directions * self.single.mean / moment, float(examples))
         gain = min(float(directions), max(directions * self.signal, alone / NOISE_SCALE))
         norm = max(math.sqrt(max(0.0, self.spread.mean - curvature.mean**2) / 2), LEAST_NORM * mean)
-        caution = CAUTION + (1 - CAUTION) * self.signal
-        return self.brake * caution / (mean / gain + norm)
+        return self.brake * CAUTION / (mean / gain + norm)
 
     def summary(self) -> dict[str, float]:
         """The measurements for a log: curvature h, the signal's part s / M, second moment M, brake."""
