@@ -19,6 +19,7 @@ FAILED, WRONG, INTERRUPTED = 1, 2, 130
 COMMANDS = {
     "train": ("zotune.commands.train:main", "fine-tune a model with forward passes only"),
     "eval": ("zotune.commands.evaluate:main", "evaluate a model on a task"),
+    "bench": ("zotune.commands.bench:main", "run a grid of methods, tasks and hyperparameters, and write its report"),
     "replay": ("zotune.commands.replay:main", "rebuild the trained weights from the base model and a run's journal"),
     "methods": ("zotune.commands.listing:methods", "list the methods, or describe one"),
     "tasks": ("zotune.commands.listing:tasks", "list the tasks, or describe one"),

@@ -105,7 +105,7 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         )
         memory = PeakMemory(config.device)
         begin = time.perf_counter()
-        metrics = evaluate_quietly(trainer, prepared)
+        metrics = evaluate_quietly(trainer, prepared.eval)
         return {
             "model": model.model_name_or_path,
             "data": data.task or Path(data.eval_file or "").name,

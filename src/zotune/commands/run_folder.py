@@ -1,6 +1,6 @@
 """The folder of a run: claiming it, what it says about the run, how to resume it.
 
-journal.zo  zotune_run.json  summary.json  curve.png  checkpoint-N/  and the trained model with its tokenizer
+journal.zo  zotune_run.json  summary.json  history.json  curve.png  checkpoint-N/  and the trained model with its tokenizer
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from zotune.run_report import write_json
 
 RUN_FILE = "zotune_run.json"
 SUMMARY_FILE = "summary.json"
+HISTORY_FILE = "history.json"
 CURVE_FILE = "curve.png"
 JOURNAL_FILE = "journal.zo"
 ADAPTER_FOLDER = "initial_adapter"
@@ -48,7 +49,7 @@ def clear_run(folder: Path) -> None:
     """Removes a run from a folder: what we write there, nothing else."""
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".*.partial"), folder / ADAPTER_FOLDER]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (*_RUN_MARKS, CURVE_FILE, HEAD_FILE, PROBE_FILE, "adapter_config.json", "trainer_state.json"):
+    for name in (*_RUN_MARKS, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, "adapter_config.json", "trainer_state.json"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -22,6 +22,7 @@ from zotune.commands.models import load_model, load_tokenizer, plan_model
 from zotune.commands.parser import CommandParser
 from zotune.commands.progress import RunProgress
 from zotune.commands.quiet import quiet_libraries
+from zotune.commands.step_clock import StepClock
 from zotune.commands.train_options import ABOUT, DEFAULTS, USAGE, OutputArguments, groups
 from zotune.config import ZOConfig, settings
 from zotune.first_order import FirstOrder, Rival
@@ -191,6 +192,7 @@ class Run:
         peak_before = memory.peak()
         progress = RunProgress(self.console, data.main_metric, (before or {}).get(data.main_metric))
         trainer.add_callback(progress)
+        trainer.add_callback(StepClock())
         started = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=resume)
@@ -201,8 +203,10 @@ class Run:
         seconds = time.perf_counter() - started - progress.paused
         peaks: dict[str, int | str] = {"loaded": memory.baseline, "evaluation": peak_before, "training": memory.peak(), "of": memory.kind}
         after = self._evaluate(trainer, data, "after training")
+        held_out = None if data.dev is None else self._on_held_out(trainer, data)
         self._save(trainer)
-        summary = self._summary(trainer, data, before, after, seconds, time.perf_counter() - begin, peaks)
+        summary = self._summary(trainer, data, before, after, seconds, time.perf_counter() - begin, peaks) | {"held_out": held_out}
+        write_json(self.folder / run_folder.HISTORY_FILE, {"entries": trainer.state.log_history})
         write_json(self.folder / run_folder.SUMMARY_FILE, summary)
         first = (before or {}).get(data.main_metric) if data.dev is None else None
         curve = curve_of(trainer.state.log_history, data.main_metric, first)
@@ -267,9 +271,18 @@ class Run:
         """Metrics on the evaluation data (not the held-out part), without their `eval_` prefix."""
         if data.eval is None:
             return None
-        metrics = evaluate_quietly(trainer, data)
+        metrics = evaluate_quietly(trainer, data.eval)
         self.console.print(f"{when}: {data.main_metric} {metric_text(data.main_metric, metrics[data.main_metric])}")
         return metrics
+
+    def _on_held_out(self, trainer: ZOTrainer, data: PreparedData) -> dict[str, float]:
+        """Metrics of the trained model on the held-out part; those of the log where the last evaluation was at the last step."""
+        last: dict[str, float] = next((e for e in reversed(trainer.state.log_history) if f"eval_{data.main_metric}" in e), {})
+        if last.get("step") != trainer.state.global_step or self.config.load_best_model_at_end:
+            return evaluate_quietly(trainer, data.dev)
+        names = ("loss", *(name.removeprefix("eval_") for name in last if name.startswith("eval_")))
+        unwanted = ("runtime", "samples_per_second", "steps_per_second")
+        return {name: float(last[f"eval_{name}"]) for name in dict.fromkeys(names) if f"eval_{name}" in last and name not in unwanted}
 
     def _note_start(
         self,
@@ -384,9 +397,9 @@ class Run:
         }
 
 
-def evaluate_quietly(trainer: ZOTrainer, data: PreparedData) -> dict[str, float]:
-    """Metrics on `data.eval` without their prefix, outside of the trainer's log and callbacks."""
-    loader = trainer.get_eval_dataloader(data.eval)  # type: ignore[arg-type]
+def evaluate_quietly(trainer: ZOTrainer, examples: Any) -> dict[str, float]:
+    """Metrics on encoded examples without their prefix, outside of the trainer's log and callbacks."""
+    loader = trainer.get_eval_dataloader(examples)
     result = trainer.evaluation_loop(loader, "evaluation", prediction_loss_only=None)
     assert result.metrics is not None, "the loop always measures"
     metrics = {name.removeprefix("eval_"): float(value) for name, value in result.metrics.items()}

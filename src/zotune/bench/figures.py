@@ -1,0 +1,107 @@
+"""The figures of a report, as SVG: learning curves, peak memory, time a step."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: (key of a history entry, label of the axis)
+AXES = (("step", "steps"), ("forward_passes", "forward passes"), ("processor_seconds", "processor seconds within steps"))
+GPU_SECONDS = ("seconds", "seconds within steps")
+#: Distinguishable without colour vision too (Okabe and Ito).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6bb1", "#7f7f7f", "#b8860b")
+DASHES = ("-", "--", "-.", ":")
+
+
+def curve(histories: Sequence[Sequence[Mapping[str, Any]]], axis: str, value: str) -> list[tuple[float, float, float, float]]:
+    """(x, mean, least, most) over runs of one cell, by the steps that all of them logged.
+
+    Args:
+        histories: the runs' `history.json` entries.
+        axis: "step", "forward_passes" or "seconds": x is its mean over the runs.
+        value: such as "eval_accuracy" or "loss".
+    """
+    by_step = [{entry["step"]: entry for entry in entries if value in entry and axis in entry} for entries in histories]
+    shared = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    points = []
+    for step in shared:
+        values = [run[step][value] for run in by_step if run[step][value] is not None]
+        if values:
+            points.append((statistics.fmean(run[step][axis] for run in by_step), statistics.fmean(values), min(values), max(values)))
+    return points
+
+
+def curves(
+    series: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], metric: str, name: str, *, axes: Sequence[tuple[str, str]] = AXES
+) -> str | None:
+    """Held-out metric (above) and training loss (below) against each axis; a line a method, its band the range over seeds.
+
+    Returns:
+        The SVG; None when no run has a curve.
+    """
+    trained = {label: histories for label, histories in series.items() if curve(histories, "step", "loss")}
+    if not trained:
+        return None
+    figure, grid = _figure(2, len(axes), (4.0 * len(axes), 5.6))
+    for column, (axis, text) in enumerate(axes):
+        for row, value in enumerate((f"eval_{metric}", "loss")):
+            panel = grid[row][column]
+            for index, (label, histories) in enumerate(trained.items()):
+                points = curve(histories, axis, value)
+                if not points:
+                    continue
+                x, mean, low, high = zip(*points, strict=True)
+                colour, dash = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
+                panel.plot(x, mean, dash, color=colour, linewidth=1.6, label=label, marker="o" if row == 0 else "", markersize=3)
+                if len(histories) > 1:
+                    panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.set_xlabel(text if row == 1 else "")
+            if column == 0:
+                panel.set_ylabel(f"held-out {metric}" if row == 0 else "training loss")
+            panel.set_xlim(left=0)
+    handles, labels = grid[1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+    return _svg(figure, name)
+
+
+def bars(values: Mapping[str, tuple[float, float]], parts: tuple[str, str], unit: str, name: str) -> str | None:
+    """Horizontal bars of two parts that add up, a row a label, the sum written beside it; None when there is nothing to draw."""
+    if not values:
+        return None
+    figure, grid = _figure(1, 1, (8.4, 0.9 + 0.34 * len(values)))
+    panel, labels = grid[0][0], list(values)[::-1]
+    first, second = ([values[label][part] for label in labels] for part in (0, 1))
+    panel.barh(labels, first, color="#c3ccd6", label=parts[0])
+    panel.barh(labels, second, left=first, color="#0072b2", label=parts[1])
+    most = max(a + b for a, b in values.values())
+    for index, (a, b) in enumerate(zip(first, second, strict=True)):
+        panel.text(a + b + 0.01 * most, index, f"{a + b:.3g}", va="center", fontsize=8)
+    panel.set_xlim(0, 1.1 * most)
+    panel.set_xlabel(unit)
+    panel.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return _svg(figure, name)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for panel in grid.flat:
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, grid
+
+
+def _svg(figure: Any, name: str) -> str:
+    """The drawing; the same figures make the same file, and ids that no other drawing of the page has."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

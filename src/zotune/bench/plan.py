@@ -1,0 +1,232 @@
+"""From a grid to runs: the words after `zotune train` of every one, all checked by the command's own parser before the first starts."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zotune import bundled, catalogue
+from zotune.bench.grid import Budget, Entry, Grid, MethodEntry
+from zotune.first_order import Rival
+from zotune.methods import AUTO, Method
+
+#: What `zotune bench` sets where the grid file says nothing: checkpoints now and then, one kept, ten evaluations.
+DEFAULTS: dict[str, Any] = {"eval_steps": 0.1, "save_steps": 0.25, "save_total_limit": 1}
+#: Evaluations that measuring a learning rate takes: on the first batch, and a step after that (docs/learning-rate.md).
+_MEASURING = (25, 3 / 20)
+_BUNDLED = "bundled:"
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A place in the report's tables: labels of model, task, scheme and method."""
+
+    model: str
+    task: str
+    scheme: str
+    method: str
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A place with one choice of its hyperparameters; seeds are all that its runs differ in.
+
+    Attributes:
+        place: where its figures stand.
+        tried: the values of the options that the grid file tries.
+        options: every option of `zotune train` but the seed and the folders, as the run's file has them.
+    """
+
+    place: Place
+    tried: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def key(self, seed: int) -> str:
+        """The name of the run's folder: readable, and another one whenever any option is another."""
+        facts = json.dumps({**self.options, "seed": seed}, sort_keys=True, default=str)
+        words = [self.place.model, self.place.task, self.place.scheme, self.place.method]
+        readable = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word) for word in words)[:80]
+        return f"{readable}_{hashlib.sha256(facts.encode()).hexdigest()[:10]}_s{seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell under one seed."""
+
+    cell: Cell
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return self.cell.key(self.seed)
+
+    @property
+    def title(self) -> str:
+        """For people: `mezo on sst2, full, learning_rate 1e-06, seed 0`."""
+        place = self.cell.place
+        tried = "".join(f", {name} {spelled(value)}" for name, value in self.cell.tried.items())
+        return f"{place.method} on {place.task} ({place.model}, {place.scheme}){tried}, seed {self.seed}"
+
+
+def cells(grid: Grid) -> dict[Place, list[Cell]]:
+    """The cells of every place, in the grid's order.
+
+    Raises:
+        ValueError: an unknown method, a method that trains nothing but is given values to try, or cells and nothing to choose them by.
+    """
+    found: dict[Place, list[Cell]] = {}
+    for model, task, scheme, method in itertools.product(grid.models, grid.tasks, grid.schemes, grid.methods):
+        place = Place(model.label, task.label, scheme.label, method.label)
+        wanted = ((method.models, model), (method.tasks, task), (method.schemes, scheme))
+        if any(only is not None and each.label not in only for only, each in wanted):
+            continue
+        trains_nothing = catalogue.is_rival(method.name) and _recipe(method, {}).kind != "backward"  # type: ignore[union-attr]
+        if trains_nothing and (scheme.name != "full" or scheme.options):
+            continue  # the model as it is has one row, that of the full model
+        found[place] = list(_cells_of(grid, place, model, task, scheme, method, trains_nothing))
+    return found
+
+
+def runs_of(cell: Cell, seeds: Sequence[int]) -> list[Run]:
+    """The cell under each seed."""
+    return [Run(cell, seed) for seed in seeds]
+
+
+def words(run: Run, folder: Path, data_dir: str | None) -> list[str]:
+    """The words after `zotune` that start a run: all of its options stand on the command line, so that it can be repeated by hand."""
+    options = {**run.cell.options, "seed": run.seed, "output_dir": str(folder)}
+    model = str(options["model_name_or_path"])
+    if model.startswith(_BUNDLED):
+        options["model_name_or_path"] = str(bundled.path(model.removeprefix(_BUNDLED)))
+    if data_dir is not None:
+        options["data_dir"] = data_dir
+    return ["train", *itertools.chain.from_iterable(_option_words(name, value) for name, value in options.items() if value is not None)]
+
+
+def check(grid: Grid, data_dir: str | None, *, models: bool = True) -> dict[Place, list[Cell]]:
+    """The cells, after every run's options have gone through the parser of `zotune train`.
+
+    Args:
+        grid: the grid.
+        data_dir: as in `zotune train`.
+        models: also look whether the models and tasks are there (models on the hub need the network).
+
+    Raises:
+        ValueError, FileNotFoundError: the first thing that is wrong, with the run it belongs to.
+    """
+    from zotune import tasks
+    from zotune.commands.arguments import DataArguments, ModelArguments
+    from zotune.commands.models import plan_model
+    from zotune.commands.parser import CommandParser
+    from zotune.commands.train_options import DEFAULTS as TRAIN_DEFAULTS
+    from zotune.commands.train_options import OutputArguments
+    from zotune.config import ZOConfig
+    from zotune.schemes import Scheme
+
+    found = cells(grid)
+    if not found:
+        raise ValueError("there is nothing to run: every method is limited to models, tasks or schemes that do not meet.")
+    known: set[str] = set()
+    parser = CommandParser((ModelArguments, DataArguments, Scheme, OutputArguments, ZOConfig), "zotune train", TRAIN_DEFAULTS)
+    for cell in itertools.chain.from_iterable(found.values()):
+        run = Run(cell, grid.seeds[0])
+        try:
+            (model, data, *_), _ = parser.parse(words(run, Path("run"), data_dir)[1:])
+            if data.task not in known:
+                tasks.load(data.task)
+                known.add(data.task)
+            if models and model.model_name_or_path not in known:
+                plan_model(model, "zotune bench")
+                known.add(model.model_name_or_path)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{run.title}: {error}") from error
+    return found
+
+
+def spelled(value: Any) -> str:
+    """A hyperparameter for people: `1e-06`, `sets:2:3`."""
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict | list) else str(value)
+
+
+# -- parts --------------------------------------------------------------------------------------------------------------------------
+
+
+def _cells_of(
+    grid: Grid, place: Place, model: Entry, task: Entry, scheme: Entry, method: MethodEntry, trains_nothing: bool
+) -> Iterator[Cell]:
+    fixed = {**DEFAULTS, **grid.options, **model.options, **task.options, **scheme.options, **method.options}
+    count = 1
+    for values in method.grid.values():
+        count *= len(values)
+    if count > 1 and trains_nothing:
+        raise ValueError(f"{method.label} takes no steps, and nothing is held out for it to choose by: give it options, not a grid.")
+    if count > 1 and not _number(fixed.get("num_dev")):
+        raise ValueError(
+            f"{method.label} has {count} cells, and no examples are held out to choose one by: set num_dev in `options`, such as 500."
+        )
+    for values in itertools.product(*method.grid.values()):
+        tried = dict(zip(method.grid, (_read(value) for value in values), strict=True))
+        options = {
+            "model_name_or_path": model.name,
+            "task": task.name,
+            "method": method.name,
+            "scheme": scheme.name,
+            **{name: _read(value) for name, value in (fixed | tried).items()},
+        }
+        if not trains_nothing:
+            options["max_steps"] = _steps(method, grid.budget if method.budget is None else method.budget, options)
+        else:
+            for name in ("eval_steps", "save_steps", "save_total_limit"):
+                options.pop(name, None)
+        yield Cell(place, tried, options)
+
+
+def _steps(method: MethodEntry, budget: Budget, options: Mapping[str, Any]) -> int:
+    """Steps that a budget allows, the evaluations that measuring the learning rate takes counted."""
+    if budget.kind == "steps":
+        return budget.amount
+    chosen = _recipe(method, options)
+    passes = float(budget.amount)
+    if budget.kind == "sequences":
+        size = _number(options.get("per_device_train_batch_size", 16)) * _number(options.get("gradient_accumulation_steps", 1))
+        passes /= max(1, size)
+    a_step = float(chosen.forwards_per_step)
+    if isinstance(chosen, Method) and options.get("learning_rate", AUTO) == AUTO:
+        passes -= _MEASURING[0]
+        a_step += _MEASURING[1]
+    steps = int(passes / a_step)
+    if steps < 1:
+        raise ValueError(f"the budget of {budget.amount} {budget.kind} is less than one step of {method.label}: raise it.")
+    return steps
+
+
+def _recipe(method: MethodEntry, options: Mapping[str, Any]) -> Method | Rival:
+    known = catalogue.options_of(method.name)
+    given = {name: value for name, value in options.items() if name in known and value is not None}
+    extra = options.get("method_args")
+    return catalogue.get(method.name, **{**given, **(extra if isinstance(extra, dict) else {})})
+
+
+def _read(value: Any) -> Any:
+    """YAML reads `1e-6` as a text, because its numbers need a point."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _option_words(name: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, dict):
+        return [f"--{name}={json.dumps(value)}"]
+    if isinstance(value, bool):
+        return [f"--{name}={str(value).lower()}"]
+    return [f"--{name}={value}"]

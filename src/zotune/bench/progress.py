@@ -1,0 +1,76 @@
+"""The progress of a bench: on a terminal how many runs are there and what each running one says, elsewhere a line a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from zotune.bench.choosing import test_score
+from zotune.bench.plan import Run
+from zotune.run_report import duration_text, memory_text, metric_text
+
+
+class Progress:
+    """Shows a bench as it goes.
+
+    Args:
+        console: where to write.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.live: Live | None = None
+        self.total = self.ended_here = 0
+        self.at_start: int | None = None
+
+    def begin(self, total: int) -> None:
+        """``total``: runs that the grid comes to."""
+        self.total, self.started = total, time.perf_counter()
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+
+    def show(self, done: int, running: Mapping[Run, str]) -> None:
+        """How many runs have a result, and what the others say."""
+        if self.at_start is None:
+            self.at_start = done
+            if done:
+                self.console.print(f"{done} of {self.total} runs are there already.", highlight=False)
+        if self.live is None:
+            return
+        head = Table.grid(padding=(0, 2))
+        head.add_row(ProgressBar(self.total, done, width=30), f"{done}/{self.total} runs", self._left(done))
+        lines = [Text(f"{run.title}: {said}", overflow="ellipsis", no_wrap=True) for run, said in running.items()]
+        self.live.update(Group(head, *lines))
+
+    def ended(self, run: Run, result: Mapping[str, Any]) -> None:
+        """A line on a run that has ended."""
+        self.ended_here += 1
+        number = f"{(self.at_start or 0) + self.ended_here}/{self.total}"
+        if result["status"] != "done":
+            self.console.print(
+                f"{number} {run.title}: {result['status']}. {result['reason']}", highlight=False, markup=False, soft_wrap=True
+            )
+            return
+        summary, score = result["summary"], test_score(result)
+        facts = "" if score is None else f"{summary['metric']} {metric_text(summary['metric'], score)}, "
+        facts += f"{duration_text(summary['total_seconds'])}, {memory_text(summary['memory']['training'])}"
+        self.console.print(f"{number} {run.title}: {facts}", highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Ends the view; also after an interruption."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _left(self, done: int) -> str:
+        if not self.ended_here:
+            return ""
+        return f"about {duration_text((time.perf_counter() - self.started) / self.ended_here * (self.total - done))} left"

@@ -1,0 +1,323 @@
+"""The report of a bench: `report.md` with its figures, `report.html` in one file, and `table.json` for programs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from zotune.bench import figures
+from zotune.bench.choosing import Finder, held_out
+from zotune.bench.document import Block, Figure, Heading, Paragraph, Table, markdown, page
+from zotune.bench.grid import Grid
+from zotune.bench.plan import Cell, Place, runs_of, spelled
+from zotune.bench.rows import Row, percent, rows_of
+from zotune.run_report import duration_text, write_json
+
+FIGURES = "figures"
+_LABELS = ("model", "task", "scheme", "method")
+
+
+def write(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder, folder: Path) -> list[Path]:
+    """Writes the report of what there is so far and returns its files.
+
+    Args:
+        grid: the grid.
+        places: its cells.
+        find: the result of a run, or None.
+        folder: where to write.
+    """
+    rows = rows_of(grid, places, find)
+    blocks = [
+        *([Paragraph(grid.about)] if grid.about else []),
+        *_state(grid, rows, find),
+        *_scores(grid, rows),
+        *_against_backprop(rows),
+        *_curves(grid, rows),
+        *_memory(grid, rows),
+        *_time(rows),
+        *_tried(grid, rows, find),
+        *_how(grid, rows),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for block in blocks:
+        if isinstance(block, Figure):
+            _write(folder / FIGURES / f"{block.name}.svg", block.svg)
+    _write(folder / "report.md", markdown(grid.title, blocks, FIGURES))
+    _write(folder / "report.html", page(grid.title, blocks))
+    write_json(folder / "table.json", {"rows": [_plain(row) for row in rows]})
+    return [folder / "report.md", folder / "report.html"]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _plain(row: Row) -> dict[str, object]:
+    """What of a row does not depend on the machine's speed."""
+    return {
+        **{axis: getattr(row.place, axis) for axis in ("model", "task", "scheme", "method")},
+        "chosen": None if row.best is None else dict(row.best.tried),
+        "metric": row.metric,
+        "scores": row.scores,
+        "held_out": [held_out(result)[0] for result in row.done],
+        "steps": row.mean("steps"),
+        "forward_passes": row.mean("forward_passes"),
+        "sequences": row.mean("sequences_evaluated"),
+    }
+
+
+# -- sections -----------------------------------------------------------------------------------------------------------------------
+
+
+def _state(grid: Grid, rows: Sequence[Row], find: Finder) -> list[Block]:
+    open_rows = [row for row in rows if not row.complete]
+    if not open_rows:
+        return []
+    said = []
+    for row in open_rows:
+        runs = [run for cell in row.cells for run in runs_of(cell, grid.tune_seeds if len(row.cells) > 1 else grid.seeds)]
+        reasons = [result["reason"] for run in runs if (result := find(run)) is not None and result["status"] == "failed"]
+        said.append((*_labels(row), reasons[0] if reasons else "not run yet"))
+    return [Paragraph("This report is not complete; these rows lack runs:"), Table((*_LABELS, "why"), said)]
+
+
+def _scores(grid: Grid, rows: Sequence[Row]) -> list[Block]:
+    """Mean ± standard deviation on the test examples, with published figures below ours."""
+    names = sorted({row.metric for row in rows if row.metric}) or ["accuracy"]
+    spread = f", mean ± standard deviation over {len(grid.seeds)} seeds" if len(grid.seeds) > 1 else ""
+    what = f"Test {', '.join(names)} in percent{spread}"
+    chosen = "; hyperparameters were chosen on held-out training examples" if any(len(row.cells) > 1 for row in rows) else ""
+    blocks: list[Block] = [Heading("Scores"), Paragraph(f"{what}{chosen}.")]
+    over_schemes = len(grid.tasks) == 1 and len(grid.schemes) > 1
+    for model in grid.models:
+        published = [each for each in grid.published if each.model == model.label and each.what == "score"]
+        columns = [each.label for each in (grid.schemes if over_schemes else grid.tasks)]
+        here = [row for row in rows if row.place.model == model.label]
+        if not here:
+            continue
+        lines: list[tuple[str, ...]] = []
+        emphasis: set[int] = set()
+        keys = dict.fromkeys(_line_key(row.place.method, row.place.scheme, over_schemes) for row in here)
+        keys |= dict.fromkeys(_line_key(m, s, over_schemes) for each in published for _, s, m in each.values)
+        for method, scheme in keys:
+            label = method if not scheme or len(grid.schemes) == 1 else f"{method}, {scheme}"
+            ours = {
+                row.place.scheme if over_schemes else row.place.task: percent(row.scores, row.metric)
+                for row in here
+                if _line_key(row.place.method, row.place.scheme, over_schemes) == (method, scheme)
+            }
+            if ours:
+                lines.append((label, *(ours.get(column, "") for column in columns)))
+            for number, each in enumerate(published, 1):
+                theirs = {
+                    s if over_schemes else t: f"{value:g}"
+                    for (t, s, m), value in each.values.items()
+                    if _line_key(m, s, over_schemes) == (method, scheme)
+                }
+                if theirs:
+                    emphasis.add(len(lines))
+                    lines.append((f"{label}, published [{number}]", *(theirs.get(column, "") for column in columns)))
+        if len(grid.models) > 1:
+            blocks.append(Heading(model.label, 3))
+        blocks.append(Table(("method", *columns), lines, frozenset(emphasis)))
+        if published:
+            blocks.append(Paragraph("; ".join(f"[{number}] {each.source}" for number, each in enumerate(published, 1)) + "."))
+    return blocks
+
+
+def _line_key(method: str, scheme: str, over_schemes: bool) -> tuple[str, str]:
+    return (method, "") if over_schemes else (method, scheme)
+
+
+def _against_backprop(rows: Sequence[Row]) -> list[Block]:
+    """Zeroth order over first order, task by task: memory, score, time."""
+    lines = []
+    for row in rows:
+        if not (row.zeroth_order and row.scores):
+            continue
+        rivals = [
+            each
+            for each in rows
+            if each.backward and each.scores and (each.place.model, each.place.task) == (row.place.model, row.place.task)
+        ]
+        same = [each for each in rivals if each.place.scheme == row.place.scheme] or rivals
+        if not same:
+            continue
+        rival = max(same, key=lambda each: statistics.fmean(held_out(result)[0] for result in each.done))
+        gap = 100 * (statistics.fmean(row.scores) - statistics.fmean(rival.scores))
+        against = rival.place.method + ("" if rival.place.scheme == row.place.scheme else f", {rival.place.scheme}")
+        lines.append(
+            (
+                *_labels(row),
+                against,
+                f"{gap:+.1f}".replace("-", "−"),
+                _ratio(row.mean("memory", "training"), rival.mean("memory", "training")),
+                _ratio(_beyond(row), _beyond(rival)),
+                _ratio(row.a_step("processor_seconds"), rival.a_step("processor_seconds")),
+                _ratio(_whole_time(row), _whole_time(rival)),
+            )
+        )
+    if not lines:
+        return []
+    header = (*_LABELS, "against", "score, points", "peak memory", "beyond the loaded model", "time a step", "time of the run")
+    text = (
+        "Of the first-order methods of the same model, task and scheme the one with the best held-out score; ratios of memory and "
+        "processor time, ours over theirs."
+    )
+    return [Heading("Against backprop"), Paragraph(text), Table(header, lines)]
+
+
+def _curves(grid: Grid, rows: Sequence[Row]) -> list[Block]:
+    blocks: list[Block] = []
+    for model in grid.models:
+        for task in grid.tasks:
+            here = [row for row in rows if (row.place.model, row.place.task) == (model.label, task.label) and row.metric]
+            series = {}
+            for row in here:
+                label = row.place.method if len(grid.schemes) == 1 else f"{row.place.method}, {row.place.scheme}"
+                series[label] = [result["history"] for result in row.done]
+            cuda = any(result["summary"]["memory"]["of"].startswith("CUDA") for row in here for result in row.done)
+            axes = (*figures.AXES[:2], figures.GPU_SECONDS) if cuda else figures.AXES
+            name = f"curves_{_file_name(model.label)}_{_file_name(task.label)}"
+            svg = figures.curves(series, here[0].metric or "", name, axes=axes) if here else None
+            if svg is not None:
+                caption = f"{model.label} on {task.label}: held-out score and training loss, means over seeds, bands their range"
+                blocks.append(Figure(name, caption, svg))
+    return [Heading("Learning curves"), *blocks] if blocks else []
+
+
+def _memory(grid: Grid, rows: Sequence[Row]) -> list[Block]:
+    """Measured peaks: with the model loaded, and at the worst moment of training."""
+    known = [row for row in rows if row.done and row.mean("steps")]
+    if not known:
+        return []
+    kind = known[0].done[0]["summary"]["memory"]["of"]
+    lines, bars = [], {}
+    for row in known:
+        loaded, peak = row.mean("memory", "loaded"), row.mean("memory", "training")
+        assert loaded is not None and peak is not None
+        moving = row.mean("trainable_parameters") or 0
+        lines.append((*_labels(row), f"{moving / 1e6:.3g} M", f"{loaded / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{(peak - loaded) / 1e6:.0f}"))
+        bars[", ".join(dict.fromkeys(_short_labels(grid, row)))] = (loaded / 1e6, (peak - loaded) / 1e6)
+    header = (*_LABELS, "moving", "loaded, MB", "peak, MB", "beyond, MB")
+    blocks: list[Block] = [
+        Heading("Memory"),
+        Paragraph(f"Measured: {kind}, with model and data loaded and at the peak of training. A process counts its libraries too."),
+        Table(header, lines),
+    ]
+    svg = figures.bars(bars, ("model, data and libraries loaded", "training beyond that"), "MB at the peak", "memory")
+    if svg is not None:
+        blocks.append(Figure("memory", "Peak memory", svg))
+    for each in grid.published:
+        if each.what == "memory":
+            theirs = [(m, each.model, t, s, f"{value:g}") for (t, s, m), value in each.values.items()]
+            blocks += [
+                Paragraph(f"Published: {each.source}."),
+                Table(("method", "model", "task", "scheme", "GB"), theirs, frozenset(range(len(theirs)))),
+            ]
+    return blocks
+
+
+def _time(rows: Sequence[Row]) -> list[Block]:
+    lines = []
+    for row in rows:
+        if not (row.done and row.mean("steps")):
+            continue
+        clock, processor = row.a_step("seconds"), row.a_step("processor_seconds")
+        lines.append(
+            (
+                *_labels(row),
+                f"{row.mean('steps'):.0f}",
+                f"{row.mean('forward_passes'):.0f}",
+                f"{row.mean('sequences_evaluated'):.0f}",
+                "–" if clock is None else f"{1000 * clock:.0f}",
+                "–" if processor is None else f"{1000 * processor:.0f}",
+                duration_text(row.mean("training_seconds") or 0.0),
+            )
+        )
+    header = (
+        *_LABELS,
+        "steps",
+        "forward passes",
+        "sequences",
+        "ms a step",
+        "processor ms a step",
+        "training, clock",
+    )
+    text = "A backward pass counts as two forward passes. Processor time is that of all threads, and leaves out what other programs take."
+    return [Heading("Time"), Paragraph(text), Table(header, lines)] if lines else []
+
+
+def _tried(grid: Grid, rows: Sequence[Row], find: Finder) -> list[Block]:
+    """Every cell with its score on held-out examples; the chosen one in bold."""
+    lines = []
+    for row in rows:
+        for cell in row.cells if len(row.cells) > 1 else ():
+            found = [result for run in runs_of(cell, grid.tune_seeds) if (result := find(run)) is not None]
+            done = [result for result in found if result["status"] == "done"]
+            scores = [score for result in done if (score := held_out(result)[0]) > float("-inf")]
+            losses = [-loss for result in done if (loss := held_out(result)[1]) > float("-inf")]
+            unscored = found[0]["status"] if found else "not run"
+            text = percent(scores, done[0]["summary"]["metric"]) if scores else unscored
+            tried = ", ".join(f"{name} {spelled(value)}" for name, value in cell.tried.items())
+            mean_loss = f"{statistics.fmean(losses):.3f}" if losses else "–"
+            mark = "**" if cell is row.best else ""
+            lines.append((*_labels(row), f"{mark}{tried}{mark}", text, mean_loss))
+    if not lines:
+        return []
+    seeds = ", ".join(map(str, grid.tune_seeds))
+    return [
+        Heading("Hyperparameters tried"),
+        Paragraph(f"Score and loss on held-out examples, seed {seeds}; the chosen ones in bold, ties by the loss."),
+        Table((*_LABELS, "tried", "held-out score", "held-out loss"), lines),
+    ]
+
+
+def _how(grid: Grid, rows: Sequence[Row]) -> list[Block]:
+    done = [result for row in rows for result in row.done]
+    if not done:
+        return []
+    common = ", ".join(f"{name} {spelled(value)}" for name, value in grid.options.items())
+    versions = ", ".join(f"{name} {version}" for name, version in done[0]["versions"].items())
+    parts = [f"Budget of a run: {grid.budget.amount} {grid.budget.kind.replace('_', ' ')} unless the grid file says otherwise."]
+    parts += [f"Options of every run: {common}."] if common else []
+    parts += [f"{versions}; {platform.machine()}, {os.cpu_count()} cores. `zotune bench GRID --plan` prints the command of every run."]
+    return [Heading("How"), Paragraph(" ".join(parts))]
+
+
+# -- parts --------------------------------------------------------------------------------------------------------------------------
+
+
+def _labels(row: Row) -> tuple[str, str, str, str]:
+    return row.place.model, row.place.task, row.place.scheme, row.place.method
+
+
+def _short_labels(grid: Grid, row: Row) -> list[str]:
+    """What tells a row from the others: the axes with one value are left out."""
+    place = row.place
+    axes = ((place.method, 2), (place.scheme, len(grid.schemes)), (place.task, len(grid.tasks)), (place.model, len(grid.models)))
+    return [label for label, count in axes if count > 1]
+
+
+def _beyond(row: Row) -> float | None:
+    peak, loaded = row.mean("memory", "training"), row.mean("memory", "loaded")
+    return None if peak is None or loaded is None else peak - loaded
+
+
+def _whole_time(row: Row) -> float | None:
+    a_step, steps = row.a_step("processor_seconds"), row.mean("steps")
+    return None if a_step is None or steps is None else a_step * steps
+
+
+def _ratio(ours: float | None, theirs: float | None) -> str:
+    return f"{ours / theirs:.2f}×" if ours is not None and theirs else "–"
+
+
+def _file_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in label)

@@ -1,0 +1,99 @@
+"""What a bench's folder holds of a run: nothing yet, a part of it, or its result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zotune import checkpoint
+from zotune.bench.plan import Run
+from zotune.bench.worker import LOG_FILE
+from zotune.commands import run_folder
+from zotune.run_report import write_json
+
+RESULT_FILE = "result.json"
+#: A result that another attempt would only repeat.
+FINAL = ("done", "diverged")
+#: Exit code of `zotune train` when the loss was not finite, or memory ran out.
+_FAILED = 1
+
+
+class Results:
+    """The runs of a bench on disk.
+
+    Args:
+        folder: of the bench; runs are in `runs/`.
+        keep_models: keep weights and checkpoints of runs that are done. Their journals stay in any case, and `zotune replay` makes the
+            weights of them.
+    """
+
+    def __init__(self, folder: Path, *, keep_models: bool = False):
+        self.folder, self.keep_models = folder, keep_models
+
+    def place(self, run: Run) -> Path:
+        """The folder of a run."""
+        return self.folder / "runs" / run.key
+
+    def get(self, run: Run) -> dict[str, Any] | None:
+        """The result of a run, or None."""
+        return _read(self.place(run) / RESULT_FILE)
+
+    def resumable(self, run: Run) -> bool:
+        """Whether there is a checkpoint that `zotune train --resume_from_checkpoint true` could go on from."""
+        return (self.place(run) / run_folder.RUN_FILE).is_file() and bool(checkpoint.checkpoints(self.place(run)))
+
+    def collect(self, run: Run, code: int) -> dict[str, Any]:
+        """Writes and returns the result of a run that ended with an exit code of `zotune`."""
+        place = self.place(run)
+        summary = _read(place / run_folder.SUMMARY_FILE) if code == 0 else None
+        result: dict[str, Any] = {"run": run.title, "seed": run.seed, "options": dict(run.cell.options), "tried": dict(run.cell.tried)}
+        if summary is not None:
+            history = _read(place / run_folder.HISTORY_FILE) or {"entries": []}
+            result |= {"status": "done", "summary": summary, "history": history["entries"]}
+            result["versions"] = run_folder.read_run(place)["versions"]
+        else:
+            said = _last_words(place / LOG_FILE)
+            diverged = code == _FAILED and "finite" in said
+            result |= {"status": "diverged" if diverged else "failed", "exit_code": code, "reason": said}
+        write_json(place / RESULT_FILE, result)
+        if result["status"] in FINAL and not self.keep_models:
+            _drop_weights(place)
+        return result
+
+    def last_line(self, run: Run) -> str:
+        """What a run said last."""
+        return _last_words(self.place(run) / LOG_FILE)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a log that is not empty; of one that ends in an error of `zotune`, that."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    except FileNotFoundError:
+        return ""
+    return lines[-1].removeprefix("zotune: ") if lines else ""
+
+
+def _drop_weights(place: Path) -> None:
+    for path in [*place.glob("checkpoint-*"), *place.glob(".*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in place.glob("*.safetensors"):
+        if path.name not in (run_folder.HEAD_FILE, run_folder.PROBE_FILE):
+            path.unlink()
+
+
+def failures(results: Mapping[Run, dict[str, Any]]) -> list[tuple[Run, str]]:
+    """Runs that failed for a reason other than their hyperparameters, with what they said."""
+    return [(run, result["reason"]) for run, result in results.items() if result["status"] == "failed"]

@@ -1,0 +1,105 @@
+"""The rows of a report: for each place of the grid its chosen cell, and what its runs came to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zotune import catalogue
+from zotune.bench.choosing import Finder, best_of, test_score
+from zotune.bench.grid import Grid
+from zotune.bench.plan import Cell, Place, runs_of
+from zotune.bench.results import FINAL
+from zotune.first_order import Rival
+
+
+@dataclass(frozen=True)
+class Row:
+    """A place of the grid with its chosen cell.
+
+    Attributes:
+        place: its labels.
+        cells: all its cells.
+        best: the chosen one; None while that is open.
+        results: of the chosen cell's runs, those that are there.
+        seeds: runs that there should be.
+    """
+
+    place: Place
+    cells: Sequence[Cell]
+    best: Cell | None
+    results: Sequence[Mapping[str, Any]]
+    seeds: int
+
+    @property
+    def done(self) -> list[Mapping[str, Any]]:
+        """The results of runs that ended well."""
+        return [result for result in self.results if result["status"] == "done"]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the cell is chosen and all its runs are there, if only to say that they diverged."""
+        return self.best is not None and len(self.results) == self.seeds and all(result["status"] in FINAL for result in self.results)
+
+    @property
+    def scores(self) -> list[float]:
+        """The main metric on the test examples, one a seed."""
+        return [score for result in self.done if (score := test_score(result)) is not None]
+
+    @property
+    def metric(self) -> str | None:
+        return self.done[0]["summary"]["metric"] if self.done else None
+
+    @property
+    def backward(self) -> bool:
+        """Whether it trains by backprop."""
+        return self._kind == "backward"
+
+    @property
+    def zeroth_order(self) -> bool:
+        return self._kind == "zeroth order"
+
+    @property
+    def _kind(self) -> str:
+        name = str(self.cells[0].options["method"])
+        rival = catalogue.get(name) if catalogue.is_rival(name) else None
+        return rival.kind if isinstance(rival, Rival) else "zeroth order"
+
+    def mean(self, *keys: str) -> float | None:
+        """Mean over the runs of a number in their summaries, such as ("memory", "training")."""
+        values: list[Any] = [result["summary"] for result in self.done]
+        for key in keys:
+            values = [value[key] for value in values]
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
+    def a_step(self, clock: str) -> float | None:
+        """Mean seconds a step by a clock of the history: "seconds" or "processor_seconds"."""
+        times = []
+        for result in self.done:
+            last: Mapping[str, Any] = next((entry for entry in reversed(result["history"]) if clock in entry), {})
+            if last.get("step"):
+                times.append(last[clock] / last["step"])
+        return statistics.fmean(times) if times else None
+
+
+def rows_of(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder) -> list[Row]:
+    """A row for every place, in the grid's order."""
+    rows = []
+    for place, cells in places.items():
+        best = best_of(cells, grid.tune_seeds, find)
+        found = [] if best is None else [find(run) for run in runs_of(best, grid.seeds)]
+        rows.append(Row(place, cells, best, [result for result in found if result is not None], len(grid.seeds)))
+    return rows
+
+
+def percent(values: Sequence[float], metric: str | None) -> str:
+    """`84.4 ± 1.2`: mean and standard deviation over seeds, in percent where the metric is a share."""
+    factor = 1.0 if metric == "loss" else 100.0
+    scaled = [factor * value for value in values]
+    if not scaled:
+        return "–"
+    mean = f"{statistics.fmean(scaled):.1f}" if factor != 1.0 else f"{statistics.fmean(scaled):.3f}"
+    return mean if len(scaled) == 1 else f"{mean} ± {statistics.stdev(scaled):.1f}"

@@ -1,0 +1,153 @@
+"""Running a grid: several processes, each a `zotune train`, until every run has a result."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from zotune.bench.choosing import due, total
+from zotune.bench.grid import Grid
+from zotune.bench.plan import Cell, Place, Run, words
+from zotune.bench.progress import Progress
+from zotune.bench.results import FINAL, Results
+from zotune.bench.worker import work
+from zotune.commands import run_folder
+
+_LOOK_EVERY = 0.2  # seconds
+_WRONG = 2
+
+
+class Runner:
+    """Brings every run of a grid to its result.
+
+    Args:
+        grid: what to run.
+        places: its cells, from `plan.check`.
+        results: where runs and results are.
+        data_dir: as in `zotune train`.
+        processes: runs at a time.
+        threads: of torch, for each.
+        progress: is told what happens.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        places: Mapping[Place, Sequence[Cell]],
+        results: Results,
+        data_dir: str | None,
+        processes: int,
+        threads: int,
+        progress: Progress,
+    ):
+        self.grid, self.places, self.results = grid, places, results
+        self.data_dir, self.processes, self.threads = data_dir, processes, threads
+        self.progress = progress
+        self._running: dict[Run, tuple[ForkServerProcess, int]] = {}
+        self._tried: set[str] = set()  # a run that failed is tried once in an invocation
+        self._restarted: set[str] = set()
+        self._found: dict[str, dict[str, Any]] = {}
+
+    def find(self, run: Run) -> dict[str, Any] | None:
+        """The result of a run, or None; of one that failed in an earlier invocation, None until it has been tried again."""
+        if run.key not in self._found:
+            result = self.results.get(run)
+            if result is None or (result["status"] not in FINAL and run.key not in self._tried):
+                return None
+            self._found[run.key] = result
+        return self._found[run.key]
+
+    def carry_out(self) -> None:
+        """All runs, those that are there already left alone.
+
+        Raises:
+            ValueError: another bench works in this folder.
+            KeyboardInterrupt: after the runs under way were ended; they go on from their checkpoints the next time.
+        """
+        # A process a run makes its peak of memory its own; forked from one that has imported the libraries, it starts at once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["zotune.commands.train", "zotune.bench.worker"])
+        self.results.folder.mkdir(parents=True, exist_ok=True)
+        with (self.results.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another `zotune bench` works in {self.results.folder}: wait for it, or name another folder.") from None
+            self.progress.begin(total(self.places, self.grid.seeds, self.grid.tune_seeds))
+            try:
+                while self._advance(context):
+                    time.sleep(_LOOK_EVERY)
+            finally:
+                for process, _ in self._running.values():
+                    process.terminate()
+                for process, _ in self._running.values():
+                    process.join()
+                self.progress.close()
+
+    def _advance(self, context: Any) -> bool:
+        """Takes in what has ended, starts what there is room for; False when nothing runs and nothing can be started."""
+        for run, (process, _) in list(self._running.items()):
+            if process.exitcode is not None:
+                del self._running[run]
+                self._ended(run, process.exitcode)
+        wanted = due(self.places, self.grid.seeds, self.grid.tune_seeds, self.find)
+        waiting = [run for run in wanted if self.find(run) is None and run not in self._running]
+        self.progress.show(sum(self.find(run) is not None for run in wanted), {r: self.results.last_line(r) for r in self._running})
+        for run in waiting[: self.processes - len(self._running)]:
+            self._start(run, context)
+        return bool(self._running)
+
+    def _start(self, run: Run, context: Any) -> None:
+        place = self.results.place(run)
+        place.mkdir(parents=True, exist_ok=True)
+        command = words(run, place, self.data_dir)
+        if self.results.resumable(run) and run.key not in self._restarted:
+            command += ["--resume_from_checkpoint", "true"]
+        else:
+            self._restarted.add(run.key)
+            if run_folder.holds_run(place):
+                command += ["--overwrite_output_dir"]
+        slot = min(set(range(self.processes)) - {slot for _, slot in self._running.values()})
+        process = context.Process(target=work, args=(command, str(place), self.threads, _environment(slot)))
+        process.start()
+        self._running[run] = process, slot
+
+    def _ended(self, run: Run, code: int) -> None:
+        if code == _WRONG and run.key not in self._restarted:
+            self._restarted.add(run.key)  # its checkpoint cannot be continued, by other versions for example: from the start, then
+            return
+        self._tried.add(run.key)
+        self.progress.ended(run, self.results.collect(run, code))
+
+
+def devices() -> list[str]:
+    """The GPUs that runs are dealt out to, as in CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip()]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _environment(slot: int) -> dict[str, str]:
+    """What the run in a slot sees of several GPUs: one of them."""
+    known = devices()
+    return {"CUDA_VISIBLE_DEVICES": known[slot % len(known)]} if len(known) > 1 else {}
+
+
+def default_threads(processes: int) -> int:
+    """Threads a run where ``processes`` share the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
+
+
+def folder_of(grid_file: Path) -> Path:
+    """Where a grid file's bench goes when no folder is named."""
+    return Path("runs") / f"bench-{grid_file.stem}"

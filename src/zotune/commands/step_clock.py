@@ -1,0 +1,39 @@
+"""What every log entry of a run should also say: the time within steps so far, and the forward passes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class StepClock(TrainerCallback):
+    """Adds to the entries of `state.log_history`: ``seconds`` and ``processor_seconds`` within steps, ``forward_passes``, ``sequences``.
+
+    They count from the run's first step. A resumed run goes on from the last entry of its checkpoint, so that the steps between that and
+    the checkpoint are not in the time. On a machine that others use too, processor time says more of a step than a clock.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        last: dict[str, float] = next((entry for entry in reversed(state.log_history) if "processor_seconds" in entry), {})
+        self.seconds, self.processor_seconds = last.get("seconds", 0.0), last.get("processor_seconds", 0.0)
+        self.optimizer: Any = None
+
+    def on_step_begin(self, args, state, control, **kwargs: Any) -> None:
+        self._clock, self._processor = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._clock
+        self.processor_seconds += time.process_time() - self._processor
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+    def on_log(self, args, state, control, **kwargs: Any) -> None:
+        if self.optimizer is None or not state.log_history:
+            return
+        state.log_history[-1] |= {
+            "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
+            "forward_passes": self.optimizer.forward_passes,
+            "sequences": self.optimizer.sequences_evaluated,
+        }
