@@ -1,7 +1,7 @@
 """The commands in README.md and docs/: every flag exists, and the blocks marked `<!-- runs -->` run, on a tiny model.
 
 A marked block runs in a folder with `my-model`, `my.jsonl`, `train.jsonl`, `test.jsonl` and `data/sst2`; training is cut to a few steps.
-The YAML block that begins with `# run.yaml` is the file of that name.
+A YAML block that begins with `# run.yaml` or `# grid.yaml` is the file of that name.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
     save_data(tmp_path)
     for name in ("train", "test"):
         shutil.copy(tmp_path / "my.jsonl", tmp_path / f"{name}.jsonl")
-    for text in re.findall(r"^```yaml\n# run\.yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        (tmp_path / "run.yaml").write_text(text)
+    for name, text in re.findall(r"^```yaml\n# (run|grid)\.yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        (tmp_path / f"{name}.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     for block in _blocks(page):
         for words in block.commands if block.runs else []:
