@@ -17,7 +17,7 @@ import yaml
 
 from command_cases import run_command, save_data, save_model
 from zotune import bench
-from zotune.bench import figures, grid
+from zotune.bench import figures, grid, runner
 from zotune.bench.choosing import best_of, due, total
 from zotune.bench.document import Paragraph, Table, markdown, page
 from zotune.bench.plan import Run, cells, check
@@ -91,7 +91,7 @@ def test_a_mistake_in_the_file_is_one_sentence(changes: dict[str, Any], sentence
     ("changes", "sentence"),
     [
         ({"methods": ["mzeo"]}, "unknown method 'mzeo'"),
-        ({"tasks": ["sst22"]}, "did you mean 'sst2'?"),
+        ({"tasks": ["sst22"]}, "unknown task 'sst22'; did you mean 'sst2'"),
         ({"methods": [{"method": "mezo", "options": {"esp": 1e-3}}]}, "mezo on sst2 (my-model, full), seed 0: unknown option '--esp'"),
         ({"methods": [{"method": "mezo", "grid": {"rank": [1, 2]}}]}, "rank"),
         ({"methods": [{"method": "zero-shot", "grid": {"dtype": ["float32", "bfloat16"]}}]}, "zero-shot takes no steps"),
@@ -154,6 +154,13 @@ def test_the_best_cell_is_chosen_by_held_out_examples_and_only_it_runs_under_all
     assert len(wanted) == total(places, (0, 1), (0,)) == 7
     results[Run(mezo[1], 0)] = {"status": "diverged", "reason": "not finite"}
     assert best_of(mezo, (0,), results.get) is mezo[0]
+
+
+def test_several_gpus_are_dealt_out_to_the_runs(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert [runner._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "7", "4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    assert runner._environment(1) == {}
 
 
 # -- the report's parts ---------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert zotune.__version__ in done.stdout
-    for name in ("train", "eval", "replay", "methods", "tasks", "quickstart"):
+    for name in ("train", "eval", "replay", "methods", "tasks", "quickstart", "bench"):
         assert f"\n  {name} " in done.stdout
 
 

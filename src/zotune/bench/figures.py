@@ -34,9 +34,14 @@ def curve(histories: Sequence[Sequence[Mapping[str, Any]]], axis: str, value: st
 
 
 def curves(
-    series: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], metric: str, name: str, *, axes: Sequence[tuple[str, str]] = AXES
+    series: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    metric: str,
+    label_of_metric: str,
+    name: str,
+    *,
+    axes: Sequence[tuple[str, str]] = AXES,
 ) -> str | None:
-    """Held-out metric (above) and training loss (below) against each axis; a line a method, its band the range over seeds.
+    """The metric of evaluations in training (above) and training loss (below) against each axis; bands are the range over seeds.
 
     Returns:
         The SVG; None when no run has a curve.
@@ -59,7 +64,7 @@ def curves(
                     panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             panel.set_xlabel(text if row == 1 else "")
             if column == 0:
-                panel.set_ylabel(f"held-out {metric}" if row == 0 else "training loss")
+                panel.set_ylabel(label_of_metric if row == 0 else "training loss")
             panel.set_xlim(left=0)
     handles, labels = grid[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)

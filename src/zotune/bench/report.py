@@ -13,7 +13,7 @@ from zotune.bench.choosing import Finder, held_out
 from zotune.bench.document import Block, Figure, Heading, Paragraph, Table, markdown, page
 from zotune.bench.grid import Grid
 from zotune.bench.plan import Cell, Place, runs_of, spelled
-from zotune.bench.rows import Row, percent, rows_of
+from zotune.bench.rows import Row, percent, rows_of, score_text
 from zotune.run_report import duration_text, write_json
 
 FIGURES = "figures"
@@ -108,7 +108,7 @@ def _scores(grid: Grid, rows: Sequence[Row]) -> list[Block]:
         for method, scheme in keys:
             label = method if not scheme or len(grid.schemes) == 1 else f"{method}, {scheme}"
             ours = {
-                row.place.scheme if over_schemes else row.place.task: percent(row.scores, row.metric)
+                row.place.scheme if over_schemes else row.place.task: score_text(row)
                 for row in here
                 if _line_key(row.place.method, row.place.scheme, over_schemes) == (method, scheme)
             }
@@ -185,9 +185,11 @@ def _curves(grid: Grid, rows: Sequence[Row]) -> list[Block]:
             cuda = any(result["summary"]["memory"]["of"].startswith("CUDA") for row in here for result in row.done)
             axes = (*figures.AXES[:2], figures.GPU_SECONDS) if cuda else figures.AXES
             name = f"curves_{_file_name(model.label)}_{_file_name(task.label)}"
-            svg = figures.curves(series, here[0].metric or "", name, axes=axes) if here else None
+            held = any(result["summary"].get("held_out") for row in here for result in row.done)
+            metric = f"{'held-out' if held else 'test'} {here[0].metric}" if here else ""
+            svg = figures.curves(series, here[0].metric or "", metric, name, axes=axes) if here else None
             if svg is not None:
-                caption = f"{model.label} on {task.label}: held-out score and training loss, means over seeds, bands their range"
+                caption = f"{model.label} on {task.label}: score and training loss in training, means over seeds, bands their range"
                 blocks.append(Figure(name, caption, svg))
     return [Heading("Learning curves"), *blocks] if blocks else []
 

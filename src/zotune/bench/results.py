@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,3 @@ def _drop_weights(place: Path) -> None:
     for path in place.glob("*.safetensors"):
         if path.name not in (run_folder.HEAD_FILE, run_folder.PROBE_FILE):
             path.unlink()
-
-
-def failures(results: Mapping[Run, dict[str, Any]]) -> list[tuple[Run, str]]:
-    """Runs that failed for a reason other than their hyperparameters, with what they said."""
-    return [(run, result["reason"]) for run, result in results.items() if result["status"] == "failed"]

@@ -95,6 +95,14 @@ def rows_of(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder) ->
     return rows
 
 
+def score_text(row: Row) -> str:
+    """A row's test score: `84.4 ± 1.2`; of runs that diverged it says so."""
+    diverged = sum(result["status"] == "diverged" for result in row.results)
+    if not row.scores:
+        return "diverged" if diverged else "–"
+    return percent(row.scores, row.metric) + (f" ({diverged} of {row.seeds} diverged)" if diverged else "")
+
+
 def percent(values: Sequence[float], metric: str | None) -> str:
     """`84.4 ± 1.2`: mean and standard deviation over seeds, in percent where the metric is a share."""
     factor = 1.0 if metric == "loss" else 100.0

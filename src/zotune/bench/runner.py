@@ -70,6 +70,8 @@ class Runner:
             ValueError: another bench works in this folder.
             KeyboardInterrupt: after the runs under way were ended; they go on from their checkpoints the next time.
         """
+        # Processes that are forked can use a GPU only if the one that they are forked from has not so much as looked for it.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         # A process a run makes its peak of memory its own; forked from one that has imported the libraries, it starts at once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["zotune.commands.train", "zotune.bench.worker"])
@@ -126,7 +128,7 @@ class Runner:
         self.progress.ended(run, self.results.collect(run, code))
 
 
-def devices() -> list[str]:
+def _devices() -> list[str]:
     """The GPUs that runs are dealt out to, as in CUDA_VISIBLE_DEVICES."""
     import torch
 
@@ -138,7 +140,7 @@ def devices() -> list[str]:
 
 def _environment(slot: int) -> dict[str, str]:
     """What the run in a slot sees of several GPUs: one of them."""
-    known = devices()
+    known = _devices()
     return {"CUDA_VISIBLE_DEVICES": known[slot % len(known)]} if len(known) > 1 else {}
 
 
