@@ -93,6 +93,15 @@ def _parse(data: bytes, position: int) -> tuple[int, bytes, int] | None:
     return kind, body[_HEAD.size :], end
 
 
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Journal:
     """A journal open for appending.
 
@@ -120,17 +129,24 @@ class Journal:
 
         Raises:
             FileExistsError: there is one already.
+            OSError: it could not be written; nothing is left behind.
         """
         path = Path(path)
         text = json.dumps(header, separators=(",", ":")).encode()
         blob = MAGIC + _CRC.pack(len(text)) + text + _CRC.pack(zlib.crc32(text))
+        if path.exists():
+            raise FileExistsError(f"{path} exists already; resume that run or choose another folder.")
+        draft = path.with_name(f".{path.name}.partial")  # a kill leaves a whole header or none
         try:
-            with open(path, "xb") as file:
+            with open(draft, "wb") as file:
                 file.write(blob)
                 file.flush()
                 os.fsync(file.fileno())
-        except FileExistsError:
-            raise FileExistsError(f"{path} exists already; resume that run or choose another folder.") from None
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
         return cls(path, json.loads(text), [], [], len(blob))
 
     @classmethod
@@ -153,8 +169,11 @@ class Journal:
         start += length + _CRC.size
         if len(data) < start or zlib.crc32(text) != _CRC.unpack_from(data, start - _CRC.size)[0]:
             raise ValueError(f"{path}: the journal's header is damaged; this run cannot be resumed or replayed.")
-        header = json.loads(text)
-        groups = len(header.get("groups", [None]))
+        try:
+            header = json.loads(text)
+            groups = len(header.get("groups", [None]))
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise ValueError(f"{path}: the journal's header does not parse; this is not a journal of this version of zotune.") from None
         records: list[Record] = []
         ends: list[int] = []
         position, steps = start, 0
@@ -167,7 +186,7 @@ class Journal:
             kind, payload, position = parsed
             try:
                 record = _unpack(kind, payload, groups)
-            except (ValueError, struct.error) as error:
+            except (ValueError, struct.error, RecursionError) as error:
                 raise ValueError(f"{path}: record {len(records)} does not parse ({error}).") from None
             if isinstance(record, StepRecord):
                 if record.step != steps:

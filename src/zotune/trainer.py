@@ -29,6 +29,7 @@ from zotune.journal import Journal
 from zotune.methods import AUTO, Method
 from zotune.optimizer import ZerothOrder
 from zotune.ordered_trainer import OrderedTrainer
+from zotune.run_lock import locked
 from zotune.step_sums import StepSums
 
 Batch = Mapping[str, Tensor]
@@ -98,6 +99,7 @@ class ZOTrainer(OrderedTrainer):
         self.eval_objective = eval_objective
         self.eval_data_collator = eval_data_collator
         self._own_optimizer = optimizers[0] is None
+        self._from_the_start = False
         self._micro_batches: list[Batch] = []
         self._since_train = StepSums()
         super().__init__(model, args, *positional, optimizers=optimizers, **kwargs)
@@ -116,17 +118,27 @@ class ZOTrainer(OrderedTrainer):
         """Train, or go on from a checkpoint bit for bit.
 
         Args:
-            resume_from_checkpoint: True for the newest valid checkpoint of `output_dir`, or the path of one.
+            resume_from_checkpoint: True for the newest valid checkpoint of `output_dir` (its start, where the run had not come to
+                a checkpoint), or the path of one.
             trial: a trial of `hyperparameter_search`.
             ignore_keys_for_eval: as in `transformers.Trainer`.
 
         Raises:
-            ValueError: `output_dir` already holds a run that is not resumed, or the checkpoint cannot be continued.
+            ValueError: `output_dir` already holds a run that is not resumed, or the checkpoint cannot be continued, or another
+                process is training there.
+            MemoryError: a step did not fit into memory, with a batch size to try; the weights are those before the step.
             NonFiniteLossError: the loss was not finite for `max_nonfinite_steps` steps in a row.
         """
         self._run_folder = Path(self._get_output_dir(trial))
+        with locked(self._run_folder):
+            return self._train_alone(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train_alone(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         if self._own_optimizer:
             self.optimizer = None
+        self._from_the_start = False
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
             folder = None
             self._refuse_used_folder()
@@ -156,7 +168,7 @@ class ZOTrainer(OrderedTrainer):
                 f"{self._run_folder} already holds a run: continue it with resume_from_checkpoint=True, or choose another output_dir."
             )
 
-    def _checkpoint_to_resume(self, wanted: str | os.PathLike[str] | Literal[True]) -> Path:
+    def _checkpoint_to_resume(self, wanted: str | os.PathLike[str] | Literal[True]) -> Path | None:
         journal = self._journal_path
         if wanted is not True:
             fault = checkpoint.problem(wanted, journal)
@@ -169,6 +181,9 @@ class ZOTrainer(OrderedTrainer):
             if fault is None:
                 return folder
             faults.append(fault)
+        if not faults and self._own_optimizer and journal.is_file():  # it was cut off before its first checkpoint
+            self._from_the_start = True
+            return None
         raise ValueError(
             faults[0] if faults else f"{self._run_folder} holds no checkpoint to resume from: start without resume_from_checkpoint."
         )
@@ -185,6 +200,8 @@ class ZOTrainer(OrderedTrainer):
                 f"the optimizer has already taken {optimizer.steps} steps, and a run starts at step 0: pass a new "
                 "ZerothOrder, or go on from a checkpoint with resume_from_checkpoint."
             )
+        elif self._from_the_start:
+            optimizer.journal = _started_again(self._journal_path, optimizer)
         elif optimizer.journal is None:
             self._save_initial_adapter()
             self._journal_path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +271,12 @@ class ZOTrainer(OrderedTrainer):
         batches, self._micro_batches = self._micro_batches, []
         loss_fn = self._loss_function(batches, num_items_in_batch)
         start = time.perf_counter()
-        self.zo_optimizer.step(loss_fn, batches[0] if len(batches) == 1 else batches)
+        try:
+            self.zo_optimizer.step(loss_fn, batches[0] if len(batches) == 1 else batches)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise MemoryError(self._what_needs_less_memory()) from error
         seconds = time.perf_counter() - start
         report = self.zo_optimizer.last
         assert report is not None
@@ -262,6 +284,21 @@ class ZOTrainer(OrderedTrainer):
         self._since_train.add(report, seconds)
         loss = torch.as_tensor(report.loss, dtype=torch.float32, device=self.args.device)
         return loss if math.isfinite(report.loss) else nothing  # the report is on the CPU: nothing waits for the device
+
+    def _what_needs_less_memory(self) -> str:
+        size, accumulated = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        advice = "try shorter sequences, or half-precision weights"
+        if size > 1:
+            smaller = size // 2
+            advice = f"try per_device_train_batch_size={smaller}"
+            if size % 2 == 0:
+                advice += f" with gradient_accumulation_steps={2 * accumulated}, which is the same batch in more pieces"
+        elif self.args.probe == "batched":
+            advice = "try probe='sequential', which evaluates one point at a time"
+        return (
+            f"out of memory in step {self.zo_optimizer.steps}, with {size} example{'s' * (size > 1)} in a forward; {advice}. "
+            "The weights are those before the step, and the run can be resumed from its last checkpoint."
+        )
 
     def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
         objective = self.objective or _layout(batches[0])
@@ -406,6 +443,36 @@ def _cut_back(journal: Journal, optimizer: ZerothOrder) -> Journal:
         )
     journal.truncate(steps=optimizer.steps)
     return journal
+
+
+def _started_again(path: Path, optimizer: ZerothOrder) -> Journal:
+    """The journal of a run that begins once more from its base weights.
+
+    Raises:
+        ValueError: it is the journal of another run, or of other base weights.
+    """
+    journal = Journal.open(path)
+    if journal.header.get("base") != optimizer.header()["base"]:
+        raise ValueError(
+            f"the run of {path} has no checkpoint yet, and began from other weights than these: pass the model that it began from, or "
+            "start a new run in another output_dir."
+        )
+    sequential = any(isinstance(r, dict) and r.get("event") == "probe" and not r.get("batched") for r in journal.records())
+    begun = len(journal) > 0
+    journal = _cut_back(journal, optimizer)
+    if begun and optimizer.evaluations.choice == "auto":  # evaluated as before: how was chosen by the clock
+        optimizer.evaluations.restore(not sequential)
+        if sequential:
+            journal.append({"event": "probe", "batched": False})
+    return journal
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of an allocation that failed, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def _layout(batch: Mapping[str, Any]) -> str | None:
