@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name: str, st
     assert checkpoint.problem(path.parent, journal) is None
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    for content in (whole[:-1], whole[: len(whole) // 2], b"", bytes(flipped), None):
+    for content in (whole[:-2], whole[: len(whole) // 2], b"", bytes(flipped), None):
         if content is None:
             path.unlink()
         else:
