@@ -168,6 +168,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def journal_bytes(folder: str | os.PathLike[str]) -> int:
+    """How much of its journal a checkpoint covers."""
+    mark = load_json(Path(folder) / STATE)["journal"]
+    return mark["bytes"] if mark else 0
+
+
 def journal_mark(journal: str | os.PathLike[str], steps: int) -> dict[str, Any]:
     """What a checkpoint notes of its journal: steps, bytes and digest."""
     content = Path(journal).read_bytes()

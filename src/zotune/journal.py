@@ -32,6 +32,7 @@ MAGIC = b"ZOJ1"
 _STEP, _EVENT = 1, 2
 _HEAD = struct.Struct("<BH")
 _CRC = struct.Struct("<I")
+_LONGEST = _HEAD.size + 0xFFFF + _CRC.size
 _STEP_HEAD = struct.Struct("<IfBH?")
 
 
@@ -180,7 +181,8 @@ class Journal:
         while position < len(data):
             parsed = _parse(data, position)
             if parsed is None:
-                if any(_parse(data, later) for later in range(position + 1, len(data))):
+                # What one append can have left is no longer than one record.
+                if len(data) - position > _LONGEST or any(_parse(data, later) for later in range(position + 1, len(data))):
                     raise ValueError(f"{path}: record {len(records)} (after step {steps}) is damaged; restore the file from a copy.")
                 break  # torn: the last append did not finish
             kind, payload, position = parsed
@@ -222,6 +224,15 @@ class Journal:
         """The number of steps."""
         return sum(isinstance(record, StepRecord) for record in self._records)
 
+    def after(self, size: int) -> list[Record]:
+        """The records beyond the first ``size`` bytes of the file."""
+        return [record for record, end in zip(self._records, self._ends, strict=True) if end > size]
+
+    def drop(self, count: int) -> None:
+        """Cut off the last ``count`` records."""
+        if count:
+            self._keep(len(self._records) - count)
+
     def truncate(self, steps: int) -> None:
         """Keep the first ``steps`` steps, and the events before them.
 
@@ -234,6 +245,9 @@ class Journal:
         while done < steps:
             done += isinstance(self._records[keep], StepRecord)
             keep += 1
+        self._keep(keep)
+
+    def _keep(self, keep: int) -> None:
         del self._records[keep:], self._ends[keep:]
         self.close()
         with open(self.path, "r+b") as file:

@@ -6,6 +6,7 @@ the files of a checkpoint are ours.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -20,7 +21,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
-from zotune import checkpoint, generation, objectives, schedule
+from zotune import checkpoint, following, generation, objectives, schedule
 from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.class_order import classes_of
 from zotune.config import ZOConfig
@@ -40,6 +41,9 @@ INITIAL_ADAPTER = "initial_adapter"
 
 #: Sets of examples with a direction of their own that a step shall have at least, where classes decide their size.
 LEAST_SETS = 4
+
+
+logger = logging.getLogger(__name__)
 
 
 class ZOTrainer(OrderedTrainer):
@@ -99,7 +103,7 @@ class ZOTrainer(OrderedTrainer):
         self.eval_objective = eval_objective
         self.eval_data_collator = eval_data_collator
         self._own_optimizer = optimizers[0] is None
-        self._from_the_start = False
+        self._from_the_start = self._follows = False
         self._micro_batches: list[Batch] = []
         self._since_train = StepSums()
         super().__init__(model, args, *positional, optimizers=optimizers, **kwargs)
@@ -118,8 +122,9 @@ class ZOTrainer(OrderedTrainer):
         """Train, or go on from a checkpoint bit for bit.
 
         Args:
-            resume_from_checkpoint: True for the newest valid checkpoint of `output_dir` (its start, where the run had not come to
-                a checkpoint), or the path of one.
+            resume_from_checkpoint: True to go on where the run ended: from the newest whole checkpoint of `output_dir`, or from the base
+                weights where there is none, and through the steps that the journal holds after it. The path of a checkpoint goes
+                back to that.
             trial: a trial of `hyperparameter_search`.
             ignore_keys_for_eval: as in `transformers.Trainer`.
 
@@ -139,6 +144,7 @@ class ZOTrainer(OrderedTrainer):
         if self._own_optimizer:
             self.optimizer = None
         self._from_the_start = False
+        self._follows = resume_from_checkpoint is True
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
             folder = None
             self._refuse_used_folder()
@@ -181,7 +187,9 @@ class ZOTrainer(OrderedTrainer):
             if fault is None:
                 return folder
             faults.append(fault)
-        if not faults and self._own_optimizer and journal.is_file():  # it was cut off before its first checkpoint
+        if self._own_optimizer and journal.is_file():  # it was cut off before its first checkpoint, or none is whole
+            if faults:
+                logger.warning("%s Going on from the base weights and the journal instead.", faults[0])
             self._from_the_start = True
             return None
         raise ValueError(
@@ -193,15 +201,14 @@ class ZOTrainer(OrderedTrainer):
         optimizer = self.zo_optimizer
         if isinstance(optimizer, FirstOrder):
             return prepared
-        if resume_from_checkpoint is not None:
-            optimizer.journal = _cut_back(optimizer.journal or Journal.open(self._journal_path), optimizer)
+        if resume_from_checkpoint is not None or self._from_the_start:
+            journal = optimizer.journal or Journal.open(self._journal_path)
+            optimizer.journal = _continued(journal, optimizer, resume_from_checkpoint, follows=self._follows)
         elif optimizer.steps:
             raise ValueError(
                 f"the optimizer has already taken {optimizer.steps} steps, and a run starts at step 0: pass a new "
                 "ZerothOrder, or go on from a checkpoint with resume_from_checkpoint."
             )
-        elif self._from_the_start:
-            optimizer.journal = _started_again(self._journal_path, optimizer)
         elif optimizer.journal is None:
             self._save_initial_adapter()
             self._journal_path.parent.mkdir(parents=True, exist_ok=True)
@@ -427,44 +434,43 @@ class _SteppedOptimizer(AcceleratedOptimizer):
         """Nothing: there are no gradients."""
 
 
-def _cut_back(journal: Journal, optimizer: ZerothOrder) -> Journal:
-    """The journal of a run that is resumed, up to the optimizer's step.
+def _continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str | None, *, follows: bool) -> Journal:
+    """The journal of a resumed run.
+
+    What it holds beyond the checkpoint (None: everything, from the base weights) the optimizer follows, or, where a certain checkpoint
+    was asked for, it is cut off.
 
     Raises:
-        ValueError: it is the journal of another run.
+        ValueError: it is the journal of another run, or of other base weights.
     """
-    here = optimizer.header(base=False)
-    names = ("format", "method", "options", "seed", "groups")
+    here = optimizer.header(base=checkpoint_folder is None)
+    names = [name for name in ("format", "method", "options", "seed", "groups", "base") if name in here]
     different = [name for name in names if journal.header.get(name) != here[name]]
+    if different == ["base"]:
+        raise ValueError(
+            f"the run of {journal.path} has no checkpoint to go on from, and began from other weights than these: pass the model that it "
+            "began from, or start a new run in another output_dir."
+        )
     if different:
         raise ValueError(
             f"the journal {journal.path} was written with another {', '.join(different)}: resume with the settings of "
             "that run, or start a new one in another output_dir."
         )
-    journal.truncate(steps=optimizer.steps)
+    tail = journal.after(0 if checkpoint_folder is None else checkpoint.journal_bytes(checkpoint_folder))
+    measured = optimizer.calibrator is not None and optimizer.calibrator.chooses_lr
+    count = following.usable(tail, measured=measured) if follows else 0
+    if len(journal) and checkpoint_folder is None:  # how its steps were evaluated may have been chosen by the clock
+        optimizer.evaluations.restore(not any(_gave_up(record) for record in tail))
+    journal.drop(len(tail) - count)
+    if any(map(_gave_up, tail[count:])):
+        journal.append({"event": "probe", "batched": False})
+    optimizer.follow(tail[:count])
     return journal
 
 
-def _started_again(path: Path, optimizer: ZerothOrder) -> Journal:
-    """The journal of a run that begins once more from its base weights.
-
-    Raises:
-        ValueError: it is the journal of another run, or of other base weights.
-    """
-    journal = Journal.open(path)
-    if journal.header.get("base") != optimizer.header()["base"]:
-        raise ValueError(
-            f"the run of {path} has no checkpoint yet, and began from other weights than these: pass the model that it began from, or "
-            "start a new run in another output_dir."
-        )
-    sequential = any(isinstance(r, dict) and r.get("event") == "probe" and not r.get("batched") for r in journal.records())
-    begun = len(journal) > 0
-    journal = _cut_back(journal, optimizer)
-    if begun and optimizer.evaluations.choice == "auto":  # evaluated as before: how was chosen by the clock
-        optimizer.evaluations.restore(not sequential)
-        if sequential:
-            journal.append({"event": "probe", "batched": False})
-    return journal
+def _gave_up(record: Any) -> bool:
+    """Whether an event says that the run goes on sequentially."""
+    return isinstance(record, dict) and record.get("event") == "probe" and not record.get("batched")
 
 
 def _out_of_memory(error: BaseException) -> bool:
