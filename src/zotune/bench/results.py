@@ -41,8 +41,10 @@ class Results:
         return _read(self.place(run) / RESULT_FILE)
 
     def resumable(self, run: Run) -> bool:
-        """Whether there is a checkpoint that `zotune train --resume_from_checkpoint true` could go on from."""
-        return (self.place(run) / run_folder.RUN_FILE).is_file() and bool(checkpoint.checkpoints(self.place(run)))
+        """Whether there is something that `zotune train --resume_from_checkpoint true` could go on from: a checkpoint, or a journal."""
+        place = self.place(run)
+        something = checkpoint.checkpoints(place) or (place / run_folder.JOURNAL_FILE).is_file()
+        return (place / run_folder.RUN_FILE).is_file() and bool(something)
 
     def collect(self, run: Run, code: int) -> dict[str, Any]:
         """Writes and returns the result of a run that ended with an exit code of `zotune`."""

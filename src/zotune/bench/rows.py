@@ -80,8 +80,8 @@ class Row:
         times = []
         for result in self.done:
             last: Mapping[str, Any] = next((entry for entry in reversed(result["history"]) if clock in entry), {})
-            if last.get("step"):
-                times.append(last[clock] / last["step"])
+            if last.get("timed_steps"):
+                times.append(last[clock] / last["timed_steps"])
         return statistics.fmean(times) if times else None
 
 

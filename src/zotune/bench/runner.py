@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import time
@@ -18,6 +17,7 @@ from zotune.bench.progress import Progress
 from zotune.bench.results import FINAL, Results
 from zotune.bench.worker import work
 from zotune.commands import run_folder
+from zotune.run_lock import locked
 
 _LOOK_EVERY = 0.2  # seconds
 _WRONG = 2
@@ -75,12 +75,7 @@ class Runner:
         # A process a run makes its peak of memory its own; forked from one that has imported the libraries, it starts at once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["zotune.commands.train", "zotune.bench.worker"])
-        self.results.folder.mkdir(parents=True, exist_ok=True)
-        with (self.results.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another `zotune bench` works in {self.results.folder}: wait for it, or name another folder.") from None
+        with locked(self.results.folder):
             self.progress.begin(total(self.places, self.grid.seeds, self.grid.tune_seeds))
             try:
                 while self._advance(context):
