@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ def page(title: str, blocks: Sequence[Block]) -> str:
             case Heading(text, level):
                 body.append(f"<h{level}>{html.escape(text)}</h{level}>")
             case Paragraph(text):
-                body.append(f"<p>{html.escape(text)}</p>")
+                body.append("<p>" + re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text)) + "</p>")
             case Figure(_, caption, svg):
                 drawing = svg[svg.index("<svg") :]  # without the XML declaration, which has no place inside a page
                 text = html.escape(caption)

@@ -43,9 +43,12 @@ def curves(
 ) -> str | None:
     """The metric of evaluations in training (above) and training loss (below) against each axis; bands are the range over seeds.
 
+    A method's style follows from its place in ``series``, so that it is the same in every figure of a report.
+
     Returns:
         The SVG; None when no run has a curve.
     """
+    styles = {label: (COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]) for i, label in enumerate(series)}
     trained = {label: histories for label, histories in series.items() if curve(histories, "step", "loss")}
     if not trained:
         return None
@@ -53,12 +56,12 @@ def curves(
     for column, (axis, text) in enumerate(axes):
         for row, value in enumerate((f"eval_{metric}", "loss")):
             panel = grid[row][column]
-            for index, (label, histories) in enumerate(trained.items()):
+            for label, histories in trained.items():
                 points = curve(histories, axis, value)
                 if not points:
                     continue
                 x, mean, low, high = zip(*points, strict=True)
-                colour, dash = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
+                colour, dash = styles[label]
                 panel.plot(x, mean, dash, color=colour, linewidth=1.6, label=label, marker="o" if row == 0 else "", markersize=3)
                 if len(histories) > 1:
                     panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

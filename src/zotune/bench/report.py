@@ -7,6 +7,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from zotune.bench import figures
 from zotune.bench.choosing import Finder, held_out
@@ -17,7 +18,6 @@ from zotune.bench.rows import Row, percent, rows_of, score_text
 from zotune.run_report import duration_text, write_json
 
 FIGURES = "figures"
-_LABELS = ("model", "task", "scheme", "method")
 
 
 def write(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder, folder: Path) -> list[Path]:
@@ -34,10 +34,10 @@ def write(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder, fold
         *([Paragraph(grid.about)] if grid.about else []),
         *_state(grid, rows, find),
         *_scores(grid, rows),
-        *_against_backprop(rows),
+        *_against_backprop(grid, rows),
         *_curves(grid, rows),
         *_memory(grid, rows),
-        *_time(rows),
+        *_time(grid, rows),
         *_tried(grid, rows, find),
         *_how(grid, rows),
     ]
@@ -83,8 +83,8 @@ def _state(grid: Grid, rows: Sequence[Row], find: Finder) -> list[Block]:
     for row in open_rows:
         runs = [run for cell in row.cells for run in runs_of(cell, grid.tune_seeds if len(row.cells) > 1 else grid.seeds)]
         reasons = [result["reason"] for run in runs if (result := find(run)) is not None and result["status"] == "failed"]
-        said.append((*_labels(row), reasons[0] if reasons else "not run yet"))
-    return [Paragraph("This report is not complete; these rows lack runs:"), Table((*_LABELS, "why"), said)]
+        said.append((*_labels(grid, row), reasons[0] if reasons else f"{len(row.results)} of {row.seeds} runs are there"))
+    return [Paragraph("This report is not complete; these rows lack runs:"), Table((*_axes(grid), "why"), said)]
 
 
 def _scores(grid: Grid, rows: Sequence[Row]) -> list[Block]:
@@ -135,7 +135,7 @@ def _line_key(method: str, scheme: str, over_schemes: bool) -> tuple[str, str]:
     return (method, "") if over_schemes else (method, scheme)
 
 
-def _against_backprop(rows: Sequence[Row]) -> list[Block]:
+def _against_backprop(grid: Grid, rows: Sequence[Row]) -> list[Block]:
     """Zeroth order over first order, task by task: memory, score, time."""
     lines = []
     for row in rows:
@@ -154,7 +154,7 @@ def _against_backprop(rows: Sequence[Row]) -> list[Block]:
         against = rival.place.method + ("" if rival.place.scheme == row.place.scheme else f", {rival.place.scheme}")
         lines.append(
             (
-                *_labels(row),
+                *_labels(grid, row),
                 against,
                 f"{gap:+.1f}".replace("-", "−"),
                 _ratio(row.mean("memory", "training"), rival.mean("memory", "training")),
@@ -165,7 +165,7 @@ def _against_backprop(rows: Sequence[Row]) -> list[Block]:
         )
     if not lines:
         return []
-    header = (*_LABELS, "against", "score, points", "peak memory", "beyond the loaded model", "time a step", "time of the run")
+    header = (*_axes(grid), "against", "score, points", "peak memory", "beyond the model", "time a step", "time of the run")
     text = (
         "Of the first-order methods of the same model, task and scheme the one with the best held-out score; ratios of memory and "
         "processor time, ours over theirs."
@@ -178,10 +178,9 @@ def _curves(grid: Grid, rows: Sequence[Row]) -> list[Block]:
     for model in grid.models:
         for task in grid.tasks:
             here = [row for row in rows if (row.place.model, row.place.task) == (model.label, task.label) and row.metric]
-            series = {}
+            series: dict[str, list[Any]] = {_line(grid, row): [] for row in rows}  # of all rows, so that a method's colour is one
             for row in here:
-                label = row.place.method if len(grid.schemes) == 1 else f"{row.place.method}, {row.place.scheme}"
-                series[label] = [result["history"] for result in row.done]
+                series[_line(grid, row)] = [result["history"] for result in row.done]
             cuda = any(result["summary"]["memory"]["of"].startswith("CUDA") for row in here for result in row.done)
             axes = (*figures.AXES[:2], figures.GPU_SECONDS) if cuda else figures.AXES
             name = f"curves_{_file_name(model.label)}_{_file_name(task.label)}"
@@ -205,9 +204,11 @@ def _memory(grid: Grid, rows: Sequence[Row]) -> list[Block]:
         loaded, peak = row.mean("memory", "loaded"), row.mean("memory", "training")
         assert loaded is not None and peak is not None
         moving = row.mean("trainable_parameters") or 0
-        lines.append((*_labels(row), f"{moving / 1e6:.3g} M", f"{loaded / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{(peak - loaded) / 1e6:.0f}"))
-        bars[", ".join(dict.fromkeys(_short_labels(grid, row)))] = (loaded / 1e6, (peak - loaded) / 1e6)
-    header = (*_LABELS, "moving", "loaded, MB", "peak, MB", "beyond, MB")
+        lines.append(
+            (*_labels(grid, row), f"{moving / 1e6:.3g} M", f"{loaded / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{(peak - loaded) / 1e6:.0f}")
+        )
+        bars[", ".join(reversed(_labels(grid, row)))] = (loaded / 1e6, (peak - loaded) / 1e6)
+    header = (*_axes(grid), "trained", "loaded, MB", "peak, MB", "beyond, MB")
     blocks: list[Block] = [
         Heading("Memory"),
         Paragraph(f"Measured: {kind}, with model and data loaded and at the peak of training. A process counts its libraries too."),
@@ -226,7 +227,7 @@ def _memory(grid: Grid, rows: Sequence[Row]) -> list[Block]:
     return blocks
 
 
-def _time(rows: Sequence[Row]) -> list[Block]:
+def _time(grid: Grid, rows: Sequence[Row]) -> list[Block]:
     lines = []
     for row in rows:
         if not (row.done and row.mean("steps")):
@@ -234,7 +235,7 @@ def _time(rows: Sequence[Row]) -> list[Block]:
         clock, processor = row.a_step("seconds"), row.a_step("processor_seconds")
         lines.append(
             (
-                *_labels(row),
+                *_labels(grid, row),
                 f"{row.mean('steps'):.0f}",
                 f"{row.mean('forward_passes'):.0f}",
                 f"{row.mean('sequences_evaluated'):.0f}",
@@ -244,7 +245,7 @@ def _time(rows: Sequence[Row]) -> list[Block]:
             )
         )
     header = (
-        *_LABELS,
+        *_axes(grid),
         "steps",
         "forward passes",
         "sequences",
@@ -270,14 +271,14 @@ def _tried(grid: Grid, rows: Sequence[Row], find: Finder) -> list[Block]:
             tried = ", ".join(f"{name} {spelled(value)}" for name, value in cell.tried.items())
             mean_loss = f"{statistics.fmean(losses):.3f}" if losses else "–"
             mark = "**" if cell is row.best else ""
-            lines.append((*_labels(row), f"{mark}{tried}{mark}", text, mean_loss))
+            lines.append((*_labels(grid, row), f"{mark}{tried}{mark}", text, mean_loss))
     if not lines:
         return []
     seeds = ", ".join(map(str, grid.tune_seeds))
     return [
         Heading("Hyperparameters tried"),
         Paragraph(f"Score and loss on held-out examples, seed {seeds}; the chosen ones in bold, ties by the loss."),
-        Table((*_LABELS, "tried", "held-out score", "held-out loss"), lines),
+        Table((*_axes(grid), "tried", "held-out score", "held-out loss"), lines),
     ]
 
 
@@ -296,15 +297,19 @@ def _how(grid: Grid, rows: Sequence[Row]) -> list[Block]:
 # -- parts --------------------------------------------------------------------------------------------------------------------------
 
 
-def _labels(row: Row) -> tuple[str, str, str, str]:
-    return row.place.model, row.place.task, row.place.scheme, row.place.method
+def _axes(grid: Grid) -> list[str]:
+    """The columns that tell a row from the others: axes with one value are left out."""
+    counts = {"model": len(grid.models), "task": len(grid.tasks), "scheme": len(grid.schemes)}
+    return [axis for axis, count in counts.items() if count > 1] + ["method"]
 
 
-def _short_labels(grid: Grid, row: Row) -> list[str]:
-    """What tells a row from the others: the axes with one value are left out."""
-    place = row.place
-    axes = ((place.method, 2), (place.scheme, len(grid.schemes)), (place.task, len(grid.tasks)), (place.model, len(grid.models)))
-    return [label for label, count in axes if count > 1]
+def _line(grid: Grid, row: Row) -> str:
+    """What a curve is called."""
+    return row.place.method if len(grid.schemes) == 1 else f"{row.place.method}, {row.place.scheme}"
+
+
+def _labels(grid: Grid, row: Row) -> list[str]:
+    return [getattr(row.place, axis) for axis in _axes(grid)]
 
 
 def _beyond(row: Row) -> float | None:
