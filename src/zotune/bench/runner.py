@@ -111,7 +111,7 @@ class Runner:
             if run_folder.holds_run(place):
                 command += ["--overwrite_output_dir"]
         slot = min(set(range(self.processes)) - {slot for _, slot in self._running.values()})
-        process = context.Process(target=work, args=(command, str(place), self.threads, _environment(slot)))
+        process = context.Process(target=work, args=(command, str(Path.cwd()), str(place), self.threads, _environment(slot)))
         process.start()
         self._running[run] = process, slot
 

@@ -14,17 +14,19 @@ from pathlib import Path
 LOG_FILE, _LOCK_FILE = "log.txt", ".lock"
 
 
-def work(words: Sequence[str], folder: str, threads: int, environment: dict[str, str]) -> None:
+def work(words: Sequence[str], here: str, folder: str, threads: int, environment: dict[str, str]) -> None:
     """Runs `zotune` with these words and leaves with its exit code; what it prints goes to the folder's `log.txt`.
 
     Args:
         words: the command line, subcommand first.
+        here: the working folder, which a process of multiprocessing does not take over.
         folder: of the run's log and lock; two processes never work in one folder, whatever became of the bench that started them.
         threads: of torch.
         environment: variables to set before anything asks for a GPU.
     """
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ.update(environment)
+    os.chdir(here)
     place = Path(folder)
     with (place / _LOCK_FILE).open("w") as lock, (place / LOG_FILE).open("ab", buffering=0) as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
