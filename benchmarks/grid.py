@@ -77,9 +77,10 @@ def main() -> None:
     page = [
         "# Every method under every scheme",
         "",
-        f"`zotune train` for {args.steps} steps of 8 examples of {args.task} with a small language model, defaults of every method: training loss",
-        "at the first and the last step, and seconds a step (with what is measured before the first) on a machine that did other things too.",
-        f"It says that they run, not that they learn. {ran} of {cells} cells ran, {cells - ran - failed} are refused for a reason, {failed} failed.",
+        f"`zotune train` for {args.steps} steps of 8 examples of {args.task} with a small language model and every method's defaults:",
+        "training loss at the first and the last step, and seconds a step (with what is measured before the first) on a machine that did",
+        "other things too. It says that they run, not that they learn.",
+        f"{ran} of {cells} cells ran, {cells - ran - failed} are refused for a reason, {failed} failed.",
         "",
         *rows,
         "",
