@@ -46,6 +46,10 @@ class Results:
         something = checkpoint.checkpoints(place) or (place / run_folder.JOURNAL_FILE).is_file()
         return (place / run_folder.RUN_FILE).is_file() and bool(something)
 
+    def ended(self, run: Run) -> bool:
+        """Whether a run came to its end, its result collected or not."""
+        return (self.place(run) / run_folder.SUMMARY_FILE).is_file()
+
     def collect(self, run: Run, code: int) -> dict[str, Any]:
         """Writes and returns the result of a run that ended with an exit code of `zotune`."""
         place = self.place(run)
@@ -59,9 +63,9 @@ class Results:
             said = _last_words(place / LOG_FILE)
             diverged = code == _FAILED and "finite" in said
             result |= {"status": "diverged" if diverged else "failed", "exit_code": code, "reason": said}
-        write_json(place / RESULT_FILE, result)
         if result["status"] in FINAL and not self.keep_models:
             _drop_weights(place)
+        write_json(place / RESULT_FILE, result)  # the last thing: what is killed before it is collected once more
         return result
 
     def last_line(self, run: Run) -> str:

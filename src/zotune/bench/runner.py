@@ -97,8 +97,11 @@ class Runner:
         waiting = [run for run in wanted if self.find(run) is None and run not in self._running]
         self.progress.show(sum(self.find(run) is not None for run in wanted), {r: self.results.last_line(r) for r in self._running})
         for run in waiting[: self.processes - len(self._running)]:
-            self._start(run, context)
-        return bool(self._running)
+            if self.results.ended(run):  # and the bench was killed before it noticed
+                self._ended(run, 0)
+            else:
+                self._start(run, context)
+        return bool(self._running or waiting)
 
     def _start(self, run: Run, context: Any) -> None:
         place = self.results.place(run)
