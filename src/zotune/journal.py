@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zotune import residence
+
 MAGIC = b"ZOJ1"
 _STEP, _EVENT = 1, 2
 _HEAD = struct.Struct("<BH")
@@ -252,9 +254,10 @@ def digest(model: nn.Module) -> str:
 
     def one(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         hashed = hashlib.blake2b(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(), digest_size=16)
-        hashed.update(data.numpy().data)
+        with residence.at_hand(tensor):
+            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            hashed.update(data.numpy().data)
         return hashed.digest()
 
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock

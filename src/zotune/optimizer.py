@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import applying, chosen, layer_scales, methods, observing, run_state
+from zotune import applying, chosen, layer_scales, methods, observing, residence, run_state
 from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
@@ -158,9 +158,20 @@ class ZerothOrder(torch.optim.Optimizer):
                     raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters.")
                 if not parameter.is_floating_point():
                     raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it.")
-                coordinates.append(self.method.subspace.coordinate(name, parameter))
+                coordinate = self.method.subspace.coordinate(name, parameter)
+                self._check_residence(coordinate)
+                coordinates.append(coordinate)
             groups.append(coordinates)
         return groups
+
+    def _check_residence(self, coordinate: Coordinate) -> None:
+        home = residence.home(coordinate.parameter)
+        if home is None:
+            return
+        if home.rounds:
+            raise ValueError(f"{coordinate.name} is kept in fewer bits while it is away, so it cannot be trained: train an adapter (PEFT).")
+        if not coordinate.travels or self.method.anchoring is not None:
+            raise ValueError(f"{self.method.name} reads weights between evaluations, so they cannot be offloaded: use lozo, mezo or an adapter.")
 
     def _layers(self) -> list[list[LowRankCoordinate]]:
         subspace = self.method.subspace

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zotune import residence
 from zotune.coordinates import Carry, Coordinate, Offset
 from zotune.directions import Directions, Key
 from zotune.subspaces.full import FullCoordinate
@@ -158,6 +159,10 @@ class LowRankCoordinate(Coordinate):
         self.keep *= keep
         self._changed(seed, step)
 
+    @property
+    def travels(self) -> bool:
+        return True
+
     def _changed(self, seed: int, step: int) -> None:
         self.pending = True
         self.clock = (seed, step)
@@ -181,11 +186,12 @@ class LowRankCoordinate(Coordinate):
     def merged(self) -> Tensor:
         """What :meth:`fold` would make of W, as a copy; the same tensor for every owner of a shared weight."""
         if not self.pending and self.keep == 1.0:
-            return self.parameter.detach()
+            return residence.lasting(self.parameter)
         merged = None if self._merged is None else self._merged()
         if merged is not None:
             return merged
-        merged = self.parameter.detach().clone()
+        with residence.at_hand(self.parameter):
+            merged = self.parameter.detach().clone()
         copy = FullCoordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
         copy.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
         self._merged = weakref.ref(merged)
@@ -205,7 +211,7 @@ class LowRankCoordinate(Coordinate):
         # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
         return {
             "a": self.core,
-            "base": self.parameter.detach(),
+            "base": residence.lasting(self.parameter),
             "keep": torch.tensor(self.keep, dtype=torch.float64),
             "clock": torch.tensor(self.clock[1]),
         }
@@ -218,7 +224,10 @@ class LowRankCoordinate(Coordinate):
             self._weight.load_state(state, seed, step)
         if "a" in state:
             self.core.copy_(state["a"].to(self.device))
-            self.parameter.data.copy_(state["base"].to(self.device))
+            base = state["base"]
+            residence.when_at_hand(
+                self.parameter, lambda: self.parameter.data.copy_(base.to(self.device)), held=base.numel() * base.element_size()
+            )
             self.pending, self.keep, self.clock = True, float(state["keep"]), (seed, int(state["clock"]))
 
 

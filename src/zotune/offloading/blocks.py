@@ -1,0 +1,123 @@
+"""Which parts of a model come and go: its repeated blocks, found by structure, and of them the tensors worth moving."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+#: Smaller tensors (biases, norms, adapters) stay: they are a thousandth of a model, and updates of many of them go together.
+SMALL = 1 << 14
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modules that are needed at the same time, a block as a rule: ``names`` in the model, and the modules."""
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+
+def find(model: nn.Module, named: str | Sequence[str] | None = None) -> list[Part]:
+    """The blocks of a model, in the order of their names.
+
+    Args:
+        model: any module.
+        named: the list of blocks (``"model.layers"``), several such lists, or None: the longest list of modules of one class that lies
+            in no other block.
+
+    Raises:
+        ValueError: there is no list of that name, or none at all.
+    """
+    if named is not None:
+        modules = dict(model.named_modules())
+        found = []
+        for name in [named] if isinstance(named, str) else named:
+            module = modules.get(name)
+            if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
+                lists = ", ".join(n for n, m in _lists(model)) or "none"
+                raise ValueError(f"the model has no list of blocks {name!r}; its lists of modules are: {lists}.")
+            found.append((name, module))
+    else:
+        alike = [(name, module) for name, module in _lists(model) if len(module) > 1 and _of_one_kind(module)]
+        longest = max((len(module) for _, module in alike), default=0)
+        found = [(name, module) for name, module in alike if len(module) == longest]
+        if not found:
+            raise ValueError(
+                f"no repeated blocks are found in {type(model).__name__}: offloading needs an nn.ModuleList of at least two modules of one "
+                "class; name the lists with blocks=..., or train the model without offloading."
+            )
+    return [Part((f"{name}.{index}",), (block,)) for name, module in found for index, block in enumerate(module)]
+
+
+def _lists(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of modules that lie in no other list."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList) and len(child):
+            yield prefix + name, child
+        else:
+            yield from _lists(child, f"{prefix}{name}.")
+
+
+def _of_one_kind(module: nn.ModuleList) -> bool:
+    return len({type(block) for block in module}) == 1
+
+
+def large(tensor: Tensor) -> bool:
+    """Whether a tensor is worth moving."""
+    return tensor.dim() > 1 and tensor.numel() >= SMALL
+
+
+def tensors(part: Part, elsewhere: Counter[int]) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """(name, owner, name within it, tensor) of what comes and goes of a part: large, and nobody else's.
+
+    Args:
+        part: of the model.
+        elsewhere: by id of a tensor, in how many parts of the model it occurs.
+    """
+    found: dict[int, tuple[str, nn.Module, str, Tensor]] = {}
+    for name, module in zip(part.names, part.modules, strict=True):
+        for path, owner in module.named_modules():
+            for local, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+                if tensor is None or elsewhere[id(tensor)] > 1:
+                    continue
+                for suffix, plain in _plain(tensor):
+                    if large(plain):
+                        found.setdefault(id(plain), (".".join(filter(None, (name, path, local))) + suffix, owner, local, plain))
+    return list(found.values())
+
+
+def occurrences(model: nn.Module, parts: Sequence[Part]) -> Counter[int]:
+    """By id of a tensor: in how many of the parts, or in the rest of the model, it occurs."""
+    counted: Counter[int] = Counter()
+    inside = {id(m) for part in parts for module in part.modules for m in module.modules()}
+    for part in parts:
+        counted.update({id(t) for module in part.modules for m in module.modules() for t in _own(m)})
+    counted.update({id(t) for m in model.modules() if id(m) not in inside for t in _own(m)})
+    return counted
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    return (t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None)
+
+
+def _plain(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or those that a tensor subclass (a quantised weight) is made of."""
+    if type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor:
+        yield "", tensor
+        return
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return
+    for name in flatten()[0]:
+        inner = getattr(tensor, name)
+        for suffix, plain in _plain(inner):
+            yield f".{name}{suffix}", plain
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor's values."""
+    return tensor.numel() * torch.empty(0, dtype=tensor.dtype).element_size()

@@ -1,0 +1,141 @@
+"""Reading and writing large parts of files past the page cache, into memory of our own.
+
+A model that does not fit passes through memory once a step; kept in the page cache on its way it would push out everything else, itself
+included, and be copied once more. So files are opened with ``O_DIRECT`` where the system has it, which wants places and lengths to be
+multiples of a page; elsewhere they are read as usual and the kernel is told to forget the pages.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAGE = 4096
+#: Bytes of one call, of which several are under way at a time: a solid-state disk is fastest so.
+CHUNK = 8 << 20
+AT_ONCE = 4
+#: A gap of at most so many bytes is read over rather than left out.
+GAP = 1 << 20
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``length`` bytes of a file from ``offset`` on, for place ``place`` in a room; all multiples of a page, but for a file's end."""
+
+    path: str
+    offset: int
+    length: int
+    place: int
+
+
+def pages(count: int) -> int:
+    """``count`` bytes in whole pages."""
+    return -(-count // PAGE) * PAGE
+
+
+def room(count: int, pinned: bool = False) -> Tensor:
+    """Uninitialised memory of at least ``count`` bytes that starts at a page, uint8."""
+    memory = torch.empty(pages(count) + PAGE, dtype=torch.uint8, pin_memory=pinned)
+    return memory[-memory.data_ptr() % PAGE :][: pages(count)]
+
+
+def plan(spans: list[tuple[str, int, int]]) -> tuple[list[Segment], list[int], int]:
+    """How to read several spans (path, offset, bytes) of files: (segments, where each span then lies in the room, bytes of the room)."""
+    segments: list[Segment] = []
+    places = [0] * len(spans)
+    end = 0
+    for index in sorted(range(len(spans)), key=lambda i: spans[i][:2]):
+        path, offset, count = spans[index]
+        start, stop = offset // PAGE * PAGE, pages(offset + count)
+        last = segments[-1] if segments else None
+        if last is not None and last.path == path and start <= last.offset + last.length + GAP:
+            stop = max(stop, last.offset + last.length)
+            segments[-1] = last = Segment(path, last.offset, stop - last.offset, last.place)
+        else:
+            last = Segment(path, start, stop - start, end)
+            segments.append(last)
+        places[index] = last.place + offset - last.offset
+        end = last.place + last.length
+    return segments, places, end
+
+
+class Files:
+    """Open files, by path, and the threads that read them."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, tuple[int, bool]] = {}
+        self._readers = ThreadPoolExecutor(AT_ONCE, "zotune-read")
+
+    def adopt(self, path: str, descriptor: int) -> None:
+        """Take over an open file under a name of its own."""
+        self._descriptors[path] = descriptor, _direct(descriptor)
+
+    def _open(self, path: str) -> tuple[int, bool]:
+        found = self._descriptors.get(path)
+        if found is None:
+            descriptor = os.open(path, os.O_RDONLY)
+            found = self._descriptors[path] = descriptor, _direct(descriptor)
+        return found
+
+    def read(self, segments: list[Segment], into: Tensor) -> None:
+        """Fill a room (uint8, from :func:`room`)."""
+        bytes_ = memoryview(into.numpy())
+        list(self._readers.map(lambda job: self._read(*job, bytes_), _chunks(segments)))
+
+    def _read(self, path: str, offset: int, length: int, place: int, bytes_: memoryview) -> None:
+        descriptor, direct = self._open(path)
+        done = 0
+        while done < length:
+            count = os.preadv(descriptor, [bytes_[place + done : place + length]], offset + done)
+            done += count
+            if count == 0 or count % PAGE:
+                break  # the end of the file, which need not be that of a page
+        if not direct:
+            _forget(descriptor, offset, length)
+
+    def write(self, path: str, offset: int, source: Tensor) -> None:
+        """Write a room to a file that was adopted."""
+        descriptor, direct = self._open(path)
+        bytes_ = memoryview(source.numpy())
+        done = 0
+        while done < len(bytes_):
+            done += os.pwritev(descriptor, [bytes_[done : done + CHUNK]], offset + done)
+        if not direct:
+            _forget(descriptor, offset, len(bytes_))
+
+    def close(self) -> None:
+        self._readers.shutdown()
+        for descriptor, _ in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def _chunks(segments: list[Segment]) -> list[tuple[str, int, int, int]]:
+    return [
+        (s.path, s.offset + first, min(CHUNK, s.length - first), s.place + first) for s in segments for first in range(0, s.length, CHUNK)
+    ]
+
+
+def _direct(descriptor: int) -> bool:
+    """Have a file read and written past the page cache, if that can be."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+        trial = room(PAGE)
+        os.preadv(descriptor, [memoryview(trial.numpy())], 0)
+        return True
+    except (ImportError, AttributeError):  # no such thing on this system
+        return False
+    except OSError:  # nor on this file system
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+        return False
+
+
+def _forget(descriptor: int, offset: int, length: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
