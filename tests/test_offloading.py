@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, methods, residence
+from zotune import ZerothOrder, checkpoint, methods, residence
 from zotune.journal import digest
 from zotune.offloading import blocks, load, offload, stream_of
 from zotune.replaying import replay
@@ -74,3 +74,28 @@ def test_a_step_writes_what_it_would_have_written(to, method, dtype):
     found, _ = train(moved, method)
     assert found == expected
     assert_equal(weights(moved), weights(plain))
+
+
+@pytest.mark.parametrize("method", ["lozo", "mezo"])
+def test_a_checkpoint_continues_an_offloaded_run_exactly(method, tmp_path):
+    """Saved between two folds, block by block, loaded into another stream; the end is that of the run in memory."""
+    plain = model_of("llama", torch.bfloat16)
+    expected, _ = train(plain, method, steps=8)
+    first = model_of("llama", torch.bfloat16)
+    offload(first, "disk")
+    found, optimizer = train(first, method, steps=5)
+    checkpoint.save_model(tmp_path, first)
+    checkpoint.save_optimizer(tmp_path, optimizer)
+    second = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_equal(weights(second), weights(first))
+    third = model_of("llama", torch.bfloat16)
+    offload(third, "disk")
+    missing, unexpected = third.load_state_dict(weights(second))
+    assert not missing and not unexpected
+    resumed = ZerothOrder(third, toys.method(method, interval=3), lr=1e-3, seed=3)
+    checkpoint.load_optimizer(tmp_path, resumed)
+    for _ in range(3):
+        found.append(float(resumed.step(toys.transformer_loss(third), toys.tokens())))
+        found += resumed.last.coefficients.tolist()
+    assert found == expected
+    assert_equal(weights(third), weights(plain))

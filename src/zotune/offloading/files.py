@@ -7,14 +7,17 @@ multiples of a page; elsewhere they are read as usual and the kernel is told to 
 
 from __future__ import annotations
 
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 PAGE = 4096
+HUGE = 2 << 20
 #: Bytes of one call, of which several are under way at a time: a solid-state disk is fastest so.
 CHUNK = 8 << 20
 AT_ONCE = 4
@@ -38,9 +41,17 @@ def pages(count: int) -> int:
 
 
 def room(count: int, pinned: bool = False) -> Tensor:
-    """Uninitialised memory of at least ``count`` bytes that starts at a page, uint8."""
-    memory = torch.empty(pages(count) + PAGE, dtype=torch.uint8, pin_memory=pinned)
-    return memory[-memory.data_ptr() % PAGE :][: pages(count)]
+    """Memory of at least ``count`` bytes that starts at a page, uint8."""
+    if pinned:
+        memory = torch.empty(pages(count) + PAGE, dtype=torch.uint8, pin_memory=True)
+        return memory[-memory.data_ptr() % PAGE :][: pages(count)]
+    mapped = mmap.mmap(-1, pages(count) + HUGE)
+    memory = torch.frombuffer(mapped, dtype=torch.uint8)
+    begin = -memory.data_ptr() % HUGE
+    if hasattr(mmap, "MADV_HUGEPAGE") and count >= HUGE:  # a device writes to fewer pages, and so does the kernel that keeps them
+        with suppress(OSError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return memory[begin:][: pages(count)]
 
 
 def plan(spans: list[tuple[str, int, int]]) -> tuple[list[Segment], list[int], int]:

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,7 +129,9 @@ class Stream:
             self._handles.append(module.register_forward_hook(after, always_call=True))
         for one in block.moving:
             if one.owner is not None:
-                self._handles += _state_dict_hooks(self, block, one)
+                self._handles.append(one.owner.register_state_dict_post_hook(_Saved(self, one)))
+        for module in part.modules:
+            self._handles += _loading_hooks(self, block, module)
 
     def acquire(self, block: _Block) -> None:
         """The tensors of a block hold their values until :meth:`release`."""
@@ -218,6 +220,15 @@ class Stream:
             yield
         finally:
             self._empty_state_dicts = False
+
+    def by_block(self, tensors: Mapping[str, Tensor]) -> list[list[str]]:
+        """Names of those of the tensors that come and go, a list for each block."""
+        found: list[list[str]] = [[] for _ in self._blocks]
+        for name, tensor in tensors.items():
+            home = residence.home(tensor)
+            if isinstance(home, _Home) and home.stream is self:
+                found[home.block.number].append(name)
+        return found
 
     def bring_back(self) -> None:
         """End the stream: every tensor stays from now on, in memory of its own. The model is a plain one then."""
@@ -347,22 +358,26 @@ class _Home:
         self.stream.take_along(self.block, tensor)
 
 
-def _state_dict_hooks(stream: Stream, block: _Block, one: Moving) -> list[Any]:
-    """What makes a module's state dict hold the tensor's values, and loading write them."""
-    owner, where = one.owner, weakref.ref(one.tensor)
-    assert owner is not None
+class _Saved:
+    """State-dict hook: what a state dict holds of a tensor are its values. (A class, because torch sets an attribute on the hook.)"""
 
-    class Saved:
-        def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-            tensor = where()
-            if prefix + one.local in state_dict and tensor is not None and not stream._empty_state_dicts:
-                if owner._parameters.get(one.local, owner._buffers.get(one.local)) is tensor:
-                    state_dict[prefix + one.local] = residence.lasting(tensor)
+    def __init__(self, stream: Stream, one: Moving) -> None:
+        self.stream, self.local, self.tensor = stream, one.local, weakref.ref(one.tensor)
 
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        tensor = self.tensor()
+        there = tensor is not None and module._parameters.get(self.local, module._buffers.get(self.local)) is tensor
+        if there and prefix + self.local in state_dict and not self.stream._empty_state_dicts:
+            assert tensor is not None
+            state_dict[prefix + self.local] = residence.lasting(tensor)
+
+
+def _loading_hooks(stream: Stream, block: _Block, module: nn.Module) -> list[Any]:
+    """What brings a block in while a state dict is loaded into it."""
     held: list[bool] = []
 
     def before(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-        if prefix + one.local in state_dict:
+        if any(name.startswith(prefix) for name in state_dict):
             stream.acquire(block)
             held.append(True)
 
@@ -372,11 +387,7 @@ def _state_dict_hooks(stream: Stream, block: _Block, one: Moving) -> list[Any]:
             stream.changed(block)
             stream.release(block)
 
-    return [
-        owner.register_state_dict_post_hook(Saved()),
-        owner.register_load_state_dict_pre_hook(before),
-        owner.register_load_state_dict_post_hook(after),
-    ]
+    return [module.register_load_state_dict_pre_hook(before), module.register_load_state_dict_post_hook(after)]
 
 
 def stream_of(model: nn.Module) -> Stream | None:
