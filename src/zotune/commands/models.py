@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from zotune import offloading
 from zotune.commands.arguments import ModelArguments
+from zotune.offloading import cap
 from zotune.schemes import load_adapter
 
 
@@ -89,13 +91,26 @@ def load_model(
             config.num_labels = len(classes)
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: index for index, name in enumerate(classes)}
-    model, info = _explained(plan.name, lambda: kind.from_pretrained(plan.name, config=config, output_loading_info=True, **options))
+    model, info = _explained(plan.name, lambda: _read(plan.name, kind, args, device, config=config, output_loading_info=True, **options))
     missing = sorted(info["missing_keys"])
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
+    if args.offload == "cpu":
+        offloading.offload(model, "cpu", device=device, blocks=args.offload_blocks, max_memory=_cap(args))
     if plan.adapter is not None:
         model = load_adapter(model, plan.adapter)
     return model, missing
+
+
+def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, **options: Any) -> Any:
+    if args.offload != "disk":
+        return kind.from_pretrained(name, **options)
+    scratch = None if args.offload_dir is None else str(Path(args.offload_dir).expanduser())
+    return offloading.load(name, kind, device=device, blocks=args.offload_blocks, max_memory=_cap(args), scratch=scratch, **options)
+
+
+def _cap(args: ModelArguments) -> int | None:
+    return None if args.max_memory is None else cap.parse(args.max_memory)
 
 
 def resolve_dtype(name: str, device: torch.device) -> Any:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
-from zotune import checkpoint, schemes
+from zotune import checkpoint, offloading, schemes
 from zotune.commands import run_folder, untrained
 from zotune.commands.arguments import DataArguments, ModelArguments
 from zotune.commands.models import load_model, load_tokenizer, plan_model
@@ -147,7 +147,7 @@ class Run:
             model = schemes.apply(model, self.scheme, seed=self.config.seed)
         if self.scheme.scheme == "prefix" and self.config.activation_checkpointing:
             raise ValueError("prefix tuning keeps its keys and values where activation checkpointing drops them: leave one of them out.")
-        reason = schemes.refusal(method, model, self.scheme)
+        reason = schemes.refusal(method, model, self.scheme) or (offloading.refusal(method, model) if self.model_args.offload != "no" else None)
         if reason is not None:
             raise ValueError(reason)
         return model
@@ -262,6 +262,9 @@ class Run:
             highlight=False,
         )
         self.console.print(f"{self.data_name}: {', '.join(sizes)}", highlight=False)
+        stream = offloading.stream_of(trainer.model)
+        if stream is not None:
+            self.console.print(stream.describe(), highlight=False)
 
     def _evaluate(self, trainer: ZOTrainer, data: PreparedData, when: str) -> dict[str, float] | None:
         """Metrics on the evaluation data (not the held-out part), without their `eval_` prefix."""

@@ -57,6 +57,7 @@ def groups() -> dict[str, dict[str, str]]:
         },
         "model and scheme": dict.fromkeys(
             (*(field.name for field in dataclasses.fields(Scheme)), "dtype", "attn_implementation", "trust_remote_code"), ""),
+        "models larger than memory": dict.fromkeys(("offload", "max_memory", "offload_blocks", "offload_dir", "quantize"), ""),
         "the run": {
             "num_train_epochs": "instead of --max_steps",
             "gradient_accumulation_steps": "micro-batches a step, all evaluated under the same directions",

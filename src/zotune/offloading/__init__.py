@@ -4,6 +4,7 @@ A zeroth-order step only reads the weights, so a model streams one way: nothing 
 """
 
 from zotune.offloading.loading import load, offload
+from zotune.offloading.refusing import refusal
 from zotune.offloading.stream import Stream, stream_of
 
-__all__ = ["Stream", "load", "offload", "stream_of"]
+__all__ = ["Stream", "load", "offload", "refusal", "stream_of"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zotune.offloading import blocks
 from zotune.offloading.blocks import Part
+from zotune.offloading.cap import arrange
 from zotune.offloading.stores import DiskStore, Form, HostStore, Place, Store
 from zotune.offloading.stream import Moving, Stream, moving_of, stream_of
 
@@ -29,6 +30,7 @@ def offload(
     blocks: str | Sequence[str] | None = None,
     resident: int = 0,
     prefetch: int = 1,
+    max_memory: int | None = None,
     scratch: str | Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> Stream:
@@ -41,6 +43,7 @@ def offload(
         blocks: name of the list of blocks, or of several; None: found by structure.
         resident: so many blocks stay.
         prefetch: blocks on their way at a time.
+        max_memory: bytes of ``device``; chooses ``resident`` and ``prefetch``.
         scratch: folder for the scratch file.
         dtype: keep floating-point weights in this dtype while they are away, for models whose offloaded weights are not trained.
 
@@ -58,6 +61,7 @@ def offload(
     if dtype is not None and to == "disk":
         raise ValueError("dtype is of weights in host memory: offload to 'cpu', or convert the model before.")
     device = torch.device(device) if device is not None else next(model.parameters()).device
+    resident, prefetch = _arranged(model, resident, prefetch, max_memory, device, blocks)
     parts = _parts(model, blocks, resident)
     moving = moving_of(parts, model, device)
     values = [[(_form(one), one.tensor.detach()) for one in some] for some in moving]
@@ -75,8 +79,9 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
     blocks: str | Sequence[str] | None = None,
-    resident: int | Callable[[nn.Module], int] = 0,
+    resident: int = 0,
     prefetch: int = 1,
+    max_memory: int | None = None,
     scratch: str | Path | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -88,13 +93,14 @@ def load(
         dtype: of the weights when they are here; "auto": as stored.
         device: where it computes.
         blocks: as in :func:`offload`.
-        resident: so many blocks stay; or a function that says how many, given the model without memory.
+        resident: so many blocks stay.
         prefetch: blocks on their way at a time.
+        max_memory: bytes of ``device``; chooses ``resident`` and ``prefetch``.
         scratch: folder for a scratch file of weights that training changes, as large as those; None: the system's temporary one.
         options: more for ``from_pretrained``.
 
     Raises:
-        ValueError: no blocks are found, or the weights are not in safetensors files.
+        ValueError: no blocks are found, the weights are not in safetensors files, or ``max_memory`` is too small.
     """
     import transformers
     from accelerate import init_empty_weights
@@ -107,9 +113,9 @@ def load(
     )
     with init_empty_weights():
         empty = kind.from_config(config, dtype=_resolved(dtype, config), **{k: v for k, v in options.items() if k in _OF_CONFIG})
-    keep = resident(empty) if callable(resident) else resident
-    _check("disk", keep, prefetch)
-    parts = _parts(empty, blocks, keep)
+    resident, prefetch = _arranged(empty, resident, prefetch, max_memory, device, blocks)
+    _check("disk", resident, prefetch)
+    parts = _parts(empty, blocks, resident)
     where_to = _device_map(empty, {name for part in parts for name in part.names})
     away = [one.name for some in moving_of(parts, empty, torch.device("cpu")) for one in some]
     del empty
@@ -125,7 +131,7 @@ def load(
             model.__dict__.pop(attribute, None)
         where = _places({n: entry for n, entry in index.items() if n in set(away)}, folder)
         _settle_small(model, index, set(away), device)
-    parts = _parts(model, blocks, keep)
+    parts = _parts(model, blocks, resident)
     moving = moving_of(parts, model, device)
     missing = [one.name for some in moving for one in some if one.name not in where]
     if missing:
@@ -139,6 +145,17 @@ def load(
 
 
 _OF_CONFIG = ("attn_implementation", "trust_remote_code")
+
+
+def _arranged(
+    model: nn.Module, resident: int, prefetch: int, cap: int | None, device: torch.device, named: str | Sequence[str] | None
+) -> tuple[int, int]:
+    if cap is None:
+        return resident, prefetch
+    if resident or prefetch != 1:
+        raise ValueError("max_memory chooses how many blocks stay and how many are on their way: leave resident and prefetch out.")
+    arrangement = arrange(model, cap, device, named)
+    return arrangement.resident, arrangement.prefetch
 
 
 def _device_map(model: nn.Module, away: set[str], prefix: str = "") -> dict[str, str]:

@@ -221,6 +221,28 @@ class Stream:
         finally:
             self._empty_state_dicts = False
 
+    def measure(self) -> float:
+        """Bytes a second at which blocks come in, from two of them."""
+        with self._lock:
+            before = self.traffic.bytes, self.traffic.transfer
+            for block in (self._blocks[0], self._blocks[-1]):
+                self.acquire(block)
+                self.release(block)
+            for room in self._rooms:
+                if room.filled is not None:
+                    room.filled.result()
+        return (self.traffic.bytes - before[0]) / max(self.traffic.transfer - before[1], 1e-9)
+
+    def describe(self) -> str:
+        """What comes and goes, and how long a pass over the weights takes at least."""
+        rate = self.measure()
+        size = sum(self.store.size(number) for number in range(len(self.parts)))
+        rooms = sum(room.memory.numel() for room in self._rooms)
+        return (
+            f"offloaded: {len(self.parts)} blocks come and go through {rooms / 2**30:.2f} GiB, {size / 2**30:.2f} GiB a forward pass at "
+            f"{rate / 1e9:.2f} GB/s: at least {size / rate:.2g} s each"
+        )
+
     def by_block(self, tensors: Mapping[str, Tensor]) -> list[list[str]]:
         """Names of those of the tensors that come and go, a list for each block."""
         found: list[list[str]] = [[] for _ in self._blocks]
