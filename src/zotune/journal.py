@@ -250,7 +250,7 @@ def verify(path: str | Path) -> Summary:
 
 
 def digest(model: nn.Module) -> str:
-    """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trainable or not."""
+    """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trainable or not, and of weights in few bits."""
 
     def one(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
@@ -261,4 +261,5 @@ def digest(model: nn.Module) -> str:
         return hashed.digest()
 
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock
-        return hashlib.blake2b(b"".join(pool.map(one, model.named_parameters())), digest_size=16).hexdigest()
+        packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales")]
+        return hashlib.blake2b(b"".join(pool.map(one, [*model.named_parameters(), *packed])), digest_size=16).hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import applying, chosen, layer_scales, methods, observing, residence, run_state
+from zotune import applying, chosen, frozen_linear, layer_scales, methods, observing, residence, run_state
 from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
@@ -165,6 +165,8 @@ class ZerothOrder(torch.optim.Optimizer):
         return groups
 
     def _check_residence(self, coordinate: Coordinate) -> None:
+        if frozen_linear.owner_of(coordinate.parameter) is not None and not isinstance(coordinate, LowRankCoordinate):
+            raise ValueError(f"{coordinate.name} is held in few bits, so it moves by low-rank factors only: use lozo, or an adapter (PEFT).")
         home = residence.home(coordinate.parameter)
         if home is None:
             return

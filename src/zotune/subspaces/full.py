@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from zotune import residence
+from zotune import frozen_linear, residence
 from zotune.coordinates import THIN, Coordinate, Offset
 from zotune.directions import Directions, Key, for_blocks
 from zotune.kernels import moves_for
@@ -159,6 +159,10 @@ class FullCoordinate(Coordinate):
 
         Where W is away, when it comes back: the factors are kept as they are now.
         """
+        layer = frozen_linear.owner_of(self.parameter)
+        if layer is not None:
+            layer.add(left, right, keep)
+            return
         if residence.home(self.parameter) is not None:
             left, right = left.clone(), right.clone()
         work = partial(self._add_product, left, right, seed, step, keep)

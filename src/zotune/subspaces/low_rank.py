@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zotune import residence
+from zotune import frozen_linear, residence
 from zotune.coordinates import Carry, Coordinate, Offset
 from zotune.directions import Directions, Key
 from zotune.subspaces.full import FullCoordinate
@@ -183,6 +183,13 @@ class LowRankCoordinate(Coordinate):
         self._weight.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
         self._clear()
 
+    def pending_factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """(left, right) of what the next fold would add, None for nothing."""
+        if not self.pending:
+            return None, None
+        left, right = self.factors(self.core)
+        return left.clone(), right.contiguous()
+
     def merged(self) -> Tensor:
         """What :meth:`fold` would make of W, as a copy; the same tensor for every owner of a shared weight."""
         if not self.pending and self.keep == 1.0:
@@ -208,6 +215,10 @@ class LowRankCoordinate(Coordinate):
     def state(self) -> dict[str, Tensor]:
         if not self.pending and self.keep == 1.0:
             return self._weight.state()
+        layer = frozen_linear.owner_of(self.parameter)
+        if layer is not None:  # W as stored is what the model's state dict ends with otherwise
+            stored = {"left": layer.left, "right": layer.right, "scales": layer.scales}
+            return {"a": self.core, **stored, "keep": torch.tensor(self.keep, dtype=torch.float64), "clock": torch.tensor(self.clock[1])}
         # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
         return {
             "a": self.core,
@@ -215,6 +226,10 @@ class LowRankCoordinate(Coordinate):
             "keep": torch.tensor(self.keep, dtype=torch.float64),
             "clock": torch.tensor(self.clock[1]),
         }
+
+    def _restore(self, base: Tensor) -> None:
+        work = lambda: self.parameter.data.copy_(base.to(self.device))  # noqa: E731
+        residence.when_at_hand(self.parameter, work, held=base.numel() * base.element_size())
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         self.reset()
@@ -224,10 +239,11 @@ class LowRankCoordinate(Coordinate):
             self._weight.load_state(state, seed, step)
         if "a" in state:
             self.core.copy_(state["a"].to(self.device))
-            base = state["base"]
-            residence.when_at_hand(
-                self.parameter, lambda: self.parameter.data.copy_(base.to(self.device)), held=base.numel() * base.element_size()
-            )
+            layer = frozen_linear.owner_of(self.parameter)
+            if layer is not None:
+                layer.left, layer.right, layer.scales = (state[name].to(self.device, copy=True) for name in ("left", "right", "scales"))
+            else:
+                self._restore(state["base"])
             self.pending, self.keep, self.clock = True, float(state["keep"]), (seed, int(state["clock"]))
 
 
