@@ -34,7 +34,8 @@ def make(folder: Path, layers: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=16, max_position_embeddings=2048, tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+        num_key_value_heads=16, max_position_embeddings=2048, tie_word_embeddings=True, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)  # fmt: skip
     generator, index, total = torch.Generator().manual_seed(0), {}, 0
 
@@ -170,7 +171,13 @@ def limited(count: int | None) -> Iterator[Callable[[], None] | None]:
 
 
 def child(what: str, args: argparse.Namespace, limit: int | None, **changes: Any) -> dict[str, Any] | None:
-    options = {"steps": args.steps, "batch_size": args.batch_size, "length": args.length, "interval": args.interval, "scratch": args.scratch}
+    options = {
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "length": args.length,
+        "interval": args.interval,
+        "scratch": args.scratch,
+    }
     words = [sys.executable, __file__, what, str(args.model)]
     words += [word for name, value in (options | changes).items() if value is not None for word in (f"--{name}", str(value))]
     with limited(limit) as enter:

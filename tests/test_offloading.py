@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import transformers
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, checkpoint, methods, residence
+from zotune import ZerothOrder, checkpoint
 from zotune.journal import digest
 from zotune.offloading import blocks, load, offload, stream_of
-from zotune.replaying import replay
 
 NAMES = ("llama", "qwen2", "qwen3", "mistral", "opt", "gpt2", "bert")
 

@@ -26,6 +26,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from zotune.first_order import FirstOrder
+from zotune.frozen_linear import any_frozen, dense_state
 from zotune.offloading import saving, stream_of
 from zotune.optimizer import ZerothOrder
 
@@ -135,6 +136,8 @@ def save_model(folder: Path, model: nn.Module, state_dict: dict[str, torch.Tenso
     if stream_of(model) is not None:
         saving.save_model(model, folder)
         return
+    if state_dict is None and any_frozen(model) and not hasattr(model, "peft_config"):
+        state_dict = dense_state(model)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if save_pretrained is None:
         save_bare_model(model, str(folder / "model.safetensors"))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zotune import residence
+
 #: Numbers that share a scale in 4 bits.
 GROUP = 32
 #: Weights that are unpacked at a time on a CPU.
@@ -23,7 +25,7 @@ STRIP = 1 << 20
 
 
 class FrozenLinear(nn.Linear):
-    """y = x (Q ⊙ s)ᵀ + (x R) Lᵀ + b, and whatever ``weight`` is lent (see ``probe``).
+    """y = f x (Q ⊙ s)ᵀ + (x R) Lᵀ + b, f what weight decay has left of 1, and whatever ``weight`` is lent (see ``probe``).
 
     Args:
         linear: the layer to take over; its weight is rounded to the nearest of the numbers that can be had. Its bias is shared.
@@ -35,6 +37,7 @@ class FrozenLinear(nn.Linear):
 
     codes: Tensor
     scales: Tensor
+    factor: Tensor
     left: Tensor
     right: Tensor
 
@@ -46,7 +49,13 @@ class FrozenLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if bits == 4 and self.in_features % GROUP:
             raise ValueError(f"4 bits need inputs in multiples of {GROUP}, and this layer has {self.in_features}: use int8.")
-        weight = linear.weight.detach()
+        with residence.at_hand(linear.weight):
+            self._pack(linear.weight.detach())
+        self.weight = nn.Parameter(self._nothing(linear.weight.dtype, linear.weight.device), requires_grad=linear.weight.requires_grad)
+        self.bias = linear.bias
+
+    def _pack(self, weight: Tensor) -> None:
+        bits = self.bits
         group = GROUP if bits == 4 else self.in_features
         most = 127 if bits == 8 else 7
         grouped = weight.float().view(self.out_features, -1, group)
@@ -56,31 +65,35 @@ class FrozenLinear(nn.Linear):
             codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.squeeze(2))
+        self.register_buffer("factor", torch.ones((), device=weight.device))
         self.register_buffer("left", torch.zeros(self.out_features, 0, device=weight.device))
         self.register_buffer("right", torch.zeros(self.in_features, 0, device=weight.device))
-        self.weight = nn.Parameter(self._nothing(weight.dtype, weight.device), requires_grad=linear.weight.requires_grad)
-        self.bias = linear.bias
 
     def _nothing(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros((), dtype=dtype, device=device).expand(self.out_features, self.in_features)
 
     def unpacked(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of Q ⊙ s, in ``dtype``."""
+        """Rows of f Q ⊙ s, in ``dtype``."""
         codes = self.codes[rows]
         if self.bits == 4:
             codes = torch.stack([(codes << 4) >> 4, codes >> 4], dim=2)  # the shifts of signed bytes keep the sign
-        scales = self.scales[rows].unsqueeze(2)
+        scales = (self.scales[rows] * self.factor).unsqueeze(2)
         return codes.reshape(*scales.shape[:2], -1).to(torch.float32).mul_(scales).view(len(codes), -1).to(dtype)
 
     def dense(self) -> Tensor:
-        """Q ⊙ s + L Rᵀ in the layer's dtype."""
-        whole = self.unpacked(slice(0, self.out_features), torch.float32)
-        return whole.addmm_(self.left, self.right.T).to(self.weight.dtype)
+        """The weight that all this stands for, in the layer's dtype."""
+        return self.with_factors(self.left, self.right)
+
+    def with_factors(self, left: Tensor, right: Tensor) -> Tensor:
+        """f Q ⊙ s + left · rightᵀ in the layer's dtype."""
+        with residence.at_hand(self.codes):
+            whole = self.unpacked(slice(0, self.out_features), torch.float32)
+        return whole.addmm_(left, right.T).to(self.weight.dtype)
 
     def add(self, left: Tensor, right: Tensor, keep: float) -> None:
-        """W ← keep · W + left · rightᵀ; the decay of what is frozen goes to its scales."""
+        """W ← keep · W + left · rightᵀ."""
         if keep != 1.0:
-            self.scales *= keep
+            self.factor = self.factor * keep
         self.left = torch.cat([self.left * keep, left], dim=1)
         self.right = torch.cat([self.right, right], dim=1)
 
@@ -105,11 +118,11 @@ class FrozenLinear(nn.Linear):
     # -- state ----------------------------------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
-        stored = self.codes, self.scales, self.left, self.right
+        stored = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        for name, before in zip(("codes", "scales", "left", "right"), stored, strict=True):
-            if self._buffers[name].dtype != before.dtype:  # a model that is made half precision keeps its scales
-                self._buffers[name] = before.to(self._buffers[name].device)
+        for name, before in stored.items():
+            if getattr(self, name).dtype != before.dtype:  # a model that is made half precision keeps its scales
+                self._buffers[name] = before.to(self.weight.device)
         self.weight.data = self._nothing(self.weight.dtype, self.weight.device)
         return self
 
@@ -121,7 +134,9 @@ class FrozenLinear(nn.Linear):
         for name in ("left", "right"):
             if prefix + name in state_dict:  # as many columns as there are
                 self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.codes.device)
-        super()._load_from_state_dict({prefix + "weight": self.weight, **state_dict}, prefix, *rest)
+        # A checkpoint of ordinary layers has nothing that could be written here: what training added comes with the optimiser's state.
+        own = {prefix + name: buffer for name, buffer in self._buffers.items()} if prefix + "weight" in state_dict else {}
+        super()._load_from_state_dict({**own, **state_dict, prefix + "weight": self.weight}, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
@@ -172,15 +187,17 @@ def freeze(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",))
     return model
 
 
-def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the model with ordinary Linear layers, weights in full."""
-    state = model.state_dict()
+def any_frozen(model: nn.Module) -> bool:
+    """Whether a model has layers of this kind."""
+    return any(isinstance(module, FrozenLinear) for module in model.modules())
+
+
+def dense_state(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of a module as if it had ordinary Linear layers, weights in full; ``prefix`` stands before the names."""
+    state = model.state_dict(prefix=prefix)
     for name, module in model.named_modules():
         if isinstance(module, FrozenLinear):
-            prefix = f"{name}." if name else ""
-            left, right = (state.pop(prefix + part) for part in ("left", "right"))  # with what is pending
-            scales, codes = state.pop(prefix + "scales"), state.pop(prefix + "codes")
-            assert codes.shape[0] == scales.shape[0]
-            whole = module.unpacked(slice(0, module.out_features), torch.float32)
-            state[prefix + "weight"] = whole.addmm_(left, right.T).to(module.weight.dtype)
+            here = f"{prefix}{name}." if name else prefix
+            parts = {part: state.pop(here + part) for part in module._buffers}
+            state[here + "weight"] = module.with_factors(parts["left"], parts["right"])  # with what is pending
     return state

@@ -166,14 +166,18 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _check_residence(self, coordinate: Coordinate) -> None:
         if frozen_linear.owner_of(coordinate.parameter) is not None and not isinstance(coordinate, LowRankCoordinate):
-            raise ValueError(f"{coordinate.name} is held in few bits, so it moves by low-rank factors only: use lozo, or an adapter (PEFT).")
+            raise ValueError(
+                f"{coordinate.name} is held in few bits, so it moves by low-rank factors only: use lozo, or an adapter (PEFT)."
+            )
         home = residence.home(coordinate.parameter)
         if home is None:
             return
         if home.rounds:
             raise ValueError(f"{coordinate.name} is kept in fewer bits while it is away, so it cannot be trained: train an adapter (PEFT).")
         if not coordinate.travels or self.method.anchoring is not None:
-            raise ValueError(f"{self.method.name} reads weights between evaluations, so they cannot be offloaded: use lozo, mezo or an adapter.")
+            raise ValueError(
+                f"{self.method.name} reads weights between evaluations, so they cannot be offloaded: use lozo, mezo or an adapter."
+            )
 
     def _layers(self) -> list[list[LowRankCoordinate]]:
         subspace = self.method.subspace

@@ -24,13 +24,14 @@ class Home(Protocol):
         rounds: whether it keeps fewer bits than the tensor has, so that the tensor can only be read.
     """
 
-    rounds: bool
+    @property
+    def rounds(self) -> bool: ...
 
     def at_hand(self) -> AbstractContextManager[None]:
         """Brings the tensor in, with all that was to be written, for the length of a block."""
         ...
 
-    def write(self, work: Callable[[], None], held: int) -> None:
+    def write(self, work: Callable[[], object], held: int) -> None:
         """Calls ``work``, which writes the tensor, now or when it is next at hand; until then ``held`` bytes are kept for it."""
         ...
 
@@ -61,7 +62,7 @@ def at_hand(tensor: Tensor) -> AbstractContextManager[None]:
     return nullcontext() if where is None else where.at_hand()
 
 
-def when_at_hand(tensor: Tensor, work: Callable[[], None], held: int = 0) -> None:
+def when_at_hand(tensor: Tensor, work: Callable[[], object], held: int = 0) -> None:
     """Call ``work``, which writes the tensor, as soon as it is at hand."""
     where = home(tensor)
     if where is None:

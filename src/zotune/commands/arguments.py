@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from zotune.offloading.cap import parse
+
 
 @dataclass
 class ModelArguments:
@@ -24,7 +26,9 @@ class ModelArguments:
 
     offload: Literal["no", "cpu", "disk"] = field(
         default="no",
-        metadata={"help": "where the model's blocks are while they are not needed: cpu (host memory of a GPU) or disk (the model's own files)"},
+        metadata={
+            "help": "where the model's blocks are while they are not needed: cpu (host memory of a GPU) or disk (the model's own files)"
+        },
     )
     max_memory: str | None = field(
         default=None, metadata={"help": "with --offload: memory (18GiB) that decides how many blocks stay and how many are on their way"}
@@ -36,13 +40,15 @@ class ModelArguments:
         default=None, metadata={"help": "with --offload disk: folder for a scratch file of the weights that training changes"}
     )
     quantize: Literal["int8", "int4"] | None = field(
-        default=None, metadata={"help": "hold the Linear layers in so many bits (torchao); for --scheme lora and low-rank methods"}
+        default=None, metadata={"help": "hold the Linear layers in so many bits, never written; for low-rank methods and --scheme lora"}
     )
 
     def __post_init__(self) -> None:
         for name in ("max_memory", "offload_blocks", "offload_dir"):
             if getattr(self, name) is not None and self.offload == "no":
                 raise ValueError(f"--{name} is an option of --offload cpu and --offload disk.")
+        if self.max_memory is not None:
+            parse(self.max_memory)
         if self.offload_dir is not None and not Path(self.offload_dir).expanduser().is_dir():
             raise FileNotFoundError(f"--offload_dir: there is no folder {self.offload_dir!r}.")
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from zotune import offloading
 from zotune.commands.arguments import ModelArguments
+from zotune.frozen_linear import freeze
 from zotune.offloading import cap
 from zotune.schemes import load_adapter
 
@@ -95,18 +96,30 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
-    if args.offload == "cpu":
-        offloading.offload(model, "cpu", device=device, blocks=args.offload_blocks, max_memory=_cap(args))
+    if args.quantize is not None:
+        freeze(model, int(args.quantize.removeprefix("int")))
+        stream = offloading.stream_of(model)
+        if stream is not None:
+            stream.bring_back()
+    if args.offload == "cpu" or (args.offload == "disk" and args.quantize is not None):
+        how: dict[str, Any] = {"blocks": args.offload_blocks, "max_memory": _cap(args), "scratch": _scratch(args)}
+        offloading.offload(model, args.offload, device=device, **how)
     if plan.adapter is not None:
         model = load_adapter(model, plan.adapter)
     return model, missing
 
 
 def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, **options: Any) -> Any:
-    if args.offload != "disk":
-        return kind.from_pretrained(name, **options)
-    scratch = None if args.offload_dir is None else str(Path(args.offload_dir).expanduser())
-    return offloading.load(name, kind, device=device, blocks=args.offload_blocks, max_memory=_cap(args), scratch=scratch, **options)
+    if args.offload == "disk" and args.quantize is None:
+        more: dict[str, Any] = {"blocks": args.offload_blocks, "max_memory": _cap(args), "scratch": _scratch(args)}
+        return offloading.load(name, kind, device=device, **more, **options)
+    if args.quantize is not None:  # a block at a time, so that the model need never fit whole
+        return offloading.load(name, kind, blocks=args.offload_blocks, **options)
+    return kind.from_pretrained(name, **options)
+
+
+def _scratch(args: ModelArguments) -> str | None:
+    return None if args.offload_dir is None else str(Path(args.offload_dir).expanduser())
 
 
 def _cap(args: ModelArguments) -> int | None:
@@ -139,6 +152,8 @@ def _explained(name: str, load: Callable[[], Any]) -> Any:
     """What `load` returns; its long-winded errors as one sentence."""
     try:
         return load()
+    except offloading.NotOffloadable:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:

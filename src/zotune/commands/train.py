@@ -147,7 +147,9 @@ class Run:
             model = schemes.apply(model, self.scheme, seed=self.config.seed)
         if self.scheme.scheme == "prefix" and self.config.activation_checkpointing:
             raise ValueError("prefix tuning keeps its keys and values where activation checkpointing drops them: leave one of them out.")
-        reason = schemes.refusal(method, model, self.scheme) or (offloading.refusal(method, model) if self.model_args.offload != "no" else None)
+        reason = schemes.refusal(method, model, self.scheme) or (
+            offloading.refusal(method, model) if self.model_args.offload != "no" else None
+        )
         if reason is not None:
             raise ValueError(reason)
         return model

@@ -3,8 +3,9 @@
 A zeroth-order step only reads the weights, so a model streams one way: nothing is sent back but what an update has changed.
 """
 
+from zotune.offloading.blocks import NotOffloadable
 from zotune.offloading.loading import load, offload
 from zotune.offloading.refusing import refusal
 from zotune.offloading.stream import Stream, stream_of
 
-__all__ = ["Stream", "load", "offload", "refusal", "stream_of"]
+__all__ = ["NotOffloadable", "Stream", "load", "offload", "refusal", "stream_of"]

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 SMALL = 1 << 14
 
 
+class NotOffloadable(ValueError):
+    """A model cannot be offloaded as asked."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Modules that are needed at the same time, a block as a rule: ``names`` in the model, and the modules."""
@@ -39,14 +43,14 @@ def find(model: nn.Module, named: str | Sequence[str] | None = None) -> list[Par
             module = modules.get(name)
             if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
                 lists = ", ".join(n for n, m in _lists(model)) or "none"
-                raise ValueError(f"the model has no list of blocks {name!r}; its lists of modules are: {lists}.")
+                raise NotOffloadable(f"the model has no list of blocks {name!r}; its lists of modules are: {lists}.")
             found.append((name, module))
     else:
         alike = [(name, module) for name, module in _lists(model) if len(module) > 1 and _of_one_kind(module)]
         longest = max((len(module) for _, module in alike), default=0)
         found = [(name, module) for name, module in alike if len(module) == longest]
         if not found:
-            raise ValueError(
+            raise NotOffloadable(
                 f"no repeated blocks are found in {type(model).__name__}: offloading needs an nn.ModuleList of at least two modules of one "
                 "class; name the lists with blocks=..., or train the model without offloading."
             )

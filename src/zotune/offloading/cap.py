@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zotune.offloading import blocks
-from zotune.offloading.blocks import bytes_of
+from zotune.offloading.blocks import NotOffloadable, bytes_of
 from zotune.offloading.stream import moving_of
 
 _UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9, "gib": 2**30}
@@ -72,8 +72,9 @@ def arrange(
     least = base + 2 * room
     if least > usable:
         needed = least / (1 - SPARE)
-        raise ValueError(
-            f"a cap of {cap / 2**30:.2f} GiB is too small: what always stays takes {base / 2**30:.2f} GiB and two blocks {2 * room / 2**30:.2f}, "
+        raise NotOffloadable(
+            f"a cap of {cap / 2**30:.2f} GiB is too small: what always stays takes {base / 2**30:.2f} GiB and two blocks "
+            f"{2 * room / 2**30:.2f}, "
             f"so --max_memory must be at least {needed / 2**30:.2f}GiB."
         )
     resident = 0
@@ -92,4 +93,3 @@ def process(device: torch.device) -> int:
         return CONTEXT
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-

@@ -11,7 +11,8 @@ import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,10 +95,11 @@ class Files:
 
     def read(self, segments: list[Segment], into: Tensor) -> None:
         """Fill a room (uint8, from :func:`room`)."""
-        bytes_ = memoryview(into.numpy())
-        list(self._readers.map(lambda job: self._read(*job, bytes_), _chunks(segments)))
+        bytes_ = _bytes(into)
+        list(self._readers.map(partial(self._read, bytes_), _chunks(segments)))
 
-    def _read(self, path: str, offset: int, length: int, place: int, bytes_: memoryview) -> None:
+    def _read(self, bytes_: memoryview, chunk: Segment) -> None:
+        path, offset, length, place = astuple(chunk)
         descriptor, direct = self._open(path)
         done = 0
         while done < length:
@@ -111,7 +113,7 @@ class Files:
     def write(self, path: str, offset: int, source: Tensor) -> None:
         """Write a room to a file that was adopted."""
         descriptor, direct = self._open(path)
-        bytes_ = memoryview(source.numpy())
+        bytes_ = _bytes(source)
         done = 0
         while done < len(bytes_):
             done += os.pwritev(descriptor, [bytes_[done : done + CHUNK]], offset + done)
@@ -125,10 +127,16 @@ class Files:
         self._descriptors.clear()
 
 
-def _chunks(segments: list[Segment]) -> list[tuple[str, int, int, int]]:
+def _chunks(segments: list[Segment]) -> list[Segment]:
     return [
-        (s.path, s.offset + first, min(CHUNK, s.length - first), s.place + first) for s in segments for first in range(0, s.length, CHUNK)
+        Segment(s.path, s.offset + first, min(CHUNK, s.length - first), s.place + first)
+        for s in segments
+        for first in range(0, s.length, CHUNK)
     ]
+
+
+def _bytes(room: Tensor) -> memoryview:
+    return memoryview(room.numpy())  # type: ignore[arg-type]
 
 
 def _direct(descriptor: int) -> bool:
@@ -138,7 +146,7 @@ def _direct(descriptor: int) -> bool:
 
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
         trial = room(PAGE)
-        os.preadv(descriptor, [memoryview(trial.numpy())], 0)
+        os.preadv(descriptor, [_bytes(trial)], 0)
         return True
     except (ImportError, AttributeError):  # no such thing on this system
         return False

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.offloading import blocks
-from zotune.offloading.blocks import Part
+from zotune.offloading import blocks as finding
+from zotune.offloading.blocks import NotOffloadable, Part
 from zotune.offloading.cap import arrange
 from zotune.offloading.stores import DiskStore, Form, HostStore, Place, Store
 from zotune.offloading.stream import Moving, Stream, moving_of, stream_of
@@ -57,9 +57,9 @@ def offload(
     """
     _check(to, resident, prefetch)
     if stream_of(model) is not None:
-        raise ValueError("the model is offloaded already.")
+        raise NotOffloadable("the model is offloaded already.")
     if dtype is not None and to == "disk":
-        raise ValueError("dtype is of weights in host memory: offload to 'cpu', or convert the model before.")
+        raise NotOffloadable("dtype is of weights in host memory: offload to 'cpu', or convert the model before.")
     device = torch.device(device) if device is not None else next(model.parameters()).device
     resident, prefetch = _arranged(model, resident, prefetch, max_memory, device, blocks)
     parts = _parts(model, blocks, resident)
@@ -84,7 +84,7 @@ def load(
     max_memory: int | None = None,
     scratch: str | Path | None = None,
     **options: Any,
-) -> nn.Module:
+) -> Any:
     """A pretrained model whose blocks stay on disk, in the safetensors shards they came in.
 
     Args:
@@ -121,9 +121,7 @@ def load(
     del empty
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         # transformers finds which tensor of which shard becomes which weight, whatever it is called there.
-        loaded = kind.from_pretrained(
-            name, config=config, dtype=dtype, device_map=where_to, offload_folder=folder, **options
-        )
+        loaded = kind.from_pretrained(name, config=config, dtype=dtype, device_map=where_to, offload_folder=folder, **options)
         model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
         index = _index(model)
         remove_hook_from_module(model, recurse=True)
@@ -135,7 +133,7 @@ def load(
     moving = moving_of(parts, model, device)
     missing = [one.name for some in moving for one in some if one.name not in where]
     if missing:
-        raise ValueError(f"{name} has no weight {missing[0]!r} in its files; load it without offloading to see what is wrong with it.")
+        raise NotOffloadable(f"{name} has no weight {missing[0]!r} in its files; load it without offloading to see what is wrong with it.")
     store = DiskStore([[_form(one) for one in some] for some in moving], where, device, scratch)
     stream = Stream(parts, moving, store, device, prefetch + 1)
     model.to(device)
@@ -153,7 +151,7 @@ def _arranged(
     if cap is None:
         return resident, prefetch
     if resident or prefetch != 1:
-        raise ValueError("max_memory chooses how many blocks stay and how many are on their way: leave resident and prefetch out.")
+        raise NotOffloadable("max_memory chooses how many blocks stay and how many are on their way: leave resident and prefetch out.")
     arrangement = arrange(model, cap, device, named)
     return arrangement.resident, arrangement.prefetch
 
@@ -180,15 +178,15 @@ def _resolved(dtype: torch.dtype | str, config: Any) -> torch.dtype:
 
 def _check(to: str, resident: int, prefetch: int) -> None:
     if to not in PLACES:
-        raise ValueError(f"weights can be offloaded to {' or '.join(PLACES)}, not to {to!r}.")
+        raise NotOffloadable(f"weights can be offloaded to {' or '.join(PLACES)}, not to {to!r}.")
     if resident < 0 or prefetch < 1:
-        raise ValueError(f"resident must be at least 0 and prefetch at least 1, not {resident} and {prefetch}.")
+        raise NotOffloadable(f"resident must be at least 0 and prefetch at least 1, not {resident} and {prefetch}.")
 
 
 def _parts(model: nn.Module, named: str | Sequence[str] | None, resident: int) -> list[Part]:
-    parts = blocks.find(model, named)
+    parts = finding.find(model, named)
     if resident >= len(parts):
-        raise ValueError(f"{resident} resident blocks are all that the model has ({len(parts)}): train it without offloading.")
+        raise NotOffloadable(f"{resident} resident blocks are all that the model has ({len(parts)}): train it without offloading.")
     return parts[resident:]
 
 
@@ -204,7 +202,7 @@ def _index(model: nn.Module) -> dict[str, dict[str, Any]]:
             weights = getattr(hook, "weights_map", None)
             if weights is not None:
                 return getattr(weights, "dataset", weights).index
-    raise ValueError("transformers has put none of this model's weights on disk; load it without offloading.")
+    raise NotOffloadable("transformers has put none of this model's weights on disk; load it without offloading.")
 
 
 _DTYPES = {
@@ -220,7 +218,7 @@ def _places(index: dict[str, dict[str, Any]], folder: str) -> dict[str, Place]:
     for name, entry in index.items():
         path = entry.get("safetensors_file")
         if path is None or Path(path).is_relative_to(folder):
-            raise ValueError(
+            raise NotOffloadable(
                 f"{name} is not in a safetensors file in the form in which the model holds it: load the model once where it fits and "
                 "save it with save_pretrained."
             )

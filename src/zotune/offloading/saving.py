@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zotune import run_state
+from zotune.frozen_linear import dense_state
 from zotune.offloading.stream import Stream, stream_of
 from zotune.optimizer import ZerothOrder
 
@@ -68,14 +69,14 @@ def _shards(model: nn.Module, stream: Stream) -> Iterator[dict[str, Tensor]]:
             if any(other.startswith(f"{name}.") for other in blocks):
                 gather(child, f"{name}.")
             else:
-                rest.update(child.state_dict(prefix=f"{name}."))
+                rest.update(dense_state(child, f"{name}."))
 
     gather(model, "")
     yield _each_once(rest)
     for part in stream.parts:
         tensors: dict[str, Tensor] = {}
         for name, module in zip(part.names, part.modules, strict=True):
-            tensors |= module.state_dict(prefix=f"{name}.")
+            tensors |= dense_state(module, f"{name}.")
         yield _each_once(tensors)
 
 
@@ -112,5 +113,3 @@ def rest_of_state(optimizer: ZerothOrder) -> dict[str, Any]:
     """``optimizer.state_dict()`` without what :func:`block_states` gives."""
     away = {name for names in coordinates_by_block(optimizer) for name in names}
     return run_state.save(optimizer, without=away)
-
-

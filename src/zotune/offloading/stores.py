@@ -68,8 +68,7 @@ class Layout:
     def views(self, room: Tensor) -> list[Tensor]:
         """The tensors in a room."""
         return [
-            room[place : place + form.nbytes].view(form.dtype).view(form.shape)
-            for form, place in zip(self.forms, self.places, strict=True)
+            room[place : place + form.nbytes].view(form.dtype).view(form.shape) for form, place in zip(self.forms, self.places, strict=True)
         ]
 
 
@@ -109,9 +108,7 @@ class HostStore:
         dtype: floating-point tensors are kept in this dtype (None: in their own), which rounds them once and halves the link's work.
     """
 
-    def __init__(
-        self, blocks: Sequence[Sequence[tuple[Form, Tensor]]], device: torch.device, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, blocks: Sequence[Sequence[tuple[Form, Tensor]]], device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._pinned = device.type == "cuda"
         self.rounds = False
         self.layouts, self._kept, self._memory = [], [], []

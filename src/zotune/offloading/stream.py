@@ -51,7 +51,7 @@ class Moving:
 class _Block:
     number: int
     moving: list[Moving]
-    waiting: list[Callable[[], None]] = field(default_factory=list)
+    waiting: list[Callable[[], object]] = field(default_factory=list)
     held: int = 0
 
 
@@ -88,7 +88,9 @@ class Stream:
         depth: rooms; one less than that many blocks are on their way at a time. At least 2.
     """
 
-    def __init__(self, parts: Sequence[Part], moving: Sequence[Sequence[Moving]], store: Store, device: torch.device, depth: int = 2) -> None:
+    def __init__(
+        self, parts: Sequence[Part], moving: Sequence[Sequence[Moving]], store: Store, device: torch.device, depth: int = 2
+    ) -> None:
         assert depth >= 2
         self.parts, self.store, self.device, self.depth = list(parts), store, device, depth
         self.traffic = Traffic()
@@ -114,7 +116,9 @@ class Stream:
     def _hook(self, block: _Block, part: Part) -> None:
         def before(module: nn.Module, args: Any) -> None:
             if torch.is_grad_enabled() and any(t.requires_grad for t in [*module.parameters(), *args] if isinstance(t, Tensor)):
-                raise ValueError("no backward pass goes through an offloaded model: train it with a zeroth-order method, or torch.no_grad().")
+                raise ValueError(
+                    "no backward pass goes through an offloaded model: train it with a zeroth-order method, or torch.no_grad()."
+                )
             self.acquire(block)
             entered.append(True)
 
@@ -188,7 +192,7 @@ class Stream:
         assert room is not None and room.users
         room.changed = True
 
-    def write(self, block: _Block, work: Callable[[], None], held: int) -> None:
+    def write(self, block: _Block, work: Callable[[], object], held: int) -> None:
         """See :class:`zotune.residence.Home`."""
         with self._lock:
             room = self._room_of(block)
@@ -253,15 +257,19 @@ class Stream:
         return found
 
     def bring_back(self) -> None:
-        """End the stream: every tensor stays from now on, in memory of its own. The model is a plain one then."""
+        """End the stream: every tensor that a block still has stays from now on, in memory of its own. The model is a plain one then."""
         self.flush()
-        for block in self._blocks:
-            self.acquire(block)
-            values = [one.tensor.detach().clone() for one in block.moving]
-            self.release(block)
-            for one, value in zip(block.moving, values, strict=True):
+        for block, part in zip(self._blocks, self.parts, strict=True):
+            wanted = {id(t) for m in part.modules for t in [*m.parameters(), *m.buffers()]}
+            here = [one for one in block.moving if id(one.tensor) in wanted or one.owner is None]
+            if here:
+                self.acquire(block)
+                values = [one.tensor.detach().clone() for one in here]
+                self.release(block)
+                for one, value in zip(here, values, strict=True):
+                    one.tensor.data = value
+            for one in block.moving:
                 residence.unsettle(one.tensor)
-                one.tensor.data = value
         for handle in self._handles:
             handle.remove()
         self.close()
@@ -373,7 +381,7 @@ class _Home:
             finally:
                 self.stream.release(self.block)
 
-    def write(self, work: Callable[[], None], held: int) -> None:
+    def write(self, work: Callable[[], object], held: int) -> None:
         self.stream.write(self.block, work, held)
 
     def take_along(self, tensor: Tensor) -> None:

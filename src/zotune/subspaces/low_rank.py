@@ -213,16 +213,14 @@ class LowRankCoordinate(Coordinate):
         self._weight.reset()
 
     def state(self) -> dict[str, Tensor]:
-        if not self.pending and self.keep == 1.0:
-            return self._weight.state()
         layer = frozen_linear.owner_of(self.parameter)
-        if layer is not None:  # W as stored is what the model's state dict ends with otherwise
-            stored = {"left": layer.left, "right": layer.right, "scales": layer.scales}
-            return {"a": self.core, **stored, "keep": torch.tensor(self.keep, dtype=torch.float64), "clock": torch.tensor(self.clock[1])}
+        stored = {} if layer is None else {"left": layer.left, "right": layer.right, "factor": layer.factor}
+        if not self.pending and self.keep == 1.0:
+            return self._weight.state() | stored
         # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
         return {
             "a": self.core,
-            "base": residence.lasting(self.parameter),
+            **({"base": residence.lasting(self.parameter)} if layer is None else stored),
             "keep": torch.tensor(self.keep, dtype=torch.float64),
             "clock": torch.tensor(self.clock[1]),
         }
@@ -237,12 +235,12 @@ class LowRankCoordinate(Coordinate):
             self.redraw(seed, self._redraws(step - 1))
         if "residual" in state:
             self._weight.load_state(state, seed, step)
+        layer = frozen_linear.owner_of(self.parameter)
+        if layer is not None:
+            layer.left, layer.right, layer.factor = (state[name].to(self.device, copy=True) for name in ("left", "right", "factor"))
         if "a" in state:
             self.core.copy_(state["a"].to(self.device))
-            layer = frozen_linear.owner_of(self.parameter)
-            if layer is not None:
-                layer.left, layer.right, layer.scales = (state[name].to(self.device, copy=True) for name in ("left", "right", "scales"))
-            else:
+            if layer is None:
                 self._restore(state["base"])
             self.pending, self.keep, self.clock = True, float(state["keep"]), (seed, int(state["clock"]))
 
