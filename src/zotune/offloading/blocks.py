@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-#: Smaller tensors (biases, norms, adapters) stay: they are a thousandth of a model, and updates of many of them go together.
-SMALL = 1 << 14
+#: Vectors, matrices of fewer numbers and narrow ones (adapters) stay: they are little of a model, and updates of many of them go together.
+SMALL = 1 << 8
+NARROW = 16
 
 
 class NotOffloadable(ValueError):
@@ -72,7 +73,9 @@ def _of_one_kind(module: nn.ModuleList) -> bool:
 
 def large(tensor: Tensor) -> bool:
     """Whether a tensor is worth moving."""
-    return tensor.dim() > 1 and tensor.numel() >= SMALL
+    if tensor.dim() < 2 or tensor.numel() < SMALL:
+        return False
+    return min(tensor.shape) > 0 and max(tensor.shape[-2:]) < NARROW * min(tensor.shape[-2:])
 
 
 def tensors(part: Part, elsewhere: Counter[int]) -> list[tuple[str, nn.Module, str, Tensor]]:

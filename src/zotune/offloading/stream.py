@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zotune import residence
 from zotune.offloading import blocks, files
-from zotune.offloading.blocks import Part
+from zotune.offloading.blocks import NotOffloadable, Part
 from zotune.offloading.stores import Form, Store
 
 #: A block whose waiting writes hold more than this fraction of its own bytes is brought in for them.
@@ -433,4 +433,8 @@ def stream_of(model: nn.Module) -> Stream | None:
 def moving_of(parts: Sequence[Part], model: nn.Module, device: torch.device) -> list[list[Moving]]:
     """The tensors that come and go of each part."""
     elsewhere: Counter[int] = blocks.occurrences(model, parts)
-    return [[Moving.of(*found, device) for found in blocks.tensors(part, elsewhere)] for part in parts]
+    found = [[Moving.of(*one, device) for one in blocks.tensors(part, elsewhere)] for part in parts]
+    if not all(found):
+        name = parts[found.index([])].names[0]
+        raise NotOffloadable(f"{name} holds no matrix of its own that could be away: name the lists of blocks with blocks=...")
+    return found
