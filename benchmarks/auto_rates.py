@@ -52,7 +52,7 @@ def cell(args: argparse.Namespace, method: str, scheme: str, model: str, task: s
         "eval_steps": 10**9,
         "num_train": 1000,
         "num_dev": 100,
-        "schedule": "linear",
+        "schedule": "warmup_stable_decay",
         "threads": args.threads,
         "stratified": True,
         "scheme": scheme,

@@ -33,6 +33,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
 
     import zotune
     from zotune.class_order import Stratified, classes_of
+    from zotune.schedule import DECAY
 
     torch.set_num_threads(cell["threads"])
     similarity, scheme = cell["objective"] == "similarity", cell.get("scheme", "full")
@@ -91,7 +92,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
             parts = [loss_fn(data.collate_train(train[start : start + 50])).double().sum() for start in range(0, len(train), 50)]
         return float(torch.stack(parts).sum()) / len(train)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 if cell["schedule"] == "constant" else left(t))
+    falling = {"constant": 0.0, "linear": 1.0, "warmup_stable_decay": DECAY}[cell["schedule"]]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, left(t) / falling) if falling else 1.0)
     shuffle = torch.Generator().manual_seed(cell["seed"])
     stratified = Stratified(classes_of(train) or [0] * len(train), cell["seed"])
     order: list[int] = []
@@ -233,7 +235,9 @@ def main() -> None:
     parser.add_argument("--scheme", default="full", help="what moves: full, lora, prefix, prompt, head, bias")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
     parser.add_argument("--lr", nargs="+", type=number_or_auto, default=["auto"])
-    parser.add_argument("--auto", nargs="*", default=[], help="methods that measure learning rate and eps: no grid, a linear schedule")
+    parser.add_argument(
+        "--auto", nargs="*", default=[], help="methods that measure learning rate and eps: no grid, the trainer's default schedule"
+    )
     parser.add_argument("--eps", nargs="+", type=number_or_auto, default=[1e-3])
     parser.add_argument("--options", type=json.loads, default={}, help='options per method, JSON: {"lozo": {"rank": 1}}')
     parser.add_argument("--steps", type=int, default=2000)
@@ -246,7 +250,7 @@ def main() -> None:
     parser.add_argument("--eval_steps", type=int, default=200)
     parser.add_argument("--num_train", type=int, default=1000)
     parser.add_argument("--num_dev", type=int, default=500)
-    parser.add_argument("--schedule", choices=["constant", "linear"], default="constant")
+    parser.add_argument("--schedule", choices=["constant", "linear", "warmup_stable_decay"], default="constant")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="torch threads a process")
@@ -282,7 +286,7 @@ def main() -> None:
         eval_steps = args.steps if score == HELD_OUT else args.eval_steps  # the grid looks at the end only
         # what was not asked for is left out, so that results of before it could be asked for still count
         budget, looks = args.budget.get(method, (None, 0))
-        asked = {"stratified": method in args.stratified, "budget": budget, "schedule": method in args.auto and "linear"}
+        asked = {"stratified": method in args.stratified, "budget": budget, "schedule": method in args.auto and "warmup_stable_decay"}
         asked["scheme"] = args.scheme != "full" and args.scheme
         return {
             **shared,

@@ -12,10 +12,11 @@ from torch import nn
 
 import toys
 from zotune import NonFiniteLossError, ZerothOrder, methods, replay
-from zotune.calibration import INTERVAL, LADDER, NOISE_SCALE, RunningMean, StepSize, choose_eps, gain, measurable, rule_gain
+from zotune.calibration import INTERVAL, LADDER, choose_eps, gain, measurable, rule_gain
 from zotune.estimators import ESTIMATORS
 from zotune.rules import Rule
 from zotune.shaping import FITNESS
+from zotune.step_size import CAUTION, NOISE_SCALE, RunningMean, StepSize, agreement, in_units
 
 AUTO = {"eps": "auto"}
 #: Methods whose rate can be measured.
@@ -71,34 +72,70 @@ def test_a_loss_that_is_nowhere_finite_gives_no_eps():
 # -- what η is made of --------------------------------------------------------------------------------------------------------------------
 
 
-def test_curvature_and_signal_are_the_trace_and_the_squared_gradient():
-    """ℓ_b(w) = ½ wᵀHw + (g + n_b)ᵀw at w = 0: E[ZᵀHZ] = tr H, E over pairs = ‖g‖² whatever the n_b."""
+def quadratic_losses(z: torch.Tensor, gradients: torch.Tensor, diagonal: torch.Tensor, eps: float) -> torch.Tensor:
+    """Losses (3, n) of ℓ_b(w) = ½ wᵀHw + g_bᵀw at 0, εz_b and −εz_b, for z (n, d) or (d,)."""
+    bend, slope = 0.5 * eps**2 * (z.square() * diagonal).sum(-1), eps * (gradients * z).sum(-1)
+    return torch.stack([torch.zeros(len(gradients)), bend + slope, bend - slope])
+
+
+def forgetful() -> StepSize:
+    """One that does not forget at all."""
+    return StepSize(**{name: RunningMean(1e-9) for name in ("curvature", "spread", "agreement", "single", "moment")})
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_measuring_finds_trace_norm_and_signal(own):
+    """g_b = g + n_b: E[ZᵀHZ] = tr H, E[(ZᵀHZ)²] = (tr H)² + 2 ‖H‖_F², and s / M is ‖g‖² over E[c²] of a step's coefficient."""
     generator = torch.Generator().manual_seed(0)
-    diagonal, g = torch.linspace(0.1, 3, 20), torch.full((20,), 0.3)
-    measured = StepSize(curvature=RunningMean(1e-9), signal=RunningMean(1e-9))
-    for _ in range(4000):
-        z = torch.randn(20, generator=generator)
-        gradients = g + 2 * torch.randn(16, 20, generator=generator)
-        half = 0.5 * 1e-2 * float(diagonal @ z.square())
-        here = torch.zeros(16)
-        measured.measure(here, (gradients @ z + half) * 1e-2, (-gradients @ z + half) * 1e-2, 1e-2)
+    diagonal, g, noise, eps = torch.linspace(0.1, 3, 20), torch.full((20,), 0.3), 0.8, 1e-2
+    measured = forgetful()
+    owners = torch.arange(16) // 4 if own else None
+    for _ in range(1500):
+        z = torch.randn(4, 20, generator=generator).repeat_interleave(4, dim=0) if own else torch.randn(20, generator=generator)
+        gradients = g + noise * torch.randn(16, 20, generator=generator)
+        measured.measure(quadratic_losses(z, gradients, diagonal, eps), eps, owners)
     assert measured.curvature.mean == pytest.approx(float(diagonal.sum()), rel=0.05)
-    assert abs(measured.signal.mean - float(g.square().sum())) < 4 * measured.signal.error
-    assert math.sqrt(measured.curvature.variance / 2) == pytest.approx(float(diagonal.norm()), rel=0.1)
+    norm = math.sqrt((measured.spread.mean - measured.curvature.mean**2) / 2)
+    assert norm == pytest.approx(float(diagonal.norm()), rel=0.15)
+    s, averaged = float(g.square().sum()), 2 if own else 16  # examples behind one of a step's coefficients
+    assert measured.signal == pytest.approx(s / (s + 20 * noise**2 / averaged), rel=0.1)
+
+
+def test_agreement_is_the_correlation_of_units():
+    assert agreement(torch.ones(3, 4)) == pytest.approx(1 + 2 / 12)
+    assert agreement(torch.tensor([[1.0, -1.0], [2.0, -2.0]])) == pytest.approx(-1.5)
+    x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)).double()
+    assert abs(agreement(x)) < 0.05
+    common = torch.randn(1000, 1, generator=torch.Generator().manual_seed(1)).double()
+    assert agreement(x + common) == pytest.approx(0.5, abs=0.05)
+    assert agreement(x[:, :1]) is None and agreement(torch.zeros(2, 2)) is None
+
+
+def test_units_are_neighbours():
+    each = torch.arange(8.0).unsqueeze(0)
+    assert in_units(each, None).tolist() == [[0.5, 2.5, 4.5, 6.5]]
+    assert in_units(each, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])).tolist() == [[0.5, 2.5], [4.5, 6.5]]
+    assert in_units(each, torch.arange(8)).tolist() == [[number] for number in range(8)]
 
 
 def test_the_rate_is_its_formula():
-    """η = 1 / (M h / (K s) + ‖H‖_F), K s / M being K n / (M NOISE_SCALE) at least, or N / NOISE_SCALE."""
-    h, s, m = RunningMean(0.1, 9, 10.0, 100.0), RunningMean(0.1, 9, 2.0, 4.0), RunningMean(0.1, 9, 4.0, 16.0)
-    known = StepSize(curvature=h, signal=s, moment=m)
-    assert known.rate(1, 16) == pytest.approx(1 / (10 / 0.5))
-    assert known.rate(8, 16) == pytest.approx(1 / (10 / 4))
-    known.curvature.square = 100.0 + 2 * 3.0**2
-    assert known.rate(8, 16) == pytest.approx(1 / ((10 + known.curvature.error) / 4 + 3))
-    known.signal = RunningMean(0.1, 9, -5.0, 25.0)
-    assert known.rate(1, round(0.1 * NOISE_SCALE)) == pytest.approx(1 / ((10 + known.curvature.error) / 0.1 + 3))
-    known.single = RunningMean(0.1, 9, 0.1 * 4.0 * NOISE_SCALE)
-    assert known.rate(1, 16) == pytest.approx(1 / ((10 + known.curvature.error) / 0.1 + 3))
+    """η = ½ / (M h / (K s) + ‖H‖_F), K s / M being K n / (M NOISE_SCALE) at least, or N / NOISE_SCALE; ‖H‖_F no less than its part of h."""
+    known = StepSize(
+        curvature=RunningMean(0.1, 9, 10.0, 100.0),
+        spread=RunningMean(0.1, 9, 100.0, 0.0),
+        agreement=RunningMean(0.1, 9, 0.5, 0.25),
+        moment=RunningMean(0.1, 9, 4.0, 16.0),
+    )
+    assert known.rate(1, 16) == pytest.approx(CAUTION / (10 / 0.5 + 2.5))
+    assert known.rate(8, 16) == pytest.approx(CAUTION / (10 / 4 + 2.5))
+    known.spread.mean = 100.0 + 2 * 3.0**2
+    assert known.rate(8, 16) == pytest.approx(CAUTION / (10 / 4 + 3))
+    known.units = 3  # a coefficient of three units: κU / (1 + κ(U − 1))
+    assert known.rate(8, 16) == pytest.approx(CAUTION / (10 / (8 * 0.75) + 3))
+    known.agreement = RunningMean(0.1, 9, -0.5, 0.25)
+    assert known.rate(1, round(0.1 * NOISE_SCALE)) == pytest.approx(CAUTION / (10 / 0.1 + 3))
+    known.single = RunningMean(0.1, 9, 0.2 * 4.0 * NOISE_SCALE)
+    assert known.rate(1, 16) == pytest.approx(CAUTION / (10 / 0.2 + 3))
 
 
 def test_a_rising_loss_brakes_and_measuring_releases():
@@ -109,7 +146,7 @@ def test_a_rising_loss_brakes_and_measuring_releases():
     for _ in range(5):
         size.step([1.0], 5.0)
     assert size.brake == 0.5
-    size.measure(torch.zeros(2), torch.ones(2), torch.ones(2), 1e-2)
+    size.measure(torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]), 1e-2)
     assert size.brake == pytest.approx(0.55)
 
 

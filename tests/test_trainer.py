@@ -80,6 +80,16 @@ def test_a_step_uses_the_scheduled_rate_of_that_step(tmp_path: Path) -> None:
     assert logged == pytest.approx(expected)
 
 
+def test_the_default_schedule_falls_in_the_last_third_only(tmp_path: Path) -> None:
+    run = trainer(tmp_path, lr_scheduler_type="warmup_stable_decay", learning_rate=0.6, max_steps=10)
+    run.train()
+    assert [record.lrs[0] for record in journal_of(tmp_path).records()] == pytest.approx([0.6] * 8 + [0.4, 0.2])
+    given = {"num_decay_steps": 5, "decay_type": "linear"}
+    other = trainer(tmp_path / "b", lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=given, learning_rate=0.6, max_steps=5)
+    other.train()
+    assert [record.lrs[0] for record in journal_of(tmp_path / "b").records()] == pytest.approx([0.6, 0.48, 0.36, 0.24, 0.12])
+
+
 @pytest.mark.parametrize("rows", ["choices", "labels"])
 def test_accumulating_two_micro_batches_is_the_batch_of_both(rows: str, tmp_path: Path) -> None:
     data: dict[str, Any] = {} if rows == "choices" else {"train_dataset": labelled_rows(), "data_collator": None}

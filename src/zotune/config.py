@@ -120,7 +120,10 @@ class ZOConfig(TrainingArguments):
         default=_NOT_GIVEN,
         metadata={"help": "The learning rate, or auto: measured now and then, times the schedule (the default where it is known)."},
     )
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "The schedule of the learning rate."})
+    lr_scheduler_type: str = field(
+        default="warmup_stable_decay",
+        metadata={"help": "The schedule of the learning rate; the default falls linearly in the last 30% of the steps only."},
+    )
     max_steps: int = field(default=-1, metadata={"help": "Steps to train; 1000 when num_train_epochs is not given either."})
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Passes over the training data to make, unless max_steps is given."}

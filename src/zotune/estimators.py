@@ -57,6 +57,10 @@ class Estimator(Protocol):
 
     def estimate_own(self, losses: Tensor, owners: Tensor, eps: float, num_directions: int) -> Estimate: ...
 
+    def singles(self, losses: Tensor, eps: float, num_directions: int) -> Tensor:
+        """Coefficients of single examples, (K, N), of the losses (P, N) at the points."""
+        ...
+
 
 @dataclass(frozen=True)
 class Central:
@@ -76,6 +80,9 @@ class Central:
         """Of losses (2, N), rows by sign, where example i belongs to direction ``owners[i]``; see :func:`_estimate_own`."""
         return _estimate_own(losses[0], losses[1], losses.double().mean(dim=0), owners, 2 * eps, num_directions)
 
+    def singles(self, losses: Tensor, eps: float, num_directions: int) -> Tensor:
+        return (losses[0 : 2 * num_directions : 2].double() - losses[1 : 2 * num_directions : 2].double()) / (2 * eps)
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -94,6 +101,9 @@ class Forward:
     def estimate_own(self, losses: Tensor, owners: Tensor, eps: float, num_directions: int) -> Estimate:
         """Of losses (2, N), rows by sign, where example i belongs to direction ``owners[i]``; see :func:`_estimate_own`."""
         return _estimate_own(losses[1], losses[0], losses[0].double(), owners, eps, num_directions)
+
+    def singles(self, losses: Tensor, eps: float, num_directions: int) -> Tensor:
+        return (losses[1:].double() - losses[0].double()) / eps
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,9 @@ class Tangent(Central):
         levels = [_mean(primal) for primal in primals]
         kept = [t if math.isfinite(level) else torch.full_like(t, math.nan) for t, level in zip(tangents, levels, strict=True)]
         return _estimate([(t, torch.zeros_like(t)) for t in kept], levels, 1.0)
+
+    def singles(self, losses: Tensor, eps: float, num_directions: int) -> Tensor:
+        return losses[1::2].double()
 
 
 ESTIMATORS: dict[str, Estimator] = {"central": Central(), "forward": Forward(), "curvature": Curvature(), "tangent": Tangent()}

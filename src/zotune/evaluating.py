@@ -111,7 +111,7 @@ class Evaluations:
             ValueError: the loss has no shape that the method can use.
         """
         if self.method.own:
-            return self._own(loss_fn, parts, seed, step)
+            return self._own(loss_fn, parts, seed, step, self.estimator.signs, self.method.each)
         if self.method.estimator == "tangent":
             return self._tangents(loss_fn, parts, seed, step)
         points, eps = self.estimator.points(self.method.directions_of(0)), self.eps
@@ -153,7 +153,20 @@ class Evaluations:
 
     # -- a direction per example, or per group of examples ------------------------------------------------------------------------------
 
-    def _own(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
+    def around(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
+        """The losses at θ, θ + εZ and θ − εZ, (3, N), one direction Z to every two neighbouring parts of the examples."""
+        return self._own(loss_fn, parts, seed, step, (0, +1, -1), 1, shared=2)
+
+    def _own(
+        self,
+        loss_fn: LossFunction,
+        parts: Sequence[Any] | None,
+        seed: int,
+        step: int,
+        signs: Sequence[int],
+        each: int,
+        shared: int = 1,
+    ) -> Losses:
         try:
             if parts is None:
                 raise NotStackable("a closure has no batch")
@@ -163,31 +176,40 @@ class Evaluations:
                 f"num_directions={self.method.num_directions!r} needs a batch of tensors with the examples along dimension 0, but {error}; "
                 "call step(loss_fn, batch), or set num_directions to a number."
             ) from None
-        count = self.method.directions_of(sum(sizes))
-        shares = stacking.share_out(sizes, self.method.parts(sum(sizes)), self.method.each)
+        number = max(1, self.method.parts(sum(sizes)) // shared)
+        count, shares = number * each, stacking.share_out(sizes, number, each)
         if self.batched is None or not self.checked:
             self._decide(loss_fn, parts, seed, step, shares[0])
         values = None
         if self.batched:
             try:
-                stacks = [stacking.own(self.estimator.signs, self.eps, share, seed, step) for share in shares]
+                stacks = [stacking.own(signs, self.eps, share, seed, step) for share in shares]
                 values = [self._stacked(loss_fn, part, stack) for part, stack in zip(parts, stacks, strict=True)]
                 evaluated = sum(stack.total for stack in stacks)
             except NotStackable as error:
                 self._give_up(str(error))
         if values is None:
-            values = [self._alone(loss_fn, part, share, seed, step) for part, share in zip(parts, shares, strict=True)]
-            evaluated = len(self.estimator.signs) * sum(map(len, shares))
+            values = [self._alone(loss_fn, part, share, seed, step, signs) for part, share in zip(parts, shares, strict=True)]
+            evaluated = len(signs) * sum(map(len, shares))
         owners = torch.tensor([direction for share in shares for direction in share.directions])
         return Losses(torch.cat(values, dim=1), owners, count, evaluated)
 
-    def _alone(self, loss_fn: LossFunction, part: Any, owned: Owned, seed: int, step: int, only: Sequence[int] | None = None) -> Tensor:
+    def _alone(
+        self,
+        loss_fn: LossFunction,
+        part: Any,
+        owned: Owned,
+        seed: int,
+        step: int,
+        signs: Sequence[int],
+        only: Sequence[int] | None = None,
+    ) -> Tensor:
         """Losses (S, pairs) of the examples of each direction (of ``only``), evaluated by themselves under it."""
         columns, size = [], stacking.batch_rows(part)
         for direction in sorted(set(owned.directions)) if only is None else only:
             index = torch.tensor([row for row, owner in zip(owned.examples, owned.directions, strict=True) if owner == direction])
             group = stacking.take(part, index, size)
-            offsets = [Offset(sign * self.eps, seed, step, direction) for sign in self.estimator.signs]
+            offsets = [Offset(sign * self.eps, seed, step, direction) for sign in signs]
             losses = [self.probe.evaluate(evaluation(loss_fn, [group]), offset) for offset in offsets]
             columns.append(torch.stack(losses))
         return torch.cat(columns, dim=1)
@@ -240,7 +262,7 @@ class Evaluations:
             columns = [pair for direction in ends for pair, owner in enumerate(owned.directions) if owner == direction]
 
             def sequentially() -> Tensor:
-                return self._alone(loss_fn, part, owned, seed, step, only=ends)
+                return self._alone(loss_fn, part, owned, seed, step, self.estimator.signs, only=ends)
 
             slow = sequentially()
             here = here[[owned.examples[pair] for pair in columns]]

@@ -219,13 +219,13 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.layers and layer_scales.due(step, self.layers[0][0].interval):
             self._scale_layers(loss_fn, parts, step)
         if self.calibrator is not None:
-            self._measure(evaluation(loss_fn, parts), step)
+            self._measure(loss_fn, parts, step)
         at = step if self.anchor is None else self.anchor.anchoring.key_step(step)
         losses = self._gather(loss_fn, parts, at)
         self.forward_passes += self.method.forwards(step)
         self.sequences_evaluated += losses.evaluated
         estimate = losses.estimate(self.estimator, self.eps)
-        rates = self._rates(estimate, losses.values.shape[1])
+        rates = self._rates(estimate, losses)
         fitness = FITNESS[self.method.fitness]
         if fitness is not None:
             means = losses.values.double().mean(dim=1).cpu()
@@ -263,11 +263,11 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         return torch.tensor(record.loss)
 
-    def _rates(self, estimate: Estimate, examples: int) -> tuple[float, ...]:
+    def _rates(self, estimate: Estimate, losses: Losses) -> tuple[float, ...]:
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.calibrator is not None and self.calibrator.chooses_lr:
-            self.calibrator.step_size.step(estimate.coefficients.tolist(), estimate.loss)
-            found = self.calibrator.rate(len(estimate.coefficients), examples, self.eps, self.steps)
+            self.calibrator.tell(losses, estimate, self.eps)
+            found = self.calibrator.rate(len(estimate.coefficients), losses.values.shape[1], self.eps, self.steps)
             rates = [found * rate for rate in rates]
         return tuple(rates)
 
@@ -301,9 +301,10 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.journal is not None:
             self.journal.append({"event": "eps", "value": self.eps})
 
-    def _measure(self, evaluate: Callable[[], Tensor], step: int) -> None:
+    def _measure(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
         assert self.calibrator is not None
-        self.calibrator.measure(evaluate, self.eps, self.seed, step)
+        around = partial(self.evaluations.around, loss_fn, parts, self.seed) if self.method.own else None
+        self.calibrator.measure(evaluation(loss_fn, parts), around, self.eps, self.seed, step)
         self.forward_passes += self.calibrator.forwards
         self.sequences_evaluated += self.calibrator.sequences
         if self.calibrator.forwards and self.journal is not None:

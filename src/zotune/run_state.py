@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zotune.calibration import StepSize
 from zotune.coordinates import Coordinate
 from zotune.journal import digest
 from zotune.methods import AUTO
 from zotune.replayed import Past
+from zotune.step_size import StepSize
 from zotune.subspaces import LowRankCoordinate
 
 if TYPE_CHECKING:

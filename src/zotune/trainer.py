@@ -20,7 +20,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
-from zotune import checkpoint, generation, objectives
+from zotune import checkpoint, generation, objectives, schedule
 from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.class_order import classes_of
 from zotune.config import ZOConfig
@@ -209,6 +209,15 @@ class ZOTrainer(OrderedTrainer):
         if not isinstance(self.optimizer, _SteppedOptimizer):
             self.optimizer = _SteppedOptimizer(self.optimizer or self._new_optimizer())
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As in `transformers.Trainer`; ``warmup_stable_decay`` decays over the last 30% of the steps unless it is told otherwise."""
+        given = self.args.lr_scheduler_kwargs
+        self.args.lr_scheduler_kwargs = schedule.completed(self.args.lr_scheduler_type, given, num_training_steps)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_kwargs = given
 
     def _new_optimizer(self) -> ZerothOrder | FirstOrder:
         args = self.args

@@ -1,0 +1,210 @@
+"""The learning rate as a function of what forward passes have measured.
+
+For a step θ ← θ − η ĝ with K directions the loss changes on average by
+
+    −η s + ½ η² M h / K,      s = ‖∇L‖²,   M = E[c²],   h = E[ZᵀHZ] = tr H
+
+which is least at K s / (M h). All three are measurable: h from L(θ + εZ) + L(θ − εZ) − 2 L(θ); M from every step's coefficients, the noise
+of the batch included; s / M from how far the examples of a batch agree along one direction. Many directions take away the noise, not the
+curvature along the gradient itself, which is at most ‖H‖_F = √(Var[ZᵀHZ] / 2); so
+
+    η = ½ / (M h / (K s) + ‖H‖_F),
+
+the ½ because without it η is best for one step, but what the step's noise adds to the sharp directions costs the next ones too.
+
+How weak the signal of a batch may be is the one thing few forwards cannot tell: near the end of a run the examples' gradients are many
+times larger than their mean, and a batch shows noise only. Then K s / M is taken to be the number of examples whose noise a
+step averages, N or K n / M if that is more (n: the mean square of single examples' coefficients), over :data:`NOISE_SCALE`: a batch of so
+many examples, the "simple noise scale", is where their mean stands out (1812.06162).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Examples whose mean gradient is as large as its noise, if a batch shows no signal.
+NOISE_SCALE = 100.0
+#: Part of the rate best for one step that is best for many.
+CAUTION = 0.5
+#: What a rising loss multiplies η by, and what every measurement since then multiplies it by until it is back.
+BRAKE, RELEASE = 0.5, 1.1
+#: Weight of a new measurement in the running means, once there are enough of them.
+FORGETTING = 0.1
+#: The same for curvature, which may fall tenfold within a few steps of a new task.
+FORGETTING_CURVATURE = 0.25
+#: The same for the agreement of examples.
+FORGETTING_AGREEMENT = 0.15
+#: ‖H‖_F is never taken to be less than this part of the trace: few directions may miss the sharp ones.
+LEAST_NORM = 0.25
+#: Units of examples that are compared under a shared direction, at most.
+UNITS = 4
+
+
+@dataclass
+class RunningMean:
+    """A mean that forgets: each new number weighs 1 / count, but never below ``forgetting``. Keeps the variance of the mean too."""
+
+    forgetting: float = FORGETTING
+    count: int = 0
+    mean: float = 0.0
+    square: float = 0.0
+
+    def add(self, number: float) -> None:
+        if not math.isfinite(number):
+            return
+        self.count += 1
+        weight = max(1 / self.count, self.forgetting)
+        self.mean += weight * (number - self.mean)
+        self.square += weight * (number * number - self.square)
+
+    @property
+    def variance(self) -> float:
+        return max(0.0, self.square - self.mean**2)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        effective = min(self.count, 2 / self.forgetting - 1)
+        return math.sqrt(self.variance / max(1.0, effective - 1))
+
+
+@dataclass
+class StepSize:
+    """The learning rate as a function of what has been measured.
+
+    Attributes:
+        curvature: h.
+        spread: E[(ZᵀHZ)²], of halves of the examples under one direction, whose noise is not the same.
+        agreement: κ, what units of examples have in common in their coefficients along one direction (see :func:`agreement`).
+        single: n, the mean square of single examples' coefficients.
+        moment: M of the steps.
+        units: units of examples, as agreement compares them, that make a coefficient of a step together, U.
+        brake: factor that a rising loss has taken the rate back by.
+    """
+
+    curvature: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
+    spread: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
+    agreement: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_AGREEMENT))
+    single: RunningMean = field(default_factory=RunningMean)
+    moment: RunningMean = field(default_factory=RunningMean)
+    recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
+    units: int = 1
+    lowest: float | None = None
+    brake: float = 1.0
+
+    def measure(self, losses: Tensor, eps: float, owners: Tensor | None = None) -> None:
+        """Take in the losses (3, n) of a batch at θ, θ + εZ and θ − εZ, Z the same for all examples or each its owner's, (n,)."""
+        here, plus, minus = losses.double()
+        each = (plus + minus - 2 * here).unsqueeze(0) / eps**2
+        self.curvature.add(float(each.mean()))
+        if owners is None:
+            self.spread.add(float(each.mean()) ** 2)
+        else:
+            halves = in_units(each, owners)
+            self.spread.add(float(halves.prod(dim=1).mean() if halves.shape[1] > 1 else each.square().mean()))
+        self.brake = min(1.0, RELEASE * self.brake)
+        self.tell(each=(plus - minus).unsqueeze(0) / (2 * eps), owners=owners)
+
+    def tell(self, each: Tensor, owners: Tensor | None = None) -> None:
+        """Take in coefficients of single examples, (K, n), or (1, n) with those of the directions that own them."""
+        if not bool(each.isfinite().all()):
+            return
+        self.single.add(float(each.square().mean()))
+        units = in_units(each, owners)
+        self.units = units.shape[1] if owners is None else 1
+        found = agreement(units)
+        if found is not None:
+            self.agreement.add(found)
+
+    def step(self, coefficients: Sequence[float], loss: float) -> None:
+        """Take in a step's coefficients and loss."""
+        kept = [c for c in coefficients if c]
+        if kept:
+            self.moment.add(sum(c * c for c in kept) / len(kept))
+        if not math.isfinite(loss):
+            self.brake *= BRAKE
+            return
+        self.recent.add(loss)
+        if self.recent.count < 1 / self.recent.forgetting:
+            return
+        self.lowest = self.recent.mean if self.lowest is None else min(self.lowest, self.recent.mean)
+        if self.recent.mean > self.lowest + 0.1 * abs(self.lowest) + 3 * self.recent.error:
+            self.brake *= BRAKE
+            self.recent = RunningMean(self.recent.forgetting)  # see first what the lower rate does
+            self.lowest = None
+
+    @property
+    def signal(self) -> float:
+        """s / M: the part of a coefficient's mean square that is signal, as far as can be seen."""
+        if not self.agreement.count:
+            return 0.25
+        kappa = min(1.0, max(0.0, self.agreement.mean - self.agreement.error))
+        return kappa * self.units / (1 + kappa * (self.units - 1))
+
+    def rate(self, directions: int, examples: int) -> float:
+        """η for steps of K directions on N examples, for plain SGD on coordinates of unit scale; 0 before there is anything to go by.
+
+        An example that has several directions of its own counts as often.
+        """
+        moment, curvature = self.moment.mean, self.curvature
+        # A saddle's directions cancel, but their sizes say how far is far.
+        mean = max(curvature.mean + curvature.error, 0.2 * math.sqrt(max(0.0, self.spread.mean)))
+        if not (moment > 0 and mean > 0):
+            return 0.0
+        # A loss that does not tell its examples apart hides how noisy it is: the noise of so many is averaged out, as far as can be seen.
+        alone = max(directions * self.single.mean / moment, float(examples))
+        gain = min(float(directions), max(directions * self.signal, alone / NOISE_SCALE))
+        norm = max(math.sqrt(max(0.0, self.spread.mean - curvature.mean**2) / 2), LEAST_NORM * mean)
+        return self.brake * CAUTION / (mean / gain + norm)
+
+    def summary(self) -> dict[str, float]:
+        """The measurements for a log: curvature h, the signal's part s / M, second moment M, brake."""
+        return {"curvature": self.curvature.mean, "signal": self.signal, "moment": self.moment.mean, "brake": self.brake}
+
+    def state(self) -> dict[str, Any]:
+        """Plain data; :meth:`restored` takes it back exactly."""
+        return asdict(self)
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> StepSize:
+        means = {name: RunningMean(**value) for name, value in state.items() if isinstance(value, dict)}
+        return cls(**{**state, **means})
+
+
+def in_units(each: Tensor, owners: Tensor | None) -> Tensor:
+    """Means (m, U) over units of neighbouring examples, of numbers (K, n), or (1, n) with a direction that owns each.
+
+    A shared direction's examples make up to :data:`UNITS` units, an owner's two, where there are as many. Neighbours, because an order by
+    class puts one of each class side by side: single examples of different classes would disagree where their sum does not.
+    """
+    if owners is None:
+        return torch.stack([unit.mean(dim=1) for unit in each.tensor_split(min(UNITS, each.shape[1]), dim=1)], dim=1)
+    number = int(owners.max()) + 1
+    sizes = torch.bincount(owners, minlength=number)
+    units = 2 if int(sizes.min()) > 1 else 1
+    order = owners.argsort(stable=True)
+    place = torch.empty_like(owners)
+    place[order] = torch.arange(len(owners)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    unit = owners * units + place * units // sizes[owners]
+    sums = each.new_zeros(number * units).index_add_(0, unit, each[0])
+    return (sums / torch.bincount(unit, minlength=number * units)).view(number, units)
+
+
+def agreement(units: Tensor) -> float | None:
+    """κ, the correlation of units' coefficients under one direction, from those of m directions, (m, U); None where none can be seen.
+
+    κ = Σ over pairs of units c c′ / ((U − 1) Σ c²), 0 where units have nothing in common and 1 where they are the same. It has no unit and
+    is bounded, so that its mean over steps follows a loss whose gradients shrink a hundredfold.
+    """
+    m, u = units.shape
+    squares = float(units.square().sum())
+    if u < 2 or not squares > 0:
+        return None
+    products = float(units.sum(dim=1).square().sum()) - squares
+    return products / ((u - 1) * squares) * (1 + 2 / (m * u))  # a ratio of so few numbers is small by that
