@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import toys
-from zotune import ZerothOrder, methods
+from zotune import ZerothOrder, frozen_linear, methods
 from zotune.frozen_linear import FrozenLinear, dense_state, freeze
 from zotune.journal import Journal
 from zotune.replaying import replay
@@ -96,3 +97,56 @@ def test_full_space_is_refused():
         ZerothOrder(freeze(llama(), 8), "mezo", lr=1e-3)
     with pytest.raises(ValueError, match="multiples of 32"):
         freeze(nn.Sequential(nn.Linear(20, 4)), 4)
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear:UserWarning")
+def test_an_adapter_on_weights_that_torchao_holds():
+    """Its batched step is that of the dequantised model; such weights stay in memory."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    peft = pytest.importorskip("peft")
+    from zotune.offloading import offload
+
+    def adapted(model: nn.Module) -> list[float]:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        optimizer = ZerothOrder(model, "mezo", lr=1e-3, seed=1)
+        return [float(optimizer.step(toys.transformer_loss(model), toys.tokens())) for _ in range(3)]
+
+    model, twin = llama(), llama()
+    config = quantization.Int8WeightOnlyConfig(version=2)
+    quantization.quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                twin.get_parameter(name).copy_(parameter.dequantize())
+    with pytest.raises(ValueError, match="no matrix of its own"):
+        offload(model)
+    assert adapted(model) == pytest.approx(adapted(twin), rel=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """How many floating-point numbers the largest tensor has that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.untyped_storage().nbytes() >= out.numel():
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("probe", ["batched", "sequential"])
+def test_a_step_never_makes_the_weight(monkeypatch, probe):
+    """Its largest tensor is that of an inference: a strip of the weight."""
+    monkeypatch.setattr(frozen_linear, "STRIP", 1 << 12)
+    model = freeze(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 32)), 4)
+    x = torch.randn(2, 256)
+    with Largest() as inference, torch.no_grad():
+        model(x)
+    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=2), lr=1e-3, probe=probe)
+    optimizer.step(lambda rows: model(rows).square().mean(dim=1), x)  # the first compares ways to evaluate
+    with Largest() as step:
+        for _ in range(4):
+            optimizer.step(lambda rows: model(rows).square().mean(dim=1), x)
+    assert inference.numel == step.numel == 1 << 12

@@ -323,9 +323,23 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
     save_model(tmp_path / "my-model")
     save_data(tmp_path)
     monkeypatch.chdir(tmp_path)
-    common = (
-        ["train", "--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--method", "lozo", "--interval", "3", "--max_steps", "6", "--save_steps", "4"]
-    )
+    common = [
+        "train",
+        "--model_name_or_path",
+        "my-model",
+        "--task",
+        "sst2",
+        "--data_dir",
+        "data",
+        "--method",
+        "lozo",
+        "--interval",
+        "3",
+        "--max_steps",
+        "6",
+        "--save_steps",
+        "4",
+    ]
     for name, extra in (("a", []), ("b", ["--offload", "disk", "--max_memory", "64GiB", "--offload_dir", "."])):
         result = run_command(capsys, *common, *extra, "--output_dir", name)
         assert result.code == 0, result.err

@@ -89,11 +89,8 @@ def tensors(part: Part, elsewhere: Counter[int]) -> list[tuple[str, nn.Module, s
     for name, module in zip(part.names, part.modules, strict=True):
         for path, owner in module.named_modules():
             for local, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
-                if tensor is None or elsewhere[id(tensor)] > 1:
-                    continue
-                for suffix, plain in _plain(tensor):
-                    if large(plain):
-                        found.setdefault(id(plain), (".".join(filter(None, (name, path, local))) + suffix, owner, local, plain))
+                if tensor is not None and elsewhere[id(tensor)] == 1 and _plain(tensor) and large(tensor):
+                    found.setdefault(id(tensor), (".".join(filter(None, (name, path, local))), owner, local, tensor))
     return list(found.values())
 
 
@@ -111,18 +108,9 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
     return (t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None)
 
 
-def _plain(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or those that a tensor subclass (a quantised weight) is made of."""
-    if type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor:
-        yield "", tensor
-        return
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return
-    for name in flatten()[0]:
-        inner = getattr(tensor, name)
-        for suffix, plain in _plain(inner):
-            yield f".{name}{suffix}", plain
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one piece of memory. Others (weights quantised by torchao or bitsandbytes) stay where they are."""
+    return type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor
 
 
 def bytes_of(tensor: Tensor) -> int:

@@ -64,10 +64,8 @@ def arrange(
     Raises:
         ValueError: the smallest arrangement does not fit; how much it takes.
     """
-    parts = blocks.find(model, named)
-    sizes = [sum(bytes_of(one.tensor) for one in some) for some in moving_of(parts, model, torch.device("cpu"))]
-    whole = sum(bytes_of(p) for p in model.parameters()) + sum(bytes_of(b) for b in model.buffers())
-    room, base = max(sizes), (taken or process)(device) + whole - sum(sizes)
+    sizes = _of_blocks(model, named)
+    room, base = max(sizes), (taken or process)(device) + _whole(model) - sum(sizes)
     usable = int(cap * (1 - SPARE))
     least = base + 2 * room
     if least > usable:
@@ -85,6 +83,21 @@ def arrange(
     while prefetch < DEEPEST and resident < len(sizes) - 1 - prefetch and total + room <= usable:
         prefetch, total = prefetch + 1, total + room
     return Arrangement(resident, prefetch, total)
+
+
+def sizes(model: nn.Module, named: str | Sequence[str] | None = None) -> tuple[int, int, int, int]:
+    """(bytes of all weights, of what always stays, of the largest block's part that can be away, blocks)."""
+    of_blocks, whole = _of_blocks(model, named), _whole(model)
+    return whole, whole - sum(of_blocks), max(of_blocks), len(of_blocks)
+
+
+def _of_blocks(model: nn.Module, named: str | Sequence[str] | None) -> list[int]:
+    parts = blocks.find(model, named)
+    return [sum(bytes_of(one.tensor) for one in some) for some in moving_of(parts, model, torch.device("cpu"))]
+
+
+def _whole(model: nn.Module) -> int:
+    return sum(bytes_of(p) for p in model.parameters()) + sum(bytes_of(b) for b in model.buffers())
 
 
 def process(device: torch.device) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,8 @@ def load(
     del empty
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         # transformers finds which tensor of which shard becomes which weight, whatever it is called there.
-        loaded = kind.from_pretrained(name, config=config, dtype=dtype, device_map=where_to, offload_folder=folder, **options)
+        with _unalarmed():
+            loaded = kind.from_pretrained(name, config=config, dtype=dtype, device_map=where_to, offload_folder=folder, **options)
         model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
         index = _index(model)
         remove_hook_from_module(model, recurse=True)
@@ -140,6 +143,18 @@ def load(
     assert stream_of(model) is stream
     gc.collect()
     return model if info is None else (model, info)
+
+
+@contextmanager
+def _unalarmed() -> Iterator[None]:
+    """Without accelerate's warning that weights are not there, which is what was asked for."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 _OF_CONFIG = ("attn_implementation", "trust_remote_code")

@@ -423,10 +423,9 @@ def _loading_hooks(stream: Stream, block: _Block, module: nn.Module) -> list[Any
 def stream_of(model: nn.Module) -> Stream | None:
     """The stream of an offloaded model; None of another."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        for _, plain in blocks._plain(tensor):
-            found = residence.home(plain)
-            if isinstance(found, _Home):
-                return found.stream
+        found = residence.home(tensor)
+        if isinstance(found, _Home):
+            return found.stream
     return None
 
 
@@ -436,5 +435,7 @@ def moving_of(parts: Sequence[Part], model: nn.Module, device: torch.device) -> 
     found = [[Moving.of(*one, device) for one in blocks.tensors(part, elsewhere)] for part in parts]
     if not all(found):
         name = parts[found.index([])].names[0]
-        raise NotOffloadable(f"{name} holds no matrix of its own that could be away: name the lists of blocks with blocks=...")
+        raise NotOffloadable(
+            f"{name} holds no matrix of its own that could be away (what another library has quantised cannot): name the lists of blocks."
+        )
     return found
