@@ -39,12 +39,16 @@ def row(size: str) -> list[str]:
     bits = [(base + 2 * block * share + cap.CONTEXT) / (1 - cap.SPARE) / 1e9 for share in (1, 0.5)]
     away = count * block
     return [
-        size, f"{whole / 1e9:.1f}", f"{whole / 1e9 + cap.CONTEXT / 1e9:.1f}", f"{bits[0]:.1f}", f"{bits[1]:.1f}", f"{ZO2[size]:g}", f"{away / 1e9:.0f}",
+        size, f"{whole / 1e9:.1f}", f"{whole / 1e9 + cap.CONTEXT / 1e9:.1f}", f"{bits[0]:.1f}", f"{bits[1]:.1f}",
+        f"{ZO2[size]:g}", f"{away / 1e9:.0f}",
         f"{away / PCIE:.1f} s", f"{away / DISK:.0f} s",
     ]  # fmt: skip
 
 
-HEAD = ["OPT", "weights", "card, all resident", "card, offloaded", "card, int8, offloaded", "ZO2's card", "host or disk", "a pass from host", "a pass from disk"]  # fmt: skip
+HEAD = [
+    "OPT", "weights", "card, all resident", "card, offloaded", "card, int8, offloaded", "ZO2's card", "host or disk", "a pass from host",
+    "a pass from disk",
+]  # fmt: skip
 
 
 def table() -> str:
