@@ -349,7 +349,11 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
     assert result.code == 0, result.err
     found, expected = (transformers.AutoModelForCausalLM.from_pretrained(name).state_dict() for name in "ba")
     assert_equal(found, expected)
-    for wrong, said in ((["--max_memory", "1GiB"], "--offload"), (["--offload", "disk", "--method", "fo-sgd"], "backward")):
+    for wrong, said in (
+        (["--max_memory", "1GiB"], "--offload"),
+        (["--offload", "cpu", "--use_cpu"], "for a model that computes on a GPU"),
+        (["--offload", "disk", "--method", "fo-sgd"], "backward"),
+    ):
         words = [word for word in common if word not in ("--interval", "3")] if "fo-sgd" in wrong else common
         result = run_command(capsys, *words, *wrong, "--output_dir", "c")
         assert result.code == 2 and said in result.err, result.err

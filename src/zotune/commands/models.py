@@ -79,6 +79,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if args.offload == "cpu" and device.type == "cpu":
+        raise ValueError("--offload cpu is for a model that computes on a GPU; on a CPU, --offload disk keeps blocks in the model's files.")
     options: dict[str, Any] = {"dtype": resolve_dtype(args.dtype, device), "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation

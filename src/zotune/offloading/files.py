@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -80,6 +81,7 @@ class Files:
 
     def __init__(self) -> None:
         self._descriptors: dict[str, tuple[int, bool]] = {}
+        self._closing = weakref.finalize(self, _close, self._descriptors)
         self._readers = ThreadPoolExecutor(AT_ONCE, "zotune-read")
 
     def adopt(self, path: str, descriptor: int) -> None:
@@ -122,9 +124,13 @@ class Files:
 
     def close(self) -> None:
         self._readers.shutdown()
-        for descriptor, _ in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._closing()
+
+
+def _close(descriptors: dict[str, tuple[int, bool]]) -> None:
+    for descriptor, _ in descriptors.values():
+        os.close(descriptor)
+    descriptors.clear()
 
 
 def _chunks(segments: list[Segment]) -> list[Segment]:

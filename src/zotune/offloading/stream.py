@@ -163,10 +163,14 @@ class Stream:
             if room.users == 1:
                 for one, view in zip(block.moving, self.store.layouts[block.number].views(room.memory), strict=True):
                     one.tensor.data = view
-            waiting, block.waiting, block.held = block.waiting, [], 0
-            for work in waiting:
-                room.changed = True
-                work()
+            try:
+                while block.waiting:
+                    room.changed = True
+                    block.waiting.pop(0)()
+                block.held = 0
+            except BaseException:
+                self.release(block)
+                raise
 
     def release(self, block: _Block) -> None:
         """One who has acquired the block needs it no longer."""
