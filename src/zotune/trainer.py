@@ -24,11 +24,13 @@ from zotune import checkpoint, generation, objectives, schedule
 from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.class_order import classes_of
 from zotune.config import ZOConfig
+from zotune.distributed import sharing
 from zotune.first_order import FirstOrder, Rival
 from zotune.journal import Journal
 from zotune.methods import AUTO, Method
 from zotune.optimizer import ZerothOrder
 from zotune.ordered_trainer import OrderedTrainer
+from zotune.stacking import batch_rows, take
 from zotune.step_sums import StepSums
 
 Batch = Mapping[str, Tensor]
@@ -129,10 +131,13 @@ class ZOTrainer(OrderedTrainer):
             self.optimizer = None
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
             folder = None
-            self._refuse_used_folder()
+            self.workers.from_first(self._refuse_used_folder)
         else:
-            folder = self._checkpoint_to_resume(resume_from_checkpoint)
-        checkpoint.remove_drafts(self._run_folder)
+            wanted = resume_from_checkpoint
+            folder = Path(self.workers.from_first(lambda: str(self._checkpoint_to_resume(wanted))))
+            self._train_batch_size = self._batch_size_of(folder)
+        if self.workers.first:
+            checkpoint.remove_drafts(self._run_folder)
         self._micro_batches = []
         self._since_log, self._since_train = StepSums(), StepSums()
         try:
@@ -173,12 +178,41 @@ class ZOTrainer(OrderedTrainer):
             faults[0] if faults else f"{self._run_folder} holds no checkpoint to resume from: start without resume_from_checkpoint."
         )
 
+    def _batch_size_of(self, folder: Path) -> int:
+        """Examples a micro-batch of the run that goes on, which another number of processes does not change."""
+        usual = self._train_batch_size
+        settings_file = folder / checkpoint.ARGUMENTS
+        if not settings_file.is_file():
+            return usual
+        then = checkpoint.load_json(settings_file).get("per_device_train_batch_size")
+        saved = checkpoint.load_json(folder / checkpoint.TRAINER_STATE).get("train_batch_size")
+        return saved if saved and then == self.args.per_device_train_batch_size else usual
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        if is_training and self.workers.several:
+            batches = getattr(loader, "batch_sampler", None)
+            if not hasattr(batches, "process_index"):
+                raise ValueError("several processes need training data with a length and an index: load the stream into a list first.")
+            batches.num_processes, batches.process_index = 1, 0  # each is given every batch, and the optimizer shares it out
+        return loader
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Examples a step."""
+        return self._train_batch_size * args.gradient_accumulation_steps
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self.workers.several:
+            self.model._is_accelerate_prepared = True  # there are no gradients to average: no DistributedDataParallel
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         optimizer = self.zo_optimizer
         if isinstance(optimizer, FirstOrder):
             return prepared
-        if resume_from_checkpoint is not None:
+        self.workers.from_first(lambda: self._begin_journal(optimizer, resume_from_checkpoint is not None))
+        return prepared
+
+    def _begin_journal(self, optimizer: ZerothOrder, resumed: bool) -> None:
+        if resumed:
             optimizer.journal = _cut_back(optimizer.journal or Journal.open(self._journal_path), optimizer)
         elif optimizer.steps:
             raise ValueError(
@@ -189,7 +223,6 @@ class ZOTrainer(OrderedTrainer):
             self._save_initial_adapter()
             self._journal_path.parent.mkdir(parents=True, exist_ok=True)
             optimizer.journal = Journal.create(self._journal_path, optimizer.header())
-        return prepared
 
     def _save_initial_adapter(self) -> None:
         """A fresh adapter is random: without it the journal could not be replayed."""
@@ -226,7 +259,7 @@ class ZOTrainer(OrderedTrainer):
         method = args.chosen_method()
         if isinstance(method, Rival):
             return FirstOrder(self.model, method, max_grad_norm=args.max_grad_norm, max_steps=self.state.max_steps or None, **common)
-        return ZerothOrder(self.model, self._method(), probe=args.probe, **common)
+        return ZerothOrder(self.model, self._method(), probe=args.probe, workers=self.workers, **common)
 
     def _method(self) -> Method:
         """The config's method; where it gives every example a direction and nobody said so, sets with every class in them get one instead.
@@ -239,7 +272,7 @@ class ZOTrainer(OrderedTrainer):
             return method
         stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
         classes = len(set(classes_of(self.train_dataset) or ())) if stratified else 0
-        if not 1 < classes <= args.train_batch_size * args.gradient_accumulation_steps / LEAST_SETS:
+        if not 1 < classes <= self._train_batch_size * args.gradient_accumulation_steps / LEAST_SETS:
             return method
         return args.zo_method(num_directions=f"sets:{classes}:{method.each}")
 
@@ -252,6 +285,8 @@ class ZOTrainer(OrderedTrainer):
         if not self.accelerator.sync_gradients:
             return nothing
         batches, self._micro_batches = self._micro_batches, []
+        if self.workers.several and (self.objective or _layout(batches[0])) is None:
+            batches = [piece for batch in batches for piece in _cut(batch, self.workers.size)]  # which is one number a batch
         loss_fn = self._loss_function(batches, num_items_in_batch)
         start = time.perf_counter()
         self.zo_optimizer.step(loss_fn, batches[0] if len(batches) == 1 else batches)
@@ -406,6 +441,12 @@ def _cut_back(journal: Journal, optimizer: ZerothOrder) -> Journal:
         )
     journal.truncate(steps=optimizer.steps)
     return journal
+
+
+def _cut(batch: Batch, ways: int) -> list[Batch]:
+    """A batch in so many neighbouring pieces, or one an example."""
+    rows = batch_rows(batch)
+    return [take(batch, torch.arange(piece.start, piece.stop), rows) for piece in sharing.cut(rows, min(ways, rows))]
 
 
 def _layout(batch: Mapping[str, Any]) -> str | None:

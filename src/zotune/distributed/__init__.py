@@ -2,6 +2,6 @@
 
 from zotune.distributed.agreement import WorkersDisagreeError
 from zotune.distributed.sharing import BATCHES, MODES
-from zotune.distributed.workers import Share, Workers
+from zotune.distributed.workers import Share, Workers, restarted
 
-__all__ = ["BATCHES", "MODES", "Share", "Workers", "WorkersDisagreeError"]
+__all__ = ["BATCHES", "MODES", "Share", "Workers", "WorkersDisagreeError", "restarted"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,11 @@ from zotune.distributed.sharing import BATCHES, MODES, Block, blocks, pieces
 
 #: Steps between two comparisons of all workers' weights, as a rule; a comparison reads every weight once.
 CHECK_EVERY = 200
+
+
+def restarted() -> bool:
+    """Whether ``torchrun --max-restarts`` has started this process again, after one of its workers died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,8 @@ class Workers:
         """What the first worker makes; it alone calls ``make``, whose result has to have words in JSON.
 
         Raises:
-            ValueError: everywhere what the first raised. Other errors of the first pass through there, and are a RuntimeError elsewhere.
+            ValueError: what the first raised, everywhere else too if it was a ValueError or an OSError; what else it was is a RuntimeError
+                elsewhere.
         """
         if not self.several:
             return make()
@@ -160,7 +167,7 @@ class Workers:
             try:
                 said["value"] = make()
             except Exception as caught:
-                error, said["error"], said["wrong"] = caught, str(caught), isinstance(caught, ValueError)
+                error, said["error"], said["wrong"] = caught, str(caught), isinstance(caught, (ValueError, OSError))
         said = self._broadcast(said)
         if error is not None:
             raise error
