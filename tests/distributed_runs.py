@@ -1,12 +1,13 @@
-"""Runs that the tests of several processes take in one process, and each process of theirs by `torchrun tests/distributed_runs.py`.
+"""Runs that the tests of several processes take: in one process, and in several by `torchrun tests/distributed_runs.py OUT all|some`.
 
-Every process writes what it ended with to OUT/rank-N.json: digests after each step, coefficients, weights.
+Every process writes what its runs were like to OUT/rank-N.json: coefficients, digests of its state after each step, weights.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from zotune import methods
 from zotune.distributed import Workers
 from zotune.distributed.agreement import state_digest
 
-STEPS = 4
+STEPS = 3
 ROWS = 8
 
 #: Runs beside those of every method: name -> (method, options, workers, kind of loss)
@@ -43,21 +44,21 @@ OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-def names() -> list[str]:
-    return [*methods.names(), *OTHERS]
+def names(which: str) -> list[str]:
+    return [*(methods.names() if which == "all" else ["agzo", "hizoo", "lozo-e", "mezo-svrg", "zo-sgd-cons"]), *OTHERS]
 
 
-def run(name: str, workers: Workers | None = None, watch: bool = True, steps: int = STEPS) -> dict[str, Any]:
+def run(name: str) -> dict[str, Any]:
     """A short run; what it was like."""
     method_name, options, shared, kind = OTHERS.get(name, (name, {}, {}, "each"))
     options = dict(options)
     lr = options.pop("lr", 1e-2)
-    workers = workers or Workers(**shared, check_every=1)
+    workers = Workers(**shared, check_every=1)
     model = toys.classifier()
     each = toys.loss_function(model)
     optimizer = zotune.ZerothOrder(model, toys.method(method_name, **options), lr=lr, seed=5, workers=workers)
     found: dict[str, Any] = {"coefficients": [], "losses": [], "digests": [], "counts": [], "lr": []}
-    for step in range(steps):
+    for step in range(STEPS):
         batch = toys.batch(3 if kind == "few" else ROWS, seed=step)
         if kind == "scalar":
             optimizer.step(lambda part: each(part).mean(), batch)
@@ -76,24 +77,52 @@ def run(name: str, workers: Workers | None = None, watch: bool = True, steps: in
         found["losses"].append(optimizer.last.loss)
         found["lr"].append(optimizer.last.lr)
         found["counts"].append([optimizer.forward_passes, optimizer.sequences_evaluated])
-        if watch:
-            found["digests"].append(state_digest(optimizer))
+        found["digests"].append(state_digest(optimizer))
     found["eps"] = optimizer.eps
     optimizer.detach()
     found["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
     return found
 
 
-def main(out: Path) -> None:
+def mistakes() -> dict[str, str]:
+    """What each of a few mistakes on the last rank leads to, as this rank is told."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    told: dict[str, str] = {}
+
+    def attempt(name: str, *, seed: int = 0, method: str = "lozo", lr: float = 1e-2, batch: int = 0, batches: str = "same") -> None:
+        model = toys.classifier()
+        workers = Workers(batches=batches, check_every=2)
+        optimizer = zotune.ZerothOrder(model, method, lr=lr, seed=seed, workers=workers)
+        try:
+            for step in range(3):
+                if name == "weights" and step == 1 and rank == last:
+                    next(model.parameters()).data.view(-1)[3] += 1e-3
+                optimizer.step(toys.loss_function(model), toys.batch(8, seed=step + batch))
+            told[name] = "nothing"
+        except RuntimeError as error:
+            told[name] = f"{type(error).__name__}: {error}"
+        optimizer.detach()
+
+    wrong = rank == last
+    attempt("none")
+    attempt("seed", seed=int(wrong))
+    attempt("method", method="mezo" if wrong else "lozo")
+    attempt("lr", lr=2e-2 if wrong else 1e-2)
+    attempt("batch", batch=int(wrong))
+    attempt("batches of their own", batch=int(wrong), batches="auto")
+    attempt("weights")
+    return told
+
+
+def main(out: Path, which: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    import warnings
-
     warnings.simplefilter("ignore")
-    found = {name: run(name) for name in names()}
+    found: dict[str, Any] = {name: run(name) for name in names(which)}
+    found["mistakes"] = mistakes()
     (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = known
         if show_traceback:
             traceback.print_exc()
-    print(f"zotune: {message}", file=sys.stderr)
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")  # torchrun's
+    print(f"zotune{' (rank ' + os.environ.get('RANK', '?') + ')' if several else ''}: {message}", file=sys.stderr)
     return code
 
 
