@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import toys
 
+import toys
 import zotune
 from zotune import methods
 from zotune.distributed import Workers

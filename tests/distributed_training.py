@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import trainer_cases
 from transformers import TrainerCallback, default_data_collator
 
+import trainer_cases
 from zotune.distributed import restarted
 from zotune.distributed.agreement import state_digest
 from zotune.journal import digest

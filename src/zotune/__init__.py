@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from zotune import first_order, journal, methods, objectives, schemes, tasks
     from zotune.config import ZOConfig
     from zotune.journal import Journal
+    from zotune.merging import merge
     from zotune.methods import Method
     from zotune.optimizer import NonFiniteLossError, StepReport, ZerothOrder
     from zotune.replaying import replay
@@ -26,6 +27,7 @@ _NAMES = {
     "ZOConfig": "config",
     "ZOTrainer": "trainer",
     "ZerothOrder": "optimizer",
+    "merge": "merging",
     "replay": "replaying",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "ZerothOrder",
     "first_order",
     "journal",
+    "merge",
     "methods",
     "objectives",
     "replay",

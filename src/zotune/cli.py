@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("zotune.commands.train:main", "fine-tune a model with forward passes only"),
     "eval": ("zotune.commands.evaluate:main", "evaluate a model on a task"),
     "replay": ("zotune.commands.replay:main", "rebuild the trained weights from the base model and a run's journal"),
+    "merge": ("zotune.commands.merge:main", "average runs of one base model, from their journals, into one model"),
     "methods": ("zotune.commands.listing:methods", "list the methods, or describe one"),
     "tasks": ("zotune.commands.listing:tasks", "list the tasks, or describe one"),
     "quickstart": ("zotune.commands.quickstart:main", "fine-tune the bundled small model on bundled reviews, offline"),
