@@ -71,7 +71,7 @@ def draw(path: Path, counts: list[int]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     left.plot(counts[1:], [gradients(WEIGHTS, w) for w in counts[1:]], color="#b0561f", label="gradients, 2 bytes each")
@@ -83,7 +83,7 @@ def draw(path: Path, counts: list[int]) -> None:
         right.plot(counts, [own / step(w).total for w in counts], color=colour, linestyle=style, label=name)
     right.set(xscale="log", xlabel="workers", title="time spent on examples, predicted", ylim=(0, 1.05))
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    right.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.28))
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

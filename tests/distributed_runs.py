@@ -45,7 +45,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 
 
 def names(which: str) -> list[str]:
-    return [*(methods.names() if which == "all" else ["agzo", "hizoo", "lozo-e", "mezo-svrg", "zo-sgd-cons"]), *OTHERS]
+    if which == "all":
+        return [*methods.names(), *OTHERS]
+    return ["agzo", "lozo-e", "mezo-svrg", *[name for name in OTHERS if not name.startswith("measured")]]
 
 
 def run(name: str) -> dict[str, Any]:
@@ -114,12 +116,29 @@ def mistakes() -> dict[str, str]:
     return told
 
 
+def traffic() -> dict[str, int]:
+    """Bytes that this rank sends in a plain step."""
+    found = {}
+    for method in ("lozo", "lozo-e"):
+        model = toys.classifier()
+        workers = Workers(batches="same", check_every=0)
+        optimizer = zotune.ZerothOrder(
+            model, toys.method(method, num_directions=1 if method == "lozo" else "example:2"), lr=1e-2, workers=workers
+        )
+        for step in range(2):
+            before = workers.bytes_sent
+            optimizer.step(toys.loss_function(model), toys.batch(ROWS, seed=step))
+        found[method] = workers.bytes_sent - before
+        optimizer.detach()
+    return found
+
+
 def main(out: Path, which: str) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {name: run(name) for name in names(which)}
-    found["mistakes"] = mistakes()
+    found |= {"mistakes": mistakes(), "traffic": traffic()}
     (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -18,7 +17,7 @@ import distributed_runs
 import distributed_training
 import trainer_cases
 import zotune
-from zotune.distributed import Workers, sharing
+from zotune.distributed import Workers, sharing, traffic
 from zotune.journal import Journal, digest
 from zotune.replaying import replay
 
@@ -27,10 +26,7 @@ HERE = Path(__file__).parent
 
 def torchrun(script: str, processes: int, out: Path, *words: str, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """What every rank of `torchrun tests/SCRIPT OUT ...` has written."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", *options]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*launch, str(HERE / script), str(out), *words], capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -97,20 +93,21 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return torchrun("distributed_runs.py", request.param, tmp_path_factory.mktemp("runs"), which)
 
 
+def runs(rank: dict[str, Any]) -> dict[str, Any]:
+    return {name: found for name, found in rank.items() if name not in ("mistakes", "traffic")}
+
+
 @pytest.mark.slow
 def test_every_rank_is_in_the_same_state_after_every_step(ranks: list[dict[str, Any]]) -> None:
-    for name in ranks[0]:
-        if name != "mistakes":
-            assert len(ranks[0][name]["digests"]) == distributed_runs.STEPS
-            assert all(rank[name] == ranks[0][name] for rank in ranks), name
+    for name, found in runs(ranks[0]).items():
+        assert len(found["digests"]) == distributed_runs.STEPS
+        assert all(rank[name] == found for rank in ranks), name
 
 
 @pytest.mark.slow
 def test_several_processes_do_what_one_does(ranks: list[dict[str, Any]]) -> None:
     """At the same global batch: evaluations of fewer rows differ in their last bits only."""
-    for name, found in ranks[0].items():
-        if name == "mistakes":
-            continue
+    for name, found in runs(ranks[0]).items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of toys on which batched evaluation is given up
             alone = distributed_runs.run(name)
@@ -120,6 +117,13 @@ def test_several_processes_do_what_one_does(ranks: list[dict[str, Any]]) -> None
         assert found["weights"] == pytest.approx(alone["weights"], abs=1e-4), name
         assert found["eps"] == alone["eps"], name
         assert [passes for passes, _ in found["counts"]] == [passes for passes, _ in alone["counts"]], name
+
+
+@pytest.mark.slow
+def test_losses_are_all_that_is_told(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["traffic"]["lozo"] == traffic.sent(2, distributed_runs.ROWS, len(ranks))
+        assert rank["traffic"]["lozo-e"] == traffic.sent(2, 2 * distributed_runs.ROWS, len(ranks)), "θ and θ + εZ, two Z an example"
 
 
 @pytest.mark.slow
@@ -136,13 +140,19 @@ def test_a_mistake_names_what_and_who(ranks: list[dict[str, Any]]) -> None:
         assert "before step 2" in told["weights"], "the next comparison finds it"
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("one")
+    return {"choices": distributed_training.choices(folder, 1), "labels": distributed_training.labels(folder, 1), "folder": folder}
+
+
 @pytest.mark.slow
-def test_training_in_two_processes(tmp_path: Path) -> None:
+def test_training_in_two_processes(tmp_path: Path, one_process: dict[str, Any]) -> None:
     """ZOTrainer under torchrun: ranks equal at every step and one process equal; one journal, which replays; predictions in order."""
     ranks = torchrun("distributed_training.py", 2, tmp_path)
     assert ranks[0] == ranks[1]
     found = ranks[0]["choices"]
-    alone = distributed_training.choices(tmp_path / "one", 1)
+    alone = one_process["choices"]
     assert found["losses"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in alone["losses"]]
     assert found["predictions"] == [pytest.approx(row, abs=1e-4) for row in alone["predictions"]]
     assert (found["accuracy"], found["epoch"]) == (alone["accuracy"], alone["epoch"])
@@ -150,22 +160,22 @@ def test_training_in_two_processes(tmp_path: Path) -> None:
     optimizer = replay(trainer_cases.tiny_llama(), tmp_path / "choices" / "journal.zo")
     optimizer.detach()
     assert digest(optimizer.model) == found["weights"]
-    own = distributed_training.labels(tmp_path / "one", 1)
+    own = one_process["labels"]
     assert ranks[0]["labels"]["losses"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in own["losses"]]
     assert ranks[0]["labels"]["weights"] == pytest.approx(own["weights"], abs=1e-4)
     assert "already holds a run" in ranks[0]["again"]
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_comes_back(tmp_path: Path) -> None:
+def test_a_rank_that_dies_comes_back(tmp_path: Path, one_process: dict[str, Any]) -> None:
     """Killed at step 3 of 6, restarted by torchrun from the checkpoint of step 2: as if nothing had been; and so with other processes."""
     ranks = torchrun("distributed_training.py", 2, tmp_path, "dies", options=("--max-restarts=1",))
     assert ranks[0] == ranks[1]
     found = ranks[0]["choices"]
-    whole = distributed_training.choices(tmp_path / "one", 1)
+    whole = one_process["choices"]
     assert len(found["digests"]) == 4, "steps 2 to 5"
     assert found["losses"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in whole["losses"]]
-    journal, other = (Journal.open(path / "choices" / "journal.zo") for path in (tmp_path, tmp_path / "one"))
+    journal, other = (Journal.open(path / "choices" / "journal.zo") for path in (tmp_path, one_process["folder"]))
     for ours, theirs in zip(journal.records(), other.records(), strict=True):
         if not isinstance(ours, dict):
             assert ours.coefficients == pytest.approx(theirs.coefficients, rel=1e-3, abs=1e-3)

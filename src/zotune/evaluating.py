@@ -129,7 +129,7 @@ class Evaluations:
         values = None
         if share.pieces and self.batched and parts is not None:
             try:
-                stacks = [self._shared(piece, mine, seed, step) for piece in self._pieces(parts, share)]
+                stacks = [self._shared(piece, mine, seed, step) for piece in self._pieces(parts, share) or ()]
                 values = torch.cat([self._stacked(loss_fn, piece, stack) for piece, stack in stacks], dim=1)
             except NotStackable as error:
                 self._give_up(str(error))

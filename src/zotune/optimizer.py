@@ -344,8 +344,9 @@ class ZerothOrder(torch.optim.Optimizer):
             events = [] if self.journal is None else list(observing.events(step, found))
         self.forward_passes += 1
         self.sequences_evaluated += counted
-        for event in events if self.journal is not None else ():
-            self.journal.append(event)
+        if self.journal is not None:
+            for event in events:
+                self.journal.append(event)
         applying.tell(self, found)
 
     def _scale_layers(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:

@@ -191,7 +191,7 @@ class ZOTrainer(OrderedTrainer):
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
         if is_training and self.workers.several:
-            batches = getattr(loader, "batch_sampler", None)
+            batches: Any = getattr(loader, "batch_sampler", None)
             if not hasattr(batches, "process_index"):
                 raise ValueError("several processes need training data with a length and an index: load the stream into a list first.")
             batches.num_processes, batches.process_index = 1, 0  # each is given every batch, and the optimizer shares it out
