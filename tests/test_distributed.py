@@ -15,6 +15,8 @@ import torch
 
 import distributed_runs
 import distributed_training
+import sharded_runs
+import toys
 import trainer_cases
 import zotune
 from zotune.distributed import Workers, sharing, traffic
@@ -27,7 +29,8 @@ HERE = Path(__file__).parent
 def torchrun(script: str, processes: int, out: Path, *words: str, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """What every rank of `torchrun tests/SCRIPT OUT ...` has written."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # torchrun's workers would find the addresses of those before the restart in the store that its agents share with them.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run([*launch, str(HERE / script), str(out), *words], capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(processes)]
@@ -186,3 +189,33 @@ def test_a_rank_that_dies_comes_back(tmp_path: Path, one_process: dict[str, Any]
     resumed = distributed_training.choices(tmp_path, 2, resume=True)
     assert resumed["epoch"] == found["epoch"]
     assert resumed["losses"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in found["losses"]]
+
+
+# -- weights that are split among processes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sharded_weights_move_as_whole_ones_do(tmp_path: Path) -> None:
+    """FSDP2: each of two processes holds half the rows, draws the numbers of its own, and all have the model of one process."""
+    ranks = torchrun("sharded_runs.py", 2, tmp_path)
+    for method in sharded_runs.METHODS:
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{method} {dtype}"
+            found = ranks[0][name]
+            assert found == ranks[1][name], name
+            assert found["rows"]["0.0.weight"] == [10, 16], "half of 20 rows"
+            # The journal is that of the whole model, and rebuilds it.
+            optimizer = replay(sharded_runs.blocks(toys.classifier(dtype)), tmp_path / f"{name}.zo")
+            optimizer.detach()
+            replayed = torch.cat([p.detach().float().flatten() for p in optimizer.model.parameters()]).tolist()
+            if method == "lozo":  # products of fewer rows round differently
+                assert replayed == pytest.approx(found["weights"], abs=1e-5 if dtype == torch.float32 else 2e-2), name
+            else:
+                assert replayed == found["weights"], name
+        alone = sharded_runs.run(method, sharded_runs.blocks(toys.classifier()))
+        found = ranks[0][f"{method} {torch.float32}"]
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5), method
+        assert found["weights"] == pytest.approx(alone["weights"], abs=1e-4), method
+        assert found["after"] == pytest.approx(alone["after"], rel=1e-5), "detached, it is FSDP2's model as it was"
+    for method in ("mezo-adam", "lozo-e"):
+        assert f"{method} cannot train shards" in ranks[0]["refused"][method]

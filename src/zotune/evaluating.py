@@ -97,14 +97,14 @@ class Evaluations:
         self.workers = workers or Workers()
         self.eps: float = math.nan if isinstance(method.eps, str) else method.eps  # set by the optimizer where it is measured
         #: None until the first step has found out
-        self.batched: bool | None = False if choice == "sequential" or dense is not None else None
+        self.batched: bool | None = False if choice == "sequential" or dense is not None or probe.sharded else None
         self.checked = False  # that the loss is one number an example, where the method needs that
         #: Whether it is; None until somebody had to know: who shares out a batch has to
         self.per_example: bool | None = None
 
     def restore(self, batched: bool | None) -> None:
         """Go on as the run did so far, where this one was not asked to do otherwise."""
-        if self.choice != "sequential" and self.probe.dense is None:
+        if self.choice != "sequential" and self.probe.dense is None and not self.probe.sharded:
             self.batched = batched
 
     def gather(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
@@ -177,7 +177,15 @@ class Evaluations:
             if parts is not None:
                 self._look(loss_fn, self._chunk(parts[0])[0])
             self.per_example = all(self.workers.exchange(self.per_example))
-        return self.workers.share(points, [1] if parts is None else [self._width(part) for part in parts])
+        share = self.workers.share(points, [1] if parts is None else [self._width(part) for part in parts])
+        if self.probe.sharded:
+            together = all(len(block.points) == points and len(block.columns) for block in share.blocks)
+            if not together or parts is None or len(parts) > 1:
+                raise ValueError(
+                    "of sharded weights all processes evaluate the same points together: give step() one batch, of at least an example for "
+                    "each process, a loss function with one loss an example, and share='data'."
+                )
+        return share
 
     def _told(self, loss_fn: LossFunction) -> LossFunction:
         """The loss function, of which workers tell each other one number a batch unless it gives one an example."""

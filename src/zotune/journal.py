@@ -257,5 +257,8 @@ def digest(model: nn.Module) -> str:
         hashed.update(data.numpy().data)
         return hashed.digest()
 
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # sharded: all processes gather them in one order
+        whole = ((name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor) for name, tensor in model.named_parameters())
+        return hashlib.blake2b(b"".join(map(one, whole)), digest_size=16).hexdigest()
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock
         return hashlib.blake2b(b"".join(pool.map(one, model.named_parameters())), digest_size=16).hexdigest()

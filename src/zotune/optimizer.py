@@ -29,7 +29,8 @@ from zotune.replayed import Past
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, State
 from zotune.stacking import batch_rows, take
-from zotune.subspaces import LowRank, LowRankCoordinate
+from zotune.subspaces import Full, LowRank, LowRankCoordinate
+from zotune.subspaces.full import is_sharded
 
 _NO_BATCH: Any = object()
 
@@ -150,9 +151,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self._prepared = False
         self._begun = -1
         self._gathered = observing.Gathered()
-        journal = journal if self.workers.first else None
         self._settled = False
-        self.journal = journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
+        self.journal = journal if isinstance(journal, Journal) and self.workers.first else None
+        if journal is not None and not isinstance(journal, Journal):
+            header = self.header()  # on every worker: of sharded weights each has a part to tell
+            self.journal = Journal.create(journal, header) if self.workers.first else None
 
     def _coordinates(self) -> list[list[Coordinate]]:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -167,9 +170,20 @@ class ZerothOrder(torch.optim.Optimizer):
                     raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters.")
                 if not parameter.is_floating_point():
                     raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it.")
+                if is_sharded(parameter) and not self._takes_shards:
+                    raise ValueError(
+                        f"{name} is sharded, and {self.method.name} cannot train shards: take a method that moves full weights or low-rank "
+                        "ones by plain SGD, with num_directions a number (mezo, lozo)."
+                    )
                 coordinates.append(self.method.subspace.coordinate(name, parameter))
             groups.append(coordinates)
         return groups
+
+    @property
+    def _takes_shards(self) -> bool:
+        method = self.method
+        plain = self.rule.plain and not (method.replayed or method.anchoring or method.own) and method.estimator in ("central", "forward")
+        return plain and type(method.subspace) in (Full, LowRank)
 
     def _layers(self) -> list[list[LowRankCoordinate]]:
         subspace = self.method.subspace

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zotune.journal import digest
 from zotune.stacking import tensors
+from zotune.subspaces.full import is_sharded
 
 if TYPE_CHECKING:
     from zotune.optimizer import ZerothOrder
@@ -76,8 +77,13 @@ def _state(optimizer: ZerothOrder) -> dict[str, Any]:
 
 
 def state_digest(optimizer: ZerothOrder) -> str:
-    """A digest of the model's weights and of everything else that moves with them: pending updates, moments, anchors."""
-    return _hashed({"": digest(optimizer.model), **optimizer.state_dict()["state"]})
+    """A digest of the model's weights and of everything else that moves with them: pending updates, moments, anchors.
+
+    Residuals of sharded weights, of which every worker has its own, are not in it.
+    """
+    own = {f"coordinate/{c.name}/residual" for c in optimizer.probe.coordinates if is_sharded(c.parameter)}
+    state = {name: tensor for name, tensor in optimizer.state_dict()["state"].items() if name not in own}
+    return _hashed({"": digest(optimizer.model), **state})
 
 
 def batch_digest(batch: Any) -> str:
@@ -91,6 +97,7 @@ def _hashed(items: Mapping[str, Tensor | str]) -> str:
         if isinstance(item, str):
             hashed.update(f"{name}|{item}|".encode())
             continue
+        item = item.full_tensor() if hasattr(item, "full_tensor") else item  # sharded: a digest of the whole
         hashed.update(f"{name}|{item.dtype}|{tuple(item.shape)}|".encode())
         hashed.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
