@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("zotune.commands.evaluate:main", "evaluate a model on a task"),
     "replay": ("zotune.commands.replay:main", "rebuild the trained weights from the base model and a run's journal"),
     "merge": ("zotune.commands.merge:main", "average runs of one base model, from their journals, into one model"),
+    "verify": ("zotune.commands.verify:main", "check a run's folder: journal, checkpoints, and whether it can go on"),
     "methods": ("zotune.commands.listing:methods", "list the methods, or describe one"),
     "tasks": ("zotune.commands.listing:tasks", "list the tasks, or describe one"),
     "quickstart": ("zotune.commands.quickstart:main", "fine-tune the bundled small model on bundled reviews, offline"),
@@ -129,6 +130,8 @@ def _explain(error: Exception) -> tuple[str, int] | None:
     if type(error).__name__ in ("NonFiniteLossError", "ChildFailedError"):
         return text, FAILED
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) and text:
+            return text, FAILED
         return (
             "out of memory; a smaller --per_device_train_batch_size, --max_length or --dtype bfloat16 needs less.",
             FAILED,

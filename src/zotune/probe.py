@@ -120,7 +120,7 @@ class Probe:
         self._siblings = _siblings(model, by_parameter)
         #: Whether a parameter, trained or not, is split among processes: all of them then have to evaluate the same points together.
         self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
-        self._gathering = [module for module in model.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
+        self._gathering: list[Any] = [module for module in model.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
         for module in self._gathering[:1]:
             module._get_fsdp_state()._lazy_init()  # looks at the parameters, and would find those that are lent
         self.forward_mode = ForwardMode()
@@ -236,7 +236,7 @@ class Probe:
             for coordinate in self._low_rank():
                 coordinate.shift(self.directions, None)
             for module in self._gathering:  # FSDP2: what it has put in a table goes while the table is there
-                module.reshard()  # type: ignore[operator]
+                module.reshard()
             for module, weights in flat:
                 module.__dict__["_flat_weights"] = weights
             for module, parameters in lent:

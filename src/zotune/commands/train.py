@@ -22,11 +22,13 @@ from zotune.commands.models import load_model, load_tokenizer, plan_model
 from zotune.commands.parser import CommandParser
 from zotune.commands.progress import RunProgress
 from zotune.commands.quiet import quiet_libraries
+from zotune.commands.stopping import StopWhenAsked
 from zotune.commands.train_options import ABOUT, DEFAULTS, USAGE, OutputArguments, groups
 from zotune.config import ZOConfig, settings
 from zotune.distributed import Workers, restarted
 from zotune.first_order import FirstOrder, Rival
 from zotune.methods import Method
+from zotune.run_lock import locked
 from zotune.run_report import (
     PeakMemory,
     curve_of,
@@ -98,7 +100,7 @@ class Run:
             NonFiniteLossError: training diverged.
             KeyboardInterrupt: interrupted, with the command that continues the run as its message.
         """
-        resume = self.workers.from_first(self._resume)
+        resume, self.output.overwrite_output_dir = self.workers.from_first(self._resume)
         if resume is None and not self.output.overwrite_output_dir:
             self.workers.from_first(lambda: run_folder.check_unused(self.folder, "zotune train"))
         method = self.config.chosen_method()
@@ -118,24 +120,26 @@ class Run:
             model = self._under_scheme(model, method, on_adapter=plan.adapter is not None)
         existed = self.folder.exists()
         try:
-            trainer = self._trainer(model, tokenizer, data)
-            if no_steps:
-                assert isinstance(method, Rival)
-                return self._judge(method, trainer, data, base=plan.adapter or plan.name)
-            return self._train(trainer, data, resume, fresh, base=plan.adapter or plan.name)
+            with self.workers.on_first(locked(self.folder)):
+                trainer = self._trainer(model, tokenizer, data)
+                if no_steps:
+                    assert isinstance(method, Rival)
+                    return self._judge(method, trainer, data, base=plan.adapter or plan.name)
+                return self._train(trainer, data, resume, fresh, base=plan.adapter or plan.name)
         finally:
             if self.workers.first and not existed and self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()  # it failed before there was anything to keep
 
-    def _resume(self) -> str | bool | None:
-        wanted = self.config.resume_from_checkpoint
+    def _resume(self) -> tuple[str | bool | None, bool]:
+        """What to resume from, and whether to replace what is in the folder."""
+        wanted, overwrite = self.config.resume_from_checkpoint, self.output.overwrite_output_dir
         if wanted is None and restarted():  # a worker died, and torchrun has started all of them again with the same words
-            self.output.overwrite_output_dir |= run_folder.holds_run(self.folder)
-            return True if checkpoint.checkpoints(self.folder) else None
+            begun = (self.folder / run_folder.RUN_FILE).is_file() and (self.folder / run_folder.JOURNAL_FILE).is_file()
+            return (True if begun else None), True
         if wanted is None or wanted.lower() in ("false", "no"):
-            return None
+            return None, overwrite
         run_folder.read_run(self.folder)
-        return True if wanted.lower() in ("true", "yes") else wanted
+        return (True if wanted.lower() in ("true", "yes") else wanted), overwrite
 
     def _settle_demonstrations(self, method: Method | Rival) -> None:
         if method.name == "icl":
@@ -199,9 +203,12 @@ class Run:
         peak_before = memory.peak()
         progress = RunProgress(self.console, data.main_metric, (before or {}).get(data.main_metric))
         trainer.add_callback(progress)
+        stop = StopWhenAsked()
+        trainer.add_callback(stop)  # the last one: the others have seen the step that it ends
         started = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=resume)
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=resume)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._how_to_go_on()) from None
         finally:
@@ -335,10 +342,7 @@ class Run:
     def _how_to_go_on(self) -> str:
         found = checkpoint.checkpoints(self.folder)
         if not found:
-            return (
-                f"Interrupted before the first checkpoint (--save_steps says when there is one); {self.folder} holds the "
-                "journal so far, and --overwrite_output_dir starts anew."
-            )
+            return f"Interrupted before the first checkpoint. Begin again with: {run_folder.resume_command(self.argv)}"
         return f"Interrupted; {found[0]} is complete. Continue with: {run_folder.resume_command(self.argv)}"
 
     def _save(self, trainer: ZOTrainer) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,8 @@ class Workers:
         self.rank = dist.get_rank(group) if joined else 0
         self.first = self.rank == 0
         self.several = self.size > 1
+        #: Whether this worker was asked to stop, and whether anybody was: all know it after the same step, since it goes with the losses.
+        self.asked = self.told = False
         #: bytes this worker has sent to each of the others
         self.bytes_sent = 0
 
@@ -117,13 +120,15 @@ class Workers:
         sent = torch.zeros(max(map(len, share.blocks)) * each + 1)
         if values is not None:
             sent[: values.numel()] = values.detach().float().cpu().reshape(-1)
-        sent[-1] = evaluated
+        sent[-1] = -1 - evaluated if self.asked else evaluated
         found = self._all_gather(sent)
         table = torch.empty(share.shape[0] * each, share.shape[1])
         for block, row in zip(share.blocks, found, strict=True):
             part = row[: len(block) * each].view(len(block.points) * each, len(block.columns))
             table[block.points.start * each : block.points.stop * each, block.columns.start : block.columns.stop] = part
-        return table, int(found[:, -1].sum())
+        counts = found[:, -1].long()
+        self.told = self.told or bool((counts < 0).any())
+        return table, int(torch.where(counts < 0, -1 - counts, counts).sum())
 
     def sizes(self, sizes: Sequence[int]) -> tuple[list[int], int]:
         """Rows of all micro-batches of a step, and which of them is this worker's first."""
@@ -174,6 +179,17 @@ class Workers:
         if "error" in said:
             raise (ValueError if said["wrong"] else RuntimeError)(said["error"])
         return said.get("value")
+
+    @contextmanager
+    def on_first(self, held: AbstractContextManager[Any]) -> Iterator[None]:
+        """A context that the first worker alone enters; what that raises is raised everywhere, as by :meth:`from_first`."""
+        with ExitStack() as stack:
+
+            def enter() -> None:
+                stack.enter_context(held)
+
+            self.from_first(enter)
+            yield
 
     def wait(self) -> None:
         """Until everybody is here."""

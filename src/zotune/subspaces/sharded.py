@@ -68,9 +68,9 @@ class ShardedCoordinate(FullCoordinate):
 
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         """The whole weight, from the rows that every process has perturbed; all of them have to ask for it."""
-        flat, tensor = self._flat(), self.parameter.detach()
+        flat = self._flat()
         if offset is None:
-            return tensor.full_tensor()  # type: ignore[operator]
+            return self._whole(flat)
         key, scale, out = offset.key(self.name), self.move_scale(directions, offset), torch.empty_like(flat)
 
         def perturb(part: slice, here: slice) -> None:
