@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from zotune import first_order, journal, methods, objectives, offloading, schemes, tasks
     from zotune.config import ZOConfig
     from zotune.journal import Journal
+    from zotune.merging import merge
     from zotune.methods import Method
     from zotune.offloading import offload
     from zotune.optimizer import NonFiniteLossError, StepReport, ZerothOrder
@@ -27,6 +28,7 @@ _NAMES = {
     "ZOConfig": "config",
     "ZOTrainer": "trainer",
     "ZerothOrder": "optimizer",
+    "merge": "merging",
     "offload": "offloading",
     "replay": "replaying",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "ZerothOrder",
     "first_order",
     "journal",
+    "merge",
     "methods",
     "objectives",
     "offload",

@@ -19,7 +19,7 @@ import os
 import struct
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,12 @@ class StepRecord(NamedTuple):
     loss: float
     coefficients: tuple[float, ...]
     skipped: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> StepRecord:
+        """A record that has been through JSON."""
+        step, lrs, loss, coefficients, skipped = values
+        return cls(step, tuple(lrs), loss, tuple(coefficients), tuple(skipped))
 
 
 Record = StepRecord | dict[str, Any]
@@ -293,6 +299,9 @@ def digest(model: nn.Module) -> str:
             hashed.update(data.numpy().data)
         return hashed.digest()
 
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # sharded: all processes gather them in one order
+        whole = ((name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor) for name, tensor in model.named_parameters())
+        return hashlib.blake2b(b"".join(map(one, whole)), digest_size=16).hexdigest()
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock
         packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales")]
         return hashlib.blake2b(b"".join(pool.map(one, [*model.named_parameters(), *packed])), digest_size=16).hexdigest()

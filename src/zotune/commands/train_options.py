@@ -42,7 +42,7 @@ def groups() -> dict[str, dict[str, str]]:
         "learning_rate": "a number, or auto (the default where it is known): measured now and then from a few losses",
         "eps": "size of the perturbation, or auto (the default): measured on the first batch",
         "max_steps": "training steps (default 1000)",
-        "per_device_train_batch_size": "examples a step",
+        "per_device_train_batch_size": "examples a step, for each process where several were launched",
         "seed": "of the directions, the order of the data and the subsets",
         "config": "",
         "resume_from_checkpoint": "continue the run in --output_dir from its newest checkpoint (true) or from a folder",

@@ -20,6 +20,9 @@ from zotune.subspaces.subspace import Space
 class FullCoordinate(Coordinate):
     """θ = W. In half precision W is the upper part of a float32 value whose lower 16 bits live beside it (see ``precision``)."""
 
+    #: Whether this process holds only some of its numbers.
+    sharded = False
+
     def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
         super().__init__(name, parameter, parameter.shape)
         self.thin = parameter.dim() == 1 or (parameter.dim() == 2 and min(parameter.shape) <= THIN)
@@ -226,4 +229,18 @@ class Full(Space):
     """Every trainable parameter moves in its own full space."""
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
-        return FullCoordinate(name, parameter)
+        return full_coordinate(name, parameter)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, of which other processes may hold the other part."""
+    return hasattr(parameter, "full_tensor") and hasattr(parameter, "device_mesh")
+
+
+def full_coordinate(name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> FullCoordinate:
+    """The coordinates of a parameter in full space, wherever its numbers are."""
+    if is_sharded(parameter):
+        from zotune.subspaces.sharded import ShardedCoordinate  # which builds on this module
+
+        return ShardedCoordinate(name, parameter, keep_residual=keep_residual)
+    return FullCoordinate(name, parameter, keep_residual=keep_residual)

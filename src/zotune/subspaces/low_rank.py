@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zotune import frozen_linear, residence
 from zotune.coordinates import Carry, Coordinate, Offset
 from zotune.directions import Directions, Key
-from zotune.subspaces.full import FullCoordinate
+from zotune.subspaces.full import full_coordinate
 from zotune.subspaces.subspace import Space
 
 
@@ -48,7 +48,7 @@ class LowRankCoordinate(Coordinate):
         self.moved: Tensor | None = self.core  # θ, θ + offset during an evaluation, None while the side path is to keep out
         self.clock = (0, 0)  # (seed, step) of the last change, the key of the fold's rounding
         self._merged: weakref.ref[Tensor] | None = None
-        self._weight = FullCoordinate(name, parameter, keep_residual=False)
+        self._weight = full_coordinate(name, parameter, keep_residual=False)
 
     # -- what a subspace of its own overrides -----------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class LowRankCoordinate(Coordinate):
         """Go without a side path. W is then written every step, so in half precision it needs a residual as in full space."""
         assert not self.pending
         self.side_path = False
-        self._weight = FullCoordinate(self.name, self.parameter)
+        self._weight = full_coordinate(self.name, self.parameter)
 
     def fold(self) -> None:
         """W ← W + A Vᵀ, θ ← 0; a half-precision W rounds stochastically, keyed by the step that changed θ last."""
@@ -199,7 +199,7 @@ class LowRankCoordinate(Coordinate):
             return merged
         with residence.at_hand(self.parameter):
             merged = self.parameter.detach().clone()
-        copy = FullCoordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
+        copy = full_coordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
         copy.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
         self._merged = weakref.ref(merged)
         return merged
@@ -270,7 +270,7 @@ class LowRank(Space):
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
         if not self.fits(parameter.shape):
-            return FullCoordinate(name, parameter)
+            return full_coordinate(name, parameter)
         return self.factored(name, parameter)
 
     def fits(self, shape: Sequence[int]) -> bool:
