@@ -20,6 +20,8 @@ COMMANDS = {
     "train": ("zotune.commands.train:main", "fine-tune a model with forward passes only"),
     "eval": ("zotune.commands.evaluate:main", "evaluate a model on a task"),
     "replay": ("zotune.commands.replay:main", "rebuild the trained weights from the base model and a run's journal"),
+    "estimate": ("zotune.commands.estimate:main", "predict the memory of training, without reading a weight"),
+    "memory": ("zotune.commands.memory:main", "the memory of one step by what it is for, predicted and measured"),
     "methods": ("zotune.commands.listing:methods", "list the methods, or describe one"),
     "tasks": ("zotune.commands.listing:tasks", "list the tasks, or describe one"),
     "quickstart": ("zotune.commands.quickstart:main", "fine-tune the bundled small model on bundled reviews, offline"),

@@ -118,7 +118,8 @@ class Ledger(TorchDispatchMode):
         kinds = dict.fromkeys(KINDS, 0)
         alive = [p for p in self.pieces if p.born <= event and (p.died is None or p.died > event)]
         for piece in alive:
-            kinds[self._settled(piece)] += piece.size
+            kind = self._settled(piece)
+            kinds[kind] = kinds.get(kind, 0) + piece.size
         largest = sorted(((p.size, self._settled(p)) for p in alive), reverse=True)[:8]
         return Split(kinds, tuple(largest))
 
@@ -201,6 +202,8 @@ class Ledger(TorchDispatchMode):
                     return "activations"
                 if name == _BATCHES:
                     return "temporary"
+                if in_model:
+                    return "activations"
                 if name.startswith(_UPDATES):
                     return "optimiser state if kept" if self._updating or "first_order" not in name else "gradients if kept"
                 if name.endswith("zotune/memory/step.py"):

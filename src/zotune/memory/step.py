@@ -118,6 +118,13 @@ def prepared(model: nn.Module, workload: Workload) -> nn.Module:
     return model
 
 
+def numbers_of(workload: Workload) -> tuple[int, int]:
+    """Numbers in all parameters of the model, and in its largest one."""
+    with torch.device("meta"):
+        counts = {name: p.numel() for name, p in build(workload.config, workload.dtype).named_parameters()}
+    return sum(counts.values()), max(counts.values())
+
+
 def trains(method: Method | Rival) -> bool:
     """Whether a method takes steps."""
     return not (isinstance(method, Rival) and method.build is None)
