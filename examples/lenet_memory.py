@@ -92,13 +92,13 @@ def optimizer_of(method: str, model: nn.Module, lr: float = 1e-3) -> zotune.Zero
 
 
 def mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """(images (N, 1, 28, 28) in [0, 1], labels (N,)) of "train" or "t10k"."""
+    """(images (N, 1, 28, 28) of mean 0 and deviation 1, labels (N,)) of "train" or "t10k"."""
 
     def read(name: str, header: int) -> Tensor:
         with gzip.open(folder / f"{split}-{name}-ubyte.gz") as file:
             return torch.frombuffer(bytearray(file.read()[header:]), dtype=torch.uint8)
 
-    return read("images-idx3", 16).view(-1, 1, 28, 28).float() / 255, read("labels-idx1", 8).long()
+    return read("images-idx3", 16).view(-1, 1, 28, 28).float().div_(255).sub_(0.1307).div_(0.3081), read("labels-idx1", 8).long()
 
 
 def batches(data: tuple[Tensor, Tensor], epochs: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,7 +24,7 @@ from zotune.tasks.preparation import is_encoder
 #: Steps that are run: the first has states to make, the second has them already.
 STEPS = 2
 #: Layers of the two models that stand in for a deep one.
-DEPTHS = (2, 4)
+DEPTHS = (1, 2)
 
 
 @dataclass(frozen=True)
