@@ -14,7 +14,7 @@ from zotune import schemes
 from zotune.first_order import FirstOrder, Rival
 from zotune.memory.ledger import Ledger, Split
 from zotune.memory.models import build, depth_of, shallow
-from zotune.memory.rehearsal import rehearsal
+from zotune.memory.rehearsal import forget_tables, rehearsal
 from zotune.methods import Method
 from zotune.objectives import objective
 from zotune.optimizer import ZerothOrder
@@ -145,6 +145,7 @@ def batch_of(workload: Workload) -> dict[str, Tensor]:
 
 def run(model: nn.Module, workload: Workload, batch: Mapping[str, Tensor], *, ledger: bool = True) -> tuple[dict[str, Split], Any]:
     """The splits at the peaks of ``STEPS`` steps, by the moments of a step; the optimizer, None for a method without."""
+    forget_tables()  # a step counts the tables of the directions that it makes, whatever ran before
     counted = Ledger(model)
     counted.add(batch.values(), "temporary")
     loss = objective("classifier" if "labels" in batch else "lm", model)
