@@ -49,7 +49,7 @@ def size(tensors: list[Tensor]) -> int:
 
 
 def textbook(batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """The textbook's account of one AdamW step: the outputs of the layers that have weights are its activations, images and labels its data."""
+    """The textbook's account of one AdamW step: activations are the outputs of the layers that have weights, data images and labels."""
     torch.manual_seed(0)
     model = LeNet()
     optimizer = torch.optim.AdamW(model.parameters())

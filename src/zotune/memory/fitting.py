@@ -30,20 +30,24 @@ def largest(need: Callable[[int], int], limit: int, most: int) -> int:
         >>> largest(lambda n: 100 + 7 * n, limit=200, most=1000)
         14
     """
-    found = {1: need(1)}
-    if found[1] > limit:
-        return 0
     low, high = 1, most + 1
-    guess = min(2, most)
+    at_low, at_high = need(1), None
+    if at_low > limit:
+        return 0
+    guess, halve = 2, False
     while high - low > max(1, low // 50):
         guess = min(max(guess, low + 1), high - 1)
-        found[guess] = need(guess)
-        if found[guess] <= limit:
-            low = guess
+        size = need(guess)
+        slope = (size - at_low) / (guess - low)
+        if size <= limit:
+            low, at_low = guess, size
         else:
-            high = guess
-        # The line through the two points nearest to the limit.
-        a, b = sorted(sorted(found, key=lambda n: abs(found[n] - limit))[:2])
-        slope = (found[b] - found[a]) / (b - a)
-        guess = most if slope <= 0 else int(a + (limit - found[a]) / slope)
+            high, at_high = guess, size
+        if at_high is None:  # the line goes on
+            guess = min(most, 16 * low) if slope <= 0 else min(16 * low, int(low + (limit - at_low) / slope))
+        elif halve:
+            guess = (low + high) // 2
+        else:
+            guess = int(low + (limit - at_low) * (high - low) / max(1, at_high - at_low))
+        halve = at_high is not None and not halve
     return low

@@ -1,7 +1,7 @@
 """Peak memory by theory: the closed formulas of ZO-Bench (2402.11592), for weights and compute in half precision.
 
-|x| are the bytes of all parameters in full precision (4 each), |a| those of the activations saved for the backward pass, subscript l those of
-a layer. In full precision the halves become wholes.
+|x| are the bytes of all parameters in full precision (4 each), |a| those of the activations saved for the backward pass, subscript l
+those of a layer. In full precision the halves become wholes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The ledger: every tensor that is alive while a step runs, what it is for, and the moment at which they are most.
 
-Tensors are counted by their storages, when torch makes them and when they are freed, as torch's own ``MemTracker`` does; what that one does not
-know is what zeroth-order training keeps memory for. What a tensor is for is told by whose code made it: the ledger looks up the call stack.
-The same ledger serves a real step and one that is rehearsed without data.
+Tensors are counted by their storages, when torch makes them and when they are freed, as torch's own ``MemTracker`` does
+(``torch.distributed._tools``). That one knows the kinds of a backward pass; the ledger also tells what zeroth-order training keeps memory
+for, by whose code made a tensor: it looks up the call stack. The same ledger serves a real step and one that is rehearsed without data.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rehearsal: running the very code that trains on tensors without data, in seconds for a model of any size.
 
 ``torch``'s fake tensors have shapes and dtypes and no numbers. What a step wants to know of numbers is answered with something plausible: a
-loss is about 1, two tensors are equal, all ids of a batch differ. Of the loops over blocks of a large tensor one block is walked, for all of them use
-the same memory.
+loss is about 1, two tensors are equal, all ids of a batch differ. Of the loops over blocks of a large tensor one block is walked, for all
+of them use the same memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,6 +71,20 @@ def _first_of(loop: Callable[..., Any]) -> Callable[..., Any]:
     return first
 
 
+def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """``nn.Module.to`` and its like, by new parameters: torch's own would swap tensors, and those that are counted cannot be swapped."""
+    for each in module.modules() if recurse else [module]:
+        for name, parameter in each._parameters.items():
+            if parameter is not None:
+                changed = change(parameter.detach())
+                if (changed.dtype, changed.device) != (parameter.dtype, parameter.device):
+                    each._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+        for name, buffer in each._buffers.items():
+            if buffer is not None:
+                each._buffers[name] = change(buffer)
+    return module
+
+
 class _MakesOverFakes:
     """``torch``, as modules see it that make tensor subclasses, with the ``Tensor`` of above."""
 
@@ -112,6 +127,7 @@ def rehearsal(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
             for module in [m for name, m in sys.modules.items() if name.startswith("zotune.") and m is not None]:
                 if module.__dict__.get(original.__name__) is original:
                     stack.enter_context(mock.patch.object(module, original.__name__, substitute))
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         for name in ("_row_blocks", "strips_at"):
             stack.enter_context(mock.patch.object(FullCoordinate, name, _first_of(getattr(FullCoordinate, name))))
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", no_generators))
@@ -132,6 +148,7 @@ def rehearsal(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
 
 def forget_tables() -> None:
     """Empty the caches of tensors that directions are made of."""
+    directions._rooms.kept.clear()
     for module in (counter, directions, quantiles):
         for value in list(vars(module).values()):
             clear = getattr(value, "cache_clear", None)
