@@ -1,4 +1,4 @@
-# make setup | test | lint | check | quickstart | clean
+# make setup | test | lint | check | chaos | quickstart | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,13 +10,14 @@ EXTRAS := dev,peft,tensorboard,optimizers
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check quickstart clean
+.PHONY: help setup test lint check chaos quickstart clean
 
 help:
 	@echo "make quickstart  fine-tune the bundled small model, forward passes only (installs first)"
 	@echo "make test        set up and run every test"
 	@echo "make lint        set up, lint and types"
 	@echo "make check       the same and the fast tests"
+	@echo "make chaos       kill and resume a small run 200 times and compare it with the unbroken one (about 5 minutes)"
 	@echo "make setup       make $(VENV) and install zotune into it with the tested versions"
 	@echo "make clean       remove caches and build output ($(VENV) stays)"
 
@@ -43,6 +44,12 @@ lint: setup
 
 check: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# More rounds or another seed: make chaos ROUNDS=1000 SEED=7
+ROUNDS ?= 200
+SEED ?= 0
+chaos: setup
+	$(TEST_ENV) $(BIN)/python tests/chaos.py --rounds $(ROUNDS) --seed $(SEED)
 
 quickstart: setup
 	$(BIN)/zotune quickstart

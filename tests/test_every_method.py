@@ -25,6 +25,7 @@ RATES = {
     "forward-grad": 3e-2,
     "fzoo": 1e-5,
     "hizoo": 3e-2,
+    "hizoo-l": 3e-2,
     "jaguar-muon": 3e-2,
     "jaguar-sign": 1e-2,
     "lozo": 3e-2,

@@ -33,6 +33,7 @@ PLAIN = {
     "subzero": {"rank": 3, "interval": 4},
     "tezo": {"rank": 3},
     "hizoo": {"smoothing": 0.05},
+    "hizoo-l": {"smoothing": 0.05},
     "zo-sparse": {"density": 0.5, "interval": 4},
     "sparse-mezo": {"density": 0.5},
     "sensitive-mezo": {"density": 0.3},
@@ -163,6 +164,24 @@ def test_hizoo_learns_the_curvature_after_the_update():
         assert records[0].coefficients[1] == pytest.approx(q, rel=2e-2)
         h = 0.9 * h + 0.1 * records[0].coefficients[1] * h * z.square()
         assert torch.allclose(coordinate.h.view(7, 6), h, rtol=1e-4)
+
+
+def test_hizoo_l_keeps_means_of_rows_and_columns():
+    """H = r cᵀ / mean r; r and c take in the row and column means of q H ⊙ Z²."""
+    model = matrix()
+    optimizer = ZerothOrder(model, methods.hizoo_l(smoothing=0.1, eps=1e-2), lr=1e-3)
+    (coordinate,) = optimizer.probe.coordinates
+    r, c, x = torch.ones(7), torch.ones(6), torch.eye(6)
+    for step in range(4):
+        h = torch.outer(r, c) / r.mean()
+        z = Directions("gaussian").draw(Key(0, step, 0, "weight"), (7, 6))
+        weight, move = model.weight.detach().clone(), 1e-2 * z / h.sqrt()
+        plus, minus, here = ((weight + s * move).square().sum() / 2 for s in (1, -1, 0))
+        optimizer.step(lambda x: model(x).square().sum() / 2, x)
+        q = float((plus + minus - 2 * here).abs()) / (2 * 1e-4)
+        r, c = 0.9 * r + 0.1 * q * (h * z.square()).mean(1), 0.9 * c + 0.1 * q * (h * z.square()).mean(0)
+        assert torch.allclose(coordinate.h, torch.cat([r, c]), rtol=3e-2)
+    assert methods.hizoo_l().state_bytes([(700, 600)]) == 4 * 1300
 
 
 # -- sparse ------------------------------------------------------------------------------------------------------------------------------

@@ -122,12 +122,13 @@ def test_a_plateau_schedule_and_the_best_metric_go_on(tmp_path: Path) -> None:
     assert resumed.state.best_global_step == straight.state.best_global_step
 
 
-def test_the_journal_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+def test_the_journal_is_cut_back_to_a_checkpoint_that_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, callbacks=[StopAt(9)], **INTERRUPTED).train()
     assert len(journal_of(tmp_path)) == 9
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path, callbacks=[StopAt(8)], **INTERRUPTED).train(resume_from_checkpoint=True)
+        run = trainer(tmp_path, callbacks=[StopAt(8)], **INTERRUPTED)
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert len(journal_of(tmp_path)) == 8
 
 
@@ -174,13 +175,13 @@ def stopped(stopped_run: Path, tmp_path: Path) -> Path:
 def test_a_checkpoint_without_one_of_its_files_is_an_error_that_names_it(stopped: Path, name: str) -> None:
     (stopped / "checkpoint-7" / name).unlink()
     with pytest.raises(ValueError, match=f"has no {name}.*resume from another checkpoint"):
-        trainer(stopped, **INTERRUPTED).train(resume_from_checkpoint=True)
+        trainer(stopped, **INTERRUPTED).train(resume_from_checkpoint=str(stopped / "checkpoint-7"))
 
 
 def test_a_checkpoint_without_weights_is_an_error(stopped: Path) -> None:
     (stopped / "checkpoint-7/model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no weights"):
-        trainer(stopped, **INTERRUPTED).train(resume_from_checkpoint=True)
+        trainer(stopped, **INTERRUPTED).train(resume_from_checkpoint=str(stopped / "checkpoint-7"))
 
 
 def test_a_missing_journal_is_an_error(stopped: Path) -> None:
@@ -228,7 +229,7 @@ def test_nothing_to_resume_from_is_an_error(tmp_path: Path) -> None:
 def test_weights_alone_cannot_be_resumed_from(tmp_path: Path) -> None:
     trainer(tmp_path, save_strategy="steps", save_steps=3, save_only_model=True).train()
     with pytest.raises(ValueError, match="save_only_model"):
-        trainer(tmp_path).train(resume_from_checkpoint=True)
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_a_folder_that_holds_a_run_is_not_trained_into(stopped: Path) -> None:

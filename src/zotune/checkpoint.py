@@ -1,8 +1,9 @@
 """Checkpoint folders of a run: safetensors and JSON only, complete or absent.
 
 A checkpoint is written beside its final place, synced to disk and renamed last, so a save that is killed half-way
-leaves no ``checkpoint-N``. It names the journal it belongs to by length and digest; one that the journal does not
-reach, or that was written by another run, is not resumed from.
+leaves no ``checkpoint-N``. Its manifest holds the size and digest of every file in it, and it names the journal it
+belongs to by length and digest; one that is damaged, that the journal does not reach, or that was written by another
+run, is not resumed from.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ SCHEDULER = "scheduler.json"
 RNG = "rng_state.json"
 TRAINER_STATE = "trainer_state.json"
 ARGUMENTS = "training_args.json"
+MANIFEST = "zotune_manifest.json"
 
 _WEIGHTS = (
     "model.safetensors",
@@ -76,8 +78,11 @@ def draft(final: str | os.PathLike[str]) -> Iterator[Path]:
 
 def remove_drafts(run_folder: str | os.PathLike[str]) -> None:
     """Delete what a killed save left behind."""
-    for folder in Path(run_folder).glob(f".*{_DRAFT_SUFFIX}"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for path in Path(run_folder).glob(f".*{_DRAFT_SUFFIX}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def checkpoints(run_folder: str | os.PathLike[str]) -> list[Path]:
@@ -105,6 +110,9 @@ def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> 
                 f"{folder} has no {name}, so the run cannot be continued exactly (was it saved with "
                 "save_only_model=True?): resume from another checkpoint, or load its weights and start a new run."
             )
+    damage = _damage(folder)
+    if damage is not None:
+        return f"{damage}: resume from another checkpoint."
     mark = load_json(folder / STATE)["journal"]
     if mark is None:
         return None
@@ -117,6 +125,53 @@ def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> 
     if hashlib.sha256(head).hexdigest() != mark["sha256"]:
         return f"{folder} was written by another run than the journal {journal}: resume from a checkpoint of this run."
     return None
+
+
+def write_manifest(folder: Path) -> None:
+    """Note the size and SHA-256 of every file of a checkpoint, in the last file that is written to it."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST}
+    content = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in files.items()}
+    save_json(folder / MANIFEST, {"format": 1, "files": content})
+
+
+def _damage(folder: Path) -> str | None:
+    """Which file of a checkpoint is not as it was written; None when all are."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return f"{folder} has no {MANIFEST}, so nothing says that its files are whole"
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        listed = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{path} is damaged ({type(error).__name__})"
+    for name, size, expected in listed:
+        file = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not _within(file, folder):
+            return f"{path} is damaged (it names {name!r}, which is outside of the checkpoint)"
+        if not file.is_file():
+            return f"{folder} has no {name}, which its manifest lists"
+        found = file.stat().st_size
+        if found != size:
+            return f"{file} is damaged ({found} bytes where {size} were written)"
+        if _sha256(file) != expected:
+            return f"{file} is damaged (its digest is not the one that was written)"
+    missing = [name for name in (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG) if name not in files]
+    return f"{path} is damaged (it does not list {missing[0]})" if missing else None
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def journal_bytes(folder: str | os.PathLike[str]) -> int:
+    """How much of its journal a checkpoint covers."""
+    mark = load_json(Path(folder) / STATE)["journal"]
+    return mark["bytes"] if mark else 0
 
 
 def journal_mark(journal: str | os.PathLike[str], steps: int) -> dict[str, Any]:

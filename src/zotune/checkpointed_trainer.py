@@ -73,6 +73,7 @@ class CheckpointedTrainer(Trainer):
                 self._save_rng_state(str(folder))
             self._note_state(run_folder, final)
             self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
+            checkpoint.write_manifest(folder)
         rotate_checkpoints(
             output_dir=str(run_folder),
             save_total_limit=self.args.save_total_limit,

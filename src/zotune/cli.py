@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("zotune.commands.train:main", "fine-tune a model with forward passes only"),
     "eval": ("zotune.commands.evaluate:main", "evaluate a model on a task"),
     "replay": ("zotune.commands.replay:main", "rebuild the trained weights from the base model and a run's journal"),
+    "verify": ("zotune.commands.verify:main", "check a run's folder: journal, checkpoints, and whether it can go on"),
     "estimate": ("zotune.commands.estimate:main", "predict the memory of training, without reading a weight"),
     "memory": ("zotune.commands.memory:main", "the memory of one step by what it is for, predicted and measured"),
     "methods": ("zotune.commands.listing:methods", "list the methods, or describe one"),
@@ -129,6 +130,8 @@ def _explain(error: Exception) -> tuple[str, int] | None:
     if type(error).__name__ in ("NonFiniteLossError", "ChildFailedError"):
         return text, FAILED
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) and text:
+            return text, FAILED
         return (
             "out of memory; a smaller --per_device_train_batch_size, --max_length or --dtype bfloat16 needs less.",
             FAILED,

@@ -32,6 +32,7 @@ MAGIC = b"ZOJ1"
 _STEP, _EVENT = 1, 2
 _HEAD = struct.Struct("<BH")
 _CRC = struct.Struct("<I")
+_LONGEST = _HEAD.size + 0xFFFF + _CRC.size
 _STEP_HEAD = struct.Struct("<IfBH?")
 
 
@@ -93,6 +94,15 @@ def _parse(data: bytes, position: int) -> tuple[int, bytes, int] | None:
     return kind, body[_HEAD.size :], end
 
 
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Journal:
     """A journal open for appending.
 
@@ -120,17 +130,24 @@ class Journal:
 
         Raises:
             FileExistsError: there is one already.
+            OSError: it could not be written; nothing is left behind.
         """
         path = Path(path)
         text = json.dumps(header, separators=(",", ":")).encode()
         blob = MAGIC + _CRC.pack(len(text)) + text + _CRC.pack(zlib.crc32(text))
+        if path.exists():
+            raise FileExistsError(f"{path} exists already; resume that run or choose another folder.")
+        draft = path.with_name(f".{path.name}.partial")  # a kill leaves a whole header or none
         try:
-            with open(path, "xb") as file:
+            with open(draft, "wb") as file:
                 file.write(blob)
                 file.flush()
                 os.fsync(file.fileno())
-        except FileExistsError:
-            raise FileExistsError(f"{path} exists already; resume that run or choose another folder.") from None
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
         return cls(path, json.loads(text), [], [], len(blob))
 
     @classmethod
@@ -153,21 +170,25 @@ class Journal:
         start += length + _CRC.size
         if len(data) < start or zlib.crc32(text) != _CRC.unpack_from(data, start - _CRC.size)[0]:
             raise ValueError(f"{path}: the journal's header is damaged; this run cannot be resumed or replayed.")
-        header = json.loads(text)
-        groups = len(header.get("groups", [None]))
+        try:
+            header = json.loads(text)
+            groups = len(header.get("groups", [None]))
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise ValueError(f"{path}: the journal's header does not parse; this is not a journal of this version of zotune.") from None
         records: list[Record] = []
         ends: list[int] = []
         position, steps = start, 0
         while position < len(data):
             parsed = _parse(data, position)
             if parsed is None:
-                if any(_parse(data, later) for later in range(position + 1, len(data))):
+                # What one append can have left is no longer than one record.
+                if len(data) - position > _LONGEST or any(_parse(data, later) for later in range(position + 1, len(data))):
                     raise ValueError(f"{path}: record {len(records)} (after step {steps}) is damaged; restore the file from a copy.")
                 break  # torn: the last append did not finish
             kind, payload, position = parsed
             try:
                 record = _unpack(kind, payload, groups)
-            except (ValueError, struct.error) as error:
+            except (ValueError, struct.error, RecursionError) as error:
                 raise ValueError(f"{path}: record {len(records)} does not parse ({error}).") from None
             if isinstance(record, StepRecord):
                 if record.step != steps:
@@ -203,6 +224,15 @@ class Journal:
         """The number of steps."""
         return sum(isinstance(record, StepRecord) for record in self._records)
 
+    def after(self, size: int) -> list[Record]:
+        """The records beyond the first ``size`` bytes of the file."""
+        return [record for record, end in zip(self._records, self._ends, strict=True) if end > size]
+
+    def drop(self, count: int) -> None:
+        """Cut off the last ``count`` records."""
+        if count:
+            self._keep(len(self._records) - count)
+
     def truncate(self, steps: int) -> None:
         """Keep the first ``steps`` steps, and the events before them.
 
@@ -215,6 +245,9 @@ class Journal:
         while done < steps:
             done += isinstance(self._records[keep], StepRecord)
             keep += 1
+        self._keep(keep)
+
+    def _keep(self, keep: int) -> None:
         del self._records[keep:], self._ends[keep:]
         self.close()
         with open(self.path, "r+b") as file:

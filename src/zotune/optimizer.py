@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import applying, chosen, layer_scales, methods, observing, run_state
+from zotune import applying, chosen, following, layer_scales, methods, observing, run_state
 from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
@@ -143,6 +143,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._prepared = False
         self._begun = -1
         self._gathered = observing.Gathered()
+        self._tail: list[Record] = []
         self.journal = journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
 
     def _coordinates(self) -> list[list[Coordinate]]:
@@ -193,16 +194,13 @@ class ZerothOrder(torch.optim.Optimizer):
         if not callable(loss_fn):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
         parts, step = _parts(batch), self.steps
-        self._observe(loss_fn, parts, step)
-        applying.begin(self, step)
-        if self.calibrator is not None and math.isnan(self.eps):
-            self._choose_eps(evaluation(loss_fn, parts), step)
-        if not self._prepared:
-            self._prepare(evaluation(loss_fn, parts), step)
-        if self.layers and layer_scales.due(step, self.layers[0][0].interval):
-            self._scale_layers(loss_fn, parts, step)
-        if self.calibrator is not None:
-            self._measure(loss_fn, parts, step)
+        followed, ready = following.step(self, parts)
+        if followed is not None:
+            return followed
+        if ready:
+            applying.begin(self, step)
+        else:
+            self._ready(loss_fn, parts, step)
         at = step if self.anchor is None else self.anchor.anchoring.key_step(step)
         losses = self._gather(loss_fn, parts, at)
         self.forward_passes += self.method.forwards(step)
@@ -246,6 +244,19 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         return torch.tensor(record.loss)
 
+    def _ready(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
+        """What comes before a step's evaluations: what the subspace has to see, redraws, and what is measured now and then."""
+        self._observe(loss_fn, parts, step)
+        applying.begin(self, step)
+        if self.calibrator is not None and math.isnan(self.eps):
+            self._choose_eps(evaluation(loss_fn, parts), step)
+        if not self._prepared:
+            self._prepare(evaluation(loss_fn, parts), step)
+        if self.layers and layer_scales.due(step, self.layers[0][0].interval):
+            self._scale_layers(loss_fn, parts, step)
+        if self.calibrator is not None:
+            self._measure(loss_fn, parts, step)
+
     def _rates(self, estimate: Estimate, losses: Losses) -> tuple[float, ...]:
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.calibrator is not None and self.calibrator.chooses_lr:
@@ -282,7 +293,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.forward_passes += self.calibrator.forwards
         self.sequences_evaluated += self.calibrator.sequences
         if self.journal is not None:
-            self.journal.append({"event": "eps", "value": self.eps})
+            self.journal.append({"event": "eps", "value": self.eps, **self._cost(self.calibrator.forwards, self.calibrator.sequences)})
 
     def _measure(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
         assert self.calibrator is not None
@@ -291,7 +302,12 @@ class ZerothOrder(torch.optim.Optimizer):
         self.forward_passes += self.calibrator.forwards
         self.sequences_evaluated += self.calibrator.sequences
         if self.calibrator.forwards and self.journal is not None:
-            self.journal.append({"event": "measured", **self.calibrator.step_size.summary()})
+            found = {name: float(f"{number:.6g}") for name, number in self.calibrator.step_size.summary().items()}
+            event: dict[str, Any] = {"event": "measured", **found}
+            event |= self._cost(self.calibrator.forwards, self.calibrator.sequences)
+            if step % following.KEPT == 0:
+                event["state"] = self.calibrator.step_size.state()
+            self.journal.append(event)
 
     def _observe(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
         """Let the subspace look at the step's data, where it has to."""
@@ -314,11 +330,17 @@ class ZerothOrder(torch.optim.Optimizer):
         self.forward_passes += 1
         self.sequences_evaluated += counted
         if self.journal is not None:
-            for event in observing.events(step, found):
-                self.journal.append(event)
+            for place, event in enumerate(observing.events(step, found)):
+                self.journal.append(event | (self._cost(1, counted) if place == 0 else {}))
         applying.tell(self, found)
 
+    @staticmethod
+    def _cost(forwards: int, sequences: int) -> dict[str, int]:
+        """What an event cost, for a run that follows its journal."""
+        return {"forwards": forwards, "sequences": sequences}
+
     def _scale_layers(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
+        before = self.forward_passes, self.sequences_evaluated
         few = None if parts is None else self._few(parts[0])
 
         def coefficients(draw: int) -> Tensor:
@@ -333,7 +355,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.probe.forget_directions()
         if found is None:
             return
-        event = {"event": "scales", "values": found}
+        event: dict[str, Any] = {"event": "scales", "values": found}
+        event |= self._cost(self.forward_passes - before[0], self.sequences_evaluated - before[1])
         if self.journal is not None:
             self.journal.append(event)
         applying.take_event(self, event)
@@ -361,6 +384,15 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         applying.take(self, record)
 
+    def follow(self, records: Sequence[Record]) -> None:
+        """Take the steps to come from records of an earlier run of the same kind, and go on by oneself after them.
+
+        As many calls of :meth:`step` as ``records`` holds steps evaluate nothing, write nothing to the journal and end in the weights,
+        bit for bit, that the run had then; the next one goes on from there. So does a run of measured rates, from the last record
+        that holds what was measured.
+        """
+        self._tail = list(records)
+
     # -- low-rank updates that are still pending ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -369,7 +401,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
         The model's forward and ``state_dict()`` hold the trained weights without it. The fold is an event of the journal.
         """
-        if self.journal is not None:
+        if self.journal is not None and not self._tail:
             self.journal.append({"event": "fold"})
         applying.fold(self)
 

@@ -6,6 +6,7 @@ the files of a checkpoint are ours.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -20,7 +21,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
-from zotune import checkpoint, generation, objectives, schedule
+from zotune import checkpoint, following, generation, objectives, schedule
 from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.class_order import classes_of
 from zotune.config import ZOConfig
@@ -29,6 +30,7 @@ from zotune.journal import Journal
 from zotune.methods import AUTO, Method
 from zotune.optimizer import ZerothOrder
 from zotune.ordered_trainer import OrderedTrainer
+from zotune.run_lock import locked
 from zotune.step_sums import StepSums
 
 Batch = Mapping[str, Tensor]
@@ -39,6 +41,9 @@ INITIAL_ADAPTER = "initial_adapter"
 
 #: Sets of examples with a direction of their own that a step shall have at least, where classes decide their size.
 LEAST_SETS = 4
+
+
+logger = logging.getLogger(__name__)
 
 
 class ZOTrainer(OrderedTrainer):
@@ -98,6 +103,7 @@ class ZOTrainer(OrderedTrainer):
         self.eval_objective = eval_objective
         self.eval_data_collator = eval_data_collator
         self._own_optimizer = optimizers[0] is None
+        self._from_the_start = self._follows = False
         self._micro_batches: list[Batch] = []
         self._since_train = StepSums()
         super().__init__(model, args, *positional, optimizers=optimizers, **kwargs)
@@ -116,17 +122,29 @@ class ZOTrainer(OrderedTrainer):
         """Train, or go on from a checkpoint bit for bit.
 
         Args:
-            resume_from_checkpoint: True for the newest valid checkpoint of `output_dir`, or the path of one.
+            resume_from_checkpoint: True to go on where the run ended: from the newest whole checkpoint of `output_dir`, or from the base
+                weights where there is none, and through the steps that the journal holds after it. The path of a checkpoint goes
+                back to that.
             trial: a trial of `hyperparameter_search`.
             ignore_keys_for_eval: as in `transformers.Trainer`.
 
         Raises:
-            ValueError: `output_dir` already holds a run that is not resumed, or the checkpoint cannot be continued.
+            ValueError: `output_dir` already holds a run that is not resumed, or the checkpoint cannot be continued, or another
+                process is training there.
+            MemoryError: a step did not fit into memory, with a batch size to try; the weights are those before the step.
             NonFiniteLossError: the loss was not finite for `max_nonfinite_steps` steps in a row.
         """
         self._run_folder = Path(self._get_output_dir(trial))
+        with locked(self._run_folder):
+            return self._train_alone(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train_alone(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         if self._own_optimizer:
             self.optimizer = None
+        self._from_the_start = False
+        self._follows = resume_from_checkpoint is True
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
             folder = None
             self._refuse_used_folder()
@@ -156,7 +174,7 @@ class ZOTrainer(OrderedTrainer):
                 f"{self._run_folder} already holds a run: continue it with resume_from_checkpoint=True, or choose another output_dir."
             )
 
-    def _checkpoint_to_resume(self, wanted: str | os.PathLike[str] | Literal[True]) -> Path:
+    def _checkpoint_to_resume(self, wanted: str | os.PathLike[str] | Literal[True]) -> Path | None:
         journal = self._journal_path
         if wanted is not True:
             fault = checkpoint.problem(wanted, journal)
@@ -169,6 +187,11 @@ class ZOTrainer(OrderedTrainer):
             if fault is None:
                 return folder
             faults.append(fault)
+        if self._own_optimizer and journal.is_file():  # it was cut off before its first checkpoint, or none is whole
+            if faults:
+                logger.warning("%s Going on from the base weights and the journal instead.", faults[0])
+            self._from_the_start = True
+            return None
         raise ValueError(
             faults[0] if faults else f"{self._run_folder} holds no checkpoint to resume from: start without resume_from_checkpoint."
         )
@@ -178,8 +201,9 @@ class ZOTrainer(OrderedTrainer):
         optimizer = self.zo_optimizer
         if isinstance(optimizer, FirstOrder):
             return prepared
-        if resume_from_checkpoint is not None:
-            optimizer.journal = _cut_back(optimizer.journal or Journal.open(self._journal_path), optimizer)
+        if resume_from_checkpoint is not None or self._from_the_start:
+            journal = optimizer.journal or Journal.open(self._journal_path)
+            optimizer.journal = _continued(journal, optimizer, resume_from_checkpoint, follows=self._follows)
         elif optimizer.steps:
             raise ValueError(
                 f"the optimizer has already taken {optimizer.steps} steps, and a run starts at step 0: pass a new "
@@ -254,7 +278,12 @@ class ZOTrainer(OrderedTrainer):
         batches, self._micro_batches = self._micro_batches, []
         loss_fn = self._loss_function(batches, num_items_in_batch)
         start = time.perf_counter()
-        self.zo_optimizer.step(loss_fn, batches[0] if len(batches) == 1 else batches)
+        try:
+            self.zo_optimizer.step(loss_fn, batches[0] if len(batches) == 1 else batches)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise MemoryError(self._what_needs_less_memory()) from error
         seconds = time.perf_counter() - start
         report = self.zo_optimizer.last
         assert report is not None
@@ -262,6 +291,21 @@ class ZOTrainer(OrderedTrainer):
         self._since_train.add(report, seconds)
         loss = torch.as_tensor(report.loss, dtype=torch.float32, device=self.args.device)
         return loss if math.isfinite(report.loss) else nothing  # the report is on the CPU: nothing waits for the device
+
+    def _what_needs_less_memory(self) -> str:
+        size, accumulated = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        advice = "try shorter sequences, or half-precision weights"
+        if size > 1:
+            smaller = size // 2
+            advice = f"try per_device_train_batch_size={smaller}"
+            if size % 2 == 0:
+                advice += f" with gradient_accumulation_steps={2 * accumulated}, which is the same batch in more pieces"
+        elif self.args.probe == "batched":
+            advice = "try probe='sequential', which evaluates one point at a time"
+        return (
+            f"out of memory in step {self.zo_optimizer.steps}, with {size} example{'s' * (size > 1)} in a forward; {advice}. "
+            "The weights are those before the step, and the run can be resumed from its last checkpoint."
+        )
 
     def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
         objective = self.objective or _layout(batches[0])
@@ -390,22 +434,51 @@ class _SteppedOptimizer(AcceleratedOptimizer):
         """Nothing: there are no gradients."""
 
 
-def _cut_back(journal: Journal, optimizer: ZerothOrder) -> Journal:
-    """The journal of a run that is resumed, up to the optimizer's step.
+def _continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str | None, *, follows: bool) -> Journal:
+    """The journal of a resumed run.
+
+    What it holds beyond the checkpoint (None: everything, from the base weights) the optimizer follows, or, where a certain checkpoint
+    was asked for, it is cut off.
 
     Raises:
-        ValueError: it is the journal of another run.
+        ValueError: it is the journal of another run, or of other base weights.
     """
-    here = optimizer.header(base=False)
-    names = ("format", "method", "options", "seed", "groups")
+    here = optimizer.header(base=checkpoint_folder is None)
+    names = [name for name in ("format", "method", "options", "seed", "groups", "base") if name in here]
     different = [name for name in names if journal.header.get(name) != here[name]]
+    if different == ["base"]:
+        raise ValueError(
+            f"the run of {journal.path} has no checkpoint to go on from, and began from other weights than these: pass the model that it "
+            "began from, or start a new run in another output_dir."
+        )
     if different:
         raise ValueError(
             f"the journal {journal.path} was written with another {', '.join(different)}: resume with the settings of "
             "that run, or start a new one in another output_dir."
         )
-    journal.truncate(steps=optimizer.steps)
+    tail = journal.after(0 if checkpoint_folder is None else checkpoint.journal_bytes(checkpoint_folder))
+    measured = optimizer.calibrator is not None and optimizer.calibrator.chooses_lr
+    count = following.usable(tail, measured=measured) if follows else 0
+    if len(journal) and checkpoint_folder is None:  # how its steps were evaluated may have been chosen by the clock
+        optimizer.evaluations.restore(not any(_gave_up(record) for record in tail))
+    journal.drop(len(tail) - count)
+    if any(map(_gave_up, tail[count:])):
+        journal.append({"event": "probe", "batched": False})
+    optimizer.follow(tail[:count])
     return journal
+
+
+def _gave_up(record: Any) -> bool:
+    """Whether an event says that the run goes on sequentially."""
+    return isinstance(record, dict) and record.get("event") == "probe" and not record.get("batched")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of an allocation that failed, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def _layout(batch: Mapping[str, Any]) -> str | None:

@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("journal", help="the run's journal, or its folder")
     parser.add_argument("--output_dir", help="folder for the rebuilt model; must not exist or be empty")
     parser.add_argument("--step", type=int, help="stop after so many steps (default: all)")
+    parser.add_argument("--merge", action="store_true", help="merge a trained LoRA adapter into the base model's weights")
     parser.add_argument("--verify", action="store_true", help="only check the journal's checksums and order; writes nothing")
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU where there is a GPU")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
@@ -61,11 +62,27 @@ def main(argv: Sequence[str]) -> int:
     optimizer = replay(model, journal, until=args.step)
     steps = optimizer.steps
     optimizer.detach()
+    if args.merge:
+        model = merged(model)
     with checkpoint.draft(output) as folder:
         checkpoint.save_model(folder, model.cpu())
         tokenizer.save_pretrained(folder)
     print(f"{output}: {args.base} after {steps} of {len(journal)} steps of {journal.header['method']}.")
     return 0
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model with its adapter in its weights, to be loaded without PEFT; a model without adapter as it is.
+
+    Raises:
+        ValueError: an adapter that is no change of weights (prefix, prompt).
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError("--merge puts a LoRA adapter into the weights; a prefix or prompt is none: leave --merge out.")
+    merge: Any = model.merge_and_unload
+    return merge()
 
 
 def _base_model(args: argparse.Namespace, journal: Journal, folder: Path) -> tuple[nn.Module, Any]:

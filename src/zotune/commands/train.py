@@ -22,10 +22,12 @@ from zotune.commands.models import load_model, load_tokenizer, plan_model
 from zotune.commands.parser import CommandParser
 from zotune.commands.progress import RunProgress
 from zotune.commands.quiet import quiet_libraries
+from zotune.commands.stopping import StopWhenAsked
 from zotune.commands.train_options import ABOUT, DEFAULTS, USAGE, OutputArguments, groups
 from zotune.config import ZOConfig, settings
 from zotune.first_order import FirstOrder, Rival
 from zotune.methods import Method
+from zotune.run_lock import locked
 from zotune.run_report import (
     PeakMemory,
     curve_of,
@@ -115,11 +117,12 @@ class Run:
             model = self._under_scheme(model, method, on_adapter=plan.adapter is not None)
         existed = self.folder.exists()
         try:
-            trainer = self._trainer(model, tokenizer, data)
-            if no_steps:
-                assert isinstance(method, Rival)
-                return self._judge(method, trainer, data, base=plan.adapter or plan.name)
-            return self._train(trainer, data, resume, fresh, base=plan.adapter or plan.name)
+            with locked(self.folder):
+                trainer = self._trainer(model, tokenizer, data)
+                if no_steps:
+                    assert isinstance(method, Rival)
+                    return self._judge(method, trainer, data, base=plan.adapter or plan.name)
+                return self._train(trainer, data, resume, fresh, base=plan.adapter or plan.name)
         finally:
             if not existed and self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()  # it failed before there was anything to keep
@@ -191,9 +194,12 @@ class Run:
         peak_before = memory.peak()
         progress = RunProgress(self.console, data.main_metric, (before or {}).get(data.main_metric))
         trainer.add_callback(progress)
+        stop = StopWhenAsked()
+        trainer.add_callback(stop)  # the last one: the others have seen the step that it ends
         started = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=resume)
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=resume)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._how_to_go_on()) from None
         finally:
@@ -314,10 +320,7 @@ class Run:
     def _how_to_go_on(self) -> str:
         found = checkpoint.checkpoints(self.folder)
         if not found:
-            return (
-                f"Interrupted before the first checkpoint (--save_steps says when there is one); {self.folder} holds the "
-                "journal so far, and --overwrite_output_dir starts anew."
-            )
+            return f"Interrupted before the first checkpoint. Begin again with: {run_folder.resume_command(self.argv)}"
         return f"Interrupted; {found[0]} is complete. Continue with: {run_folder.resume_command(self.argv)}"
 
     def _save(self, trainer: ZOTrainer) -> None:

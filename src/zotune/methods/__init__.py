@@ -11,7 +11,7 @@ from typing import Any
 from zotune.methods.adaptive import meazo, r_adazo, zo_adamw, zo_rmsprop
 from zotune.methods.blockwise import zo_block, zo_block_jacobi
 from zotune.methods.forward_grad import forward_grad
-from zotune.methods.hizoo import hizoo
+from zotune.methods.hizoo import hizoo, hizoo_l
 from zotune.methods.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
 from zotune.methods.lozo import agzo, lozo, lozo_e, lozo_m
 from zotune.methods.method import AUTO, Method
@@ -37,6 +37,7 @@ __all__ = [
     "fzoo",
     "get",
     "hizoo",
+    "hizoo_l",
     "jaguar_muon",
     "jaguar_sign",
     "lozo",

@@ -37,3 +37,33 @@ def hizoo(
         subspace=Curved(smoothing),
         estimates="descent",
     )
+
+
+@register
+def hizoo_l(
+    *,
+    lr: float = 1e-6,
+    eps: float | str = 1e-3,
+    num_directions: int = 1,
+    direction: str = "gaussian",
+    smoothing: float = 1e-8,
+) -> Method:
+    """HiZOO-L: HiZOO with the Hessian's diagonal of a matrix as the product of a row and a column (2402.15173).
+
+    H_ij = r_i c_j / mean r,   r_i ← (1 − α) r_i + α q mean_j (H ⊙ Z²)_ij,   c_j ← (1 − α) c_j + α q mean_i (H ⊙ Z²)_ij,   q as in HiZOO
+
+    State: r and c, m + n float32 numbers a matrix (vectors keep their H whole): next to nothing in place of another copy of the weights.
+    Otherwise as ``hizoo``.
+    """
+    return Method(
+        name="hizoo-l",
+        title="HiZOO-L",
+        arxiv="2402.15173",
+        lr=lr,
+        eps=eps,
+        num_directions=num_directions,
+        direction=direction,
+        estimator="curvature",
+        subspace=Curved(smoothing, factored=True),
+        estimates="descent",
+    )

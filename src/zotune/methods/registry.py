@@ -6,13 +6,17 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any
 
 from zotune.methods.method import Method
 
 Recipe = Callable[..., Method]
 _RECIPES: dict[str, Recipe] = {}
+#: Entry points of installed packages that name modules with recipes of their own.
+GROUP = "zotune.methods"
 
 
 def register(recipe: Recipe) -> Recipe:
@@ -35,6 +39,16 @@ def register(recipe: Recipe) -> Recipe:
     return build
 
 
+@functools.cache
+def _load_others() -> None:
+    """Import what other packages register, once."""
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:  # somebody else's code
+            warnings.warn(f"the methods of {point.value} (entry point {point.name!r}) cannot be loaded: {error}", stacklevel=3)
+
+
 def options_of(name: str) -> dict[str, Any]:
     """The keyword options of a method, with their defaults."""
     signature = inspect.signature(inspect.unwrap(recipe(name)))
@@ -43,6 +57,7 @@ def options_of(name: str) -> dict[str, Any]:
 
 def names() -> list[str]:
     """The methods there are, in alphabetical order."""
+    _load_others()
     return sorted(_RECIPES)
 
 
@@ -52,6 +67,8 @@ def recipe(name: str) -> Recipe:
     Raises:
         ValueError: there is none, with the nearest.
     """
+    if name not in _RECIPES:
+        _load_others()
     if name not in _RECIPES:
         near = difflib.get_close_matches(name.replace("_", "-").lower(), _RECIPES, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_RECIPES)}."

@@ -1,0 +1,53 @@
+"""One process a run folder: :func:`locked`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; two processes on one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+_held: dict[tuple[int, int], int] = {}  # (device, inode) of the folders that this process holds -> how many times
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a run folder, which is made where it is missing; the process that holds it may take it again.
+
+    The lock is the operating system's, on the folder itself: it leaves no file, and ends with the process however that ends.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: the folder cannot be made or opened.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        place = os.fstat(descriptor)
+        key = (place.st_dev, place.st_ino)
+        if key not in _held:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another process is training in {folder}: wait until it has ended, stop it, or choose another output_dir."
+                ) from None
+        _held[key] = _held.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            _held[key] -= 1
+            if not _held[key]:
+                del _held[key]
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for children that inherited the descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,317 @@
+"""Faults on purpose: what a run keeps when the disk, the memory, the data or another process gets in its way."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import toys
+from trainer_cases import StopAt, choice_rows, collate_choices, journal_of, same_weights, tiny_llama, trainer, weights
+from zotune import ZerothOrder, checkpoint
+from zotune.commands.verify import main as verify
+from zotune.journal import Journal, StepRecord
+
+RUN: dict[str, Any] = {"max_steps": 6, "train_dataset": choice_rows(40), "probe": "batched", "method": "lozo", "interval": 2}
+SAVING = {**RUN, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run that nothing happens to: its weights and its journal."""
+    folder = tmp_path_factory.mktemp("straight")
+    run = trainer(folder, **RUN)
+    run.train()
+    return {"weights": weights(run.model), "journal": (folder / "journal.zo").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped at step 5, with checkpoints at 2 and 4."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        trainer(folder, callbacks=[StopAt(5)], **SAVING).train()
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
+
+
+def check_resumed(folder: Path, straight: dict[str, Any]) -> None:
+    again = trainer(folder, tiny_llama(), **SAVING)
+    again.train(resume_from_checkpoint=True)
+    assert same_weights(weights(again.model), straight["weights"])
+    assert (folder / "journal.zo").read_bytes() == straight["journal"]
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_dozen_kills_end_as_the_undisturbed_run() -> None:
+    """In a process of its own: what forks should have one thread."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("chaos.py")), "--rounds", "12", "--seed", "1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "seed 1: 12 kills and resumptions" in done.stdout
+
+
+def test_a_second_process_on_the_same_folder_is_refused(stopped: Path, straight: dict[str, Any]) -> None:
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    descriptor = os.open(stopped, os.O_RDONLY)  # a lock of another opening, as of another process
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match=r"another process is training in .*/run: wait"):
+        trainer(stopped, **SAVING).train(resume_from_checkpoint=True)
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+    os.close(descriptor)
+    check_resumed(stopped, straight)
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_begins_again(tmp_path: Path, straight: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, callbacks=[StopAt(1)], **SAVING).train()
+    before = (tmp_path / "journal.zo").read_bytes()
+    with pytest.raises(ValueError, match="began from other weights than these"):
+        trainer(tmp_path, tiny_llama(seed=99), **SAVING).train(resume_from_checkpoint=True)
+    assert (tmp_path / "journal.zo").read_bytes() == before
+    check_resumed(tmp_path, straight)
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+CHECKPOINT_FILES = [
+    "config.json", "generation_config.json", "model.safetensors", checkpoint.STATE, checkpoint.STATE_TENSORS, checkpoint.SCHEDULER,
+    checkpoint.RNG, checkpoint.TRAINER_STATE, checkpoint.ARGUMENTS, checkpoint.MANIFEST,
+]  # fmt: skip
+
+
+def test_these_are_the_files_of_a_checkpoint(stopped_once: Path) -> None:
+    assert sorted(path.name for path in (stopped_once / "checkpoint-4").iterdir()) == sorted(CHECKPOINT_FILES)
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name: str, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, journal = stopped / "checkpoint-4" / name, stopped / "journal.zo"
+    whole = path.read_bytes()
+    assert checkpoint.problem(path.parent, journal) is None
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (whole[:-2], whole[: len(whole) // 2], b"", bytes(flipped), None):
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        fault = checkpoint.problem(path.parent, journal)
+        assert fault is not None and "resume from another checkpoint" in fault
+        assert (
+            name in fault
+            or name == checkpoint.MANIFEST
+            or (content is None and name == "model.safetensors" and "holds no weights" in fault)
+        )
+        assert trainer(stopped, **SAVING)._checkpoint_to_resume(True) == stopped / "checkpoint-2"
+        assert verify([str(stopped)]) == 1
+        said = capsys.readouterr().out
+        assert f"damaged: {fault}" in said and f"resuming goes on from {stopped / 'checkpoint-2'}" in said
+
+
+def test_the_run_goes_on_bit_for_bit_from_the_checkpoint_before(stopped: Path, straight: dict[str, Any]) -> None:
+    path = stopped / "checkpoint-4/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    check_resumed(stopped, straight)
+
+
+def test_a_whole_run_is_verified(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify([str(stopped)]) == 0
+    assert "5 steps intact" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no run"):
+        (stopped.parent / "empty").mkdir()
+        verify([str(stopped.parent / "empty")])
+
+
+@pytest.mark.parametrize("content", [b"", None, "half", "flipped"])
+def test_a_damaged_journal_stops_a_resumption_and_is_left_as_it_is(content: Any, stopped: Path) -> None:
+    path = stopped / "journal.zo"
+    whole = path.read_bytes()
+    if content == "half":
+        content = whole[: len(whole) // 4]
+    elif content == "flipped":
+        content = bytearray(whole)
+        content[-100] ^= 1
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"journal\.zo"):
+        trainer(stopped, **SAVING).train(resume_from_checkpoint=True)
+    assert (path.read_bytes() if path.exists() else None) == content
+
+
+def test_a_manifest_cannot_point_out_of_its_folder(stopped: Path) -> None:
+    path = stopped / "checkpoint-4" / checkpoint.MANIFEST
+    for name in ("../checkpoint-2/config.json", "/etc/passwd"):
+        content = json.loads(path.read_text())
+        content["files"][name] = {"bytes": 1, "sha256": ""}
+        path.write_text(json.dumps(content))
+        fault = checkpoint.problem(path.parent, stopped / "journal.zo")
+        assert fault is not None and "outside of the checkpoint" in fault
+        del content["files"][name]
+        path.write_text(json.dumps(content))
+
+
+# -- the disk -------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_at_any_sync_loses_nothing(tmp_path: Path, straight: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sync in turn, of the journal and of every file of a checkpoint, is the one that fails."""
+    genuine, folder = os.fsync, tmp_path / "run"
+    left, failures = 0, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        genuine(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    while True:
+        left = 5 + failures  # a little further each time
+        resume = (folder / "journal.zo").exists() or None
+        run = trainer(folder, **SAVING)
+        try:
+            run.train(resume_from_checkpoint=resume)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            failures += 1
+            assert not list(folder.glob("checkpoint-*/*.tmp")) and failures < 60
+            assert all(checkpoint.problem(saved, folder / "journal.zo") is None for saved in checkpoint.checkpoints(folder))
+    assert failures >= 5
+    assert same_weights(weights(run.model), straight["weights"])
+    assert (folder / "journal.zo").read_bytes() == straight["journal"]
+
+
+def test_a_record_that_the_disk_takes_in_part_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, "mezo", lr=1e-2, journal=tmp_path / "j", probe="sequential")
+    optimizer.step(toys.loss_function(model), toys.batch())
+    before, kept = weights(model), (tmp_path / "j").read_bytes()
+    genuine = os.pwrite
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", lambda descriptor, blob, at: genuine(descriptor, blob[:7], at))
+        with pytest.raises(OSError, match="free some space and resume"):
+            optimizer.step(toys.loss_function(model), toys.batch())
+    assert same_weights(weights(model), before) and optimizer.steps == 1
+    assert len(Journal.open(tmp_path / "j")) == 1
+    optimizer.step(toys.loss_function(model), toys.batch())
+    assert len(Journal.open(tmp_path / "j")) == 2 and (tmp_path / "j").read_bytes().startswith(kept)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
+def test_a_read_only_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o555)
+    with pytest.raises(PermissionError):
+        trainer(tmp_path / "run", **SAVING).train()
+    assert not any((tmp_path / "run").iterdir())
+
+
+# -- inside a step --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_leaves_the_weights_and_names_a_batch_size(error: Exception, tmp_path: Path, straight: dict[str, Any]) -> None:
+    model = tiny_llama()
+    run = trainer(tmp_path, model, per_device_train_batch_size=16, **SAVING)
+
+    def full(*_: Any) -> None:
+        if run.zo_optimizer.steps == 3:
+            raise error
+
+    handle = model.model.layers[1].register_forward_pre_hook(full)
+    with pytest.raises(MemoryError, match=r"step 3, .*try per_device_train_batch_size=8 with gradient_accumulation_steps=2"):
+        run.train()
+    handle.remove()
+    reached = trainer(tmp_path / "reached", **{**RUN, "max_steps": 3})
+    reached.train()
+    assert len(journal_of(tmp_path)) == 3 and same_weights(weights(model), weights(reached.model))
+    check_resumed(tmp_path, straight)
+
+
+def test_a_loader_that_raises_leaves_a_run_that_goes_on(tmp_path: Path, straight: dict[str, Any]) -> None:
+    calls = 0
+
+    def collate(rows: list[Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise OSError("the data's disk went away")
+        return collate_choices(rows)
+
+    with pytest.raises(OSError, match="went away"):
+        trainer(tmp_path, data_collator=collate, **SAVING).train()
+    assert len(journal_of(tmp_path)) >= 3
+    check_resumed(tmp_path, straight)
+
+
+def test_a_loss_spike_is_a_step_like_others_and_replays(tmp_path: Path) -> None:
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, "mezo", lr=1e-4, journal=tmp_path / "j", probe="sequential")
+    usual = toys.loss_function(model)
+    for step in range(4):
+        optimizer.step(lambda batch, step=step: usual(batch) * (1e6 if step == 2 else 1.0), toys.batch(seed=step))
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    found = [record for record in Journal.open(tmp_path / "j").records() if isinstance(record, StepRecord)]
+    assert found[2].loss > 1e4 > found[1].loss and not any(record.skipped[0] for record in found)
+
+
+# -- hostile input --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def journal_bytes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    path = tmp_path_factory.mktemp("fuzz") / "j"
+    journal = Journal.create(path, {"seed": 0, "groups": [1]})
+    for step in range(5):
+        journal.append(StepRecord(step, (1e-3,), 0.5, (0.25, -1.5), (False, step == 2)))
+    journal.append({"event": "fold"})
+    journal.close()
+    return path, path.read_bytes()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=6)), max_size=4), cut=st.integers(0, 400), junk=st.binary(max_size=300)
+)
+def test_any_bytes_are_a_prefix_of_the_journal_or_a_sentence(
+    journal_bytes: tuple[Path, bytes], edits: list[tuple[int, bytes]], cut: int, junk: bytes
+) -> None:
+    path, whole = journal_bytes
+    content = bytearray(whole)
+    for at, piece in edits:
+        content[at : at + len(piece)] = piece
+    path.write_bytes(bytes(content[: len(content) - cut] if cut < len(content) else junk))
+    try:
+        found = list(Journal.open(path).records())
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    path.write_bytes(whole)
+    assert found == list(Journal.open(path).records())[: len(found)]
