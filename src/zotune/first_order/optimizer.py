@@ -154,7 +154,7 @@ class FirstOrder(torch.optim.Optimizer):
                     )
                 loss = losses.float().sum()
                 total, count = total + float(loss.detach()), count + losses.numel()
-                found = list(torch.autograd.grad(loss, parameters, create_graph=self.method.curvature, allow_unused=True))
+                found: list[Tensor | None] = [*torch.autograd.grad(loss, parameters, create_graph=self.method.curvature, allow_unused=True)]
                 if self.method.curvature:
                     _add(curvatures, self._hessian_diagonal(found, names, parameters))
                 _add(gradients, found)
