@@ -23,6 +23,8 @@ COMMANDS = {
     "replay": ("zotune.commands.replay:main", "rebuild the trained weights from the base model and a run's journal"),
     "merge": ("zotune.commands.merge:main", "average runs of one base model, from their journals, into one model"),
     "verify": ("zotune.commands.verify:main", "check a run's folder: journal, checkpoints, and whether it can go on"),
+    "estimate": ("zotune.commands.estimate:main", "predict the memory of training, without reading a weight"),
+    "memory": ("zotune.commands.memory:main", "the memory of one step by what it is for, predicted and measured"),
     "methods": ("zotune.commands.listing:methods", "list the methods, or describe one"),
     "tasks": ("zotune.commands.listing:tasks", "list the tasks, or describe one"),
     "quickstart": ("zotune.commands.quickstart:main", "fine-tune the bundled small model on bundled reviews, offline"),

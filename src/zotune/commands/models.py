@@ -50,7 +50,7 @@ def plan_model(args: ModelArguments, command: str) -> ModelPlan:
     if (Path(name) / "adapter_config.json").is_file():
         adapter = name
         name = _located(json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"])
-    config = _explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
+    config = explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
     return ModelPlan(name, adapter, config)
 
 
@@ -58,7 +58,7 @@ def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
     """The base model's tokenizer."""
     from transformers import AutoTokenizer
 
-    return _explained(plan.name, lambda: AutoTokenizer.from_pretrained(plan.name, trust_remote_code=args.trust_remote_code))
+    return explained(plan.name, lambda: AutoTokenizer.from_pretrained(plan.name, trust_remote_code=args.trust_remote_code))
 
 
 def load_model(
@@ -94,7 +94,7 @@ def load_model(
             config.num_labels = len(classes)
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: index for index, name in enumerate(classes)}
-    model, info = _explained(plan.name, lambda: _read(plan.name, kind, args, device, config=config, output_loading_info=True, **options))
+    model, info = explained(plan.name, lambda: _read(plan.name, kind, args, device, config=config, output_loading_info=True, **options))
     missing = sorted(info["missing_keys"])
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
@@ -150,7 +150,7 @@ def _located(name: str) -> str:
     return name
 
 
-def _explained(name: str, load: Callable[[], Any]) -> Any:
+def explained(name: str, load: Callable[[], Any]) -> Any:
     """What `load` returns; its long-winded errors as one sentence."""
     try:
         return load()

@@ -154,7 +154,7 @@ class FirstOrder(torch.optim.Optimizer):
                     )
                 loss = losses.float().sum()
                 total, count = total + float(loss.detach()), count + losses.numel()
-                found = torch.autograd.grad(loss, parameters, create_graph=self.method.curvature, allow_unused=True)
+                found: list[Tensor | None] = [*torch.autograd.grad(loss, parameters, create_graph=self.method.curvature, allow_unused=True)]
                 if self.method.curvature:
                     _add(curvatures, self._hessian_diagonal(found, names, parameters))
                 _add(gradients, found)
@@ -164,9 +164,11 @@ class FirstOrder(torch.optim.Optimizer):
         self.sequences_evaluated += factor * sum(map(_rows, parts))
         return self._move(gradients, curvatures, total / count, count)
 
-    def _move(self, gradients: Sequence[Tensor | None], curvatures: Sequence[Tensor | None], loss: float, count: int) -> Tensor:
-        for moved, gradient in zip(self.moved.values(), gradients, strict=True):
+    def _move(self, gradients: list[Tensor | None], curvatures: Sequence[Tensor | None], loss: float, count: int) -> Tensor:
+        for index, moved in enumerate(self.moved.values()):
+            gradient, gradients[index] = gradients[index], None  # one at a time twice in memory, not all of them
             moved.grad = None if gradient is None else gradient.to(moved.dtype) / count
+            del gradient
         there = [p for p in self.moved.values() if p.grad is not None]
         norm = float(nn.utils.get_total_norm([p.grad for p in there if p.grad is not None])) if there else 0.0
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -336,8 +338,10 @@ def last_layer(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if id(p) in own]
 
 
-def _add(sums: list[Tensor | None], found: Sequence[Tensor | None]) -> None:
+def _add(sums: list[Tensor | None], found: list[Tensor | None]) -> None:
+    """sums += found, which is used up: a gradient need not wait for the others' copies."""
     for index, value in enumerate(found):
+        found[index] = None
         if value is not None:
             value = value.detach().float() if value.dtype in HALF else value.detach()
             before = sums[index]

@@ -1,0 +1,50 @@
+"""What a process really takes: a step in a process of its own, and the peak of its resident set.
+
+The C library keeps freed memory back, which would count as used: large tensors are made to go back to the system when they are freed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+#: glibc returns allocations above so many bytes to the system at once.
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def process_peak(words: list[str]) -> int:
+    """Bytes by which a training process grows at its peak, over one that has loaded its libraries.
+
+    Args:
+        words: the options of ``zotune memory`` that describe the workload.
+    """
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-m", "zotune.memory.process", *words], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise MemoryError(f"the process that was to be measured failed: {reason[0]}")
+    return int(json.loads(done.stdout.splitlines()[-1])["added"])
+
+
+def main(words: list[str]) -> None:
+    from transformers import GPT2Config
+
+    from zotune.commands.memory import workload_of
+    from zotune.memory.step import measure
+    from zotune.run_report import PeakMemory
+
+    workload = workload_of(words)
+    # Once on a toy: the libraries' own buffers and code belong to no model.
+    toy = GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=1000, n_positions=64, bos_token_id=0, eos_token_id=0)
+    measure(workload.with_(config=toy, batch_size=2, sequence_length=32, scored=None), ledger=False)
+    memory = PeakMemory(torch.device("cpu"))
+    measure(workload, ledger=False)
+    print(json.dumps({"added": memory.peak() - memory.baseline}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,181 @@
+"""Memory: the ledger counts what is alive, a rehearsal allocates what a real step does, deep models continue shallow ones."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig
+
+from zotune import catalogue, directions
+from zotune.directions import Directions, Key
+from zotune.memory import KINDS, Ledger, Workload, config_of, estimate, measure, shipped
+from zotune.memory.fitting import bytes_of, largest
+from zotune.memory.formulas import closed_form
+from zotune.memory.models import depth_of, shallow
+from zotune.memory.step import numbers_of
+from zotune.schemes import Scheme
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+MODELS = {
+    "gpt2": GPT2Config(n_layer=1, n_embd=96, n_head=2, vocab_size=1900, n_positions=64, **SMALL),
+    "opt": OPTConfig(hidden_size=96, num_hidden_layers=1, num_attention_heads=2, ffn_dim=192, vocab_size=1700, word_embed_proj_dim=96,
+                     max_position_embeddings=64, **SMALL),
+    "llama": LlamaConfig(hidden_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=192,
+                         vocab_size=1800, max_position_embeddings=64, **SMALL),
+    "bert": BertConfig(hidden_size=96, num_hidden_layers=1, num_attention_heads=2, intermediate_size=192, vocab_size=1900,
+                       max_position_embeddings=64, architectures=["BertForMaskedLM"]),
+}  # fmt: skip
+
+
+def plan(model: str, method: str, **options) -> Workload:
+    return Workload(MODELS[model], catalogue.get(method), **{"batch_size": 6, "sequence_length": 32, **options})
+
+
+def test_the_ledger_counts_every_storage_once_and_forgets_what_is_freed():
+    model = nn.Linear(100, 50, bias=False)
+    with Ledger(model) as ledger:
+        x = torch.ones(10, 100)
+        view = x.view(100, 10)
+        assert ledger.kept() == 4 * (5000 + 1000)
+        y = model(x)
+        assert ledger.kept() == 4 * (5000 + 1000 + 500)
+        del x, view, y
+    # autograd kept x for y; both are gone
+    assert ledger.kept() == 4 * 5000
+    assert ledger.peak().total == 4 * 6500
+    assert ledger.peak().kinds["weights"] == 4 * 5000 and ledger.peak().kinds["activations"] == 4 * 500
+
+
+PAIRS = [
+    ("gpt2", "mezo", {}),
+    ("gpt2", "lozo", {}),
+    ("opt", "fo-adamw", {"dtype": torch.bfloat16}),
+    ("bert", "zo-adamw", {}),
+    ("llama", "fo-adamw", {"scheme": Scheme("lora", lora_r=2)}),
+    ("opt", "mezo", {"scheme": Scheme("prefix", num_virtual_tokens=3)}),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "options"), PAIRS)
+def test_a_rehearsal_allocates_what_a_real_step_does(model, method, options):
+    predicted, measured = estimate(plan(model, method, **options)), measure(plan(model, method, **options))
+    assert predicted.total == pytest.approx(measured.total, rel=0.05)
+    for kind in KINDS:
+        assert abs(predicted.kinds[kind] - measured.kinds[kind]) <= 0.05 * measured.total, kind
+
+
+def test_kinds_are_what_the_step_keeps():
+    numbers, _ = numbers_of(plan("llama", "fo-adamw"))
+    kinds = measure(plan("llama", "fo-adamw", batch_size=1, sequence_length=4)).kinds
+    assert kinds["weights"] == pytest.approx(4 * numbers, rel=0.01)  # and a buffer of rotations
+    assert kinds["optimiser state"] == pytest.approx(8 * numbers, rel=0.01)
+    assert kinds["gradients"] >= 4 * numbers
+    assert kinds["directions"] == 0
+    inference = measure(plan("llama", "zero-shot")).kinds
+    assert inference["gradients"] == inference["optimiser state"] == inference["directions"] == 0
+    assert inference["logits"] >= 6 * 31 * 1800 * 4
+    momentum = measure(plan("llama", "mezo-momentum")).kinds
+    assert momentum["optimiser state"] == pytest.approx(4 * numbers, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["mezo", "fo-adamw"])
+def test_two_shallow_models_continue_to_a_deep_one(method):
+    deep = Workload(shallow(MODELS["opt"], 5), catalogue.get(method), batch_size=3, sequence_length=24)
+    whole, continued = estimate(deep, exact=True), estimate(deep)
+    assert continued.total == pytest.approx(whole.total, rel=0.01)
+    assert continued.kinds["weights"] == whole.kinds["weights"]
+
+
+def test_a_rehearsal_leaves_no_trace():
+    key = Key(0, 0, 0, "w")
+    before = Directions("gaussian").draw(key, (40, 40))
+    state, loop = torch.get_rng_state(), directions.for_blocks
+    estimate(plan("gpt2", "lozo"))
+    assert torch.equal(Directions("gaussian").draw(key, (40, 40)), before)
+    assert torch.equal(torch.get_rng_state(), state) and directions.for_blocks is loop
+
+
+@pytest.mark.slow
+def test_every_method_can_be_rehearsed():
+    """No method reads a number that a fake tensor does not have."""
+    small = Workload(shallow(MODELS["llama"], 1), catalogue.get("mezo"), batch_size=4, sequence_length=8)
+    numbers, _ = numbers_of(small)
+    for name in catalogue.names():
+        split = estimate(small.with_(method=catalogue.get(name)))
+        assert split.total > 4 * numbers, name
+
+
+# -- models ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_shipped_shapes_have_the_papers_numbers_of_parameters():
+    published = {"opt-125m": 0.125, "opt-1.3b": 1.3, "opt-2.7b": 2.7, "opt-6.7b": 6.7, "opt-13b": 13, "opt-30b": 30, "opt-66b": 66,
+                 "roberta-large": 0.355, "Llama-2-7b-hf": 6.7, "Llama-2-13b-hf": 13, "Llama-2-70b-hf": 69}  # fmt: skip
+    for name, billions in published.items():
+        work = Workload(config_of(name), catalogue.get("mezo"))
+        assert numbers_of(work)[0] / 1e9 == pytest.approx(billions, rel=0.04), name
+    assert set(published) <= {each.rpartition("/")[2] for each in shipped()}
+
+
+def test_a_shallow_config_leaves_the_original_alone():
+    config = MODELS["opt"]
+    assert depth_of(shallow(config, 3)) == 3 and depth_of(config) == 1
+
+
+def test_a_config_file_that_is_none_is_one_sentence(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json is not a model's config\.json"):
+        config_of(str(tmp_path / "x.json"))
+
+
+# -- what fits ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("slope", "limit"), [(7, 200), (1, 50_000), (1000, 1999), (3, 3)])
+def test_the_largest_that_fits(slope, limit):
+    calls = []
+
+    def need(n):
+        calls.append(n)
+        return slope * n + n * n // 1000
+
+    found = largest(need, limit, most=100_000)
+    assert need(found) <= limit if found else need(1) > limit
+    assert need(found + max(1, found // 50) + 1) > limit or found >= 98_000
+    assert len(calls) < 40
+
+
+def test_sizes_are_read_as_written():
+    assert bytes_of("24GB") == 24 * 10**9 and bytes_of("1.5 GiB") == 3 * 2**29
+    for wrong in ("24 cards", "", "-3GB", "0GB"):
+        with pytest.raises(ValueError, match="such as 24GB"):
+            bytes_of(wrong)
+
+
+def test_closed_formulas():
+    # |x| = 4000 bytes, |a| = 2 * 500
+    assert closed_form("fo-sgd", 1000, 100, 500) == 4000 + max(500 + 2000, 4000)
+    assert closed_form("fo-adamw", 1000, 100, 8000) == 4000 + (8000 + 2000) + 8000
+    assert closed_form("mezo", 1000, 100, 0) == 2000 + 200
+    assert closed_form("mezo", 1000, 100, 0, half=False) == 4000 + 400
+    assert closed_form("lozo", 1000, 100, 0) is None
+
+
+def test_lenets_five_published_figures():
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import lenet_memory
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+    images, labels = torch.zeros(lenet_memory.BATCH, 1, 28, 28), torch.zeros(lenet_memory.BATCH, dtype=torch.int64)
+    found = {name: f"{size:.3f}" for name, size in lenet_memory.textbook((images, labels)).items()}
+    assert found == {"parameters": "0.169", "gradients": "0.169", "activations": "2.292", "data": "0.384", "optimizer state": "0.339"}
+    peak = lenet_memory.at_peak("mezo", (images, labels))
+    adam = lenet_memory.at_peak("fo-adamw", (images, labels))
+    assert "gradients" not in peak and "optimiser state" not in peak
+    assert adam["optimiser state"] == pytest.approx(0.339, abs=1e-3) and adam["activations"] > 1
