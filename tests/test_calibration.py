@@ -247,9 +247,12 @@ def test_what_was_found_is_in_the_journal_and_its_forwards_are_counted(tmp_path)
     run(model, optimizer, 1, 25)
     assert forwards == optimizer.forward_passes - before == 2 * 24 + 3 * 6  # measured at 1, 2, 4, 8, 16, 20
     events = [record for record in optimizer.journal.records() if isinstance(record, dict)]
-    assert events[0] == {"event": "eps", "value": optimizer.eps} and optimizer.eps in LADDER
+    assert (events[0]["event"], events[0]["value"]) == ("eps", optimizer.eps) and optimizer.eps in LADDER
+    assert sum(event["forwards"] for event in events) + 2 * 25 == optimizer.forward_passes
+    assert sum(event["sequences"] for event in events) + 2 * 25 * 8 == optimizer.sequences_evaluated
     assert [event["event"] for event in events[1:]] == ["measured"] * 7
-    assert all(set(event) == {"event", "curvature", "signal", "moment", "brake"} for event in events[1:])
+    found = {"event", "curvature", "signal", "moment", "brake", "forwards", "sequences"}
+    assert [set(event) - found for event in events[1:]] == [{"state"}] + [set()] * 6, "all that is known, at the first, and now and then"
 
 
 def test_schedules_and_groups_multiply_what_is_measured():

@@ -189,4 +189,4 @@ def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path) -> None:
         trainer(tmp_path, callbacks=[StopAt(3)], **run).train()
     (tmp_path / "checkpoint-2" / checkpoint.SCHEDULER).write_text('{"type": "Lam')
     with pytest.raises(ValueError, match=r"checkpoint-2/scheduler.json is damaged"):
-        trainer(tmp_path, tiny_llama(), **run).train(resume_from_checkpoint=True)
+        trainer(tmp_path, tiny_llama(), **run).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -47,7 +47,23 @@ class Answers(TorchDispatchMode):
             return torch.empty_like(flat), torch.empty_like(args[0], dtype=torch.int64), torch.empty_like(flat, dtype=torch.int64)
         if func is aten.nonzero.default:
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
+        if func is aten.bincount.default:  # a minlength says how many there are
+            weights, length = (args[1] if len(args) > 1 else None), (args[2] if len(args) > 2 else kwargs.get("minlength", 0))
+            return torch.empty(length, dtype=torch.int64 if weights is None else torch.float64, device=args[0].device)
+        if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):  # a mask chooses all, as many as can be
+            args = (args[0], _places(args[1]), *args[2:])
         return func(*args, **kwargs)
+
+
+def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Indices with every mask replaced by the places of a mask that is true everywhere, in shape."""
+    places: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype != torch.bool:
+            places.append(index)
+        else:
+            places += [torch.zeros(index.numel(), dtype=torch.int64, device=index.device) for _ in range(index.dim())]
+    return places
 
 
 def _over_fakes(kind: type[torch.Tensor]) -> Any:

@@ -133,7 +133,7 @@ def trains(method: Method | Rival) -> bool:
 def batch_of(workload: Workload) -> dict[str, Tensor]:
     """A batch of the workload's shape: one row is a token shorter than the others, as padded batches are."""
     rows, length = workload.batch_size, workload.sequence_length
-    ids = torch.arange(rows * length).view(rows, length) % 997 + 3
+    ids = torch.arange(rows * length).view(rows, length) % min(997, workload.config.get_text_config().vocab_size - 3) + 3
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[0, -1] = 0
     if is_encoder(workload.config):
