@@ -4,7 +4,8 @@
 
 A cell is a run of the command as it stands, with the method's defaults and a rate that is measured where it can be: loss at the first and
 the last step and seconds a step. Whether it learns is not the question here; that takes more steps and a search for rates (see
-docs/learning.md), nor is memory (``zotune methods``, docs/memory.md).
+docs/learning.md), nor is memory (``zotune methods``, docs/memory.md). Cells are kept in ``--results`` as they are run, and those that it
+holds are not run again.
 """
 
 from __future__ import annotations
@@ -53,9 +54,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=catalogue.names())
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods_grid.jsonl"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
+    lines = args.results.read_text().splitlines() if args.results.is_file() else []
+    known = {(cell["method"], cell["scheme"]): (cell["text"], cell["why"]) for cell in map(json.loads, lines)}
     reasons: dict[str, int] = {}
     rows = [f"| method | {' | '.join(args.schemes)} |", "|---|" + "---|" * len(args.schemes)]
     ran = failed = 0
@@ -64,8 +68,12 @@ def main() -> None:
             texts = []
             for scheme in args.schemes:
                 folder = Path(place) / "run"
-                text, why = cell(args, method, scheme, folder)
-                shutil.rmtree(folder, ignore_errors=True)
+                if (method, scheme) not in known:
+                    text, why = known[method, scheme] = cell(args, method, scheme, folder)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    with args.results.open("a") as results:
+                        results.write(json.dumps({"method": method, "scheme": scheme, "text": text, "why": why}) + "\n")
+                text, why = known[method, scheme]
                 if why is not None:
                     why = why.replace(f"--scheme {scheme}", "--scheme S").replace(method, "M")
                     text += f" [{reasons.setdefault(why, len(reasons) + 1)}]"

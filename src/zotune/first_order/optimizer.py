@@ -349,7 +349,8 @@ def _add(sums: list[Tensor | None], found: list[Tensor | None]) -> None:
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    return bool(getattr(model, "is_gradient_checkpointing", False))
+    new = getattr(model, "is_activation_checkpointing", None)  # its name in newer releases of transformers, which warn of the older
+    return bool(getattr(model, "is_gradient_checkpointing", False) if new is None else new)
 
 
 def _rows(part: Any) -> int:
