@@ -6,9 +6,12 @@ The YAML block that begins with `# run.yaml` is the file of that name.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,13 +67,19 @@ def test_every_command_in_the_docs_exists_with_its_flags(capsys: pytest.CaptureF
                 assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), where
             elif words[0] == "python" and words[1].endswith(".py"):
                 assert (ROOT / words[1]).is_file(), where
-            elif words[0] == "zotune" and not words[1].startswith("-"):
+            words = _launched(words)
+            if words[0] == "zotune" and not words[1].startswith("-"):
                 assert words[1] in COMMANDS, where
                 known = flags.setdefault(words[1], _flags(words[1], capsys))
                 unknown = [w for w in words[2:] if w.startswith("--") and w.split("=")[0].replace("-", "_")[2:] not in _names(known)]
                 assert not unknown, f"{where}: {unknown}"
             seen += 1
     assert seen >= 10
+
+
+def _launched(words: list[str]) -> list[str]:
+    """What a launcher of several processes starts."""
+    return words[words.index("-m") + 1 :] if words[0] == "torchrun" and "-m" in words else words
 
 
 def _names(flags: set[str]) -> set[str]:
@@ -89,8 +98,15 @@ def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     for block in _blocks(page):
         for words in block.commands if block.runs else []:
-            assert words[0] == "zotune", f"only zotune commands can be marked: {shlex.join(words)}"
-            extra = ["--max_steps", "4"] if words[1] == "train" else []
+            command = _launched(words)
+            assert command[0] == "zotune", f"only zotune commands can be marked: {shlex.join(words)}"
+            extra = ["--max_steps", "4"] if command[1] == "train" else []
+            if command is not words:
+                launch = [sys.executable, "-m", "torch.distributed.run", *words[1:], *extra, "--use_cpu"]
+                done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+                assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}"
+                assert done.stdout.count("after training") == 1, "one of them speaks"
+                continue
             # The tiny data have fewer rows than the sizes that a page may name.
             shrunk = ["--num_dev", "8"] if "--num_dev" in words else []
             result = run_command(capsys, *words[1:], *extra, *shrunk)

@@ -16,6 +16,7 @@ PAGES = [
     ("learning-rate.md", 1, "0.0"),
     ("schemes.md", 1, "prompt_encoder"),
     ("rivals.md", 1, "150"),
+    ("big_models.md", 1, "come and go"),
     ("extend.md", 2, "->"),
 ]
 
@@ -29,7 +30,8 @@ def registry_as_it_was():
 
 
 @pytest.mark.parametrize(("name", "count", "printed"), PAGES)
-def test_a_page_runs_from_top_to_bottom(name, count, printed, capsys):
+def test_a_page_runs_from_top_to_bottom(name, count, printed, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     page = DOCS / name
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert len(blocks) == count

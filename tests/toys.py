@@ -51,6 +51,8 @@ def transformer(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -
             {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
         ),
         "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"intermediate_size": 48, "num_key_value_heads": 2}),
+        "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}),
+        "mistral": ("MistralConfig", "MistralForCausalLM", {"intermediate_size": 48, "num_key_value_heads": 2}),
         "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1}),
         "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}),
         "bert": ("BertConfig", "BertForMaskedLM", {"intermediate_size": 48}),

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from zotune import first_order, journal, methods, objectives, schemes, tasks
+    from zotune import first_order, journal, methods, objectives, offloading, schemes, tasks
     from zotune.config import ZOConfig
     from zotune.journal import Journal
+    from zotune.merging import merge
     from zotune.methods import Method
+    from zotune.offloading import offload
     from zotune.optimizer import NonFiniteLossError, StepReport, ZerothOrder
     from zotune.replaying import replay
     from zotune.trainer import ZOTrainer
 
 # Public names are imported when first asked for, so that `zotune --help` need not wait for torch.
-_MODULES = ("first_order", "journal", "methods", "objectives", "schemes", "tasks")
+_MODULES = ("first_order", "journal", "methods", "objectives", "offloading", "schemes", "tasks")
 _NAMES = {
     "Journal": "journal",
     "Method": "methods",
@@ -26,6 +28,8 @@ _NAMES = {
     "ZOConfig": "config",
     "ZOTrainer": "trainer",
     "ZerothOrder": "optimizer",
+    "merge": "merging",
+    "offload": "offloading",
     "replay": "replaying",
 }
 
@@ -39,8 +43,11 @@ __all__ = [
     "ZerothOrder",
     "first_order",
     "journal",
+    "merge",
     "methods",
     "objectives",
+    "offload",
+    "offloading",
     "replay",
     "schemes",
     "tasks",

@@ -6,10 +6,12 @@ The functions behind ``ZerothOrder.apply`` and ``fold``; they know the optimiser
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from zotune import residence
 from zotune.coordinates import Coordinate
 from zotune.journal import Record
 from zotune.neighbours import Neighbours, together
@@ -62,6 +64,23 @@ def take(optimizer: ZerothOrder, record: Record) -> None:
 def _update(
     optimizer: ZerothOrder, coordinate: Coordinate | Neighbours, step: int, coefficients: Sequence[float], lr: float, weight_decay: float
 ) -> None:
+    """Move a coordinate, where it is a weight that is away as soon as that is back."""
+    work = partial(_move, optimizer, coordinate, step, coefficients, lr, weight_decay, optimizer.past)
+    if isinstance(coordinate, Coordinate) and not isinstance(coordinate, LowRankCoordinate):
+        residence.when_at_hand(coordinate.parameter, work)
+    else:
+        work()
+
+
+def _move(
+    optimizer: ZerothOrder,
+    coordinate: Coordinate | Neighbours,
+    step: int,
+    coefficients: Sequence[float],
+    lr: float,
+    weight_decay: float,
+    past: Sequence[Past],
+) -> None:
     k = len(coefficients)
     rate = lr * coordinate.lr_scale
     if isinstance(coordinate, Coordinate) and coordinate.turn is not None:
@@ -76,7 +95,7 @@ def _update(
         value = coordinate.value()
         if weight_decay:
             value.mul_(1 - lr * weight_decay)
-        optimizer.method.replayed.move(coordinate, value, optimizer.past, rate, optimizer.directions, optimizer.seed)
+        optimizer.method.replayed.move(coordinate, value, past, rate, optimizer.directions, optimizer.seed)
         coordinate.assign(value, optimizer.seed, step)
         return
     if optimizer.rule.plain:

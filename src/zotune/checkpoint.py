@@ -27,10 +27,13 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from zotune.first_order import FirstOrder
+from zotune.frozen_linear import any_frozen, dense_state
+from zotune.offloading import saving, stream_of
 from zotune.optimizer import ZerothOrder
 
 STATE_TENSORS = "zotune_state.safetensors"
 STATE = "zotune_state.json"
+BLOCK_TENSORS = "zotune_state-block-{}.safetensors"
 SCHEDULER = "scheduler.json"
 RNG = "rng_state.json"
 TRAINER_STATE = "trainer_state.json"
@@ -185,6 +188,11 @@ def journal_mark(journal: str | os.PathLike[str], steps: int) -> dict[str, Any]:
 
 def save_model(folder: Path, model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write the trained weights and the model's config: `save_pretrained`, or the bare weights of another module."""
+    if stream_of(model) is not None:
+        saving.save_model(model, folder)
+        return
+    if state_dict is None and any_frozen(model) and not hasattr(model, "peft_config"):
+        state_dict = dense_state(model)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if save_pretrained is None:
         save_bare_model(model, str(folder / "model.safetensors"))
@@ -207,9 +215,14 @@ def truly_missing(model: nn.Module, missing: list[str]) -> list[str]:
 
 def save_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder, **extra: Any) -> None:
     """Write the optimizer's state: tensors as safetensors, the rest and `extra` as JSON."""
-    state = optimizer.state_dict()
+    blocks = isinstance(optimizer, ZerothOrder) and stream_of(optimizer.model) is not None
+    state = saving.rest_of_state(optimizer) if blocks else optimizer.state_dict()  # type: ignore[arg-type]
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.pop("state").items()}
     save_file(tensors, folder / STATE_TENSORS)
+    if blocks:  # of an offloaded model, of which no more is in memory at a time
+        for number, tensors in enumerate(saving.block_states(optimizer)):  # type: ignore[arg-type]
+            if tensors:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / BLOCK_TENSORS.format(number))
     save_json(folder / STATE, {"format": 1, "optimizer": state, **extra})
 
 
@@ -218,7 +231,10 @@ def load_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder) -> dict[st
     content = load_json(folder / STATE)
     if content.pop("format", None) != 1:
         raise ValueError(f"{folder / STATE} was written by another version of zotune: resume with that version.")
-    optimizer.load_state_dict({"state": load_file(folder / STATE_TENSORS), **content.pop("optimizer")})
+    tensors = load_file(folder / STATE_TENSORS)
+    for path in sorted(folder.glob(BLOCK_TENSORS.format("*"))):
+        tensors |= load_file(path)
+    optimizer.load_state_dict({"state": tensors, **content.pop("optimizer")})
     return content
 
 

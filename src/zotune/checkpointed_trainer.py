@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from zotune import checkpoint
 from zotune.config import settings
+from zotune.distributed import Workers
 from zotune.first_order import FirstOrder
 from zotune.optimizer import ZerothOrder
 from zotune.step_sums import StepSums
@@ -35,6 +36,8 @@ class CheckpointedTrainer(Trainer):
         self._since_log = StepSums()
         super().__init__(*args, **kwargs)
         self._run_folder = Path(self.args.output_dir)
+        self.workers = Workers(self.args.share, "same", self.args.check_workers_steps)
+        self._train_batch_size *= self.workers.size  # every process is given the whole batch of a step
 
     @property
     def zo_optimizer(self) -> ZerothOrder | FirstOrder:
@@ -53,6 +56,8 @@ class CheckpointedTrainer(Trainer):
         return self._run_folder / JOURNAL if journal is None else journal.path
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_model(folder, self.model, state_dict)
@@ -66,6 +71,13 @@ class CheckpointedTrainer(Trainer):
         final = run_folder / f"checkpoint-{self.state.global_step}"
         if trial is None:
             self.store_flos()
+        if self.workers.first:
+            self._write_checkpoint(run_folder, final)
+        self.workers.wait()
+        if not self.workers.first:
+            self._note_state(run_folder, final)
+
+    def _write_checkpoint(self, run_folder: Path, final: Path) -> None:
         with checkpoint.draft(final) as folder:
             self.save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("zotune.commands.train:main", "fine-tune a model with forward passes only"),
     "eval": ("zotune.commands.evaluate:main", "evaluate a model on a task"),
     "replay": ("zotune.commands.replay:main", "rebuild the trained weights from the base model and a run's journal"),
+    "merge": ("zotune.commands.merge:main", "average runs of one base model, from their journals, into one model"),
     "verify": ("zotune.commands.verify:main", "check a run's folder: journal, checkpoints, and whether it can go on"),
     "methods": ("zotune.commands.listing:methods", "list the methods, or describe one"),
     "tasks": ("zotune.commands.listing:tasks", "list the tasks, or describe one"),
@@ -60,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = known
         if show_traceback:
             traceback.print_exc()
-    print(f"zotune: {message}", file=sys.stderr)
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")  # torchrun's
+    print(f"zotune{' (rank ' + os.environ.get('RANK', '?') + ')' if several else ''}: {message}", file=sys.stderr)
     return code
 
 

@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 
 from zotune import catalogue, first_order, methods
 from zotune.calibration import gain, measurable
+from zotune.distributed import MODES
+from zotune.distributed.workers import CHECK_EVERY
 from zotune.evaluating import PROBES
 from zotune.first_order import Rival
 from zotune.rules import Rule
@@ -47,7 +49,7 @@ _REFUSED = {
     "max_grad_norm": "no gradient is ever formed, so none can be clipped; leave it at 0",
     "neftune_noise_alpha": "its noise acts in training mode and forwards run in evaluation mode; leave it out",
     "deepspeed": "DeepSpeed shards gradients and optimizer states that do not exist here; run without it",
-    "fsdp": "sharded models are not supported yet; run in one process, optionally with device_map='auto'",
+    "fsdp": "sharded models are not supported yet; every process holds the model, or one process spreads it with device_map='auto'",
     "parallelism_config": "sharded models are not supported yet; run in one process",
     "torch_compile": "compiled models are not supported yet: the probe attaches to the model's modules; leave it out",
     "auto_find_batch_size": "a step of inference memory has one batch size; set per_device_train_batch_size",
@@ -117,6 +119,16 @@ class ZOConfig(TrainingArguments):
     method_args: dict | str | None = field(default=None, metadata={"help": "Any further options of the method's recipe, as JSON."})
     max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps in a row with a non-finite loss after which training stops."})
 
+    share: str = field(
+        default="auto",
+        metadata={
+            "help": "What several processes (torchrun, accelerate launch) share out: data, the examples of a step; directions; both; or "
+            "auto: examples as far as they go."
+        },
+    )
+    check_workers_steps: int = field(
+        default=CHECK_EVERY, metadata={"help": "Steps between two comparisons of all processes' weights; 0: at the start only."}
+    )
     learning_rate: float | str | None = field(
         default=_NOT_GIVEN,
         metadata={"help": "The learning rate, or auto: measured now and then, times the schedule (the default where it is known)."},
@@ -174,10 +186,9 @@ class ZOConfig(TrainingArguments):
         chosen = self.chosen_method()
         self._settle_learning_rate(chosen)
         super().__post_init__()
-        if self.world_size > 1:
+        if self.world_size > 1 and isinstance(chosen, Rival):
             raise ValueError(
-                f"{self.world_size} processes were launched, and training in several processes is not supported yet: "
-                "start one process (python or zotune train, without torchrun)."
+                f"{self.world_size} processes were launched, and {chosen.name} runs in one: start it without torchrun or accelerate launch."
             )
         if self.mixed_precision != "no":  # asked for by `accelerate launch`
             raise ValueError(f"mixed precision ({self.mixed_precision}) cannot be used: load the model in that dtype.")
@@ -269,6 +280,8 @@ class ZOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be positive, got {value}.")
         if self.probe not in PROBES:
             raise ValueError(f"unknown probe {self.probe!r}: choose one of {', '.join(PROBES)}.")
+        if self.share not in MODES:
+            raise ValueError(f"unknown share {self.share!r}: choose one of {', '.join(MODES)}.")
         if rival and self.probe != "auto":
             why = "evaluates one point after the other" if usual is not None and usual.blocks else "evaluates no perturbed weights"
             raise ValueError(f"probe={self.probe!r} cannot be used: {self.method} {why}; leave it out.")
@@ -282,6 +295,7 @@ _LOWEST = {
     "rank": 1,
     "interval": 1,
     "max_nonfinite_steps": 1,
+    "check_workers_steps": 0,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,

@@ -141,6 +141,11 @@ class Coordinate(abc.ABC):
         """The tensors that are kept between steps beside the weight."""
         return []
 
+    @property
+    def travels(self) -> bool:
+        """Whether the weight may be away between evaluations (see ``residence``): it is read in forwards alone, and written as told."""
+        return False
+
     @abc.abstractmethod
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         """The weight at θ + offset in the parameter's dtype: a new tensor, or the parameter itself if that is equal."""

@@ -8,6 +8,8 @@ of itself, one a direction.
 The first step evaluates some points both ways and gives batched up, with a warning, where they disagree. ``"auto"`` then times the two and
 takes sequential only where it is clearly faster (a batch whose stacked activations leave the caches can be). The choice is made once a
 run, for losses differ in their last bits: a checkpoint holds it, and the journal has an event where it is sequential.
+
+Several workers (``distributed``) evaluate a share of a step each; what leaves here is everybody's table of losses.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import Tensor
 
 from zotune import stacking
 from zotune.coordinates import Offset
-from zotune.estimators import Estimate, Estimator
+from zotune.distributed.workers import Share, Workers
+from zotune.estimators import Estimate, Estimator, Point
 from zotune.methods import Method
 from zotune.probe import Probe
 from zotune.stacking import NotStackable, Owned, Stack
@@ -73,13 +76,14 @@ class Evaluations:
         method: says which points.
         estimator: the method's.
         choice: ``"auto"``, ``"batched"`` or ``"sequential"``.
+        workers: who evaluates with us; None: nobody.
 
     Raises:
         ValueError: another choice; ``"batched"``, or a method with own directions, where a parameter cannot be evaluated at several points
             at once.
     """
 
-    def __init__(self, probe: Probe, method: Method, estimator: Estimator, choice: str) -> None:
+    def __init__(self, probe: Probe, method: Method, estimator: Estimator, choice: str, workers: Workers | None = None) -> None:
         if choice not in PROBES:
             raise ValueError(f"unknown probe {choice!r}; choose one of {', '.join(PROBES)}.")
         dense = probe.dense
@@ -90,14 +94,17 @@ class Evaluations:
                 "use a low-rank method (lozo, lozo-m) or train an adapter (PEFT)."
             )
         self.probe, self.method, self.estimator, self.choice = probe, method, estimator, choice
+        self.workers = workers or Workers()
         self.eps: float = math.nan if isinstance(method.eps, str) else method.eps  # set by the optimizer where it is measured
         #: None until the first step has found out
-        self.batched: bool | None = False if choice == "sequential" or dense is not None else None
-        self.checked = False  # that the loss is one number an example
+        self.batched: bool | None = False if choice == "sequential" or dense is not None or probe.sharded else None
+        self.checked = False  # that the loss is one number an example, where the method needs that
+        #: Whether it is; None until somebody had to know: who shares out a batch has to
+        self.per_example: bool | None = None
 
     def restore(self, batched: bool | None) -> None:
         """Go on as the run did so far, where this one was not asked to do otherwise."""
-        if self.choice != "sequential" and self.probe.dense is None:
+        if self.choice != "sequential" and self.probe.dense is None and not self.probe.sharded:
             self.batched = batched
 
     def gather(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
@@ -117,32 +124,117 @@ class Evaluations:
         points, eps = self.estimator.points(self.method.directions_of(0)), self.eps
         if self.batched is None:
             self._decide(loss_fn, parts, seed, step)
-        if self.batched and parts is not None:
+        share = self._share(loss_fn, parts, len(points))
+        mine = [points[place] for place in share.points]
+        values = None
+        if share.pieces and self.batched and parts is not None:
             try:
-                values = torch.cat([self._stacked(loss_fn, part, self._shared(part, seed, step)) for part in parts], dim=1)
-                return Losses(values, None, self.method.directions_of(0), values.numel())
+                stacks = [self._shared(piece, mine, seed, step) for piece in self._pieces(parts, share) or ()]
+                values = torch.cat([self._stacked(loss_fn, piece, stack) for piece, stack in stacks], dim=1)
             except NotStackable as error:
                 self._give_up(str(error))
-        evaluate = evaluation(loss_fn, parts)
-        rows = [self.probe.evaluate(evaluate, Offset(point.sign * eps, seed, step, point.direction)) for point in points]
-        values = torch.stack(rows)
-        return Losses(values, None, self.method.directions_of(0), values.numel())
+        if share.pieces and values is None:
+            evaluate = evaluation(self._told(loss_fn), self._pieces(parts, share))
+            rows = [self.probe.evaluate(evaluate, Offset(point.sign * eps, seed, step, point.direction)) for point in mine]
+            values = torch.stack(rows)
+        values, evaluated = self._gathered(share, values)
+        return Losses(values, None, self.method.directions_of(0), evaluated)
+
+    def function(self, loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[], Tensor]:
+        """A function without arguments that gives the losses of the step's examples, everybody's, float32, (N,)."""
+        if not self.workers.several:
+            return evaluation(loss_fn, parts)
+        share = self._share(loss_fn, parts, 1)
+        evaluate = evaluation(self._told(loss_fn), self._pieces(parts, share)) if share.pieces else None
+
+        def losses() -> Tensor:
+            values = None if evaluate is None else evaluate().unsqueeze(0)
+            return self._gathered(share, values)[0][0]
+
+        return losses
 
     def _tangents(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
         """Losses and their derivatives along every direction, 2K rows."""
-        calls = [loss_fn] if parts is None else [partial(loss_fn, part) for part in parts]
+        share = self._share(loss_fn, parts, self.method.directions_of(0))
+        pieces = self._pieces(parts, share) if share.pieces else []
+        told = self._told(loss_fn)
+        calls = [told] if pieces is None else [partial(told, piece) for piece in pieces]
         rows: list[Tensor] = []
-        for direction in range(self.method.directions_of(0)):
+        for direction in share.points if calls else ():
             found = [self.probe.tangent(call, Offset(0.0, seed, step, direction)) for call in calls]
             rows += [as_losses([loss for loss, _ in found]), as_losses([tangent for _, tangent in found])]
-        values = torch.stack(rows)
-        return Losses(values, None, self.method.directions_of(0), values.numel() // 2)
+        values, evaluated = self._gathered(share, torch.stack(rows) if rows else None, each=2)
+        return Losses(values, None, self.method.directions_of(0), evaluated // 2)
+
+    # -- who evaluates what ---------------------------------------------------------------------------------------------------------
+
+    def _share(self, loss_fn: LossFunction, parts: Sequence[Any] | None, points: int) -> Share:
+        """What is ours of ``points`` points on these micro-batches; a loss of one number a batch is not to be cut up."""
+        if not self.workers.several:
+            return Share(range(points), tuple((part, 0, 1) for part in range(1 if parts is None else len(parts))), (), (points, 0))
+        if self.per_example is None:
+            self.per_example = False
+            if parts is not None:
+                self._look(loss_fn, self._chunk(parts[0])[0])
+            self.per_example = all(self.workers.exchange(self.per_example))
+        share = self.workers.share(points, [1] if parts is None else [self._width(part) for part in parts])
+        if self.probe.sharded:
+            together = all(len(block.points) == points and len(block.columns) for block in share.blocks)
+            if not together or parts is None or len(parts) > 1:
+                raise ValueError(
+                    "of sharded weights all processes evaluate the same points together: give step() one batch, of at least an example for "
+                    "each process, a loss function with one loss an example, and share='data'."
+                )
+        return share
+
+    def _told(self, loss_fn: LossFunction) -> LossFunction:
+        """The loss function, of which workers tell each other one number a batch unless it gives one an example."""
+        if self.per_example or not self.workers.several:
+            return loss_fn
+
+        def mean(*batch: Any) -> Any:
+            loss = loss_fn(*batch)
+            return loss.mean() if isinstance(loss, Tensor) and loss.dim() == 1 else loss
+
+        return mean
+
+    def _width(self, part: Any) -> int:
+        return stacking.batch_rows(part) if self.per_example else 1
+
+    def _pieces(self, parts: Sequence[Any] | None, share: Share) -> list[Any] | None:
+        if parts is None or not self.workers.several:
+            return None if parts is None else list(parts)
+        return [self._piece(parts[part], start, stop) for part, start, stop in share.pieces]
+
+    def _piece(self, part: Any, start: int, stop: int) -> Any:
+        width = self._width(part)
+        return part if (start, stop) == (0, width) else stacking.take(part, torch.arange(start, stop), width)
+
+    def _gathered(self, share: Share, values: Tensor | None, each: int = 1) -> tuple[Tensor, int]:
+        return self.workers.gather(share, values, 0 if values is None else values.numel(), each)
+
+    def _chunk(self, part: Any, owned: Owned | None = None) -> tuple[Any, Owned | None]:
+        """The examples of a micro-batch that we try things out on, and whose their directions are."""
+        try:
+            rows = stacking.batch_rows(part)
+        except NotStackable:
+            return part, owned
+        chunk = self.workers.chunk(rows)
+        if len(chunk) == rows:
+            return part, owned
+        if owned is not None:
+            pairs = [(e - chunk.start, d) for e, d in zip(owned.examples, owned.directions, strict=True) if e in chunk]
+            owned = Owned(tuple(e for e, _ in pairs), tuple(d for _, d in pairs))
+        return stacking.take(part, torch.arange(chunk.start, chunk.stop), rows), owned
+
+    def trial(self, loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[], Tensor]:
+        """A function without arguments that gives losses for us to compare evaluations by; no worker waits for another in it."""
+        return evaluation(loss_fn, None if parts is None else [self._chunk(part)[0] for part in parts])
 
     # -- one forward ----------------------------------------------------------------------------------------------------------------
 
-    def _shared(self, part: Any, seed: int, step: int) -> Stack:
-        points = self.estimator.points(self.method.directions_of(0))
-        return stacking.shared(points, self.eps, stacking.batch_rows(part), seed, step)
+    def _shared(self, part: Any, points: Sequence[Point], seed: int, step: int) -> tuple[Any, Stack]:
+        return part, stacking.shared(points, self.eps, stacking.batch_rows(part), seed, step)
 
     def _stacked(self, loss_fn: LossFunction, part: Any, stack: Stack) -> Tensor:
         rows = stacking.take(part, stack.source, stacking.batch_rows(part))
@@ -176,23 +268,28 @@ class Evaluations:
                 f"num_directions={self.method.num_directions!r} needs a batch of tensors with the examples along dimension 0, but {error}; "
                 "call step(loss_fn, batch), or set num_directions to a number."
             ) from None
+        sizes, first = self.workers.sizes(sizes)
         number = max(1, self.method.parts(sum(sizes)) // shared)
-        count, shares = number * each, stacking.share_out(sizes, number, each)
+        count, everybody = number * each, stacking.share_out(sizes, number, each)
+        owned = everybody[first : first + len(parts)]
         if self.batched is None or not self.checked:
-            self._decide(loss_fn, parts, seed, step, shares[0])
-        values = None
-        if self.batched:
+            self._decide(loss_fn, parts, seed, step, owned[0])
+        share = self.workers.share(1, [len(one) for one in owned], _edges(owned, each) if self.workers.several else None)
+        work = [(parts[part], owned[part].between(start, stop)) for part, start, stop in share.pieces]
+        values, evaluated = None, 0
+        if self.batched and work:
             try:
-                stacks = [stacking.own(signs, self.eps, share, seed, step) for share in shares]
-                values = [self._stacked(loss_fn, part, stack) for part, stack in zip(parts, stacks, strict=True)]
-                evaluated = sum(stack.total for stack in stacks)
+                stacks = [(part, stacking.own(signs, self.eps, pairs, seed, step)) for part, pairs in work]
+                values = torch.cat([self._stacked(loss_fn, part, stack) for part, stack in stacks], dim=1)
+                evaluated = sum(stack.total for _, stack in stacks)
             except NotStackable as error:
                 self._give_up(str(error))
-        if values is None:
-            values = [self._alone(loss_fn, part, share, seed, step, signs) for part, share in zip(parts, shares, strict=True)]
-            evaluated = len(signs) * sum(map(len, shares))
-        owners = torch.tensor([direction for share in shares for direction in share.directions])
-        return Losses(torch.cat(values, dim=1), owners, count, evaluated)
+        if work and values is None:
+            values = torch.cat([self._alone(loss_fn, part, pairs, seed, step, signs) for part, pairs in work], dim=1)
+            evaluated = values.numel()
+        values, evaluated = self.workers.gather(share, values, evaluated, each=len(signs))
+        owners = torch.tensor([direction for one in everybody for direction in one.directions])
+        return Losses(values, owners, count, evaluated)
 
     def _alone(
         self,
@@ -217,29 +314,45 @@ class Evaluations:
     # -- which of the two ---------------------------------------------------------------------------------------------------------------
 
     def _decide(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int, owned: Owned | None = None) -> None:
-        """Try a batched evaluation of the first micro-batch and compare some of its points with sequential ones."""
-        rows = None
-        try:
-            if parts is not None:
-                rows = stacking.batch_rows(parts[0])
-        except NotStackable:
-            pass
-        if parts is None or rows is None:
+        """Try a batched evaluation of the first micro-batch and compare some of its points with sequential ones; all workers agree."""
+        if parts is None:
             self.batched = False
-            return
-        part, shapes = parts[0], []
+        else:
+            part, owned = self._chunk(parts[0], owned)
+            self._try(loss_fn, part, seed, step, owned)
+        if self.workers.several:
+            found = self.workers.exchange([bool(self.batched), bool(self.per_example)])
+            self.batched, self.per_example = all(batched for batched, _ in found), all(each for _, each in found)
+
+    def _look(self, loss_fn: LossFunction, part: Any) -> tuple[Tensor, tuple[int, ...], int | None]:
+        """The losses of a micro-batch at θ, their shape, and how many examples it has, if that can be told; notes what follows."""
+        try:
+            rows = stacking.batch_rows(part)
+        except NotStackable:
+            rows = None
+        shapes = []
 
         def noting() -> Tensor:
             loss = loss_fn(part)
             shapes.append(tuple(getattr(loss, "shape", ())))
             return as_losses([loss])
 
-        here = self.probe.evaluate(noting, Offset(0.0, seed, step, 0))
-        if shapes[0] != (rows,):
+        here = self.probe.evaluate(noting, Offset(0.0, 0, 0, 0))
+        self.per_example = shapes[0] == (rows,)
+        return here, shapes[0], rows
+
+    def _try(self, loss_fn: LossFunction, part: Any, seed: int, step: int, owned: Owned | None) -> None:
+        try:
+            stacking.batch_rows(part)
+        except NotStackable:
+            self.batched = False
+            return
+        here, shape, rows = self._look(loss_fn, part)
+        if not self.per_example:
             if owned is not None:
                 raise ValueError(
                     f"num_directions={self.method.num_directions!r} needs one loss per example, and the loss function returned shape "
-                    f"{shapes[0]} for {rows} examples; return losses of shape (B,), or set num_directions to a number."
+                    f"{shape} for {rows} examples; return losses of shape (B,), or set num_directions to a number."
                 )
             self.batched = False
             return
@@ -256,7 +369,7 @@ class Evaluations:
                 return torch.stack([self.probe.evaluate(evaluate, offset) for offset in offsets])
 
             slow = sequentially()
-            stack = self._shared(part, seed, step)
+            _, stack = self._shared(part, points, seed, step)
         else:
             ends = sorted({owned.directions[0], owned.directions[-1]})
             columns = [pair for direction in ends for pair, owner in enumerate(owned.directions) if owner == direction]
@@ -323,3 +436,13 @@ def as_losses(parts: list[Any]) -> Tensor:
             raise ValueError(f"the loss function returned shape {tuple(loss.shape)}; return one loss per example, shape (B,), or a scalar.")
         losses.append(loss.detach().float().reshape(-1))
     return torch.cat(losses)
+
+
+def _edges(owned: Sequence[Owned], each: int) -> list[int]:
+    """Where the examples of one part, with their ``each`` directions, end and those of the next begin, over all micro-batches."""
+    edges, at = [0], 0
+    for one in owned:
+        changes = [place for place in range(1, len(one)) if one.directions[place] // each != one.directions[place - 1] // each]
+        edges += [at + place for place in changes] + [at + len(one)]
+        at += len(one)
+    return edges

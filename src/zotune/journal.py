@@ -19,7 +19,7 @@ import os
 import struct
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from zotune import residence
 
 MAGIC = b"ZOJ1"
 _STEP, _EVENT = 1, 2
@@ -44,6 +46,12 @@ class StepRecord(NamedTuple):
     loss: float
     coefficients: tuple[float, ...]
     skipped: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> StepRecord:
+        """A record that has been through JSON."""
+        step, lrs, loss, coefficients, skipped = values
+        return cls(step, tuple(lrs), loss, tuple(coefficients), tuple(skipped))
 
 
 Record = StepRecord | dict[str, Any]
@@ -281,14 +289,19 @@ def verify(path: str | Path) -> Summary:
 
 
 def digest(model: nn.Module) -> str:
-    """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trainable or not."""
+    """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trainable or not, and of weights in few bits."""
 
     def one(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         hashed = hashlib.blake2b(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(), digest_size=16)
-        hashed.update(data.numpy().data)
+        with residence.at_hand(tensor):
+            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            hashed.update(data.numpy().data)
         return hashed.digest()
 
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # sharded: all processes gather them in one order
+        whole = ((name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor) for name, tensor in model.named_parameters())
+        return hashlib.blake2b(b"".join(map(one, whole)), digest_size=16).hexdigest()
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock
-        return hashlib.blake2b(b"".join(pool.map(one, model.named_parameters())), digest_size=16).hexdigest()
+        packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales")]
+        return hashlib.blake2b(b"".join(pool.map(one, [*model.named_parameters(), *packed])), digest_size=16).hexdigest()

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import applying, chosen, following, layer_scales, methods, observing, run_state
+from zotune import applying, chosen, following, frozen_linear, layer_scales, methods, observing, residence, run_state
 from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Key
+from zotune.distributed.agreement import settle
+from zotune.distributed.workers import Workers
 from zotune.estimators import ESTIMATORS, Estimate
-from zotune.evaluating import Evaluations, Losses, LossFunction, NonFiniteLossError, evaluation
+from zotune.evaluating import Evaluations, Losses, LossFunction, NonFiniteLossError
 from zotune.journal import Journal, Record, StepRecord
 from zotune.methods import AUTO, Method
 from zotune.probe import Probe, isolated_generators
@@ -27,7 +29,8 @@ from zotune.replayed import Past
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, State
 from zotune.stacking import batch_rows, take
-from zotune.subspaces import LowRank, LowRankCoordinate
+from zotune.subspaces import Full, LowRank, LowRankCoordinate
+from zotune.subspaces.full import is_sharded
 
 _NO_BATCH: Any = object()
 
@@ -77,7 +80,10 @@ class ZerothOrder(torch.optim.Optimizer):
         probe: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``, one
             after the other (least memory); ``"auto"``, batched where parameters, batch and loss allow it and sequential is not clearly
             faster on the first batch. Losses are equal up to rounding; the journal and checkpoints keep the choice.
-        journal: where to keep the run's record: a path for a new file, a :class:`~zotune.journal.Journal`, or None.
+        journal: where to keep the run's record: a path for a new file, a :class:`~zotune.journal.Journal`, or None. Of several workers
+            the first keeps it.
+        workers: with whom the steps are taken (see :class:`~zotune.distributed.Workers`); None: with all processes of the default group of
+            ``torch.distributed``, where there is one.
 
     Raises:
         ValueError: an argument makes no sense, or the model is being trained by another ZerothOrder.
@@ -101,6 +107,7 @@ class ZerothOrder(torch.optim.Optimizer):
         max_nonfinite_steps: int = 10,
         probe: str = "auto",
         journal: str | Path | Journal | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.method = methods.get(method) if isinstance(method, str) else method
         lr = self.method.lr if lr is None else lr
@@ -113,6 +120,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps must be at least 1, not {max_nonfinite_steps}.")
         self.model = model
+        self.workers = workers or Workers()
         self.seed = int(seed)
         self.max_nonfinite_steps = max_nonfinite_steps
         self.estimator = ESTIMATORS[self.method.estimator]
@@ -130,7 +138,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.eps: float = math.nan if isinstance(self.method.eps, str) else self.method.eps
         self.probe = Probe(model, [c for group in self.coordinates for c in group], self.directions)
         try:
-            self.evaluations = Evaluations(self.probe, self.method, self.estimator, probe)
+            self.evaluations = Evaluations(self.probe, self.method, self.estimator, probe, self.workers)
             self.calibrator = self._calibrator(measured) if measured or math.isnan(self.eps) else None
         except ValueError:
             self.probe.detach()
@@ -144,7 +152,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self._begun = -1
         self._gathered = observing.Gathered()
         self._tail: list[Record] = []
-        self.journal = journal if isinstance(journal, Journal) or journal is None else Journal.create(journal, self.header())
+        self._settled = False
+        self.journal = journal if isinstance(journal, Journal) and self.workers.first else None
+        if journal is not None and not isinstance(journal, Journal):
+            header = self.header()  # on every worker: of sharded weights each has a part to tell
+            self.journal = Journal.create(journal, header) if self.workers.first else None
 
     def _coordinates(self) -> list[list[Coordinate]]:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -159,9 +171,37 @@ class ZerothOrder(torch.optim.Optimizer):
                     raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters.")
                 if not parameter.is_floating_point():
                     raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it.")
-                coordinates.append(self.method.subspace.coordinate(name, parameter))
+                if is_sharded(parameter) and not self._takes_shards:
+                    raise ValueError(
+                        f"{name} is sharded, and {self.method.name} cannot train shards: take a method that moves full weights or low-rank "
+                        "ones by plain SGD, with num_directions a number (mezo, lozo)."
+                    )
+                coordinate = self.method.subspace.coordinate(name, parameter)
+                self._check_residence(coordinate)
+                coordinates.append(coordinate)
             groups.append(coordinates)
         return groups
+
+    def _check_residence(self, coordinate: Coordinate) -> None:
+        if frozen_linear.owner_of(coordinate.parameter) is not None and not isinstance(coordinate, LowRankCoordinate):
+            raise ValueError(
+                f"{coordinate.name} is held in few bits, so it moves by low-rank factors only: use lozo, or an adapter (PEFT)."
+            )
+        home = residence.home(coordinate.parameter)
+        if home is None:
+            return
+        if home.rounds:
+            raise ValueError(f"{coordinate.name} is kept in fewer bits while it is away, so it cannot be trained: train an adapter (PEFT).")
+        if not coordinate.travels or self.method.anchoring is not None:
+            raise ValueError(
+                f"{self.method.name} reads weights between evaluations, so they cannot be offloaded: use lozo, mezo or an adapter."
+            )
+
+    @property
+    def _takes_shards(self) -> bool:
+        method = self.method
+        plain = self.rule.plain and not (method.replayed or method.anchoring or method.own) and method.estimator in ("central", "forward")
+        return plain and type(method.subspace) in (Full, LowRank)
 
     def _layers(self) -> list[list[LowRankCoordinate]]:
         subspace = self.method.subspace
@@ -182,18 +222,21 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Args:
             loss_fn: ``loss_fn(batch)`` returns losses per example, shape (B,), or a scalar; without ``batch`` a closure.
-            batch: whatever ``loss_fn`` takes. A *list* is a list of micro-batches, evaluated under the same directions.
+            batch: whatever ``loss_fn`` takes. A *list* is a list of micro-batches, evaluated under the same directions. Of several workers
+                all give the same, or each a batch of its own.
 
         Returns:
             The batch's mean loss over the evaluated points, a scalar float32 tensor.
 
         Raises:
             NonFiniteLossError: ``max_nonfinite_steps`` steps in a row had no finite loss.
+            WorkersDisagreeError: workers were found to hold different weights, settings or batches; names the ranks.
             ValueError: the loss has another shape; whatever ``loss_fn`` raises passes through, the weights untouched.
         """
         if not callable(loss_fn):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
         parts, step = _parts(batch), self.steps
+        self._settle(parts)
         followed, ready = following.step(self, parts)
         if followed is not None:
             return followed
@@ -212,11 +255,11 @@ class ZerothOrder(torch.optim.Optimizer):
             means = losses.values.double().mean(dim=1).cpu()
             estimate = estimate._replace(coefficients=fitness.coefficients(means[0::2], means[1::2]))
         if self.anchor is not None and not self.anchor.anchoring.anchors(step):
-            evaluate = evaluation(loss_fn, parts)
+            evaluate = self.evaluations.function(loss_fn, parts)
             estimate, evaluated = self.anchor.difference(estimate, self.probe, self.estimator, evaluate, self.eps, self.seed, step)
             self.sequences_evaluated += evaluated
         if self.method.conservative:
-            estimate = self._lowest(estimate, rates, evaluation(loss_fn, parts), step)
+            estimate = self._lowest(estimate, rates, self.evaluations.function(loss_fn, parts), step)
         record = StepRecord(
             step=step,
             lrs=rates,
@@ -249,9 +292,9 @@ class ZerothOrder(torch.optim.Optimizer):
         self._observe(loss_fn, parts, step)
         applying.begin(self, step)
         if self.calibrator is not None and math.isnan(self.eps):
-            self._choose_eps(evaluation(loss_fn, parts), step)
+            self._choose_eps(self.evaluations.function(loss_fn, parts), step)
         if not self._prepared:
-            self._prepare(evaluation(loss_fn, parts), step)
+            self._prepare(self.evaluations.trial(loss_fn, parts), step)
         if self.layers and layer_scales.due(step, self.layers[0][0].interval):
             self._scale_layers(loss_fn, parts, step)
         if self.calibrator is not None:
@@ -298,7 +341,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _measure(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
         assert self.calibrator is not None
         around = partial(self.evaluations.around, loss_fn, parts, self.seed) if self.method.own else None
-        self.calibrator.measure(evaluation(loss_fn, parts), around, self.eps, self.seed, step)
+        self.calibrator.measure(partial(self._losses, loss_fn, parts), around, self.eps, self.seed, step)
         self.forward_passes += self.calibrator.forwards
         self.sequences_evaluated += self.calibrator.sequences
         if self.calibrator.forwards and self.journal is not None:
@@ -308,6 +351,17 @@ class ZerothOrder(torch.optim.Optimizer):
             if step % following.KEPT == 0:
                 event["state"] = self.calibrator.step_size.state()
             self.journal.append(event)
+
+    def _losses(self, loss_fn: LossFunction, parts: list[Any] | None) -> Tensor:
+        return self.evaluations.function(loss_fn, parts)()
+
+    def _settle(self, parts: list[Any] | None) -> None:
+        """See that all workers are in the same state, at the first step and every so often."""
+        workers = self.workers
+        due = not self._settled or bool(workers.check_every and self.steps % workers.check_every == 0)
+        if workers.several and due:
+            settle(self, parts)
+        self._settled = True
 
     def _observe(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
         """Let the subspace look at the step's data, where it has to."""
@@ -326,11 +380,19 @@ class ZerothOrder(torch.optim.Optimizer):
             with isolated_generators(Key(self.seed, step, 0, "", "loss"), self.probe.devices):
                 return self.method.subspace.observe(self.model, self.probe.coordinates, losses, self.seed, step)
 
-        found = self.probe.evaluate(look, None)
+        if self.workers.several:
+            # Where it came from does not matter, as long as it is the same to the last bit: one worker looks for all.
+            told = self.workers.from_first(lambda: [list(observing.events(step, self.probe.evaluate(look, None))), counted])
+            events, counted = told
+            gathered = observing.Gathered()
+            found = {name: tensor for event in events for name, tensor in gathered.add(event).items()}
+        else:
+            found = self.probe.evaluate(look, None)
+            events = [] if self.journal is None else list(observing.events(step, found))
         self.forward_passes += 1
         self.sequences_evaluated += counted
         if self.journal is not None:
-            for place, event in enumerate(observing.events(step, found)):
+            for place, event in enumerate(events):
                 self.journal.append(event | (self._cost(1, counted) if place == 0 else {}))
         applying.tell(self, found)
 
@@ -371,6 +433,9 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _prepare(self, evaluate: Callable[[], Tensor], step: int) -> None:
         distrusted = self.probe.prepare(evaluate, Offset(self.eps, self.seed, step, 0))
+        if self.workers.several:
+            distrusted = sorted({name for names in self.workers.exchange(distrusted) for name in names})
+            self.probe.distrust(distrusted)
         self._prepared = True
         if distrusted and self.journal is not None:
             self.journal.append({"event": "general_path", "names": distrusted})

@@ -36,7 +36,7 @@ class OrderedTrainer(CheckpointedTrainer):
                 "train_sampling_strategy='group_by_length' needs to know how long an example is: give the data a column "
                 f"{self.args.length_column_name!r}, prompt_ids or input_ids, or leave the strategy at 'random'."
             )
-        return GroupedByLength(lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, seed)
+        return GroupedByLength(lengths, self._train_batch_size * self.args.gradient_accumulation_steps, seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         args = self.args
@@ -49,7 +49,8 @@ class OrderedTrainer(CheckpointedTrainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers.Trainer`, results in the order of the data."""
-        sampler = getattr(getattr(dataloader, "batch_sampler", None), "sampler", None)
+        batches = getattr(dataloader, "batch_sampler", None)
+        sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)  # several processes have batches of batches
         if not isinstance(sampler, LongestFirst):
             return super().evaluation_loop(dataloader, *args, **kwargs)
         usual = self.compute_metrics

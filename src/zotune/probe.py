@@ -35,6 +35,7 @@ from zotune.side_path import SidePath
 from zotune.stacked_parameters import Lending
 from zotune.stacking import Stack
 from zotune.subspaces import LowRankCoordinate
+from zotune.subspaces.full import is_sharded
 from zotune.unformed import lender
 
 T = TypeVar("T")
@@ -117,6 +118,11 @@ class Probe:
                     owners.setdefault(id(module), _Owner(module)).parameters[local_name] = coordinate
         self._owners = list(owners.values())
         self._siblings = _siblings(model, by_parameter)
+        #: Whether a parameter, trained or not, is split among processes: all of them then have to evaluate the same points together.
+        self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
+        self._gathering: list[Any] = [module for module in model.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
+        for module in self._gathering[:1]:
+            module._get_fsdp_state()._lazy_init()  # looks at the parameters, and would find those that are lent
         self.forward_mode = ForwardMode()
         self.side_paths: list[SidePath] = []
         self._attach_side_paths()
@@ -229,6 +235,8 @@ class Probe:
         finally:
             for coordinate in self._low_rank():
                 coordinate.shift(self.directions, None)
+            for module in self._gathering:  # FSDP2: what it has put in a table goes while the table is there
+                module.reshard()
             for module, weights in flat:
                 module.__dict__["_flat_weights"] = weights
             for module, parameters in lent:
@@ -285,7 +293,7 @@ class Probe:
 
     def agree(self, quick: Tensor, slow: Tensor, here: Tensor) -> bool:
         """Whether two evaluations of perturbed losses differ by rounding and 5% of what the perturbation changes; ``here``: at θ."""
-        half = any(c.parameter.dtype in HALF for c in self.coordinates)
+        half = any(p.dtype in HALF for p in self.model.parameters())  # a float32 adapter on a half-precision model, for one
         rounding = (2e-2 if half else 1e-5) * (1 + here.abs().max())
         return not bool(torch.isfinite(slow).all()) or bool((quick - slow).abs().max() <= rounding + 0.05 * (slow - here).abs().max())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from zotune.optimizer import ZerothOrder
 
 
-def save(optimizer: ZerothOrder) -> dict[str, Any]:
-    """See :meth:`ZerothOrder.state_dict`."""
-    tensors = {f"coordinate/{name}/{entry}": tensor for name, c in _by_name(optimizer).items() for entry, tensor in c.state().items()}
+def save(optimizer: ZerothOrder, without: Collection[str] = ()) -> dict[str, Any]:
+    """See :meth:`ZerothOrder.state_dict`; ``without`` the tensors of the named coordinates."""
+    tensors = coordinate_tensors(optimizer, [name for name in _by_name(optimizer) if name not in without])
     rule_tensors, rule_others = optimizer.rule.state()
     tensors |= {f"rule/{path}": tensor for path, tensor in rule_tensors.items()}
     if optimizer.anchor is not None:
@@ -54,6 +54,12 @@ def save(optimizer: ZerothOrder) -> dict[str, Any]:
         "past": [[past.step, list(past.coefficients)] for past in optimizer.past],
     }
     return {"state": tensors, "param_groups": groups, "zotune": run}
+
+
+def coordinate_tensors(optimizer: ZerothOrder, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of some coordinates, by the names that they have in a state."""
+    coordinates = _by_name(optimizer)
+    return {f"coordinate/{name}/{entry}": tensor for name in names for entry, tensor in coordinates[name].state().items()}
 
 
 def restore(optimizer: ZerothOrder, state_dict: Mapping[str, Any]) -> None:

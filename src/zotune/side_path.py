@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.frozen_linear import FrozenLinear
 from zotune.subspaces import LowRankCoordinate
 
 #: Where a side path marks its module, so that a second optimiser on the same model is noticed.
@@ -48,7 +49,7 @@ def _embedding(a: Tensor, v: Tensor, ids: Tensor, output: Tensor) -> Tensor:
 def _kind(module: nn.Module) -> Any:
     """The side path of a module, None if it has none. Subclasses count only if they keep the forward that the algebra is about."""
     forward = type(module).forward
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and (forward is nn.Linear.forward or isinstance(module, FrozenLinear)):
         return _linear
     if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward and module.max_norm is None:
         return _embedding  # max_norm rescales the stored rows in place as they are looked up
@@ -99,7 +100,7 @@ class SidePath:
         return self.kind(*coordinate.factors(core), args[0], output)
 
     def load_hook(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-        if prefix + self.local_name in state_dict:
+        if prefix + self.local_name in state_dict or (isinstance(module, FrozenLinear) and prefix + "left" in state_dict):
             self.coordinate.reset()
 
     def remove(self) -> None:
@@ -116,5 +117,10 @@ class _SaveMerged:
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         name = prefix + self.path.local_name
-        if name in state_dict:
+        if isinstance(module, FrozenLinear):  # a product more, rather than another weight
+            factors = self.path.coordinate.pending_factors()
+            for part, more in zip(("left", "right"), factors, strict=True):
+                if more is not None:
+                    state_dict[prefix + part] = torch.cat([state_dict[prefix + part], more], dim=1)
+        elif name in state_dict:
             state_dict[name] = self.path.coordinate.merged()

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from zotune.coordinates import Coordinate
 from zotune.directions import Directions
+from zotune.frozen_linear import owner_of
 from zotune.neighbours import Shown
 from zotune.stacking import NotStackable, Stack
 from zotune.subspaces import LowRankCoordinate
@@ -198,6 +199,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     first = bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
     if isinstance(weight, Stacked):
         output = _beside(first, x, weight, fixed_first=not _low(weight).transposed)
+        if owner_of(_low(weight).parameter) is not None:
+            return output.view(*x.shape[:-1], width)  # the layer itself has computed the rest
     else:
         assert first is not None
         output = first.expand(blocks, flat.shape[0] // blocks, width).contiguous()

@@ -113,6 +113,10 @@ class Owned:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def between(self, start: int, stop: int) -> Owned:
+        """The pairs ``start`` to ``stop - 1``."""
+        return self if (start, stop) == (0, len(self)) else Owned(self.examples[start:stop], self.directions[start:stop])
+
 
 def share_out(sizes: Sequence[int], parts: int, each: int) -> list[Owned]:
     """For micro-batches of these sizes: their examples cut into ``parts`` runs, ``each`` directions to every run.
@@ -139,18 +143,19 @@ def batch_rows(batch: Any) -> int:
     Raises:
         NotStackable: it holds no tensors, or they differ in it.
     """
-    sizes = {tensor.shape[0] for tensor in _tensors(batch)}
+    sizes = {tensor.shape[0] for tensor in tensors(batch)}
     if len(sizes) != 1:
         what = "holds no tensor" if not sizes else f"holds tensors of {', '.join(map(str, sorted(sizes)))} rows"
         raise NotStackable(f"the batch {what}, so its examples cannot be told apart")
     return sizes.pop()
 
 
-def _tensors(batch: Any) -> list[Tensor]:
+def tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch that have a dimension 0, in order."""
     if isinstance(batch, Tensor):
         return [batch] if batch.dim() else []
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
 def take(batch: Any, index: Tensor, rows: int) -> Any:
@@ -168,7 +173,7 @@ def take(batch: Any, index: Tensor, rows: int) -> Any:
         for key, value in taken.items():
             twin[key] = value
         return twin
-    if isinstance(batch, (tuple, list)) and _tensors(batch):
+    if isinstance(batch, (tuple, list)) and tensors(batch):
         parts = [take(part, index, rows) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if isinstance(batch, list) and len(batch) == rows:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,14 @@ from zotune import checkpoint, following, generation, objectives, schedule
 from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
 from zotune.class_order import classes_of
 from zotune.config import ZOConfig
+from zotune.distributed import sharing
 from zotune.first_order import FirstOrder, Rival, optimizer_class
-from zotune.journal import Journal
+from zotune.journal import Journal, StepRecord
 from zotune.methods import AUTO, Method
 from zotune.optimizer import ZerothOrder
 from zotune.ordered_trainer import OrderedTrainer
 from zotune.run_lock import locked
+from zotune.stacking import batch_rows, take
 from zotune.step_sums import StepSums
 
 Batch = Mapping[str, Tensor]
@@ -135,7 +138,7 @@ class ZOTrainer(OrderedTrainer):
             NonFiniteLossError: the loss was not finite for `max_nonfinite_steps` steps in a row.
         """
         self._run_folder = Path(self._get_output_dir(trial))
-        with locked(self._run_folder):
+        with self.workers.on_first(locked(self._run_folder)):
             return self._train_alone(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train_alone(
@@ -147,10 +150,14 @@ class ZOTrainer(OrderedTrainer):
         self._follows = resume_from_checkpoint is True
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
             folder = None
-            self._refuse_used_folder()
+            self.workers.from_first(self._refuse_used_folder)
         else:
-            folder = self._checkpoint_to_resume(resume_from_checkpoint)
-        checkpoint.remove_drafts(self._run_folder)
+            found, self._from_the_start = self.workers.from_first(partial(self._where_to_resume, resume_from_checkpoint))
+            folder = None if found is None else Path(found)
+            if folder is not None:
+                self._train_batch_size = self._batch_size_of(folder)
+        if self.workers.first:
+            checkpoint.remove_drafts(self._run_folder)
         self._micro_batches = []
         self._since_log, self._since_train = StepSums(), StepSums()
         try:
@@ -174,6 +181,11 @@ class ZOTrainer(OrderedTrainer):
                 f"{self._run_folder} already holds a run: continue it with resume_from_checkpoint=True, or choose another output_dir."
             )
 
+    def _where_to_resume(self, wanted: str | os.PathLike[str] | Literal[True]) -> tuple[str | None, bool]:
+        """The checkpoint to go on from, and whether the run goes on from its beginning instead."""
+        folder = self._checkpoint_to_resume(wanted)
+        return None if folder is None else str(folder), self._from_the_start
+
     def _checkpoint_to_resume(self, wanted: str | os.PathLike[str] | Literal[True]) -> Path | None:
         journal = self._journal_path
         if wanted is not True:
@@ -196,11 +208,50 @@ class ZOTrainer(OrderedTrainer):
             faults[0] if faults else f"{self._run_folder} holds no checkpoint to resume from: start without resume_from_checkpoint."
         )
 
+    def _batch_size_of(self, folder: Path) -> int:
+        """Examples a micro-batch of the run that goes on, which another number of processes does not change."""
+        usual = self._train_batch_size
+        settings_file = folder / checkpoint.ARGUMENTS
+        if not settings_file.is_file():
+            return usual
+        then = checkpoint.load_json(settings_file).get("per_device_train_batch_size")
+        saved = checkpoint.load_json(folder / checkpoint.TRAINER_STATE).get("train_batch_size")
+        return saved if saved and then == self.args.per_device_train_batch_size else usual
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        if is_training and self.workers.several:
+            batches: Any = getattr(loader, "batch_sampler", None)
+            if not hasattr(batches, "process_index"):
+                raise ValueError("several processes need training data with a length and an index: load the stream into a list first.")
+            batches.num_processes, batches.process_index = 1, 0  # each is given every batch, and the optimizer shares it out
+        return loader
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Examples a step."""
+        return self._train_batch_size * args.gradient_accumulation_steps
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self.workers.several:
+            self.model._is_accelerate_prepared = True  # there are no gradients to average: no DistributedDataParallel
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         optimizer = self.zo_optimizer
         if isinstance(optimizer, FirstOrder):
             return prepared
+        self.workers.from_first(partial(self._begin_journal, optimizer, resume_from_checkpoint))
+        self._share_tail(optimizer)
+        return prepared
+
+    def _share_tail(self, optimizer: ZerothOrder) -> None:
+        """Have all workers follow what the first has found in the journal."""
+        if not self.workers.several:
+            return
+        tail, batched = self.workers.from_first(lambda: [optimizer._tail, optimizer.evaluations.batched])
+        if not self.workers.first:
+            optimizer.evaluations.restore(batched)
+            optimizer.follow([record if isinstance(record, dict) else StepRecord.of(record) for record in tail])
+
+    def _begin_journal(self, optimizer: ZerothOrder, resume_from_checkpoint: str | None) -> None:
         if resume_from_checkpoint is not None or self._from_the_start:
             journal = optimizer.journal or Journal.open(self._journal_path)
             optimizer.journal = _continued(journal, optimizer, resume_from_checkpoint, follows=self._follows)
@@ -213,7 +264,6 @@ class ZOTrainer(OrderedTrainer):
             self._save_initial_adapter()
             self._journal_path.parent.mkdir(parents=True, exist_ok=True)
             optimizer.journal = Journal.create(self._journal_path, optimizer.header())
-        return prepared
 
     def _save_initial_adapter(self) -> None:
         """A fresh adapter is random: without it the journal could not be replayed."""
@@ -251,7 +301,7 @@ class ZOTrainer(OrderedTrainer):
         if isinstance(method, Rival):
             common |= {"max_grad_norm": args.max_grad_norm, "max_steps": self.state.max_steps or None}
             return optimizer_class(method)(self.model, method, **common)
-        return ZerothOrder(self.model, self._method(), probe=args.probe, **common)
+        return ZerothOrder(self.model, self._method(), probe=args.probe, workers=self.workers, **common)
 
     def _method(self) -> Method:
         """The config's method; where it gives every example a direction and nobody said so, sets with every class in them get one instead.
@@ -264,7 +314,7 @@ class ZOTrainer(OrderedTrainer):
             return method
         stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
         classes = len(set(classes_of(self.train_dataset) or ())) if stratified else 0
-        if not 1 < classes <= args.train_batch_size * args.gradient_accumulation_steps / LEAST_SETS:
+        if not 1 < classes <= self._train_batch_size * args.gradient_accumulation_steps / LEAST_SETS:
             return method
         return args.zo_method(num_directions=f"sets:{classes}:{method.each}")
 
@@ -277,6 +327,8 @@ class ZOTrainer(OrderedTrainer):
         if not self.accelerator.sync_gradients:
             return nothing
         batches, self._micro_batches = self._micro_batches, []
+        if self.workers.several and (self.objective or _layout(batches[0])) is None:
+            batches = [piece for batch in batches for piece in _cut(batch, self.workers.size)]  # which is one number a batch
         loss_fn = self._loss_function(batches, num_items_in_batch)
         start = time.perf_counter()
         try:
@@ -467,6 +519,12 @@ def _continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str 
         journal.append({"event": "probe", "batched": False})
     optimizer.follow(tail[:count])
     return journal
+
+
+def _cut(batch: Batch, ways: int) -> list[Batch]:
+    """A batch in so many neighbouring pieces, or one an example."""
+    rows = batch_rows(batch)
+    return [take(batch, torch.arange(piece.start, piece.stop), rows) for piece in sharing.cut(rows, min(ways, rows))]
 
 
 def _gave_up(record: Any) -> bool:

@@ -33,7 +33,7 @@ def lender(module: nn.Module, coordinate: Coordinate, directions: Directions, of
     """What hands ``module`` its parameter at θ + offset."""
     if not coordinate.moves(offset.step, offset.direction):
         return partial(coordinate.at, directions, None)
-    if isinstance(coordinate, FullCoordinate) and not coordinate.thin and len(coordinate.shape) == 2:
+    if isinstance(coordinate, FullCoordinate) and not (coordinate.thin or coordinate.sharded) and len(coordinate.shape) == 2:
         large = coordinate.numel > LARGE and coordinate.device.type == "cpu"
         if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and large):
             return partial(Unformed.of, coordinate, directions, offset)

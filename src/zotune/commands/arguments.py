@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from zotune.offloading.cap import parse
+
 
 @dataclass
 class ModelArguments:
@@ -21,6 +23,34 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "run Python code that comes with the model; only for authors you trust"}
     )
+
+    offload: Literal["no", "cpu", "disk"] = field(
+        default="no",
+        metadata={
+            "help": "where the model's blocks are while they are not needed: cpu (host memory of a GPU) or disk (the model's own files)"
+        },
+    )
+    max_memory: str | None = field(
+        default=None, metadata={"help": "with --offload: memory (18GiB) that decides how many blocks stay and how many are on their way"}
+    )
+    offload_blocks: list[str] | None = field(
+        default=None, metadata={"help": "with --offload: name of the model's list of blocks (model.layers), where it is not found"}
+    )
+    offload_dir: str | None = field(
+        default=None, metadata={"help": "with --offload disk: folder for a scratch file of the weights that training changes"}
+    )
+    quantize: Literal["int8", "int4"] | None = field(
+        default=None, metadata={"help": "hold the Linear layers in so many bits, never written; for low-rank methods and --scheme lora"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_memory", "offload_blocks", "offload_dir"):
+            if getattr(self, name) is not None and self.offload == "no":
+                raise ValueError(f"--{name} is an option of --offload cpu and --offload disk.")
+        if self.max_memory is not None:
+            parse(self.max_memory)
+        if self.offload_dir is not None and not Path(self.offload_dir).expanduser().is_dir():
+            raise FileNotFoundError(f"--offload_dir: there is no folder {self.offload_dir!r}.")
 
     def require(self, command: str) -> str:
         """The model's name; ValueError when the user gave none."""

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from zotune import offloading
 from zotune.commands.arguments import ModelArguments
+from zotune.frozen_linear import freeze
+from zotune.offloading import cap
 from zotune.schemes import load_adapter
 
 
@@ -76,6 +79,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if args.offload == "cpu" and device.type == "cpu":
+        raise ValueError("--offload cpu is for a model that computes on a GPU; on a CPU, --offload disk keeps blocks in the model's files.")
     options: dict[str, Any] = {"dtype": resolve_dtype(args.dtype, device), "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
@@ -89,13 +94,38 @@ def load_model(
             config.num_labels = len(classes)
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: index for index, name in enumerate(classes)}
-    model, info = _explained(plan.name, lambda: kind.from_pretrained(plan.name, config=config, output_loading_info=True, **options))
+    model, info = _explained(plan.name, lambda: _read(plan.name, kind, args, device, config=config, output_loading_info=True, **options))
     missing = sorted(info["missing_keys"])
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
+    if args.quantize is not None:
+        freeze(model, int(args.quantize.removeprefix("int")))
+        stream = offloading.stream_of(model)
+        if stream is not None:
+            stream.bring_back()
+    if args.offload == "cpu" or (args.offload == "disk" and args.quantize is not None):
+        how: dict[str, Any] = {"blocks": args.offload_blocks, "max_memory": _cap(args), "scratch": _scratch(args)}
+        offloading.offload(model, args.offload, device=device, **how)
     if plan.adapter is not None:
         model = load_adapter(model, plan.adapter)
     return model, missing
+
+
+def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, **options: Any) -> Any:
+    if args.offload == "disk" and args.quantize is None:
+        more: dict[str, Any] = {"blocks": args.offload_blocks, "max_memory": _cap(args), "scratch": _scratch(args)}
+        return offloading.load(name, kind, device=device, **more, **options)
+    if args.quantize is not None:  # a block at a time, so that the model need never fit whole
+        return offloading.load(name, kind, blocks=args.offload_blocks, **options)
+    return kind.from_pretrained(name, **options)
+
+
+def _scratch(args: ModelArguments) -> str | None:
+    return None if args.offload_dir is None else str(Path(args.offload_dir).expanduser())
+
+
+def _cap(args: ModelArguments) -> int | None:
+    return None if args.max_memory is None else cap.parse(args.max_memory)
 
 
 def resolve_dtype(name: str, device: torch.device) -> Any:
@@ -124,6 +154,8 @@ def _explained(name: str, load: Callable[[], Any]) -> Any:
     """What `load` returns; its long-winded errors as one sentence."""
     try:
         return load()
+    except offloading.NotOffloadable:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:

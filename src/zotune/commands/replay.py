@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         raise FileExistsError(f"{output} is not empty; choose another --output_dir.")
     quiet_libraries()
     journal = Journal.open(path)
-    model, tokenizer = _base_model(args, journal, path.parent)
+    model, tokenizer = base_model(args, journal, path.parent)
     optimizer = replay(model, journal, until=args.step)
     steps = optimizer.steps
     optimizer.detach()
@@ -85,7 +85,7 @@ def merged(model: nn.Module) -> nn.Module:
     return merge()
 
 
-def _base_model(args: argparse.Namespace, journal: Journal, folder: Path) -> tuple[nn.Module, Any]:
+def base_model(args: argparse.Namespace, journal: Journal, folder: Path) -> tuple[nn.Module, Any]:
     """The base model as it was before the first step: in the run's dtype, with the head or adapter that the run began with."""
     run = run_folder.read_run(folder) if (folder / run_folder.RUN_FILE).is_file() else {}
     stored = {dtype for group in journal.header["groups"] for _, _, dtype in group["parameters"]}

@@ -15,11 +15,12 @@ from transformers import TrainerCallback
 class StopWhenAsked(TrainerCallback):
     """Turns the first SIGINT or SIGTERM of a run into a checkpoint at the end of the step and a `KeyboardInterrupt` after it.
 
-    A second one interrupts at once, and so does the first one outside of :meth:`listening`'s training loop.
+    A second one interrupts at once, and so does the first one outside of :meth:`listening`'s training loop. Several processes stop
+    together, after the step in which all have heard of it.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.stopping = False
         self._in_a_loop = False
 
     @contextmanager
@@ -44,11 +45,16 @@ class StopWhenAsked(TrainerCallback):
         self._in_a_loop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
+        self.stopping = self.asked
+        optimizer = kwargs.get("optimizer")
+        workers = getattr(getattr(optimizer, "optimizer", optimizer), "workers", None)  # accelerate wraps it
+        if workers is not None and workers.several:
+            workers.asked, self.stopping = self.asked, workers.told
+        if self.stopping:
             control.should_save, control.should_evaluate = True, False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
+        if self.stopping:
             raise KeyboardInterrupt
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

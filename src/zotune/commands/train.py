@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
-from zotune import checkpoint, schemes
+from zotune import checkpoint, offloading, schemes
 from zotune.commands import run_folder, untrained
 from zotune.commands.arguments import DataArguments, ModelArguments
 from zotune.commands.models import load_model, load_tokenizer, plan_model
@@ -25,6 +25,7 @@ from zotune.commands.quiet import quiet_libraries
 from zotune.commands.stopping import StopWhenAsked
 from zotune.commands.train_options import ABOUT, DEFAULTS, USAGE, OutputArguments, groups
 from zotune.config import ZOConfig, settings
+from zotune.distributed import Workers, restarted
 from zotune.first_order import FirstOrder, Rival
 from zotune.methods import Method
 from zotune.run_lock import locked
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     (model, data, scheme, output, config), _ = parser.parse(argv, _adjust)
     run = Run(argv, model, data, scheme, output, config)
-    run.console.print(report(run.carry_out()))
+    summary = run.carry_out()
+    run.console.print(report(summary))
     return 0
 
 
@@ -86,7 +88,8 @@ class Run:
         self.argv, self.model_args, self.data_args = list(argv), model, data
         self.scheme, self.output, self.config = scheme, output, config
         self.folder = Path(config.output_dir)
-        self.console = console or new_console()
+        self.workers = Workers()  # the first of several speaks, and writes the folder
+        self.console = console or new_console(quiet=not self.workers.first)
         self.data_name = name or data.task or Path(data.train_file or "").name
 
     def carry_out(self) -> dict[str, Any]:
@@ -97,9 +100,9 @@ class Run:
             NonFiniteLossError: training diverged.
             KeyboardInterrupt: interrupted, with the command that continues the run as its message.
         """
-        resume = self._resume()
+        resume, self.output.overwrite_output_dir = self.workers.from_first(self._resume)
         if resume is None and not self.output.overwrite_output_dir:
-            run_folder.check_unused(self.folder, "zotune train")
+            self.workers.from_first(lambda: run_folder.check_unused(self.folder, "zotune train"))
         method = self.config.chosen_method()
         self._settle_demonstrations(method)
         plan = plan_model(self.model_args, "zotune train")
@@ -117,22 +120,26 @@ class Run:
             model = self._under_scheme(model, method, on_adapter=plan.adapter is not None)
         existed = self.folder.exists()
         try:
-            with locked(self.folder):
+            with self.workers.on_first(locked(self.folder)):
                 trainer = self._trainer(model, tokenizer, data)
                 if no_steps:
                     assert isinstance(method, Rival)
                     return self._judge(method, trainer, data, base=plan.adapter or plan.name)
                 return self._train(trainer, data, resume, fresh, base=plan.adapter or plan.name)
         finally:
-            if not existed and self.folder.is_dir() and not any(self.folder.iterdir()):
+            if self.workers.first and not existed and self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()  # it failed before there was anything to keep
 
-    def _resume(self) -> str | bool | None:
-        wanted = self.config.resume_from_checkpoint
+    def _resume(self) -> tuple[str | bool | None, bool]:
+        """What to resume from, and whether to replace what is in the folder."""
+        wanted, overwrite = self.config.resume_from_checkpoint, self.output.overwrite_output_dir
+        if wanted is None and restarted():  # a worker died, and torchrun has started all of them again with the same words
+            begun = (self.folder / run_folder.RUN_FILE).is_file() and (self.folder / run_folder.JOURNAL_FILE).is_file()
+            return (True if begun else None), True
         if wanted is None or wanted.lower() in ("false", "no"):
-            return None
+            return None, overwrite
         run_folder.read_run(self.folder)
-        return True if wanted.lower() in ("true", "yes") else wanted
+        return (True if wanted.lower() in ("true", "yes") else wanted), overwrite
 
     def _settle_demonstrations(self, method: Method | Rival) -> None:
         if method.name == "icl":
@@ -150,7 +157,9 @@ class Run:
             model = schemes.apply(model, self.scheme, seed=self.config.seed)
         if self.scheme.scheme == "prefix" and self.config.activation_checkpointing:
             raise ValueError("prefix tuning keeps its keys and values where activation checkpointing drops them: leave one of them out.")
-        reason = schemes.refusal(method, model, self.scheme)
+        reason = schemes.refusal(method, model, self.scheme) or (
+            offloading.refusal(method, model) if self.model_args.offload != "no" else None
+        )
         if reason is not None:
             raise ValueError(reason)
         return model
@@ -185,9 +194,11 @@ class Run:
         self._announce(trainer, data, method.title, base)
         if resume is None:
             before = self._evaluate(trainer, data, "before training")
-            if self.output.overwrite_output_dir:
-                run_folder.clear_run(self.folder)
-            self._note_start(trainer, data, fresh, base, before)
+            if self.workers.first:
+                if self.output.overwrite_output_dir:
+                    run_folder.clear_run(self.folder)
+                self._note_start(trainer, data, fresh, base, before)
+            self.workers.wait()
         else:
             before = run_folder.read_run(self.folder).get("before")
             self._restore_head(trainer.model)
@@ -207,8 +218,22 @@ class Run:
         seconds = time.perf_counter() - started - progress.paused
         peaks: dict[str, int | str] = {"loaded": memory.baseline, "evaluation": peak_before, "training": memory.peak(), "of": memory.kind}
         after = self._evaluate(trainer, data, "after training")
-        self._save(trainer)
         summary = self._summary(trainer, data, before, after, seconds, time.perf_counter() - begin, peaks)
+        if self.workers.first:
+            self._save(trainer)
+            self._write_summary(trainer, data, before, after, summary, method.title)
+        self.workers.wait()
+        return summary
+
+    def _write_summary(
+        self,
+        trainer: ZOTrainer,
+        data: PreparedData,
+        before: Mapping[str, float] | None,
+        after: Mapping[str, float] | None,
+        summary: Mapping[str, Any],
+        title: str,
+    ) -> None:
         write_json(self.folder / run_folder.SUMMARY_FILE, summary)
         first = (before or {}).get(data.main_metric) if data.dev is None else None
         curve = curve_of(trainer.state.log_history, data.main_metric, first)
@@ -216,8 +241,7 @@ class Run:
             curve = dataclasses.replace(
                 curve, metric=sorted({**dict(curve.metric), trainer.state.global_step: after[data.main_metric]}.items())
             )
-        write_curve(curve, self.folder / run_folder.CURVE_FILE, f"{method.title} on {self.data_name}")
-        return summary
+        write_curve(curve, self.folder / run_folder.CURVE_FILE, f"{title} on {self.data_name}")
 
     def _judge(self, method: Rival, trainer: ZOTrainer, data: PreparedData, base: str) -> dict[str, Any]:
         """A method that takes no step: zero-shot, in-context learning, a linear probe."""
@@ -268,6 +292,9 @@ class Run:
             highlight=False,
         )
         self.console.print(f"{self.data_name}: {', '.join(sizes)}", highlight=False)
+        stream = offloading.stream_of(trainer.model)
+        if stream is not None:
+            self.console.print(stream.describe(), highlight=False)
 
     def _evaluate(self, trainer: ZOTrainer, data: PreparedData, when: str) -> dict[str, float] | None:
         """Metrics on the evaluation data (not the held-out part), without their `eval_` prefix."""
@@ -381,7 +408,8 @@ class Run:
             "model": self.model_args.model_name_or_path,
             "data": self.data_name,
             "metric": data.main_metric,
-            "batch_size": self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps,
+            "batch_size": trainer.get_total_train_batch_size(self.config),
+            "processes": self.workers.size,
             "seed": self.config.seed,
             "output_dir": str(self.folder),
         }
@@ -428,10 +456,10 @@ def _rate_text(summary: Mapping[str, Any]) -> str:
     return rate if first is None else f"{rate} ({first:.2g} at the first log entry)"
 
 
-def new_console() -> Console:
+def new_console(quiet: bool = False) -> Console:
     """Standard output; wide enough for a path where there is no terminal to ask."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    console = Console(quiet=quiet)
+    return console if console.is_terminal else Console(width=120, quiet=quiet)
 
 
 def _absolute(data: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def groups() -> dict[str, dict[str, str]]:
         "learning_rate": "a number, or auto (the default where it is known): measured now and then from a few losses",
         "eps": "size of the perturbation, or auto (the default): measured on the first batch",
         "max_steps": "training steps (default 1000)",
-        "per_device_train_batch_size": "examples a step",
+        "per_device_train_batch_size": "examples a step, for each process where several were launched",
         "seed": "of the directions, the order of the data and the subsets",
         "config": "",
         "resume_from_checkpoint": "continue the run in --output_dir from its newest checkpoint (true) or from a folder",
@@ -57,6 +57,7 @@ def groups() -> dict[str, dict[str, str]]:
         },
         "model and scheme": dict.fromkeys(
             (*(field.name for field in dataclasses.fields(Scheme)), "dtype", "attn_implementation", "trust_remote_code"), ""),
+        "models larger than memory": dict.fromkeys(("offload", "max_memory", "offload_blocks", "offload_dir", "quantize"), ""),
         "the run": {
             "num_train_epochs": "instead of --max_steps",
             "gradient_accumulation_steps": "micro-batches a step, all evaluated under the same directions",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from zotune import frozen_linear, residence
 from zotune.coordinates import THIN, Coordinate, Offset
 from zotune.directions import Directions, Key, for_blocks
 from zotune.kernels import moves_for
@@ -18,6 +20,9 @@ from zotune.subspaces.subspace import Space
 class FullCoordinate(Coordinate):
     """θ = W. In half precision W is the upper part of a float32 value whose lower 16 bits live beside it (see ``precision``)."""
 
+    #: Whether this process holds only some of its numbers.
+    sharded = False
+
     def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
         super().__init__(name, parameter, parameter.shape)
         self.thin = parameter.dim() == 1 or (parameter.dim() == 2 and min(parameter.shape) <= THIN)
@@ -25,6 +30,9 @@ class FullCoordinate(Coordinate):
         self.residual: Tensor | None = None
         if self.half and keep_residual:
             self.residual = torch.zeros(self.numel, dtype=torch.int16, device=parameter.device)
+            away = residence.home(parameter)
+            if away is not None:
+                away.take_along(self.residual)
 
     def _block(self, flat: Tensor, part: slice) -> Tensor:
         """A block of θ in float32 (a view, where the weight is float32 itself; float64 weights stay float64)."""
@@ -150,7 +158,20 @@ class FullCoordinate(Coordinate):
         self._finish(flat)
 
     def add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float = 1.0) -> None:
-        """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r): a block of rows at a time."""
+        """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r): a block of rows at a time.
+
+        Where W is away, when it comes back: the factors are kept as they are now.
+        """
+        layer = frozen_linear.owner_of(self.parameter)
+        if layer is not None:
+            layer.add(left, right, keep)
+            return
+        if residence.home(self.parameter) is not None:
+            left, right = left.clone(), right.clone()
+        work = partial(self._add_product, left, right, seed, step, keep)
+        residence.when_at_hand(self.parameter, work, held=4 * (left.numel() + right.numel()))
+
+    def _add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float) -> None:
         columns = self.parameter.shape[1]
         rounding = Key(seed, step, 0, self.name, "rounding")
         flat = self._flat()
@@ -185,17 +206,22 @@ class FullCoordinate(Coordinate):
 
     def reset(self) -> None:
         if self.residual is not None:
-            self.residual.zero_()
+            residence.when_at_hand(self.parameter, self.residual.zero_)
 
     def kept(self) -> list[Tensor]:
         return [] if self.residual is None else [self.residual]
 
+    @property
+    def travels(self) -> bool:
+        return type(self) is FullCoordinate
+
     def state(self) -> dict[str, Tensor]:
-        return {} if self.residual is None else {"residual": self.residual}
+        return {} if self.residual is None else {"residual": residence.lasting(self.residual)}
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         if self.residual is not None:
-            self.residual.copy_(state["residual"].to(self.device))
+            residual, saved = self.residual, state["residual"]
+            residence.when_at_hand(self.parameter, lambda: residual.copy_(saved.to(self.device)), held=2 * self.numel)
 
 
 @dataclass(frozen=True)
@@ -203,4 +229,18 @@ class Full(Space):
     """Every trainable parameter moves in its own full space."""
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
-        return FullCoordinate(name, parameter)
+        return full_coordinate(name, parameter)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, of which other processes may hold the other part."""
+    return hasattr(parameter, "full_tensor") and hasattr(parameter, "device_mesh")
+
+
+def full_coordinate(name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> FullCoordinate:
+    """The coordinates of a parameter in full space, wherever its numbers are."""
+    if is_sharded(parameter):
+        from zotune.subspaces.sharded import ShardedCoordinate  # which builds on this module
+
+        return ShardedCoordinate(name, parameter, keep_residual=keep_residual)
+    return FullCoordinate(name, parameter, keep_residual=keep_residual)

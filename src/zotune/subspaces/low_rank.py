@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zotune import frozen_linear, residence
 from zotune.coordinates import Carry, Coordinate, Offset
 from zotune.directions import Directions, Key
-from zotune.subspaces.full import FullCoordinate
+from zotune.subspaces.full import full_coordinate
 from zotune.subspaces.subspace import Space
 
 
@@ -47,7 +48,7 @@ class LowRankCoordinate(Coordinate):
         self.moved: Tensor | None = self.core  # θ, θ + offset during an evaluation, None while the side path is to keep out
         self.clock = (0, 0)  # (seed, step) of the last change, the key of the fold's rounding
         self._merged: weakref.ref[Tensor] | None = None
-        self._weight = FullCoordinate(name, parameter, keep_residual=False)
+        self._weight = full_coordinate(name, parameter, keep_residual=False)
 
     # -- what a subspace of its own overrides -----------------------------------------------------------------------------------------
 
@@ -158,6 +159,10 @@ class LowRankCoordinate(Coordinate):
         self.keep *= keep
         self._changed(seed, step)
 
+    @property
+    def travels(self) -> bool:
+        return True
+
     def _changed(self, seed: int, step: int) -> None:
         self.pending = True
         self.clock = (seed, step)
@@ -169,7 +174,7 @@ class LowRankCoordinate(Coordinate):
         """Go without a side path. W is then written every step, so in half precision it needs a residual as in full space."""
         assert not self.pending
         self.side_path = False
-        self._weight = FullCoordinate(self.name, self.parameter)
+        self._weight = full_coordinate(self.name, self.parameter)
 
     def fold(self) -> None:
         """W ← W + A Vᵀ, θ ← 0; a half-precision W rounds stochastically, keyed by the step that changed θ last."""
@@ -178,15 +183,23 @@ class LowRankCoordinate(Coordinate):
         self._weight.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
         self._clear()
 
+    def pending_factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """(left, right) of what the next fold would add, None for nothing."""
+        if not self.pending:
+            return None, None
+        left, right = self.factors(self.core)
+        return left.clone(), right.contiguous()
+
     def merged(self) -> Tensor:
         """What :meth:`fold` would make of W, as a copy; the same tensor for every owner of a shared weight."""
         if not self.pending and self.keep == 1.0:
-            return self.parameter.detach()
+            return residence.lasting(self.parameter)
         merged = None if self._merged is None else self._merged()
         if merged is not None:
             return merged
-        merged = self.parameter.detach().clone()
-        copy = FullCoordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
+        with residence.at_hand(self.parameter):
+            merged = self.parameter.detach().clone()
+        copy = full_coordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
         copy.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
         self._merged = weakref.ref(merged)
         return merged
@@ -200,15 +213,21 @@ class LowRankCoordinate(Coordinate):
         self._weight.reset()
 
     def state(self) -> dict[str, Tensor]:
+        layer = frozen_linear.owner_of(self.parameter)
+        stored = {} if layer is None else {"left": layer.left, "right": layer.right, "factor": layer.factor}
         if not self.pending and self.keep == 1.0:
-            return self._weight.state()
+            return self._weight.state() | stored
         # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
         return {
             "a": self.core,
-            "base": self.parameter.detach(),
+            **({"base": residence.lasting(self.parameter)} if layer is None else stored),
             "keep": torch.tensor(self.keep, dtype=torch.float64),
             "clock": torch.tensor(self.clock[1]),
         }
+
+    def _restore(self, base: Tensor) -> None:
+        work = lambda: self.parameter.data.copy_(base.to(self.device))  # noqa: E731
+        residence.when_at_hand(self.parameter, work, held=base.numel() * base.element_size())
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         self.reset()
@@ -216,9 +235,13 @@ class LowRankCoordinate(Coordinate):
             self.redraw(seed, self._redraws(step - 1))
         if "residual" in state:
             self._weight.load_state(state, seed, step)
+        layer = frozen_linear.owner_of(self.parameter)
+        if layer is not None:
+            layer.left, layer.right, layer.factor = (state[name].to(self.device, copy=True) for name in ("left", "right", "factor"))
         if "a" in state:
             self.core.copy_(state["a"].to(self.device))
-            self.parameter.data.copy_(state["base"].to(self.device))
+            if layer is None:
+                self._restore(state["base"])
             self.pending, self.keep, self.clock = True, float(state["keep"]), (seed, int(state["clock"]))
 
 
@@ -247,7 +270,7 @@ class LowRank(Space):
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
         if not self.fits(parameter.shape):
-            return FullCoordinate(name, parameter)
+            return full_coordinate(name, parameter)
         return self.factored(name, parameter)
 
     def fits(self, shape: Sequence[int]) -> bool:

@@ -1,0 +1,110 @@
+"""Predicted steps of up to 10,000 workers: losses on the wire against gradients.
+
+    python benchmarks/scaling.py --output docs/images/scaling.png
+
+A model on paper, not a measurement; what it is made of is in docs/scaling.md. Weak scaling: every worker brings its own examples, so that
+the ideal is a step that takes as long however many take part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from zotune.distributed.traffic import Network, gradients, received
+
+WEIGHTS = 13_000_000_000
+EXAMPLES, TOKENS = 16, 256  # of every worker
+FLOPS = 2e14  # that a worker gets out of its accelerator
+POINTS = 2
+#: Numbers of one direction of rank 1 over a 13B model's matrices: 40 blocks of outputs 4 · 5120 + 20480 + 5120, and as much again.
+DIRECTION = 40 * (4 * 5120 + 20480 + 5120)
+DRAWN = 5e10  # numbers that a worker draws and adds a second
+
+DATACENTER = Network("100 Gb/s, 10 µs", 12.5e9, 1e-5)
+ETHERNET = Network("1 Gb/s, 200 µs", 1.25e8, 2e-4)
+INTERNET = Network("100 Mb/s, 50 ms", 1.25e7, 5e-2)
+FORWARD = 2 * WEIGHTS * EXAMPLES * TOKENS / FLOPS
+
+
+class Step(NamedTuple):
+    """Seconds of a step."""
+
+    compute: float
+    wire: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.wire + self.update
+
+
+def zeroth(workers: int, network: Network, directions: Callable[[int], int]) -> Step:
+    """A step of two points: the table of losses on the wire, and every worker draws all K directions once more for its update."""
+    examples = EXAMPLES * workers
+    drawn = directions(examples) * DIRECTION
+    return Step(POINTS * FORWARD, network.seconds(received(POINTS, examples, workers), workers), drawn / DRAWN)
+
+
+def first(workers: int, network: Network) -> Step:
+    """A step of backprop, three forwards' worth, with gradients in two bytes; what is hidden behind the backward pass is not counted."""
+    wire = network.seconds(gradients(WEIGHTS, workers), workers)
+    return Step(3 * FORWARD, max(0.0, wire - 2 * FORWARD), 0.0)
+
+
+RIVALS: dict[str, tuple[Callable[[int], Step], str, str]] = {
+    "losses, one direction, 100 Mb/s": (lambda w: zeroth(w, INTERNET, lambda n: 1), "#1f4e8c", ":"),
+    "losses, one direction, 1 Gb/s": (lambda w: zeroth(w, ETHERNET, lambda n: 1), "#1f4e8c", "-"),
+    "losses, a direction an example, 1 Gb/s": (lambda w: zeroth(w, ETHERNET, lambda n: n), "#7a9cc6", "--"),
+    "losses, 1024 directions at most, 1 Gb/s": (lambda w: zeroth(w, ETHERNET, lambda n: min(n, 1024)), "#2e8b57", "-"),
+    "gradients, 100 Gb/s": (lambda w: first(w, DATACENTER), "#b0561f", "-"),
+    "gradients, 1 Gb/s": (lambda w: first(w, ETHERNET), "#b0561f", "--"),
+}
+
+
+def draw(path: Path, counts: list[int]) -> None:
+    """Left: bytes a worker receives in a step. Right: the part of a worker's time that is spent on its own examples."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(13, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot(counts[1:], [gradients(WEIGHTS, w) for w in counts[1:]], color="#b0561f", label="gradients, 2 bytes each")
+    left.plot(counts[1:], [received(POINTS, EXAMPLES * w, w) for w in counts[1:]], color="#1f4e8c", label="losses, all workers'")
+    left.set(xscale="log", yscale="log", xlabel="workers", ylabel="bytes a worker receives in a step", title="on the wire, 13B weights")
+    left.legend(frameon=False, loc="center right")
+    for name, (step, colour, style) in RIVALS.items():
+        own = step(1).compute
+        right.plot(counts, [own / step(w).total for w in counts], color=colour, linestyle=style, label=name)
+    right.set(xscale="log", xlabel="workers", title="time spent on examples, predicted", ylim=(0, 1.05))
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="a figure, as PNG")
+    args = parser.parse_args()
+    shown = [1, 2, 8, 64, 1000, 10_000]
+    print(f"{POINTS} points, {EXAMPLES} x {TOKENS} tokens a worker, a forward of them {FORWARD:.2f} s")
+    print("| workers | losses, bytes received | gradients, bytes received | " + " | ".join(RIVALS) + " |")
+    print("|" + "---|" * (3 + len(RIVALS)))
+    for workers in shown:
+        sizes = f"{received(POINTS, EXAMPLES * workers, workers):.3g} | {gradients(WEIGHTS, workers):.3g}"
+        parts = [f"{step(1).compute / step(workers).total:.1%}" for step, _, _ in RIVALS.values()]
+        print(f"| {workers} | {sizes} | " + " | ".join(parts) + " |")
+    if args.output:
+        draw(args.output, sorted({round(math.exp(x / 8)) for x in range(round(8 * math.log(10_000)) + 1)} | {10_000}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""That all workers are in the same state, and know it: digests of weights, settings and batches, compared now and then."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zotune.journal import digest
+from zotune.stacking import tensors
+from zotune.subspaces.full import is_sharded
+
+if TYPE_CHECKING:
+    from zotune.optimizer import ZerothOrder
+
+#: What is compared, in the order in which a difference is reported, and what it is likely to come from.
+_CAUSES = {
+    "method": "start every worker with the same method and options",
+    "seed": "start every worker with the same seed",
+    "step": "resume every worker from the same checkpoint",
+    "lr": "give every worker the same learning rate and schedule",
+    "weights": "load the same model on every worker, with the same versions, on the same type of device",
+}
+
+
+class WorkersDisagreeError(RuntimeError):
+    """Workers of one run are not in the same state."""
+
+
+def settle(optimizer: ZerothOrder, batch: Any) -> None:
+    """Compare all workers before a step, and find out at the first whether their batches are the same.
+
+    Args:
+        batch: the step's micro-batches; None for a closure.
+
+    Raises:
+        WorkersDisagreeError: names what differs and the ranks that are not as most are.
+    """
+    workers = optimizer.workers
+    state = {**_state(optimizer), "batch": None if batch is None else batch_digest(batch)}
+    everybody = workers.exchange(state)
+    for name, cure in _CAUSES.items():
+        odd = _odd([str(found[name]) for found in everybody])
+        if odd:
+            ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} differ"
+            raise WorkersDisagreeError(f"{ranks} from the other workers in {name} before step {optimizer.steps}: {cure}.")
+    alike = len({found["batch"] for found in everybody}) == 1
+    if workers.batches == "auto":
+        workers.batches = "same" if alike and batch is not None and None not in batch else "own"
+        if workers.batches == "own" and workers.share_mode in ("directions", "both"):
+            raise WorkersDisagreeError(
+                f"share={workers.share_mode!r} needs workers with the same batch, and theirs differ: give all of them the whole batch, or "
+                "set share='data'."
+            )
+    elif workers.batches == "same" and not alike:
+        odd = _odd([str(found["batch"]) for found in everybody])
+        raise WorkersDisagreeError(
+            f"ranks {', '.join(map(str, odd))} were given another batch than the other workers at step {optimizer.steps}: shuffle with "
+            "the same seed everywhere, or say Workers(batches='own')."
+        )
+
+
+def _state(optimizer: ZerothOrder) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    run = state["zotune"]
+    return {
+        "method": [run["method"], repr(sorted(run["options"].items(), key=str))],
+        "seed": run["seed"],
+        "step": run["steps"],
+        "lr": [float(group["lr"]) for group in optimizer.param_groups],
+        "weights": state_digest(optimizer),
+    }
+
+
+def state_digest(optimizer: ZerothOrder) -> str:
+    """A digest of the model's weights and of everything else that moves with them: pending updates, moments, anchors.
+
+    Residuals of sharded weights, of which every worker has its own, are not in it.
+    """
+    own = {f"coordinate/{c.name}/residual" for c in optimizer.probe.coordinates if is_sharded(c.parameter)}
+    state = {name: tensor for name, tensor in optimizer.state_dict()["state"].items() if name not in own}
+    return _hashed({"": digest(optimizer.model), **state})
+
+
+def batch_digest(batch: Any) -> str:
+    """A digest of the tensors in a batch."""
+    return _hashed({str(place): tensor for place, tensor in enumerate(tensors(batch))})
+
+
+def _hashed(items: Mapping[str, Tensor | str]) -> str:
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, item in sorted(items.items()):
+        if isinstance(item, str):
+            hashed.update(f"{name}|{item}|".encode())
+            continue
+        item = item.full_tensor() if hasattr(item, "full_tensor") else item  # sharded: a digest of the whole
+        hashed.update(f"{name}|{item.dtype}|{tuple(item.shape)}|".encode())
+        hashed.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def _odd(values: list[str]) -> list[int]:
+    """Ranks that do not say what most say."""
+    usual, _ = Counter(values).most_common(1)[0]
+    return [rank for rank, value in enumerate(values) if value != usual]

@@ -1,0 +1,11 @@
+"""Models larger than memory: their blocks come from host memory or disk while they are needed.
+
+A zeroth-order step only reads the weights, so a model streams one way: nothing is sent back but what an update has changed.
+"""
+
+from zotune.offloading.blocks import NotOffloadable
+from zotune.offloading.loading import load, offload
+from zotune.offloading.refusing import refusal
+from zotune.offloading.stream import Stream, stream_of
+
+__all__ = ["NotOffloadable", "Stream", "load", "offload", "refusal", "stream_of"]

@@ -1,0 +1,118 @@
+"""Which parts of a model come and go: its repeated blocks, found by structure, and of them the tensors worth moving."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+#: Vectors, matrices of fewer numbers and narrow ones (adapters) stay: they are little of a model, and updates of many of them go together.
+SMALL = 1 << 8
+NARROW = 16
+
+
+class NotOffloadable(ValueError):
+    """A model cannot be offloaded as asked."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modules that are needed at the same time, a block as a rule: ``names`` in the model, and the modules."""
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+
+def find(model: nn.Module, named: str | Sequence[str] | None = None) -> list[Part]:
+    """The blocks of a model, in the order of their names.
+
+    Args:
+        model: any module.
+        named: the list of blocks (``"model.layers"``), several such lists, or None: the longest list of modules of one class that lies
+            in no other block.
+
+    Raises:
+        ValueError: there is no list of that name, or none at all.
+    """
+    if named is not None:
+        modules = dict(model.named_modules())
+        found = []
+        for name in [named] if isinstance(named, str) else named:
+            module = modules.get(name)
+            if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
+                lists = ", ".join(n for n, m in _lists(model)) or "none"
+                raise NotOffloadable(f"the model has no list of blocks {name!r}; its lists of modules are: {lists}.")
+            found.append((name, module))
+    else:
+        alike = [(name, module) for name, module in _lists(model) if len(module) > 1 and _of_one_kind(module)]
+        longest = max((len(module) for _, module in alike), default=0)
+        found = [(name, module) for name, module in alike if len(module) == longest]
+        if not found:
+            raise NotOffloadable(
+                f"no repeated blocks are found in {type(model).__name__}: offloading needs an nn.ModuleList of at least two modules of one "
+                "class; name the lists with blocks=..., or train the model without offloading."
+            )
+    return [Part((f"{name}.{index}",), (block,)) for name, module in found for index, block in enumerate(module)]
+
+
+def _lists(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of modules that lie in no other list."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList) and len(child):
+            yield prefix + name, child
+        else:
+            yield from _lists(child, f"{prefix}{name}.")
+
+
+def _of_one_kind(module: nn.ModuleList) -> bool:
+    return len({type(block) for block in module}) == 1
+
+
+def large(tensor: Tensor) -> bool:
+    """Whether a tensor is worth moving."""
+    if tensor.dim() < 2 or tensor.numel() < SMALL:
+        return False
+    return min(tensor.shape) > 0 and max(tensor.shape[-2:]) < NARROW * min(tensor.shape[-2:])
+
+
+def tensors(part: Part, elsewhere: Counter[int]) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """(name, owner, name within it, tensor) of what comes and goes of a part: large, and nobody else's.
+
+    Args:
+        part: of the model.
+        elsewhere: by id of a tensor, in how many parts of the model it occurs.
+    """
+    found: dict[int, tuple[str, nn.Module, str, Tensor]] = {}
+    for name, module in zip(part.names, part.modules, strict=True):
+        for path, owner in module.named_modules():
+            for local, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+                if tensor is not None and elsewhere[id(tensor)] == 1 and _plain(tensor) and large(tensor):
+                    found.setdefault(id(tensor), (".".join(filter(None, (name, path, local))), owner, local, tensor))
+    return list(found.values())
+
+
+def occurrences(model: nn.Module, parts: Sequence[Part]) -> Counter[int]:
+    """By id of a tensor: in how many of the parts, or in the rest of the model, it occurs."""
+    counted: Counter[int] = Counter()
+    inside = {id(m) for part in parts for module in part.modules for m in module.modules()}
+    for part in parts:
+        counted.update({id(t) for module in part.modules for m in module.modules() for t in _own(m)})
+    counted.update({id(t) for m in model.modules() if id(m) not in inside for t in _own(m)})
+    return counted
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    return (t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one piece of memory. Others (weights quantised by torchao or bitsandbytes) stay where they are."""
+    return type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor's values."""
+    return tensor.numel() * torch.empty(0, dtype=tensor.dtype).element_size()

@@ -1,0 +1,108 @@
+"""How much of a model stays under a memory cap, and what a step then costs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zotune.offloading import blocks
+from zotune.offloading.blocks import NotOffloadable, bytes_of
+from zotune.offloading.stream import moving_of
+
+_UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9, "gib": 2**30}
+#: Of the cap, what is left to activations, to directions and to what the allocator rounds up to.
+SPARE = 0.15
+#: What a CUDA context and the libraries' workspaces take of a card.
+CONTEXT = 700 << 20
+#: Blocks on their way at a time, at most: one more hides no more than unsteadiness of the link.
+DEEPEST = 3
+
+
+def parse(text: str) -> int:
+    """Bytes of ``"18GiB"``, ``"500MB"`` or ``"1e9"``.
+
+    Raises:
+        ValueError: it is no amount of memory.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS or not float(match[1]):
+        raise ValueError(f"{text!r} is no amount of memory; write it like 18GiB or 500MB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Under a cap: blocks that stay, blocks on their way, and the bytes that all this takes."""
+
+    resident: int
+    prefetch: int
+    total: int
+
+
+def arrange(
+    model: nn.Module,
+    cap: int,
+    device: torch.device,
+    named: str | Sequence[str] | None = None,
+    taken: Callable[[torch.device], int] | None = None,
+) -> Arrangement:
+    """As many blocks as fit beside what always stays and the rooms for those that come and go.
+
+    Args:
+        model: the model, with or without memory.
+        cap: bytes, of the device where it computes.
+        device: which that is.
+        named: the list of blocks, as in :func:`zotune.offloading.offload`.
+        taken: bytes that the process takes already; the default looks.
+
+    Raises:
+        ValueError: the smallest arrangement does not fit; how much it takes.
+    """
+    sizes = _of_blocks(model, named)
+    room, base = max(sizes), (taken or process)(device) + _whole(model) - sum(sizes)
+    usable = int(cap * (1 - SPARE))
+    least = base + 2 * room
+    if least > usable:
+        needed = least / (1 - SPARE)
+        raise NotOffloadable(
+            f"a cap of {cap / 2**30:.2f} GiB is too small: what always stays takes {base / 2**30:.2f} GiB and two blocks "
+            f"{2 * room / 2**30:.2f}, "
+            f"so --max_memory must be at least {needed / 2**30:.2f}GiB."
+        )
+    resident = 0
+    while resident < len(sizes) - 1 and least + sum(sizes[: resident + 1]) <= usable:
+        resident += 1
+    total = least + sum(sizes[:resident])
+    prefetch = 1
+    while prefetch < DEEPEST and resident < len(sizes) - 1 - prefetch and total + room <= usable:
+        prefetch, total = prefetch + 1, total + room
+    return Arrangement(resident, prefetch, total)
+
+
+def sizes(model: nn.Module, named: str | Sequence[str] | None = None) -> tuple[int, int, int, int]:
+    """(bytes of all weights, of what always stays, of the largest block's part that can be away, blocks)."""
+    of_blocks, whole = _of_blocks(model, named), _whole(model)
+    return whole, whole - sum(of_blocks), max(of_blocks), len(of_blocks)
+
+
+def _of_blocks(model: nn.Module, named: str | Sequence[str] | None) -> list[int]:
+    parts = blocks.find(model, named)
+    return [sum(bytes_of(one.tensor) for one in some) for some in moving_of(parts, model, torch.device("cpu"))]
+
+
+def _whole(model: nn.Module) -> int:
+    return sum(bytes_of(p) for p in model.parameters()) + sum(bytes_of(b) for b in model.buffers())
+
+
+def process(device: torch.device) -> int:
+    """Bytes of the device that are taken before any weight is."""
+    if device.type == "cuda":
+        return CONTEXT
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

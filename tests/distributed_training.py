@@ -1,0 +1,125 @@
+"""A training that the tests of several processes take: in one process, and in several by `torchrun tests/distributed_training.py OUT`.
+
+Every process writes what it was like to OUT/rank-N.json. With a further argument "dies", the last rank kills itself in the middle of the
+first run, and torchrun's restart goes on from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, default_data_collator
+
+import trainer_cases
+from zotune.distributed import restarted
+from zotune.distributed.agreement import state_digest
+from zotune.journal import digest
+
+BATCH = 8
+
+
+class Watch(TrainerCallback):
+    """Notes a digest after every step, and kills the process after step ``dies``."""
+
+    def __init__(self, dies: int | None = None) -> None:
+        self.digests: list[str] = []
+        self.dies = dies
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.digests.append(state_digest(kwargs["optimizer"].optimizer))
+        if state.global_step == self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def uneven_rows() -> list[dict[str, Any]]:
+    """Examples to predict: of different lengths, so that they are evaluated in another order than theirs."""
+    rows = trainer_cases.choice_rows(13)
+    return [{**row, "prompt_ids": row["prompt_ids"][: 2 + number % 5]} for number, row in enumerate(rows)]
+
+
+def collate_uneven(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    width = max(len(row["prompt_ids"]) for row in rows)
+    padded = [row["prompt_ids"] + [0] * (width - len(row["prompt_ids"])) for row in rows]
+    return {
+        "input_ids": torch.tensor(padded),
+        "attention_mask": torch.tensor([[1] * len(row["prompt_ids"]) + [0] * (width - len(row["prompt_ids"])) for row in rows]),
+        "positions": torch.tensor([[len(row["prompt_ids"]) - 1] for row in rows]),
+        "option_ids": torch.tensor([[option[0] for option in row["option_ids"]] for row in rows]),
+        "answer": torch.tensor([row["answer"] for row in rows]),
+    }
+
+
+def choices(out: Path, workers: int, dies: int | None = None, resume: bool = False, **options: Any) -> dict[str, Any]:
+    """Six steps on answer options."""
+    watch = Watch(dies)
+    trainer = trainer_cases.trainer(
+        out / "choices",
+        per_device_train_batch_size=BATCH // workers,
+        learning_rate="auto",
+        eps="auto",
+        save_strategy="steps",
+        save_steps=2,
+        callbacks=[watch],
+        eval_dataset=uneven_rows(),
+        eval_data_collator=collate_uneven,
+        compute_metrics=trainer_cases.accuracy,
+        per_device_eval_batch_size=3,
+        **options,
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    predicted = trainer.predict(uneven_rows())
+    return {
+        "digests": watch.digests,
+        "weights": digest(trainer.model),
+        "losses": trainer_cases.losses(trainer),
+        "predictions": predicted.predictions.tolist(),
+        "accuracy": predicted.metrics["test_accuracy"],
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "epoch": trainer.state.epoch,
+    }
+
+
+def labels(out: Path, workers: int) -> dict[str, Any]:
+    """Six steps on the model's own loss, which is one number a batch; two micro-batches a step."""
+    trainer = trainer_cases.trainer(
+        out / "labels",
+        method="mezo",
+        per_device_train_batch_size=BATCH // workers,
+        gradient_accumulation_steps=2,
+        train_dataset=trainer_cases.labelled_rows(),
+        data_collator=default_data_collator,
+    )
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return {"digest": digest(trainer.model), "losses": trainer_cases.losses(trainer), "weights": weights[::17].tolist()}
+
+
+def main(out: Path, dies: bool) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    workers, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    found: dict[str, Any] = {}
+    if dies:
+        last = rank == workers - 1
+        found["choices"] = choices(out, workers, dies=3 if last and not restarted() else None, resume=restarted())
+    else:
+        found["choices"] = choices(out, workers)
+        found["labels"] = labels(out, workers)
+        try:
+            choices(out, workers)
+        except ValueError as error:
+            found["again"] = str(error)
+    (out / f"rank-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "dies" in sys.argv[2:])

@@ -1,0 +1,152 @@
+"""A base in 8 or 4 bits: what it computes, how a low-rank method moves it, and what it takes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import toys
+from zotune import ZerothOrder, frozen_linear, methods
+from zotune.frozen_linear import FrozenLinear, dense_state, freeze
+from zotune.journal import Journal
+from zotune.replaying import replay
+
+
+def llama() -> nn.Module:
+    return toys.transformer("llama", hidden_size=32, intermediate_size=64)
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """The model with ordinary layers of the weights that the few bits stand for."""
+    twin = llama()
+    twin.load_state_dict(dense_state(model), strict=False)
+    return twin
+
+
+def train(model: nn.Module, steps: int = 7, probe: str = "batched", **options) -> tuple[list[float], ZerothOrder]:
+    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=3, **options), lr=1e-3, seed=1, probe=probe)
+    found = []
+    for _ in range(steps):
+        optimizer.step(toys.transformer_loss(model), toys.tokens())
+        found += optimizer.last.coefficients.tolist()
+    return found, optimizer
+
+
+@pytest.mark.parametrize(("bits", "worst"), [(8, 0.5 / 127), (4, 0.5 / 7)])
+def test_a_weight_is_the_nearest_that_can_be_had(bits, worst):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 24)
+    layer = FrozenLinear(linear, bits)
+    group = 64 if bits == 8 else 32
+    largest = linear.weight.view(24, -1, group).abs().amax(dim=2, keepdim=True)
+    error = (layer.dense() - linear.weight).view(24, -1, group).abs()
+    assert bool((error <= worst * largest * 1.0001).all())
+    x = torch.randn(3, 5, 64)
+    assert torch.allclose(layer(x), nn.functional.linear(x, layer.dense(), linear.bias), atol=1e-5)
+    assert layer.codes.numel() == 64 * 24 * bits // 8
+    assert layer.weight.untyped_storage().nbytes() == 4
+
+
+@pytest.mark.parametrize("probe", ["batched", "sequential"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_frozen_base_trains_as_its_dense_twin(bits, probe):
+    """Coefficients to 1e-3 of their size over two folds, and the weights that come of it, without one of the codes changed."""
+    model = freeze(llama(), bits)
+    twin = dense_twin(model)
+    codes = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("codes")}
+    expected, _ = train(twin, probe=probe)
+    found, optimizer = train(model, probe=probe)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3 * max(map(abs, expected)))
+    trained, dense = dense_state(model), twin.state_dict()
+    assert trained.keys() == dense.keys()
+    for name, tensor in dense.items():
+        assert torch.allclose(trained[name], tensor, rtol=1e-4, atol=1e-5), name
+    assert all(torch.equal(buffer, codes[name]) for name, buffer in model.named_buffers() if name in codes)
+    assert model.model.layers[0].mlp.up_proj.left.shape[1] == 2 * 2
+    optimizer.detach()
+    assert model.model.layers[0].mlp.up_proj.left.shape[1] == 3 * 2
+
+
+def test_a_journal_replays_and_a_state_continues(tmp_path):
+    model, base = freeze(llama(), 8), freeze(llama(), 8)
+    loss = toys.transformer_loss
+    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=3), lr=1e-3, journal=tmp_path / "j")
+    for _ in range(4):
+        optimizer.step(loss(model), toys.tokens())
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for _ in range(3):
+        optimizer.step(loss(model), toys.tokens())
+    replay(base, Journal.open(tmp_path / "j"))
+    later = freeze(llama(), 8)
+    later.load_state_dict(weights)
+    resumed = ZerothOrder(later, methods.lozo(rank=2, interval=3), lr=1e-3)
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        resumed.step(loss(later), toys.tokens())
+    for other in (base, later):
+        found = other.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_full_space_is_refused():
+    with pytest.raises(ValueError, match="held in few bits"):
+        ZerothOrder(freeze(llama(), 8), "mezo", lr=1e-3)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        freeze(nn.Sequential(nn.Linear(20, 4)), 4)
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear:UserWarning")
+def test_an_adapter_on_weights_that_torchao_holds():
+    """Its batched step is that of the dequantised model; such weights stay in memory."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    peft = pytest.importorskip("peft")
+    from zotune.offloading import offload
+
+    def adapted(model: nn.Module) -> list[float]:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        optimizer = ZerothOrder(model, "mezo", lr=1e-3, seed=1)
+        return [float(optimizer.step(toys.transformer_loss(model), toys.tokens())) for _ in range(3)]
+
+    model, twin = llama(), llama()
+    config = quantization.Int8WeightOnlyConfig(version=2)
+    quantization.quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                twin.get_parameter(name).copy_(parameter.dequantize())
+    with pytest.raises(ValueError, match="no matrix of its own"):
+        offload(model)
+    assert adapted(model) == pytest.approx(adapted(twin), rel=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """How many floating-point numbers the largest tensor has that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.untyped_storage().nbytes() >= out.numel():
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("probe", ["batched", "sequential"])
+def test_a_step_never_makes_the_weight(monkeypatch, probe):
+    """Its largest tensor is that of an inference: a strip of the weight."""
+    monkeypatch.setattr(frozen_linear, "STRIP", 1 << 12)
+    model = freeze(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 32)), 4)
+    x = torch.randn(2, 256)
+    with Largest() as inference, torch.no_grad():
+        model(x)
+    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=2), lr=1e-3, probe=probe)
+    optimizer.step(lambda rows: model(rows).square().mean(dim=1), x)  # the first compares ways to evaluate
+    with Largest() as step:
+        for _ in range(4):
+            optimizer.step(lambda rows: model(rows).square().mean(dim=1), x)
+    assert inference.numel == step.numel == 1 << 12

@@ -1,0 +1,392 @@
+"""An offloaded model trains as one in memory does, bit for bit, whatever its architecture and wherever its weights are meanwhile."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import toys
+from command_cases import run_command, save_data, save_model
+from zotune import ZerothOrder, checkpoint, methods, residence
+from zotune.frozen_linear import dense_state, freeze
+from zotune.journal import digest
+from zotune.offloading import blocks, cap, files, load, offload, refusal, stream_of
+from zotune.replaying import replay
+
+NAMES = ("llama", "qwen2", "qwen3", "mistral", "opt", "gpt2", "bert")
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return toys.transformer(name, dtype, **({"n_layer": 4} if name == "gpt2" else {"num_hidden_layers": 4}))
+
+
+def train(model: nn.Module, method: str, steps: int = 6, journal=None, **options) -> tuple[list[float], ZerothOrder]:
+    optimizer = ZerothOrder(model, toys.method(method, interval=3, **options), lr=1e-3, seed=3, journal=journal)
+    losses = []
+    for _ in range(steps):
+        losses.append(float(optimizer.step(toys.transformer_loss(model), toys.tokens())))
+        losses += optimizer.last.coefficients.tolist()
+    return losses, optimizer
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_architectures_stream_from_their_files_unmodified(name, tmp_path):
+    """Losses, coefficients and trained weights of LOZO, folds included, from the shards of save_pretrained."""
+    model_of(name, torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    kind = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
+    plain = kind.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    streamed = load(tmp_path / "model", kind, dtype=torch.bfloat16)
+    stream = stream_of(streamed)
+    assert len(stream.parts) == 4
+    assert digest(streamed) == digest(plain)
+    expected, _ = train(plain, "lozo")
+    found, _ = train(streamed, "lozo")
+    assert found == expected
+    assert_equal(weights(streamed), weights(plain))
+    assert stream.traffic.written > 0
+
+
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+@pytest.mark.parametrize(("method", "dtype"), [("mezo", torch.bfloat16), ("lozo-m", torch.float16), ("mezo", torch.float32)])
+def test_a_step_writes_what_it_would_have_written(to, method, dtype):
+    """In full space every step's update waits for its block; none is left out when the weights are looked at."""
+    plain, moved = model_of("llama", dtype), model_of("llama", dtype)
+    offload(moved, to, resident=1)
+    expected, _ = train(plain, method)
+    found, _ = train(moved, method)
+    assert found == expected
+    assert_equal(weights(moved), weights(plain))
+
+
+@pytest.mark.parametrize("method", ["lozo", "mezo"])
+def test_a_checkpoint_continues_an_offloaded_run_exactly(method, tmp_path):
+    """Saved between two folds, block by block, loaded into another stream; the end is that of the run in memory."""
+    plain = model_of("llama", torch.bfloat16)
+    expected, _ = train(plain, method, steps=8)
+    first = model_of("llama", torch.bfloat16)
+    offload(first, "disk")
+    found, optimizer = train(first, method, steps=5)
+    checkpoint.save_model(tmp_path, first)
+    checkpoint.save_optimizer(tmp_path, optimizer)
+    second = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_equal(weights(second), weights(first))
+    third = model_of("llama", torch.bfloat16)
+    offload(third, "disk")
+    missing, unexpected = third.load_state_dict(weights(second))
+    assert not missing and not unexpected
+    resumed = ZerothOrder(third, toys.method(method, interval=3), lr=1e-3, seed=3)
+    checkpoint.load_optimizer(tmp_path, resumed)
+    for _ in range(3):
+        found.append(float(resumed.step(toys.transformer_loss(third), toys.tokens())))
+        found += resumed.last.coefficients.tolist()
+    assert found == expected
+    assert_equal(weights(third), weights(plain))
+
+
+# -- what is kept where -----------------------------------------------------------------------------------------------------------------
+
+
+def lora(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+def test_an_adapter_trains_on_a_base_that_is_only_read(to, tmp_path):
+    plain, moved = lora(model_of("llama")), model_of("llama")
+    offload(moved, to)
+    moved = lora(moved)
+    expected, _ = train(plain, "mezo")
+    found, _ = train(moved, "mezo")
+    assert found == expected
+    assert_equal(weights(moved), weights(plain))
+    stream = stream_of(moved)
+    assert stream.traffic.written == 0
+    checkpoint.save_model(tmp_path, moved)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["adapter_model.safetensors"]
+
+
+def test_half_the_bytes_for_a_base_that_is_only_read():
+    """Weights kept in bfloat16 compute as ones rounded to it, and cannot be trained themselves."""
+    rounded, moved = model_of("llama"), model_of("llama")
+    stream = offload(moved, "cpu", dtype=torch.bfloat16)
+    whole = sum(layout.size for layout in stream.store.layouts)
+    assert sum(map(stream.store.size, range(4))) * 2 == whole
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if "proj" in name:
+                parameter.copy_(parameter.bfloat16())
+    with pytest.raises(ValueError, match="fewer bits"):
+        ZerothOrder(moved, "lozo", lr=1e-3)
+    assert train(lora(moved), "mezo")[0] == train(lora(rounded), "mezo")[0]
+
+
+def test_one_block_more_than_is_computed_with_is_in_memory():
+    model = model_of("llama")
+    stream = offload(model, "disk", prefetch=2)
+    train(model, "lozo", steps=2)
+    assert len(stream._rooms) == 3
+    largest = max(layout.size for layout in stream.store.layouts)
+    assert sum(room.memory.numel() for room in stream._rooms) <= 3 * files.pages(largest)
+    for name, parameter in model.named_parameters():
+        if residence.home(parameter) is not None:
+            assert parameter.untyped_storage().nbytes() == parameter.element_size(), name
+    assert len([p for p in model.parameters() if residence.home(p) is not None]) == 4 * 7
+
+
+def test_a_pass_reads_every_block_once_whatever_is_evaluated():
+    """Both points and all directions ride in one forward."""
+    model = model_of("llama")
+    stream = offload(model, "disk")
+    optimizer = ZerothOrder(model, methods.lozo(num_directions=3, interval=50), lr=1e-3, probe="batched")
+    optimizer.step(toys.transformer_loss(model), toys.tokens())
+    stream.flush()
+    before = stream.traffic.blocks
+    for _ in range(5):
+        optimizer.step(toys.transformer_loss(model), toys.tokens())
+    assert stream.traffic.blocks - before <= 5 * 4 + 1
+
+
+def test_a_forward_that_fails_leaves_the_stream_and_the_weights_as_they_were():
+    model, plain = model_of("llama"), model_of("llama")
+    offload(model, "disk")
+    handle = model.model.layers[2].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), torch.no_grad():
+        model(toys.tokens())
+    handle.remove()
+    assert_equal(weights(model), weights(plain))
+    assert train(model, "lozo", steps=2)[0] == train(plain, "lozo", steps=2)[0]
+
+
+def test_a_state_dict_is_loaded_into_blocks_that_are_away():
+    model, other = model_of("llama"), model_of("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    stream = offload(model, "disk")
+    model.load_state_dict(other.state_dict())
+    assert_equal(weights(model), weights(other))
+    stream.bring_back()
+    assert stream_of(model) is None
+    assert_equal(weights(model), weights(other))
+    with torch.no_grad():
+        assert torch.equal(model(toys.tokens()).logits, other(toys.tokens()).logits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_and_a_stream_go_together(bits):
+    def model() -> nn.Module:
+        return freeze(toys.transformer("llama", hidden_size=32, intermediate_size=64), bits)
+
+    plain, moved = model(), model()
+    stream = offload(moved, "disk")
+    assert {one.local for block in stream._blocks for one in block.moving} >= {"codes"}
+    assert digest(plain) == digest(moved)
+    assert train(moved, "lozo")[0] == train(plain, "lozo")[0]
+    assert_equal(dense_state(moved), dense_state(plain))
+
+
+# -- nothing is lost --------------------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys, torch, toys
+from zotune import ZerothOrder, methods
+from zotune.offloading import offload
+model = toys.transformer("llama", torch.bfloat16, num_hidden_layers=4)
+offload(model, "disk")
+optimizer = ZerothOrder(model, methods.mezo(), lr=1e-3, seed=3, journal=sys.argv[1])
+for _ in range(3):
+    optimizer.step(toys.transformer_loss(model), toys.tokens())
+os.kill(os.getpid(), signal.SIGKILL)  # the last step's update of every block is still to be done
+"""
+
+
+def test_a_run_killed_with_updates_waiting_is_in_its_journal(tmp_path):
+    where = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "j")], env={**os.environ, "PYTHONPATH": where}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    plain = model_of("llama", torch.bfloat16)
+    optimizer = ZerothOrder(plain, methods.mezo(), lr=1e-3, seed=3)
+    for _ in range(3):
+        optimizer.step(toys.transformer_loss(plain), toys.tokens())
+    again = model_of("llama", torch.bfloat16)
+    stream = offload(again, "disk")
+    loads = stream.traffic.blocks
+    replay(again, tmp_path / "j")
+    digests = stream.traffic.blocks
+    assert_equal(weights(again), weights(plain))
+    assert digests - loads <= 4 + 1  # the digest's pass: the updates of all steps wait for the next
+    assert stream.traffic.blocks - digests <= 4 + 1
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------------------------
+
+
+def test_where_no_blocks_are_found_the_reason_is_told():
+    with pytest.raises(ValueError, match="no repeated blocks are found in Sequential"):
+        offload(toys.classifier())
+    with pytest.raises(ValueError, match=r"no list of blocks 'model.layer'; its lists of modules are: model.layers"):
+        offload(model_of("llama"), blocks="model.layer")
+    with pytest.raises(ValueError, match="no matrix of its own"):
+        offload(nn.Sequential(nn.ModuleList([nn.LayerNorm(8) for _ in range(3)])))
+    assert len(blocks.find(model_of("gpt2"), "transformer.h")) == 4
+
+
+def test_unreasonable_requests_are_refused():
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="cpu or disk"):
+        offload(model, "tape")
+    with pytest.raises(ValueError, match="all that the model has"):
+        offload(model, resident=4)
+    with pytest.raises(ValueError, match="leave resident and prefetch out"):
+        offload(model, resident=1, max_memory=1 << 40)
+    offload(model)
+    with pytest.raises(ValueError, match="offloaded already"):
+        offload(model)
+    with pytest.raises(ValueError, match="no backward pass"):
+        model(toys.tokens()).logits.sum().backward()
+    for method in ("hizoo", "sparse-mezo", "mezo-svrg"):
+        with pytest.raises(ValueError, match=r"cannot be offloaded|lozo"):
+            ZerothOrder(model, method, lr=1e-3)
+        assert "lozo" in refusal(methods.get(method), model)
+    assert refusal(methods.lozo(), model) is None
+
+
+# -- the cap ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cap_keeps_as_many_blocks_as_fit():
+    model = model_of("llama")
+    block = sum(blocks.bytes_of(p) for p in model.model.layers[0].parameters() if p.dim() > 1)
+    whole = sum(blocks.bytes_of(p) for p in model.parameters()) + sum(blocks.bytes_of(b) for b in model.buffers())
+    rest = whole - 4 * block
+
+    def under(resident: int) -> cap.Arrangement:
+        size = (rest + 2 * block + resident * block) / (1 - cap.SPARE)
+        return cap.arrange(model, int(size) + 2, torch.device("cpu"), taken=lambda device: 0)
+
+    assert [under(n).resident for n in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="must be at least"):
+        cap.arrange(model, int((rest + 2 * block) / (1 - cap.SPARE)) - 8, torch.device("cpu"), taken=lambda device: 0)
+
+
+def test_amounts_of_memory():
+    assert [cap.parse(text) for text in ("18GiB", "500 MB", "1e9", "2k")] == [18 * 2**30, 500_000_000, 10**9, 2000]
+    for text in ("much", "0GiB", "3 bananas", "-1GiB"):
+        with pytest.raises(ValueError, match="no amount of memory"):
+            cap.parse(text)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_spans_of_a_file_arrive_where_the_plan_says(tmp_path, monkeypatch):
+    """Whatever their offsets, and up to the last byte."""
+    monkeypatch.setattr(files, "CHUNK", 8192)
+    monkeypatch.setattr(files, "GAP", 10_000)
+    generator = random.Random(0)
+    content = {str(tmp_path / name): generator.randbytes(100_001) for name in "ab"}
+    for path, data in content.items():
+        Path(path).write_bytes(data)
+    spans = [(path, at, 3000) for path in content for at in (8, 3008, 40_000, 97_001)]
+    generator.shuffle(spans)
+    segments, places, size = files.plan(spans)
+    assert len(segments) < len(spans)
+    room, reader = files.room(size), files.Files()
+    reader.read(segments, room)
+    for (path, at, count), place in zip(spans, places, strict=True):
+        assert bytes(room[place : place + count].tolist()) == content[path][at : at + count]
+    reader.close()
+
+
+def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monkeypatch):
+    save_model(tmp_path / "my-model")
+    save_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    common = [
+        "train",
+        "--model_name_or_path",
+        "my-model",
+        "--task",
+        "sst2",
+        "--data_dir",
+        "data",
+        "--method",
+        "lozo",
+        "--interval",
+        "3",
+        "--max_steps",
+        "6",
+        "--save_steps",
+        "4",
+    ]
+    for name, extra in (("a", []), ("b", ["--offload", "disk", "--max_memory", "64GiB", "--offload_dir", "."])):
+        result = run_command(capsys, *common, *extra, "--output_dir", name)
+        assert result.code == 0, result.err
+    assert "come and go" in result.out
+    assert Path("a/journal.zo").read_bytes() == Path("b/journal.zo").read_bytes()
+    result = run_command(capsys, *common, "--offload", "disk", "--output_dir", "b", "--resume_from_checkpoint", "b/checkpoint-4")
+    assert result.code == 0, result.err
+    found, expected = (transformers.AutoModelForCausalLM.from_pretrained(name).state_dict() for name in "ba")
+    assert_equal(found, expected)
+    for wrong, said in (
+        (["--max_memory", "1GiB"], "--offload"),
+        (["--offload", "cpu", "--use_cpu"], "for a model that computes on a GPU"),
+        (["--offload", "disk", "--method", "fo-sgd"], "backward"),
+    ):
+        words = [word for word in common if word not in ("--interval", "3")] if "fo-sgd" in wrong else common
+        result = run_command(capsys, *words, *wrong, "--output_dir", "c")
+        assert result.code == 2 and said in result.err, result.err
+    result = run_command(capsys, *common, "--quantize", "int8", "--output_dir", "d")
+    assert result.code == 0, result.err
+    result = run_command(capsys, *common, "--quantize", "int8", "--output_dir", "d", "--resume_from_checkpoint", "d/checkpoint-4")
+    assert result.code == 0, result.err
+
+
+# -- an accelerator ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+@pytest.mark.parametrize("method", ["lozo", "mezo"])
+def test_on_a_card_a_stream_trains_as_resident_weights_do(to, method):
+    plain, moved = model_of("llama", torch.bfloat16).cuda(), model_of("llama", torch.bfloat16)
+    offload(moved, to, device="cuda")
+
+    def run(model: nn.Module) -> list[float]:
+        optimizer = ZerothOrder(model, toys.method(method, interval=3), lr=1e-3, seed=3)
+        return [float(optimizer.step(toys.transformer_loss(model), toys.tokens().cuda())) for _ in range(6)]
+
+    assert run(moved) == run(plain)
+    assert_equal(weights(moved), weights(plain))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_card_only_the_rooms_are_taken():
+    model = toys.transformer("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
+    before = torch.cuda.memory_allocated()
+    stream = offload(model, "cpu", device="cuda")
+    with torch.no_grad():
+        model(toys.tokens().cuda())
+    rooms = 2 * files.pages(max(layout.size for layout in stream.store.layouts))
+    assert torch.cuda.memory_allocated() - before < 1.2 * rooms + (4 << 20)
