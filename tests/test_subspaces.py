@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, applying, methods, observing
+from zotune import ZerothOrder, applying, methods, observing, replay
 from zotune.coordinates import Offset
 from zotune.directions import Directions, Key
 from zotune.journal import Journal
@@ -249,6 +249,34 @@ def test_the_sensitive_weights_are_those_of_the_largest_squared_gradients():
             assert bool((p.detach() != old).all())
 
 
+def test_forward_passes_find_the_weights_that_carry_the_gradient(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Linear(20, 10, bias=False)
+    strong = torch.zeros(10, 20)
+    strong[1, 3], strong[7, 0], strong[9, 19] = 2.0, -3.0, 2.5
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def losses(x):  # examples whose gradients have those three weights in common; none can be differentiated
+        weight = model(torch.eye(20)).T
+        return ((weight * strong).sum() * (1 + 0.1 * x[:, 0]) + 1e-3 * weight.sum()).detach()
+
+    method = methods.sensitive_mezo(density=3 / 200, mask_directions=128)
+    optimizer = ZerothOrder(model, method, lr=1e-2, journal=tmp_path / "j", probe="sequential")
+    x = torch.randn(5, 20, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        optimizer.step(losses, x)
+    moved = (model.weight.detach() != base["weight"]).nonzero().tolist()
+    assert moved == strong.nonzero().tolist()
+    # θ itself is looked at by nothing here: 2 forwards a direction, then those of the steps.
+    assert optimizer.forward_passes == 2 * 128 + 2 * 2
+    assert optimizer.sequences_evaluated == 5 * optimizer.forward_passes
+    again = nn.Linear(20, 10, bias=False)
+    again.load_state_dict(base)
+    replay(again, tmp_path / "j", method=method)
+    assert torch.equal(again.weight, model.weight)
+
+
 def test_a_loss_without_a_gradient_has_no_sensitive_weights():
     model = matrix()
     optimizer = ZerothOrder(model, "sensitive-mezo", lr=1e-2)
@@ -398,6 +426,7 @@ def test_a_loss_that_is_cut_off_has_no_derivative(loss, message):
         (lambda: methods.tezo(rank=0), "rank must be a whole number"),
         (lambda: methods.zo_sparse(density=0), "density must lie in"),
         (lambda: methods.sensitive_mezo(density=2), "density must lie in"),
+        (lambda: methods.sensitive_mezo(mask_directions=-1), "mask_directions must be a whole number"),
         (lambda: methods.zo_sparse(layers="none"), "layers must be 'uniform' or 'magnitude'"),
         (lambda: methods.zo_block(unit="row"), "unknown unit of blocks 'row'; choose one of layer, linear"),
         (lambda: methods.hizoo(smoothing=1.0), "smoothing must lie in"),

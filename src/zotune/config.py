@@ -58,7 +58,8 @@ _REFUSED = {
     "optim_target_modules": _BACKWARD_OPTIM,
 }
 # Those that mean something to a first-order method.
-_OF_BACKWARD = ("activation_checkpointing", "gradient_checkpointing", "max_grad_norm")
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+_OF_BACKWARD = (*_CHECKPOINTING, "max_grad_norm")
 # Options that are refused once they differ from the value they have when nobody touches them.
 _FIXED = {
     "optim": (TrainingArguments.default_optim, _BACKWARD_OPTIM),
@@ -249,11 +250,14 @@ class ZOConfig(TrainingArguments):
 
     def _check_settings(self) -> None:
         rival = catalogue.is_rival(self.method)
-        trains = rival and first_order.recipe(self.method)().kind == "backward"
+        usual = first_order.recipe(self.method)() if rival else None
+        trains = usual is not None and usual.kind == "backward"
         for name, reason in _REFUSED.items():
             value = getattr(self, name)
             if trains and name in _OF_BACKWARD:
-                continue
+                if usual is None or not usual.blocks or name not in _CHECKPOINTING:
+                    continue
+                reason = f"{self.method} keeps the activations of its last blocks alone, in forwards in evaluation mode; leave it out"
             if value not in (None, False, "", 0, 0.0, {}, []):
                 raise ValueError(f"{name}={value!r} cannot be used: {reason}.")
         own = first_order.options_of(self.method) if rival else {}
@@ -279,7 +283,8 @@ class ZOConfig(TrainingArguments):
         if self.share not in MODES:
             raise ValueError(f"unknown share {self.share!r}: choose one of {', '.join(MODES)}.")
         if rival and self.probe != "auto":
-            raise ValueError(f"probe={self.probe!r} cannot be used: {self.method} evaluates no perturbed weights; leave it out.")
+            why = "evaluates one point after the other" if usual is not None and usual.blocks else "evaluates no perturbed weights"
+            raise ValueError(f"probe={self.probe!r} cannot be used: {self.method} {why}; leave it out.")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         if self.max_steps != -1 and self.max_steps < 1:

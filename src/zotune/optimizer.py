@@ -367,33 +367,39 @@ class ZerothOrder(torch.optim.Optimizer):
         """Let the subspace look at the step's data, where it has to."""
         if self._begun == step or not self.method.subspace.observes(step):
             return
-        counted = 0
+        forwards = counted = 0
+        common = Key(self.seed, step, 0, "", "loss")
 
-        def losses() -> Iterator[Tensor]:
-            nonlocal counted
+        def losses(offset: Offset | None = None, moved: Mapping[str, Coordinate] | None = None) -> Iterator[Tensor]:
+            nonlocal forwards, counted
+            forwards += 1
             for call in [loss_fn] if parts is None else [partial(loss_fn, part) for part in parts]:
-                found = torch.as_tensor(call())
+                found = torch.as_tensor(call() if offset is None else at(offset, moved or {}, call))
                 counted += found.numel()
                 yield found
 
+        def at(offset: Offset, moved: Mapping[str, Coordinate], call: Callable[[], Any]) -> Any:
+            with self.probe.instead(moved), self.probe.at(offset, only=moved), isolated_generators(common, self.probe.devices):
+                return call()
+
         def look() -> dict[str, Tensor]:
-            with isolated_generators(Key(self.seed, step, 0, "", "loss"), self.probe.devices):
+            with isolated_generators(common, self.probe.devices):
                 return self.method.subspace.observe(self.model, self.probe.coordinates, losses, self.seed, step)
 
         if self.workers.several:
             # Where it came from does not matter, as long as it is the same to the last bit: one worker looks for all.
-            told = self.workers.from_first(lambda: [list(observing.events(step, self.probe.evaluate(look, None))), counted])
-            events, counted = told
+            told = self.workers.from_first(lambda: [list(observing.events(step, self.probe.evaluate(look, None))), forwards, counted])
+            events, forwards, counted = told
             gathered = observing.Gathered()
             found = {name: tensor for event in events for name, tensor in gathered.add(event).items()}
         else:
             found = self.probe.evaluate(look, None)
             events = [] if self.journal is None else list(observing.events(step, found))
-        self.forward_passes += 1
+        self.forward_passes += forwards
         self.sequences_evaluated += counted
         if self.journal is not None:
             for place, event in enumerate(events):
-                self.journal.append(event | (self._cost(1, counted) if place == 0 else {}))
+                self.journal.append(event | (self._cost(forwards, counted) if place == 0 else {}))
         applying.tell(self, found)
 
     @staticmethod

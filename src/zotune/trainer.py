@@ -25,7 +25,7 @@ from zotune.class_order import classes_of
 from zotune.config import ZOConfig
 from zotune.distributed import sharing
 from zotune.evaluated_trainer import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
-from zotune.first_order import FirstOrder, Rival
+from zotune.first_order import FirstOrder, Rival, optimizer_class
 from zotune.journal import Journal, StepRecord
 from zotune.methods import AUTO, Method
 from zotune.optimizer import ZerothOrder
@@ -251,7 +251,8 @@ class ZOTrainer(EvaluatedTrainer):
         common["max_nonfinite_steps"] = args.max_nonfinite_steps
         method = args.chosen_method()
         if isinstance(method, Rival):
-            return FirstOrder(self.model, method, max_grad_norm=args.max_grad_norm, max_steps=self.state.max_steps or None, **common)
+            common |= {"max_grad_norm": args.max_grad_norm, "max_steps": self.state.max_steps or None}
+            return optimizer_class(method)(self.model, method, **common)
         return ZerothOrder(self.model, self._method(), probe=args.probe, workers=self.workers, **common)
 
     def _method(self) -> Method:

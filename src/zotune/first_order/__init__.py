@@ -6,8 +6,9 @@ They run under the same trainer, on the same data, with the same report. A recip
 
 from __future__ import annotations
 
+from zotune.first_order.hybrid import Hybrid, optimizer_class
 from zotune.first_order.optimizer import BackwardReport, FirstOrder
-from zotune.first_order.recipes import adahessian, fo_adamw, fo_sgd, galore, golore, mkor, mkor_h, scale, sgd_sai
+from zotune.first_order.recipes import adahessian, fo_adamw, fo_sgd, galore, golore, hybrid, mkor, mkor_h, scale, sgd_sai
 from zotune.first_order.registry import get, names, options_of, recipe, register
 from zotune.first_order.rival import Rival
 from zotune.first_order.untrained import icl, linear_probe, zero_shot
@@ -15,6 +16,7 @@ from zotune.first_order.untrained import icl, linear_probe, zero_shot
 __all__ = [
     "BackwardReport",
     "FirstOrder",
+    "Hybrid",
     "Rival",
     "adahessian",
     "fo_adamw",
@@ -22,11 +24,13 @@ __all__ = [
     "galore",
     "get",
     "golore",
+    "hybrid",
     "icl",
     "linear_probe",
     "mkor",
     "mkor_h",
     "names",
+    "optimizer_class",
     "options_of",
     "recipe",
     "register",

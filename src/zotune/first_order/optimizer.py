@@ -16,6 +16,7 @@ from zotune import stacking
 from zotune.directions import Directions, Key
 from zotune.evaluating import NonFiniteLossError
 from zotune.first_order import registry
+from zotune.first_order.last_blocks import last_layer
 from zotune.first_order.rival import Rival, Setting
 from zotune.precision import HALF
 
@@ -69,7 +70,7 @@ class FirstOrder(torch.optim.Optimizer):
     """
 
     journal = None
-    eps = None
+    eps: float | None = None
 
     def __init__(
         self,
@@ -83,6 +84,8 @@ class FirstOrder(torch.optim.Optimizer):
         max_nonfinite_steps: int = 10,
     ) -> None:
         self.method = registry.get(method) if isinstance(method, str) else method
+        if self.method.blocks and type(self) is FirstOrder:
+            raise ValueError(f"{self.method.name} takes no gradient of the first blocks: step with zotune.first_order.Hybrid.")
         if self.method.build is None:
             raise ValueError(f"{self.method.name} takes no steps: `zotune train --method {self.method.name}` runs it.")
         if lr is None:
@@ -95,9 +98,8 @@ class FirstOrder(torch.optim.Optimizer):
             raise ValueError(f"max_nonfinite_steps must be at least 1, not {max_nonfinite_steps}.")
         self.model, self.seed = model, int(seed)
         self.max_grad_norm, self.max_nonfinite_steps = max_grad_norm, max_nonfinite_steps
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise ValueError("the model has no trainable parameter; set requires_grad=True on those that should move.")
+        self.weight_decay = weight_decay
+        self.parameters = self.trained()
         # What the method moves: the parameter itself, or its float32 copy.
         self.moved = {name: nn.Parameter(p.detach().float().clone()) if p.dtype in HALF else p for name, p in self.parameters.items()}
         self.inner = self.method.build(self._setting(lr, weight_decay, max_steps))
@@ -109,6 +111,13 @@ class FirstOrder(torch.optim.Optimizer):
         self.sequences_evaluated = 0
         self.last: BackwardReport | None = None
         self._nonfinite_in_a_row = 0
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that move along their gradients, by name."""
+        found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not found:
+            raise ValueError("the model has no trainable parameter; set requires_grad=True on those that should move.")
+        return found
 
     def _setting(self, lr: float, weight_decay: float, max_steps: int | None) -> Setting:
         matrices = [p for p in self.moved.values() if p.dim() > 1]
@@ -147,22 +156,20 @@ class FirstOrder(torch.optim.Optimizer):
         total, count = 0.0, 0
         with self._training():
             for part in parts:
-                losses = loss_fn(part)
-                if losses.dim() > 1:
-                    raise ValueError(
-                        f"the loss function returned shape {tuple(losses.shape)}; return one loss per example, shape (B,), or a scalar."
-                    )
-                loss = losses.float().sum()
+                losses = checked(loss_fn(part))
+                loss = losses.sum()
                 total, count = total + float(loss.detach()), count + losses.numel()
                 found: list[Tensor | None] = [*torch.autograd.grad(loss, parameters, create_graph=self.method.curvature, allow_unused=True)]
                 if self.method.curvature:
-                    _add(curvatures, self._hessian_diagonal(found, names, parameters))
-                _add(gradients, found)
-        factor = self.method.forwards_per_step + int(_checkpoints(self.model))  # a checkpointed forward runs again
-        self.forward_passes += factor
-        self.backward_passes += 2 if self.method.curvature else 1
-        self.sequences_evaluated += factor * sum(map(_rows, parts))
+                    add(curvatures, self._hessian_diagonal(found, names, parameters))
+                add(gradients, found)
+        self._count(parts, 2 if self.method.curvature else 1)
         return self._move(gradients, curvatures, total / count, count)
+
+    def _count(self, parts: Sequence[Any], backward: int) -> None:
+        self.forward_passes += self.passes
+        self.backward_passes += backward
+        self.sequences_evaluated += self.passes * sum(map(_rows, parts))
 
     def _move(self, gradients: list[Tensor | None], curvatures: Sequence[Tensor | None], loss: float, count: int) -> Tensor:
         for index, moved in enumerate(self.moved.values()):
@@ -242,6 +249,11 @@ class FirstOrder(torch.optim.Optimizer):
         finally:
             for module, flag in flags:
                 module.training = flag
+
+    @property
+    def passes(self) -> int:
+        """What a step costs in forward passes; a checkpointed forward runs again."""
+        return self.method.forwards_per_step + int(_checkpoints(self.model))
 
     def detach(self) -> None:
         """Remove what the method has attached to the model."""
@@ -325,21 +337,19 @@ class FirstOrder(torch.optim.Optimizer):
         self.steps, self.forward_passes, self.backward_passes, self.sequences_evaluated, self._nonfinite_in_a_row = counts
 
 
-def last_layer(model: nn.Module) -> list[str]:
-    """Names of the parameters of a model's head; empty where it has none that one could name."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if head is None:
-        head = next((getattr(model, name) for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)), None)
-    if head is None:
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        head = linear[-1] if linear else None
-    own = {id(p) for p in head.parameters()} if head is not None else set()
-    return [name for name, p in model.named_parameters() if id(p) in own]
+def checked(losses: Tensor) -> Tensor:
+    """What a loss function has returned, in float32.
+
+    Raises:
+        ValueError: it is neither one loss per example nor a scalar.
+    """
+    if losses.dim() > 1:
+        raise ValueError(f"the loss function returned shape {tuple(losses.shape)}; return one loss per example, shape (B,), or a scalar.")
+    return losses.float()
 
 
-def _add(sums: list[Tensor | None], found: list[Tensor | None]) -> None:
-    """sums += found, which is used up: a gradient need not wait for the others' copies."""
+def add(sums: list[Tensor | None], found: list[Tensor | None]) -> None:
+    """sums += found, in float32; found is used up: a gradient need not wait for the others' copies."""
     for index, value in enumerate(found):
         found[index] = None
         if value is not None:

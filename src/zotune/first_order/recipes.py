@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zotune.first_order import last_blocks
 from zotune.first_order.galore import galore_optimizer
 from zotune.first_order.mkor import MKOR, preconditioned
 from zotune.first_order.registry import register
@@ -64,6 +65,58 @@ def fo_adamw(*, lr: float = 5e-5, adam_beta1: float = 0.9, adam_beta2: float = 0
         return torch.optim.AdamW(setting.groups, lr=setting.lr, betas=(adam_beta1, adam_beta2), eps=adam_epsilon)
 
     return Rival("fo-adamw", "AdamW with backprop", "1711.05101", lr, build=build, kept=_times(2), memory="2 × W")
+
+
+@register
+def hybrid(
+    *,
+    lr: float = 5e-5,
+    zo_lr: float = 1e-6,
+    eps: float = 1e-3,
+    blocks: int = 1,
+    rule: str = "AdamW",
+    momentum: float = 0.0,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.999,
+    adam_epsilon: float = 1e-8,
+) -> Rival:
+    """Hybrid ZO-FO: backprop through the last blocks, forward passes alone for everything before them (2402.11592).
+
+    c = (L(θ + εZ, φ) − L(θ − εZ, φ)) / 2ε,   θ ← θ − η_θ c Z,   g = ½ (∇_φ L(θ + εZ, φ) + ∇_φ L(θ − εZ, φ)) to AdamW or SGD
+
+    φ: the last ``blocks`` blocks and the head, unless it shares its weight with the embeddings; θ: all else. Both come from the same two
+    forwards. Activations before the first of the last blocks are not kept. η of φ is ``lr``, η_θ ``zo_lr``; a schedule scales both.
+    State: two numbers a weight of φ (AdamW), one (SGD with momentum) or none. There is no journal: a gradient is no handful of numbers.
+    Forwards run in evaluation mode, dropout too, since both points must see the same function. The paper does not say at which point the
+    gradient is taken; the mean of both is that at θ up to ε².
+    """
+    _momentum("hybrid", momentum)
+    _at_least_one("hybrid", blocks=blocks)
+    if rule not in ("AdamW", "SGD"):
+        raise ValueError(f"hybrid: rule must be 'AdamW' or 'SGD', not {rule!r}.")
+    for label, number in (("eps", eps), ("zo_lr", zo_lr)):
+        if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= (0 if label == "zo_lr" else 1e-12)):
+            raise ValueError(f"hybrid: {label} must be a positive number, not {number!r}.")
+
+    def build(setting: Setting) -> torch.optim.Optimizer:
+        if rule == "SGD":
+            return torch.optim.SGD(setting.groups, lr=setting.lr, momentum=momentum)
+        return torch.optim.AdamW(setting.groups, lr=setting.lr, betas=(adam_beta1, adam_beta2), eps=adam_epsilon)
+
+    multiple = 2 if rule == "AdamW" else 1 if momentum else 0
+    return Rival(
+        "hybrid",
+        "backprop in the last blocks, ZO before them",
+        "2402.11592",
+        lr,
+        build=build,
+        kept=_times(multiple),
+        memory=f"{multiple} × last blocks" if multiple else "none",
+        blocks=blocks,
+        eps=eps,
+        zo_lr=zo_lr,
+        refusal=lambda model, trained: last_blocks.refusal(model, blocks),
+    )
 
 
 @register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -61,6 +61,9 @@ class Rival:
         kept: (shape, of the last layer?) -> float32 numbers kept between steps beside a parameter of that shape.
         memory: the same for people.
         curvature: whether the optimizer wants a Hutchinson estimate of the Hessian's diagonal.
+        blocks: backprop goes through so many of a model's last blocks, and all before them is trained by forward passes; 0: through all.
+        eps: the perturbation scale ε of what is trained by forward passes.
+        zo_lr: its learning rate.
         package: what has to be installed for it.
         refusal: (model, shapes of trained parameters by name) -> why it makes no sense there, or None.
         options: the recipe's keyword arguments, for reports.
@@ -75,25 +78,50 @@ class Rival:
     kept: Callable[[Sequence[int], bool], int] = field(default=nothing_kept, compare=False)
     memory: str = "none"
     curvature: bool = False
+    blocks: int = 0
+    eps: float = 1e-3
+    zo_lr: float = 0.0
     package: str | None = None
     refusal: Callable[[nn.Module, Mapping[str, tuple[int, ...]]], str | None] = field(default=takes_all, compare=False)
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def forwards_per_step(self) -> int:
-        """What a step costs in forward passes of the batch; a backward pass counts as two, one through forward and backward as four."""
+        """What a step costs in forward passes of the batch; a backward pass counts as two, one through forward and backward as four.
+
+        Two forwards and at most two backward passes where backprop goes through some blocks only.
+        """
         if self.kind != "backward":
             return 0
+        if self.blocks:
+            return 2 + 2 * BACKWARD
         return 1 + BACKWARD + (2 * BACKWARD if self.curvature else 0)
 
-    def state_bytes(self, shapes: Mapping[str, Sequence[int]], *, last: frozenset[str] = frozenset(), half: bool = False) -> int:
+    def state_bytes(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        last: frozenset[str] = frozenset(),
+        half: bool = False,
+        deep: Collection[str] | None = None,
+    ) -> int:
         """Bytes kept between steps beyond the weights, for trainable parameters of these shapes; gradients and activations not counted.
 
-        Half-precision weights have a float32 copy.
+        Half-precision weights have a float32 copy. Where only parameters of the names ``deep`` move by their gradients, the others have a
+        16-bit residual in half precision and nothing else.
         """
-        return 4 * sum(self.kept(shape, name in last) + (math.prod(shape) if half else 0) for name, shape in shapes.items())
+        total = 0
+        for name, shape in shapes.items():
+            if deep is None or name in deep:
+                total += 4 * (self.kept(shape, name in last) + (math.prod(shape) if half else 0))
+            elif half:
+                total += 2 * math.prod(shape)
+        return total
 
     @property
     def extra_memory(self) -> str:
         """What is kept between steps beyond the weights, for people, and what a step needs besides."""
-        return f"{self.memory}; in a step: 1 × W, activations" if self.kind == "backward" else self.memory
+        if self.kind != "backward":
+            return self.memory
+        part = "of the last blocks" if self.blocks else ""
+        return f"{self.memory}; in a step: 1 × W, activations {part}".rstrip()

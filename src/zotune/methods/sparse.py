@@ -82,6 +82,7 @@ def sensitive_mezo(
     direction: str = "gaussian",
     estimator: str = "central",
     density: float = 1e-3,
+    mask_directions: int = 0,
 ) -> Method:
     """SensZOQ's sparse training: the few weights of every matrix to which the loss is most sensitive move (2406.02913).
 
@@ -89,6 +90,8 @@ def sensitive_mezo(
 
     The squared gradients are of the first step's batch, by one backward pass for each of its examples, with the memory of training by
     backpropagation that once; m stays for the run. Vectors (bias, norm) move whole. State: an int32 index for every weight that moves.
+    With ``mask_directions`` K above 0 no backward pass is made: they are estimated along K random directions, by 2K forwards, which finds
+    the weights whose share of the squared gradient is above 1/K or so, and takes others by chance.
     Departs from the paper, which takes the gradients on general text, and keeps the weights that rest in 4 bits: here they stay as
     they are. The indices go to the journal.
     """
@@ -101,7 +104,7 @@ def sensitive_mezo(
         num_directions=num_directions,
         direction=direction,
         estimator=estimator,
-        subspace=Sensitive(density),
+        subspace=Sensitive(density, mask_directions),
         estimates="descent",
         reach="part",
     )

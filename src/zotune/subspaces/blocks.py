@@ -60,7 +60,7 @@ class Blocks:
         return self.inner.observes(step)
 
     def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
         return self.inner.observe(model, coordinates, losses, seed, step)
 

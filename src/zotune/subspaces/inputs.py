@@ -67,7 +67,7 @@ class Inputs(LowRank):
         return step % self.interval == 0
 
     def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
         """V of every Linear layer that the losses run, bfloat16, by name."""
         wanted = {id(c.parameter): c for c in coordinates if isinstance(c, InputsCoordinate)}

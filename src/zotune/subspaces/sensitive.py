@@ -13,6 +13,7 @@ from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
 from zotune.precision import HALF, join, split_into
 from zotune.subspaces.full import FullCoordinate
+from zotune.subspaces.sensing import squared_gradients
 from zotune.subspaces.subspace import Space
 
 
@@ -88,16 +89,20 @@ class Sensitive(Space):
 
     Args:
         density: the fraction, in (0, 1].
+        directions: 0: squared gradients by backpropagation; K: estimated from loss differences along K directions (see ``sensing``).
 
     Raises:
-        ValueError: it does not lie there.
+        ValueError: one of them does not lie there.
     """
 
     density: float = 1e-3
+    directions: int = 0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.density, (int, float)) and 0 < self.density <= 1):
             raise ValueError(f"density must lie in (0, 1], not {self.density!r}.")
+        if not (isinstance(self.directions, int) and self.directions >= 0):
+            raise ValueError(f"mask_directions must be a whole number of at least 0 (0: by backpropagation), not {self.directions!r}.")
 
     def _count(self, shape: Sequence[int]) -> int:
         return max(1, round(self.density * math.prod(shape)))
@@ -119,16 +124,19 @@ class Sensitive(Space):
         return step == 0
 
     def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
-        """The indices of every matrix, rising, int32, by name: by backpropagation, an example of the batch after the other.
+        """The indices of every matrix, rising, int32, by name: by backpropagation, an example of the batch after the other, or by forwards.
 
         Raises:
-            ValueError: the loss cannot be differentiated.
+            ValueError: backpropagation is asked for, and the loss cannot be differentiated.
         """
         indexed = [c for c in coordinates if isinstance(c, IndexedCoordinate)]
         if not indexed:
             return {}
+        if self.directions:
+            counts = {c.name: c.numel for c in indexed}
+            return {name: _largest(found, counts[name]) for name, found in squared_gradients(indexed, losses, seed, self.directions)}
         weights = [c.parameter for c in indexed]
         flags = [weight.requires_grad for weight in weights]
         squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
@@ -140,8 +148,8 @@ class Sensitive(Space):
                     if not found.requires_grad:
                         raise ValueError(
                             "a sensitivity mask needs backward passes in the first step, and the loss function returns a loss cut off from "
-                            "the weights (.detach(), .item(), no_grad); return it as computed, or use a mask that needs none: zo-sparse, "
-                            "sparse-mezo."
+                            "the weights (.detach(), .item(), no_grad); return it as computed, estimate the mask by forward passes "
+                            "(mask_directions=64), or use one that needs neither: zo-sparse, sparse-mezo."
                         )
                     for loss in found.reshape(-1):
                         grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)

@@ -34,12 +34,13 @@ class Subspace(Protocol):
         ...
 
     def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
         """What is to be known of the data, by name of the coordinate.
 
         Args:
-            losses: evaluates the losses of the step's micro-batches at θ, one after the other, as the loss function returns them.
+            losses: evaluates the losses of the step's micro-batches at θ, one after the other, as the loss function returns them;
+                ``losses(offset, moved)`` at θ + offset along coordinates ``moved``, by name, in place of those of the same names.
         """
         ...
 
@@ -64,7 +65,7 @@ class Space:
         return False
 
     def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[[], Iterator[Tensor]], seed: int, step: int
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
         return {}
 
