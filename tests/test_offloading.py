@@ -353,6 +353,7 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
         (["--max_memory", "1GiB"], "--offload"),
         (["--offload", "cpu", "--use_cpu"], "for a model that computes on a GPU"),
         (["--offload", "disk", "--method", "fo-sgd"], "backward"),
+        (["--quantize", "int8", "--load_best_model_at_end", "--save_only_model", "--eval_steps", "2"], "optimizer states: leave"),
     ):
         words = [word for word in common if word not in ("--interval", "3")] if "fo-sgd" in wrong else common
         result = run_command(capsys, *words, *wrong, "--output_dir", "c")
@@ -361,6 +362,46 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
     assert result.code == 0, result.err
     result = run_command(capsys, *common, "--quantize", "int8", "--output_dir", "d", "--resume_from_checkpoint", "d/checkpoint-4")
     assert result.code == 0, result.err
+    for run in ("a", "d"):  # rebuilt from disk, in the bits of the run
+        result = run_command(capsys, "replay", "my-model", run, "--output_dir", f"again-{run}", "--offload", "disk")
+        assert result.code == 0, result.err
+        found, expected = (transformers.AutoModelForCausalLM.from_pretrained(name).state_dict() for name in (f"again-{run}", run))
+        assert_equal(found, expected)
+    for wrong, said in ((["--offload", "disk", "--merge"], "leave --offload out"), (["--max_memory", "1GiB"], "--offload")):
+        result = run_command(capsys, "replay", "my-model", "a", "--output_dir", "e", *wrong)
+        assert result.code == 2 and said in result.err, result.err
+    result = run_command(capsys, "merge", "my-model", "d", "--output_dir", "e")
+    assert result.code == 2 and "without --quantize" in result.err, result.err
+
+
+@pytest.mark.parametrize("where", ["--quantize int8", "--offload disk", "--quantize int8 --offload disk"])
+def test_the_best_checkpoint_comes_back(tmp_path, capsys, monkeypatch, where):
+    """A run that ends with its best checkpoint, which is not the last, has that one's weights, factors beside codes included."""
+    save_model(tmp_path / "my-model")
+    save_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--method", "lozo", "--interval", "3"]
+    words += ["--max_steps", "8", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "0", "--learning_rate", "3.0"]
+    words += [
+        *where.split(),
+        "--load_best_model_at_end",
+        "--metric_for_best_model",
+        "loss",
+        "--greater_is_better",
+        "true",
+        "--output_dir",
+        "a",
+    ]
+    result = run_command(capsys, *words)
+    assert result.code == 0, result.err
+    states = {path.name: checkpoint.load_json(path / checkpoint.TRAINER_STATE) for path in checkpoint.checkpoints("a")}
+    best = Path(states["checkpoint-8"]["best_model_checkpoint"]).name
+    assert len(states) == 4 and best != "checkpoint-8", best
+    found, expected, last = (
+        transformers.AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("a", f"a/{best}", "a/checkpoint-8")
+    )
+    assert_equal(found, expected)
+    assert any(not torch.equal(found[name], tensor) for name, tensor in last.items() if "q_proj" in name)
 
 
 # -- an accelerator ---------------------------------------------------------------------------------------------------------------------
