@@ -19,6 +19,8 @@ from command_cases import run_command, save_data, save_model
 from zotune import ZerothOrder, checkpoint, methods, residence
 from zotune.frozen_linear import dense_state, freeze
 from zotune.journal import digest
+from zotune.memory import Workload, estimate
+from zotune.memory.offloaded import needs
 from zotune.offloading import blocks, cap, files, load, offload, refusal, stream_of
 from zotune.replaying import replay
 
@@ -290,6 +292,28 @@ def test_a_cap_keeps_as_many_blocks_as_fit():
         cap.arrange(model, int((rest + 2 * block) / (1 - cap.SPARE)) - 8, torch.device("cpu"), taken=lambda device: 0)
 
 
+def test_a_cap_leaves_a_step_what_the_estimate_says():
+    """A step's bytes are those of `zotune estimate` beside the weights; a half-precision block that is written brings its residuals."""
+    model = model_of("llama", torch.bfloat16)
+    plain = Workload(model.config, methods.lozo(), batch_size=2, sequence_length=8, dtype=torch.bfloat16)
+    split = estimate(plain)
+    assert needs([plain], accelerator=False) == cap.Needs(split.total - split.kinds["weights"], 1.0)
+    written = needs([plain, plain.with_(method=methods.mezo())], accelerator=False)
+    assert written.growth == 2.0
+    moved = model_of("llama", torch.bfloat16)
+    stream = offload(moved, "disk")
+    before = max(layout.size for layout in stream.store.layouts)
+    train(moved, "mezo", steps=1)
+    assert max(layout.size for layout in stream.store.layouts) == pytest.approx(written.growth * before, rel=0.05)
+
+    base = cap.sizes(model)
+    least = int((base[1] + written.step + 2 * 2 * base[2]) / (1 - cap.ROUNDING)) + 2
+    found = cap.arrange(model, least, torch.device("cpu"), taken=lambda device: 0, needs=written)
+    assert (found.resident, found.prefetch, found.step) == (0, 1, written.step) and found.total <= least
+    with pytest.raises(ValueError, match="a step's computing"):
+        cap.arrange(model, least - 64, torch.device("cpu"), taken=lambda device: 0, needs=written)
+
+
 def test_amounts_of_memory():
     assert [cap.parse(text) for text in ("18GiB", "500 MB", "1e9", "2k")] == [18 * 2**30, 500_000_000, 10**9, 2000]
     for text in ("much", "0GiB", "3 bananas", "-1GiB"):
@@ -343,7 +367,7 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
     for name, extra in (("a", []), ("b", ["--offload", "disk", "--max_memory", "64GiB", "--offload_dir", "."])):
         result = run_command(capsys, *common, *extra, "--output_dir", name)
         assert result.code == 0, result.err
-    assert "come and go" in result.out
+    assert "come and go" in result.out and "--max_memory 64.00 GiB fits" in result.out and "of it for a step" in result.out
     assert Path("a/journal.zo").read_bytes() == Path("b/journal.zo").read_bytes()
     result = run_command(capsys, *common, "--offload", "disk", "--output_dir", "b", "--resume_from_checkpoint", "b/checkpoint-4")
     assert result.code == 0, result.err
