@@ -241,6 +241,44 @@ def test_a_run_killed_with_updates_waiting_is_in_its_journal(tmp_path):
     assert stream.traffic.blocks - digests <= 4 + 1
 
 
+CUT_OFF = """
+import os, signal, sys
+from zotune.cli import main
+from zotune.evaluating import Evaluations
+from zotune.offloading import stream_of
+gather = Evaluations.gather
+def cut_off(self, loss_fn, parts, seed, step):
+    if step == 5:  # the update of the step before, or the fold of the steps before, is still to be done
+        assert any(block.waiting for block in stream_of(self.probe.model)._blocks), "nothing waits"
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gather(self, loss_fn, parts, seed, step)
+Evaluations.gather = cut_off
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("method", "save"), [("mezo", "3"), ("lozo", "100")])
+def test_a_run_that_is_cut_off_on_disk_goes_on_along_its_journal(method, save, tmp_path, capsys, monkeypatch):
+    """Killed with updates waiting: resumed from a checkpoint or from the base weights, and through the journal's tail, it ends in the
+    weights of the run in memory that nobody touched, bit for bit."""
+    save_model(tmp_path / "my-model")
+    save_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--method", method, "--dtype", "bfloat16"]
+    words += ["--max_steps", "8", "--save_steps", save, "--learning_rate", "0.01", "--eps", "0.01", "--eval_steps", "4"]
+    words += ["--interval", "5"] if method == "lozo" else []
+    assert run_command(capsys, *words, "--output_dir", "plain").code == 0
+    words += ["--offload", "disk", "--offload_dir", ".", "--output_dir", "cut"]
+    done = subprocess.run([sys.executable, "-c", CUT_OFF, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(Path("cut/journal.zo").read_bytes()) < len(Path("plain/journal.zo").read_bytes())
+    result = run_command(capsys, *words, "--resume_from_checkpoint")
+    assert result.code == 0, result.err
+    assert Path("cut/journal.zo").read_bytes() == Path("plain/journal.zo").read_bytes()
+    found, expected = (transformers.AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("cut", "plain"))
+    assert_equal(found, expected)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------------------------
 
 
