@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import toys
 from zotune import ZerothOrder, frozen_linear, methods
-from zotune.frozen_linear import FrozenLinear, dense_state, freeze
+from zotune.frozen_linear import FrozenLinear, dense_state, freeze, thaw
 from zotune.journal import Journal
 from zotune.replaying import replay
 
@@ -97,6 +97,37 @@ def test_full_space_is_refused():
         ZerothOrder(freeze(llama(), 8), "mezo", lr=1e-3)
     with pytest.raises(ValueError, match="multiples of 32"):
         freeze(nn.Sequential(nn.Linear(20, 4)), 4)
+
+
+@pytest.mark.parametrize("probe", ["batched", "sequential"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_adapter_on_a_base_in_few_bits(bits, probe):
+    """Its coefficients are those of the dense twin, in memory and streamed; merged it is the twin's merged model."""
+    peft = pytest.importorskip("peft")
+    from zotune.offloading import offload
+
+    def trained(model: nn.Module) -> tuple[list[float], nn.Module]:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        optimizer = ZerothOrder(model, "mezo", lr=1e-2, seed=1, probe=probe)
+        found = []
+        for _ in range(3):
+            optimizer.step(toys.transformer_loss(model), toys.tokens())
+            found += optimizer.last.coefficients.tolist()
+        return found, model
+
+    base, away = freeze(llama(), bits), freeze(llama(), bits)
+    codes = {name: buffer.clone() for name, buffer in base.named_buffers()}
+    offload(away, "disk")
+    expected, twin = trained(dense_twin(base))
+    found, model = trained(base)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3 * max(map(abs, expected)))
+    assert trained(away)[0] == found
+    assert all(torch.equal(buffer, codes[name.replace(".base_layer", "")]) for name, buffer in base.named_buffers())
+    merged, dense = thaw(model).merge_and_unload().state_dict(), twin.merge_and_unload().state_dict()
+    assert merged.keys() == dense.keys()
+    for name, tensor in dense.items():
+        assert torch.allclose(merged[name], tensor, rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear:UserWarning")

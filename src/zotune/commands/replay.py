@@ -18,6 +18,7 @@ from zotune.commands.arguments import ModelArguments
 from zotune.commands.models import load_model, load_tokenizer, plan_model
 from zotune.commands.quiet import quiet_libraries
 from zotune.commands.simple_parser import SimpleParser
+from zotune.frozen_linear import thaw
 from zotune.journal import Journal, verify
 from zotune.offloading import stream_of
 from zotune.offloading.loading import PLACES
@@ -90,7 +91,7 @@ def merged(model: nn.Module) -> nn.Module:
         return model
     if not hasattr(model, "merge_and_unload"):
         raise ValueError("--merge puts a LoRA adapter into the weights; a prefix or prompt is none: leave --merge out.")
-    merge: Any = model.merge_and_unload
+    merge: Any = thaw(model).merge_and_unload
     return merge()
 
 
