@@ -12,11 +12,12 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import toys
-from zotune import ZerothOrder, frozen_linear, methods
+from zotune import ZerothOrder, catalogue, frozen_linear, methods
 from zotune.frozen_linear import FrozenLinear, dense_state, freeze, thaw
 from zotune.held_linear import hold, pieces
 from zotune.journal import Journal
 from zotune.replaying import replay
+from zotune.schemes import Scheme, refusal
 
 
 def llama() -> nn.Module:
@@ -234,6 +235,8 @@ def test_what_another_library_holds_is_not_trained_by_mistake():
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(TwoTensor(torch.ones(64, 32), torch.ones(64, 32)))
     with pytest.raises(ValueError, match=r"up_proj.weight is held in few bits by another library.*hold\(model\)"):
         ZerothOrder(model, "lozo", lr=1e-3)
+    for method in ("lozo", "fo-sgd"):
+        assert "--scheme lora" in (refusal(catalogue.get(method), quantised("stand-in"), Scheme()) or "")
     with pytest.raises(ValueError, match="nothing is to be done"):
         hold(llama())
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import toys
 from command_cases import run_command, save_data, save_model
-from zotune import ZerothOrder, checkpoint, methods, residence
+from zotune import ZerothOrder, checkpoint, evaluating, methods, residence
 from zotune.frozen_linear import dense_state, freeze
 from zotune.journal import digest
 from zotune.memory import Workload, estimate
@@ -167,6 +167,24 @@ def test_a_pass_reads_every_block_once_whatever_is_evaluated():
     for _ in range(5):
         optimizer.step(toys.transformer_loss(model), toys.tokens())
     assert stream.traffic.blocks - before <= 5 * 4 + 1
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_one_pass_a_step_is_chosen_without_timing_others(adapter, monkeypatch):
+    """`auto` reads the model once a step from the second step on, however slow the clock says that is."""
+    seconds = iter(range(0, 1 << 20, 7))
+    monkeypatch.setattr(evaluating, "clock", lambda: float(next(seconds)))
+    model = model_of("llama")
+    stream = offload(model, "disk")
+    model = lora(model) if adapter else model
+    optimizer = ZerothOrder(model, "mezo" if adapter else methods.lozo(interval=50), lr=1e-3)
+    optimizer.step(toys.transformer_loss(model), toys.tokens())
+    stream.flush()
+    assert optimizer.evaluations.batched and next(seconds) == 0
+    before = stream.traffic.blocks
+    for _ in range(3):
+        optimizer.step(toys.transformer_loss(model), toys.tokens())
+    assert stream.traffic.blocks - before <= 3 * 4 + 1
 
 
 def test_a_forward_that_fails_leaves_the_stream_and_the_weights_as_they_were():

@@ -108,8 +108,7 @@ def hold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it has no such layer.
     """
-    layers = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    found = [(p, n, child) for p, n, child in layers if isinstance(child, nn.Linear) and held_elsewhere(child.weight)]
+    found = held_layers(model)
     if not found:
         raise ValueError("no Linear layer of the model has a weight that another library holds in few bits: nothing is to be done.")
     for parent, name, child in found:
@@ -118,6 +117,12 @@ def hold(model: nn.Module) -> nn.Module:
         layer.train(child.training)
         setattr(parent, name, layer)
     return model
+
+
+def held_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name in it, layer) of the Linear layers whose weights another library holds."""
+    layers = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    return [(parent, name, child) for parent, name, child in layers if isinstance(child, nn.Linear) and held_elsewhere(child.weight)]
 
 
 def _dtypes(layer: HeldLinear, linear: nn.Linear, weight: Any) -> list[torch.dtype | None]:
