@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import toys
 from trainer_cases import StopAt, choice_rows, collate_choices, journal_of, same_weights, tiny_llama, trainer, weights
-from zotune import ZerothOrder, checkpoint
+from zotune import ZerothOrder, checkpoint, resuming
 from zotune.commands.verify import main as verify
 from zotune.journal import Journal, StepRecord
 
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name: str, st
             or name == checkpoint.MANIFEST
             or (content is None and name == "model.safetensors" and "holds no weights" in fault)
         )
-        assert trainer(stopped, **SAVING)._checkpoint_to_resume(True) == stopped / "checkpoint-2"
+        assert resuming.checkpoint_of(stopped, stopped / "journal.zo", True, alone=True) == stopped / "checkpoint-2"
         assert verify([str(stopped)]) == 1
         said = capsys.readouterr().out
         assert f"damaged: {fault}" in said and f"resuming goes on from {stopped / 'checkpoint-2'}" in said
