@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
+from zotune import plain_yaml
 from zotune.tasks.template import did_you_mean
 
 
@@ -81,13 +81,10 @@ class CommandParser(HfArgumentParser):
     def _yaml_words(self, path: str) -> list[str]:
         """The options of a flat YAML file as command-line words, each checked on its own so that errors name the file."""
         try:
-            content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}" if mark else ""
-            raise ValueError(f"{path}{where}: this is not YAML ({getattr(error, 'problem', error)}).") from error
+            text = Path(path).expanduser().read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: this is not a text file.") from error
+        content = plain_yaml.parse(text, path)
         if content is None:
             return []
         if not isinstance(content, dict):
