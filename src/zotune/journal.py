@@ -36,6 +36,8 @@ _HEAD = struct.Struct("<BH")
 _CRC = struct.Struct("<I")
 _LONGEST = _HEAD.size + 0xFFFF + _CRC.size
 _STEP_HEAD = struct.Struct("<IfBH?")
+#: Parameter groups of a run, at most: in memory a step of a few bytes has a learning rate for each.
+MOST_GROUPS = 1024
 
 
 class StepRecord(NamedTuple):
@@ -64,6 +66,8 @@ def _pack(record: Record) -> bytes:
         count, lrs = len(record.coefficients), record.lrs
         if len(set(lrs)) == 1:
             lrs = lrs[:1]  # groups share a rate as a rule
+        if len(lrs) > 0xFF:
+            raise ValueError(f"a journal record holds at most {0xFF} learning rates not {len(lrs)}; use fewer parameter groups.")
         kind = _STEP
         payload = _STEP_HEAD.pack(record.step, record.loss, len(lrs), count, any(record.skipped))
         payload += struct.pack(f"<{len(lrs)}d{count}f", *lrs, *record.coefficients)
@@ -139,8 +143,11 @@ class Journal:
         Raises:
             FileExistsError: there is one already.
             OSError: it could not be written; nothing is left behind.
+            ValueError: the run has too many parameter groups.
         """
         path = Path(path)
+        if len(header.get("groups", ())) > MOST_GROUPS:
+            raise ValueError(f"a journal is for at most {MOST_GROUPS} parameter groups; put parameters of one rate and decay in one group.")
         text = json.dumps(header, separators=(",", ":")).encode()
         blob = MAGIC + _CRC.pack(len(text)) + text + _CRC.pack(zlib.crc32(text))
         if path.exists():
@@ -181,6 +188,8 @@ class Journal:
         try:
             header = json.loads(text)
             groups = len(header.get("groups", [None]))
+            if groups > MOST_GROUPS:
+                raise ValueError
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise ValueError(f"{path}: the journal's header does not parse; this is not a journal of this version of zotune.") from None
         records: list[Record] = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.journal import Journal
-from zotune.replaying import replay
+from zotune.replaying import checked_header, replay
 
 
 @torch.no_grad()
@@ -45,14 +45,14 @@ def merge(model: nn.Module, journals: Sequence[str | Path | Journal], weights: S
         raise ValueError("there is nothing to merge: give the journals of one run or more.")
     shares = _shares(weights, len(journals))
     opened = [journal if isinstance(journal, Journal) else Journal.open(journal) for journal in journals]
-    trained = {name for journal in opened for group in journal.header["groups"] for name, _, _ in group["parameters"]}
+    trained = {name for journal in opened for group in checked_header(journal)["groups"] for name, _, _ in group["parameters"]}
     sums: dict[str, Tensor] = {}
     for share, journal in zip(shares, opened, strict=True):
         twin = copy.deepcopy(model)
         try:
             optimizer = replay(twin, journal)
         except ValueError as error:
-            raise ValueError(f"{journal.path}: {error}") from None
+            raise (error if str(journal.path) in str(error) else ValueError(f"{journal.path}: {error}")) from None
         optimizer.detach()
         for name, parameter in twin.named_parameters():
             if name in trained:

@@ -63,7 +63,12 @@ class CommandParser(HfArgumentParser):
         given = {by_flag[flag].dest for word in words if (flag := word.split("=", 1)[0]) in by_flag}
         if adjust is not None:
             adjust(values, given)
-        instances = tuple(dtype(**{f.name: values[f.name] for f in dataclasses.fields(dtype) if f.init}) for dtype in self.dataclass_types)
+        try:
+            instances = tuple(
+                dtype(**{f.name: values[f.name] for f in dataclasses.fields(dtype) if f.init}) for dtype in self.dataclass_types
+            )
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # Hugging Face's own fields are not checked by it all
+            raise ValueError(f"a value of an option makes no sense ({' '.join(str(error).split())}).") from error
         return instances, given
 
     def option(self, name: str) -> argparse.Action:
@@ -150,6 +155,8 @@ def _words_of(flag: str, value: Any, *, is_list: bool) -> list[str]:
     if isinstance(value, list):
         if not is_list:
             raise ValueError(f"{flag[2:]} takes one value, not a list.")
+        if any(str(item).startswith("--") for item in value):
+            raise ValueError(f"{flag[2:]}: an item of the list begins with --, like an option.")
         return [flag, *map(str, value)]
     if isinstance(value, dict):
         return [f"{flag}={json.dumps(value)}"]
