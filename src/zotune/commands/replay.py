@@ -90,7 +90,7 @@ def base_model(args: argparse.Namespace, journal: Journal, folder: Path) -> tupl
     run = run_folder.read_run(folder) if (folder / run_folder.RUN_FILE).is_file() else {}
     header = checked_header(journal)
     stored = {dtype for group in header["groups"] for _, _, dtype in group["parameters"]}
-    dtype = run.get("dtype") or next(iter(stored), None)
+    dtype: Any = run.get("dtype") or next(iter(stored), None)
     if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"{folder} says that the run's weights were {dtype!r}, which is no dtype.")
     options = ModelArguments(args.base, dtype=dtype, trust_remote_code=args.trust_remote_code)
