@@ -1,6 +1,7 @@
-"""The processes of `torchrun --nproc-per-node N tests/SCRIPT OUT ...` at the cost of one start: `python tests/forked.py SCRIPT N OUT ...`.
+"""The processes of `torchrun --nproc-per-node N tests/SCRIPT OUT ...` at the cost of one start.
 
-Torch and the rest are imported once, and the processes fork from that before any of them has computed anything.
+`python tests/forked.py SCRIPT N OUT ... -- SCRIPT N OUT ...` runs one after the other. Torch and the rest are imported once, and the
+processes fork from that before any of them has computed anything.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import os
 import socket
 import sys
 import traceback
+from itertools import groupby
 from pathlib import Path
 
 
-def main(script: str, processes: int, out: Path, *words: str) -> int:
+def main(script: str, count: str, out: str, *words: str) -> int:
+    processes = int(count)
     run = importlib.import_module(Path(script).stem).main
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,7 +29,7 @@ def main(script: str, processes: int, out: Path, *words: str) -> int:
             code = 1
             try:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                run(out, *words)
+                run(Path(out), *words)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -39,4 +42,4 @@ def main(script: str, processes: int, out: Path, *words: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]))
+    sys.exit(max(main(*job) for last, job in groupby(sys.argv[1:], key=lambda word: word == "--") if not last))

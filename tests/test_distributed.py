@@ -46,13 +46,27 @@ def accelerate_launch(script: str, processes: int, out: Path, *words: str, optio
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(processes)]
 
 
-def forked(script: str, processes: int, out: Path, *words: str) -> list[dict[str, Any]]:
-    """The same without torchrun, which starts every process anew."""
-    command = [sys.executable, str(HERE / "forked.py"), script, str(processes), str(out), *words]
+#: What is run in processes that fork, as `forked.py` takes it.
+JOBS = [("distributed_runs.py", "2", "two", "all"), ("distributed_runs.py", "4", "four", "some"), ("sharded_runs.py", "2", "shards")]
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the folders that the processes of JOBS have written to: as torchrun's, without starting each anew."""
+    folder = tmp_path_factory.mktemp("worlds")
+    words: list[str] = []
+    for script, processes, out, *more in JOBS:
+        (folder / out).mkdir()
+        words += [script, processes, str(folder / out), *more, "--"]
+    command = [sys.executable, str(HERE / "forked.py"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+    return folder
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
 
 # -- who evaluates what ------------------------------------------------------------------------------------------------------------
@@ -110,9 +124,10 @@ def test_wrong_words_are_refused() -> None:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    which = "all" if request.param == 2 else "some"
-    return forked("distributed_runs.py", request.param, tmp_path_factory.mktemp("runs"), which)
+def ranks(request: pytest.FixtureRequest, worlds: Path) -> list[dict[str, Any]]:
+    found = written(worlds / {2: "two", 4: "four"}[request.param])
+    assert len(found) == request.param
+    return found
 
 
 def runs(rank: dict[str, Any]) -> dict[str, Any]:
@@ -287,9 +302,9 @@ def test_a_model_that_accelerate_has_dispatched_trains_as_the_plain_one(tmp_path
 
 
 @pytest.mark.slow
-def test_sharded_weights_move_as_whole_ones_do(tmp_path: Path) -> None:
+def test_sharded_weights_move_as_whole_ones_do(worlds: Path) -> None:
     """FSDP2: each of two processes holds half the rows, draws the numbers of its own, and all have the model of one process."""
-    ranks = forked("sharded_runs.py", 2, tmp_path)
+    ranks = written(worlds / "shards")
     for method in sharded_runs.METHODS:
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{method} {dtype}"
@@ -297,7 +312,7 @@ def test_sharded_weights_move_as_whole_ones_do(tmp_path: Path) -> None:
             assert found == ranks[1][name], name
             assert found["rows"]["0.0.weight"] == [10, 16], "half of 20 rows"
             # The journal is that of the whole model, and rebuilds it.
-            optimizer = replay(sharded_runs.blocks(toys.classifier(dtype)), tmp_path / f"{name}.zo")
+            optimizer = replay(sharded_runs.blocks(toys.classifier(dtype)), worlds / "shards" / f"{name}.zo")
             optimizer.detach()
             replayed = torch.cat([p.detach().float().flatten() for p in optimizer.model.parameters()]).tolist()
             if method == "lozo":  # products of fewer rows round differently
