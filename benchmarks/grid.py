@@ -29,6 +29,7 @@ def cell(args: argparse.Namespace, method: str, scheme: str, folder: Path) -> tu
     words = ["train", "--model_name_or_path", str(args.model), "--task", args.task, "--data_dir", str(args.data_dir), "--method", method]
     words += ["--scheme", scheme, "--max_steps", str(args.steps), "--logging_steps", "1", "--save_strategy", "no", "--seed", "0"]
     words += ["--num_train", "64", "--num_eval", "16", "--per_device_train_batch_size", "8", "--output_dir", str(folder), "--use_cpu"]
+    words += ["--truncate"] if method == "icl" else []  # demonstrations and all are more than a small model's context
     said = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         try:

@@ -97,9 +97,11 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     shuffle = torch.Generator().manual_seed(cell["seed"])
     stratified = Stratified(classes_of(train) or [0] * len(train), cell["seed"])
     order: list[int] = []
-    losses, sequences, curve, begun = [], [], [(0, accuracy())], time.perf_counter()
-    whole = [(0, whole_loss())]
-    step = -1
+    losses, sequences = [], []
+    curve = [] if cell.get("end_only") else [(0, accuracy())]
+    whole = [] if cell.get("end_only") else [(0, whole_loss())]
+    begun = time.perf_counter()
+    step, stepping = -1, 0.0
     while left(step + 1) > 0:
         step += 1
         if len(order) < cell["batch_size"]:
@@ -110,8 +112,10 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
             losses.append(float(optimizer.step(loss_fn, data.collate_train([train[i] for i in chosen]))))
         except zotune.NonFiniteLossError:
             whole.append((optimizer.sequences_evaluated, float("nan")))
+            curve.append((step, float("nan")))
             break
         sequences.append(optimizer.sequences_evaluated)
+        stepping = time.perf_counter() - begun
         schedule.step()
         if (step + 1) % cell["eval_steps"] == 0 or not left(step + 1):
             curve.append((step + 1, accuracy()))
@@ -128,6 +132,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         "sequences": [sequences[min(i + BLOCK, len(sequences)) - 1] for i in range(0, len(losses), BLOCK)],
         "forward_passes": optimizer.forward_passes,
         "seconds": time.perf_counter() - begun,
+        "step_seconds": stepping / max(1, len(losses)),
     }
 
 

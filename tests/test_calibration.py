@@ -12,11 +12,11 @@ from torch import nn
 
 import toys
 from zotune import NonFiniteLossError, ZerothOrder, methods, replay
-from zotune.calibration import INTERVAL, LADDER, choose_eps, gain, measurable, rule_gain
+from zotune.calibration import INTERVAL, LADDER, WIDEST, choose_eps, gain, measurable, rule_gain
 from zotune.estimators import ESTIMATORS
 from zotune.rules import Rule
 from zotune.shaping import FITNESS
-from zotune.step_size import CAUTION, NOISE_SCALE, RunningMean, StepSize, agreement, in_units
+from zotune.step_size import CAUTION, NOISE_SCALE, WIDER, RunningMean, StepSize, agreement, in_units
 
 AUTO = {"eps": "auto"}
 #: Methods whose rate can be measured.
@@ -207,7 +207,8 @@ def test_learns_a_small_classification_problem_without_a_rate(name):
         losses.append(float(optimizer.step(toys.loss_function(model), toys.batch(16, seed=step))))
         schedule.step()
     assert sum(losses[-20:]) < 0.96 * sum(losses[:20])  # a sparse or narrow subspace gets no further in 400 steps
-    assert max(losses) < 1.2 * losses[0]
+    worst = 2.0 if name == "zo-block" else 1.2  # one block after the other is measured, and moved
+    assert max(losses) < worst * losses[0]
 
 
 @pytest.mark.parametrize("name", MEASURABLE)
@@ -282,3 +283,45 @@ def test_the_global_generator_is_left_alone():
     state = torch.get_rng_state()
     run(model, optimizer, 0, 3)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Quartic(nn.Module):
+    """Examples' losses −g·w + ¼ ‖w‖⁴, g about the same for all, at w = 0: a slope without curvature, and walls at a distance."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(10))
+
+    def forward(self, g):
+        return 0.25 * self.w.square().sum() ** 2 - g @ self.w
+
+
+@pytest.mark.parametrize("name", ["mezo", "lozo-e"])
+def test_curvature_is_measured_as_far_away_as_a_step_goes(name):
+    model = Quartic()
+    optimizer = ZerothOrder(model, methods.get(name, eps=1e-3), lr="auto", probe="sequential")
+    farthest, losses = 0.0, []
+    for step in range(100):
+        g = 1 + 0.1 * torch.randn(16, 10, generator=torch.Generator().manual_seed(step))
+        losses.append(float(optimizer.step(model, g)))
+        size = optimizer.calibrator.step_size
+        if step in (0, 1, 2, 4, 8):
+            assert size.stride <= WIDER * max(size.radius, WIDEST / WIDER), "it was looked at before anything went there"
+        farthest = max(farthest, size.radius)
+    assert farthest > 10 * 1e-3
+    assert all(math.isfinite(loss) and loss < 5 for loss in losses)
+    least = 0.25 * 10 ** (4 / 6) - 10 ** (1 / 2 + 1 / 6)
+    assert sum(losses[-20:]) / 20 < 0.8 * least
+
+
+def test_a_distance_where_losses_are_not_finite_is_not_gone_to():
+    model = Quartic()
+    optimizer = ZerothOrder(model, methods.mezo(eps=1e-3), lr="auto", probe="sequential")
+
+    def walled(g):
+        loss = model(g)
+        return torch.where(model.w.abs().amax() > 0.02, math.inf, loss)
+
+    g = torch.ones(16, 10)
+    losses = [float(optimizer.step(walled, g)) for _ in range(3)]
+    assert all(math.isfinite(loss) for loss in losses) and float(model.w.detach().abs().amax()) < 0.02

@@ -385,7 +385,7 @@ def test_quickstart_compares_forward_only_with_backprop(command: Command, tmp_pa
     assert forward_only["forward_passes"] > 2 * 2  # and those that the learning rate was measured with
     assert [row["backward_passes"] for row in rows.values()] == [None, 0, 60]
     assert backprop["accuracy"] > zero_shot["accuracy"]
-    assert backprop["extra_memory"] > 2 * forward_only["extra_memory"]  # gradients, two moments, stored activations
+    assert backprop["extra_memory"] > 1.5 * forward_only["extra_memory"]  # gradients, two moments, stored activations
     assert forward_only["peak_memory"] >= zero_shot["peak_memory"]
     for name in rows:
         assert name in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import resource
 import shutil
@@ -26,12 +27,13 @@ import toys
 from command_cases import run_command, save_data
 from command_cases import save_model as save_small_model
 from trainer_cases import StopAt, choice_rows, collate_choices, journal_of, same_weights, tiny_llama, trainer, weights
-from zotune import ZerothOrder, checkpoint
+from zotune import ZerothOrder, checkpoint, resuming
 from zotune.bench.report import _write as write_page
 from zotune.commands.verify import main as verify
 from zotune.journal import Journal, StepRecord
 from zotune.memory.charts import bar_chart
 from zotune.memory.ledger import Split
+from zotune.replaying import replay
 from zotune.run_report import Curve, write_curve, write_json
 from zotune.whole_file import whole_file
 
@@ -139,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name: str, st
             or name == checkpoint.MANIFEST
             or (content is None and name == "model.safetensors" and "holds no weights" in fault)
         )
-        assert trainer(stopped, **SAVING)._checkpoint_to_resume(True) == stopped / "checkpoint-2"
+        assert resuming.checkpoint_of(stopped, stopped / "journal.zo", True, alone=True) == stopped / "checkpoint-2"
         assert verify([str(stopped)]) == 1
         said = capsys.readouterr().out
         assert f"damaged: {fault}" in said and f"resuming goes on from {stopped / 'checkpoint-2'}" in said
@@ -391,6 +393,32 @@ def test_a_loader_that_raises_leaves_a_run_that_goes_on(tmp_path: Path, straight
         trainer(tmp_path, data_collator=collate, **SAVING).train()
     assert len(journal_of(tmp_path)) >= 3
     check_resumed(tmp_path, straight)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", range(4))
+def test_either_loss_of_a_direction_may_be_no_number(which: int, bad: float, tmp_path: Path) -> None:
+    """θ + εZ and θ − εZ of two directions in turn: that direction counts for nothing, the other as ever, and the journal replays."""
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, toys.method("mezo", num_directions=2), lr=1e-2, journal=tmp_path / "j", probe="sequential")
+    usual, calls = toys.loss_function(model), 0
+    optimizer.step(usual, toys.batch())  # the first compares ways of evaluating
+
+    def loss(batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return usual(batch) * (bad if calls == which + 1 else 1.0)
+
+    before = weights(model)
+    optimizer.step(loss, toys.batch(seed=1))
+    assert calls == 4
+    record = [each for each in Journal.open(tmp_path / "j").records() if isinstance(each, StepRecord)][-1]
+    assert sorted(record.skipped) == [False, True] and record.coefficients[record.skipped.index(True)] == 0.0
+    assert record.coefficients[record.skipped.index(False)] != 0.0
+    assert not same_weights(weights(model), before) and all(tensor.isfinite().all() for tensor in weights(model).values())
+    rebuilt = toys.classifier()
+    replay(rebuilt, tmp_path / "j", method=optimizer.method).detach()
+    assert same_weights(weights(rebuilt), weights(model))
 
 
 def test_a_loss_spike_is_a_step_like_others_and_replays(tmp_path: Path) -> None:

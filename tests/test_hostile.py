@@ -26,7 +26,7 @@ from safetensors import safe_open
 import toys
 from command_cases import Result, run_command, save_data, save_model
 from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer, weights
-from zotune import ZerothOrder, checkpoint, plain_yaml
+from zotune import ZerothOrder, checkpoint, plain_yaml, resuming
 from zotune.bench import grid
 from zotune.commands.arguments import DataArguments, ModelArguments
 from zotune.commands.models import load_model, load_tokenizer, plan_model
@@ -430,7 +430,7 @@ def test_pickles_in_a_run_folder_are_never_loaded(tmp_path: Path) -> None:
             (place / name).write_bytes(pickle.dumps(Evil()))
     checkpoint.write_manifest(folder / "checkpoint-2")
     again = trainer(folder, tiny_llama(), **RUN)
-    assert again._checkpoint_to_resume(True) == folder / "checkpoint-2"
+    assert resuming.checkpoint_of(folder, folder / "journal.zo", True, alone=True) == folder / "checkpoint-2"
     again.train(resume_from_checkpoint=True)
     assert same_weights(weights(again.model), weights(straight.model))
     # Without its safetensors the checkpoint is none, whatever pickles stand beside.

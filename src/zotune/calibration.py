@@ -4,8 +4,9 @@
 bend with the loss; in between neighbours agree. The largest ε that still agrees with its neighbour is taken.
 
 **η.** Measurements of curvature and signal (see ``step_size``) are made on the first batch, after 1, 2, 4, ... steps, and every
-:data:`INTERVAL` steps, since curvature grows and signal falls while a model learns. What a step's own losses tell is taken in too. A loss
-that rises all the same halves the rate.
+:data:`INTERVAL` steps, since curvature grows and signal falls while a model learns. Curvature is measured as far from θ as a step goes: an
+adapter's B = 0 is a saddle with walls around it, and a loss that is flat within ε may be anything there. What a step's own losses tell is
+taken in too. A loss that rises all the same halves the rate.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import Tensor
 
 from zotune.coordinates import Offset
 from zotune.estimators import ESTIMATORS, Estimate, Estimator
-from zotune.evaluating import Losses, NonFiniteLossError
+from zotune.evaluating import SHARED, Losses, NonFiniteLossError
 from zotune.methods.method import Method
 from zotune.probe import Probe
 from zotune.rules import EMASGD, Rule, Sign
 from zotune.shaping import FITNESS
-from zotune.step_size import StepSize, in_units
+from zotune.step_size import WIDER, StepSize, in_units
 
 #: The values of ε that are tried; where climbing begins, and in well-behaved single precision goes on from.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -42,6 +43,17 @@ STEP = 1 << 50
 #: Relative error of the coefficients that a larger ε may bring: small beside that of a random direction, which is 100%.
 TOLERANCE = 0.03
 
+#: The largest distance from θ at which curvature is measured; how many times as far as before a measurement is repeated, and how often,
+#: at most: losses far from θ are bad and level, and the walls between are what counts.
+WIDEST, FARTHER, LOOKS = 1.0, 10.0, 6
+
+#: How many times as far as curvature was last measured a step may go before it is measured again.
+LONGER = 2.0
+
+#: Losses (3, n) at θ and θ ± radius · Z of a draw, and the direction that owns each example, if any has one of its own.
+Look = Callable[[int, float], tuple[Tensor, Tensor | None]]
+#: Losses at θ and θ ± scale · εZ, under the directions of a step.
+Around = Callable[[int, float], Losses]
 #: Losses of the batch at θ + scale · Z_direction, (n,).
 At = Callable[[float, int], Tensor]
 
@@ -175,34 +187,60 @@ class Calibrator:
         self.probe.forget_directions()
         return found
 
-    def measure(self, evaluate: Callable[[], Tensor], around: Callable[[int], Losses] | None, eps: float, seed: int, step: int) -> None:
+    def measure(self, evaluate: Callable[[], Tensor], around: Around | None, eps: float, seed: int, step: int) -> None:
         """Measure what a learning rate is made of, where that is due.
 
         Args:
             evaluate: losses of the step's examples at the model's weights.
-            around: for methods with own directions, losses at θ and θ ± εZ under directions of the given number of a step.
+            around: for methods with own directions, losses at θ and θ ± scale · εZ under the directions of a step of the given number.
         """
         self.forwards = self.sequences = 0
-        if not self.chooses_lr or (step % INTERVAL and step & (step - 1)):
+        if not (self.chooses_lr and self._due(step)):
             return
-        at, first = self._at(evaluate, seed, step), not self.step_size.curvature.count
-        if around is not None:
-            for draw in range(FIRST_DRAWS if first else 1):
-                losses = around(STEP + step * FIRST_DRAWS + draw)
-                self.step_size.measure(losses.values.cpu(), eps, losses.owners)
-                self.forwards += 3
-                self.sequences += losses.evaluated
-                if first:
-                    each = (losses.values[1:2] - losses.values[2:]).double().cpu() / (2 * eps)
-                    self.step_size.moment.add(float(in_units(each, losses.owners).square().mean()))
-        else:
-            here = at(0.0, DIRECTION)
-            for k in range(FIRST_DIRECTIONS if first else 1):
-                losses3 = torch.stack([here, at(eps, DIRECTION + k), at(-eps, DIRECTION + k)]).cpu()
-                self.step_size.measure(losses3, eps)
-                if first:
-                    self.step_size.moment.add(float((losses3[1] - losses3[2]).double().mean() / (2 * eps)) ** 2)
+        at = self._at(evaluate, seed, step)
+        here = at(0.0, DIRECTION) if around is None else None
+
+        def look(draw: int, radius: float) -> tuple[Tensor, Tensor | None]:
+            """Losses (3, n) at θ and θ ± radius · Z, and whose direction Z is."""
+            if here is not None:
+                return torch.stack([here, at(radius, DIRECTION + draw), at(-radius, DIRECTION + draw)]).cpu(), None
+            assert around is not None
+            losses = around(STEP + step * FIRST_DRAWS + draw, radius / eps)
+            self.forwards += 3
+            self.sequences += losses.evaluated
+            return losses.values.cpu(), losses.owners
+
+        radius = max(eps, min(self.step_size.stride, WIDEST, FARTHER * self.step_size.radius))
+        for _ in range(LOOKS):
+            if not self._look(look, radius):
+                break
+            radius = min(self.step_size.stride, WIDEST, FARTHER * radius)
         self.probe.forget_directions()
+
+    def _due(self, step: int) -> bool:
+        """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at."""
+        return not step % INTERVAL or not step & (step - 1) or min(self.step_size.stride, WIDEST) > LONGER * self.step_size.radius
+
+    def _look(self, look: Look, radius: float) -> bool:
+        """Measure at ``radius``; whether the rate that comes of it is one whose steps go so much farther that this has to be done there."""
+        size = self.step_size
+        first, anew = not size.moment.count, size.look(radius)
+        draws = 1 if not anew else FIRST_DRAWS if self.method.own else FIRST_DIRECTIONS
+        for draw in range(draws):
+            losses, owners = look(draw, radius)
+            if not bool(losses.isfinite().all()):
+                size.stride = radius / WIDER  # no step may go there
+                return True
+            size.measure(losses, radius, owners)
+            if first:
+                slopes = (losses[1:2] - losses[2:]).double() / (2 * radius)
+                units = slopes.mean() if owners is None else in_units(slopes, owners)
+                size.moment.add(float(units.square().mean()))
+        each = self.method.each
+        number = self.method.num_directions if owners is None else each * SHARED * (int(owners.max()) + 1)
+        assert isinstance(number, int)
+        size.rate(number, losses.shape[1] * (1 if owners is None else each))
+        return size.stride > WIDER * radius and radius < WIDEST
 
     def tell(self, losses: Losses, estimate: Estimate, eps: float) -> None:
         """Take in a step's losses and what was made of them."""

@@ -39,6 +39,8 @@ WORTH_MEASURING = 0.5
 #: Sequential has to take less than this fraction of batched's time, so that a run's choice is not a matter of chance.
 CLEARLY = 0.8
 REPEATS = 3
+#: Neighbouring parts of a batch that have a direction in common where curvature is measured.
+SHARED = 2
 clock = time.perf_counter
 
 
@@ -245,9 +247,9 @@ class Evaluations:
 
     # -- a direction per example, or per group of examples ------------------------------------------------------------------------------
 
-    def around(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
-        """The losses at θ, θ + εZ and θ − εZ, (3, N), one direction Z to every two neighbouring parts of the examples."""
-        return self._own(loss_fn, parts, seed, step, (0, +1, -1), 1, shared=2)
+    def around(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int, scale: float = 1) -> Losses:
+        """The losses at θ and θ ± scale · εZ, (3, N), one direction Z to every :data:`SHARED` neighbouring parts of the examples."""
+        return self._own(loss_fn, parts, seed, step, (0, +scale, -scale), 1, shared=SHARED)
 
     def _own(
         self,
@@ -255,7 +257,7 @@ class Evaluations:
         parts: Sequence[Any] | None,
         seed: int,
         step: int,
-        signs: Sequence[int],
+        signs: Sequence[float],
         each: int,
         shared: int = 1,
     ) -> Losses:
@@ -298,7 +300,7 @@ class Evaluations:
         owned: Owned,
         seed: int,
         step: int,
-        signs: Sequence[int],
+        signs: Sequence[float],
         only: Sequence[int] | None = None,
     ) -> Tensor:
         """Losses (S, pairs) of the examples of each direction (of ``only``), evaluated by themselves under it."""

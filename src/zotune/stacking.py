@@ -76,7 +76,7 @@ def shared(points: Sequence[Point], eps: float, rows: int, seed: int, step: int)
     return Stack(tuple(d for d, _ in runs), tuple(tuple(scales) for _, scales in runs), rows, source, losses, seed, step)
 
 
-def own(signs: Sequence[int], eps: float, owned: Owned, seed: int, step: int) -> Stack:
+def own(signs: Sequence[float], eps: float, owned: Owned, seed: int, step: int) -> Stack:
     """A stack of the pairs (example, direction) of a batch, each at every sign; sign 0 once an example, whatever its directions are."""
     rows = math.gcd(*(len(list(run)) for _, run in groupby(owned.directions)))
     starts = range(0, len(owned), rows)

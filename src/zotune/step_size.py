@@ -42,6 +42,8 @@ FORGETTING_CURVATURE = 0.25
 FORGETTING_AGREEMENT = 0.15
 #: ‖H‖_F is never taken to be less than this part of the trace: few directions may miss the sharp ones.
 LEAST_NORM = 0.25
+#: How many times farther from θ than before curvature is looked at as if for the first time.
+WIDER = 4.0
 #: Units of examples that are compared under a shared direction, at most.
 UNITS = 4
 
@@ -86,6 +88,8 @@ class StepSize:
         moment: M of the steps.
         units: units of examples, as agreement compares them, that make a coefficient of a step together, U.
         brake: factor that a rising loss has taken the rate back by.
+        radius: distance from θ at which curvature has been measured last, 0 before.
+        stride: how far a step goes, as a multiple of a direction's length: η √(M / K), 0 before one is known.
     """
 
     curvature: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
@@ -97,11 +101,21 @@ class StepSize:
     units: int = 1
     lowest: float | None = None
     brake: float = 1.0
+    radius: float = 0.0
+    stride: float = 0.0
 
-    def measure(self, losses: Tensor, eps: float, owners: Tensor | None = None) -> None:
-        """Take in the losses (3, n) of a batch at θ, θ + εZ and θ − εZ, Z the same for all examples or each its owner's, (n,)."""
+    def look(self, radius: float) -> bool:
+        """Whether the next measurements, at ``radius``, begin anew: what was seen much nearer says little of what happens there."""
+        anew = not self.curvature.count or radius > WIDER * self.radius
+        if anew:
+            self.curvature, self.spread = RunningMean(FORGETTING_CURVATURE), RunningMean(FORGETTING_CURVATURE)
+        self.radius = radius
+        return anew
+
+    def measure(self, losses: Tensor, radius: float, owners: Tensor | None = None) -> None:
+        """Take in the losses (3, n) of a batch at θ and θ ± radius · Z, Z the same for all examples or each its owner's, (n,)."""
         here, plus, minus = losses.double()
-        each = (plus + minus - 2 * here).unsqueeze(0) / eps**2
+        each = (plus + minus - 2 * here).unsqueeze(0) / radius**2
         self.curvature.add(float(each.mean()))
         if owners is None:
             self.spread.add(float(each.mean()) ** 2)
@@ -109,7 +123,7 @@ class StepSize:
             halves = in_units(each, owners)
             self.spread.add(float(halves.prod(dim=1).mean() if halves.shape[1] > 1 else each.square().mean()))
         self.brake = min(1.0, RELEASE * self.brake)
-        self.tell(each=(plus - minus).unsqueeze(0) / (2 * eps), owners=owners)
+        self.tell(each=(plus - minus).unsqueeze(0) / (2 * radius), owners=owners)
 
     def tell(self, each: Tensor, owners: Tensor | None = None) -> None:
         """Take in coefficients of single examples, (K, n), or (1, n) with those of the directions that own them."""
@@ -155,13 +169,17 @@ class StepSize:
         moment, curvature = self.moment.mean, self.curvature
         # A saddle's directions cancel, but their sizes say how far is far.
         mean = max(curvature.mean + curvature.error, 0.2 * math.sqrt(max(0.0, self.spread.mean)))
+        if mean <= 0:
+            mean = math.sqrt(curvature.square)
         if not (moment > 0 and mean > 0):
             return 0.0
         # A loss that does not tell its examples apart hides how noisy it is: the noise of so many is averaged out, as far as can be seen.
         alone = max(directions * self.single.mean / moment, float(examples))
         gain = min(float(directions), max(directions * self.signal, alone / NOISE_SCALE))
         norm = max(math.sqrt(max(0.0, self.spread.mean - curvature.mean**2) / 2), LEAST_NORM * mean)
-        return self.brake * CAUTION / (mean / gain + norm)
+        rate = self.brake * CAUTION / (mean / gain + norm)
+        self.stride = rate * math.sqrt(moment / directions)
+        return rate
 
     def summary(self) -> dict[str, float]:
         """The measurements for a log: curvature h, the signal's part s / M, second moment M, brake."""

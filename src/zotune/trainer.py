@@ -10,35 +10,28 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import TrainOutput, has_length
 
-from zotune import checkpoint, following, generation, objectives, schedule
-from zotune.checkpointed_trainer import JOURNAL, training_flags_kept
+from zotune import checkpoint, resuming, schedule
 from zotune.class_order import classes_of
 from zotune.config import ZOConfig
 from zotune.distributed import sharing
+from zotune.evaluated_trainer import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.first_order import FirstOrder, Rival
 from zotune.journal import Journal, StepRecord
 from zotune.methods import AUTO, Method
 from zotune.optimizer import ZerothOrder
-from zotune.ordered_trainer import OrderedTrainer
 from zotune.run_lock import locked
 from zotune.stacking import batch_rows, take
 from zotune.step_sums import StepSums
-
-Batch = Mapping[str, Tensor]
-LossFunction = Callable[[Batch], Tensor]
-Objective = str | Callable[[nn.Module, Batch], Tensor]
 
 INITIAL_ADAPTER = "initial_adapter"
 
@@ -49,7 +42,7 @@ LEAST_SETS = 4
 logger = logging.getLogger(__name__)
 
 
-class ZOTrainer(OrderedTrainer):
+class ZOTrainer(EvaluatedTrainer):
     """`transformers.Trainer` that trains with forward passes only: no backward pass, no `.grad`, inference memory.
 
     With a first-order `method` (:mod:`zotune.first_order`) the same loop, data, objectives and files serve for comparison: gradients
@@ -74,8 +67,6 @@ class ZOTrainer(OrderedTrainer):
     right options' indices as label_ids; on other batches what `transformers.Trainer` gives. The run is recorded in
     ``output_dir/journal.zo``; see :mod:`zotune.journal`.
     """
-
-    data_collator: Any
 
     def __init__(
         self,
@@ -112,7 +103,7 @@ class ZOTrainer(OrderedTrainer):
         super().__init__(model, args, *positional, optimizers=optimizers, **kwargs)
         for chosen in (objective, eval_objective):
             if chosen is not None:
-                _bound(chosen, self.model)  # an unknown name fails here, before any work
+                bound(chosen, self.model)  # an unknown name fails here, before any work
 
     # --- a run ---
 
@@ -150,12 +141,16 @@ class ZOTrainer(OrderedTrainer):
         self._follows = resume_from_checkpoint is True
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
             folder = None
-            self.workers.from_first(self._refuse_used_folder)
+            self.workers.from_first(partial(resuming.refuse_used, self._run_folder))
         else:
-            found, self._from_the_start = self.workers.from_first(partial(self._where_to_resume, resume_from_checkpoint))
-            folder = None if found is None else Path(found)
+            journal, alone = self._journal_path, self._own_optimizer
+            place = partial(resuming.checkpoint_of, self._run_folder, journal, resume_from_checkpoint, alone=alone)
+            found = self.workers.from_first(lambda: str(place() or ""))
+            folder = Path(found) if found else None
+            self._from_the_start = folder is None
             if folder is not None:
-                self._train_batch_size = self._batch_size_of(folder)
+                usual = self.args.train_batch_size
+                self._train_batch_size = resuming.batch_size(folder, usual, self.args.per_device_train_batch_size)
         if self.workers.first:
             checkpoint.remove_drafts(self._run_folder)
         self._micro_batches = []
@@ -174,49 +169,6 @@ class ZOTrainer(OrderedTrainer):
             optimizer.detach()
         if isinstance(optimizer, ZerothOrder) and optimizer.journal is not None:
             optimizer.journal.close()
-
-    def _refuse_used_folder(self) -> None:
-        if (self._run_folder / JOURNAL).exists() or checkpoint.checkpoints(self._run_folder):
-            raise ValueError(
-                f"{self._run_folder} already holds a run: continue it with resume_from_checkpoint=True, or choose another output_dir."
-            )
-
-    def _where_to_resume(self, wanted: str | os.PathLike[str] | Literal[True]) -> tuple[str | None, bool]:
-        """The checkpoint to go on from, and whether the run goes on from its beginning instead."""
-        folder = self._checkpoint_to_resume(wanted)
-        return None if folder is None else str(folder), self._from_the_start
-
-    def _checkpoint_to_resume(self, wanted: str | os.PathLike[str] | Literal[True]) -> Path | None:
-        journal = self._journal_path
-        if wanted is not True:
-            fault = checkpoint.problem(wanted, journal)
-            if fault is not None:
-                raise ValueError(fault)
-            return Path(wanted)
-        faults = []
-        for folder in checkpoint.checkpoints(self._run_folder):
-            fault = checkpoint.problem(folder, journal)
-            if fault is None:
-                return folder
-            faults.append(fault)
-        if self._own_optimizer and journal.is_file():  # it was cut off before its first checkpoint, or none is whole
-            if faults:
-                logger.warning("%s Going on from the base weights and the journal instead.", faults[0])
-            self._from_the_start = True
-            return None
-        raise ValueError(
-            faults[0] if faults else f"{self._run_folder} holds no checkpoint to resume from: start without resume_from_checkpoint."
-        )
-
-    def _batch_size_of(self, folder: Path) -> int:
-        """Examples a micro-batch of the run that goes on, which another number of processes does not change."""
-        usual = self._train_batch_size
-        settings_file = folder / checkpoint.ARGUMENTS
-        if not settings_file.is_file():
-            return usual
-        then = checkpoint.load_json(settings_file).get("per_device_train_batch_size")
-        saved = checkpoint.load_json(folder / checkpoint.TRAINER_STATE).get("train_batch_size")
-        return saved if saved and then == self.args.per_device_train_batch_size else usual
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
@@ -254,7 +206,7 @@ class ZOTrainer(OrderedTrainer):
     def _begin_journal(self, optimizer: ZerothOrder, resume_from_checkpoint: str | None) -> None:
         if resume_from_checkpoint is not None or self._from_the_start:
             journal = optimizer.journal or Journal.open(self._journal_path)
-            optimizer.journal = _continued(journal, optimizer, resume_from_checkpoint, follows=self._follows)
+            optimizer.journal = resuming.continued(journal, optimizer, resume_from_checkpoint, follows=self._follows)
         elif optimizer.steps:
             raise ValueError(
                 f"the optimizer has already taken {optimizer.steps} steps, and a run starts at step 0: pass a new "
@@ -326,7 +278,7 @@ class ZOTrainer(OrderedTrainer):
         if not self.accelerator.sync_gradients:
             return nothing
         batches, self._micro_batches = self._micro_batches, []
-        if self.workers.several and (self.objective or _layout(batches[0])) is None:
+        if self.workers.several and (self.objective or layout(batches[0])) is None:
             batches = [piece for batch in batches for piece in _cut(batch, self.workers.size)]  # which is one number a batch
         loss_fn = self._loss_function(batches, num_items_in_batch)
         start = time.perf_counter()
@@ -360,9 +312,9 @@ class ZOTrainer(OrderedTrainer):
         )
 
     def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
-        objective = self.objective or _layout(batches[0])
+        objective = self.objective or layout(batches[0])
         if objective is not None:
-            return _bound(objective, self.model)
+            return bound(objective, self.model)
         # The model sums over its labels and divides by those of all micro-batches, whereas the optimizer averages the
         # micro-batches.
         scaled = self.loss_is_scaled_for_ga
@@ -404,69 +356,6 @@ class ZOTrainer(OrderedTrainer):
         self._total_loss_scalar = self._since_train.mean_loss() * (self.state.global_step - self._initial_global_step)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
-    # --- evaluation ---
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in `transformers.Trainer`, with `eval_data_collator`."""
-        with self._evaluation_collator():
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As in `transformers.Trainer`, with `eval_data_collator`."""
-        with self._evaluation_collator():
-            return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _evaluation_collator(self) -> Iterator[None]:
-        usual = self.data_collator
-        self.data_collator = self.eval_data_collator or usual
-        try:
-            yield
-        finally:
-            self.data_collator = usual
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in `transformers.Trainer`, results in the order of the data; the model's training flags are left as found."""
-        with training_flags_kept(self.model):
-            return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Any]:
-        """(loss, predictions, labels) of an evaluation batch.
-
-        "choices": log-probabilities of the options under the softmax of their scores (B, C), and `answer`. An option
-        that an example does not have scores -inf, or -100 where its batch has fewer options than another. With several right options,
-        the labels are (B, C), 1 for those. "generation": the answers' token ids (B, S), and `reference`.
-        """
-        objective = self.eval_objective or _layout(inputs)
-        if objective is None and callable(self.objective):
-            objective = self.objective
-        if objective is None or objective == "classifier":
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        batch = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            if objective == "choices":
-                scores = objectives.choice_scores(model, batch).log_softmax(dim=1)
-                answers = batch.get("answer")
-                loss = None if answers is None else F.nll_loss(scores, answers)
-                return (loss, None, None) if prediction_loss_only else (loss, scores, batch.get("right", answers))
-            if objective == "generation":
-                loss = _bound(objective, model)(batch).float().mean()
-                return (loss, None, None) if prediction_loss_only else (loss, generation.greedy(model, batch), batch["reference"])
-            return _bound(objective, model)(batch).float().mean(), None, None
-
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        tokenised = "input_ids" in dataset.column_names
-        if self.args.remove_unused_columns is None and self.objective is None and tokenised:
-            self._set_signature_columns_if_needed()
-            return dataset.remove_columns([c for c in dataset.column_names if c not in self._signature_columns])
-        return super()._remove_unused_columns(dataset, description)
-
 
 class _SteppedOptimizer(AcceleratedOptimizer):
     """What Hugging Face's loop holds as its optimizer: `training_step` has already stepped when the loop calls it.
@@ -486,49 +375,10 @@ class _SteppedOptimizer(AcceleratedOptimizer):
         """Nothing: there are no gradients."""
 
 
-def _continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str | None, *, follows: bool) -> Journal:
-    """The journal of a resumed run.
-
-    What it holds beyond the checkpoint (None: everything, from the base weights) the optimizer follows, or, where a certain checkpoint
-    was asked for, it is cut off.
-
-    Raises:
-        ValueError: it is the journal of another run, or of other base weights.
-    """
-    here = optimizer.header(base=checkpoint_folder is None)
-    names = [name for name in ("format", "method", "options", "seed", "groups", "base") if name in here]
-    different = [name for name in names if journal.header.get(name) != here[name]]
-    if different == ["base"]:
-        raise ValueError(
-            f"the run of {journal.path} has no checkpoint to go on from, and began from other weights than these: pass the model that it "
-            "began from, or start a new run in another output_dir."
-        )
-    if different:
-        raise ValueError(
-            f"the journal {journal.path} was written with another {', '.join(different)}: resume with the settings of "
-            "that run, or start a new one in another output_dir."
-        )
-    tail = journal.after(0 if checkpoint_folder is None else checkpoint.journal_bytes(checkpoint_folder))
-    measured = optimizer.calibrator is not None and optimizer.calibrator.chooses_lr
-    count = following.usable(tail, measured=measured) if follows else 0
-    if len(journal) and checkpoint_folder is None:  # how its steps were evaluated may have been chosen by the clock
-        optimizer.evaluations.restore(not any(_gave_up(record) for record in tail))
-    journal.drop(len(tail) - count)
-    if any(map(_gave_up, tail[count:])):
-        journal.append({"event": "probe", "batched": False})
-    optimizer.follow(tail[:count])
-    return journal
-
-
 def _cut(batch: Batch, ways: int) -> list[Batch]:
     """A batch in so many neighbouring pieces, or one an example."""
     rows = batch_rows(batch)
     return [take(batch, torch.arange(piece.start, piece.stop), rows) for piece in sharing.cut(rows, min(ways, rows))]
-
-
-def _gave_up(record: Any) -> bool:
-    """Whether an event says that the run goes on sequentially."""
-    return isinstance(record, dict) and record.get("event") == "probe" and not record.get("batched")
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -537,18 +387,3 @@ def _out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-
-
-def _layout(batch: Mapping[str, Any]) -> str | None:
-    """The objective that a batch's keys ask for; None when the model's own loss is meant."""
-    if "positions" not in batch:
-        return None
-    if "option_ids" in batch or "option_mask" in batch:
-        return "choices"
-    return "generation" if "reference" in batch else "lm"
-
-
-def _bound(objective: Objective, model: nn.Module) -> LossFunction:
-    if isinstance(objective, str):
-        return objectives.objective(objective, model)
-    return lambda batch: objective(model, batch)
