@@ -107,16 +107,13 @@ def main(out: Path, dies: bool) -> None:
     torch.set_num_threads(1)
     workers, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     found: dict[str, Any] = {}
-    if dies:
-        last = rank == workers - 1
-        found["choices"] = choices(out, workers, dies=3 if last and not restarted() else None, resume=restarted())
-    else:
-        found["choices"] = choices(out, workers)
-        found["labels"] = labels(out, workers)
-        try:
-            choices(out, workers)
-        except ValueError as error:
-            found["again"] = str(error)
+    last = rank == workers - 1
+    found["choices"] = choices(out, workers, dies=3 if dies and last and not restarted() else None, resume=restarted())
+    found["labels"] = labels(out, workers)
+    try:
+        choices(out, workers)
+    except ValueError as error:
+        found["again"] = str(error)
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
+import command_cases
 import distributed_runs
 import distributed_training
 import sharded_runs
 import toys
 import trainer_cases
 import zotune
+from zotune import checkpoint
+from zotune.commands import run_folder
 from zotune.distributed import Workers, sharing, traffic
 from zotune.journal import Journal, digest
 from zotune.replaying import replay
@@ -26,14 +33,40 @@ from zotune.replaying import replay
 HERE = Path(__file__).parent
 
 
-def torchrun(script: str, processes: int, out: Path, *words: str, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """What every rank of `torchrun tests/SCRIPT OUT ...` has written."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
+def accelerate_launch(script: str, processes: int, out: Path, *words: str, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """What every rank of `accelerate launch tests/SCRIPT OUT ...` has written. Accelerate lets torchrun do the work."""
+    # --multi_gpu is its word for several processes; with --cpu it starts one, or as many as mpirun does.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--rdzv_backend", "c10d", "--main_process_ip", "localhost"]
+    launch += ["--main_process_port", "0", *options]
     # torchrun's workers would find the addresses of those before the restart in the store that its agents share with them.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run([*launch, str(HERE / script), str(out), *words], capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+
+
+#: What is run in processes that fork, as `forked.py` takes it.
+JOBS = [("distributed_runs.py", "2", "two", "all"), ("distributed_runs.py", "4", "four", "some"), ("sharded_runs.py", "2", "shards")]
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the folders that the processes of JOBS have written to: as torchrun's, without starting each anew."""
+    folder = tmp_path_factory.mktemp("worlds")
+    words: list[str] = []
+    for script, processes, out, *more in JOBS:
+        (folder / out).mkdir()
+        words += [script, processes, str(folder / out), *more, "--"]
+    command = [sys.executable, str(HERE / "forked.py"), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
 
 # -- who evaluates what ------------------------------------------------------------------------------------------------------------
@@ -91,9 +124,10 @@ def test_wrong_words_are_refused() -> None:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    which = "all" if request.param == 2 else "some"
-    return torchrun("distributed_runs.py", request.param, tmp_path_factory.mktemp("runs"), which)
+def ranks(request: pytest.FixtureRequest, worlds: Path) -> list[dict[str, Any]]:
+    found = written(worlds / {2: "two", 4: "four"}[request.param])
+    assert len(found) == request.param
+    return found
 
 
 def runs(rank: dict[str, Any]) -> dict[str, Any]:
@@ -149,10 +183,17 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"choices": distributed_training.choices(folder, 1), "labels": distributed_training.labels(folder, 1), "folder": folder}
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """ZOTrainer under accelerate launch. A rank is killed at step 3 of 6; its torchrun restarts all, from the checkpoint of step 2."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, accelerate_launch("distributed_training.py", 2, folder, "dies", options=("--max_restarts", "1"))
+
+
 @pytest.mark.slow
-def test_training_in_two_processes(tmp_path: Path, one_process: dict[str, Any]) -> None:
-    """ZOTrainer under torchrun: ranks equal at every step and one process equal; one journal, which replays; predictions in order."""
-    ranks = torchrun("distributed_training.py", 2, tmp_path)
+def test_training_in_two_processes(two_processes: tuple[Path, list[dict[str, Any]]], one_process: dict[str, Any]) -> None:
+    """Ranks equal at every step and one process equal; one journal, which replays; predictions in order."""
+    folder, ranks = two_processes
     assert ranks[0] == ranks[1]
     found = ranks[0]["choices"]
     alone = one_process["choices"]
@@ -160,7 +201,7 @@ def test_training_in_two_processes(tmp_path: Path, one_process: dict[str, Any]) 
     assert found["predictions"] == [pytest.approx(row, abs=1e-4) for row in alone["predictions"]]
     assert (found["accuracy"], found["epoch"]) == (alone["accuracy"], alone["epoch"])
     assert found["wrapped"] == "LlamaForCausalLM", "no DistributedDataParallel"
-    optimizer = replay(trainer_cases.tiny_llama(), tmp_path / "choices" / "journal.zo")
+    optimizer = replay(trainer_cases.tiny_llama(), folder / "choices" / "journal.zo")
     optimizer.detach()
     assert digest(optimizer.model) == found["weights"]
     own = one_process["labels"]
@@ -170,34 +211,100 @@ def test_training_in_two_processes(tmp_path: Path, one_process: dict[str, Any]) 
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_comes_back(tmp_path: Path, one_process: dict[str, Any]) -> None:
-    """Killed at step 3 of 6, restarted by torchrun from the checkpoint of step 2: as if nothing had been; and so with other processes."""
-    ranks = torchrun("distributed_training.py", 2, tmp_path, "dies", options=("--max-restarts=1",))
-    assert ranks[0] == ranks[1]
+def test_a_rank_that_dies_comes_back(two_processes: tuple[Path, list[dict[str, Any]]], one_process: dict[str, Any], tmp_path: Path) -> None:
+    """As if nothing had been; and so with other processes."""
+    folder, ranks = two_processes
     found = ranks[0]["choices"]
-    whole = one_process["choices"]
     assert len(found["digests"]) == 4, "steps 2 to 5"
-    assert found["losses"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in whole["losses"]]
-    journal, other = (Journal.open(path / "choices" / "journal.zo") for path in (tmp_path, one_process["folder"]))
+    journal, other = (Journal.open(path / "choices" / "journal.zo") for path in (folder, one_process["folder"]))
     for ours, theirs in zip(journal.records(), other.records(), strict=True):
         if not isinstance(ours, dict):
             assert ours.coefficients == pytest.approx(theirs.coefficients, rel=1e-3, abs=1e-3)
     # One process goes on where two were, with their batches.
-    for path in (tmp_path / "choices").glob("checkpoint-*"):
-        if path.name != "checkpoint-4":
-            path.rename(path.with_name(f"away-{path.name}"))
+    shutil.copytree(folder / "choices", tmp_path / "choices", ignore=shutil.ignore_patterns("checkpoint-[!4]"))
     resumed = distributed_training.choices(tmp_path, 2, resume=True)
     assert resumed["epoch"] == found["epoch"]
     assert [list(entry) for entry in resumed["losses"]] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in found["losses"]]
+
+
+STOPPED = """
+import os, sys
+from zotune.cli import main
+from zotune.trainer import ZOTrainer
+genuine = ZOTrainer.training_step
+def step(self, *args, **kwargs):
+    if self.state.global_step == 3 and os.environ["RANK"] == "0":
+        open("ready", "w").close()
+    return genuine(self, *args, **kwargs)
+ZOTrainer.training_step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_told_to_stop_saves_and_one_process_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM to torchrun: both processes finish the step and save, and say how to go on; one does."""
+    monkeypatch.chdir(tmp_path)
+    command_cases.save_model(tmp_path / "my-model")
+    command_cases.save_data(tmp_path)
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    words = ["--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--learning_rate", "1e-3", "--use_cpu", "true"]
+    words += ["--save_steps", "100000", "--eval_strategy", "no", "--max_steps", "100000", "--probe", "batched", "--output_dir", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "stopped.py", "train", *words]
+    with subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        limit = time.monotonic() + 200
+        while not Path("ready").exists() and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=200)[1]
+    assert process.returncode != 0
+    assert run_folder.resume_command(words) in said, said[-4000:]
+    (saved,) = Path("run").glob("checkpoint-*")
+    done = int(saved.name.removeprefix("checkpoint-"))
+    assert checkpoint.problem(saved, "run/journal.zo") is None and len(Journal.open("run/journal.zo")) == done >= 3
+    assert not Path("run/model.safetensors").exists()
+
+    kept = Path("run/journal.zo").read_bytes()
+    words[words.index("100000", words.index("--max_steps"))] = str(done + 2)
+    result = command_cases.run_command(capsys, "train", *words, "--resume_from_checkpoint", "true")
+    assert result.code == 0, result.err
+    assert Path("run/journal.zo").read_bytes().startswith(kept) and len(Journal.open("run/journal.zo")) == done + 2
+
+
+# -- weights on several devices --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_accelerate_has_dispatched_trains_as_the_plain_one(tmp_path: Path) -> None:
+    """What `device_map="auto"` makes of a model: hooks around its modules that move what goes in and out."""
+    found = []
+    for dispatched in (False, True):
+        model = trainer_cases.tiny_llama()
+        if dispatched:
+            names = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(len(model.model.layers))), "model.norm"]
+            device_map: dict[str, Any] = dict.fromkeys([*names, "model.rotary_emb", "lm_head"], "cpu")
+            model = accelerate.dispatch_model(model, device_map=device_map, main_device="cpu", force_hooks=True)
+            assert all(hasattr(layer, "_hf_hook") for layer in model.model.layers) and model.hf_device_map == device_map
+        folder = tmp_path / str(dispatched)
+        run = trainer_cases.trainer(folder, model, train_dataset=trainer_cases.choice_rows(20), max_steps=3, method="lozo", probe="batched")
+        run.train()
+        found.append(({name: p.detach().clone() for name, p in model.named_parameters()}, (folder / "journal.zo").read_bytes()))
+    assert found[0][1] == found[1][1]
+    assert trainer_cases.same_weights(found[0][0], found[1][0])
+    optimizer = replay(trainer_cases.tiny_llama(), tmp_path / "True" / "journal.zo")
+    optimizer.detach()
+    assert trainer_cases.same_weights(dict(optimizer.model.named_parameters()), found[1][0])
 
 
 # -- weights that are split among processes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_sharded_weights_move_as_whole_ones_do(tmp_path: Path) -> None:
+def test_sharded_weights_move_as_whole_ones_do(worlds: Path) -> None:
     """FSDP2: each of two processes holds half the rows, draws the numbers of its own, and all have the model of one process."""
-    ranks = torchrun("sharded_runs.py", 2, tmp_path)
+    ranks = written(worlds / "shards")
     for method in sharded_runs.METHODS:
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{method} {dtype}"
@@ -205,7 +312,7 @@ def test_sharded_weights_move_as_whole_ones_do(tmp_path: Path) -> None:
             assert found == ranks[1][name], name
             assert found["rows"]["0.0.weight"] == [10, 16], "half of 20 rows"
             # The journal is that of the whole model, and rebuilds it.
-            optimizer = replay(sharded_runs.blocks(toys.classifier(dtype)), tmp_path / f"{name}.zo")
+            optimizer = replay(sharded_runs.blocks(toys.classifier(dtype)), worlds / "shards" / f"{name}.zo")
             optimizer.detach()
             replayed = torch.cat([p.detach().float().flatten() for p in optimizer.model.parameters()]).tolist()
             if method == "lozo":  # products of fewer rows round differently

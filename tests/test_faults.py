@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import toys
+from command_cases import run_command, save_data
+from command_cases import save_model as save_small_model
 from trainer_cases import StopAt, choice_rows, collate_choices, journal_of, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder, checkpoint, resuming
+from zotune.bench.report import _write as write_page
 from zotune.commands.verify import main as verify
 from zotune.journal import Journal, StepRecord
+from zotune.memory.charts import bar_chart
+from zotune.memory.ledger import Split
+from zotune.replaying import replay
+from zotune.run_report import Curve, write_curve, write_json
+from zotune.whole_file import whole_file
 
 RUN: dict[str, Any] = {"max_steps": 6, "train_dataset": choice_rows(40), "probe": "batched", "method": "lozo", "interval": 2}
 SAVING = {**RUN, "save_strategy": "steps", "save_steps": 2}
@@ -223,12 +237,122 @@ def test_a_record_that_the_disk_takes_in_part_is_no_step(tmp_path: Path, monkeyp
     assert len(Journal.open(tmp_path / "j")) == 2 and (tmp_path / "j").read_bytes().startswith(kept)
 
 
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Sets the longest file that this process can write: what is longer fails half-way, as on a disk that fills up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "json": lambda path: write_json(path, {"rows": list(range(5000))}),
+    "curve": lambda path: write_curve(Curve([(1, 2.0), (2, 1.0)], [(0, 0.5)], "accuracy"), path),
+    "report": lambda path: write_page(path, "x" * 20_000),
+    "tensors": lambda path: write_tensors(path, torch.zeros(5000)),
+    "chart": lambda path: bar_chart({"lozo": Split({"weights": 10**9})}, path, "memory"),
+}
+
+
+def write_tensors(path: Path, tensor: torch.Tensor) -> None:
+    with whole_file(path) as partial:
+        save_file({"x": tensor}, partial)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_does_not_fit_leaves_the_old_one(name: str, tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+    path = tmp_path / ("chart.png" if name in ("chart", "curve") else "file")
+    path.write_bytes(b"old")
+    full_disk(4000)
+    with pytest.raises((OSError, SafetensorError)):
+        WRITERS[name](path)
+    assert path.read_bytes() == b"old" and [each.name for each in tmp_path.iterdir()] == [path.name]
+    full_disk(1 << 30)
+    WRITERS[name](path)
+    assert path.stat().st_size > 4000 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("saving", ["no", "steps"])
+def test_a_disk_without_room_for_the_model_keeps_the_journal_which_brings_it_back(
+    saving: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full_disk: Callable[[int], None]
+) -> None:
+    """The whole command: one sentence, nothing half-written, and the same command goes on when there is room."""
+    monkeypatch.chdir(tmp_path)
+    save_small_model(tmp_path / "my-model")
+    save_data(tmp_path)
+    words = ["--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--max_steps", "4", "--learning_rate", "1e-3"]
+    words += ["--save_strategy", saving, "--save_steps", "2", "--probe", "batched"]
+    assert run_command(capsys, "train", *words, "--output_dir", "straight").code == 0
+    size = (tmp_path / "my-model/model.safetensors").stat().st_size
+    full_disk(size - 100)
+    result = run_command(capsys, "train", *words, "--output_dir", "cut")
+    assert result.code == 2 and result.err.count("\n") == 1 and "free some space" in result.err, result.err
+    names = {path.name for path in Path("cut").iterdir()}
+    assert not any(name.endswith(".partial") or name.startswith(("model", "checkpoint-", "summary")) for name in names), names
+    assert len(Journal.open("cut/journal.zo")) == (4 if saving == "no" else 2)
+    assert verify(["cut"]) == 0
+    full_disk(1 << 30)
+    assert run_command(capsys, "train", *words, "--output_dir", "cut", "--resume_from_checkpoint", "true").code == 0
+    for name in ("model.safetensors", "journal.zo"):
+        assert Path("cut", name).read_bytes() == Path("straight", name).read_bytes()
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full_disk: Callable[[int], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_small_model(tmp_path / "my-model")
+    save_data(tmp_path)
+    full_disk(0)
+    words = ["--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--max_steps", "4", "--output_dir", "cut"]
+    result = run_command(capsys, "train", *words)
+    assert result.code == 2 and result.err.count("\n") == 1 and "Traceback" not in result.err, result.err
+    assert "free some space" in result.err
+    assert not Path("cut").exists() or not any(Path("cut").iterdir())
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
 def test_a_read_only_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o555)
     with pytest.raises(PermissionError):
         trainer(tmp_path / "run", **SAVING).train()
     assert not any((tmp_path / "run").iterdir())
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from zotune.checkpoint import draft
+from zotune.journal import Journal, StepRecord
+from zotune.run_report import write_json
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)  # root may write anywhere
+folder = Path(sys.argv[1])
+tried = [lambda: Journal.create(folder / "j", {}), lambda: write_json(folder / "s", {}), lambda: write_json(folder / "old", {}),
+         lambda: Journal.open(folder / "journal.zo").append(StepRecord(0, (1.0,), 1.0, (1.0,), (False,))),
+         lambda: draft(folder / "checkpoint-1").__enter__()]
+for attempt in tried:
+    try:
+        attempt()
+    except OSError as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="as another user, which only root can become")
+def test_a_read_only_folder_stays_as_it_is() -> None:
+    """What root can test of it: as nobody, in a folder of root's."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+        folder = Path(name)
+        Journal.create(folder / "journal.zo", {})
+        (folder / "old").write_text("old")
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        folder.chmod(0o555)
+        (folder / "journal.zo").chmod(0o444)
+        done = subprocess.run([sys.executable, "-c", READ_ONLY, name], capture_output=True, text=True)
+        assert done.stdout.split() == ["PermissionError"] * 5, done.stderr
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # -- inside a step --------------------------------------------------------------------------------------------------
@@ -269,6 +393,32 @@ def test_a_loader_that_raises_leaves_a_run_that_goes_on(tmp_path: Path, straight
         trainer(tmp_path, data_collator=collate, **SAVING).train()
     assert len(journal_of(tmp_path)) >= 3
     check_resumed(tmp_path, straight)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", range(4))
+def test_either_loss_of_a_direction_may_be_no_number(which: int, bad: float, tmp_path: Path) -> None:
+    """θ + εZ and θ − εZ of two directions in turn: that direction counts for nothing, the other as ever, and the journal replays."""
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, toys.method("mezo", num_directions=2), lr=1e-2, journal=tmp_path / "j", probe="sequential")
+    usual, calls = toys.loss_function(model), 0
+    optimizer.step(usual, toys.batch())  # the first compares ways of evaluating
+
+    def loss(batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return usual(batch) * (bad if calls == which + 1 else 1.0)
+
+    before = weights(model)
+    optimizer.step(loss, toys.batch(seed=1))
+    assert calls == 4
+    record = [each for each in Journal.open(tmp_path / "j").records() if isinstance(each, StepRecord)][-1]
+    assert sorted(record.skipped) == [False, True] and record.coefficients[record.skipped.index(True)] == 0.0
+    assert record.coefficients[record.skipped.index(False)] != 0.0
+    assert not same_weights(weights(model), before) and all(tensor.isfinite().all() for tensor in weights(model).values())
+    rebuilt = toys.classifier()
+    replay(rebuilt, tmp_path / "j", method=optimizer.method).detach()
+    assert same_weights(weights(rebuilt), weights(model))
 
 
 def test_a_loss_spike_is_a_step_like_others_and_replays(tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import struct
+import zlib
 
 import pytest
 import torch
 
 import toys
-from zotune import Journal, ZerothOrder, methods, replay
+from zotune import Journal, ZerothOrder, following, layer_scales, methods, replay
+from zotune.calibration import INTERVAL
 from zotune.journal import StepRecord, digest, verify
 
 
@@ -115,10 +119,60 @@ def test_an_append_is_on_disk_before_the_update_counts(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and optimizer.steps == 0
 
 
-def test_sixteen_coefficients_a_step_for_20000_steps_stay_below_two_megabytes(tmp_path):
+def test_twenty_thousand_steps_of_a_direction_per_example_of_sixteen_stay_below_two_megabytes(tmp_path, monkeypatch):
+    """From a real run with measured rates: as many records of each kind as 20,000 steps write, each as long as the longest of its kind."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    model = toys.classifier()
+    optimizer = ZerothOrder(model, methods.get("lozo-e", num_directions="example", eps="auto"), lr="auto", journal=tmp_path / "j")
+    steps = following.KEPT + 1
+    for step in range(steps):
+        optimizer.step(toys.loss_function(model), toys.batch(16, seed=step))
+    longest, found = {}, {}
+    begin = optimizer.journal._start
+    for record, end in zip(optimizer.journal.records(), optimizer.journal._ends, strict=True):
+        kind = "step" if isinstance(record, StepRecord) else "state" if "state" in record else record["event"]
+        longest[kind], found[kind] = max(end - begin, longest.get(kind, 0)), found.get(kind, 0) + 1
+        begin = end
+    assert len(record.coefficients) == 16
+
+    def times(count: int) -> dict[str, int]:
+        measured = [step for step in range(count) if not (step % INTERVAL and step & (step - 1))]
+        kept = [step for step in measured if step % following.KEPT == 0]
+        scaled = [step for step in range(count) if layer_scales.due(step, optimizer.method.subspace.interval)]
+        return {"step": count, "eps": 1, "state": len(kept), "measured": len(measured) - len(kept), "scales": len(scaled)}
+
+    planned = times(steps)
+    more = found["measured"] - planned["measured"]  # where steps outran the last measurement
+    assert found == planned | {"measured": found["measured"]} and 0 <= more < 10
+    longest["scales"] *= 80 // len(optimizer.layers)  # a model of 80 blocks
+    whole = sum(number * longest[kind] for kind, number in times(20_000).items())
+    whole += more * longest["measured"] * 20_000 // steps
+    assert whole + 50_000 < 2_000_000, "with 50 kB for the header of a large model"
+
+
+def test_events_are_deflated_where_that_is_shorter_and_both_are_read(tmp_path):
+    events = [{"event": "measured", "curvature": 1.25, "signal": 0.5}, {"a": 1}, {"event": "observed", "pieces": ["x" * 60_000]}]
     journal = Journal.create(tmp_path / "j", {})
-    journal.append(StepRecord(0, (0.1,), 1.0, (0.5,) * 16, (False,) * 16))
-    assert 20_000 * (journal._ends[0] - journal._start) < 2_000_000
+    for event in events:
+        journal.append(event)
+    assert list(Journal.open(tmp_path / "j").records()) == events
+    first = json.dumps(events[0], separators=(",", ":")).encode()
+    assert journal._ends[0] - journal._start < len(first)
+    plain = struct.pack("<BH", 2, len(first)) + first
+    with open(tmp_path / "j", "ab") as file:
+        file.write(plain + struct.pack("<I", zlib.crc32(plain)))
+    assert list(Journal.open(tmp_path / "j").records()) == [*events, events[0]]
+
+
+def test_an_event_that_unpacks_to_more_than_a_record_is_refused(tmp_path):
+    Journal.create(tmp_path / "j", {}).close()
+    deflater = zlib.compressobj(9, wbits=-15)
+    bomb = deflater.compress(b'"' + b"x" * 10_000_000) + deflater.flush()
+    body = struct.pack("<BH", 3, len(bomb)) + bomb
+    with open(tmp_path / "j", "ab") as file:
+        file.write(body + struct.pack("<I", zlib.crc32(body)))
+    with pytest.raises(ValueError, match="record 0 does not parse"):
+        Journal.open(tmp_path / "j")
 
 
 def trained(method: methods.Method, dtype: torch.dtype, path, steps: int, weight_decay: float = 0.0):

@@ -248,7 +248,7 @@ def test_a_bad_task_file_is_named_with_what_is_wrong(tmp_path, changes, message)
 def test_a_file_that_is_no_yaml_mapping(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("[1, 2")
-    with pytest.raises(ValueError, match="is not valid YAML"):
+    with pytest.raises(ValueError, match="this is not YAML"):
         tasks.load(path)
     path.write_text("- a\n")
     with pytest.raises(ValueError, match="must hold a mapping"):

@@ -134,6 +134,9 @@ class CheckpointedTrainer(Trainer):
         if checkpoint_folder is not None:
             checkpoint.load_rng(Path(checkpoint_folder))
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Hugging Face's would load a pickle if there is one; nothing here scales gradients."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with training_flags_kept(self.model):
             if not self._load_block_by_block(Path(resume_from_checkpoint)):

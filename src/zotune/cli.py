@@ -7,6 +7,7 @@ Nothing heavy is imported here, so that `zotune --help` answers at once.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -126,10 +127,15 @@ def _explain(error: Exception) -> tuple[str, int] | None:
         extra = {"peft": "peft", "tensorboard": "tensorboard", "pytorch_optimizer": "optimizers"}.get(error.name or "")
         hint = f" Install it with `pip install 'zotune[{extra}]'`." if extra else ""
         return f"this needs the package {error.name!r}, which is not installed.{hint}", WRONG
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        place = "" if error.filename is None else f" ({os.fspath(error.filename)!s})"
+        return f"{error.strerror}{place}: free some space; a run that had begun goes on with --resume_from_checkpoint true.", WRONG
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {os.fspath(error.filename)!s}", WRONG
     if isinstance(error, ValueError | OSError | ImportError):
         return text or type(error).__name__, WRONG
+    if type(error).__name__ == "SafetensorError":  # its own, also for a disk that is full
+        return f"a safetensors file cannot be read or written ({text}): give another file, or free some space.", WRONG
     if type(error).__name__ in ("NonFiniteLossError", "ChildFailedError"):
         return text, FAILED
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):

@@ -5,7 +5,7 @@
 
 A *step* record (type 1) holds what the update of one step was made of: step, learning rates, mean loss, coefficients, skipped flags;
 about 30 bytes with one direction. An *event* record (type 2) is a JSON object: something else that changed the state (a fold asked for
-by the user). Numbers are little-endian.
+by the user), or, as type 3 where that is shorter, the same deflated. Numbers are little-endian.
 
 Appending syncs to disk. A torn last record, the trace of a crash, is dropped on opening; damage anywhere else is an error that names the
 record.
@@ -32,11 +32,22 @@ from zotune import residence
 from zotune.held_linear import pieces
 
 MAGIC = b"ZOJ1"
-_STEP, _EVENT = 1, 2
+_STEP, _EVENT, _DEFLATED = 1, 2, 3
 _HEAD = struct.Struct("<BH")
 _CRC = struct.Struct("<I")
 _LONGEST = _HEAD.size + 0xFFFF + _CRC.size
 _STEP_HEAD = struct.Struct("<IfBH?")
+#: What events are deflated against; journals that are written can be read with this text only.
+_PHRASES = (
+    b'"]]}{"event":"observed","step":,"pieces":[["{"event":"general_path","names":["{"event":"probe","batched":false}'
+    b'"spread":{"forgetting":0.25,"agreement":{"forgetting":0.15,"single":{"forgetting":0.1,"moment":{"forgetting":0.1,'
+    b'"recent":{"forgetting":0.2,"count":0,"mean":0.0,"square":0.0},"units":1,"lowest":null,"brake":1.0}}'
+    b'"state":{"curvature":{"forgetting":0.25,"count":,"mean":,"square":{"event":"eps","value":0.00'
+    b'{"event":"scales","values":[0.,1.],"forwards":20,"sequences":{"event":"measured","curvature":,"signal":0.0,"moment":0.,'
+    b'"brake":1.0,"forwards":3,"sequences":'
+)
+#: Parameter groups of a run, at most: in memory a step of a few bytes has a learning rate for each.
+MOST_GROUPS = 1024
 
 
 class StepRecord(NamedTuple):
@@ -61,10 +72,16 @@ Record = StepRecord | dict[str, Any]
 def _pack(record: Record) -> bytes:
     if isinstance(record, dict):
         kind, payload = _EVENT, json.dumps(record, separators=(",", ":")).encode()
+        if len(payload) <= 0xFFFF:
+            deflater = zlib.compressobj(9, wbits=-15, zdict=_PHRASES)
+            deflated = deflater.compress(payload) + deflater.flush()
+            kind, payload = (_DEFLATED, deflated) if len(deflated) < len(payload) else (kind, payload)
     else:
         count, lrs = len(record.coefficients), record.lrs
         if len(set(lrs)) == 1:
             lrs = lrs[:1]  # groups share a rate as a rule
+        if len(lrs) > 0xFF:
+            raise ValueError(f"a journal record holds at most {0xFF} learning rates not {len(lrs)}; use fewer parameter groups.")
         kind = _STEP
         payload = _STEP_HEAD.pack(record.step, record.loss, len(lrs), count, any(record.skipped))
         payload += struct.pack(f"<{len(lrs)}d{count}f", *lrs, *record.coefficients)
@@ -77,7 +94,12 @@ def _pack(record: Record) -> bytes:
 
 
 def _unpack(kind: int, payload: bytes, groups: int) -> Record:
-    if kind == _EVENT:
+    if kind == _DEFLATED:
+        inflater = zlib.decompressobj(-15, zdict=_PHRASES)
+        payload = inflater.decompress(payload, 0xFFFF)
+        if not inflater.eof or inflater.unused_data:
+            raise ValueError("an event that does not unpack")
+    if kind in (_EVENT, _DEFLATED):
         event = json.loads(payload)
         if not isinstance(event, dict):
             raise ValueError("an event that is not an object")
@@ -95,7 +117,7 @@ def _parse(data: bytes, position: int) -> tuple[int, bytes, int] | None:
         return None
     kind, length = _HEAD.unpack_from(data, position)
     end = position + _HEAD.size + length + _CRC.size
-    if kind not in (_STEP, _EVENT) or end > len(data):
+    if kind not in (_STEP, _EVENT, _DEFLATED) or end > len(data):
         return None
     body = data[position : end - _CRC.size]
     if zlib.crc32(body) != _CRC.unpack_from(data, end - _CRC.size)[0]:
@@ -140,8 +162,11 @@ class Journal:
         Raises:
             FileExistsError: there is one already.
             OSError: it could not be written; nothing is left behind.
+            ValueError: the run has too many parameter groups.
         """
         path = Path(path)
+        if len(header.get("groups", ())) > MOST_GROUPS:
+            raise ValueError(f"a journal is for at most {MOST_GROUPS} parameter groups; put parameters of one rate and decay in one group.")
         text = json.dumps(header, separators=(",", ":")).encode()
         blob = MAGIC + _CRC.pack(len(text)) + text + _CRC.pack(zlib.crc32(text))
         if path.exists():
@@ -182,6 +207,8 @@ class Journal:
         try:
             header = json.loads(text)
             groups = len(header.get("groups", [None]))
+            if groups > MOST_GROUPS:
+                raise ValueError
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise ValueError(f"{path}: the journal's header does not parse; this is not a journal of this version of zotune.") from None
         records: list[Record] = []
@@ -197,7 +224,7 @@ class Journal:
             kind, payload, position = parsed
             try:
                 record = _unpack(kind, payload, groups)
-            except (ValueError, struct.error, RecursionError) as error:
+            except (ValueError, struct.error, zlib.error, RecursionError) as error:
                 raise ValueError(f"{path}: record {len(records)} does not parse ({error}).") from None
             if isinstance(record, StepRecord):
                 if record.step != steps:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zotune.frozen_linear import owner_of
 from zotune.journal import Journal
-from zotune.replaying import replay
+from zotune.replaying import checked_header, replay
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def merge(model: nn.Module, journals: Sequence[str | Path | Journal], weights: S
         raise ValueError("there is nothing to merge: give the journals of one run or more.")
     shares = _shares(weights, len(journals))
     opened = [journal if isinstance(journal, Journal) else Journal.open(journal) for journal in journals]
-    trained = {name for journal in opened for group in journal.header["groups"] for name, _, _ in group["parameters"]}
+    trained = {name for journal in opened for group in checked_header(journal)["groups"] for name, _, _ in group["parameters"]}
     if any(name in trained and owner_of(parameter) is not None for name, parameter in model.named_parameters()):
         raise ValueError("what runs add to weights held in few bits stays beside them and is not averaged: merge runs without --quantize.")
     sums: dict[str, Tensor] = {}
@@ -55,7 +55,7 @@ def merge(model: nn.Module, journals: Sequence[str | Path | Journal], weights: S
         try:
             optimizer = replay(twin, journal)
         except ValueError as error:
-            raise ValueError(f"{journal.path}: {error}") from None
+            raise (error if str(journal.path) in str(error) else ValueError(f"{journal.path}: {error}")) from None
         optimizer.detach()
         for name, parameter in twin.named_parameters():
             if name in trained:

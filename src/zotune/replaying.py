@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from zotune import methods
@@ -29,7 +31,7 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
     """
     if not isinstance(journal, Journal):
         journal = Journal.open(journal)
-    header = journal.header
+    header = checked_header(journal)
     if until is not None and not 0 <= until <= len(journal):
         raise ValueError(f"the journal holds {len(journal)} steps; step {until} is not among them.")
     found = digest(model)
@@ -47,10 +49,50 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
         {"params": [parameters[name] for name, _, _ in group["parameters"]], "weight_decay": group["weight_decay"]}
         for group in header["groups"]
     ]
-    method = method or methods.get(header["method"], **header["options"])
-    optimizer = ZerothOrder(model, method, params=groups, seed=header["seed"])
-    for record in journal.records():
+    try:
+        method = method or methods.get(header["method"], **header["options"])
+        optimizer = ZerothOrder(model, method, params=groups, seed=header["seed"])
+    except (TypeError, ArithmeticError, LookupError) as error:  # options of types that no run has
+        raise ValueError(f"{journal.path}: the header's method cannot be made ({error}).") from error
+    for number, record in enumerate(journal.records()):
         if until is not None and optimizer.steps >= until:
             break
-        optimizer.apply(record)
+        try:
+            optimizer.apply(record)
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # whole, yet none that a run writes
+            raise ValueError(
+                f"{journal.path}: record {number} is none of a run of {header['method']} ({' '.join(str(error).split())})."
+            ) from error
     return optimizer
+
+
+def checked_header(journal: Journal) -> dict[str, Any]:
+    """A journal's header, if it is that of a run.
+
+    Raises:
+        ValueError: it lacks something, or holds something of another type.
+    """
+    header = journal.header
+    try:
+        whole = all(isinstance(header[key], kind) for key, kind in _HEADER.items()) and all(
+            isinstance(group["weight_decay"], int | float)
+            and all(isinstance(name, str) and isinstance(dtype, str) for name, _, dtype in group["parameters"])
+            for group in header["groups"]
+        )
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole or not header["groups"]:
+        raise ValueError(f"{journal.path}: the journal's header is not that of a run of this version of zotune.")
+    return header
+
+
+_HEADER = {"base": str, "method": str, "options": dict, "seed": int, "groups": list, "device": list}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from zotune.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -86,17 +87,15 @@ def write_curve(curve: Curve, path: Path, title: str = "") -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON that is either the old file or the whole new one, whatever happens; NaN and infinity become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def summary_table(rows: Sequence[tuple[str, str]], title: str) -> Table:

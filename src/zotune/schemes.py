@@ -271,9 +271,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """The model under a saved adapter, ready to go on training it.
 
     PEFT loads a prefix or soft prompt for inference only; one without a projection is the same numbers either way.
+
+    Raises:
+        ValueError: its weights are not in safetensors.
     """
     from peft import PeftConfig, PeftModel
 
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder} has no adapter_model.safetensors: adapters are loaded from safetensors only.")
     for_text = PeftConfig.from_pretrained(str(folder)).is_prompt_learning
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=not for_text)
     if for_text:

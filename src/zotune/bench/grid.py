@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from zotune import plain_yaml
 from zotune.tasks.template import did_you_mean
 
 #: What the runs of a grid may be limited by.
@@ -125,13 +124,10 @@ def load(path: str | Path) -> Grid:
     if not path.is_file():
         raise FileNotFoundError(f"there is no grid file {str(path)!r}.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{where}: this is not YAML ({getattr(error, 'problem', error)}).") from error
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: this is not a text file.") from error
+    content = plain_yaml.parse(text, path)
     try:
         return parsed(content, title=path.stem)
     except ValueError as error:

@@ -16,6 +16,7 @@ from zotune.bench.grid import Grid
 from zotune.bench.plan import Cell, Place, runs_of, spelled
 from zotune.bench.rows import Row, percent, rows_of, score_text
 from zotune.run_report import duration_text, write_json
+from zotune.whole_file import whole_file
 
 FIGURES = "figures"
 
@@ -53,9 +54,8 @@ def write(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder, fold
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _plain(row: Row) -> dict[str, object]:

@@ -6,12 +6,12 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from zotune.commands.simple_parser import SimpleParser
 from zotune.commands.table import wide_table
 from zotune.commands.workload import add_options, methods_of, size_text, workload
+from zotune.whole_file import whole_file
 
 #: What stands in the table when no method is asked for.
 METHODS = ("zero-shot", "mezo", "lozo", "mezo-adam", "fo-sgd", "fo-adamw")
@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"chart: {args.chart}")
     if args.json:
         clean = [{key: value for key, value in row.items() if key != "split"} for row in rows]
-        Path(args.json).write_text(json.dumps(clean, indent=1) + "\n", encoding="utf-8")
+        with whole_file(args.json) as partial:
+            partial.write_text(json.dumps(clean, indent=1) + "\n", encoding="utf-8")
     assert all(trains(plan.method) or plan.method.build is None for plan in plans)
     return 0
 

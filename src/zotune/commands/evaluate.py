@@ -130,7 +130,9 @@ def _data_of_the_run(values: dict[str, Any], given: set[str]) -> None:
     folder = Path(values["model_name_or_path"]).expanduser()
     for place in (folder, folder.parent):
         if (place / run_folder.RUN_FILE).is_file():
-            options = run_folder.read_run(place)["data_arguments"]
+            options = run_folder.read_run(place).get("data_arguments")
+            if not isinstance(options, dict):
+                raise ValueError(f"{place / run_folder.RUN_FILE} is damaged: it does not say what the run's data were.")
             for field in dataclasses.fields(EvalDataArguments):
                 if field.name not in given and field.name in options:
                     values[field.name] = options[field.name]

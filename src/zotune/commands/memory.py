@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from zotune.commands.simple_parser import SimpleParser
 from zotune.commands.table import wide_table
 from zotune.commands.workload import add_options, methods_of, size_text, workload
+from zotune.whole_file import whole_file
 
 
 def _parser() -> SimpleParser:
@@ -64,5 +64,6 @@ def main(argv: Sequence[str]) -> int:
     if args.measure and device.type != "cuda":
         print("No CUDA device here: measured on the CPU, by the tensors' ledger and the resident set of a process of its own.")
     if args.json:
-        Path(args.json).write_text(json.dumps({"totals": totals, **columns}, indent=1) + "\n", encoding="utf-8")
+        with whole_file(args.json) as partial:
+            partial.write_text(json.dumps({"totals": totals, **columns}, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -12,6 +12,7 @@ from zotune.commands.replay import base_model
 from zotune.commands.simple_parser import SimpleParser
 from zotune.journal import Journal
 from zotune.merging import merge
+from zotune.replaying import checked_header
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     journals = [Journal.open(path / run_folder.JOURNAL_FILE if path.is_dir() else path) for path in paths]
     if args.weights is not None and len(args.weights) != len(journals):
         raise ValueError(f"there are {len(journals)} journals and {len(args.weights)} --weights: give one for each.")
-    bases = [journal.header["base"] for journal in journals]
+    bases = [checked_header(journal)["base"] for journal in journals]
     other = next((journal for journal in journals if journal.header["base"] != bases[0]), None)
     if other is not None:
         raise ValueError(f"{other.path} began with another model than {journals[0].path}: only runs of one base can be merged.")

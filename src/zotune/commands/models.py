@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def plan_model(args: ModelArguments, command: str) -> ModelPlan:
     name, adapter = _located(args.require(command)), None
     if (Path(name) / "adapter_config.json").is_file():
         adapter = name
-        name = _located(json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"])
+        name = _located(_base_of(Path(adapter)))
+    _check_index(Path(name))
     config = explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
     return ModelPlan(name, adapter, config)
 
@@ -115,7 +117,8 @@ def load_model(
     if args.offload == "cpu" or (args.offload == "disk" and args.quantize is not None):
         offloading.offload(model, args.offload, device=device, **_how(args, needs))
     if plan.adapter is not None:
-        model = load_adapter(model, plan.adapter)
+        base, adapter = model, plan.adapter
+        model = explained(adapter, lambda: load_adapter(base, adapter))
     return model, missing
 
 
@@ -158,18 +161,46 @@ def _located(name: str) -> str:
     return name
 
 
+def _base_of(adapter: Path) -> str:
+    """The base model's name in an adapter's configuration; ValueError where it names none."""
+    path = adapter / "adapter_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{path} is damaged: it names no base model (base_model_name_or_path).")
+    return name
+
+
+def _check_index(folder: Path) -> None:
+    """ValueError if a model folder's index takes weights from elsewhere."""
+    for path in folder.glob("*.index.json") if folder.is_dir() else ():
+        try:
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{path} is damaged: it does not say which file holds which weight.") from None
+        for name in sorted(map(str, names)):
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise ValueError(f"{path} is damaged: it names {name!r}, which is outside of the folder.")
+
+
 def explained(name: str, load: Callable[[], Any]) -> Any:
     """What `load` returns; its long-winded errors as one sentence."""
     try:
         return load()
-    except offloading.NotOffloadable:
+    except (offloading.NotOffloadable, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{name} holds weights as a pickle of more than tensors, which could run code; use safetensors.") from error
+    except Exception as error:  # a damaged or hostile file ends in any exception of the libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason:
             raise ValueError(f"{name} needs code of its own: add --trust_remote_code if you trust its authors.") from error
         if Path(name).is_dir():
             raise ValueError(f"cannot load a model from the folder {name}: {reason}") from error
+        if not isinstance(error, OSError | ValueError | KeyError):
+            raise
         raise FileNotFoundError(
             f"there is no model folder {name!r}, and the Hugging Face hub gave none of that name "
             "(no such model, no network, or HF_HUB_OFFLINE is set)."

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
+from zotune import plain_yaml
 from zotune.tasks.template import did_you_mean
 
 
@@ -63,7 +63,12 @@ class CommandParser(HfArgumentParser):
         given = {by_flag[flag].dest for word in words if (flag := word.split("=", 1)[0]) in by_flag}
         if adjust is not None:
             adjust(values, given)
-        instances = tuple(dtype(**{f.name: values[f.name] for f in dataclasses.fields(dtype) if f.init}) for dtype in self.dataclass_types)
+        try:
+            instances = tuple(
+                dtype(**{f.name: values[f.name] for f in dataclasses.fields(dtype) if f.init}) for dtype in self.dataclass_types
+            )
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # Hugging Face's own fields are not checked by it all
+            raise ValueError(f"a value of an option makes no sense ({' '.join(str(error).split())}).") from error
         return instances, given
 
     def option(self, name: str) -> argparse.Action:
@@ -81,13 +86,10 @@ class CommandParser(HfArgumentParser):
     def _yaml_words(self, path: str) -> list[str]:
         """The options of a flat YAML file as command-line words, each checked on its own so that errors name the file."""
         try:
-            content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}" if mark else ""
-            raise ValueError(f"{path}{where}: this is not YAML ({getattr(error, 'problem', error)}).") from error
+            text = Path(path).expanduser().read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: this is not a text file.") from error
+        content = plain_yaml.parse(text, path)
         if content is None:
             return []
         if not isinstance(content, dict):
@@ -153,6 +155,8 @@ def _words_of(flag: str, value: Any, *, is_list: bool) -> list[str]:
     if isinstance(value, list):
         if not is_list:
             raise ValueError(f"{flag[2:]} takes one value, not a list.")
+        if any(str(item).startswith("--") for item in value):
+            raise ValueError(f"{flag[2:]}: an item of the list begins with --, like an option.")
         return [flag, *map(str, value)]
     if isinstance(value, dict):
         return [f"{flag}={json.dumps(value)}"]

@@ -22,7 +22,7 @@ from zotune.frozen_linear import thaw
 from zotune.journal import Journal, verify
 from zotune.offloading import stream_of
 from zotune.offloading.loading import PLACES
-from zotune.replaying import replay
+from zotune.replaying import checked_header, replay
 from zotune.schemes import Scheme
 
 
@@ -101,25 +101,31 @@ def base_model(args: argparse.Namespace, journal: Journal, folder: Path, **where
     ``where`` are options of :class:`ModelArguments` about where its weights are.
     """
     run = run_folder.read_run(folder) if (folder / run_folder.RUN_FILE).is_file() else {}
-    stored = {dtype for group in journal.header["groups"] for _, _, dtype in group["parameters"]}
-    dtype = run.get("dtype") or next(iter(stored))
-    options = ModelArguments(
-        args.base,
-        dtype=dtype,
-        trust_remote_code=args.trust_remote_code,
-        quantize=run.get("model_arguments", {}).get("quantize"),
-        **where,
-    )
-    on_gpu = torch.cuda.is_available() and not args.use_cpu and "cpu" not in journal.header["device"]
+    header = checked_header(journal)
+    stored = {dtype for group in header["groups"] for _, _, dtype in group["parameters"]}
+    dtype: Any = run.get("dtype") or next(iter(stored), None)
+    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"{folder} says that the run's weights were {dtype!r}, which is no dtype.")
+    given = run.get("model_arguments")
+    bits = given.get("quantize") if isinstance(given, dict) else None
+    options = ModelArguments(args.base, dtype=dtype, trust_remote_code=args.trust_remote_code, quantize=bits, **where)
+    on_gpu = torch.cuda.is_available() and not args.use_cpu and "cpu" not in header["device"]
     device = torch.device("cuda" if on_gpu else "cpu")
     plan = plan_model(options, "zotune replay")
     tokenizer = load_tokenizer(plan, options)
     adapter = folder / run_folder.ADAPTER_FOLDER
     if adapter.is_dir():
         plan = dataclasses.replace(plan, adapter=str(adapter))
-    model, _ = load_model(plan, options, device, classes=run.get("classes"))
+    classes = run.get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
+        raise ValueError(f"{folder / run_folder.RUN_FILE} is damaged: its classes are no list of names.")
+    model, _ = load_model(plan, options, device, classes=classes)
     if run and plan.adapter is None:
-        schemes.apply(model, Scheme(**run.get("scheme", {})))  # a head that was untied
+        try:
+            scheme = Scheme(**run.get("scheme", {}))
+        except TypeError as error:
+            raise ValueError(f"{folder / run_folder.RUN_FILE} is damaged: its scheme is none ({error}).") from error
+        schemes.apply(model, scheme)  # a head that was untied
     head = folder / run_folder.HEAD_FILE
     if head.is_file():
         model.load_state_dict(load_file(head), strict=False)

@@ -63,9 +63,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {RUN_FILE} in {folder}: it is not the folder of a `zotune train` run.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no object.")
+    return content
 
 
 def write_run(folder: Path, content: dict[str, Any]) -> None:

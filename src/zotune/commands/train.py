@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -44,6 +45,7 @@ from zotune.run_report import (
 from zotune.schemes import Scheme
 from zotune.tasks import PreparedData, prepare
 from zotune.trainer import ZOTrainer
+from zotune.whole_file import whole_file
 
 
 def main(argv: Sequence[str]) -> int:
@@ -333,7 +335,8 @@ class Run:
             head = {
                 name: weight.detach().cpu().contiguous() for name, weight in weights.items() if any(name.endswith(key) for key in fresh)
             }
-            save_file(head, self.folder / run_folder.HEAD_FILE)
+            with whole_file(self.folder / run_folder.HEAD_FILE) as partial:
+                save_file(head, partial)
         run_folder.write_run(
             self.folder,
             {
@@ -368,8 +371,12 @@ class Run:
     def _save(self, trainer: ZOTrainer) -> None:
         draft = self.folder / ".model.partial"
         checkpoint.remove_drafts(self.folder)
-        trainer.save_model(str(draft))
-        run_folder.publish(draft, self.folder)
+        try:
+            trainer.save_model(str(draft))
+            run_folder.publish(draft, self.folder)
+        except BaseException:  # a full disk: no half model, and room for what is saved next
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
 
     def _summary(
         self,

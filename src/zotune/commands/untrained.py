@@ -15,6 +15,7 @@ from zotune import linear_probe
 from zotune.commands.run_folder import PROBE_FILE
 from zotune.first_order import Rival
 from zotune.tasks import LanguageModelCollator, PreparedData
+from zotune.whole_file import whole_file
 
 if TYPE_CHECKING:
     from zotune.trainer import ZOTrainer
@@ -57,7 +58,8 @@ def probed(method: Rival, trainer: ZOTrainer, data: PreparedData, folder: Path) 
         metrics |= data.compute_metrics(EvalPrediction(predictions=scores.cpu().numpy(), label_ids=right.cpu().numpy()))
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: getattr(probe, name).cpu().contiguous() for name in ("weight", "bias", "mean", "deviation")}
-    save_file(parts, folder / PROBE_FILE)
+    with whole_file(folder / PROBE_FILE) as partial:
+        save_file(parts, partial)
     counts = {"loss": loss, "forward_passes": -(-len(data.train) // size), "sequences_evaluated": len(data.train), "seconds": seconds}
     return _floats(metrics), counts
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from zotune.memory.ledger import KINDS, Split
+from zotune.whole_file import whole_file
 
 COLOURS = dict(zip(KINDS, ("#4477aa", "#ee6677", "#ccbb44", "#66ccee", "#aa3377", "#228833", "#bbbbbb"), strict=True))
 
@@ -42,5 +43,6 @@ def bar_chart(splits: Mapping[str, Split], path: str | Path, title: str, limit: 
     axis.invert_yaxis()
     axis.set(title=title, xlabel="peak memory, GB")
     figure.legend(ncols=4, fontsize=8, loc="outside lower center", frameon=False)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format=Path(path).suffix.removeprefix(".") or "png")
     plt.close(figure)

@@ -14,6 +14,9 @@ from typing import Any
 from zotune.tasks.task import Task
 from zotune.tasks.template import did_you_mean
 
+#: Bytes of one line of a JSON Lines file: a file that unpacks to one endless line must not fill the memory.
+LONGEST_LINE = 1 << 26
+
 
 @dataclass(frozen=True)
 class Rows(Sequence):
@@ -85,7 +88,9 @@ def read_jsonl(path: str | Path) -> Rows:
     rows, numbers = [], []
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(f"{path}, line {number} is longer than {LONGEST_LINE} bytes: one JSON object a line is expected.")
                 if line.strip():
                     rows.append(_object(line, path, number))
                     numbers.append(number)
@@ -172,11 +177,20 @@ def sample(rows: Rows, number: int | None, *, seed: int) -> Rows:
 
 def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+        row = json.loads(text)
+        if "\\u" in text:
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except UnicodeDecodeError:
         raise ValueError(f"{path}, line {number} is not UTF-8 text: save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number} is not valid JSON ({error.msg} at column {error.colno}).") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}, line {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text.") from None
+    except RecursionError:
+        raise ValueError(f"{path}, line {number} is nested too deeply.") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{path}, line {number} holds a number that cannot be read ({error}).") from None
     if not isinstance(row, dict):
         raise ValueError(
             f'{path}, line {number} holds a {type(row).__name__}, not an object such as {{"prompt": "...", "completion": "..."}}.'

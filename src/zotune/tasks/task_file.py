@@ -9,8 +9,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from zotune import plain_yaml
+from zotune.tasks import task_shape
 from zotune.tasks.metrics import ANSWER_METRICS, METRICS
 from zotune.tasks.task import ANSWER, Task
 from zotune.tasks.template import CHANGES, columns_of, did_you_mean
@@ -52,7 +52,10 @@ def load(
         path = Path(source)
         if not path.is_file():
             raise ValueError(f"no task file {source}: give the path of a YAML file or one of {', '.join(names())}.")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"task file {source} is not UTF-8 text: save the file as UTF-8.") from None
     else:
         if source not in names():
             raise ValueError(
@@ -60,10 +63,7 @@ def load(
                 "list them with `zotune tasks` or give the path of your own YAML file."
             )
         text = (_folder() / f"{source}.yaml").read_text(encoding="utf-8")
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"task file {source} is not valid YAML: {' '.join(str(error).split())}.") from None
+    raw = plain_yaml.parse(text, f"task file {source}")
     try:
         task = _parse(raw, template)
         if options is not None and task.gold:
@@ -86,14 +86,13 @@ def _parse(raw: Any, chosen: str | None) -> Task:
     for key in raw:
         if key not in _KEYS:
             raise ValueError(f"unknown key {key!r}{did_you_mean(key, _KEYS)}.")
+    raw = {key: value for key, value in raw.items() if value is not None}
+    task_shape.check(raw)
     gold = _gold(raw)
     for key in _REQUIRED if gold else (*_REQUIRED, "label", "labels"):
         if not raw.get(key):
             raise ValueError(f"the key {key!r} is missing.")
-    for key, kind in (("columns", list), ("labels", dict), ("templates", dict)):
-        if key in raw and not isinstance(raw[key], kind):
-            raise ValueError(f"{key!r} must be a {'list' if kind is list else 'mapping'}.")
-    columns = tuple(map(str, raw["columns"]))
+    columns = tuple(raw["columns"])
     by_label = raw.get("labels") or {}
     labels, label_names = tuple(by_label), tuple(map(str, by_label.values()))
     if not gold and len(labels) < 2:

@@ -1,0 +1,33 @@
+"""Files that appear whole or not at all: :func:`whole_file`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name to write to, beside ``path``, that becomes it when the block ends well and vanishes when it raises; the old file stays then.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with whole_file(path) as partial:
+        ...     length = partial.write_text("all of it")
+        >>> path.read_text()
+        'all of it'
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+        yield path
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
