@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import toys
-from zotune import ZerothOrder, frozen_linear, methods
-from zotune.frozen_linear import FrozenLinear, dense_state, freeze
+from zotune import ZerothOrder, catalogue, frozen_linear, methods
+from zotune.frozen_linear import FrozenLinear, dense_state, freeze, thaw
+from zotune.held_linear import hold, pieces
 from zotune.journal import Journal
 from zotune.replaying import replay
+from zotune.schemes import Scheme, refusal
 
 
 def llama() -> nn.Module:
@@ -27,8 +31,8 @@ def dense_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def train(model: nn.Module, steps: int = 7, probe: str = "batched", **options) -> tuple[list[float], ZerothOrder]:
-    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=3, **options), lr=1e-3, seed=1, probe=probe)
+def train(model: nn.Module, steps: int = 7, probe: str = "batched", journal: Path | None = None) -> tuple[list[float], ZerothOrder]:
+    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=3), lr=1e-3, seed=1, probe=probe, journal=journal)
     found = []
     for _ in range(steps):
         optimizer.step(toys.transformer_loss(model), toys.tokens())
@@ -99,6 +103,37 @@ def test_full_space_is_refused():
         freeze(nn.Sequential(nn.Linear(20, 4)), 4)
 
 
+@pytest.mark.parametrize("probe", ["batched", "sequential"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_adapter_on_a_base_in_few_bits(bits, probe):
+    """Its coefficients are those of the dense twin, in memory and streamed; merged it is the twin's merged model."""
+    peft = pytest.importorskip("peft")
+    from zotune.offloading import offload
+
+    def trained(model: nn.Module) -> tuple[list[float], nn.Module]:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        optimizer = ZerothOrder(model, "mezo", lr=1e-2, seed=1, probe=probe)
+        found = []
+        for _ in range(3):
+            optimizer.step(toys.transformer_loss(model), toys.tokens())
+            found += optimizer.last.coefficients.tolist()
+        return found, model
+
+    base, away = freeze(llama(), bits), freeze(llama(), bits)
+    codes = {name: buffer.clone() for name, buffer in base.named_buffers()}
+    offload(away, "disk")
+    expected, twin = trained(dense_twin(base))
+    found, model = trained(base)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3 * max(map(abs, expected)))
+    assert trained(away)[0] == found
+    assert all(torch.equal(buffer, codes[name.replace(".base_layer", "")]) for name, buffer in base.named_buffers())
+    merged, dense = thaw(model).merge_and_unload().state_dict(), twin.merge_and_unload().state_dict()
+    assert merged.keys() == dense.keys()
+    for name, tensor in dense.items():
+        assert torch.allclose(merged[name], tensor, rtol=1e-4, atol=1e-5), name
+
+
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear:UserWarning")
 def test_an_adapter_on_weights_that_torchao_holds():
     """Its batched step is that of the dequantised model; such weights stay in memory."""
@@ -122,6 +157,88 @@ def test_an_adapter_on_weights_that_torchao_holds():
     with pytest.raises(ValueError, match="no matrix of its own"):
         offload(model)
     assert adapted(model) == pytest.approx(adapted(twin), rel=1e-4)
+
+
+def quantised(library: str) -> nn.Module:
+    """A model whose Linear layers a library holds; "stand-in": a packed Linear of our own, in the way of bitsandbytes."""
+    model = llama().requires_grad_(False)
+    chosen = [(p, n, c) for p in model.modules() for n, c in p.named_children() if isinstance(c, nn.Linear) and n != "lm_head"]
+    if library.startswith("torchao"):
+        quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        kind = torch.int4 if library == "torchao int4" else torch.int8
+        config = quantization.IntxWeightOnlyConfig(kind) if kind is torch.int4 else quantization.Int8WeightOnlyConfig(version=2)
+        quantization.quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
+        return model
+    for parent, name, child in chosen:
+        if library == "stand-in":
+            layer: nn.Module = Packed(child)
+        else:
+            bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+            shape = child.in_features, child.out_features, child.bias is not None
+            if library == "bitsandbytes nf4":
+                layer = bnb.nn.Linear4bit(*shape, quant_type="nf4", compute_dtype=torch.float32)
+            else:
+                layer = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False)
+            layer.load_state_dict(child.state_dict())
+            layer.to("cpu")
+        setattr(parent, name, layer)
+    return model
+
+
+class Packed(nn.Linear):
+    """Bytes with a scale, as a Linear of another library may hold them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = linear.weight.abs().max() / 127
+        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+#: Library, and how far coefficients may be from those of the dense twin, as a share of the largest: eight bits of bitsandbytes round inputs
+#: as well.
+HELD = [("stand-in", 1e-3), ("torchao int8", 1e-3), ("torchao int4", 1e-3), ("bitsandbytes nf4", 1e-3), ("bitsandbytes int8", 0.3)]
+
+
+@pytest.mark.parametrize(("library", "tolerance"), HELD)
+def test_low_rank_on_weights_that_another_library_holds(library, tolerance, tmp_path):
+    """Factors beside a layer that is only called: coefficients and weights of the dense twin, nothing of the library's written."""
+    model = quantised(library)
+    with pytest.raises(ValueError, match="held in few bits"):
+        ZerothOrder(hold(quantised(library)), "mezo", lr=1e-3)
+    hold(model)
+    before = {name: tensor.clone() for name, tensor in pieces(model)}
+    assert before
+    twin = dense_twin(model)
+    twin.requires_grad_(False)
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_("proj" in name)
+    expected, _ = train(twin)
+    found, optimizer = train(model, journal=tmp_path / "j")
+    assert found == pytest.approx(expected, rel=tolerance, abs=tolerance * max(map(abs, expected)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pieces(model))
+    trained = dense_state(model)
+    if tolerance < 0.01:
+        for name, tensor in twin.state_dict().items():
+            assert torch.allclose(trained[name], tensor, rtol=1e-4, atol=1e-5), name
+    again = hold(quantised(library))
+    replay(again, tmp_path / "j")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in dense_state(again).items())
+    optimizer.detach()
+
+
+def test_what_another_library_holds_is_not_trained_by_mistake():
+    model = llama()
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(TwoTensor(torch.ones(64, 32), torch.ones(64, 32)))
+    with pytest.raises(ValueError, match=r"up_proj.weight is held in few bits by another library.*hold\(model\)"):
+        ZerothOrder(model, "lozo", lr=1e-3)
+    for method in ("lozo", "fo-sgd"):
+        assert "--scheme lora" in (refusal(catalogue.get(method), quantised("stand-in"), Scheme()) or "")
+    with pytest.raises(ValueError, match="nothing is to be done"):
+        hold(llama())
 
 
 class Largest(TorchDispatchMode):

@@ -16,9 +16,11 @@ from torch import nn
 
 import toys
 from command_cases import run_command, save_data, save_model
-from zotune import ZerothOrder, checkpoint, methods, residence
+from zotune import ZerothOrder, checkpoint, evaluating, methods, residence
 from zotune.frozen_linear import dense_state, freeze
 from zotune.journal import digest
+from zotune.memory import Workload, estimate
+from zotune.memory.offloaded import needs
 from zotune.offloading import blocks, cap, files, load, offload, refusal, stream_of
 from zotune.replaying import replay
 
@@ -167,6 +169,24 @@ def test_a_pass_reads_every_block_once_whatever_is_evaluated():
     assert stream.traffic.blocks - before <= 5 * 4 + 1
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_one_pass_a_step_is_chosen_without_timing_others(adapter, monkeypatch):
+    """`auto` reads the model once a step from the second step on, however slow the clock says that is."""
+    seconds = iter(range(0, 1 << 20, 7))
+    monkeypatch.setattr(evaluating, "clock", lambda: float(next(seconds)))
+    model = model_of("llama")
+    stream = offload(model, "disk")
+    model = lora(model) if adapter else model
+    optimizer = ZerothOrder(model, "mezo" if adapter else methods.lozo(interval=50), lr=1e-3)
+    optimizer.step(toys.transformer_loss(model), toys.tokens())
+    stream.flush()
+    assert optimizer.evaluations.batched and next(seconds) == 0
+    before = stream.traffic.blocks
+    for _ in range(3):
+        optimizer.step(toys.transformer_loss(model), toys.tokens())
+    assert stream.traffic.blocks - before <= 3 * 4 + 1
+
+
 def test_a_forward_that_fails_leaves_the_stream_and_the_weights_as_they_were():
     model, plain = model_of("llama"), model_of("llama")
     offload(model, "disk")
@@ -200,7 +220,9 @@ def test_few_bits_and_a_stream_go_together(bits):
 
     plain, moved = model(), model()
     stream = offload(moved, "disk")
-    assert {one.local for block in stream._blocks for one in block.moving} >= {"codes"}
+    assert {one.local for block in stream._blocks for one in block.moving} == {"codes"}
+    packed = sum(buffer.numel() for name, buffer in plain.named_buffers() if name.endswith("codes"))
+    assert sum(map(stream.store.size, range(len(stream.parts)))) < 1.5 * packed, "nothing else comes along"
     assert digest(plain) == digest(moved)
     assert train(moved, "lozo")[0] == train(plain, "lozo")[0]
     assert_equal(dense_state(moved), dense_state(plain))
@@ -237,6 +259,44 @@ def test_a_run_killed_with_updates_waiting_is_in_its_journal(tmp_path):
     assert_equal(weights(again), weights(plain))
     assert digests - loads <= 4 + 1  # the digest's pass: the updates of all steps wait for the next
     assert stream.traffic.blocks - digests <= 4 + 1
+
+
+CUT_OFF = """
+import os, signal, sys
+from zotune.cli import main
+from zotune.evaluating import Evaluations
+from zotune.offloading import stream_of
+gather = Evaluations.gather
+def cut_off(self, loss_fn, parts, seed, step):
+    if step == 5:  # the update of the step before, or the fold of the steps before, is still to be done
+        assert any(block.waiting for block in stream_of(self.probe.model)._blocks), "nothing waits"
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gather(self, loss_fn, parts, seed, step)
+Evaluations.gather = cut_off
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("method", "save"), [("mezo", "3"), ("lozo", "100")])
+def test_a_run_that_is_cut_off_on_disk_goes_on_along_its_journal(method, save, tmp_path, capsys, monkeypatch):
+    """Killed with updates waiting: resumed from a checkpoint or from the base weights, and through the journal's tail, it ends in the
+    weights of the run in memory that nobody touched, bit for bit."""
+    save_model(tmp_path / "my-model")
+    save_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--method", method, "--dtype", "bfloat16"]
+    words += ["--max_steps", "8", "--save_steps", save, "--learning_rate", "0.01", "--eps", "0.01", "--eval_steps", "4"]
+    words += ["--interval", "5"] if method == "lozo" else []
+    assert run_command(capsys, *words, "--output_dir", "plain").code == 0
+    words += ["--offload", "disk", "--offload_dir", ".", "--output_dir", "cut"]
+    done = subprocess.run([sys.executable, "-c", CUT_OFF, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(Path("cut/journal.zo").read_bytes()) < len(Path("plain/journal.zo").read_bytes())
+    result = run_command(capsys, *words, "--resume_from_checkpoint")
+    assert result.code == 0, result.err
+    assert Path("cut/journal.zo").read_bytes() == Path("plain/journal.zo").read_bytes()
+    found, expected = (transformers.AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("cut", "plain"))
+    assert_equal(found, expected)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------------------------
@@ -288,6 +348,28 @@ def test_a_cap_keeps_as_many_blocks_as_fit():
     assert [under(n).resident for n in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="must be at least"):
         cap.arrange(model, int((rest + 2 * block) / (1 - cap.SPARE)) - 8, torch.device("cpu"), taken=lambda device: 0)
+
+
+def test_a_cap_leaves_a_step_what_the_estimate_says():
+    """A step's bytes are those of `zotune estimate` beside the weights; a half-precision block that is written brings its residuals."""
+    model = model_of("llama", torch.bfloat16)
+    plain = Workload(model.config, methods.lozo(), batch_size=2, sequence_length=8, dtype=torch.bfloat16)
+    split = estimate(plain)
+    assert needs([plain], accelerator=False) == cap.Needs(split.total - split.kinds["weights"], 1.0)
+    written = needs([plain, plain.with_(method=methods.mezo())], accelerator=False)
+    assert written.growth == 2.0
+    moved = model_of("llama", torch.bfloat16)
+    stream = offload(moved, "disk")
+    before = max(layout.size for layout in stream.store.layouts)
+    train(moved, "mezo", steps=1)
+    assert max(layout.size for layout in stream.store.layouts) == pytest.approx(written.growth * before, rel=0.05)
+
+    base = cap.sizes(model)
+    least = int((base[1] + written.step + 2 * 2 * base[2]) / (1 - cap.ROUNDING)) + 2
+    found = cap.arrange(model, least, torch.device("cpu"), taken=lambda device: 0, needs=written)
+    assert (found.resident, found.prefetch, found.step) == (0, 1, written.step) and found.total <= least
+    with pytest.raises(ValueError, match="a step's computing"):
+        cap.arrange(model, least - 64, torch.device("cpu"), taken=lambda device: 0, needs=written)
 
 
 def test_amounts_of_memory():
@@ -343,7 +425,7 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
     for name, extra in (("a", []), ("b", ["--offload", "disk", "--max_memory", "64GiB", "--offload_dir", "."])):
         result = run_command(capsys, *common, *extra, "--output_dir", name)
         assert result.code == 0, result.err
-    assert "come and go" in result.out
+    assert "come and go" in result.out and "--max_memory 64.00 GiB fits" in result.out and "of it for a step" in result.out
     assert Path("a/journal.zo").read_bytes() == Path("b/journal.zo").read_bytes()
     result = run_command(capsys, *common, "--offload", "disk", "--output_dir", "b", "--resume_from_checkpoint", "b/checkpoint-4")
     assert result.code == 0, result.err
@@ -353,6 +435,7 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
         (["--max_memory", "1GiB"], "--offload"),
         (["--offload", "cpu", "--use_cpu"], "for a model that computes on a GPU"),
         (["--offload", "disk", "--method", "fo-sgd"], "backward"),
+        (["--quantize", "int8", "--load_best_model_at_end", "--save_only_model", "--eval_steps", "2"], "optimizer states: leave"),
     ):
         words = [word for word in common if word not in ("--interval", "3")] if "fo-sgd" in wrong else common
         result = run_command(capsys, *words, *wrong, "--output_dir", "c")
@@ -361,6 +444,46 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
     assert result.code == 0, result.err
     result = run_command(capsys, *common, "--quantize", "int8", "--output_dir", "d", "--resume_from_checkpoint", "d/checkpoint-4")
     assert result.code == 0, result.err
+    for run in ("a", "d"):  # rebuilt from disk, in the bits of the run
+        result = run_command(capsys, "replay", "my-model", run, "--output_dir", f"again-{run}", "--offload", "disk")
+        assert result.code == 0, result.err
+        found, expected = (transformers.AutoModelForCausalLM.from_pretrained(name).state_dict() for name in (f"again-{run}", run))
+        assert_equal(found, expected)
+    for wrong, said in ((["--offload", "disk", "--merge"], "leave --offload out"), (["--max_memory", "1GiB"], "--offload")):
+        result = run_command(capsys, "replay", "my-model", "a", "--output_dir", "e", *wrong)
+        assert result.code == 2 and said in result.err, result.err
+    result = run_command(capsys, "merge", "my-model", "d", "--output_dir", "e")
+    assert result.code == 2 and "without --quantize" in result.err, result.err
+
+
+@pytest.mark.parametrize("where", ["--quantize int8", "--offload disk", "--quantize int8 --offload disk"])
+def test_the_best_checkpoint_comes_back(tmp_path, capsys, monkeypatch, where):
+    """A run that ends with its best checkpoint, which is not the last, has that one's weights, factors beside codes included."""
+    save_model(tmp_path / "my-model")
+    save_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--method", "lozo", "--interval", "3"]
+    words += ["--max_steps", "8", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "0", "--learning_rate", "3.0"]
+    words += [
+        *where.split(),
+        "--load_best_model_at_end",
+        "--metric_for_best_model",
+        "loss",
+        "--greater_is_better",
+        "true",
+        "--output_dir",
+        "a",
+    ]
+    result = run_command(capsys, *words)
+    assert result.code == 0, result.err
+    states = {path.name: checkpoint.load_json(path / checkpoint.TRAINER_STATE) for path in checkpoint.checkpoints("a")}
+    best = Path(states["checkpoint-8"]["best_model_checkpoint"]).name
+    assert len(states) == 4 and best != "checkpoint-8", best
+    found, expected, last = (
+        transformers.AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("a", f"a/{best}", "a/checkpoint-8")
+    )
+    assert_equal(found, expected)
+    assert any(not torch.equal(found[name], tensor) for name, tensor in last.items() if "q_proj" in name)
 
 
 # -- an accelerator ---------------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_zotune_methods_lists_and_describes_all(command: Command) -> None:
 # -- on a real model --------------------------------------------------------------------------------------------------------------------
 
 #: Learning rates at which eight steps on sixteen sentences fit them better with the small language model.
-RATES = {"fo-sgd": 1e-2, "adahessian": 1e-3, "galore": 3e-4, "golore": 3e-4, "mkor-h": 1e-2}
+RATES = {"fo-sgd": 1e-2, "adahessian": 1e-3, "galore": 3e-4, "golore": 3e-4, "mkor-h": 1e-2, "hybrid": 1e-3}
 
 
 @pytest.mark.slow
@@ -192,6 +192,6 @@ def test_a_rival_fits_real_sentences(name: str, tiny_lm: Path, data_dir: Path) -
     data = tasks.prepare(tokenizer, model.config, task="sst2", data_dir=data_dir, num_train=32, objective="choices", parts=("train",))
     shortest = sorted(data.train or [], key=lambda example: len(example["prompt_ids"]))[:16]
     batch = data.collate_train(shortest)
-    optimizer = first_order.FirstOrder(model, name, lr=RATES.get(name), max_steps=8)
+    optimizer = first_order.optimizer_class(first_order.get(name))(model, name, lr=RATES.get(name), max_steps=8)
     losses = [float(optimizer.step(objective("choices", model), batch)) for _ in range(8)]
     assert min(losses[-2:]) < 0.9 * losses[0]

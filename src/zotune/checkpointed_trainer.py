@@ -17,6 +17,8 @@ from zotune import checkpoint
 from zotune.config import settings
 from zotune.distributed import Workers
 from zotune.first_order import FirstOrder
+from zotune.frozen_linear import any_frozen
+from zotune.offloading import saving, stream_of
 from zotune.optimizer import ZerothOrder
 from zotune.step_sums import StepSums
 
@@ -35,6 +37,11 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._since_log = StepSums()
         super().__init__(*args, **kwargs)
+        if self.args.load_best_model_at_end and self.args.save_only_model and keeps_factors(self.model):
+            raise ValueError(
+                "the best of several checkpoints of a model in few bits is found in their optimizer states: leave save_only_model or "
+                "load_best_model_at_end out."
+            )
         self._run_folder = Path(self.args.output_dir)
         self.workers = Workers(self.args.share, "same", self.args.check_workers_steps)
         self._train_batch_size *= self.workers.size  # every process is given the whole batch of a step
@@ -129,11 +136,25 @@ class CheckpointedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with training_flags_kept(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self._load_block_by_block(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        best, optimizer = Path(self.state.best_model_checkpoint or ""), self.zo_optimizer
         with training_flags_kept(self.model):
-            super()._load_best_model()
+            if not self._load_block_by_block(best):
+                super()._load_best_model()
+        if isinstance(optimizer, ZerothOrder) and keeps_factors(self.model):  # which are in no file of weights
+            spent = optimizer.forward_passes, optimizer.sequences_evaluated
+            checkpoint.load_optimizer(best, optimizer)
+            optimizer.forward_passes, optimizer.sequences_evaluated = spent
+
+    def _load_block_by_block(self, folder: Path) -> bool:
+        """Load the weights of an offloaded model a shard at a time, which Hugging Face would gather whole; whether these are such."""
+        if stream_of(self.model) is None or not (folder / saving.INDEX).is_file():
+            return False
+        self._issue_warnings_after_load(saving.load_model(self.model, folder))
+        return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A checkpoint that does not fit is an error: nothing is restored in part."""
@@ -143,6 +164,11 @@ class CheckpointedTrainer(Trainer):
                 f"the checkpoint does not fit the model: it lacks {missing or 'nothing'} and has "
                 f"{load_result.unexpected_keys or 'nothing'} that the model does not have; load the model of this run."
             )
+
+
+def keeps_factors(model: nn.Module) -> bool:
+    """Whether what training adds to a model is beside weights that are never written."""
+    return any_frozen(model) and not hasattr(model, "peft_config")
 
 
 @contextmanager

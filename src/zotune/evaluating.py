@@ -6,8 +6,9 @@ number an example, and every parameter that moves is low-rank, a vector, or a th
 of itself, one a direction.
 
 The first step evaluates some points both ways and gives batched up, with a warning, where they disagree. ``"auto"`` then times the two and
-takes sequential only where it is clearly faster (a batch whose stacked activations leave the caches can be). The choice is made once a
-run, for losses differ in their last bits: a checkpoint holds it, and the journal has an event where it is sequential.
+takes sequential only where it is clearly faster (a batch whose stacked activations leave the caches can be). Where weights come and go
+(``offloading``) nothing is timed: they come once for a batched evaluation, and once a point for a sequential one. The choice is made once
+a run, for losses differ in their last bits: a checkpoint holds it, and the journal has an event where it is sequential.
 
 Several workers (``distributed``) evaluate a share of a step each; what leaves here is everybody's table of losses.
 """
@@ -389,10 +390,14 @@ class Evaluations:
             self._give_up(str(error))
             return
         if self.probe.agree(quick, slow, here):
-            self.batched = self.choice == "batched" or not self._sequential_is_faster(
-                lambda: self._stacked(loss_fn, part, stack),
-                sequentially,
-                share=slow.numel() / stack.losses.numel(),
+            self.batched = (
+                self.choice == "batched"
+                or self.probe.streams
+                or not self._sequential_is_faster(
+                    lambda: self._stacked(loss_fn, part, stack),
+                    sequentially,
+                    share=slow.numel() / stack.losses.numel(),
+                )
             )
         else:
             self._give_up(f"its losses are {quick.mean():.6g} on average, those of one point after the other {slow.mean():.6g}")

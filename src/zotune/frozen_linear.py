@@ -187,6 +187,21 @@ def freeze(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",))
     return model
 
 
+@torch.no_grad()
+def thaw(model: nn.Module) -> nn.Module:
+    """Give a model ordinary Linear layers of what :func:`freeze` and training have made of them, in place; the model."""
+    layers = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    for parent, name, child in layers:
+        if isinstance(child, FrozenLinear):
+            linear = nn.Linear(1, 1, device="meta")
+            linear.in_features, linear.out_features = child.in_features, child.out_features
+            linear.weight = nn.Parameter(child.dense(), requires_grad=child.weight.requires_grad)
+            linear.bias = child.bias  # type: ignore[assignment]
+            linear.train(child.training)
+            setattr(parent, name, linear)
+    return model
+
+
 def any_frozen(model: nn.Module) -> bool:
     """Whether a model has layers of this kind."""
     return any(isinstance(module, FrozenLinear) for module in model.modules())

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune import residence
+from zotune.held_linear import pieces
 
 MAGIC = b"ZOJ1"
 _STEP, _EVENT = 1, 2
@@ -304,4 +305,5 @@ def digest(model: nn.Module) -> str:
         return hashlib.blake2b(b"".join(map(one, whole)), digest_size=16).hexdigest()
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock
         packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales")]
+        packed += pieces(model)
         return hashlib.blake2b(b"".join(pool.map(one, [*model.named_parameters(), *packed])), digest_size=16).hexdigest()

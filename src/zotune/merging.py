@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from zotune.frozen_linear import owner_of
 from zotune.journal import Journal
 from zotune.replaying import replay
 
@@ -46,6 +47,8 @@ def merge(model: nn.Module, journals: Sequence[str | Path | Journal], weights: S
     shares = _shares(weights, len(journals))
     opened = [journal if isinstance(journal, Journal) else Journal.open(journal) for journal in journals]
     trained = {name for journal in opened for group in journal.header["groups"] for name, _, _ in group["parameters"]}
+    if any(name in trained and owner_of(parameter) is not None for name, parameter in model.named_parameters()):
+        raise ValueError("what runs add to weights held in few bits stays beside them and is not averaged: merge runs without --quantize.")
     sums: dict[str, Tensor] = {}
     for share, journal in zip(shares, opened, strict=True):
         twin = copy.deepcopy(model)

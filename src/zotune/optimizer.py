@@ -22,6 +22,7 @@ from zotune.distributed.agreement import settle
 from zotune.distributed.workers import Workers
 from zotune.estimators import ESTIMATORS, Estimate
 from zotune.evaluating import Evaluations, Losses, LossFunction, NonFiniteLossError
+from zotune.held_linear import held_elsewhere
 from zotune.journal import Journal, Record, StepRecord
 from zotune.methods import AUTO, Method
 from zotune.probe import Probe, isolated_generators
@@ -175,6 +176,11 @@ class ZerothOrder(torch.optim.Optimizer):
                     raise ValueError(
                         f"{name} is sharded, and {self.method.name} cannot train shards: take a method that moves full weights or low-rank "
                         "ones by plain SGD, with num_directions a number (mezo, lozo)."
+                    )
+                if held_elsewhere(parameter):
+                    raise ValueError(
+                        f"{name} is held in few bits by another library, which cannot be written: call zotune.held_linear.hold(model) and "
+                        "take a low-rank method (lozo), or train an adapter (PEFT)."
                     )
                 coordinate = self.method.subspace.coordinate(name, parameter)
                 self._check_residence(coordinate)

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from zotune import residence
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key, generator_seed
 from zotune.forward_mode import ForwardMode, dual
@@ -120,6 +121,8 @@ class Probe:
         self._siblings = _siblings(model, by_parameter)
         #: Whether a parameter, trained or not, is split among processes: all of them then have to evaluate the same points together.
         self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
+        #: Whether a parameter is away between forwards (``residence``), so that every forward brings it in again.
+        self.streams = any(residence.home(parameter) is not None for parameter in model.parameters())
         self._gathering: list[Any] = [module for module in model.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
         for module in self._gathering[:1]:
             module._get_fsdp_state()._lazy_init()  # looks at the parameters, and would find those that are lent

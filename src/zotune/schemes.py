@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zotune.held_linear import held_layers
+
 if TYPE_CHECKING:
     from zotune.methods import Method
 
@@ -153,6 +155,11 @@ def refusal(method: Method | Any, model: nn.Module, scheme: Scheme) -> str | Non
     """
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     where = f"--scheme {scheme.scheme}" + (" with --trainable" if scheme.trainable else "")
+    if scheme.scheme == "full" and held_layers(model):
+        return (
+            "another library holds the model's weights in few bits, which cannot be written: train an adapter on them (--scheme lora), or "
+            "in Python factors beside them (zotune.held_linear.hold and a low-rank method)."
+        )
     if hasattr(method, "refusal"):
         reason = method.refusal(model, trained)
         return None if reason is None else f"{method.name} makes no sense with {where}: {reason}."

@@ -14,12 +14,14 @@ from transformers import set_seed
 
 from zotune.commands import run_folder
 from zotune.commands.arguments import EvalDataArguments, ModelArguments
+from zotune.commands.foreseen import needs_of
 from zotune.commands.models import load_model, load_tokenizer, plan_model
 from zotune.commands.parser import CommandParser
 from zotune.commands.quiet import quiet_libraries
 from zotune.commands.train import evaluate_quietly, new_console
 from zotune.config import ZOConfig
 from zotune.run_report import PeakMemory, duration_text, memory_text, metric_text, summary_table, write_json
+from zotune.schemes import Scheme
 from zotune.tasks import prepare
 from zotune.trainer import ZOTrainer
 
@@ -91,7 +93,8 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         )
         classes = prepared.label_names if prepared.train_objective == "classifier" else None
         set_seed(how.seed)
-        network, fresh = load_model(plan, model, config.device, classes=classes)
+        needs = needs_of(model, plan, config, prepared, None, Scheme())
+        network, fresh = load_model(plan, model, config.device, classes=classes, needs=needs)
         if fresh and plan.adapter is None:
             raise ValueError(f"{plan.name} has no classification head yet, so there is nothing to evaluate; train it first.")
         trainer = ZOTrainer(

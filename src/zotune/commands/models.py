@@ -16,6 +16,7 @@ from zotune import offloading
 from zotune.commands.arguments import ModelArguments
 from zotune.frozen_linear import freeze
 from zotune.offloading import cap
+from zotune.offloading.cap import Needs
 from zotune.schemes import load_adapter
 
 
@@ -62,7 +63,12 @@ def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
 
 
 def load_model(
-    plan: ModelPlan, args: ModelArguments, device: torch.device, *, classes: Sequence[str] | None = None
+    plan: ModelPlan,
+    args: ModelArguments,
+    device: torch.device,
+    *,
+    classes: Sequence[str] | None = None,
+    needs: Needs | None = None,
 ) -> tuple[nn.Module, list[str]]:
     """The model on the CPU, and the names of the parameters that its files lack and that were drawn at random.
 
@@ -73,6 +79,7 @@ def load_model(
         args: the user's options.
         device: where it will run; decides what dtype "auto" means.
         classes: names of a classifier's classes; None for a language model.
+        needs: what computing takes of `--max_memory` (`commands.foreseen`).
 
     Raises:
         ValueError: the head has another number of classes, or a language model's files are incomplete.
@@ -94,7 +101,9 @@ def load_model(
             config.num_labels = len(classes)
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: index for index, name in enumerate(classes)}
-    model, info = explained(plan.name, lambda: _read(plan.name, kind, args, device, config=config, output_loading_info=True, **options))
+    model, info = explained(
+        plan.name, lambda: _read(plan.name, kind, args, device, needs, config=config, output_loading_info=True, **options)
+    )
     missing = sorted(info["missing_keys"])
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
@@ -104,28 +113,27 @@ def load_model(
         if stream is not None:
             stream.bring_back()
     if args.offload == "cpu" or (args.offload == "disk" and args.quantize is not None):
-        how: dict[str, Any] = {"blocks": args.offload_blocks, "max_memory": _cap(args), "scratch": _scratch(args)}
-        offloading.offload(model, args.offload, device=device, **how)
+        offloading.offload(model, args.offload, device=device, **_how(args, needs))
     if plan.adapter is not None:
         model = load_adapter(model, plan.adapter)
     return model, missing
 
 
-def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, **options: Any) -> Any:
+def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, needs: Needs | None, **options: Any) -> Any:
     if args.offload == "disk" and args.quantize is None:
-        more: dict[str, Any] = {"blocks": args.offload_blocks, "max_memory": _cap(args), "scratch": _scratch(args)}
-        return offloading.load(name, kind, device=device, **more, **options)
+        return offloading.load(name, kind, device=device, **_how(args, needs), **options)
     if args.quantize is not None:  # a block at a time, so that the model need never fit whole
         return offloading.load(name, kind, blocks=args.offload_blocks, **options)
     return kind.from_pretrained(name, **options)
 
 
-def _scratch(args: ModelArguments) -> str | None:
-    return None if args.offload_dir is None else str(Path(args.offload_dir).expanduser())
-
-
-def _cap(args: ModelArguments) -> int | None:
-    return None if args.max_memory is None else cap.parse(args.max_memory)
+def _how(args: ModelArguments, needs: Needs | None) -> dict[str, Any]:
+    return {
+        "blocks": args.offload_blocks,
+        "max_memory": None if args.max_memory is None else cap.parse(args.max_memory),
+        "needs": needs,
+        "scratch": None if args.offload_dir is None else str(Path(args.offload_dir).expanduser()),
+    }
 
 
 def resolve_dtype(name: str, device: torch.device) -> Any:

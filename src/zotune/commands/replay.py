@@ -18,7 +18,10 @@ from zotune.commands.arguments import ModelArguments
 from zotune.commands.models import load_model, load_tokenizer, plan_model
 from zotune.commands.quiet import quiet_libraries
 from zotune.commands.simple_parser import SimpleParser
+from zotune.frozen_linear import thaw
 from zotune.journal import Journal, verify
+from zotune.offloading import stream_of
+from zotune.offloading.loading import PLACES
 from zotune.replaying import replay
 from zotune.schemes import Scheme
 
@@ -36,6 +39,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--step", type=int, help="stop after so many steps (default: all)")
     parser.add_argument("--merge", action="store_true", help="merge a trained LoRA adapter into the base model's weights")
     parser.add_argument("--verify", action="store_true", help="only check the journal's checksums and order; writes nothing")
+    parser.add_argument("--offload", choices=PLACES, help="keep the model's blocks in host memory (cpu) or in its own files (disk)")
+    parser.add_argument("--max_memory", metavar="SIZE", help="with --offload: memory (18GiB) that decides how many blocks stay")
+    parser.add_argument("--offload_blocks", nargs="+", metavar="NAME", help="with --offload: name of the model's list of blocks")
+    parser.add_argument("--offload_dir", metavar="DIR", help="with --offload disk: folder for a scratch file of the trained weights")
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU where there is a GPU")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
     args = parser.parse(argv)
@@ -56,16 +63,19 @@ def main(argv: Sequence[str]) -> int:
     output = Path(args.output_dir).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is not empty; choose another --output_dir.")
+    if args.merge and args.offload is not None:
+        raise ValueError("--merge writes every weight of the model at once, wherever it is: leave --offload out.")
     quiet_libraries()
     journal = Journal.open(path)
-    model, tokenizer = base_model(args, journal, path.parent)
+    where = {name: getattr(args, name) for name in ("max_memory", "offload_blocks", "offload_dir")}
+    model, tokenizer = base_model(args, journal, path.parent, offload=args.offload or "no", **where)
     optimizer = replay(model, journal, until=args.step)
     steps = optimizer.steps
     optimizer.detach()
     if args.merge:
         model = merged(model)
     with checkpoint.draft(output) as folder:
-        checkpoint.save_model(folder, model.cpu())
+        checkpoint.save_model(folder, model if stream_of(model) is not None else model.cpu())
         tokenizer.save_pretrained(folder)
     print(f"{output}: {args.base} after {steps} of {len(journal)} steps of {journal.header['method']}.")
     return 0
@@ -81,16 +91,25 @@ def merged(model: nn.Module) -> nn.Module:
         return model
     if not hasattr(model, "merge_and_unload"):
         raise ValueError("--merge puts a LoRA adapter into the weights; a prefix or prompt is none: leave --merge out.")
-    merge: Any = model.merge_and_unload
+    merge: Any = thaw(model).merge_and_unload
     return merge()
 
 
-def base_model(args: argparse.Namespace, journal: Journal, folder: Path) -> tuple[nn.Module, Any]:
-    """The base model as it was before the first step: in the run's dtype, with the head or adapter that the run began with."""
+def base_model(args: argparse.Namespace, journal: Journal, folder: Path, **where: Any) -> tuple[nn.Module, Any]:
+    """The base model as it was before the first step: in the run's dtype and bits, with the head or adapter that the run began with.
+
+    ``where`` are options of :class:`ModelArguments` about where its weights are.
+    """
     run = run_folder.read_run(folder) if (folder / run_folder.RUN_FILE).is_file() else {}
     stored = {dtype for group in journal.header["groups"] for _, _, dtype in group["parameters"]}
     dtype = run.get("dtype") or next(iter(stored))
-    options = ModelArguments(args.base, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    options = ModelArguments(
+        args.base,
+        dtype=dtype,
+        trust_remote_code=args.trust_remote_code,
+        quantize=run.get("model_arguments", {}).get("quantize"),
+        **where,
+    )
     on_gpu = torch.cuda.is_available() and not args.use_cpu and "cpu" not in journal.header["device"]
     device = torch.device("cuda" if on_gpu else "cpu")
     plan = plan_model(options, "zotune replay")
@@ -104,4 +123,4 @@ def base_model(args: argparse.Namespace, journal: Journal, folder: Path) -> tupl
     head = folder / run_folder.HEAD_FILE
     if head.is_file():
         model.load_state_dict(load_file(head), strict=False)
-    return model.to(device), tokenizer
+    return (model if stream_of(model) is not None else model.to(device)), tokenizer

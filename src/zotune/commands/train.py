@@ -18,6 +18,7 @@ from transformers import PrinterCallback, set_seed
 from zotune import checkpoint, offloading, schemes
 from zotune.commands import run_folder, untrained
 from zotune.commands.arguments import DataArguments, ModelArguments
+from zotune.commands.foreseen import needs_of
 from zotune.commands.models import load_model, load_tokenizer, plan_model
 from zotune.commands.parser import CommandParser
 from zotune.commands.progress import RunProgress
@@ -112,7 +113,8 @@ class Run:
         data = prepare(tokenizer, plan.config, seed=self.config.seed, parts=parts, **dataclasses.asdict(self.data_args))
         set_seed(self.config.seed)  # a new head or adapter is drawn from the global generator
         classes = data.label_names if data.train_objective == "classifier" else None
-        model, fresh = load_model(plan, self.model_args, self.config.device, classes=classes)
+        needs = needs_of(self.model_args, plan, self.config, data, method, self.scheme)
+        model, fresh = load_model(plan, self.model_args, self.config.device, classes=classes, needs=needs)
         no_steps = isinstance(method, Rival) and method.kind != "backward"
         if no_steps:
             assert isinstance(method, Rival)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune import schemes
-from zotune.first_order import FirstOrder, Rival
+from zotune.first_order import Rival, optimizer_class
 from zotune.memory.ledger import Ledger, Split
 from zotune.memory.models import build, depth_of, shallow
 from zotune.memory.rehearsal import forget_tables, rehearsal
@@ -167,7 +167,7 @@ def _steps(
         rate = 1e-6
         optimizer: Any
         if isinstance(method, Rival):
-            optimizer = FirstOrder(model, method, lr=rate, max_steps=STEPS)
+            optimizer = optimizer_class(method)(model, method, lr=rate, max_steps=STEPS)
         else:
             optimizer = ZerothOrder(model, method, lr=rate, probe=workload.probe)
     for _ in range(STEPS):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zotune.frozen_linear import owner_of
+
 #: Vectors, matrices of fewer numbers and narrow ones (adapters) stay: they are little of a model, and updates of many of them go together.
 SMALL = 1 << 8
 NARROW = 16
@@ -110,9 +112,11 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
 
 def _plain(tensor: Tensor) -> bool:
     """Whether a tensor is one piece of memory. Others (weights quantised by torchao or bitsandbytes) stay where they are."""
-    return type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor
+    return type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor and owner_of(tensor) is None
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Bytes of a tensor's values."""
+    """Bytes of a tensor's values; none for the weight of a layer in few bits, which stands for others."""
+    if owner_of(tensor) is not None:
+        return 0
     return tensor.numel() * torch.empty(0, dtype=tensor.dtype).element_size()

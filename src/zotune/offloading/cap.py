@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ from zotune.offloading.blocks import NotOffloadable, bytes_of
 from zotune.offloading.stream import moving_of
 
 _UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9, "gib": 2**30}
-#: Of the cap, what is left to activations, to directions and to what the allocator rounds up to.
+#: Of the cap, what is left to activations, to directions and to what the allocator rounds up to, where nobody knows what a step takes.
 SPARE = 0.15
+#: Where that is known, what is left to the allocator.
+ROUNDING = 0.05
 #: What a CUDA context and the libraries' workspaces take of a card.
 CONTEXT = 700 << 20
 #: Blocks on their way at a time, at most: one more hides no more than unsteadiness of the link.
@@ -37,12 +40,31 @@ def parse(text: str) -> int:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What computing takes beside weights (``memory.offloaded`` predicts it): bytes of a step, and how many times larger than its weights
+    a block is with what training keeps for it."""
+
+    step: int
+    growth: float = 1.0
+
+
+@dataclass(frozen=True)
 class Arrangement:
-    """Under a cap: blocks that stay, blocks on their way, and the bytes that all this takes."""
+    """Under a cap: blocks that stay, blocks on their way, and the bytes that all this takes, those of a step among them where known."""
 
     resident: int
     prefetch: int
     total: int
+    cap: int
+    step: int | None = None
+
+    def describe(self) -> str:
+        """What is where, and how much of the cap it is predicted to take."""
+        step = f", {_size(self.step)} of it for a step" if self.step is not None else ""
+        return (
+            f"--max_memory {_size(self.cap)} fits: {self.resident} blocks stay, {self.prefetch} at a time on their way; predicted peak "
+            f"{_size(self.total)}{step}"
+        )
 
 
 def arrange(
@@ -51,6 +73,7 @@ def arrange(
     device: torch.device,
     named: str | Sequence[str] | None = None,
     taken: Callable[[torch.device], int] | None = None,
+    needs: Needs | None = None,
 ) -> Arrangement:
     """As many blocks as fit beside what always stays and the rooms for those that come and go.
 
@@ -60,20 +83,22 @@ def arrange(
         device: which that is.
         named: the list of blocks, as in :func:`zotune.offloading.offload`.
         taken: bytes that the process takes already; the default looks.
+        needs: what a step takes; None: a share of the cap.
 
     Raises:
         ValueError: the smallest arrangement does not fit; how much it takes.
     """
-    sizes = _of_blocks(model, named)
-    room, base = max(sizes), (taken or process)(device) + _whole(model) - sum(sizes)
-    usable = int(cap * (1 - SPARE))
-    least = base + 2 * room
+    plain = _of_blocks(model, named)
+    step, growth, spare = (0, 1.0, SPARE) if needs is None else (needs.step, needs.growth, ROUNDING)
+    sizes = [int(size * growth) for size in plain]
+    room, base = max(sizes), (taken or process)(device) + _whole(model) - sum(plain)
+    usable = int(cap * (1 - spare))
+    least = base + step + 2 * room
     if least > usable:
-        needed = least / (1 - SPARE)
+        computing = "" if needs is None else f", a step's computing {_size(step)}"
         raise NotOffloadable(
-            f"a cap of {cap / 2**30:.2f} GiB is too small: what always stays takes {base / 2**30:.2f} GiB and two blocks "
-            f"{2 * room / 2**30:.2f}, "
-            f"so --max_memory must be at least {needed / 2**30:.2f}GiB."
+            f"a cap of {_size(cap)} is too small: what always stays takes {_size(base)}{computing} and two blocks {_size(2 * room)}, so "
+            f"--max_memory must be at least {_up(least / (1 - spare))}."
         )
     resident = 0
     while resident < len(sizes) - 1 and least + sum(sizes[: resident + 1]) <= usable:
@@ -82,7 +107,7 @@ def arrange(
     prefetch = 1
     while prefetch < DEEPEST and resident < len(sizes) - 1 - prefetch and total + room <= usable:
         prefetch, total = prefetch + 1, total + room
-    return Arrangement(resident, prefetch, total)
+    return Arrangement(resident, prefetch, total, cap, None if needs is None else step)
 
 
 def sizes(model: nn.Module, named: str | Sequence[str] | None = None) -> tuple[int, int, int, int]:
@@ -98,6 +123,16 @@ def _of_blocks(model: nn.Module, named: str | Sequence[str] | None) -> list[int]
 
 def _whole(model: nn.Module) -> int:
     return sum(bytes_of(p) for p in model.parameters()) + sum(bytes_of(b) for b in model.buffers())
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def _up(count: float) -> str:
+    """A size that is enough, as one writes it for ``--max_memory``."""
+    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
+    return f"{math.ceil(count / unit * 100) / 100:.2f}{name}"
 
 
 def process(device: torch.device) -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from zotune.offloading import blocks as finding
-from zotune.offloading.blocks import NotOffloadable, Part
-from zotune.offloading.cap import arrange
+from zotune.offloading.blocks import NotOffloadable, Part, bytes_of
+from zotune.offloading.cap import Arrangement, Needs, arrange, process
 from zotune.offloading.stores import DiskStore, Form, HostStore, Place, Store
 from zotune.offloading.stream import Moving, Stream, moving_of, stream_of
 
@@ -33,6 +33,7 @@ def offload(
     resident: int = 0,
     prefetch: int = 1,
     max_memory: int | None = None,
+    needs: Needs | None = None,
     scratch: str | Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> Stream:
@@ -46,6 +47,7 @@ def offload(
         resident: so many blocks stay.
         prefetch: blocks on their way at a time.
         max_memory: bytes of ``device``; chooses ``resident`` and ``prefetch``.
+        needs: what computing takes of that (``memory.offloaded`` predicts it); None: 15%.
         scratch: folder for the scratch file.
         dtype: keep floating-point weights in this dtype while they are away, for models whose offloaded weights are not trained.
 
@@ -63,12 +65,15 @@ def offload(
     if dtype is not None and to == "disk":
         raise NotOffloadable("dtype is of weights in host memory: offload to 'cpu', or convert the model before.")
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    resident, prefetch = _arranged(model, resident, prefetch, max_memory, device, blocks)
+    # Weights that are in this process's memory now leave it.
+    weights = sum(bytes_of(t) for t in [*model.parameters(), *model.buffers()] if t.device.type == "cpu") if device.type == "cpu" else 0
+    arrangement = _arranged(model, resident, prefetch, max_memory, device, blocks, needs, weights)
+    resident, prefetch = arrangement.resident, arrangement.prefetch
     parts = _parts(model, blocks, resident)
     moving = moving_of(parts, model, device)
     values = [[(_form(one), one.tensor.detach()) for one in some] for some in moving]
     store: Store = HostStore(values, device, dtype) if to == "cpu" else DiskStore.of_values(values, device, scratch)
-    stream = Stream(parts, moving, store, device, prefetch + 1)
+    stream = Stream(parts, moving, store, device, prefetch + 1, arrangement if max_memory is not None else None)
     del values
     model.to(device)
     return stream
@@ -84,6 +89,7 @@ def load(
     resident: int = 0,
     prefetch: int = 1,
     max_memory: int | None = None,
+    needs: Needs | None = None,
     scratch: str | Path | None = None,
     **options: Any,
 ) -> Any:
@@ -98,6 +104,7 @@ def load(
         resident: so many blocks stay.
         prefetch: blocks on their way at a time.
         max_memory: bytes of ``device``; chooses ``resident`` and ``prefetch``.
+        needs: what computing takes of that (``memory.offloaded`` predicts it); None: 15%.
         scratch: folder for a scratch file of weights that training changes, as large as those; None: the system's temporary one.
         options: more for ``from_pretrained``.
 
@@ -115,7 +122,8 @@ def load(
     )
     with init_empty_weights():
         empty = kind.from_config(config, dtype=_resolved(dtype, config), **{k: v for k, v in options.items() if k in _OF_CONFIG})
-    resident, prefetch = _arranged(empty, resident, prefetch, max_memory, device, blocks)
+    arrangement = _arranged(empty, resident, prefetch, max_memory, device, blocks, needs)
+    resident, prefetch = arrangement.resident, arrangement.prefetch
     _check("disk", resident, prefetch)
     parts = _parts(empty, blocks, resident)
     where_to = _device_map(empty, {name for part in parts for name in part.names})
@@ -138,7 +146,7 @@ def load(
     if missing:
         raise NotOffloadable(f"{name} has no weight {missing[0]!r} in its files; load it without offloading to see what is wrong with it.")
     store = DiskStore([[_form(one) for one in some] for some in moving], where, device, scratch)
-    stream = Stream(parts, moving, store, device, prefetch + 1)
+    stream = Stream(parts, moving, store, device, prefetch + 1, arrangement if max_memory is not None else None)
     model.to(device)
     assert stream_of(model) is stream
     gc.collect()
@@ -161,14 +169,20 @@ _OF_CONFIG = ("attn_implementation", "trust_remote_code")
 
 
 def _arranged(
-    model: nn.Module, resident: int, prefetch: int, cap: int | None, device: torch.device, named: str | Sequence[str] | None
-) -> tuple[int, int]:
+    model: nn.Module,
+    resident: int,
+    prefetch: int,
+    cap: int | None,
+    device: torch.device,
+    named: str | Sequence[str] | None,
+    needs: Needs | None,
+    leaving: int = 0,
+) -> Arrangement:
     if cap is None:
-        return resident, prefetch
+        return Arrangement(resident, prefetch, 0, 0)
     if resident or prefetch != 1:
         raise NotOffloadable("max_memory chooses how many blocks stay and how many are on their way: leave resident and prefetch out.")
-    arrangement = arrange(model, cap, device, named)
-    return arrangement.resident, arrangement.prefetch
+    return arrange(model, cap, device, named, lambda device: max(0, process(device) - leaving), needs)
 
 
 def _device_map(model: nn.Module, away: set[str], prefix: str = "") -> dict[str, str]:

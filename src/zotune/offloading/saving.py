@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zotune import run_state
@@ -16,6 +16,13 @@ from zotune.offloading.stream import Stream, stream_of
 from zotune.optimizer import ZerothOrder
 
 INDEX = "model.safetensors.index.json"
+
+
+class Loaded(NamedTuple):
+    """What did not fit when weights were loaded."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
@@ -49,6 +56,23 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         names |= dict.fromkeys(tensors, file)
         size += sum(t.numel() * t.element_size() for t in tensors.values())
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=1) + "\n")
+
+
+def load_model(model: nn.Module, folder: str | Path) -> Loaded:
+    """Read back what :func:`save_model` wrote, a shard at a time; into layers in few bits nothing is read.
+
+    Returns:
+        The names that no shard holds, and those that the model does not know.
+    """
+    folder = Path(folder)
+    files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    missing: set[str] | None = None
+    unexpected: set[str] = set()
+    for file in files:
+        found = model.load_state_dict(load_file(folder / file), strict=False)
+        missing = set(found.missing_keys) if missing is None else missing & set(found.missing_keys)
+        unexpected |= set(found.unexpected_keys)
+    return Loaded(sorted(missing or ()), sorted(unexpected))
 
 
 def _shards(model: nn.Module, stream: Stream) -> Iterator[dict[str, Tensor]]:

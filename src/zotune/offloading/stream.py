@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from zotune import residence
 from zotune.offloading import blocks, files
 from zotune.offloading.blocks import NotOffloadable, Part
 from zotune.offloading.stores import Form, Store
+
+if TYPE_CHECKING:
+    from zotune.offloading.cap import Arrangement
 
 #: A block whose waiting writes hold more than this fraction of its own bytes is brought in for them.
 PATIENCE = 0.25
@@ -86,12 +89,20 @@ class Stream:
         store: where they are kept; its layouts are in the same order.
         device: where the model computes.
         depth: rooms; one less than that many blocks are on their way at a time. At least 2.
+        arrangement: how this was chosen under a cap, to be told.
     """
 
     def __init__(
-        self, parts: Sequence[Part], moving: Sequence[Sequence[Moving]], store: Store, device: torch.device, depth: int = 2
+        self,
+        parts: Sequence[Part],
+        moving: Sequence[Sequence[Moving]],
+        store: Store,
+        device: torch.device,
+        depth: int = 2,
+        arrangement: Arrangement | None = None,
     ) -> None:
         assert depth >= 2
+        self.arrangement = arrangement
         self.parts, self.store, self.device, self.depth = list(parts), store, device, depth
         self.traffic = Traffic()
         self._blocks = [_Block(number, list(some)) for number, some in enumerate(moving)]
@@ -246,9 +257,10 @@ class Stream:
         rate = self.measure()
         size = sum(self.store.size(number) for number in range(len(self.parts)))
         rooms = sum(room.memory.numel() for room in self._rooms)
+        chosen = "" if self.arrangement is None else f"\n{self.arrangement.describe()}"
         return (
             f"offloaded: {len(self.parts)} blocks come and go through {rooms / 2**30:.2f} GiB, {size / 2**30:.2f} GiB a forward pass at "
-            f"{rate / 1e9:.2f} GB/s: at least {size / rate:.2g} s each"
+            f"{rate / 1e9:.2f} GB/s: at least {size / rate:.2g} s each{chosen}"
         )
 
     def by_block(self, tensors: Mapping[str, Tensor]) -> list[list[str]]:
