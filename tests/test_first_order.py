@@ -208,6 +208,27 @@ def test_mkor_h_goes_over_to_first_order_when_the_loss_no_longer_falls() -> None
     assert "left" not in str(list(optimizer.state_dict()["state"]))
 
 
+def weights_of(name: str, steps: int, **options: Any) -> list[Tensor]:
+    model = net()
+    run(FirstOrder(model, first_order.get(name, **options), lr=1e-2, max_steps=8, seed=3), steps)
+    return [p.detach() for p in model.parameters()]
+
+
+def test_golore_is_galore_until_it_projects_at_random() -> None:
+    small = {"rank": 2, "interval": 1}
+    for steps, same in ((4, True), (5, False)):
+        both = zip(weights_of("galore", steps, **small), weights_of("golore", steps, random_share=0.5, **small), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in both) == same
+
+
+def test_mkor_h_is_mkor_until_the_loss_falls_by_less_than_asked() -> None:
+    small = {"interval": 1}
+    # The end of the second window is the first at which two windows can be compared; it takes effect in step 6.
+    for least, steps, same in ((0.99, 5, True), (0.99, 6, False), (0.0, 6, True)):
+        both = zip(weights_of("mkor", steps, **small), weights_of("mkor-h", steps, window=3, least_gain=least, **small), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in both) == same
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(16, 12), (12, 16)])
 def test_galore_steps_along_its_projection(rows: int, columns: int) -> None:
     """With β = 0 the step is −η α g P Pᵀ-normalised: R / (|R| + ε) carried back by P."""
