@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from command_cases import Result, run_command, save_data, save_encoder, save_model, weights_digest
 from zotune import first_order, linear_probe, methods, tasks
+from zotune.quantised import quantise
 
 pytest.importorskip("peft")
 pytest.importorskip("pytorch_optimizer")
@@ -135,9 +137,39 @@ def test_a_schemes_run_evaluates_and_replays(scheme: str, workplace: Path, comma
     assert Path("run/model.safetensors").exists() == (scheme == "head")
 
 
+def test_scales_train_resume_replay_and_are_saved_as_ordinary_weights(workplace: Path, command: Command) -> None:
+    """QZO: the whole numbers of every layer stay, so a trained row is a multiple of the row as it was held."""
+    run = [*BASICS, "--quantize", "int8", "--scheme", "scales", "--method", "mezo", "--learning_rate", "1e-6", "--eps", "1e-4"]
+    run += ["--max_steps", "6"]
+    done(command(*run, "--output_dir", "whole"))
+    done(command(*run, "--output_dir", "parts", "--save_steps", "2"))
+    Path("parts/model.safetensors").unlink()
+    done(command(*run, "--output_dir", "parts", "--save_steps", "2", "--resume_from_checkpoint", "parts/checkpoint-4"))
+    assert weights_digest("whole") == weights_digest("parts")
+    done(command("replay", "my-model", "whole", "--output_dir", "rebuilt"))
+    assert weights_digest("whole") == weights_digest("rebuilt")
+    done(command("eval", "--model_name_or_path", "whole", "--output_file", "result.json"))
+    assert json.loads(Path("result.json").read_text())["metrics"]["loss"] == pytest.approx(summary("whole")["after"]["loss"], rel=1e-5)
+    base, trained = load_file("my-model/model.safetensors"), load_file("whole/model.safetensors")
+    held = quantise(LlamaForCausalLM.from_pretrained("my-model")).state_dict()
+    assert base.keys() == trained.keys()
+    for name, weight in trained.items():
+        codes = held.get(name.removesuffix("weight") + "quantised")
+        if codes is None:
+            assert torch.equal(weight, base[name])
+            continue
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        assert torch.allclose(weight, scale * codes, rtol=1e-5)
+        assert not torch.equal(scale.squeeze(1), held[name.removesuffix("weight") + "scale"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--scheme", "scales"], "it needs --quantize int8"),
+        (["--scheme", "scales", "--quantize", "int4"], "in int4 they are inside the product: it needs --quantize int8"),
+        (["--scheme", "scales", "--quantize", "int8", "--offload", "disk"], "leave --offload out"),
+        (["--scheme", "scales", "--quantize", "int8", "--method", "lozo"], "trains vectors only: choose a method in full space"),
         (["--method", "fo-adam"], "did you mean 'fo-adamw'"),
         (["--method", "mezo", "--max_grad_norm", "1"], "no gradient is ever formed"),
         (["--method", "mezo", "--num_demonstrations", "3"], "is an option of --method icl"),

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from zotune.held_linear import held_layers
+from zotune.quantised import quantise
 
 if TYPE_CHECKING:
     from zotune.methods import Method
 
-SCHEMES = ("full", "lora", "prefix", "prompt", "head", "bias")
+SCHEMES = ("full", "lora", "prefix", "prompt", "head", "bias", "scales")
 #: The schemes that put a PEFT adapter on the model.
 ADAPTERS = ("lora", "prefix", "prompt")
 
@@ -36,7 +37,7 @@ class Scheme:
     """Which parameters move.
 
     Args:
-        scheme: ``"full"``, ``"lora"``, ``"prefix"``, ``"prompt"``, ``"head"`` or ``"bias"``.
+        scheme: ``"full"``, ``"lora"``, ``"prefix"``, ``"prompt"``, ``"head"``, ``"bias"`` or ``"scales"``.
         lora_r, lora_alpha, lora_dropout, lora_target_modules: as in ``peft.LoraConfig``.
         num_virtual_tokens: length of a prefix or soft prompt, as in ``peft``.
         trainable: regular expressions; with ``"full"``, only parameters whose name one of them is found in move.
@@ -45,11 +46,11 @@ class Scheme:
         ValueError: a value that makes no sense, or an option of another scheme.
     """
 
-    scheme: Literal["full", "lora", "prefix", "prompt", "head", "bias"] = field(
+    scheme: Literal["full", "lora", "prefix", "prompt", "head", "bias", "scales"] = field(
         default="full",
         metadata={
             "help": "what moves: all weights; an adapter: lora, prefix (keys and values before the text) or prompt (embeddings "
-            "before it); the head; the biases"
+            "before it); the head; the biases; the scales of layers held in int8"
         },
     )
     lora_r: int = field(default=8, metadata={"help": "rank of the adapter"})
@@ -99,13 +100,14 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **o
     """The model with the parameters of a scheme trainable and all others frozen; under an adapter, a PEFT model around it.
 
     Args:
-        model: a ``transformers`` model, or any module for ``"full"`` and ``"bias"``.
+        model: a ``transformers`` model, or any module for ``"full"``, ``"bias"`` and ``"scales"``.
         scheme: a :class:`Scheme`, or its name with the rest as keywords.
         seed: of an adapter's random start; the global generators are left as they were.
         options: fields of :class:`Scheme`.
 
     Returns:
-        The model itself, changed in place, or the PEFT model. ``"head"`` unties a head from the embeddings it shares its weight with.
+        The model itself, changed in place, or the PEFT model. ``"head"`` unties a head from the embeddings it shares its weight with;
+        ``"scales"`` puts the Linear layers in 8 bits (QZO, 2505.13430; see :mod:`zotune.quantised`).
 
     Raises:
         ValueError: an unknown scheme or option, or the model has nothing that the scheme could train.
@@ -130,6 +132,8 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **o
             return _adapted(model, scheme)
     if scheme.scheme == "head":
         return _only(model, set(_head_names(model)))
+    if scheme.scheme == "scales":
+        return quantise(model)
     names = [name for name, _ in model.named_parameters()]
     if scheme.scheme == "bias":
         chosen = {name for name in names if name.rpartition(".")[2].endswith("bias")}

@@ -40,7 +40,8 @@ class ModelArguments:
         default=None, metadata={"help": "with --offload disk: folder for a scratch file of the weights that training changes"}
     )
     quantize: Literal["int8", "int4"] | None = field(
-        default=None, metadata={"help": "hold the Linear layers in so many bits, never written; for low-rank methods and --scheme lora"}
+        default=None,
+        metadata={"help": "hold the Linear layers in so many bits, never written; for low-rank methods, --scheme lora, scales"},
     )
 
     def __post_init__(self) -> None:

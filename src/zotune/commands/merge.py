@@ -12,6 +12,7 @@ from zotune.commands.replay import base_model
 from zotune.commands.simple_parser import SimpleParser
 from zotune.journal import Journal
 from zotune.merging import merge
+from zotune.quantised import dequantise
 from zotune.replaying import checked_header
 
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     quiet_libraries()
     model, tokenizer = base_model(args, journals[0], journals[0].path.parent)
     merge(model, journals, args.weights)
+    model = dequantise(model)
     with checkpoint.draft(output) as folder:
         checkpoint.save_model(folder, model.cpu())
         tokenizer.save_pretrained(folder)

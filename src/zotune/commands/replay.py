@@ -22,6 +22,7 @@ from zotune.frozen_linear import thaw
 from zotune.journal import Journal, verify
 from zotune.offloading import stream_of
 from zotune.offloading.loading import PLACES
+from zotune.quantised import dequantise
 from zotune.replaying import checked_header, replay
 from zotune.schemes import Scheme
 
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     optimizer = replay(model, journal, until=args.step)
     steps = optimizer.steps
     optimizer.detach()
+    model = dequantise(model)
     if args.merge:
         model = merged(model)
     with checkpoint.draft(output) as folder:

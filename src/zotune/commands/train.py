@@ -31,6 +31,7 @@ from zotune.config import ZOConfig, settings
 from zotune.distributed import Workers, restarted
 from zotune.first_order import FirstOrder, Rival
 from zotune.methods import Method
+from zotune.quantised import dequantise
 from zotune.run_lock import locked
 from zotune.run_report import (
     PeakMemory,
@@ -109,6 +110,7 @@ class Run:
             self.workers.from_first(lambda: run_folder.check_unused(self.folder, "zotune train"))
         method = self.config.chosen_method()
         self._settle_demonstrations(method)
+        self._check_scales()
         plan = plan_model(self.model_args, "zotune train")
         tokenizer = load_tokenizer(plan, self.model_args)
         parts = ("eval",) if isinstance(method, Rival) and method.kind == "evaluate" else ("train", "eval")
@@ -117,6 +119,8 @@ class Run:
         classes = data.label_names if data.train_objective == "classifier" else None
         needs = needs_of(self.model_args, plan, self.config, data, method, self.scheme)
         model, fresh = load_model(plan, self.model_args, self.config.device, classes=classes, needs=needs)
+        if fresh and self.scheme.scheme == "scales":
+            raise ValueError("the model's head is drawn at random, and under --scheme scales its numbers would stay so: train it first.")
         no_steps = isinstance(method, Rival) and method.kind != "backward"
         if no_steps:
             assert isinstance(method, Rival)
@@ -153,10 +157,20 @@ class Run:
         elif self.data_args.num_demonstrations is not None:
             raise ValueError(f"--num_demonstrations is an option of --method icl, not of {method.name}.")
 
+    def _check_scales(self) -> None:
+        """ValueError for what `--scheme scales` cannot be put together with."""
+        if self.scheme.scheme != "scales":
+            return
+        if self.model_args.quantize != "int8":
+            have = "" if self.model_args.quantize is None else ", where a row has one; in int4 they are inside the product"
+            raise ValueError(f"--scheme scales moves the scales of layers held in 8 bits{have}: it needs --quantize int8.")
+        if self.model_args.offload != "no":
+            raise ValueError("--scheme scales writes scales that stay in memory with their layers: leave --offload out.")
+
     def _under_scheme(self, model: nn.Module, method: Method | Rival, *, on_adapter: bool) -> nn.Module:
         """The model with what the scheme trains; a folder that holds an adapter goes on training that."""
         if on_adapter:
-            if self.scheme.scheme in ("head", "bias") or self.scheme.trainable:
+            if self.scheme.scheme in ("head", "bias", "scales") or self.scheme.trainable:
                 raise ValueError("the model folder holds an adapter, and training goes on with that: leave --scheme and --trainable out.")
         else:
             model = schemes.apply(model, self.scheme, seed=self.config.seed)
@@ -372,6 +386,7 @@ class Run:
         draft = self.folder / ".model.partial"
         checkpoint.remove_drafts(self.folder)
         try:
+            dequantise(trainer.model)  # ordinary weights, which transformers loads
             trainer.save_model(str(draft))
             run_folder.publish(draft, self.folder)
         except BaseException:  # a full disk: no half model, and room for what is saved next
