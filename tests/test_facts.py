@@ -8,6 +8,7 @@ from torch import nn
 
 from zotune import ZerothOrder, methods
 from zotune.directions import Directions, Key
+from zotune.shaping import ByDeviation
 
 CPU = torch.device("cpu")
 
@@ -80,6 +81,14 @@ def test_one_gaussian_direction_is_mean_square_stable_up_to_its_limit(share):
     after = (theta - rate * z * (z @ (curvature * theta)).unsqueeze(1)).square()
     assert bool(((after.mean(dim=0) - moment @ theta.square()).abs() < 5 * after.std(dim=0) / draws**0.5).all())
     assert (torch.linalg.eigvals(moment).abs().max() < 1) == (share < 1)
+
+
+def test_fzoos_few_losses_make_its_steps_longer():
+    """Normal losses: the mean of Σ (c / σ̂)² / K over that at the true σ is (K − 1)(K − 2) / K(K − 3)."""
+    draws = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
+    squares = [sum(c * c for c in ByDeviation().shape(row, [False] * 8, 1.0, {})) / 8 for row in draws.tolist()]
+    found = torch.tensor(squares)
+    assert abs(float(found.mean()) - 7 * 6 / (8 * 5)) < 5 * float(found.std()) / len(squares) ** 0.5
 
 
 @pytest.mark.parametrize(("unit", "eps"), [(1.0, 1e-2), (100.0, 1e-2), (1.0, 1e-1)])
