@@ -151,7 +151,7 @@ class _Room:
     def of(cls, source: _Source, count: int, device: torch.device) -> _Room:
         with torch.inference_mode(False):  # whoever makes the room, everybody may write to it
             numbers = torch.empty(count * source.per_word, device=device)
-            words, spare = numbers.view(torch.int64)[: 2 * count].chunk(2)  # the bits are gone into the index when numbers are looked up
+            words, spare = numbers.view(torch.int64)[: 2 * count].chunk(2)  # both used up before the numbers are looked up
             index = torch.empty(words.view(source.index_dtype).numel(), dtype=torch.int32, device=device)
             return cls(source, words, spare, index, numbers)
 

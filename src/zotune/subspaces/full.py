@@ -65,8 +65,11 @@ class FullCoordinate(Coordinate):
         if self.thin:  # drawn once for both evaluations and the update
             move = self.many(directions, offset.seed, offset.step, offset.direction, 1).view(-1) * offset.scale
             return torch.add(self._block(flat, slice(0, self.numel)), move).to(flat.dtype).view(self.shape)
-        out = torch.empty_like(flat)
-        self._perturb(directions, offset, flat, out, slice(0, self.numel), self.move_scale(directions, offset))
+        return self.at_in(torch.empty_like(flat), directions, offset)
+
+    def at_in(self, out: Tensor, directions: Directions, offset: Offset) -> Tensor:
+        """:meth:`at` of a tensor that is not thin, in the memory ``out``, flat."""
+        self._perturb(directions, offset, self._flat(), out, slice(0, self.numel), self.move_scale(directions, offset))
         return out.view(self.shape)
 
     def move_scale(self, directions: Directions, offset: Offset) -> float:
