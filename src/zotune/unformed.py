@@ -7,8 +7,8 @@ Directions come from counters (``counter``), so any rows of a matrix can be draw
 - a lookup makes the rows of the ids it is given, bit for bit those of the whole perturbed table;
 - a linear layer makes a strip of rows, uses it, and makes the next in the same memory: a head over a large vocabulary costs a few
   megabytes, not a copy of itself (strips on a CPU only; an accelerator is fastest with one large product);
-- smaller linear layers on a CPU make their weights one after the other in the same memory: the C library hands memory of such a size
-  back to the system when it is let go, and asking for it anew costs a page fault every 4 KiB;
+- smaller linear layers in half precision on a CPU make their weights one after the other in the same memory: the C library hands
+  memory of such a size back to the system when it is let go, and asking for it anew costs a page fault every 4 KiB;
 - any other function (a lookup with ``max_norm``, a parent that reaches in) gets the whole perturbed weight.
 """
 
@@ -42,8 +42,9 @@ class Room(threading.local):
         self.most = min(LARGE, moving // PART)
         self.flat: Tensor | None = None
 
-    def takes(self, coordinate: Coordinate) -> bool:
-        return SMALL < coordinate.numel <= self.most and coordinate.device.type == "cpu"
+    def takes(self, coordinate: FullCoordinate) -> bool:
+        """Whether it is worth it: float32 weights, whose forwards take twice as long, gained nothing that could be measured."""
+        return coordinate.half and SMALL < coordinate.numel <= self.most and coordinate.device.type == "cpu"
 
     def of(self, numel: int, like: Tensor) -> Tensor:
         """Memory for ``numel`` numbers, which whoever comes next is given again."""
