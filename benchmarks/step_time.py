@@ -76,6 +76,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lozo-m, one an example": ("lozo-m", {"num_directions": "example", "rank": 1}, "batched"),
     "mezo": ("mezo", {}, "sequential"),
     "mezo, rademacher": ("mezo", {"direction": "rademacher"}, "sequential"),
+    "mezo, batched": ("mezo", {}, "batched"),
+    "mezo, rademacher, batched": ("mezo", {"direction": "rademacher"}, "batched"),
     "mezo on LoRA": ("mezo", {}, "batched"),
     "mezo on LoRA, one an example": ("mezo", {"num_directions": "example"}, "batched"),
 }

@@ -12,9 +12,11 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods, objectives
+from zotune.coordinates import Offset
 from zotune.directions import GROUPED_NUMEL, Directions, Key, group_of
 from zotune.estimators import ESTIMATORS, Point
 from zotune.stacking import NotStackable, Owned, batch_rows, own, share_out, shared, take
+from zotune.subspaces import FullCoordinate
 
 OWN = ("example", "groups:2")
 
@@ -180,13 +182,13 @@ def test_a_scalar_loss_and_a_closure_go_one_point_after_the_other_without_a_word
     assert optimizer.evaluations.batched is False
 
 
-def test_dense_matrices_go_one_point_after_the_other():
+def test_dense_matrices_go_one_point_after_the_other_unless_asked_otherwise():
     model = nn.Linear(80, 70)
     optimizer = ZerothOrder(model, "mezo", lr=1e-3)
     optimizer.step(lambda x: model(x).mean(dim=1), torch.ones(2, 80))
     assert optimizer.evaluations.batched is False
     with pytest.raises(ValueError, match="probe='batched' is not possible for weight, a weight of shape"):
-        ZerothOrder(nn.Linear(80, 70), "mezo", probe="batched")
+        ZerothOrder(nn.Conv2d(80, 70, 1), "mezo", probe="batched")
     with pytest.raises(ValueError, match="unknown probe 'both'"):
         ZerothOrder(nn.Linear(80, 70), "mezo", probe="both")
 
@@ -318,3 +320,55 @@ def test_numbers_of_different_directions_are_independent():
     z = Directions("gaussian").draw_many(Key(0, 0, 0, "w"), 40, (500,))
     correlation = torch.corrcoef(z) - torch.eye(40)
     assert float(correlation.abs().max()) < 6 / 500**0.5
+
+
+# -- matrices in full space ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "sphere"])
+@pytest.mark.parametrize("scales", [(1e-2, -1e-2), (0.0, 1e-2), (1e-2, 3e-2)])
+def test_weights_formed_together_are_those_formed_alone(dtype, kind, scales):
+    weight = torch.nn.Parameter(torch.randn(70, 90, generator=torch.Generator().manual_seed(0)).to(dtype))
+    coordinate = FullCoordinate("w", weight)
+    directions = Directions(kind)
+    coordinate.descend(directions, [1e-4], 1.0, 7, 3)  # so that there is a residual
+    key = Key(7, 4, 0, "w")
+    directions.draw(key, (1 << 18,))  # from now on a draw lies where the last one did
+    formed = [[], []]
+    for rows, strips in coordinate.together_at(directions, key, scales, 32):
+        assert all(strip.shape == (rows.stop - rows.start, 90) for strip in strips)
+        for kept, strip in zip(formed, strips, strict=True):
+            kept.append(strip.clone())
+    for scale, strips in zip(scales, formed, strict=True):
+        alone = coordinate.at(directions, Offset(scale, 7, 4, 0) if scale else None)
+        assert torch.equal(torch.cat(strips), alone)
+
+
+#: Wide enough that a matrix is not thin.
+WIDE = {
+    "llama": {"hidden_size": 72, "intermediate_size": 80, "vocab_size": 70},
+    "opt": {"hidden_size": 72, "ffn_dim": 80, "word_embed_proj_dim": 72, "vocab_size": 300},
+    "gpt2": {"n_embd": 72, "vocab_size": 70},
+}
+
+
+@pytest.mark.parametrize("architecture", WIDE)
+@pytest.mark.parametrize("estimator", ["central", "forward"])
+def test_both_points_of_a_dense_step_in_one_forward(architecture, estimator):
+    steps = []
+    for probe in ("sequential", "batched"):
+        model = toys.transformer(architecture, **WIDE[architecture])
+        optimizer = ZerothOrder(model, methods.mezo(estimator=estimator, eps=1e-2), lr=1e-3, probe=probe)
+        assert optimizer.probe.dense is not None
+        for _ in range(3):
+            optimizer.step(toys.transformer_loss(model), toys.tokens(6, 9))
+        assert optimizer.evaluations.batched is (probe == "batched")
+        steps.append((optimizer.last.coefficients, optimizer.last.loss))
+    (c, loss), (c2, loss2) = steps
+    assert c2 == pytest.approx(c, rel=2e-2) and loss2 == pytest.approx(loss, rel=1e-5)
+
+
+def test_several_dense_directions_are_not_evaluated_together():
+    with pytest.raises(ValueError, match="use one direction a step"):
+        ZerothOrder(toys.transformer("llama", **WIDE["llama"]), methods.mezo(num_directions=2), lr=1e-3, probe="batched")

@@ -90,24 +90,26 @@ class Evaluations:
         if choice not in PROBES:
             raise ValueError(f"unknown probe {choice!r}; choose one of {', '.join(PROBES)}.")
         dense = probe.dense
-        if dense is not None and (method.own or choice == "batched"):
+        together = dense is None or (choice == "batched" and method.num_directions == 1 and probe.dense_together)
+        if not together and (method.own or choice == "batched"):
+            assert dense is not None
             what = f"num_directions={method.num_directions!r}" if method.own else "probe='batched'"
             raise ValueError(
                 f"{what} is not possible for {dense.name}, a weight of shape {tuple(dense.parameter.shape)} that moves in full space; "
-                "use a low-rank method (lozo, lozo-m) or train an adapter (PEFT)."
+                "use one direction a step, a low-rank method (lozo, lozo-m) or an adapter (PEFT)."
             )
         self.probe, self.method, self.estimator, self.choice = probe, method, estimator, choice
         self.workers = workers or Workers()
         self.eps: float = math.nan if isinstance(method.eps, str) else method.eps  # set by the optimizer where it is measured
         #: None until the first step has found out
-        self.batched: bool | None = False if choice == "sequential" or dense is not None or probe.sharded else None
+        self.batched: bool | None = None if choice != "sequential" and together and not probe.sharded else False
         self.checked = False  # that the loss is one number an example, where the method needs that
         #: Whether it is; None until somebody had to know: who shares out a batch has to
         self.per_example: bool | None = None
 
     def restore(self, batched: bool | None) -> None:
         """Go on as the run did so far, where this one was not asked to do otherwise."""
-        if self.choice != "sequential" and self.probe.dense is None and not self.probe.sharded:
+        if self.choice != "sequential" and (self.probe.dense is None or self.choice == "batched") and not self.probe.sharded:
             self.batched = batched
 
     def gather(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:

@@ -35,7 +35,7 @@ from zotune.precision import HALF
 from zotune.side_path import SidePath
 from zotune.stacked_parameters import Lending
 from zotune.stacking import Stack
-from zotune.subspaces import LowRankCoordinate
+from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.subspaces.full import is_sharded
 from zotune.unformed import Room, lender
 
@@ -177,6 +177,11 @@ class Probe:
     def dense(self) -> Coordinate | None:
         """A coordinate of which several directions cannot be evaluated at once, if there is one."""
         return next((c for c in self.coordinates if not c.thin), None)
+
+    @property
+    def dense_together(self) -> bool:
+        """Whether all points of one direction can be evaluated at once all the same: by a weight for each, formed layer by layer."""
+        return all(c.thin or (type(c) is FullCoordinate and len(c.shape) == 2) for c in self.coordinates)
 
     @contextmanager
     def at(self, offset: Offset | None, *, side_paths: bool = True, only: Collection[str] | None = None) -> Iterator[list[LentParameters]]:

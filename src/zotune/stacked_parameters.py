@@ -6,6 +6,7 @@ to ``__torch_function__`` here, which computes that function with W as it is sto
 - ``linear`` (``nn.Linear``), ``addmm`` (GPT-2's ``Conv1D``), ``embedding`` with low-rank coordinates W + (A + s U_g) Vᵀ: one thin
   product of the input, and one batched product with the bias, into which W's product is then added;
 - the same with a thin matrix in full space (an adapter's): a weight a block;
+- ``linear`` and ``embedding`` with any other matrix in full space: the weights of a direction's blocks, from one draw of it;
 - ``layer_norm``, ``rms_norm``, and norms written in Python (a vector multiplied with, or added to, rows): a vector a block.
 
 Whatever else is done with one raises :class:`~zotune.stacking.NotStackable`: no function silently sees unperturbed weights.
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zotune.coordinates import Coordinate
-from zotune.directions import Directions
+from zotune.coordinates import Coordinate, Offset
+from zotune.directions import Directions, Key
 from zotune.frozen_linear import owner_of
 from zotune.neighbours import Shown
 from zotune.stacking import NotStackable, Stack
-from zotune.subspaces import LowRankCoordinate
+from zotune.subspaces import FullCoordinate, LowRankCoordinate
+from zotune.unformed import LARGE, STRIP
 
 
 class Lending:
@@ -140,7 +142,18 @@ class Stacked(torch.Tensor):
         """The values of the blocks in the parameter's dtype, (B, *shape); for coordinates in full space."""
         if self.blockwise is not None:
             return self.blockwise
+        if not self.coordinate.thin:
+            return torch.stack([self.coordinate.at(self.lending.directions, offset) for offset in self.offsets()])
         return self.lending.values(self.coordinate, self.plain.dtype)
+
+    def offsets(self) -> list[Offset | None]:
+        """Where each block evaluates; None: at θ."""
+        stack, moves = self.lending.stack, self.coordinate.moves
+        return [
+            Offset(scale, stack.seed, stack.step, direction) if scale and moves(stack.step, direction) else None
+            for direction, scales in zip(stack.directions, stack.scales, strict=True)
+            for scale in scales
+        ]
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -186,6 +199,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     lending = _lending(weight, bias)
     x = lending.spread(x, 1)
     blocks, width = lending.blocks, weight.shape[0]
+    if isinstance(weight, Stacked) and not weight.coordinate.thin:
+        return _dense_linear(x, weight, bias).view(*x.shape[:-1], width)
     if isinstance(weight, Stacked) and weight.low_rank is None:
         weights = weight.full().transpose(1, 2)
         rows = x.reshape(blocks, -1, x.shape[-1])
@@ -205,6 +220,29 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         assert first is not None
         output = first.expand(blocks, flat.shape[0] // blocks, width).contiguous()
     return output.view(-1, width).addmm_(flat, plain.T).view(*x.shape[:-1], width)
+
+
+def _dense_linear(x: Tensor, weight: Stacked, bias: Tensor | None) -> Tensor:
+    """y = x Wᵀ + b, (B, q, m), with a weight a block of a matrix in full space: of all of it, or a strip after the other on a CPU."""
+    coordinate, lending = weight.coordinate, weight.lending
+    assert isinstance(coordinate, FullCoordinate)
+    (height, columns), stack = coordinate.shape, lending.stack
+    rows = x.reshape(lending.blocks, -1, columns)
+    out = x.new_empty(lending.blocks, rows.shape[1], height)
+    strip = max(1, STRIP // columns) if coordinate.numel > LARGE and x.device.type == "cpu" else height
+    for group, (direction, scales) in enumerate(zip(stack.directions, stack.scales, strict=True)):
+        blocks = range(group * len(scales), (group + 1) * len(scales))
+        if not coordinate.moves(stack.step, direction):
+            for block in blocks:
+                torch.mm(rows[block], weight.plain.T, out=out[block])
+            continue
+        key = Key(stack.seed, stack.step, direction, coordinate.name)
+        for part, weights in coordinate.together_at(lending.directions, key, scales, strip):
+            for block, one in zip(blocks, weights, strict=True):
+                torch.mm(rows[block], one.T, out=out[block][:, part])
+    if bias is not None:
+        out += bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
+    return out
 
 
 def _low(weight: Stacked) -> LowRankCoordinate:
@@ -277,6 +315,10 @@ def _embedding(
     ids = lending.spread(ids, 0)
     blocks, height = lending.blocks, weight.shape[0]
     by_block = ids.reshape(blocks, -1)
+    if not weight.coordinate.thin:
+        return torch.stack([_looked_up(weight, offset, some) for offset, some in zip(weight.offsets(), by_block, strict=True)]).view(
+            *ids.shape, -1
+        )
     coordinate = weight.low_rank
     if coordinate is None:
         table = weight.full().flatten(0, 1)
@@ -297,6 +339,16 @@ def _embedding(
         left += F.embedding(by_block, coordinate.a).view(left.shape)
     output.view(-1, output.shape[-1]).addmm_(left.view(-1, rank).to(output.dtype), coordinate.v.T.to(output.dtype))
     return output
+
+
+def _looked_up(weight: Stacked, offset: Offset | None, ids: Tensor) -> Tensor:
+    """(W + s Z)[ids] of a table in full space."""
+    coordinate, directions = weight.coordinate, weight.lending.directions
+    assert isinstance(coordinate, FullCoordinate)
+    rows, places = torch.unique(ids, return_inverse=True)
+    if offset is None or 2 * rows.numel() >= coordinate.shape[0]:
+        return F.embedding(ids, coordinate.at(directions, offset))
+    return F.embedding(places, coordinate.rows_at(directions, offset, rows.long()))
 
 
 # -- vectors ------------------------------------------------------------------------------------------------------------------------------

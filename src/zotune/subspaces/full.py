@@ -105,6 +105,50 @@ class FullCoordinate(Coordinate):
             self._perturb(directions, offset, flat, strip, slice(top * columns, rows.stop * columns), scale)
             yield rows, strip.view(-1, columns)
 
+    def together_at(self, directions: Directions, key: Key, scales: Sequence[float], height: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """(rows, these rows of W + s Z for every s of ``scales``) for strips of a matrix that is not thin, bit for bit those of :meth:`at`.
+
+        Z is drawn once for all of them, and W joined with its residual once; each strip is in the memory of the last.
+        """
+        flat, columns = self._flat(), self.shape[1]
+        unit = directions.scale(key, self.numel, self.device)
+        largest = max(scales, key=abs)
+        room = torch.empty(len(scales), height * columns, dtype=flat.dtype, device=flat.device)
+        for top in range(0, self.shape[0], height):
+            rows = slice(top, min(self.shape[0], top + height))
+            whole = slice(top * columns, rows.stop * columns)
+            strips = [strip[: whole.stop - whole.start] for strip in room]
+            for_blocks(
+                whole.stop, self.device, partial(self._together, directions, key, scales, largest, unit, flat, strips, whole), whole.start
+            )
+            yield rows, [strip.view(-1, columns) for strip in strips]
+
+    def _together(
+        self,
+        directions: Directions,
+        key: Key,
+        scales: Sequence[float],
+        largest: float,
+        unit: float,
+        flat: Tensor,
+        strips: Sequence[Tensor],
+        whole: slice,
+        part: slice,
+    ) -> None:
+        move = directions.block(key, part, self.device, largest * unit)
+        base = self._block(flat, part)
+        here = slice(part.start - whole.start, part.stop - whole.start)
+        # what needs a draw of its own comes last: it takes the place of ``move``
+        for scale, strip in sorted(zip(scales, strips, strict=True), key=lambda pair: abs(pair[0]) != abs(largest)):
+            if scale == largest:
+                torch.add(base, move, out=strip[here])
+            elif scale == -largest:
+                torch.sub(base, move, out=strip[here])
+            elif scale:
+                torch.add(base, directions.block(key, part, self.device, scale * unit), out=strip[here])
+            else:
+                strip[here].copy_(base)
+
     def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
         """Rows ``rows`` (int64, (R,)) of :meth:`at` for a matrix that is not thin, bit for bit, without the others."""
         key, columns = offset.key(self.name), self.shape[1]
