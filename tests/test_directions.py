@@ -108,7 +108,8 @@ def test_numbers_do_not_depend_on_the_size_of_blocks(kind, size, monkeypatch):
 def test_any_part_may_be_drawn_alone(kind):
     directions = Directions(kind)
     whole = directions.draw(KEY, (400_000,))
-    for part in (slice(0, 1), slice(5, 77), slice(131_000, 131_100), slice(131_072, 262_144), slice(399_999, 400_000)):
+    parts = [(0, 1), (5, 77), (131_000, 131_100), (131_072, 262_144), (262_100, 262_200), (399_999, 400_000)]
+    for part in (slice(*ends) for ends in parts):
         assert torch.equal(directions.block(KEY, part, CPU), whole[part])
         assert torch.equal(directions.block(KEY, part, CPU, 1e-3), whole[part] * 1e-3)
 
@@ -179,6 +180,14 @@ def test_room_for_numbers_made_in_inference_mode_serves_outside_it():
     with torch.inference_mode():
         inside = Directions("gaussian").draw(KEY, LARGE)
     assert torch.equal(Directions("gaussian").draw(KEY, LARGE), inside)
+
+
+@pytest.mark.parametrize(("kind", "bytes_a_number"), [("gaussian", 6), ("rademacher", 4.5)])
+def test_a_block_is_made_in_the_memory_of_its_numbers_and_their_index(kind, bytes_a_number):
+    room = directions_room._Room.of(Directions(kind).source, 1 << 10, CPU)
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (room.words, room.spare, room.index, room.numbers)}
+    assert sum(memory.values()) == bytes_a_number * room.numbers.numel()
+    assert room.words.data_ptr() + room.words.nbytes <= room.spare.data_ptr()
 
 
 def test_blocks_cover_everything_once():

@@ -139,3 +139,28 @@ def test_a_large_layer_is_never_formed_whole(small_strips, monkeypatch):
     probe = probe_of(model)
     monkeypatch.setattr(FullCoordinate, "at", lambda *unused: pytest.fail("the whole weight was formed"))
     probe.evaluate(lambda: model(torch.ones(1, 100)), OFFSET)
+
+
+@pytest.mark.parametrize("kind", Directions.KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_layers_that_share_a_room_see_their_own_weights(kind, dtype, monkeypatch):
+    monkeypatch.setattr(unformed, "SMALL", 6000)
+    monkeypatch.setattr(unformed, "PART", 1)
+    model = nn.Sequential(nn.Linear(90, 100), nn.Linear(100, 80), nn.Linear(80, 100, bias=False), nn.Linear(100, 90)).to(dtype).eval()
+    x = torch.randn(2, 5, 90, generator=torch.Generator().manual_seed(2)).to(dtype)
+    probe = probe_of(model, kind)
+    stored = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad(), probe.at(OFFSET):
+        weights = [layer.weight for layer in model]
+        assert all(isinstance(weight, Unformed) for weight in weights)
+        kept = model[0](x)
+        rooms = {weight.room.flat.data_ptr() for weight in weights}
+        before = kept.clone()
+        found = model(x)
+        assert len(rooms) == 1 and torch.equal(kept, before)
+    expected = x
+    for layer in model:
+        perturbed = [c.at(probe.directions, OFFSET) for p in layer.parameters() for c in probe.coordinates if c.parameter is p]
+        expected = F.linear(expected, *perturbed)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), stored, strict=True))

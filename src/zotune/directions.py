@@ -29,7 +29,7 @@ __all__ = ["GROUP", "GROUPED_NUMEL", "Directions", "Key", "block_size", "for_blo
 
 #: Elements to a block. One thread alone takes large blocks, which spread the cost of a call. Among several, torch runs an elementwise
 #: kernel of at most 2¹⁵ numbers on the thread that calls it, which leaves the parallelism to the block loop below.
-CPU_BLOCK = 1 << 17
+CPU_BLOCK = 1 << 18
 SHARED_CPU_BLOCK = 1 << 15
 #: An accelerator wants few, large launches; its scratch memory is ten bytes a number.
 ACCELERATOR_BLOCK = 1 << 22
@@ -150,9 +150,10 @@ class _Room:
     @classmethod
     def of(cls, source: _Source, count: int, device: torch.device) -> _Room:
         with torch.inference_mode(False):  # whoever makes the room, everybody may write to it
-            words, spare = torch.empty(2, count, dtype=torch.int64, device=device)
+            numbers = torch.empty(count * source.per_word, device=device)
+            words, spare = numbers.view(torch.int64)[: 2 * count].chunk(2)  # both used up before the numbers are looked up
             index = torch.empty(words.view(source.index_dtype).numel(), dtype=torch.int32, device=device)
-            return cls(source, words, spare, index, torch.empty(count * source.per_word, device=device))
+            return cls(source, words, spare, index, numbers)
 
     def part(self, source: _Source, count: int) -> _Room:
         """The front of this room, for ``count`` words."""

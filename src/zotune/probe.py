@@ -37,7 +37,7 @@ from zotune.stacked_parameters import Lending
 from zotune.stacking import Stack
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.subspaces.full import is_sharded
-from zotune.unformed import lender
+from zotune.unformed import Room, lender
 
 T = TypeVar("T")
 
@@ -190,10 +190,11 @@ class Probe:
         ``side_paths=False`` takes the general way everywhere; ``only`` moves no coordinates but the named ones.
         """
         lend: dict[int, dict[str, Callable[[], Tensor]]] = {}
+        room = Room(sum(coordinate.numel for coordinate in self.coordinates))
         if offset is not None:
             for owner in self._owners:
                 lend[id(owner)] = {
-                    name: lender(owner.module, coordinate, self.directions, offset)
+                    name: lender(owner.module, coordinate, self.directions, offset, room)
                     for name, coordinate in owner.parameters.items()
                     if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path)
                     and (only is None or coordinate.name in only)

@@ -7,11 +7,14 @@ Directions come from counters (``counter``), so any rows of a matrix can be draw
 - a lookup makes the rows of the ids it is given, bit for bit those of the whole perturbed table;
 - a linear layer makes a strip of rows, uses it, and makes the next in the same memory: a head over a large vocabulary costs a few
   megabytes, not a copy of itself (strips on a CPU only; an accelerator is fastest with one large product);
+- smaller linear layers in half precision on a CPU make their weights one after the other in the same memory: the C library hands
+  memory of such a size back to the system when it is let go, and asking for it anew costs a page fault every 4 KiB;
 - any other function (a lookup with ``max_norm``, a parent that reaches in) gets the whole perturbed weight.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,16 +30,38 @@ from zotune.subspaces import FullCoordinate
 #: A linear layer with more weights than this is computed in strips of about so many.
 STRIP = 1 << 20
 LARGE = 1 << 22
+#: One with at most so many is formed in memory of its own, as one is that has more than this part of all numbers that move.
+SMALL = 1 << 18
+PART = 40
 
 
-def lender(module: nn.Module, coordinate: Coordinate, directions: Directions, offset: Offset) -> Callable[[], Tensor]:
+class Room(threading.local):
+    """Where the linear layers of one evaluation make their weights, a thread's in one place; ``moving``: how many numbers move in all."""
+
+    def __init__(self, moving: int) -> None:
+        self.most = min(LARGE, moving // PART)
+        self.flat: Tensor | None = None
+
+    def takes(self, coordinate: FullCoordinate) -> bool:
+        """Whether it is worth it: float32 weights, whose forwards take twice as long, gained nothing that could be measured."""
+        return coordinate.half and SMALL < coordinate.numel <= self.most and coordinate.device.type == "cpu"
+
+    def of(self, numel: int, like: Tensor) -> Tensor:
+        """Memory for ``numel`` numbers, which whoever comes next is given again."""
+        if self.flat is None or self.flat.dtype != like.dtype or self.flat.numel() < numel:
+            self.flat = None  # before there is another
+            self.flat = torch.empty(numel, dtype=like.dtype, device=like.device)
+        return self.flat[:numel]
+
+
+def lender(module: nn.Module, coordinate: Coordinate, directions: Directions, offset: Offset, room: Room) -> Callable[[], Tensor]:
     """What hands ``module`` its parameter at θ + offset."""
     if not coordinate.moves(offset.step, offset.direction):
         return partial(coordinate.at, directions, None)
     if isinstance(coordinate, FullCoordinate) and not (coordinate.thin or coordinate.sharded) and len(coordinate.shape) == 2:
         large = coordinate.numel > LARGE and coordinate.device.type == "cpu"
-        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and large):
-            return partial(Unformed.of, coordinate, directions, offset)
+        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and (large or room.takes(coordinate))):
+            return partial(Unformed.of, coordinate, directions, offset, room)
     return partial(coordinate.at, directions, offset)
 
 
@@ -46,11 +71,12 @@ class Unformed(torch.Tensor):
     coordinate: FullCoordinate
     directions: Directions
     offset: Offset
+    room: Room
 
     @staticmethod
-    def of(coordinate: FullCoordinate, directions: Directions, offset: Offset) -> Unformed:
+    def of(coordinate: FullCoordinate, directions: Directions, offset: Offset, room: Room) -> Unformed:
         unformed = torch.Tensor._make_subclass(Unformed, coordinate.parameter.detach())
-        unformed.coordinate, unformed.directions, unformed.offset = coordinate, directions, offset
+        unformed.coordinate, unformed.directions, unformed.offset, unformed.room = coordinate, directions, offset, room
         return unformed
 
     def whole(self) -> Tensor:
@@ -89,6 +115,9 @@ def _embedding(
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     plain = isinstance(weight, Unformed) and not isinstance(input, Unformed) and not isinstance(bias, Unformed)
+    if plain and not (torch.is_grad_enabled() and input.requires_grad) and weight.room.takes(weight.coordinate):
+        room = weight.room.of(weight.coordinate.numel, weight.coordinate.parameter)
+        return F.linear(input, weight.coordinate.at_in(room, weight.directions, weight.offset), bias)
     if not plain or weight.coordinate.numel <= LARGE or weight.device.type != "cpu" or (torch.is_grad_enabled() and input.requires_grad):
         return F.linear(_whole(input), _whole(weight), _whole(bias))
     rows, columns = weight.coordinate.shape

@@ -149,7 +149,8 @@ def rehearsal(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", no_generators))
         stack.enter_context(mock.patch.object(evaluating, "clock", float))  # what takes no time is not worth timing
         if accelerator:
-            stack.enter_context(mock.patch.object(unformed, "LARGE", 1 << 62))
+            for bound in ("LARGE", "SMALL"):
+                stack.enter_context(mock.patch.object(unformed, bound, 1 << 62))
         stack.enter_context(mock.patch.object(directions, "_rooms", directions._Rooms()))
         for module, kind in ((unformed, unformed.Unformed), (stacked_parameters, stacked_parameters.Stacked)):
             stack.enter_context(mock.patch.object(module, "torch", _MakesOverFakes(kind)))

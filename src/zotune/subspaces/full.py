@@ -65,8 +65,11 @@ class FullCoordinate(Coordinate):
         if self.thin:  # drawn once for both evaluations and the update
             move = self.many(directions, offset.seed, offset.step, offset.direction, 1).view(-1) * offset.scale
             return torch.add(self._block(flat, slice(0, self.numel)), move).to(flat.dtype).view(self.shape)
-        out = torch.empty_like(flat)
-        self._perturb(directions, offset, flat, out, slice(0, self.numel), self.move_scale(directions, offset))
+        return self.at_in(torch.empty_like(flat), directions, offset)
+
+    def at_in(self, out: Tensor, directions: Directions, offset: Offset) -> Tensor:
+        """:meth:`at` of a tensor that is not thin, in the memory ``out``, flat."""
+        self._perturb(directions, offset, self._flat(), out, slice(0, self.numel), self.move_scale(directions, offset))
         return out.view(self.shape)
 
     def move_scale(self, directions: Directions, offset: Offset) -> float:
@@ -135,7 +138,8 @@ class FullCoordinate(Coordinate):
         move = directions.block(key, part, self.device, largest * unit)
         base = self._block(flat, part)
         here = slice(part.start - whole.start, part.stop - whole.start)
-        for scale, strip in zip(scales, strips, strict=True):
+        # what needs a draw of its own comes last: it takes the place of ``move``
+        for scale, strip in sorted(zip(scales, strips, strict=True), key=lambda pair: abs(pair[0]) != abs(largest)):
             if scale == largest:
                 torch.add(base, move, out=strip[here])
             elif scale == -largest:

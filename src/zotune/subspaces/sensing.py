@@ -33,6 +33,9 @@ class _Signs(FullCoordinate):
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         return super().at(SIGNS, offset)
 
+    def at_in(self, out: Tensor, directions: Directions, offset: Offset) -> Tensor:
+        return super().at_in(out, SIGNS, offset)
+
     def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
         return super().strips_at(SIGNS, offset, height)
 

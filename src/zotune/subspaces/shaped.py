@@ -64,6 +64,9 @@ class ShapedCoordinate(FullCoordinate, abc.ABC):
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         return super().at(directions if offset is None else self._shaped(directions, offset.seed, offset.step), offset)
 
+    def at_in(self, out: Tensor, directions: Directions, offset: Offset) -> Tensor:
+        return super().at_in(out, self._shaped(directions, offset.seed, offset.step), offset)
+
     def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
         return super().strips_at(self._shaped(directions, offset.seed, offset.step), offset, height)
 
