@@ -118,19 +118,19 @@ def lengths() -> None:
 def roberta() -> None:
     kept = Kept("roberta")
     for method, published in ROBERTA.items():
-        work = Workload(config_of("roberta-large"), catalogue.get(method), batch_size=64, sequence_length=128)
+        work = Workload(config_of("roberta-large"), catalogue.get(method), batch_size=64, sequence_length=128, probe="sequential")
         print(f"{method:<14} predicted {sum(kept.get(method, work).values()) / 1e9:.2f} GB, published {published:.2f}")
 
 
 def _axis() -> tuple[Any, Any]:
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    return plt.subplots(figsize=(7.5, 5.2), layout="constrained")
 
 
 def _save(figure: Any, axis: Any, name: str) -> None:
     axis.grid(alpha=0.3, which="major")
-    axis.legend(fontsize=8, ncols=2)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     IMAGES.mkdir(exist_ok=True)
     figure.savefig(IMAGES / name, dpi=120)
 

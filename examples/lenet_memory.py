@@ -25,8 +25,8 @@ MEBIBYTE = 2**20
 BATCH = 128
 #: The textbook's figures, MB of 2²⁰ bytes.
 PUBLISHED = {"parameters": 0.169, "gradients": 0.169, "activations": 2.292, "data": 0.384, "optimizer state": 0.339}
-#: (method, learning rate), the best of the rates 1e-4 … 1e-1 tried for one epoch.
-RATES = {"mezo": 1e-3, "zo-adamw": 1e-3, "zo-rmsprop": 1e-3}
+#: (method, learning rate), the best of those tried for one epoch; "auto": measured, ε too.
+RATES: dict[str, float | str] = {"mezo": "auto", "zo-adamw": 3e-3, "zo-rmsprop": 3e-3}
 NAMES = {"mezo": "ZO-SGD", "zo-adamw": "ZO-AdamW", "zo-rmsprop": "ZO-RMSProp"}
 
 
@@ -82,10 +82,11 @@ def at_peak(method: str, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
     return {kind: count / MEBIBYTE for kind, count in split.kinds.items() if count}
 
 
-def optimizer_of(method: str, model: nn.Module, lr: float = 1e-3) -> zotune.ZerothOrder | zotune.first_order.FirstOrder:
+def optimizer_of(method: str, model: nn.Module, lr: float | str = 1e-3) -> zotune.ZerothOrder | zotune.first_order.FirstOrder:
     if method in zotune.first_order.names():
-        return zotune.first_order.FirstOrder(model, method, lr=lr)
-    return zotune.ZerothOrder(model, method, lr=lr)
+        return zotune.first_order.FirstOrder(model, method, lr=float(lr))
+    options = {"eps": "auto"} if lr == "auto" else {}
+    return zotune.ZerothOrder(model, zotune.methods.get(method, **options), lr=lr)
 
 
 # -- data and training ----------------------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     return float((model(data[0]).argmax(dim=1) == data[1]).float().mean())
 
 
-def train(method: str, lr: float, data: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], epochs: int) -> dict[str, list[float]]:
+def train(method: str, lr: float | str, data: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], epochs: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
     model = LeNet()
     optimizer = optimizer_of(method, model, lr)
@@ -150,7 +151,7 @@ def draw_memory(book: dict[str, float], peaks: dict[str, dict[str, float]], path
         before = {m: before[m] + value for m, value in zip(peaks, values, strict=True)}
     right.set(title="All tensors alive at the peak of a step")
     right.set_ylim(0, max(before.values()) * 1.1)
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -161,7 +162,7 @@ def draw_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for method, curve in curves.items():
         for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
-            axis.plot(curve["step"], curve[name], label=f"{NAMES.get(method, method)}, lr {RATES[method]:g}")
+            axis.plot(curve["step"], curve[name], label=f"{NAMES.get(method, method)}, lr {RATES[method]}")
     for axis, label in zip(axes, ("training loss, nats", "test accuracy"), strict=True):
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
