@@ -169,3 +169,16 @@ def test_rows_over_a_datasets_dataset():
     assert [row["text"] for row in train] == [str(n) for n in train.numbers]
     assert (len(dev), dev.columns, dev.where(0)) == (3, ["text", "label"], f"hub, row {dev.numbers[0]}")
     assert len(dev.column("label")) == 3
+
+
+def test_with_k_of_each_class_the_held_out_rows_are_of_each_class_too() -> None:
+    rows = Rows([{"n": n} for n in range(60)], "r", range(60))
+    answers = [0] * 40 + [1] * 15 + [2] * 5
+    train, dev = split_train(rows, seed=0, k_shot=2, num_dev=7, answers=answers)
+    assert dev is not None
+    count = collections.Counter(answers[row["n"]] for row in dev)
+    assert count == {0: 3, 1: 2, 2: 2}
+    assert collections.Counter(answers[row["n"]] for row in train) == {0: 2, 1: 2, 2: 2}
+    assert not {row["n"] for row in train} & {row["n"] for row in dev}
+    again = split_train(rows, seed=0, k_shot=3, num_dev=7, answers=answers)[1]
+    assert again is not None and list(again) == list(dev)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import zlib
@@ -140,12 +141,12 @@ def split_train(
 ) -> tuple[Rows, Rows | None]:
     """Training rows and the dev rows held out of them, a pure function of (rows, arguments).
 
-    The dev rows are drawn first, so that they stay the same while `num_train` or `k_shot` changes.
+    The dev rows are drawn first, so that they stay the same while `num_train`, or `k_shot`, changes.
 
     Args:
         seed: seed of a generator of our own; the global ones are not touched.
         num_train: at most this many training rows.
-        num_dev: this many dev rows.
+        num_dev: this many dev rows; with `k_shot` as many of each class, as far as that divides.
         k_shot: this many training rows of each class, in place of `num_train`.
         answers: class of each row, for `k_shot`.
 
@@ -156,15 +157,17 @@ def split_train(
     random.Random(seed).shuffle(order)
     if num_dev and num_dev >= len(order):
         raise ValueError(f"num_dev={num_dev} leaves nothing to train on: {rows.source} holds {len(order)} rows; choose fewer.")
-    dev, rest = order[: num_dev or 0], order[num_dev or 0 :]
     if k_shot is None:
+        dev, rest = order[: num_dev or 0], order[num_dev or 0 :]
         train = rest[:num_train]
     else:
         if answers is None:
             raise ValueError("k_shot needs a task with labels: pass --task, or use --num_train instead.")
         if num_train is not None:
             raise ValueError("num_train and k_shot exclude each other: leave one out.")
-        train = _k_of_each(rest, answers, k_shot, rows.source)
+        dev = _in_turn(order, answers, num_dev or 0, leaving=k_shot)
+        held = set(dev)
+        train = _k_of_each([row for row in order if row not in held], answers, k_shot, rows.source)
     return rows.select(sorted(train)), rows.select(sorted(dev)) if dev else None
 
 
@@ -229,6 +232,15 @@ def _hub(task: Task, split: str) -> Rows:
     if not len(data):
         raise ValueError(f"{name} (split {split}) on the Hugging Face hub holds no rows.")
     return Rows(data, f"{name} (split {split})", range(len(data)), unit="row")
+
+
+def _in_turn(order: Sequence[int], answers: Sequence[int], number: int, leaving: int) -> list[int]:
+    """The first rows of every class, one class after the other in turn, until there are so many; ``leaving`` of each are left, if it has them."""
+    by_class: dict[int, list[int]] = {}
+    for row in order:
+        by_class.setdefault(answers[row], []).append(row)
+    turns = itertools.zip_longest(*(by_class[answer][: max(0, len(by_class[answer]) - leaving)] for answer in sorted(by_class)))
+    return [row for turn in turns for row in turn if row is not None][:number]
 
 
 def _k_of_each(order: Sequence[int], answers: Sequence[int], k: int, source: str) -> list[int]:
