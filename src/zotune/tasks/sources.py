@@ -235,7 +235,7 @@ def _hub(task: Task, split: str) -> Rows:
 
 
 def _in_turn(order: Sequence[int], answers: Sequence[int], number: int, leaving: int) -> list[int]:
-    """The first rows of every class, one class after the other in turn, until there are so many; ``leaving`` of each are left, if it has them."""
+    """The first rows of every class, one class after the other in turn, until there are so many; ``leaving`` of each are left."""
     by_class: dict[int, list[int]] = {}
     for row in order:
         by_class.setdefault(answers[row], []).append(row)
