@@ -111,3 +111,11 @@ def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
             shrunk = ["--num_dev", "8"] if "--num_dev" in words else []
             result = run_command(capsys, *words[1:], *extra, *shrunk)
             assert result.code == 0, f"{shlex.join(words)}: {result.err}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_image_is_there_and_nothing_is_left_to_be_filled_in(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert (page.parent / image).is_file(), f"{page.name} shows {image}"
+    assert not re.findall(r"^[A-Z]{4,}\.?$", text, re.MULTILINE), "a line that is a word in capitals"
