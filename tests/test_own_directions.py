@@ -198,7 +198,7 @@ def test_learns(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: ZerothOrder(nn.Linear(80, 70), methods.mezo(num_directions="example")), "moves in full space; use a low-rank method"),
+        (lambda m: ZerothOrder(nn.Linear(80, 70), methods.mezo(num_directions="example")), "moves in full space; use one direction a step"),
         (lambda m: methods.lozo(num_directions="examples"), "m directions each with :m behind.*, not 'examples'"),
         (lambda m: methods.lozo(num_directions="groups:0"), "m directions each with :m behind.*, not 'groups:0'"),
         (
