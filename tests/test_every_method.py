@@ -6,6 +6,7 @@ What a method cannot do it says in a field of its own (``estimates``, ``reach``)
 from __future__ import annotations
 
 import copy
+import gc
 import math
 
 import pytest
@@ -380,3 +381,22 @@ def test_every_method_says_what_it_is(name):
 
 def test_the_table_of_rates_names_methods_only():
     assert set(RATES) <= set(methods.names())
+
+
+@every_method
+@pytest.mark.parametrize("probe", ["auto", "sequential"])
+def test_a_step_leaves_no_tensors_to_the_garbage_collector(name, probe):
+    """Tensors in circles of references stay until Python happens to look for them: memory that nobody has asked for."""
+    model, optimizer = build(name, probe=probe)
+    run(model, optimizer, 0, 3)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        run(model, optimizer, 3, 6)
+        gc.collect()
+        assert not [thing for thing in gc.garbage if issubclass(type(thing), torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

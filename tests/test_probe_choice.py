@@ -38,7 +38,8 @@ def test_auto_takes_the_faster_way_and_says_so(sequential_is_faster, tmp_path, n
     optimizer = ZerothOrder(toys.classifier(), methods.lozo(num_directions=num_directions), lr=1e-3, journal=tmp_path / "j")
     run(optimizer, range(2))
     assert optimizer.evaluations.batched is False
-    assert events(tmp_path / "j") == [{"event": "probe", "batched": False}]
+    apart = {"apart": True} if num_directions == "example" else {}
+    assert events(tmp_path / "j") == [{"event": "probe", "batched": False, **apart}]
     assert not recwarn.list
 
 
@@ -101,3 +102,42 @@ def test_another_way_can_be_asked_for_on_resuming(sequential_is_faster):
     second.load_state_dict(first.state_dict())
     run(second, range(1, 2))
     assert first.evaluations.batched is False and second.evaluations.batched
+
+
+@pytest.mark.parametrize("way", ["batched", "sequential"])
+@pytest.mark.parametrize(("num_directions", "estimator", "forwards"), [("example", "central", 2), ("sets:2:3", "forward", 4)])
+def test_own_directions_in_turn_take_a_forward_of_the_batch_each(way, num_directions, estimator, forwards):
+    """No forward of a sequential step has more rows than the batch, and no more of them than the evaluations there are."""
+    model, rows = toys.classifier(), []
+    optimizer = ZerothOrder(model, methods.lozo(num_directions=num_directions, estimator=estimator), lr=1e-3, probe=way)
+    run(optimizer, range(1))
+    model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    before = optimizer.sequences_evaluated
+    run(optimizer, range(1, 3))
+    assert rows == ([8 * forwards] if way == "batched" else [8] * forwards) * 2
+    assert optimizer.sequences_evaluated - before == sum(rows)
+
+
+def test_examples_that_cannot_be_told_apart_in_a_forward_are_evaluated_alone(tmp_path):
+    """A model that mixes its rows: each example by itself, said once and kept on resuming."""
+
+    class Mixing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = toys.classifier()
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            out = self.inner(tokens)
+            return out - 0.5 * out.mean(dim=0, keepdim=True)
+
+    model, rows = Mixing(), []
+    optimizer = ZerothOrder(model, methods.lozo(num_directions="example", eps=1e-2), lr=1e-3, probe="sequential", journal=tmp_path / "j")
+    with pytest.warns(UserWarning, match="no batched evaluation"):
+        run(optimizer, range(1))
+    assert optimizer.evaluations.apart is False
+    assert events(tmp_path / "j") == [{"event": "probe", "batched": False, "apart": False}]
+    again = ZerothOrder(Mixing(), methods.lozo(num_directions="example", eps=1e-2), lr=1e-3, probe="sequential")
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    run(again, range(1, 2))
+    assert again.evaluations.apart is False and rows[-16:] == [1] * 16

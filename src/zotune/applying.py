@@ -29,8 +29,8 @@ def take(optimizer: ZerothOrder, record: Record) -> None:
         return
     if record.step != optimizer.steps or len(record.lrs) != len(optimizer.param_groups):
         raise ValueError(f"the record of step {record.step} does not follow step {optimizer.steps - 1} of this run.")
-    if optimizer.evaluations.batched is None:  # a run's step without an event that says otherwise
-        optimizer.evaluations.restore(True)
+    if optimizer.evaluations.undecided:  # a run's step without an event that says otherwise
+        optimizer.evaluations.restore(True, True)
     begin(optimizer, record.step)
     optimizer.steps += 1
     k = len(record.coefficients) // (2 if optimizer.method.estimator == "curvature" else 1)  # curvatures stand behind the coefficients
@@ -135,7 +135,7 @@ def take_event(optimizer: ZerothOrder, event: Mapping[str, Any]) -> None:
     elif event.get("event") == "measured":
         pass  # what came of it is in the steps' learning rates
     elif event.get("event") == "probe":
-        optimizer.evaluations.restore(event["batched"])
+        optimizer.evaluations.restore(event["batched"], event.get("apart", False))
     elif event.get("event") == "general_path":
         optimizer.probe.distrust(event["names"])
         optimizer._prepared = True

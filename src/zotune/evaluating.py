@@ -1,9 +1,10 @@
 """The losses of a step: all points in one forward of stacked rows (*batched*), or one point after the other (*sequential*).
 
 Both give the same losses up to rounding. Batched reads every weight once for all points and pays the overhead of a forward once;
-sequential needs the activations of one batch only. Batched is possible where the batch's examples can be told apart, the loss is one
-number an example, and every parameter that moves is low-rank, a vector, or a thin matrix (an adapter's). A full matrix would need copies
-of itself, one a direction.
+sequential needs the activations of one batch only. Where examples have directions of their own, a point is one forward of the batch all the
+same, each row under its own direction; a model whose rows can't be told apart has its examples evaluated by themselves. Batched is possible
+where the batch's examples can be told apart, the loss is one number an example, and every parameter that moves is low-rank, a vector, or a
+thin matrix (an adapter's). A full matrix would need copies of itself, one a direction.
 
 The first step evaluates some points both ways and gives batched up, with a warning, where they disagree. ``"auto"`` then times the two and
 takes sequential only where it is clearly faster (a batch whose stacked activations leave the caches can be). Where weights come and go
@@ -103,14 +104,29 @@ class Evaluations:
         self.eps: float = math.nan if isinstance(method.eps, str) else method.eps  # set by the optimizer where it is measured
         #: None until the first step has found out
         self.batched: bool | None = None if choice != "sequential" and together and not probe.sharded else False
+        #: With own directions: whether the rows of a forward can be under different ones; None until the first step has found out
+        self.apart: bool | None = None if method.own and not probe.sharded else False
         self.checked = False  # that the loss is one number an example, where the method needs that
         #: Whether it is; None until somebody had to know: who shares out a batch has to
         self.per_example: bool | None = None
 
-    def restore(self, batched: bool | None) -> None:
+    @property
+    def undecided(self) -> bool:
+        """Whether the next step has to find out how it can be evaluated."""
+        return self.batched is None or self.apart is None
+
+    def restore(self, batched: bool | None, apart: bool | None) -> None:
         """Go on as the run did so far, where this one was not asked to do otherwise."""
-        if self.choice != "sequential" and (self.probe.dense is None or self.choice == "batched") and not self.probe.sharded:
+        if self.probe.sharded:
+            return
+        if self.choice != "sequential" and (self.probe.dense is None or self.choice == "batched"):
             self.batched = batched
+        if self.method.own:
+            self.apart = apart
+
+    def event(self) -> dict[str, Any]:
+        """How the run is evaluated, for its journal, where that is not batched."""
+        return {"event": "probe", "batched": bool(self.batched), **({"apart": bool(self.apart)} if self.method.own else {})}
 
     def gather(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
         """The losses of step ``step``.
@@ -277,16 +293,16 @@ class Evaluations:
         number = max(1, self.method.parts(sum(sizes)) // shared)
         count, everybody = number * each, stacking.share_out(sizes, number, each)
         owned = everybody[first : first + len(parts)]
-        if self.batched is None or not self.checked:
+        if self.undecided or not self.checked:
             self._decide(loss_fn, parts, seed, step, owned[0])
         share = self.workers.share(1, [len(one) for one in owned], _edges(owned, each) if self.workers.several else None)
         work = [(parts[part], owned[part].between(start, stop)) for part, start, stop in share.pieces]
         values, evaluated = None, 0
-        if self.batched and work:
+        if self.apart and work:
             try:
-                stacks = [(part, stacking.own(signs, self.eps, pairs, seed, step)) for part, pairs in work]
-                values = torch.cat([self._stacked(loss_fn, part, stack) for part, stack in stacks], dim=1)
-                evaluated = sum(stack.total for _, stack in stacks)
+                found = [self._at_own(loss_fn, part, pairs, seed, step, signs) for part, pairs in work]
+                values = torch.cat([losses for losses, _ in found], dim=1)
+                evaluated = sum(count for _, count in found)
             except NotStackable as error:
                 self._give_up(str(error))
         if work and values is None:
@@ -295,6 +311,27 @@ class Evaluations:
         values, evaluated = self.workers.gather(share, values, evaluated, each=len(signs))
         owners = torch.tensor([direction for one in everybody for direction in one.directions])
         return Losses(values, owners, count, evaluated)
+
+    def _at_own(
+        self, loss_fn: LossFunction, part: Any, owned: Owned, seed: int, step: int, signs: Sequence[float], together: bool | None = None
+    ) -> tuple[Tensor, int]:
+        """Losses (S, pairs) of examples under their directions, and how many rows that took: in one forward, or in forwards of a batch's
+        rows at most, every sign by itself."""
+        if self.batched if together is None else together:
+            stack = stacking.own(signs, self.eps, owned, seed, step)
+            return self._stacked(loss_fn, part, stack), stack.total
+        rows, size, evaluated = [], stacking.batch_rows(part), 0
+        for sign in signs:
+            if not sign:
+                here = self.probe.evaluate(evaluation(loss_fn, [part]), Offset(0.0, seed, step, 0))
+                rows.append(here[list(owned.examples)])
+                evaluated += size
+                continue
+            pieces = [owned.between(start, min(start + size, len(owned))) for start in range(0, len(owned), size)]
+            stacks = [stacking.own((sign,), self.eps, piece, seed, step) for piece in pieces]
+            rows.append(torch.cat([self._stacked(loss_fn, part, stack)[0] for stack in stacks]))
+            evaluated += sum(stack.total for stack in stacks)
+        return torch.stack(rows), evaluated
 
     def _alone(
         self,
@@ -326,8 +363,8 @@ class Evaluations:
             part, owned = self._chunk(parts[0], owned)
             self._try(loss_fn, part, seed, step, owned)
         if self.workers.several:
-            found = self.workers.exchange([bool(self.batched), bool(self.per_example)])
-            self.batched, self.per_example = all(batched for batched, _ in found), all(each for _, each in found)
+            found = self.workers.exchange([bool(self.batched), bool(self.per_example), bool(self.apart)])
+            self.batched, self.per_example, self.apart = (all(answers) for answers in zip(*found, strict=True))
 
     def _look(self, loss_fn: LossFunction, part: Any) -> tuple[Tensor, tuple[int, ...], int | None]:
         """The losses of a micro-batch at θ, their shape, and how many examples it has, if that can be told; notes what follows."""
@@ -362,7 +399,7 @@ class Evaluations:
             self.batched = False
             return
         self.checked = True
-        if self.batched is not None:
+        if not self.undecided:
             return
         if owned is None:
             points = self.estimator.points(self.method.directions_of(0))
@@ -384,25 +421,28 @@ class Evaluations:
 
             slow = sequentially()
             here = here[[owned.examples[pair] for pair in columns]]
-            stack = stacking.own(self.estimator.signs, self.eps, owned, seed, step)
+
+            def at_own(together: bool) -> Tensor:
+                assert owned is not None
+                return self._at_own(loss_fn, part, owned, seed, step, self.estimator.signs, together)[0]
+
+        together = self.batched is not False
         try:
-            quick = self._stacked(loss_fn, part, stack)
-            quick = quick[chosen] if owned is None else quick[:, columns]
+            quick = self._stacked(loss_fn, part, stack)[chosen] if owned is None else at_own(together)[:, columns]
         except Exception as error:  # whatever a model or a loss does with rows it did not expect
             self._give_up(str(error))
             return
-        if self.probe.agree(quick, slow, here):
-            self.batched = (
-                self.choice == "batched"
-                or self.probe.streams
-                or not self._sequential_is_faster(
-                    lambda: self._stacked(loss_fn, part, stack),
-                    sequentially,
-                    share=slow.numel() / stack.losses.numel(),
-                )
-            )
-        else:
+        if not self.probe.agree(quick, slow, here):
             self._give_up(f"its losses are {quick.mean():.6g} on average, those of one point after the other {slow.mean():.6g}")
+            return
+        self.apart = owned is not None
+        if self.choice == "batched" or self.probe.streams:
+            self.batched = together
+        elif owned is not None:
+            self.batched = together and not self._sequential_is_faster(lambda: at_own(True), lambda: at_own(False), share=1.0)
+        else:
+            share = slow.numel() / stack.losses.numel()
+            self.batched = not self._sequential_is_faster(lambda: self._stacked(loss_fn, part, stack), sequentially, share)
 
     def _sequential_is_faster(self, batched: Callable[[], Tensor], sequential: Callable[[], Tensor], share: float) -> bool:
         """Whether evaluating one point after the other takes clearly less time; ``sequential`` does ``share`` of them."""
@@ -417,7 +457,7 @@ class Evaluations:
         return min(times[1]) / share < CLEARLY * min(times[0])
 
     def _give_up(self, reason: str) -> None:
-        self.batched = False
+        self.batched = self.apart = False
         warnings.warn(
             f"no batched evaluation of this model and loss: {reason}. Evaluating one point after the other instead: results are right, "
             "steps are slower; probe='sequential' avoids this warning.",

@@ -330,10 +330,11 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _gather(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> Losses:
         """The losses of a step. A run that goes on sequentially though it might have been batched says so in the journal."""
-        known = self.evaluations.batched
+        known = self.evaluations.batched, self.evaluations.apart
         losses = self.evaluations.gather(loss_fn, parts, self.seed, step)
-        if self.evaluations.batched is False and known is not False and self.journal is not None:
-            self.journal.append({"event": "probe", "batched": False})
+        found = self.evaluations.batched, self.evaluations.apart
+        if self.journal is not None and any(now is False and before is not False for now, before in zip(found, known, strict=True)):
+            self.journal.append(self.evaluations.event())
         return losses
 
     def _choose_eps(self, evaluate: Callable[[], Tensor], step: int) -> None:
@@ -423,7 +424,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self.sequences_evaluated += losses.evaluated
             return losses.estimate(self.estimator, self.eps).coefficients
 
-        if self.evaluations.batched is None:
+        if self.evaluations.undecided:
             coefficients(0)  # finds out how this model can be evaluated, while all of it is perturbed
         found = layer_scales.measure(self.layers, coefficients)
         self.probe.forget_directions()

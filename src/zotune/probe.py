@@ -168,10 +168,13 @@ class Probe:
     @contextmanager
     def _stacked(self, stack: Stack) -> Iterator[None]:
         lending = Lending(stack, self.directions, self._siblings)
-        with self._lent({id(o): {name: partial(lending.lend, c) for name, c in o.parameters.items()} for o in self._owners}):
-            for coordinate in self._low_rank():
-                coordinate.moved = None  # side paths keep out
-            yield
+        try:
+            with self._lent({id(o): {name: partial(lending.lend, c) for name, c in o.parameters.items()} for o in self._owners}):
+                for coordinate in self._low_rank():
+                    coordinate.moved = None  # side paths keep out
+                yield
+        finally:
+            lending.end()
 
     @property
     def dense(self) -> Coordinate | None:

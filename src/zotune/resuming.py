@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from zotune import checkpoint, following
 from zotune.checkpointed_trainer import JOURNAL
-from zotune.journal import Journal
+from zotune.journal import Journal, Record
 from zotune.optimizer import ZerothOrder
 
 logger = logging.getLogger(__name__)
@@ -90,14 +91,15 @@ def continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str |
     measured = optimizer.calibrator is not None and optimizer.calibrator.chooses_lr
     count = following.usable(tail, measured=measured) if follows else 0
     if len(journal) and checkpoint_folder is None:  # how its steps were evaluated may have been chosen by the clock
-        optimizer.evaluations.restore(not any(gave_up(record) for record in tail))
+        last = (ways(tail) or [{"batched": True, "apart": True}])[-1]
+        optimizer.evaluations.restore(last["batched"], last.get("apart", False))
     journal.drop(len(tail) - count)
-    if any(map(gave_up, tail[count:])):
-        journal.append({"event": "probe", "batched": False})
+    for event in ways(tail[count:]):
+        journal.append(event)
     optimizer.follow(tail[:count])
     return journal
 
 
-def gave_up(record: Any) -> bool:
-    """Whether an event says that the run goes on sequentially."""
-    return isinstance(record, dict) and record.get("event") == "probe" and not record.get("batched")
+def ways(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The events among them that say how the run is evaluated, where that is not batched."""
+    return [record for record in records if isinstance(record, dict) and record.get("event") == "probe"]

@@ -47,6 +47,7 @@ def save(optimizer: ZerothOrder, without: Collection[str] = ()) -> dict[str, Any
         "scales": [layer[0].scale for layer in optimizer.layers],
         "probe": optimizer.evaluations.choice,
         "batched": optimizer.evaluations.batched,
+        "apart": optimizer.evaluations.apart,
         "general_path": [n for n, c in _by_name(optimizer).items() if isinstance(c, LowRankCoordinate) and not c.side_path],
         "rule": rule_others,
         "shaping": dict(optimizer.shaping_state),
@@ -99,7 +100,7 @@ def restore(optimizer: ZerothOrder, state_dict: Mapping[str, Any]) -> None:
     if optimizer.calibrator is not None and run["step_size"] is not None:
         optimizer.calibrator.step_size = StepSize.restored(run["step_size"])
     if optimizer.evaluations.choice in ("auto", run.get("probe")):
-        optimizer.evaluations.restore(run.get("batched"))
+        optimizer.evaluations.restore(run.get("batched"), run.get("apart"))
     optimizer.shaping_state = dict(run.get("shaping", {}))
     optimizer.past = [Past(step, tuple(coefficients)) for step, coefficients in run.get("past", [])]
     if optimizer.anchor is not None and run.get("anchor"):

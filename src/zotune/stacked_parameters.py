@@ -58,6 +58,12 @@ class Lending:
             stacked = self.lent[coordinate.name] = Stacked.of(coordinate.parameter, coordinate, self)
         return stacked
 
+    def end(self) -> None:
+        """Let go of everything: what is lent and who lends it know each other, and would be kept until Python looks for such circles."""
+        self.lent.clear()
+        self._shown.clear()
+        self._thin.clear()
+
     def z(self, coordinate: Coordinate) -> Tensor:
         """The groups' directions, (G, *shape); of low-rank coordinates what their moving factor moves by, (G, rows, r)."""
         z = self._own_z(coordinate)

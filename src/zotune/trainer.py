@@ -198,9 +198,10 @@ class ZOTrainer(EvaluatedTrainer):
         """Have all workers follow what the first has found in the journal."""
         if not self.workers.several:
             return
-        tail, batched = self.workers.from_first(lambda: [optimizer._tail, optimizer.evaluations.batched])
+        evaluations = optimizer.evaluations
+        tail, batched, apart = self.workers.from_first(lambda: [optimizer._tail, evaluations.batched, evaluations.apart])
         if not self.workers.first:
-            optimizer.evaluations.restore(batched)
+            evaluations.restore(batched, apart)
             optimizer.follow([record if isinstance(record, dict) else StepRecord.of(record) for record in tail])
 
     def _begin_journal(self, optimizer: ZerothOrder, resume_from_checkpoint: str | None) -> None:
