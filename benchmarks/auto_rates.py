@@ -31,7 +31,7 @@ COMBINATIONS = [
 ]
 RATES = {"full": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "lora": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]}
 #: What set-ups are drawn from.
-METHODS = ["lozo-e", "lozo-e", "lozo", "lozo-m", "mezo", "mezo-momentum", "zo-adam", "agzo", "es", "fzoo", "tezo", "subzero"]
+METHODS = ["lozo-e", "lozo-e", "lozo", "lozo-m", "mezo", "mezo-momentum", "zo-adamw", "agzo", "es", "fzoo", "tezo", "subzero"]
 SCHEMES = ["full", "full", "lora", "head", "prompt"]
 BATCHES = [1, 2, 4, 8, 16, 32]
 TASKS = {"lm": ["sst2", "mr", "rte", "trec"], "encoder": ["trec", "sst2", "ag_news"]}
@@ -50,7 +50,7 @@ def cell(args: argparse.Namespace, method: str, scheme: str, model: str, task: s
         "steps": 0,
         "budget": args.budget,
         "eval_steps": 10**9,
-        "num_train": 1000,
+        "num_train": args.num_train,
         "num_dev": 100,
         "schedule": "warmup_stable_decay",
         "threads": args.threads,
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, required=True, help="folder of a sentence encoder")
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--budget", type=int, default=4800, help="sequences a run evaluates")
+    parser.add_argument("--num_train", type=int, default=1000, help="training examples, whose loss is looked at before and after")
     parser.add_argument("--first", type=int, default=len(COMBINATIONS), help="so many of the combinations")
     parser.add_argument("--count", type=int, default=20, help="set-ups drawn")
     parser.add_argument("--seed", type=int, default=0)
