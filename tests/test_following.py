@@ -60,7 +60,7 @@ def test_steps_after_a_checkpoint_are_taken_from_the_journal(options: dict[str, 
 
     class Counting(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            calls.append(len(run.zo_optimizer._tail))
+            calls.append(len(run.zo_optimizer.tail))
 
     run = trainer(tmp_path / "b", callbacks=[Counting()], **{**SAVING, **options})
     run.train(resume_from_checkpoint=True)

@@ -42,7 +42,7 @@ def step(optimizer: ZerothOrder, parts: list[Any] | None) -> tuple[Tensor | None
         The step's loss, None if no record of it is left; and then whether what comes before its evaluations has been done.
     """
     ready = False
-    tail = optimizer._tail
+    tail = optimizer.tail
     while tail:
         record = tail.pop(0)
         if isinstance(record, StepRecord):

@@ -152,7 +152,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._prepared = False
         self._begun = -1
         self._gathered = observing.Gathered()
-        self._tail: list[Record] = []
+        self.tail: list[Record] = []  # records of an earlier run that the next steps are taken from
         self._settled = False
         self.journal = journal if isinstance(journal, Journal) and self.workers.first else None
         if journal is not None and not isinstance(journal, Journal):
@@ -469,7 +469,7 @@ class ZerothOrder(torch.optim.Optimizer):
         bit for bit, that the run had then; the next one goes on from there. So does a run of measured rates, from the last record
         that holds what was measured.
         """
-        self._tail = list(records)
+        self.tail = list(records)
 
     # -- low-rank updates that are still pending ---------------------------------------------------------------------------------------
 
@@ -479,7 +479,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
         The model's forward and ``state_dict()`` hold the trained weights without it. The fold is an event of the journal.
         """
-        if self.journal is not None and not self._tail:
+        if self.journal is not None and not self.tail:
             self.journal.append({"event": "fold"})
         applying.fold(self)
 

@@ -199,7 +199,7 @@ class ZOTrainer(EvaluatedTrainer):
         if not self.workers.several:
             return
         evaluations = optimizer.evaluations
-        tail, batched, apart = self.workers.from_first(lambda: [optimizer._tail, evaluations.batched, evaluations.apart])
+        tail, batched, apart = self.workers.from_first(lambda: [optimizer.tail, evaluations.batched, evaluations.apart])
         if not self.workers.first:
             evaluations.restore(batched, apart)
             optimizer.follow([record if isinstance(record, dict) else StepRecord.of(record) for record in tail])

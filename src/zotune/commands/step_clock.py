@@ -23,7 +23,7 @@ class StepClock(TrainerCallback):
         self.optimizer: Any = None
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs: Any) -> None:
-        self.follows = bool(getattr(getattr(optimizer, "optimizer", optimizer), "_tail", ()))
+        self.follows = bool(getattr(getattr(optimizer, "optimizer", optimizer), "tail", ()))
         self._clock, self._processor = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs: Any) -> None:
