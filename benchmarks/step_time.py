@@ -72,6 +72,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lozo, sequential": ("lozo", {}, "sequential"),
     "lozo, 4 directions": ("lozo", {"num_directions": 4}, "batched"),
     "lozo-e": ("lozo-e", {}, "batched"),
+    "lozo-e, sequential": ("lozo-e", {}, "sequential"),
     "lozo-e, two forwards": ("lozo-e", {"num_directions": "example", "estimator": "central"}, "batched"),
     "lozo-m, one an example": ("lozo-m", {"num_directions": "example", "rank": 1}, "batched"),
     "mezo": ("mezo", {}, "sequential"),
