@@ -3,8 +3,8 @@
     python benchmarks/methods_table.py --model M --data_dir D --task sst2 --results benchmarks/results/methods_sst2.jsonl
 
 Every run evaluates the same number of sequences, those of measuring the rate included. Where the rate can be measured it is (``lr="auto",
-eps="auto"``: nothing is tuned by hand); where it cannot, a grid of four is run with the first seed, and the best by the loss of the
-training examples goes on with the other seeds. Accuracy is that of examples held out of the training data. Memory is that of a step as
+eps="auto"``: nothing is tuned by hand); where it cannot, a grid is run with the first seed: a decade apart, up to where the loss no longer
+falls, then three times the best and a third of it. The best by the loss of the training examples goes on with the other seeds. Accuracy is that of examples held out of the training data. Memory is that of a step as
 ``zotune estimate`` predicts it, seconds are of the run over its steps on a machine that did other things too.
 
 Runs on file are not repeated, so a table can be made of what there is at any time.
@@ -64,11 +64,22 @@ def last(result: dict[str, Any]) -> float:
 
 def runs(args: argparse.Namespace, name: str, scheme: str) -> list[dict[str, Any]]:
     """A row's runs, one a seed."""
-    rate: float | str = "auto"
-    if not measurable(methods.get(name)):
-        tried = sweep([cell(args, name, scheme, lr, 0) for lr in RATES], args.results, args.processes)
-        rate = min(tried, key=last)["cell"]["lr"]
+    rate = "auto" if measurable(methods.get(name)) else tuned(args, name, scheme)
     return sweep([cell(args, name, scheme, rate, seed) for seed in range(args.seeds)], args.results, args.processes)
+
+
+def tuned(args: argparse.Namespace, name: str, scheme: str) -> float:
+    """The best rate of the grid."""
+
+    def best(rates: list[float]) -> float:
+        tried = sweep([cell(args, name, scheme, rate, 0) for rate in rates], args.results, args.processes)
+        return float(min(tried, key=last)["cell"]["lr"])
+
+    rates = list(RATES)
+    while best(rates) == rates[-1] < 1:
+        rates.append(float(f"{10 * rates[-1]:.0e}"))
+    middle = best(rates)
+    return best([*rates, *(float(f"{factor * middle:.0e}") for factor in (1 / 3, 3))])
 
 
 def mean(numbers: list[float], digits: int = 3) -> str:
