@@ -4,8 +4,9 @@
 
 Every run evaluates the same number of sequences, those of measuring the rate included. Where the rate can be measured it is (``lr="auto",
 eps="auto"``: nothing is tuned by hand); where it cannot, a grid is run with the first seed: a decade apart, up to where the loss no longer
-falls, then three times the best and a third of it. The best by the loss of the training examples goes on with the other seeds. Accuracy is that of examples held out of the training data. Memory is that of a step as
-``zotune estimate`` predicts it, seconds are of the run over its steps on a machine that did other things too.
+falls, then three times the best and a third of it. The best by the loss of the training examples goes on with the other seeds. Accuracy is
+that of examples held out of the training data. Memory is that of a step as ``zotune estimate`` predicts it, seconds are of the run over its
+steps on a machine that did other things too.
 
 Runs on file are not repeated, so a table can be made of what there is at any time.
 """
