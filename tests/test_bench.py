@@ -223,3 +223,12 @@ def test_a_killed_bench_goes_on_and_ends_with_the_table_of_an_unbroken_one(tmp_p
     assert list(runs.glob("*/journal.zo"))  # a journal is enough to keep
     page = (tmp_path / "broken/report.html").read_text()
     assert page.count("<svg") == 2 and "src=" not in page
+
+
+@pytest.mark.parametrize(("allowed", "processes", "threads"), [(None, 2, 2), ("1", 1, 1), ("8", 2, 2), ("", 4, 1), ("many", 1, 4)])
+def test_threads_are_shared_out_within_what_is_allowed(monkeypatch, allowed, processes, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+    assert runner.default_threads(processes) == threads

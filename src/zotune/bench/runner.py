@@ -72,6 +72,8 @@ class Runner:
         """
         # Processes that are forked can use a GPU only if the one that they are forked from has not so much as looked for it.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        # Threads that wait by spinning make small models many times slower as soon as something else wants a core.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # A process a run makes its peak of memory its own; forked from one that has imported the libraries, it starts at once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["zotune.commands.train", "zotune.bench.worker"])
@@ -143,9 +145,11 @@ def _environment(slot: int) -> dict[str, str]:
 
 
 def default_threads(processes: int) -> int:
-    """Threads a run where ``processes`` share the machine."""
+    """Threads a run where ``processes`` share the machine; no more than ``OMP_NUM_THREADS`` allows."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes)
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    share = max(1, cores // processes)
+    return min(share, int(allowed)) if allowed.isdigit() and int(allowed) else share
 
 
 def folder_of(grid_file: Path) -> Path:
