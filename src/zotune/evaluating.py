@@ -458,6 +458,8 @@ class Evaluations:
 
     def _give_up(self, reason: str) -> None:
         self.batched = self.apart = False
+        if self.choice == "sequential":
+            return  # that is what was asked for
         warnings.warn(
             f"no batched evaluation of this model and loss: {reason}. Evaluating one point after the other instead: results are right, "
             "steps are slower; probe='sequential' avoids this warning.",
