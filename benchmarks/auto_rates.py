@@ -21,6 +21,8 @@ from typing import Any
 
 from learning import sweep
 
+from zotune.class_order import set_size
+
 #: Combinations of the grid: method, scheme, model, task.
 COMBINATIONS = [
     ("lozo-e", "full", "lm", "sst2"),
@@ -43,7 +45,7 @@ TASKS = {"lm": ["sst2", "mr", "rte", "trec"], "encoder": ["trec", "sst2", "ag_ne
 def cell(args: argparse.Namespace, method: str, scheme: str, model: str, task: str, **others: Any) -> dict[str, Any]:
     classes = {"sst2": 2, "mr": 2, "rte": 2, "trec": 6, "ag_news": 4}[task]
     batch = others.get("batch_size", 16)
-    sets = method == "lozo-e" and batch // classes >= 4  # as the trainer has it, see zotune.trainer
+    size = set_size(classes, batch) if method == "lozo-e" else None  # as the trainer has it
     return {
         "model": str(getattr(args, model)),
         "task": task,
@@ -60,7 +62,7 @@ def cell(args: argparse.Namespace, method: str, scheme: str, model: str, task: s
         "stratified": True,
         "scheme": scheme,
         "method": method,
-        "options": {"num_directions": f"sets:{classes}:3"} if sets else {},
+        "options": {"num_directions": f"sets:{size}:3"} if size else {},
         "batch_size": batch,
         "seed": 0,
         "score": "held out",

@@ -6,7 +6,8 @@ bend with the loss; in between neighbours agree. The largest ε that still agree
 **η.** Measurements of curvature and signal (see ``step_size``) are made on the first batch, after 1, 2, 4, ... steps, and every
 :data:`INTERVAL` steps, since curvature grows and signal falls while a model learns. Curvature is measured as far from θ as a step goes: an
 adapter's B = 0 is a saddle with walls around it, and a loss that is flat within ε may be anything there. What a step's own losses tell is
-taken in too. A loss that rises all the same halves the rate.
+taken in too; of directions that examples have of their own that is little, and how far sets of examples agree is looked at under
+directions that all of them share. A loss that rises all the same halves the rate.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from zotune.evaluating import SHARED, Losses, NonFiniteLossError
 from zotune.methods.method import Method
 from zotune.probe import Probe
 from zotune.rules import EMASGD, Rule, Sign
-from zotune.shaping import FITNESS
+from zotune.shaping import FITNESS, State
 from zotune.step_size import WIDER, StepSize, in_units
 
 #: The values of ε that are tried; where climbing begins, and in well-behaved single precision goes on from.
@@ -131,8 +132,13 @@ def rule_gain(rule: Rule, moment: float, directions: int, step: int = 1 << 20) -
     )
 
 
-def gain(method: Method, rule: Rule, moment: float, directions: int, eps: float, step: int = 1 << 20) -> float:
+def gain(
+    method: Method, rule: Rule, moment: float, directions: int, eps: float, step: int = 1 << 20, shaping: State | None = None
+) -> float:
     """What to multiply plain SGD's η by in a method's step number ``step``, of coefficients with the mean square ``moment``, K directions.
+
+    Args:
+        shaping: what the method's shaping has kept so far.
 
     Raises:
         ValueError: its update rule is one of which that is not known.
@@ -144,7 +150,7 @@ def gain(method: Method, rule: Rule, moment: float, directions: int, eps: float,
     fitness = FITNESS[method.fitness]
     if fitness is not None or method.shaping is not None:  # from here on M is that of other coefficients, 1 or so
         scale = fitness.gain(moment) if fitness is not None else 1.0
-        scale *= method.shaping.gain(moment, directions, eps) if method.shaping is not None else 1.0
+        scale *= method.shaping.gain(moment, directions, eps, shaping or {}) if method.shaping is not None else 1.0
         return scale * rule_gain(rule, 1.0, 1, step)
     return rule_gain(rule, moment, directions, step)
 
@@ -177,7 +183,7 @@ class Calibrator:
         self.probe, self.method, self.rule, self.lr_scale = probe, method, rule, lr_scale
         self.estimator = ESTIMATORS[method.estimator]
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
-        self.step_size = StepSize()
+        self.step_size = StepSize(few=method.own)
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
 
     def eps(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> float:
@@ -212,7 +218,7 @@ class Calibrator:
 
         radius = max(eps, min(self.step_size.stride, WIDEST, FARTHER * self.step_size.radius))
         for _ in range(LOOKS):
-            if not self._look(look, radius):
+            if not self._look(look, at, radius, eps):
                 break
             radius = min(self.step_size.stride, WIDEST, FARTHER * radius)
         self.probe.forget_directions()
@@ -221,26 +227,43 @@ class Calibrator:
         """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at."""
         return not step % INTERVAL or not step & (step - 1) or min(self.step_size.stride, WIDEST) > LONGER * self.step_size.radius
 
-    def _look(self, look: Look, radius: float) -> bool:
+    def _look(self, look: Look, at: At, radius: float, eps: float) -> bool:
         """Measure at ``radius``; whether the rate that comes of it is one whose steps go so much farther that this has to be done there."""
         size = self.step_size
         first, anew = not size.moment.count, size.look(radius)
         draws = 1 if not anew else FIRST_DRAWS if self.method.own else FIRST_DIRECTIONS
+        own, shared = [], []
         for draw in range(draws):
             losses, owners = look(draw, radius)
             if not bool(losses.isfinite().all()):
                 size.stride = radius / WIDER  # no step may go there
                 return True
             size.measure(losses, radius, owners)
+            slopes = (losses[1:2] - losses[2:]).double() / (2 * radius)
+            units = slopes.mean(dim=1, keepdim=True) if owners is None else in_units(slopes, owners)
             if first:
-                slopes = (losses[1:2] - losses[2:]).double() / (2 * radius)
-                units = slopes.mean() if owners is None else in_units(slopes, owners)
                 size.moment.add(float(units.square().mean()))
+            if owners is not None:
+                own.append(units)
+                shared.append(self._shared(at, losses[0], DIRECTION + draw, eps))
+        if own:
+            size.units = 1
+            size.compare(torch.cat(own), torch.cat(shared), looks=draws)
         each = self.method.each
         number = self.method.num_directions if owners is None else each * SHARED * (int(owners.max()) + 1)
         assert isinstance(number, int)
         size.rate(number, losses.shape[1] * (1 if owners is None else each))
         return size.stride > WIDER * radius and radius < WIDEST
+
+    def _shared(self, at: At, here: Tensor, direction: int, eps: float) -> Tensor:
+        """Coefficients (1, U) of the parts of a batch that have directions of their own in steps, under one direction for all of them.
+
+        That is what tells how far parts agree: under directions of their own only neighbours can be compared.
+        """
+        low, high = min(self.estimator.signs), max(self.estimator.signs)
+        plus, minus = (at(sign * eps, direction).cpu() if sign else here for sign in (high, low))
+        slopes = (plus - minus).double().unsqueeze(0) / (eps * (high - low))
+        return in_units(slopes, number=max(2, self.method.parts(len(here))))
 
     def tell(self, losses: Losses, estimate: Estimate, eps: float) -> None:
         """Take in a step's losses and what was made of them."""
@@ -248,10 +271,10 @@ class Calibrator:
             self.step_size.tell(self.estimator.singles(losses.values.cpu(), eps, losses.num_directions))
         self.step_size.step(estimate.coefficients.tolist(), estimate.loss)
 
-    def rate(self, directions: int, examples: int, eps: float, step: int) -> float:
-        """η for step ``step``, of K directions on N examples."""
+    def rate(self, directions: int, examples: int, eps: float, step: int, shaping: State | None = None) -> float:
+        """η for step ``step``, of K directions on N examples; ``shaping``: what the method's has kept so far."""
         plain = self.step_size.rate(directions, examples)
-        return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps, step) / self.lr_scale
+        return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps, step, shaping) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:
         def at(scale: float, direction: int) -> Tensor:

@@ -8,6 +8,20 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+#: Sets of examples with directions of their own that a step has at least, of two examples; of more examples it has twice as many.
+LEAST_SETS = 4
+
+
+def set_size(classes: int, examples: int) -> int | None:
+    """Neighbours in a stratified order that share directions of their own in a step of so many examples; None: each has its own.
+
+    What the examples of a class have in common cancels within a set that has every class once, and it is most of what their gradients
+    differ by. More sets mean more directions, so that where many classes would leave few sets, pairs of two classes it is.
+    """
+    if classes < 2 or examples < 2 * LEAST_SETS:
+        return None
+    return min(classes, max(2, examples // (2 * LEAST_SETS)))
+
 
 class Stratified(Sampler[int]):
     """A random order without replacement in which any stretch has as many of each class as the whole would let expect, to within one.

@@ -310,7 +310,8 @@ class ZerothOrder(torch.optim.Optimizer):
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.calibrator is not None and self.calibrator.chooses_lr:
             self.calibrator.tell(losses, estimate, self.eps)
-            found = self.calibrator.rate(len(estimate.coefficients), losses.values.shape[1], self.eps, self.steps)
+            k, n = len(estimate.coefficients), losses.values.shape[1]
+            found = self.calibrator.rate(k, n, self.eps, self.steps, self.shaping_state)
             rates = [found * rate for rate in rates]
         return tuple(rates)
 

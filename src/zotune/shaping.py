@@ -39,7 +39,7 @@ class Shaping(Protocol):
         """c′ of a step; 0 where skipped. ``state`` (empty before the first step) is changed in place."""
         ...
 
-    def gain(self, moment: float, directions: int, eps: float) -> float:
+    def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
         """What to multiply plain SGD's η by, for steps of K directions whose squared coefficients have the mean ``moment``."""
         ...
 
@@ -53,7 +53,7 @@ class BySign:
     def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
         return [math.copysign(1.0, c) if c else 0.0 for c in coefficients]
 
-    def gain(self, moment: float, directions: int, eps: float) -> float:
+    def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
         # For a normal c: E[sign(c) Z] = √(2/π) ∇ / √M, and E[sign(c)²] = 1 in place of M.
         return math.sqrt(2 / math.pi * moment)
 
@@ -75,7 +75,7 @@ class ByDeviation:
         sigma = eps * math.sqrt(math.fsum((c - mean) ** 2 for c in kept) / (len(kept) - 1))
         return [c / sigma if sigma > 0 else 0.0 for c in coefficients]
 
-    def gain(self, moment: float, directions: int, eps: float) -> float:
+    def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
         return eps * math.sqrt(moment)
 
 
@@ -104,11 +104,16 @@ class ByRootMeanSquare:
         square = math.fsum(c * c for c in kept) / len(kept) ** 2
         state["v"] = self.beta * state.get("v", 0.0) + (1 - self.beta) * square
         state["t"] = state.get("t", 0) + 1
-        root = math.sqrt(state["v"] / (1 - self.beta ** state["t"])) + self.zeta
+        root = math.sqrt(self._average(state)) + self.zeta
         return [c / root for c in coefficients]
 
-    def gain(self, moment: float, directions: int, eps: float) -> float:
-        return math.sqrt(moment / directions)
+    def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
+        # Where coefficients grow, as an adapter's do while it leaves 0, a long average is behind them, and steps are longer by that.
+        now = moment / directions
+        return math.sqrt(min(now, self._average(state)) if state else now)
+
+    def _average(self, state: State) -> float:
+        return state["v"] / (1 - self.beta ** state["t"])
 
 
 # -- fitness ---------------------------------------------------------------------------------------------------------------------------

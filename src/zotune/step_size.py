@@ -87,6 +87,7 @@ class StepSize:
         single: n, the mean square of single examples' coefficients.
         moment: M of the steps.
         units: units of examples, as agreement compares them, that make a coefficient of a step together, U.
+        few: whether agreement is seen in measurements only, because steps have directions of examples' own.
         brake: factor that a rising loss has taken the rate back by.
         radius: distance from θ at which curvature has been measured last, 0 before.
         stride: how far a step goes, as a multiple of a direction's length: η √(M / K), 0 before one is known.
@@ -99,6 +100,7 @@ class StepSize:
     moment: RunningMean = field(default_factory=RunningMean)
     recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
     units: int = 1
+    few: bool = False
     lowest: float | None = None
     brake: float = 1.0
     radius: float = 0.0
@@ -123,18 +125,29 @@ class StepSize:
             halves = in_units(each, owners)
             self.spread.add(float(halves.prod(dim=1).mean() if halves.shape[1] > 1 else each.square().mean()))
         self.brake = min(1.0, RELEASE * self.brake)
-        self.tell(each=(plus - minus).unsqueeze(0) / (2 * radius), owners=owners)
+        each = (plus - minus).unsqueeze(0) / (2 * radius)
+        if owners is None:
+            self.tell(each)
+        else:
+            self.single.add(float(each.square().mean()))
 
-    def tell(self, each: Tensor, owners: Tensor | None = None) -> None:
-        """Take in coefficients of single examples, (K, n), or (1, n) with those of the directions that own them."""
+    def tell(self, each: Tensor) -> None:
+        """Take in coefficients of single examples, (K, n), under directions that they share."""
         if not bool(each.isfinite().all()):
             return
         self.single.add(float(each.square().mean()))
-        units = in_units(each, owners)
-        self.units = units.shape[1] if owners is None else 1
-        found = agreement(units)
-        if found is not None:
-            self.agreement.add(found)
+        units = in_units(each)
+        self.units = units.shape[1]
+        self.compare(units)
+
+    def compare(self, *tables: Tensor, looks: int = 1) -> None:
+        """Take in coefficients of units of examples; tables (m, U), U units under one direction, count by their pairs."""
+        found = [(table.shape[0] * math.comb(table.shape[1], 2), agreement(table)) for table in tables]
+        seen = [(pairs, kappa) for pairs, kappa in found if kappa is not None and math.isfinite(kappa)]
+        if seen:
+            mean = sum(pairs * kappa for pairs, kappa in seen) / sum(pairs for pairs, _ in seen)
+            for _ in range(looks):
+                self.agreement.add(mean)
 
     def step(self, coefficients: Sequence[float], loss: float) -> None:
         """Take in a step's coefficients and loss."""
@@ -158,7 +171,10 @@ class StepSize:
         """s / M: the part of a coefficient's mean square that is signal, as far as can be seen."""
         if not self.agreement.count:
             return 0.25
-        kappa = min(1.0, max(0.0, self.agreement.mean - self.agreement.error))
+        mean, error = self.agreement.mean, self.agreement.error
+        # What it is at least can be told where every step is looked at. Of few looks that would say nothing for most of a run: then the
+        # mean, less what chance is likely to have added to it.
+        kappa = min(1.0, mean - (error**2 / mean if self.few else error)) if mean > error else 0.0
         return kappa * self.units / (1 + kappa * (self.units - 1))
 
     def rate(self, directions: int, examples: int) -> float:
@@ -195,14 +211,14 @@ class StepSize:
         return cls(**{**state, **means})
 
 
-def in_units(each: Tensor, owners: Tensor | None) -> Tensor:
+def in_units(each: Tensor, owners: Tensor | None = None, number: int = UNITS) -> Tensor:
     """Means (m, U) over units of neighbouring examples, of numbers (K, n), or (1, n) with a direction that owns each.
 
-    A shared direction's examples make up to :data:`UNITS` units, an owner's two, where there are as many. Neighbours, because an order by
-    class puts one of each class side by side: single examples of different classes would disagree where their sum does not.
+    A shared direction's examples make ``number`` units, an owner's two, where there are as many. Neighbours, because an order by class
+    puts one of each class side by side: single examples of different classes would disagree where their sum does not.
     """
     if owners is None:
-        return torch.stack([unit.mean(dim=1) for unit in each.tensor_split(min(UNITS, each.shape[1]), dim=1)], dim=1)
+        return torch.stack([unit.mean(dim=1) for unit in each.tensor_split(min(number, each.shape[1]), dim=1)], dim=1)
     number = int(owners.max()) + 1
     sizes = torch.bincount(owners, minlength=number)
     units = 2 if int(sizes.min()) > 1 else 1

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput, has_length
 
 from zotune import checkpoint, resuming, schedule
-from zotune.class_order import classes_of
+from zotune.class_order import classes_of, set_size
 from zotune.config import ZOConfig
 from zotune.distributed import sharing
 from zotune.evaluated_trainer import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
@@ -34,9 +34,6 @@ from zotune.stacking import batch_rows, take
 from zotune.step_sums import StepSums
 
 INITIAL_ADAPTER = "initial_adapter"
-
-#: Sets of examples with a direction of their own that a step shall have at least, where classes decide their size.
-LEAST_SETS = 4
 
 
 logger = logging.getLogger(__name__)
@@ -257,19 +254,15 @@ class ZOTrainer(EvaluatedTrainer):
         return ZerothOrder(self.model, self._method(), probe=args.probe, workers=self.workers, **common)
 
     def _method(self) -> Method:
-        """The config's method; where it gives every example a direction and nobody said so, sets with every class in them get one instead.
-
-        What the examples of a class have in common cancels within such a set, and it is most of what their gradients differ by.
-        """
+        """The config's method; where it gives every example directions and nobody said so, sets of different classes get them instead."""
         args, method = self.args, self.args.zo_method()
         extra = args.method_args if isinstance(args.method_args, dict) else {}
         if not method.own or args.num_directions is not None or "num_directions" in extra:
             return method
         stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
         classes = len(set(classes_of(self.train_dataset) or ())) if stratified else 0
-        if not 1 < classes <= self._train_batch_size * args.gradient_accumulation_steps / LEAST_SETS:
-            return method
-        return args.zo_method(num_directions=f"sets:{classes}:{method.each}")
+        size = set_size(classes, self._train_batch_size * args.gradient_accumulation_steps)
+        return method if size is None else args.zo_method(num_directions=f"sets:{size}:{method.each}")
 
     # --- a step ---
 
