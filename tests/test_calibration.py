@@ -166,6 +166,17 @@ def test_the_rate_is_its_formula():
     assert known.rate(1, 16) == pytest.approx(CAUTION / (10 / 0.2 + 3))
 
 
+def test_the_norm_of_a_saddle_is_taken_to_be_large_where_few_halves_tell_of_it():
+    """Var[ZᵀHZ] and its standard error, where h is within three of its own from 0 and directions belong to examples."""
+    saddle, norm = RunningMean(0.1, 9, 1.0, 10.0), math.sqrt((4.0 + 1.0 - 1.0) / 2)  # h = 1 ± 1.06; 4 ± 1
+    known = StepSize(curvature=saddle, spread=RunningMean(0.1, 9, 4.0, 16.0 + 8), moment=RunningMean(0.1, 9, 4.0, 16.0), few=True)
+    assert known.curvature.error == pytest.approx(1.0607, abs=1e-4) and known.spread.error == pytest.approx(1.0)
+    mean = 1.0 + known.curvature.error
+    assert known.rate(8, 16) == pytest.approx(CAUTION / (mean / (8 * 0.25) + norm))
+    known.few = False
+    assert known.rate(8, 16) == pytest.approx(CAUTION / (mean / (8 * 0.25) + math.sqrt((4.0 - 1.0) / 2)))
+
+
 def test_a_rising_loss_brakes_and_measuring_releases():
     size = StepSize()
     for _ in range(20):
@@ -296,6 +307,18 @@ def test_the_signal_of_directions_of_their_own_is_what_their_sets_agree_in(num_d
     for _ in range(20):
         optimizer.step(lambda x: x @ model.w + 0.5 * model.w.square().sum(), rows)
     assert optimizer.calibrator.step_size.signal == pytest.approx(expected, abs=0.1)
+
+
+def test_meazos_rate_follows_its_average_where_coefficients_grow():
+    """Growing coefficients, as an adapter's: their long average lags behind, and divided by that a step would be too long."""
+    method, state = methods.meazo(), {}
+    for t in range(20):
+        method.shaping.shape([2.0**t], [False], 1e-3, state)
+    (unit,) = method.shaping.shape([2.0**20], [False], 1e-3, dict(state))
+    assert unit > 2
+    average = state["v"] / (1 - 0.999**20)
+    assert gain(method, Rule("SGD", {}), 4.0**20, 1, 1e-3, shaping=state) == pytest.approx(math.sqrt(average))
+    assert gain(method, Rule("SGD", {}), average / 4, 1, 1e-3, shaping=state) == pytest.approx(math.sqrt(average) / 2)
 
 
 def test_schedules_and_groups_multiply_what_is_measured():

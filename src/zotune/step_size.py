@@ -42,6 +42,8 @@ FORGETTING_CURVATURE = 0.25
 FORGETTING_AGREEMENT = 0.15
 #: ‖H‖_F is never taken to be less than this part of the trace: few directions may miss the sharp ones.
 LEAST_NORM = 0.25
+#: Standard errors that a curvature is above 0 where it can be told from that of a saddle.
+TOLD = 3.0
 #: How many times farther from θ than before curvature is looked at as if for the first time.
 WIDER = 4.0
 #: Units of examples that are compared under a shared direction, at most.
@@ -192,7 +194,10 @@ class StepSize:
         # A loss that does not tell its examples apart hides how noisy it is: the noise of so many is averaged out, as far as can be seen.
         alone = max(directions * self.single.mean / moment, float(examples))
         gain = min(float(directions), max(directions * self.signal, alone / NOISE_SCALE))
-        norm = max(math.sqrt(max(0.0, self.spread.mean - curvature.mean**2) / 2), LEAST_NORM * mean)
+        spread = self.spread.mean
+        if self.few and curvature.mean < TOLD * curvature.error:  # a saddle, where products of few halves may well come out negative too
+            spread += self.spread.error
+        norm = max(math.sqrt(max(0.0, spread - curvature.mean**2) / 2), LEAST_NORM * mean)
         rate = self.brake * CAUTION / (mean / gain + norm)
         self.stride = rate * math.sqrt(moment / directions)
         return rate
