@@ -99,7 +99,7 @@ def lozo_e(
     Each example b of the batch is evaluated at W and under three directions of its own. The noise of the directions, ‖∇ℓ_b‖² times the
     number of dimensions, is averaged over 3B of them, for four evaluations in place of two. σ is measured for each layer, so that all
     coordinates have the same share in the loss difference (see ``layer_scales``). In a trainer that knows the examples' classes, sets of
-    examples in which every class is once take the place of single examples: what their gradients differ by most cancels in them.
+    neighbours of different classes take the place of single examples: what their gradients differ by most cancels in them.
     State: LOZO's, r·(m + n) float32 numbers a matrix.
     """
     return Method(
