@@ -12,6 +12,7 @@ there is not repeated, so a killed sweep continues. At the end: ``curves.png`` a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -46,10 +47,14 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         data_dir=cell["data_dir"],
         template=cell["template"],
         objective="classifier" if similarity else cell["objective"],
-        num_train=cell["num_train"],
+        num_train=None if cell.get("max_tokens") else cell["num_train"],
         num_dev=cell["num_dev"],
         seed=0,
     )
+    if cell.get("max_tokens"):
+        data = dataclasses.replace(
+            data, train=short(data.train, cell["max_tokens"])[: cell["num_train"]], dev=short(data.dev, cell["max_tokens"])
+        )
     model: Any
     if similarity:
         encoder = AutoModel.from_pretrained(cell["model"], dtype=torch.float32, add_pooling_layer=False)
@@ -134,6 +139,11 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         "seconds": time.perf_counter() - begun,
         "step_seconds": stepping / max(1, len(losses)),
     }
+
+
+def short(examples: Any, most: int) -> list[dict[str, Any]]:
+    """The examples whose prompt has at most ``most`` tokens."""
+    return [e for e in examples or [] if len(e["prompt_ids"]) <= most]
 
 
 def sweep(cells: list[dict[str, Any]], results: Path, processes: int) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, se
         "budget": args.budget,
         "eval_steps": 10**9,
         "num_train": args.num_train,
-        "num_dev": 100,
+        "num_dev": args.num_dev,
         "schedule": "warmup_stable_decay",
         "threads": 1,
         "stratified": True,
@@ -54,7 +54,7 @@ def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, se
         "score": HELD_OUT,
         "lr": lr,
         "eps": "auto" if lr == "auto" else 1e-3,
-    }
+    } | ({"max_tokens": args.max_tokens} if args.max_tokens else {})
 
 
 def last(result: dict[str, Any]) -> float:
@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["full", "lora"])
     parser.add_argument("--budget", type=int, default=1200, help="sequences a run evaluates")
     parser.add_argument("--num_train", type=int, default=400)
+    parser.add_argument("--num_dev", type=int, default=100, help="training examples held out")
+    parser.add_argument("--max_tokens", type=int, help="leave out examples with longer prompts")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--results", type=Path, required=True)

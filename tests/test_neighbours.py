@@ -46,6 +46,29 @@ def test_neighbours_descend_bit_for_bit_as_each_does_alone(dtype, kind):
         assert dtype not in HALF or torch.equal(a.store_residual(), b.store_residual())
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_update_holds_a_bounded_number_of_directions_and_is_the_same(monkeypatch, at_once):
+    """One draws the direction that is asked for, not its group: 16 of them may be more than the forward itself takes."""
+    free, bounded = coordinates(), coordinates()
+    (unbounded,) = draw_together(free)
+    monkeypatch.setattr("zotune.neighbours.DRAWN", (at_once + 1) * sum(c.numel for c in bounded) - 1)
+    (neighbours,) = draw_together(bounded)
+    drawn, draw = [], Directions.draw_together
+
+    def counted(self, key, count, *rest):
+        drawn.append(count)
+        return draw(self, key, count, *rest)
+
+    directions = Directions("gaussian")
+    unbounded.descend(directions, [1e-4 * k for k in range(20)], 1.0, 0, 0)
+    monkeypatch.setattr(Directions, "draw_together", counted)
+    neighbours.many(directions, 0, 0, 5, 1)
+    neighbours.descend(directions, [1e-4 * k for k in range(20)], 1.0, 0, 0)
+    assert max(drawn) == at_once
+    for a, b in zip(free, bounded, strict=True):
+        assert torch.equal(a.parameter, b.parameter)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_shown_is_theta_plus_each_offset(dtype):
     members = coordinates(dtype)

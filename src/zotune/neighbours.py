@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: About so many numbers to a run of places.
 RUN = 1 << 14
+#: No more numbers are drawn at a time than these, unless a forward wants more at once: they are what a step holds beside the weights.
+DRAWN = 1 << 19
 
 
 def draw_together(coordinates: Sequence[Coordinate]) -> list[Neighbours]:
@@ -46,7 +48,7 @@ class Neighbours:
     Attributes:
         members: the coordinates, in the order of their places.
         places: where in the flat vector each lies, by name.
-        runs: the places of consecutive members, about ``RUN`` numbers each; ``run_of`` by name.
+        runs: the places of consecutive members, about ``RUN`` numbers each; ``run_of`` by name; ``members_of`` a run.
     """
 
     def __init__(self, members: Sequence[Coordinate]) -> None:
@@ -59,17 +61,21 @@ class Neighbours:
         self.places: dict[str, slice] = {}
         self.runs: list[slice] = []
         self.run_of: dict[str, int] = {}
+        self.members_of: list[list[Coordinate]] = []
         end = 0
         for coordinate in members:
             place = self.places[coordinate.name] = slice(end, end + coordinate.numel)
             end = place.stop
             if self.runs and end - self.runs[-1].start <= RUN:
                 self.runs[-1] = slice(self.runs[-1].start, end)
+                self.members_of[-1].append(coordinate)
             else:
                 self.runs.append(place)
+                self.members_of.append([coordinate])
             self.run_of[coordinate.name] = len(self.runs) - 1
             coordinate.neighbours = self
         self.total = end
+        self.together = min(GROUP, max(1, DRAWN // end))  # directions drawn at a time
         self.drawn: tuple[Key, Tensor] | None = None
         self._sum: tuple[tuple[int, int, tuple[float, ...]], Tensor] | None = None
         self._done: set[str] = set()  # who needs what is kept no longer
@@ -79,13 +85,16 @@ class Neighbours:
     def many(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
         """Directions ``first`` to ``first + count - 1`` of all members, float32, (count, total); kept until :meth:`drop`."""
         if self.drawn is not None:
-            kept, z = self.drawn
+            kept, held = self.drawn[0], self.drawn[1].shape[0]
             start = first - kept.direction
-            if (kept.seed, kept.step) == (seed, step) and start >= 0 and start + count <= z.shape[0]:
-                return z[start : start + count]
+            if (kept.seed, kept.step) == (seed, step) and start >= 0 and start + count <= held:
+                return self.drawn[1][start : start + count]
         begin, size = (first, count) if count > 1 else group_of(first, 1)
+        if count == 1 and size > self.together:
+            begin, size = first, 1
         key = Key(seed, step, begin, self.names[0])
         self._done.clear()
+        self.drawn = None  # before the next ones take their memory
         self.drawn = key, directions.draw_together(key, size, self.names, self.numels, self.device)
         return self.drawn[1][first - begin : first - begin + count]
 
@@ -111,8 +120,8 @@ class Neighbours:
         return self._sum[1]
 
     def _add_weighted(self, total: Tensor, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
-        for first in range(0, len(weights), GROUP):
-            part = weights[first : first + GROUP]
+        for first in range(0, len(weights), self.together):
+            part = weights[first : first + self.together]
             if any(part):
                 add_weighted(total, self.many(directions, seed, step, first, len(part)), part)
         return total
@@ -172,19 +181,21 @@ class Shown:
     def __init__(self, neighbours: Neighbours, z: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
         self.neighbours, self.z, self.scales, self.dtype = neighbours, z, scales, dtype
         self.base = neighbours.values()
-        self._runs: dict[int, Tensor] = {}
+        self._runs: dict[int, dict[str, Tensor]] = {}
 
     def of(self, name: str) -> Tensor:
         """θ + s Z_g of one member, (G · S, numel)."""
-        index = self.neighbours.run_of[name]
-        run, place = self.neighbours.runs[index], self.neighbours.places[name]
+        neighbours = self.neighbours
+        index = neighbours.run_of[name]
         values = self._runs.get(index)
         if values is None:
             if len(self._runs) >= self.KEPT:
                 del self._runs[next(iter(self._runs))]
+            run, members = neighbours.runs[index], neighbours.members_of[index]
             moved = torch.addcmul(self.base[run], self.z[:, run].unsqueeze(1).to(self.base.dtype), self.scales.unsqueeze(2))
-            values = self._runs[index] = moved.flatten(0, 1).to(self.dtype)
-        return values[:, place.start - run.start : place.stop - run.start]
+            parts = moved.flatten(0, 1).to(self.dtype).split([c.numel for c in members], dim=1)
+            values = self._runs[index] = {c.name: part for c, part in zip(members, parts, strict=True)}
+        return values[name]
 
 
 def together(coordinates: Sequence[Coordinate]) -> Iterator[Neighbours | Coordinate]:

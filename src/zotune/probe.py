@@ -45,10 +45,10 @@ T = TypeVar("T")
 class LentParameters(dict[str, Any]):
     """A module's ``_parameters`` that hands out, on reading, what ``lend`` makes for a name. Iteration shows the originals."""
 
-    def __init__(self, originals: dict[str, Any], lend: dict[str, Callable[[], Tensor]], names: dict[str, str]) -> None:
+    def __init__(self, originals: dict[str, Any], lend: dict[str, Callable[[], Tensor]], coordinates: dict[str, Coordinate]) -> None:
         super().__init__(originals)
         self.lend = lend
-        self.names = names  # of the coordinates, by local name
+        self.coordinates = coordinates  # by local name
         self.reads: dict[str, int] = dict.fromkeys(lend, 0)
 
     def __getitem__(self, name: str) -> Any:
@@ -67,7 +67,19 @@ class _Owner:
         self.parameters: dict[str, Coordinate] = {}
 
     def table(self, lend: dict[str, Callable[[], Tensor]]) -> LentParameters:
-        return LentParameters(self.module._parameters, lend, {name: c.name for name, c in self.parameters.items()})
+        return LentParameters(self.module._parameters, lend, self.parameters)
+
+
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """``model.modules()``, each once and in whatever order: without its nested generators, which a step would notice."""
+    found = {id(model): model}
+    waiting = [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())
 
 
 @contextmanager
@@ -108,6 +120,7 @@ class Probe:
         self.model = model
         self.directions = directions
         self.coordinates = list(coordinates)
+        self._low_rank = [c for c in self.coordinates if isinstance(c, LowRankCoordinate)]
         draw_together(self.coordinates)
         self.devices = sorted({c.device for c in self.coordinates}, key=str)
         by_parameter = {id(c.parameter): c for c in self.coordinates}
@@ -170,7 +183,7 @@ class Probe:
         lending = Lending(stack, self.directions, self._siblings)
         try:
             with self._lent({id(o): {name: partial(lending.lend, c) for name, c in o.parameters.items()} for o in self._owners}):
-                for coordinate in self._low_rank():
+                for coordinate in self._low_rank:
                     coordinate.moved = None  # side paths keep out
                 yield
         finally:
@@ -203,7 +216,7 @@ class Probe:
                     and (only is None or coordinate.name in only)
                 }
         with self._lent(lend) as tables:
-            for coordinate in self._low_rank():
+            for coordinate in self._low_rank:
                 moves = only is None or coordinate.name in only
                 if moves and not side_paths:
                     coordinate.moved = None  # the weight that is lent has A in it already
@@ -245,7 +258,7 @@ class Probe:
                     module.__dict__["_flat_weights"] = [getattr(module, name) for name in module._flat_weights_names]
             yield tables
         finally:
-            for coordinate in self._low_rank():
+            for coordinate in self._low_rank:
                 coordinate.shift(self.directions, None)
             for module in self._gathering:  # FSDP2: what it has put in a table goes while the table is there
                 module.reshard()
@@ -257,7 +270,7 @@ class Probe:
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
         """The whole model in eval mode; afterwards every module's flag is what it was, also where they differed."""
-        training = [module for module in self.model.modules() if module.training]
+        training = [module for module in every_module(self.model) if module.training]
         for module in training:
             module.training = False
         try:
@@ -266,13 +279,10 @@ class Probe:
             for module in training:
                 module.training = True
 
-    def _low_rank(self) -> Iterator[LowRankCoordinate]:
-        return (c for c in self.coordinates if isinstance(c, LowRankCoordinate))
-
     # -- side paths ---------------------------------------------------------------------------------------------------------------
 
     def _attach_side_paths(self) -> None:
-        for coordinate in self._low_rank():
+        for coordinate in self._low_rank:
             owners = [(o.module, name) for o in self._owners for name, c in o.parameters.items() if c is coordinate]
             if not all(SidePath.fits(module, name) for module, name in owners):
                 coordinate.fold_every_step()
@@ -293,7 +303,7 @@ class Probe:
         for path in [p for p in self.side_paths if p.coordinate.name in names]:
             path.remove()
             self.side_paths.remove(path)
-        for coordinate in self._low_rank():
+        for coordinate in self._low_rank:
             if coordinate.name in names and coordinate.side_path:
                 coordinate.fold_every_step()
 
@@ -343,7 +353,7 @@ class Probe:
         slow, tables = run(offset, False)
         reads = Counter[str]()
         for table in tables:
-            reads.update({table.names[local_name]: count for local_name, count in table.reads.items()})
+            reads.update({table.coordinates[local_name].name: count for local_name, count in table.reads.items()})
         reached_into = sorted(name for name in fired if reads[name] > fired[name])
         # Alone, and with a move as large as a weight, what the side path misses is all the difference there is.
         far = dataclasses.replace(offset, scale=max(offset.scale, 2e-2))
