@@ -16,7 +16,7 @@ from zotune.calibration import INTERVAL, LADDER, WIDEST, choose_eps, gain, measu
 from zotune.estimators import ESTIMATORS
 from zotune.rules import Rule
 from zotune.shaping import FITNESS
-from zotune.step_size import CAUTION, NOISE_SCALE, WIDER, RunningMean, StepSize, agreement, in_units
+from zotune.step_size import CAUTION, LEAP, NOISE_SCALE, REACH, WIDER, RunningMean, StepSize, agreement, in_units
 
 AUTO = {"eps": "auto"}
 #: Methods whose rate can be measured.
@@ -390,3 +390,37 @@ def test_a_distance_where_losses_are_not_finite_is_not_gone_to():
     g = torch.ones(16, 10)
     losses = [float(optimizer.step(walled, g)) for _ in range(3)]
     assert all(math.isfinite(loss) for loss in losses) and float(model.w.detach().abs().amax()) < 0.02
+
+
+def test_a_step_goes_no_farther_than_curvature_has_been_looked_at_allows():
+    """η rms(c) / √K is how far a step goes, in units of a direction's length."""
+    size = StepSize(radius=0.1)
+    for rms, directions, leapt in [(1.0, 1, False), (2.5, 1, False), (4.0, 1, True), (4.0, 4, False), (8.0, 4, True)]:
+        size.step([rms, -rms], 1.0)
+        length = 0.1 * rms / math.sqrt(directions)
+        expected = 0.1 * min(1.0, REACH * size.radius / length)
+        assert size.within_reach(0.1, directions) == pytest.approx(expected)
+        assert size.leapt == leapt == (length > LEAP * size.radius)
+    size.look(0.1)
+    assert not size.leapt
+    assert StepSize().within_reach(7.0, 1) == 7.0  # nothing has been looked at
+
+
+def test_after_a_gradient_that_is_suddenly_large_curvature_is_looked_at_again():
+    weights = nn.Parameter(torch.zeros(20))
+    model = nn.ParameterList([weights])
+    optimizer = ZerothOrder(model, methods.get("mezo", eps="auto"), lr="auto", seed=0, probe="sequential")
+
+    def loss(slope):
+        return (slope * model[0].sum() + model[0].square().sum()).expand(4)
+
+    leaps = 0
+    for step in range(40):
+        before, leapt = optimizer.forward_passes, optimizer.calibrator.step_size.leapt
+        optimizer.step(loss, 1.0 if step < 25 else 100.0)
+        size = optimizer.calibrator.step_size
+        c = abs(float(optimizer.last.coefficients[0]))
+        assert optimizer.last.lr[0] * c <= REACH * size.radius * (1 + 1e-6)
+        assert optimizer.forward_passes > before + 2 or not leapt
+        leaps += size.leapt
+    assert leaps

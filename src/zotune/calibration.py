@@ -225,7 +225,8 @@ class Calibrator:
 
     def _due(self, step: int) -> bool:
         """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at."""
-        return not step % INTERVAL or not step & (step - 1) or min(self.step_size.stride, WIDEST) > LONGER * self.step_size.radius
+        size = self.step_size
+        return not step % INTERVAL or not step & (step - 1) or size.leapt or min(size.stride, WIDEST) > LONGER * size.radius
 
     def _look(self, look: Look, at: At, radius: float, eps: float) -> bool:
         """Measure at ``radius``; whether the rate that comes of it is one whose steps go so much farther that this has to be done there."""
@@ -273,7 +274,7 @@ class Calibrator:
 
     def rate(self, directions: int, examples: int, eps: float, step: int, shaping: State | None = None) -> float:
         """η for step ``step``, of K directions on N examples; ``shaping``: what the method's has kept so far."""
-        plain = self.step_size.rate(directions, examples)
+        plain = self.step_size.within_reach(self.step_size.rate(directions, examples), directions)
         return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps, step, shaping) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:

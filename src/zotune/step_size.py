@@ -46,6 +46,8 @@ LEAST_NORM = 0.25
 TOLD = 3.0
 #: How many times farther from θ than before curvature is looked at as if for the first time.
 WIDER = 4.0
+#: Times the distance at which curvature has been looked at that a step may go, and that it may be meant to go before one looks again.
+REACH, LEAP = 2.0, 3.0
 #: Units of examples that are compared under a shared direction, at most.
 UNITS = 4
 
@@ -90,6 +92,8 @@ class StepSize:
         moment: M of the steps.
         units: units of examples, as agreement compares them, that make a coefficient of a step together, U.
         few: whether agreement is seen in measurements only, because steps have directions of examples' own.
+        latest: the mean square of the last step's coefficients.
+        leapt: whether the last step would have gone much farther than curvature has been looked at.
         brake: factor that a rising loss has taken the rate back by.
         radius: distance from θ at which curvature has been measured last, 0 before.
         stride: how far a step goes, as a multiple of a direction's length: η √(M / K), 0 before one is known.
@@ -103,6 +107,8 @@ class StepSize:
     recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
     units: int = 1
     few: bool = False
+    latest: float = 0.0
+    leapt: bool = False
     lowest: float | None = None
     brake: float = 1.0
     radius: float = 0.0
@@ -113,7 +119,7 @@ class StepSize:
         anew = not self.curvature.count or radius > WIDER * self.radius
         if anew:
             self.curvature, self.spread = RunningMean(FORGETTING_CURVATURE), RunningMean(FORGETTING_CURVATURE)
-        self.radius = radius
+        self.radius, self.leapt = radius, False
         return anew
 
     def measure(self, losses: Tensor, radius: float, owners: Tensor | None = None) -> None:
@@ -155,7 +161,8 @@ class StepSize:
         """Take in a step's coefficients and loss."""
         kept = [c for c in coefficients if c]
         if kept:
-            self.moment.add(sum(c * c for c in kept) / len(kept))
+            self.latest = sum(c * c for c in kept) / len(kept)
+            self.moment.add(self.latest)
         if not math.isfinite(loss):
             self.brake *= BRAKE
             return
@@ -201,6 +208,15 @@ class StepSize:
         rate = self.brake * CAUTION / (mean / gain + norm)
         self.stride = rate * math.sqrt(moment / directions)
         return rate
+
+    def within_reach(self, rate: float, directions: int) -> float:
+        """``rate``, or what takes the step of the last coefficients no farther than ``REACH`` times where curvature has been looked at.
+
+        Gradients of an adapter whose B leaves 0, or at a cliff's edge, grow within a few steps; no running mean follows them.
+        """
+        length = rate * math.sqrt(self.latest / directions)
+        self.leapt = 0 < LEAP * self.radius < length
+        return rate * REACH * self.radius / length if 0 < REACH * self.radius < length else rate
 
     def summary(self) -> dict[str, float]:
         """The measurements for a log: curvature h, the signal's part s / M, second moment M, brake."""
