@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,8 +184,22 @@ class Calibrator:
         self.probe, self.method, self.rule, self.lr_scale = probe, method, rule, lr_scale
         self.estimator = ESTIMATORS[method.estimator]
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
-        self.step_size = StepSize(few=method.own)
+        self.turn = method.subspace.turn
+        self._step_sizes = [StepSize(few=method.own) for _ in range(1 if self.turn is None else 2)]
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
+
+    @property
+    def step_size(self) -> StepSize:
+        """What is known of the coordinates whose turn it is: they differ in curvature and signal."""
+        return self._step_sizes[-1 if self.turn is not None and any(c.guided for c in self.probe.coordinates) else 0]
+
+    def state(self) -> dict[str, Any]:
+        """Plain data; :meth:`restore` takes it back exactly."""
+        states = [size.state() for size in self._step_sizes]
+        return states[0] if self.turn is None else {"turns": states}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._step_sizes = [StepSize.restored(one) for one in state.get("turns", [state])]
 
     def eps(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> float:
         """ε for the run, of the losses that ``evaluate`` gives on its first batch."""
@@ -224,8 +239,13 @@ class Calibrator:
         self.probe.forget_directions()
 
     def _due(self, step: int) -> bool:
-        """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at."""
+        """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at.
+
+        And when others have their turn.
+        """
         size = self.step_size
+        if self.turn is not None and not step % self.turn:
+            return True
         return not step % INTERVAL or not step & (step - 1) or size.leapt or min(size.stride, WIDEST) > LONGER * size.radius
 
     def _look(self, look: Look, at: At, radius: float, eps: float) -> bool:

@@ -61,6 +61,8 @@ class Coordinate(abc.ABC):
     thin = True
     #: Whether its directions are drawn by calls of their own, never together with those of other small coordinates.
     draws_alone = False
+    #: Whether it moves now where errors guide it to (see ``subspaces.guided``).
+    guided = False
 
     def __init__(self, name: str, parameter: nn.Parameter, shape: Sequence[int], lr_scale: float = 1.0) -> None:
         self.name = name

@@ -15,7 +15,6 @@ from torch import Tensor
 from zotune import applying
 from zotune.journal import Record, StepRecord
 from zotune.stacking import NotStackable, batch_rows
-from zotune.step_size import StepSize
 
 if TYPE_CHECKING:
     from zotune.optimizer import ZerothOrder
@@ -50,7 +49,7 @@ def step(optimizer: ZerothOrder, parts: list[Any] | None) -> tuple[Tensor | None
         optimizer.forward_passes += record.get("forwards", 0)
         optimizer.sequences_evaluated += record.get("sequences", 0)
         if "state" in record and optimizer.calibrator is not None:
-            optimizer.calibrator.step_size = StepSize.restored(record["state"])
+            optimizer.calibrator.restore(record["state"])
         applying.take_event(optimizer, record)
         # A fold is the user's, between two steps; whatever else was written was written on the way to a step.
         ready = record.get("event") != "fold"

@@ -41,7 +41,7 @@ class LanguageModelLoss:
 
     def __call__(self, batch: Batch) -> Tensor:
         targets = batch["targets"]
-        logprobs = token_logprobs(self.model, batch["input_ids"], batch["attention_mask"], batch["positions"], targets)
+        logprobs = token_logprobs(self.model, batch["input_ids"], batch["attention_mask"], batch["positions"], targets, tell_errors=True)
         scored = (targets != IGNORE).sum(dim=1).clamp(min=1)
         return -logprobs.sum(dim=1) / scored
 

@@ -35,6 +35,9 @@ from zotune.subspaces.full import is_sharded
 
 _NO_BATCH: Any = object()
 
+#: Micro-batches of about so many training examples, the same ones for a step whenever asked: examples(step, count).
+Examples = Callable[[int, int], list[Any]]
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -85,6 +88,8 @@ class ZerothOrder(torch.optim.Optimizer):
             the first keeps it.
         workers: with whom the steps are taken (see :class:`~zotune.distributed.Workers`); None: with all processes of the default group of
             ``torch.distributed``, where there is one.
+        examples: ``examples(step, count)`` gives micro-batches of about ``count`` training examples, the same ones whenever it is asked
+            for a step, to a method that looks at more than a step's batch now and then (``lozo-g``); None: it makes do with the batch.
 
     Raises:
         ValueError: an argument makes no sense, or the model is being trained by another ZerothOrder.
@@ -109,6 +114,7 @@ class ZerothOrder(torch.optim.Optimizer):
         probe: str = "auto",
         journal: str | Path | Journal | None = None,
         workers: Workers | None = None,
+        examples: Examples | None = None,
     ) -> None:
         self.method = methods.get(method) if isinstance(method, str) else method
         lr = self.method.lr if lr is None else lr
@@ -122,6 +128,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(f"max_nonfinite_steps must be at least 1, not {max_nonfinite_steps}.")
         self.model = model
         self.workers = workers or Workers()
+        self.examples = examples
         self.seed = int(seed)
         self.max_nonfinite_steps = max_nonfinite_steps
         self.estimator = ESTIMATORS[self.method.estimator]
@@ -131,6 +138,7 @@ class ZerothOrder(torch.optim.Optimizer):
         blocks = self.method.subspace.attach(model, [c for group in self.coordinates for c in group])
         self.method = dataclasses.replace(self.method, blocks=blocks)
         self.layers = self._layers()
+        self._cycle = self.method.subspace.cycle if isinstance(self.method.subspace, LowRank) else 1
         self.directions = chosen.directions(self.method.direction, {c.name: c.shape for group in self.coordinates for c in group})
         self.shaping_state: State = {}
         self.past: list[Past] = []
@@ -301,7 +309,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self._choose_eps(self.evaluations.function(loss_fn, parts), step)
         if not self._prepared:
             self._prepare(self.evaluations.trial(loss_fn, parts), step)
-        if self.layers and layer_scales.due(step, self.layers[0][0].interval):
+        if self.layers and layer_scales.due(step, self._cycle):
             self._scale_layers(loss_fn, parts, step)
         if self.calibrator is not None:
             self._measure(loss_fn, parts, step)
@@ -357,7 +365,7 @@ class ZerothOrder(torch.optim.Optimizer):
             event: dict[str, Any] = {"event": "measured", **found}
             event |= self._cost(self.calibrator.forwards, self.calibrator.sequences)
             if step % following.KEPT == 0:
-                event["state"] = self.calibrator.step_size.state()
+                event["state"] = self.calibrator.state()
             self.journal.append(event)
 
     def _losses(self, loss_fn: LossFunction, parts: list[Any] | None) -> Tensor:
@@ -375,6 +383,9 @@ class ZerothOrder(torch.optim.Optimizer):
         """Let the subspace look at the step's data, where it has to."""
         if self._begun == step or not self.method.subspace.observes(step):
             return
+        wanted = self.method.subspace.looks_at(step)
+        if wanted and self.examples is not None and parts is not None:
+            parts = self.examples(step, wanted)
         forwards = counted = 0
         common = Key(self.seed, step, 0, "", "loss")
 

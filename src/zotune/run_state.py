@@ -18,7 +18,6 @@ from zotune.coordinates import Coordinate
 from zotune.journal import digest
 from zotune.methods import AUTO
 from zotune.replayed import Past
-from zotune.step_size import StepSize
 from zotune.subspaces import LowRankCoordinate
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def save(optimizer: ZerothOrder, without: Collection[str] = ()) -> dict[str, Any
         "nonfinite_in_a_row": optimizer._nonfinite_in_a_row,
         "prepared": optimizer._prepared,
         "eps": None if math.isnan(optimizer.eps) else optimizer.eps,
-        "step_size": None if optimizer.calibrator is None else optimizer.calibrator.step_size.state(),
+        "step_size": None if optimizer.calibrator is None else optimizer.calibrator.state(),
         "scales": [layer[0].scale for layer in optimizer.layers],
         "probe": optimizer.evaluations.choice,
         "batched": optimizer.evaluations.batched,
@@ -98,7 +97,7 @@ def restore(optimizer: ZerothOrder, state_dict: Mapping[str, Any]) -> None:
     if optimizer.method.eps == AUTO and run["eps"] is not None:
         optimizer.eps = optimizer.evaluations.eps = run["eps"]
     if optimizer.calibrator is not None and run["step_size"] is not None:
-        optimizer.calibrator.step_size = StepSize.restored(run["step_size"])
+        optimizer.calibrator.restore(run["step_size"])
     if optimizer.evaluations.choice in ("auto", run.get("probe")):
         optimizer.evaluations.restore(run.get("batched"), run.get("apart"))
     optimizer.shaping_state = dict(run.get("shaping", {}))

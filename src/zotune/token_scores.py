@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zotune import output_errors
+
 #: Target value of a position that is not scored.
 IGNORE = -100
 
@@ -17,7 +19,9 @@ IGNORE = -100
 CHUNK_ELEMENTS = 2**24
 
 
-def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+def token_logprobs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, *, tell_errors: bool = False
+) -> Tensor:
     """Log-probabilities of the scored tokens: log p(targets[r, s] | input_ids[r, : positions[r, s] + 1]).
 
     Args:
@@ -26,11 +30,17 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
         attention_mask: 1 for real tokens, 0 for padding, (R, T).
         positions: index along T of the hidden state that predicts each scored token, (R, S).
         targets: ids of the scored tokens, (R, S); -100 where there is none.
+        tell_errors: tell whoever watches (see ``output_errors``); for losses that are these log-probabilities.
 
     Returns:
         Natural-log probabilities in float32 (float64 for a float64 model), (R, S); 0 where the target is -100.
     """
+    head, watch = _head(model), output_errors.watching() if tell_errors else None
+    if watch is not None and head is not None:
+        watch.begin(positions, targets != IGNORE, attention_mask)
     logits = scored_logits(model, {"input_ids": input_ids, "attention_mask": attention_mask}, positions)
+    if watch is not None and head is not None:
+        watch.end(logits, targets, head)
     return -cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
@@ -251,7 +252,16 @@ class ZOTrainer(EvaluatedTrainer):
         if isinstance(method, Rival):
             common |= {"max_grad_norm": args.max_grad_norm, "max_steps": self.state.max_steps or None}
             return optimizer_class(method)(self.model, method, **common)
-        return ZerothOrder(self.model, self._method(), probe=args.probe, workers=self.workers, **common)
+        examples = self._examples if has_length(self.train_dataset) else None
+        return ZerothOrder(self.model, self._method(), probe=args.probe, workers=self.workers, examples=examples, **common)
+
+    def _examples(self, step: int, count: int) -> list[Batch]:
+        """Micro-batches of ``count`` training examples for a method to look at, drawn by the run's seed and the step alone."""
+        dataset, size = self.train_dataset, self.args.per_device_train_batch_size
+        chosen = np.random.default_rng((self.args.seed, step)).permutation(len(dataset))[:count].tolist()
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        pieces = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        return [self._prepare_inputs(collate([dataset[index] for index in piece])) for piece in pieces]
 
     def _method(self) -> Method:
         """The config's method; where it gives every example directions and nobody said so, sets of different classes get them instead."""

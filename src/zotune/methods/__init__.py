@@ -13,7 +13,7 @@ from zotune.methods.blockwise import zo_block, zo_block_jacobi
 from zotune.methods.forward_grad import forward_grad
 from zotune.methods.hizoo import hizoo, hizoo_l
 from zotune.methods.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
-from zotune.methods.lozo import agzo, lozo, lozo_e, lozo_m
+from zotune.methods.lozo import agzo, lozo, lozo_e, lozo_g, lozo_m
 from zotune.methods.method import AUTO, Method
 from zotune.methods.mezo import mezo, mezo_adam, mezo_momentum
 from zotune.methods.populations import es, es_ranks, fzoo
@@ -42,6 +42,7 @@ __all__ = [
     "jaguar_sign",
     "lozo",
     "lozo_e",
+    "lozo_g",
     "lozo_m",
     "meazo",
     "mezo",

@@ -14,6 +14,7 @@ from zotune.coordinates import Coordinate, Offset
 from zotune.subspaces.blocks import Blocks
 from zotune.subspaces.curved import Curved, CurvedCoordinate
 from zotune.subspaces.full import Full, FullCoordinate
+from zotune.subspaces.guided import Guided, GuidedCoordinate
 from zotune.subspaces.inputs import Inputs, InputsCoordinate
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
 from zotune.subspaces.projected import Left, RankOnes, TwoSided
@@ -28,6 +29,8 @@ __all__ = [
     "CurvedCoordinate",
     "Full",
     "FullCoordinate",
+    "Guided",
+    "GuidedCoordinate",
     "IndexedCoordinate",
     "Inputs",
     "InputsCoordinate",

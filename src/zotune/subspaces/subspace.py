@@ -33,6 +33,15 @@ class Subspace(Protocol):
         """Whether the subspace looks at the data of a step before it begins."""
         ...
 
+    def looks_at(self, step: int) -> int:
+        """At how many examples it wants to look then, where more than the step's are to be had; 0: at the step's."""
+        ...
+
+    @property
+    def turn(self) -> int | None:
+        """Steps after which other coordinates have their turn to move, None if it is always the same ones."""
+        ...
+
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
@@ -57,12 +66,16 @@ class Space:
     """A subspace whose coordinates are the weights and know nothing of each other."""
 
     full = True
+    turn: int | None = None
 
     def attach(self, model: nn.Module, coordinates: Sequence[Coordinate]) -> int:
         return 1
 
     def observes(self, step: int) -> bool:
         return False
+
+    def looks_at(self, step: int) -> int:
+        return 0
 
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int

@@ -1,0 +1,207 @@
+"""Guided low rank: LOZO's subspace, and one that the model's output errors point to, take turns (LOZO-G)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.coordinates import Carry, Coordinate
+from zotune.output_errors import Watch, watched
+from zotune.subspaces.inputs import InputsCoordinate
+from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
+
+#: Ridge of the regression, in units of the inputs' mean square.
+RIDGE = 0.1
+#: What is told a coordinate that is to rest while others are guided.
+REST = torch.zeros(1, dtype=torch.bfloat16)
+
+
+class GuidedCoordinate(InputsCoordinate):
+    """θ (m, r) of W + E(θ) Vᵀ: as in LOZO, or *guided* by the output errors, or at rest while others are guided, an interval each.
+
+    Guided, E(θ) = √(m/r) P Pᵀ θ with orthonormal P (m, r), so that W moves as W + P S Vᵀ with S = √(m/r) Pᵀ θ (r, r) and directions have
+    LOZO's length; V (n, r) are the inputs' combinations that tell the errors. P and V are bfloat16 numbers, as the journal keeps them.
+    At rest V is 0.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
+        super().__init__(name, parameter, rank, interval)
+        self.p: Tensor | None = None
+
+    def expand(self, core: Tensor) -> Tensor:
+        return core if self.p is None else math.sqrt(self.p.shape[0] / self.p.shape[1]) * (self.p @ (self.p.T @ core))
+
+    @property
+    def guided(self) -> bool:  # type: ignore[override]
+        return self.p is not None
+
+    def redraw(self, seed: int, redraw: int) -> Carry | None:
+        observed, was, self.p = self.observed, self.seen, None
+        if observed is None:
+            carry = super().redraw(seed, redraw)
+        else:
+            self.observed, self.seen = None, True
+            found = observed.to(self.device, torch.float32)
+            rests = found.numel() == 1
+            if not rests:
+                self.p = found[: self.shape[0]].clone()
+            self.v = torch.zeros_like(self.v) if rests else self._laid_out(found[self.shape[0] :])
+            carry = None
+        return torch.zeros_like if was or self.seen else carry  # the two subspaces have nothing to do with each other
+
+    def kept(self) -> list[Tensor]:
+        return [*super().kept(), *([] if self.p is None else [self.p])]
+
+    def state(self) -> dict[str, Tensor]:
+        state = super().state()
+        if self.seen:
+            state["v"] = REST if self.p is None else torch.cat([self.p, self.v]).bfloat16().contiguous()
+        return state
+
+
+@dataclass(frozen=True)
+class Guided(LowRank):
+    """Matrices move as in ``LowRank`` for an interval, and for the next one only those that write to the hidden state, guided by errors.
+
+    δ_i (d,) is the gradient of scored position i's loss in the hidden state that the head is given, which a forward pass tells (see
+    ``output_errors``), and x_i (n,) what a layer is given there. A layer that adds to that state, y = W x, has about the gradient
+    Σ_i δ_i x_iᵀ. Its useful part is what x can tell of δ: with the ridge regression δ̂ = B x of δ on x,
+
+        P = the leading right singular vectors of the fitted δ̂ (N, d),   V = Bᵀ P, scaled to answer to a text as loudly as in LOZO.
+
+    Moves along P S Vᵀ have a far larger share of signal in their loss differences than random ones, but reach little; the other turn
+    reaches everything. Where no errors are told (a loss of one's own, a model without a head) every turn is LOZO's.
+
+    Args:
+        rank: r.
+        interval: steps of a turn.
+        layer_scales: as in ``LowRank``, measured in LOZO's turns.
+        examples: how many the errors are taken from at a guided turn, where there are so many to be had.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+
+    examples: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.examples, int) or self.examples < 1:
+            raise ValueError(f"examples must be a whole number of at least 1, not {self.examples!r}.")
+
+    @property
+    def cycle(self) -> int:
+        return 2 * self.interval
+
+    @property
+    def turn(self) -> int | None:  # type: ignore[override]
+        return self.interval
+
+    def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
+        return GuidedCoordinate(name, parameter, self.rank, self.interval)
+
+    def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
+        return rows * self.rank, (2 * rows + columns) * self.rank
+
+    def memory(self, rule_state: float) -> str:
+        return super().memory(rule_state).replace("(m + n)", "(2m + n)")
+
+    def looks_at(self, step: int) -> int:
+        return self.examples if self.observes(step) else 0
+
+    def observes(self, step: int) -> bool:
+        return step % self.cycle == self.interval
+
+    def observe(
+        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
+    ) -> dict[str, Tensor]:
+        """[P; V] (m + n, r) of every layer that is guided, and :data:`REST` for the others, bfloat16, by name; nothing where none is."""
+        wanted = {id(c.parameter): c for c in coordinates if isinstance(c, GuidedCoordinate)}
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m._parameters.get("weight")) in wanted]
+        with watched() as watch, _Writers(watch, {id(m): wanted[id(m.weight)].name for m in layers}, layers) as writers:
+            for _ in losses():
+                pass
+        found: dict[str, Tensor] = {}
+        if watch.errors:
+            errors = torch.stack(watch.errors)
+            for coordinate in wanted.values():
+                inputs, others = writers.seen(coordinate.name)
+                if inputs is not None and len(inputs) == len(errors) and coordinate.shape[0] == errors.shape[1]:
+                    told = guide(inputs, errors, others, self.rank)
+                    if told is not None:
+                        found[coordinate.name] = told
+        return found | {c.name: REST for c in wanted.values() if c.name not in found} if found else {}
+
+
+class _Writers:
+    """What the layers are given that may write to the hidden state: not wider than their input, which no other layer is given."""
+
+    def __init__(self, watch: Watch, names: dict[int, str], layers: Sequence[nn.Linear]) -> None:
+        self.watch, self.names, self.layers = watch, names, layers
+        self.narrowing = {id(layer) for layer in layers if layer.out_features <= layer.in_features}
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.others: dict[str, list[Tensor]] = {}
+        self.shared: set[str] = set()
+        self._last: tuple[Any, str] | None = None
+
+    def __enter__(self) -> _Writers:
+        self._handles = [layer.register_forward_pre_hook(self._look) for layer in self.layers]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._last = None
+        for handle in self._handles:
+            handle.remove()
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        name, states = self.names[id(module)], args[0] if args else None
+        if not isinstance(states, Tensor):
+            return
+        if self._last is not None and self._last[0] is states:
+            self.shared |= {name, self._last[1]}
+        self._last = states, name
+        if name in self.shared or id(module) not in self.narrowing:
+            return
+        for kept, rows in ((self.inputs, self.watch.rows_of(states)), (self.others, self.watch.some_of(states))):
+            if rows is not None:
+                kept.setdefault(name, []).append(rows.detach().float().cpu())
+
+    def seen(self, name: str) -> tuple[Tensor | None, Tensor]:
+        """Inputs at the scored positions, (N, n), and at some of all positions."""
+        if name in self.shared or name not in self.inputs or name not in self.others:
+            return None, torch.empty(0)
+        return torch.cat(self.inputs[name]), torch.cat(self.others[name])
+
+
+def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> Tensor | None:
+    """[P; V] (d + n, rank) in bfloat16, of inputs x (N, n) and errors δ (N, d) at the scored positions and inputs (T, n) anywhere.
+
+    B = Σ δ_i x_iᵀ (S + λ I)⁻¹ with S the mean of x xᵀ over all positions rather than the scored ones, so that V answers to what tells the
+    errors and to little else; computed from the T other rows, never n × n numbers. None where the inputs tell nothing.
+    """
+    x, d, o = inputs.double(), errors.double(), others.double()
+    ridge = RIDGE * float(o.square().mean())
+    if not ridge > 0:
+        return None
+    # (S + λI)⁻¹ xᵀ = (xᵀ − oᵀ (λT I + o oᵀ)⁻¹ o xᵀ) / λ
+    inner = o @ o.T
+    inner.diagonal().add_(ridge * len(o))
+    whitened = (x.T - o.T @ torch.linalg.solve(inner, o @ x.T)) / ridge  # (n, N)
+    predictors = whitened @ d / len(x)  # Bᵀ (n, d)
+    # The fit's singular vectors are those of the N rows √M δ, M = x (S + λI)⁻¹ xᵀ / N².
+    squares, vectors = torch.linalg.eigh(x @ whitened / len(x) ** 2)
+    _, sizes, right = torch.linalg.svd(squares.clamp_min(0).sqrt().unsqueeze(1) * (vectors.T @ d), full_matrices=False)
+    if not (bool(sizes.isfinite().all()) and float(sizes[0]) > 0 and len(sizes) >= rank):
+        return None
+    p = right[:rank].T
+    peak = p.gather(0, p.abs().argmax(dim=0, keepdim=True))
+    p = p * torch.where(peak < 0, -1.0, 1.0)
+    v = predictors @ p
+    answer = (o @ v).square().mean(dim=0).clamp_min(1e-30)
+    v = v * (o.square().sum(dim=1).mean() / answer).sqrt()
+    return torch.cat([p, v]).bfloat16().contiguous()
