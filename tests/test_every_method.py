@@ -31,6 +31,7 @@ RATES = {
     "jaguar-sign": 1e-2,
     "lozo": 3e-2,
     "lozo-e": 3e-2,
+    "lozo-g": 3e-2,
     "lozo-m": 3e-2,
     "meazo": 3e-2,
     "mezo": 3e-2,

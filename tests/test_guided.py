@@ -12,6 +12,7 @@ from trainer_cases import LENGTH, choice_rows, collate_choices, collate_completi
 from zotune import ZerothOrder, ZOTrainer, methods, objectives, output_errors, replay
 from zotune.directions import Key
 from zotune.journal import Journal
+from zotune.step_size import RunningMean, StepSize
 from zotune.subspaces.guided import RIDGE, GuidedCoordinate, guide
 
 ROWS = choice_rows(64)
@@ -75,7 +76,7 @@ def test_a_guide_is_the_regression_of_errors_on_inputs():
     x, d, others = x.double(), d.double(), others.double()
     second = others.T @ others / 50 + RIDGE * others.square().mean() * torch.eye(12)
     fit = d.T @ x / 30 @ torch.linalg.inv(second)  # B
-    left, sizes, _ = torch.linalg.svd(fit @ torch.linalg.cholesky(second), full_matrices=False)
+    left, _, _ = torch.linalg.svd(fit @ torch.linalg.cholesky(second), full_matrices=False)
     assert torch.allclose((p.T @ left[:, :2].float()).abs(), torch.eye(2), atol=1e-2)
     wanted = (fit.T @ p.double()).float()
     assert torch.allclose(torch.nn.functional.normalize(v, dim=0), torch.nn.functional.normalize(wanted, dim=0), atol=1e-2)
@@ -192,8 +193,38 @@ def test_each_turn_has_a_rate_of_its_own():
     run(model, steps, INTERVAL, INTERVAL + 1)
     second = steps.calibrator.step_size
     assert second is not first and second.curvature.count and second.curvature.mean != first.curvature.mean
-    run(model, steps, INTERVAL + 1, 2 * INTERVAL + 1)
-    assert steps.calibrator.step_size is first
+    plain, guided = steps.calibrator._step_sizes
+    assert plain is first and guided is second and guided.promise is not None
+
+
+def turns(optimizer: ZerothOrder, promises: tuple[float, float], count: int) -> list[bool]:
+    """Which of the turns that follow are guided, if a step of either goes on promising what it does."""
+    chosen = []
+    for _ in range(count):
+        calibrator = optimizer.calibrator
+        for size, promise in zip(calibrator._step_sizes, promises, strict=True):
+            size.promise = promise
+        guided = calibrator.guided_next()
+        if calibrator._step_sizes[guided] is not calibrator.step_size:
+            for coordinate in optimizer.probe.coordinates:
+                coordinate.guided = guided and isinstance(coordinate, GuidedCoordinate)
+            calibrator.step_size.waited = 0
+        chosen.append(guided)
+    return chosen
+
+
+def test_the_turn_that_promises_more_is_taken_and_the_other_waits_for_three_at_most():
+    steps = optimizer(tiny_llama(), lr="auto", eps="auto")
+    assert turns(steps, (1.0, 2.0), 9) == [True, True, True, True, False, True, True, True, True]
+    steps = optimizer(tiny_llama(), lr="auto", eps="auto")
+    assert turns(steps, (2.0, 1.0), 5) == [False, False, False, True, False]
+
+
+def test_what_was_known_before_others_moved_counts_for_less():
+    size = StepSize(agreement=RunningMean(0.15, 9, 0.5, 0.25), waited=2, lowest=1.0)
+    size.fade()
+    size.agreement.add(0.0)
+    assert size.agreement.mean == pytest.approx(0.5 * 3 / 4) and size.waited == 0 and size.lowest is None
 
 
 @pytest.mark.parametrize("loss", ["choices", "my own"])

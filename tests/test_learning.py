@@ -38,6 +38,7 @@ RATES = {
     "jaguar-sign": 3e-3,
     "lozo": 1e-4,
     "lozo-e": 3e-4,
+    "lozo-g": 3e-4,
     "lozo-m": 3e-4,
     "mezo": 1e-4,
     "mezo-adam": 1e-3,

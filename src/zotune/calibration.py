@@ -36,6 +36,8 @@ FIRST_RUNG = 2
 LADDER_DIRECTIONS, FIRST_DIRECTIONS = 2, 8
 #: Times that every part of the first batch is looked at, under an own direction each time.
 FIRST_DRAWS = 4
+#: The same when coordinates have their turn again; turns of others that they wait for at most where those promise more.
+FADED_DRAWS, PATIENCE = 3, 3
 #: Steps between two measurements, each three evaluations of the batch, once the first steps are over.
 INTERVAL = 20
 #: Number of the first direction that measurements use, beyond those of any step.
@@ -238,6 +240,15 @@ class Calibrator:
             radius = min(self.step_size.stride, WIDEST, FARTHER * radius)
         self.probe.forget_directions()
 
+    def guided_next(self) -> bool:
+        """Whether the turn that begins is the guided one's: it is whose last step promised more, or who has waited for long."""
+        current = self.step_size
+        plain, guided = self._step_sizes
+        other = plain if current is guided else guided
+        other.waited += 1
+        better = other.promise is None or other.waited > PATIENCE or other.promise > (current.promise or 0.0)
+        return (other if better else current) is guided
+
     def _due(self, step: int) -> bool:
         """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at.
 
@@ -251,8 +262,13 @@ class Calibrator:
     def _look(self, look: Look, at: At, radius: float, eps: float) -> bool:
         """Measure at ``radius``; whether the rate that comes of it is one whose steps go so much farther that this has to be done there."""
         size = self.step_size
+        draws = 1
+        if size.waited:
+            size.fade()
+            draws = FADED_DRAWS
         first, anew = not size.moment.count, size.look(radius)
-        draws = 1 if not anew else FIRST_DRAWS if self.method.own else FIRST_DIRECTIONS
+        if anew:
+            draws = FIRST_DRAWS if self.method.own else FIRST_DIRECTIONS
         own, shared = [], []
         for draw in range(draws):
             losses, owners = look(draw, radius)
@@ -294,7 +310,9 @@ class Calibrator:
 
     def rate(self, directions: int, examples: int, eps: float, step: int, shaping: State | None = None) -> float:
         """η for step ``step``, of K directions on N examples; ``shaping``: what the method's has kept so far."""
-        plain = self.step_size.within_reach(self.step_size.rate(directions, examples), directions)
+        size = self.step_size
+        plain = size.within_reach(size.rate(directions, examples), directions)
+        size.promise = 0.5 * plain * size.signal * size.moment.mean
         return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps, step, shaping) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:

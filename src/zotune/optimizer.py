@@ -309,7 +309,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self._choose_eps(self.evaluations.function(loss_fn, parts), step)
         if not self._prepared:
             self._prepare(self.evaluations.trial(loss_fn, parts), step)
-        if self.layers and layer_scales.due(step, self._cycle):
+        if self.layers and layer_scales.due(step, self._cycle) and not any(c.guided for c in self.probe.coordinates):
             self._scale_layers(loss_fn, parts, step)
         if self.calibrator is not None:
             self._measure(loss_fn, parts, step)
@@ -383,6 +383,10 @@ class ZerothOrder(torch.optim.Optimizer):
         """Let the subspace look at the step's data, where it has to."""
         if self._begun == step or not self.method.subspace.observes(step):
             return
+        if self.method.subspace.turn is not None:
+            measured = self.calibrator is not None and self.calibrator.chooses_lr
+            if not (self.calibrator.guided_next() if measured and self.calibrator else step // self.method.subspace.turn % 2):
+                return
         wanted = self.method.subspace.looks_at(step)
         if wanted and self.examples is not None and parts is not None:
             parts = self.examples(step, wanted)

@@ -97,6 +97,8 @@ class StepSize:
         brake: factor that a rising loss has taken the rate back by.
         radius: distance from θ at which curvature has been measured last, 0 before.
         stride: how far a step goes, as a multiple of a direction's length: η √(M / K), 0 before one is known.
+        promise: by how much the last step was expected to lower the loss, ½ η s.
+        waited: turns that others have had since.
     """
 
     curvature: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
@@ -113,6 +115,14 @@ class StepSize:
     brake: float = 1.0
     radius: float = 0.0
     stride: float = 0.0
+    promise: float | None = None
+    waited: int = 0
+
+    def fade(self) -> None:
+        """Others have moved for some time: what is seen next counts for more than what was known."""
+        for mean in (self.curvature, self.spread, self.agreement, self.single, self.moment):
+            mean.count = min(mean.count, 3)
+        self.recent, self.lowest, self.waited = RunningMean(2 * FORGETTING), None, 0
 
     def look(self, radius: float) -> bool:
         """Whether the next measurements, at ``radius``, begin anew: what was seen much nearer says little of what happens there."""

@@ -125,7 +125,7 @@ def lozo_g(
     num_directions: int | str = "example:3",
     direction: str = "gaussian",
     estimator: str = "forward",
-    rank: int = 2,
+    rank: int = 1,
     interval: int = 15,
     layer_scales: bool = True,
     examples: int = 128,

@@ -31,42 +31,39 @@ class GuidedCoordinate(InputsCoordinate):
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
         super().__init__(name, parameter, rank, interval)
-        self.p: Tensor | None = None
+        self.p = torch.zeros(self.shape, device=parameter.device)
+        self.guided = False
 
     def expand(self, core: Tensor) -> Tensor:
-        return core if self.p is None else math.sqrt(self.p.shape[0] / self.p.shape[1]) * (self.p @ (self.p.T @ core))
-
-    @property
-    def guided(self) -> bool:  # type: ignore[override]
-        return self.p is not None
+        return math.sqrt(self.shape[0] / self.shape[1]) * (self.p @ (self.p.T @ core)) if self.guided else core
 
     def redraw(self, seed: int, redraw: int) -> Carry | None:
-        observed, was, self.p = self.observed, self.seen, None
+        observed, was, self.guided = self.observed, self.seen, False
         if observed is None:
             carry = super().redraw(seed, redraw)
         else:
             self.observed, self.seen = None, True
             found = observed.to(self.device, torch.float32)
-            rests = found.numel() == 1
-            if not rests:
-                self.p = found[: self.shape[0]].clone()
-            self.v = torch.zeros_like(self.v) if rests else self._laid_out(found[self.shape[0] :])
+            self.guided = found.numel() > 1
+            if self.guided:
+                self.p.copy_(found[: self.shape[0]])
+            self.v = self._laid_out(found[self.shape[0] :]) if self.guided else torch.zeros_like(self.v)
             carry = None
         return torch.zeros_like if was or self.seen else carry  # the two subspaces have nothing to do with each other
 
     def kept(self) -> list[Tensor]:
-        return [*super().kept(), *([] if self.p is None else [self.p])]
+        return [*super().kept(), self.p]
 
     def state(self) -> dict[str, Tensor]:
         state = super().state()
         if self.seen:
-            state["v"] = REST if self.p is None else torch.cat([self.p, self.v]).bfloat16().contiguous()
+            state["v"] = torch.cat([self.p, self.v]).bfloat16().contiguous() if self.guided else REST
         return state
 
 
 @dataclass(frozen=True)
 class Guided(LowRank):
-    """Matrices move as in ``LowRank`` for an interval, and for the next one only those that write to the hidden state, guided by errors.
+    """Matrices move as in ``LowRank`` for an interval, or only those that write to the hidden state, guided by errors: two turns.
 
     δ_i (d,) is the gradient of scored position i's loss in the hidden state that the head is given, which a forward pass tells (see
     ``output_errors``), and x_i (n,) what a layer is given there. A layer that adds to that state, y = W x, has about the gradient
@@ -96,7 +93,7 @@ class Guided(LowRank):
 
     @property
     def cycle(self) -> int:
-        return 2 * self.interval
+        return 4 * self.interval
 
     @property
     def turn(self) -> int | None:  # type: ignore[override]
@@ -115,7 +112,7 @@ class Guided(LowRank):
         return self.examples if self.observes(step) else 0
 
     def observes(self, step: int) -> bool:
-        return step % self.cycle == self.interval
+        return step > 0 and step % self.interval == 0
 
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
