@@ -30,7 +30,7 @@ OPTIONS = {"mezo-svrg": {"anchor_ratio": 1.0}}
 
 
 def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, seed: int) -> dict[str, Any]:
-    sets = method == "lozo-e"  # as the trainer has it for two classes
+    sets = method in ("lozo-e", "lozo-g")  # as the trainer has it for two classes
     return {
         "model": str(args.model),
         "task": args.task,

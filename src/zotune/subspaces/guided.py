@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zotune.coordinates import Carry, Coordinate
 from zotune.output_errors import Watch, watched
 from zotune.subspaces.inputs import InputsCoordinate
-from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
+from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 
 #: Ridge of the regression, in units of the inputs' mean square.
 RIDGE = 0.1
@@ -72,7 +72,9 @@ class Guided(LowRank):
         P = the leading right singular vectors of the fitted δ̂ (N, d),   V = Bᵀ P, scaled to answer to a text as loudly as in LOZO.
 
     Moves along P S Vᵀ have a far larger share of signal in their loss differences than random ones, but reach little; the other turn
-    reaches everything. Where no errors are told (a loss of one's own, a model without a head) every turn is LOZO's.
+    reaches everything. They alternate; where rates are measured the one whose last step promised more is taken, the other after three
+    turns at most (``calibration.Calibrator.guided_next``). Where no errors are told (a loss of one's own, a model without a head) every
+    turn is LOZO's.
 
     Args:
         rank: r.
@@ -106,7 +108,7 @@ class Guided(LowRank):
         return rows * self.rank, (2 * rows + columns) * self.rank
 
     def memory(self, rule_state: float) -> str:
-        return super().memory(rule_state).replace("(m + n)", "(2m + n)")
+        return "Σ r·(2m + n)" + times(rule_state, "r·m")
 
     def looks_at(self, step: int) -> int:
         return self.examples if self.observes(step) else 0
