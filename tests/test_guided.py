@@ -230,14 +230,24 @@ def test_what_was_known_before_others_moved_counts_for_less():
 @pytest.mark.parametrize("loss", ["choices", "my own"])
 def test_a_loss_that_tells_no_errors_has_lozos_turns_only(loss):
     model = tiny_llama()
-    steps = optimizer(model)
+    steps = optimizer(model, layer_scales=False)
     own = objectives.ChoiceLoss(model) if loss == "choices" else lambda data: model(data["input_ids"]).logits.square().mean(dim=(1, 2))
     collate = collate_choices if loss == "choices" else collate_completions
-    steps.examples = lambda step, count: [collate(ROWS[:count])]
+    steps.examples = lambda step, count: [collate(ROWS[:8]) for _ in range(count // 8)]
     for _ in range(2 * INTERVAL):
         steps.step(own, collate(ROWS[:8]))
         assert not any(c.guided for c in steps.probe.coordinates)
         assert all(bool(c.v.any()) for c in steps.probe.coordinates if isinstance(c, GuidedCoordinate))
+    assert steps.sequences_evaluated == 2 * INTERVAL * 4 * 8 + 8  # it was asked once, for eight examples
+
+
+def test_where_no_layer_could_be_guided_nothing_is_looked_at():
+    model = tiny_llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("up_proj" in name)
+    steps = optimizer(model, layer_scales=False)
+    run(model, steps, 0, INTERVAL + 1)
+    assert steps.sequences_evaluated == (INTERVAL + 1) * 4 * 8
 
 
 def test_looking_at_examples_is_counted_and_writes_nothing():

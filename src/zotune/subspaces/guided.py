@@ -122,9 +122,14 @@ class Guided(LowRank):
         """[P; V] (m + n, r) of every layer that is guided, and :data:`REST` for the others, bfloat16, by name; nothing where none is."""
         wanted = {id(c.parameter): c for c in coordinates if isinstance(c, GuidedCoordinate)}
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m._parameters.get("weight")) in wanted]
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        width = getattr(getattr(head, "weight", None), "shape", (0,))[-1]
+        if not any(layer.out_features == width <= layer.in_features for layer in layers):
+            return {}
         with watched() as watch, _Writers(watch, {id(m): wanted[id(m.weight)].name for m in layers}, layers) as writers:
             for _ in losses():
-                pass
+                if not watch.errors:  # nor will the others tell any
+                    break
         found: dict[str, Tensor] = {}
         if watch.errors:
             errors = torch.stack(watch.errors)
