@@ -1,6 +1,7 @@
 """What a process really takes: a step in a process of its own, and the peak of its resident set.
 
-The C library keeps freed memory back, which would count as used: large tensors are made to go back to the system when they are freed.
+The C library keeps freed memory back, which would count as used: large tensors are made to go back to the system when they are freed. So
+does MKL with its work space for matrix products, by an amount that depends on the processor.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ import sys
 
 import torch
 
-#: glibc returns allocations above so many bytes to the system at once.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+#: glibc returns allocations above so many bytes to the system at once, and MKL its work space.
+_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "MKL_DISABLE_FAST_MM": "1",
+}
 
 
 def process_peak(words: list[str]) -> int:
