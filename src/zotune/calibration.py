@@ -313,7 +313,7 @@ class Calibrator:
         size = self.step_size
         plain = size.within_reach(size.rate(directions, examples), directions)
         size.promise = 0.5 * plain * size.signal * size.moment.mean
-        return plain * gain(self.method, self.rule, self.step_size.moment.mean, directions, eps, step, shaping) / self.lr_scale
+        return plain * gain(self.method, self.rule, size.moment.mean, directions, eps, step, shaping) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:
         def at(scale: float, direction: int) -> Tensor:

@@ -73,8 +73,8 @@ class Watch:
             return None
         return flat[(texts * (length + longer) + places + longer).to(flat.device)]
 
-    def end(self, logits: Tensor, targets: Tensor, head: nn.Module) -> None:
-        """The forward has given ``logits`` (R, S, vocabulary) for ``targets`` (R, S)."""
+    def end(self, logits: Tensor, targets: Tensor, head: nn.Module | None) -> None:
+        """The forward has given ``logits`` (R, S, vocabulary) for ``targets`` (R, S); without a head that is known it tells nothing."""
         assert self.scored is not None
         kept = self.scored[1]
         self.scored = None

@@ -35,12 +35,12 @@ def token_logprobs(
     Returns:
         Natural-log probabilities in float32 (float64 for a float64 model), (R, S); 0 where the target is -100.
     """
-    head, watch = _head(model), output_errors.watching() if tell_errors else None
-    if watch is not None and head is not None:
+    watch = output_errors.watching() if tell_errors else None
+    if watch is not None:
         watch.begin(positions, targets != IGNORE, attention_mask)
     logits = scored_logits(model, {"input_ids": input_ids, "attention_mask": attention_mask}, positions)
-    if watch is not None and head is not None:
-        watch.end(logits, targets, head)
+    if watch is not None:
+        watch.end(logits, targets, _head(model))
     return -cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
 
 

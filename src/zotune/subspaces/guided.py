@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from zotune.coordinates import Carry, Coordinate
 from zotune.output_errors import Watch, watched
-from zotune.subspaces.inputs import InputsCoordinate
-from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
+from zotune.subspaces.inputs import InputsCoordinate, positive_peaks
+from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 
 #: Ridge of the regression, in units of the inputs' mean square.
 RIDGE = 0.1
@@ -90,8 +90,7 @@ class Guided(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.examples, int) or self.examples < 1:
-            raise ValueError(f"examples must be a whole number of at least 1, not {self.examples!r}.")
+        at_least_one("examples", self.examples)
 
     @property
     def cycle(self) -> int:
@@ -202,9 +201,7 @@ def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> Tensor |
     _, sizes, right = torch.linalg.svd(squares.clamp_min(0).sqrt().unsqueeze(1) * (vectors.T @ d), full_matrices=False)
     if not (bool(sizes.isfinite().all()) and float(sizes[0]) > 0 and len(sizes) >= rank):
         return None
-    p = right[:rank].T
-    peak = p.gather(0, p.abs().argmax(dim=0, keepdim=True))
-    p = p * torch.where(peak < 0, -1.0, 1.0)
+    p = positive_peaks(right[:rank].T)
     v = predictors @ p
     answer = (o @ v).square().mean(dim=0).clamp_min(1e-30)
     v = v * (o.square().sum(dim=1).mean() / answer).sqrt()

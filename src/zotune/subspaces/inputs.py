@@ -117,6 +117,11 @@ def sketch(x: Tensor, rank: int, key: Key, before: Tensor | None = None) -> Tens
 def _spread(found: Tensor, rank: int) -> Tensor:
     """√n times the leading right singular vectors of a sketch, their largest number positive, bfloat16, (n, rank)."""
     _, _, right = torch.linalg.svd(found, full_matrices=False)
-    v = right[:rank].T
+    v = positive_peaks(right[:rank].T)
+    return (math.sqrt(v.shape[0]) * v).bfloat16().contiguous()
+
+
+def positive_peaks(v: Tensor) -> Tensor:
+    """v with the signs of its columns, which singular vectors leave open, such that each one's largest number is positive."""
     peak = v.gather(0, v.abs().argmax(dim=0, keepdim=True))
-    return (math.sqrt(v.shape[0]) * v * torch.where(peak < 0, -1.0, 1.0)).bfloat16().contiguous()
+    return v * torch.where(peak < 0, -1.0, 1.0)
