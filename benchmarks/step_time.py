@@ -6,9 +6,10 @@ For every model shape (random weights), batch × tokens, dtype and method: milli
 needs (eval mode, no grad, the same loss; one forward of the stacked rows for a batched probe, one forward of the batch for each point of a
 sequential one), the speed over a plain implementation of published MeZO, and the peak of tensor bytes alive during the step over that of
 one bare forward of the batch, weights and state counted in both. Beside them AdamW with backprop. Times are medians over repeats in which
-all contenders take turns, "step / bare" the median of the repeats' ratios; "least / least" is what a busy machine disturbs least. On a GPU:
+all contenders take turns, "step / bare" the median of the repeats' ratios; "least / least" is what a busy machine disturbs least, "mean /
+mean" has the steps in it that fold and redraw, given more repeats than an interval has steps. On a GPU:
 
-    python benchmarks/step_time.py --device cuda --shapes opt-1.3b --batches 1x256 16x256 --dtypes bfloat16
+    python benchmarks/step_time.py --device cuda --alone --repeats 51 --shapes opt-1.3b --batches 1x256 16x256 --dtypes bfloat16
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OPTForCausalLM",
         {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "word_embed_proj_dim": 2048},
     ),
+    "opt-13b": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {"hidden_size": 5120, "ffn_dim": 20480, "num_hidden_layers": 40, "num_attention_heads": 40, "word_embed_proj_dim": 5120},
+    ),
 }
 PUBLISHED = "published MeZO"
 #: name: (method, its options, probe); "on LoRA": of adapters on a frozen model
@@ -117,9 +123,14 @@ def build(shape: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     import transformers
 
     config, model, fields = SHAPES[shape]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return getattr(transformers, model)(getattr(transformers, config)(**fields)).to(device, dtype).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a model of billions of weights is made where it will be, and once
+    try:
+        with torch.random.fork_rng(), device:
+            torch.manual_seed(0)
+            return getattr(transformers, model)(getattr(transformers, config)(**fields)).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_batch(rows: int, tokens: int, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
@@ -181,8 +192,18 @@ def timed(work: Callable[[], object], device: torch.device, clock: Callable[[], 
 
 
 def measure(
-    shape: str, rows: int, tokens: int, dtype: torch.dtype, names: list[str], repeats: int, device: torch.device, clock: Callable[[], float]
+    shape: str,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+    names: list[str],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float],
+    alone: bool = False,
 ) -> list[dict]:
+    """A row for each of ``names``; ``alone``: one name, whose optimizer trains the model that the bare forwards are of."""
+    assert not alone or len(names) == 1
     plain = build(shape, dtype, device)
     weights = sum(p.numel() * p.element_size() for p in plain.parameters())
     batch = make_batch(rows, tokens, plain.config.vocab_size, device)
@@ -201,42 +222,52 @@ def measure(
     contenders: dict[str, Callable[[], object]] = {}
     bare: dict[str, str] = {}
     states: dict[str, Callable[[], int]] = {}
+    times: dict[str, list[float]] = {}
+
+    def compare_with(name: str, what: str, work: Callable[[], object]) -> None:
+        bare[name] = what
+        if what in contenders:
+            return
+        contenders[what] = work
+        if alone:  # before an optimizer has hooks in the model
+            work()
+            times[what] = [timed(work, device, clock) for _ in range(repeats)]
+
     for name in names:
-        model = copy.deepcopy(plain)
+        model = plain if alone else copy.deepcopy(plain)
         if name in BACKPROP:
+            compare_with(name, f"1 forward of 1 × {rows} rows", forward(1, 1))
             rival = BackpropStep(model, *BACKPROP[name], zotune.objectives.LanguageModelLoss)
             contenders[name], states[name] = partial(rival.step, batch), rival.state_bytes
-            bare[name] = f"1 forward of 1 × {rows} rows"
-            contenders.setdefault(bare[name], forward(1, 1))
             continue
         if name == PUBLISHED:
+            compare_with(name, f"2 forwards of {rows} rows", forward(1, 2))
             published = PublishedMeZO(model)
             contenders[name], states[name] = partial(published.step, zotune.objectives.LanguageModelLoss(model), batch), lambda: 0
-            bare[name] = f"2 forwards of {rows} rows"
-            contenders.setdefault(bare[name], forward(1, 2))
             continue
         method_name, options, probe = METHODS[name]
         method = zotune.methods.get(method_name, **options)
         if "on LoRA" in name:
             model = with_adapters(model)
+        points = method.forwards_per_step
+        together = probe == "batched"
+        own = f"{name}'s own " if "on LoRA" in name else ""  # an adapter's two products are part of its forward
+        what = own + (f"1 forward of {points} × {rows} rows" if together else f"{points} forwards of {rows} rows")
+        loss = zotune.objectives.LanguageModelLoss(model) if own else plain_loss
+        compare_with(name, what, forward(points, 1, loss) if together else forward(1, points, loss))
         optimizer = zotune.ZerothOrder(model, method, lr=1e-7, probe=probe)
         contenders[name] = partial(optimizer.step, zotune.objectives.LanguageModelLoss(model), batch)
         shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
         states[name] = partial(method.state_bytes, shapes, half=dtype != torch.float32)
-        points = method.forwards_per_step
-        together = probe == "batched"
-        own = f"{name}'s own " if "on LoRA" in name else ""  # an adapter's two products are part of its forward
-        bare[name] = own + (f"1 forward of {points} × {rows} rows" if together else f"{points} forwards of {rows} rows")
-        loss = zotune.objectives.LanguageModelLoss(model) if own else plain_loss
-        contenders.setdefault(bare[name], forward(points, 1, loss) if together else forward(1, points, loss))
 
-    for work in contenders.values():
+    working = {name: work for name, work in contenders.items() if name not in times}
+    for work in working.values():
         work()
     inference = peak_bytes(forward(1, 1), device)
     peaks = {name: peak_bytes(contenders[name], device) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times |= {name: [] for name in working}
     for _ in range(repeats):
-        for name, work in contenders.items():
+        for name, work in working.items():
             times[name].append(timed(work, device, clock))
     median = {name: statistics.median(values) for name, values in times.items()}
     results = []
@@ -255,7 +286,7 @@ def measure(
                 "bare_ms": median[bare[name]],
                 "over_bare": statistics.median(ratios),
                 "least_over_least": min(times[name]) / min(times[bare[name]]),
-                "over_published": median[PUBLISHED] / median[name] if PUBLISHED in median else None,
+                "mean_over_mean": statistics.fmean(times[name]) / statistics.fmean(times[bare[name]]),
                 "peak_over_inference": (weights + state + peak) / (weights + state + inference),
                 "extra_mb": (peak - inference) / 1e6,
                 "state_mb": state / 1e6,
@@ -265,13 +296,14 @@ def measure(
 
 
 def table(results: list[dict]) -> str:
-    titles = ["shape", "batch", "dtype", "method", "step ms", "bare ms", "step / bare", "least / least", "× published MeZO"]
+    titles = ["shape", "batch", "dtype", "method", "step ms", "bare ms", "step / bare", "least / least", "mean / mean", "× published MeZO"]
+    published = {r["method"]: r["step_ms"] for r in results}.get(PUBLISHED)
     titles += ["peak / inference", "extra MB", "state MB"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for r in results:
-        over = "" if r["over_published"] is None else f"{r['over_published']:.2f}"
+        over = "" if published is None else f"{published / r['step_ms']:.2f}"
         cells = [r["shape"], r["batch"], r["dtype"], r["method"], f"{r['step_ms']:.1f}", f"{r['bare_ms']:.1f}", f"{r['over_bare']:.2f}"]
-        cells += [f"{r['least_over_least']:.2f}", over, f"{r['peak_over_inference']:.2f}", f"{r['extra_mb']:.1f}", f"{r['state_mb']:.1f}"]
+        cells += [f"{r['least_over_least']:.2f}", f"{r['mean_over_mean']:.2f}", over, f"{r['peak_over_inference']:.2f}", f"{r['extra_mb']:.1f}", f"{r['state_mb']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -285,6 +317,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--alone", action="store_true", help="a method after the other, each on a model made for it: for large models")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: time on the processor, for a machine that others use too")
     parser.add_argument("--out", type=Path, help="also write the results as JSON")
     args = parser.parse_args()
@@ -299,7 +332,9 @@ def main() -> None:
             for dtype in args.dtypes:
                 dtype = getattr(torch, dtype)
                 place, clock = torch.device(args.device), CLOCKS[args.clock]
-                found = measure(shape, int(rows), int(tokens), dtype, args.methods, args.repeats, place, clock)
+                sizes = (shape, int(rows), int(tokens), dtype)
+                turns = [[name] for name in args.methods] if args.alone else [args.methods]
+                found = [r for names in turns for r in measure(*sizes, names, args.repeats, place, clock, args.alone)]
                 print(table(found), flush=True)
                 results += found
     if args.out:

@@ -1,25 +1,28 @@
-"""Run under triton's interpreter (TRITON_INTERPRET=1): every case of the kernel against the plain reference, on CPU tensors."""
+"""Every case of the kernel against the plain reference: under triton's interpreter (TRITON_INTERPRET=1) on CPU tensors, or on a device."""
+
+import copy
+import math
 
 import torch
 
+import zotune.formed
 from zotune.coordinates import Offset
 from zotune.directions import Directions, Key
-from zotune.kernels import moves_for
-from zotune.precision import join, split
+from zotune.kernels import moves_for, norms_for, products_for
+from zotune.precision import join, split, stochastic_round
 from zotune.subspaces import Full
 
 KEY = Key(seed=3, step=4, direction=1, name="w")
 
 
 def reference(directions: Directions, w: torch.Tensor, scale: float, keep: float = 1.0) -> torch.Tensor:
-    return w * keep + directions.draw(KEY, w.shape) * scale
+    return w * keep + directions.draw(KEY, w.shape, w.device) * scale
 
 
-def numbers(count: int) -> torch.Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(count))
+def check(device: torch.device) -> None:
+    def numbers(count: int) -> torch.Tensor:
+        return torch.randn(count, generator=torch.Generator().manual_seed(count)).to(device)
 
-
-def main() -> None:
     for kind in ("gaussian", "rademacher"):
         directions = Directions(kind)
         for count in (1, 7, 768, 2049, 140_003):  # the last one: two pages of normals
@@ -29,6 +32,9 @@ def main() -> None:
             out = torch.empty_like(w)
             kernel.perturb(directions, KEY, 1e-3, w, None, out)
             assert torch.equal(out, reference(directions, w, 1e-3)), (kind, count)
+            both = torch.empty(2, count, device=device)
+            kernel.perturb_both(directions, KEY, 1e-3, w, None, both)
+            assert torch.equal(both[0], out) and torch.equal(both[1], reference(directions, w, -1e-3)), (kind, count)
             updated = w.clone()
             kernel.update(directions, KEY, -1e-5, updated, None, keep=0.99)
             assert torch.equal(updated, reference(directions, w, -1e-5, keep=0.99)), (kind, count)
@@ -37,16 +43,19 @@ def main() -> None:
             out = torch.empty_like(half)
             kernel.perturb(directions, KEY, 1e-3, half, residual, out)
             assert torch.equal(out, reference(directions, w, 1e-3).bfloat16()), (kind, count)
+            kernel.perturb_both(directions, KEY, 1e-3, half, residual, both := torch.empty(2, count, dtype=half.dtype, device=device))
+            assert torch.equal(both[0], out) and torch.equal(both[1], reference(directions, w, -1e-3).bfloat16()), (kind, count)
             kernel.update(directions, KEY, -1e-5, half, residual)
             assert torch.equal(join(half, residual), reference(directions, w, -1e-5)), (kind, count)
             expected, _ = split(reference(directions, w, -1e-5), torch.bfloat16)
             assert torch.equal(half, expected), (kind, count)
     # numbers do not depend on how many words a program makes
-    small = torch.empty(5000)
-    kernel.perturb(Directions("gaussian"), KEY, 1.0, torch.zeros(5000), None, small)
-    kernel._TILE = 512
-    smaller = torch.empty(5000)
-    kernel.perturb(Directions("gaussian"), KEY, 1.0, torch.zeros(5000), None, smaller)
+    small = torch.empty(5000, device=device)
+    kernel.perturb(Directions("gaussian"), KEY, 1.0, torch.zeros(5000, device=device), None, small)
+    tile, kernel._TILE = kernel._TILE, 512
+    smaller = torch.empty(5000, device=device)
+    kernel.perturb(Directions("gaussian"), KEY, 1.0, torch.zeros(5000, device=device), None, smaller)
+    kernel._TILE = tile
     assert torch.equal(small, smaller)
     # coordinates take the kernel where it fits
     for dtype in (torch.float32, torch.bfloat16):
@@ -57,8 +66,72 @@ def main() -> None:
         assert torch.equal(moved.view(-1), reference(Directions("gaussian"), before, 1e-2).to(dtype))
         coordinate.descend(Directions("gaussian"), [0.0, 1e-4], 0.5, 3, 4)
         assert torch.equal(coordinate.value().view(-1), reference(Directions("gaussian"), before, 1e-4, keep=0.5))
-    print("kernel equals reference")
+    check_products(device)
+    check_norms(device)
+
+
+def check_products(device: torch.device) -> None:
+    """W + A Vᵀ: like the plain product but for the rounding of its sums; where that makes no difference, rounded alike."""
+    for m, n, rank in ((70, 90, 1), (33, 7, 3), (5, 300, 16)):
+        generator = torch.Generator().manual_seed(m)
+        w, left = torch.randn(m, n, generator=generator).to(device), torch.randn(2, m, rank, generator=generator).to(device)
+        right = torch.randn(rank, n, generator=generator).to(device).T
+        for dtype in (torch.float32, torch.bfloat16):
+            stored, exact = w.to(dtype), w.to(dtype) + left @ right.T
+            kernel = products_for(stored, rank)
+            found = kernel.plus(stored, None, left, right)
+            assert found.dtype == dtype and torch.allclose(found.float(), exact.to(dtype).float(), rtol=1e-2 if dtype != w.dtype else 1e-5, atol=1e-5)
+            kernel.fold(folded := stored.clone(), None, left[0], right, 0.5, KEY)
+            value = 0.5 * stored.float() + left[0] @ right.T
+            assert torch.allclose(folded.float(), value, rtol=1e-2 if dtype != w.dtype else 1e-5, atol=1e-5)
+        # products without rounding: the dither, and the residual, are those of the plain code, bit for bit
+        left, right = left.sign(), right.sign() * 2.0**-9
+        value = stored.float() + left[0] @ right.T
+        kernel.fold(folded := stored.clone(), None, left[0], right, 1.0, KEY)
+        assert torch.equal(folded.view(-1), stochastic_round(value.view(-1), torch.bfloat16, KEY))
+        half, residual = split(w.view(-1), torch.bfloat16)
+        value = join(half, residual).view(m, n) + left[0] @ right.T
+        kernel.fold(half.view(m, n), residual, left[0], right, 1.0, KEY)
+        assert torch.allclose(join(half, residual).view(m, n), value, rtol=1e-6, atol=1e-7)
+
+
+def check_norms(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, w, b = (torch.randn(*shape, generator=generator).to(device) for shape in ((3, 5, 70), (3, 70), (3, 70)))
+    for weight, bias in ((w, b), (w[0], b), (w, None), (None, b[0])):
+        found = norms_for(x).layer_norm(x, weight, bias, 1e-5)
+        ones = torch.ones(3, 70, device=device)
+        rows = zip(x, ones * (1 if weight is None else weight), ones * (0 if bias is None else bias), strict=True)
+        expected = torch.stack([torch.nn.functional.layer_norm(one, (70,), scale, shift) for one, scale, shift in rows])
+        assert torch.allclose(found, expected, atol=1e-5)
+    assert norms_for(x.bfloat16()).layer_norm(x.bfloat16(), None, None, 1e-5).dtype == torch.bfloat16
+
+
+def check_layers(device: torch.device) -> None:
+    """A layer that sees many tokens forms its weight, whichever way the points are evaluated, and one that sees few goes beside."""
+    x = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(2)).to(device)
+    for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.LayerNorm(32), torch.nn.GELU(), torch.nn.Linear(32, 8)).to(dtype)
+        found = {}
+        for passes in (1.5, math.inf):
+            zotune.formed.PASSES = passes
+            for probe in ("batched", "sequential"):
+                twin = copy.deepcopy(model)
+                optimizer = zotune.ZerothOrder(twin, zotune.methods.lozo(eps=1e-2), lr=1e-2, seed=3, probe=probe)
+                for _ in range(3):
+                    optimizer.step(lambda rows, twin=twin: twin(rows).float().square().mean(dim=(1, 2)), x.to(dtype))
+                low_rank = [c for group in optimizer.coordinates for c in group if len(c.shape) == 2]
+                assert all(zotune.formed.forms(c, 80) == (passes == 1.5) for c in low_rank)
+                found[passes, probe] = optimizer.last.coefficients
+        expected = found[math.inf, "sequential"]
+        for way, coefficients in found.items():
+            assert torch.allclose(coefficients, expected, rtol=close, atol=20 * close), (dtype, way, coefficients, expected)
+    zotune.formed.PASSES = 1.5
 
 
 if __name__ == "__main__":
-    main()
+    check(torch.device("cpu"))
+    check_layers(torch.device("cpu"))
+    print("kernel equals reference")

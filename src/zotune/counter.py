@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zotune.sending import send, send_list
+
 #: Words to a page.
 PAGE = 1 << 14
 _MASK = (1 << 64) - 1
@@ -106,7 +108,7 @@ _FRONT = PAGE >> 3
 def _page_words(seed: int, step: int, device: torch.device, count: int) -> Tensor:
     with torch.inference_mode(False):
         start = signed(_hash(f"page|{seed}|{step}"))
-        return _mix64(torch.arange(1, count + 1).mul_(GOLDEN_SIGNED).add_(start)).to(device)
+        return _mix64(torch.arange(1, count + 1, device=device).mul_(GOLDEN_SIGNED).add_(start))
 
 
 def page_words(seed: int, step: int, device: torch.device, count: int = PAGE) -> Tensor:
@@ -143,7 +145,7 @@ def words_many(key: Key, directions: int, count: int, device: torch.device) -> T
         x = torch.mul(base, multiplier(stream(key), 0))
     else:
         factors = [multiplier(stream(key, k), 0) for k in range(key.direction, key.direction + directions)]
-        x = torch.outer(torch.tensor(factors, device=device), base).view(-1)
+        x = torch.outer(send_list(factors, device), base).view(-1)
     return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)
 
 
@@ -156,7 +158,7 @@ def words_together(
     """
     origins = torch.tensor([signed(_origin(seed, step, name, purpose)) for name in names])
     directions = torch.arange(first, first + count).mul_(_GOLDEN_TENSOR).unsqueeze(1)
-    factors = _mix64(_mix64(origins + directions)).bitwise_or_(1).to(index.device)  # page 0
+    factors = send(_mix64(_mix64(origins + directions)).bitwise_or_(1), index.device)  # page 0
     x = page_words(seed, step, index.device).index_select(0, index)
     x.mul_(torch.repeat_interleave(factors.view(-1), lengths, output_size=index.numel()))
     return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from zotune.counter import PAGE, Key, generator_seed, words, words_at, words_many, words_together
 from zotune.quantiles import scaled_pairs, scaled_signs
+from zotune.sending import send, send_list
 
 __all__ = ["GROUP", "GROUPED_NUMEL", "Directions", "Key", "block_size", "for_blocks", "generator_seed", "group_of", "uniform_integers"]
 
@@ -134,8 +135,9 @@ def _front_index(numels: tuple[int, ...], per_word: int, count: int, device: tor
         used = None
         if any(numel % per_word for numel in numels):
             starts = [start * per_word for start in itertools.accumulate(widths[:-1], initial=0)]
-            used = torch.cat([torch.arange(start, start + numel) for start, numel in zip(starts, numels, strict=True)]).to(device)
-        return index.to(device), torch.tensor(widths, device=device).repeat(count), used
+            used = torch.cat([torch.arange(start, start + numel) for start, numel in zip(starts, numels, strict=True)])
+            used = send(used, device)
+        return send(index, device), send_list(widths, device).repeat(count), used
 
 
 class _Room:

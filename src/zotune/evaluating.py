@@ -32,6 +32,7 @@ from zotune.distributed.workers import Share, Workers
 from zotune.estimators import Estimate, Estimator, Point
 from zotune.methods import Method
 from zotune.probe import Probe
+from zotune.sending import send, send_list
 from zotune.stacking import NotStackable, Owned, Stack
 
 LossFunction = Callable[..., Any]
@@ -262,7 +263,7 @@ class Evaluations:
         losses = self.probe.evaluate_stacked(lambda: as_losses([loss_fn(rows)]), stack)
         if losses.numel() != stack.total:
             raise NotStackable(f"the loss of {stack.total} stacked examples is {losses.numel()} numbers")
-        return losses[stack.losses.to(losses.device)]
+        return losses[send(stack.losses, losses.device)]
 
     # -- a direction per example, or per group of examples ------------------------------------------------------------------------------
 
@@ -324,7 +325,7 @@ class Evaluations:
         for sign in signs:
             if not sign:
                 here = self.probe.evaluate(evaluation(loss_fn, [part]), Offset(0.0, seed, step, 0))
-                rows.append(here[list(owned.examples)])
+                rows.append(here[send_list(owned.examples, here.device)])
                 evaluated += size
                 continue
             pieces = [owned.between(start, min(start + size, len(owned))) for start in range(0, len(owned), size)]

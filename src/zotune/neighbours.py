@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: About so many numbers to a run of places.
 RUN = 1 << 14
+#: On an accelerator, which wants few, large launches.
+ACCELERATOR_RUN = 1 << 18
 #: No more numbers are drawn at a time than these, unless a forward wants more at once: they are what a step holds beside the weights.
 DRAWN = 1 << 19
 
@@ -62,11 +64,11 @@ class Neighbours:
         self.runs: list[slice] = []
         self.run_of: dict[str, int] = {}
         self.members_of: list[list[Coordinate]] = []
-        end = 0
+        end, longest = 0, RUN if self.device.type == "cpu" else ACCELERATOR_RUN
         for coordinate in members:
             place = self.places[coordinate.name] = slice(end, end + coordinate.numel)
             end = place.stop
-            if self.runs and end - self.runs[-1].start <= RUN:
+            if self.runs and end - self.runs[-1].start <= longest:
                 self.runs[-1] = slice(self.runs[-1].start, end)
                 self.members_of[-1].append(coordinate)
             else:
@@ -133,24 +135,28 @@ class Neighbours:
 
     def values(self) -> Tensor:
         """θ of all members, float32 (float64 where it is stored so), (total,): a new tensor."""
-        value = torch.cat(self._stores())
+        return self._joined(self._stores(), None)
+
+    def _joined(self, stores: list[Tensor], residuals: list[Tensor] | None) -> Tensor:
+        value = torch.cat(stores)
         if value.dtype not in HALF:
             return value
-        return join(value, torch.cat([c.store_residual() for c in self.members]))
+        return join(value, torch.cat(residuals or [c.store_residual() for c in self.members]))
 
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         """θ ← keep · θ + Σ_k weights[k] · Z_k for all members, bit for bit as each would alone."""
         if keep == 1.0 and not any(weights):
             return
-        value = self.values()
+        stores = self._stores()
+        residuals = [c.store_residual() for c in self.members] if stores[0].dtype in HALF else None
+        value = self._joined(stores, residuals)
         if keep != 1.0:
             value.mul_(keep)
         self._add_weighted(value, directions, weights, seed, step)
-        stores = self._stores()
-        if stores[0].dtype in HALF:
+        if residuals is not None:
             half, residual = (torch.empty_like(value, dtype=dtype) for dtype in (stores[0].dtype, torch.int16))
             split_into(value, half, residual)
-            torch._foreach_copy_([c.store_residual() for c in self.members], list(residual.split(self.numels)))
+            torch._foreach_copy_(residuals, list(residual.split(self.numels)))
             value = half
         torch._foreach_copy_(stores, list(value.split(self.numels)))
         for coordinate in self.members:

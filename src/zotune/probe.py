@@ -26,10 +26,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zotune import residence
+from zotune import formed, residence
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key, generator_seed
 from zotune.forward_mode import ForwardMode, dual
+from zotune.kernels import products_for
 from zotune.neighbours import draw_together
 from zotune.precision import HALF
 from zotune.side_path import SidePath
@@ -142,6 +143,19 @@ class Probe:
         self.forward_mode = ForwardMode()
         self.side_paths: list[SidePath] = []
         self._attach_side_paths()
+        owned = Counter(id(c) for owner in self._owners for c in owner.parameters.values())
+        #: Names of weights that one linear layer alone is lent, on a device where it may form them (``formed``).
+        self._formable = {
+            c.name
+            for owner in self._owners
+            for c in owner.parameters.values()
+            if type(owner.module).forward is nn.Linear.forward
+            and isinstance(c, LowRankCoordinate)
+            and not c.transposed
+            and owned[id(c)] == 1
+            and not self.sharded
+            and products_for(c.parameter.data, c.rank) is not None
+        }
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------------
 
@@ -209,21 +223,27 @@ class Probe:
         room = Room(sum(coordinate.numel for coordinate in self.coordinates))
         if offset is not None:
             for owner in self._owners:
-                lend[id(owner)] = {
-                    name: lender(owner.module, coordinate, self.directions, offset, room)
-                    for name, coordinate in owner.parameters.items()
-                    if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path)
-                    and (only is None or coordinate.name in only)
-                }
+                for name, coordinate in owner.parameters.items():
+                    if only is not None and coordinate.name not in only:
+                        continue
+                    if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path):
+                        lend.setdefault(id(owner), {})[name] = lender(owner.module, coordinate, self.directions, offset, room)
+                    elif self._forms(coordinate, offset):
+                        lend.setdefault(id(owner), {})[name] = formed.lender(coordinate, self.directions, offset)
         with self._lent(lend) as tables:
             for coordinate in self._low_rank:
                 moves = only is None or coordinate.name in only
-                if moves and not side_paths:
+                if moves and (not side_paths or self._forms(coordinate, offset)):
                     coordinate.moved = None  # the weight that is lent has A in it already
                 elif moves and coordinate.side_path:
                     still = offset is None or not coordinate.moves(offset.step, offset.direction)
                     coordinate.shift(self.directions, None if still else offset)
             yield tables
+
+    def _forms(self, coordinate: LowRankCoordinate, offset: Offset | None) -> bool:
+        """Whether its layer is lent a weight that it may form, instead of going beside."""
+        here = coordinate.side_path and coordinate.name in self._formable
+        return here and offset is not None and coordinate.moves(offset.step, offset.direction)
 
     @contextmanager
     def instead(self, coordinates: Mapping[str, Any]) -> Iterator[None]:

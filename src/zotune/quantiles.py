@@ -22,15 +22,15 @@ import math
 import torch
 from torch import Tensor
 
-_BITS = 14
-_LATTICE = 10881
+BITS = 14
+LATTICE = 10881
 
 
 @functools.cache
 def half_normal() -> Tensor:
     """h, float64, shape (2¹⁴,): ascending, mean of squares 1."""
     with torch.inference_mode(False):
-        count = 1 << _BITS
+        count = 1 << BITS
         nodes = torch.tensor([0.5 - math.sqrt(0.15), 0.5, 0.5 + math.sqrt(0.15)], dtype=torch.float64)  # Gauss–Legendre
         weights = torch.tensor([5 / 18, 8 / 18, 5 / 18], dtype=torch.float64)
         probability = 0.5 + (torch.arange(count, dtype=torch.float64).unsqueeze(1) + nodes) / (2 * count)
@@ -47,7 +47,7 @@ def normal_pairs(device: torch.device) -> Tensor:
         m = index >> 2
         h = half_normal()
         first = h[m] * (1 - 2 * (index & 1))
-        second = h[(m * _LATTICE) & ((1 << _BITS) - 1)] * (1 - (index & 2))
+        second = h[(m * LATTICE) & ((1 << BITS) - 1)] * (1 - (index & 2))
         return torch.stack([first, second], 1).float().to(device)
 
 
@@ -65,6 +65,14 @@ def scaled_pairs(scale: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         table = normal_pairs(device)
         return (table if scale == 1.0 else table * scale).view(torch.int64).view(-1)
+
+
+@functools.lru_cache(maxsize=8)
+def scaled_magnitudes(scale: float, device: torch.device) -> Tensor:
+    """``scale`` times h, float32, (2¹⁴,): with :data:`LATTICE` and the sign bits it makes :func:`scaled_pairs` of an eighth of the memory."""
+    with torch.inference_mode(False):
+        magnitudes = normal_pairs(device)[::4, 0].contiguous()
+        return magnitudes if scale == 1.0 else magnitudes * scale
 
 
 @functools.lru_cache(maxsize=8)

@@ -25,11 +25,18 @@ from torch.nn import functional as F
 
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key
+from zotune.formed import formed, forms
 from zotune.frozen_linear import owner_of
+from zotune.kernels import norms_for
 from zotune.neighbours import Shown
+from zotune.sending import send_list
 from zotune.stacking import NotStackable, Stack
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
-from zotune.unformed import LARGE, STRIP
+from zotune.unformed import LARGE, STRIP, rows_looked_up
+
+
+#: Most blocks of one forward that a layer forms weights for.
+FORMED = 8
 
 
 class Lending:
@@ -48,7 +55,7 @@ class Lending:
         self.count = max(stack.directions) - self.first + 1
         self.in_order = stack.directions == tuple(range(self.first, self.first + self.count))
         self.lent: dict[str, Stacked] = {}
-        self._shown: dict[int, Shown] = {}
+        self._shown: dict[tuple[int, torch.dtype], Shown] = {}
         self._scales: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
 
     def lend(self, coordinate: Coordinate) -> Stacked:
@@ -74,22 +81,22 @@ class Lending:
         z = self._by_group(coordinate.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
         if coordinate.turn is not None:
             moves = [float(coordinate.moves(self.stack.step, direction)) for direction in self.stack.directions]
-            z = z * torch.tensor(moves, device=z.device).view(-1, *[1] * (z.dim() - 1))
+            z = z * send_list(moves, z.device).view(-1, *[1] * (z.dim() - 1))
         return z
 
     def _by_group(self, z: Tensor) -> Tensor:
         if not self.in_order:
-            z = z.index_select(0, torch.tensor(self.stack.directions, device=z.device) - self.first)
+            z = z.index_select(0, send_list(self.stack.directions, z.device) - self.first)
         return z
 
     def values(self, coordinate: Coordinate, dtype: torch.dtype) -> Tensor:
         """θ + s Z_g of every block in ``dtype``, (B, *shape)."""
         neighbours = coordinate.neighbours
         if neighbours is not None and neighbours.stored:
-            shown = self._shown.get(id(neighbours))
-            if shown is None or shown.dtype != dtype:
+            shown = self._shown.get((id(neighbours), dtype))
+            if shown is None:
                 z = self._by_group(neighbours.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
-                shown = self._shown[id(neighbours)] = Shown(neighbours, z, self.scales(z, 0), dtype)
+                shown = self._shown[id(neighbours), dtype] = Shown(neighbours, z, self.scales(z, 0), dtype)
             return shown.of(coordinate.name).view(self.blocks, *coordinate.shape)
         z, value = self._own_z(coordinate), coordinate.value()
         return torch.addcmul(value, z.unsqueeze(1).to(value.dtype), self.scales(value, z.dim() - 1)).flatten(0, 1).to(dtype)
@@ -112,7 +119,7 @@ class Lending:
         """The scales (G, S) with ``dims`` dimensions of size 1 behind."""
         key = like.dtype, like.device, dims
         if key not in self._scales:
-            scales = torch.tensor(self.stack.scales, dtype=like.dtype, device=like.device)
+            scales = send_list(self.stack.scales, like.device, like.dtype)
             self._scales[key] = scales.view(*scales.shape, *[1] * dims)
         return self._scales[key]
 
@@ -219,6 +226,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     assert plain is not None
     first = bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
     if isinstance(weight, Stacked):
+        if forms(_low(weight), flat.shape[0] // blocks) and blocks <= FORMED:
+            return _formed_linear(flat, weight, bias).view(*x.shape[:-1], width)
         output = _beside(first, x, weight, fixed_first=not _low(weight).transposed)
         if owner_of(_low(weight).parameter) is not None:
             return output.view(*x.shape[:-1], width)  # the layer itself has computed the rest
@@ -240,15 +249,37 @@ def _dense_linear(x: Tensor, weight: Stacked, bias: Tensor | None) -> Tensor:
         blocks = range(group * len(scales), (group + 1) * len(scales))
         if not coordinate.moves(stack.step, direction):
             for block in blocks:
-                torch.mm(rows[block], weight.plain.T, out=out[block])
+                _product(rows[block], weight.plain, bias, block, out[block])
             continue
         key = Key(stack.seed, stack.step, direction, coordinate.name)
         for part, weights in coordinate.together_at(lending.directions, key, scales, strip):
             for block, one in zip(blocks, weights, strict=True):
-                torch.mm(rows[block], one.T, out=out[block][:, part])
-    if bias is not None:
+                if strip >= height:
+                    _product(rows[block], one, bias, block, out[block])
+                else:
+                    torch.mm(rows[block], one.T, out=out[block][:, part])
+    if bias is not None and strip < height:
         out += bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
     return out
+
+
+def _formed_linear(flat: Tensor, weight: Stacked, bias: Tensor | None) -> Tensor:
+    """y = x (W + A_b Vᵀ)ᵀ + b, (B, q, m), from a weight a block."""
+    coordinate = _low(weight)
+    weights = formed(coordinate, _moved(weight, torch.float32))
+    rows = flat.view(len(weights), -1, flat.shape[1])
+    out = flat.new_empty(*rows.shape[:2], weights.shape[1])
+    for block, one in enumerate(weights):
+        _product(rows[block], one, bias, block, out[block])
+    return out
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:
+    """out ← x Wᵀ + b of one block."""
+    if bias is None:
+        torch.mm(rows, weight.T, out=out)
+    else:
+        torch.addmm(bias.full()[block] if isinstance(bias, Stacked) else bias, rows, weight.T, out=out)
 
 
 def _low(weight: Stacked) -> LowRankCoordinate:
@@ -273,7 +304,14 @@ def _beside(first: Tensor | None, x: Tensor, weight: Stacked, *, fixed_first: bo
         return torch.bmm(left, right)
     if left.shape[2] == 1:
         return torch.addcmul(first, left, right)  # several times faster than a batched product with nothing to sum over
-    return torch.baddbmm(first, left, right)
+    if x.device.type == "cpu":
+        return torch.baddbmm(first, left, right)
+    # The bias as one more rank: baddbmm would write it out, read it and write again. An inner dimension of eight keeps the fast products.
+    rank = left.shape[2]
+    spare = -(rank + 1) % 8
+    bias = first.to(right.dtype).expand(blocks, 1, right.shape[2])
+    right = torch.cat([right, bias, right.new_zeros(blocks, spare, right.shape[2])], dim=1)
+    return torch.bmm(F.pad(F.pad(left, (0, 1), value=1.0), (0, spare)), right)
 
 
 def _moved(weight: Stacked, dtype: torch.dtype) -> Tensor:
@@ -351,10 +389,8 @@ def _looked_up(weight: Stacked, offset: Offset | None, ids: Tensor) -> Tensor:
     """(W + s Z)[ids] of a table in full space."""
     coordinate, directions = weight.coordinate, weight.lending.directions
     assert isinstance(coordinate, FullCoordinate)
-    rows, places = torch.unique(ids, return_inverse=True)
-    if offset is None or 2 * rows.numel() >= coordinate.shape[0]:
-        return F.embedding(ids, coordinate.at(directions, offset))
-    return F.embedding(places, coordinate.rows_at(directions, offset, rows.long()))
+    found = None if offset is None else rows_looked_up(coordinate, directions, offset, ids)
+    return F.embedding(ids, coordinate.at(directions, offset)) if found is None else found
 
 
 # -- vectors ------------------------------------------------------------------------------------------------------------------------------
@@ -379,6 +415,10 @@ def _layer_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, 
     _no_more(x, several_dimensions=len(normalized_shape) != 1)
     lending = _lending(weight, bias)
     x = lending.spread(x, 1)
+    kernel = norms_for(x)
+    if kernel is not None:
+        vectors = (vector.full() if isinstance(vector, Stacked) else vector for vector in (weight, bias))
+        return kernel.layer_norm(_by_block(x, lending, x.shape[-1]), *vectors, eps).view(x.shape)
     rows = _by_block(F.layer_norm(x, normalized_shape, None, None, eps), lending, x.shape[-1])
     return _affine(rows, weight, bias).view(x.shape)
 

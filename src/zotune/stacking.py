@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from zotune.estimators import Point
+from zotune.sending import send
 
 
 class NotStackable(Exception):
@@ -164,7 +165,7 @@ def take(batch: Any, index: Tensor, rows: int) -> Any:
     Tensors with a dimension 0 are indexed, and so are lists of ``rows`` things that are no tensors; what is neither stays as it is.
     """
     if isinstance(batch, Tensor):
-        return batch.index_select(0, index.to(batch.device)) if batch.dim() else batch
+        return batch.index_select(0, send(index, batch.device)) if batch.dim() else batch
     if isinstance(batch, Mapping):
         taken = {key: take(value, index, rows) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):

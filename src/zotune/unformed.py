@@ -107,10 +107,22 @@ def _embedding(
     input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *others: Any, **named: Any
 ) -> Tensor:
     if max_norm is None and isinstance(weight, Unformed):
-        rows, places = torch.unique(input, return_inverse=True)
-        if 2 * rows.numel() < weight.coordinate.shape[0]:
-            return F.embedding(places, weight.coordinate.rows_at(weight.directions, weight.offset, rows.long()))
+        found = rows_looked_up(weight.coordinate, weight.directions, weight.offset, input)
+        if found is not None:
+            return found
     return F.embedding(_whole(input), _whole(weight), padding_idx, max_norm, *others, **named)
+
+
+def rows_looked_up(coordinate: FullCoordinate, directions: Directions, offset: Offset, ids: Tensor) -> Tensor | None:
+    """(W + s Z)[ids] from the rows of these ids alone; None where that saves nothing."""
+    if ids.device.type != "cpu":  # to count the different ones would mean waiting for the device
+        if 2 * ids.numel() >= coordinate.shape[0]:
+            return None
+        return coordinate.rows_at(directions, offset, ids.reshape(-1).long()).view(*ids.shape, -1)
+    rows, places = torch.unique(ids, return_inverse=True)
+    if 2 * rows.numel() >= coordinate.shape[0]:
+        return None
+    return F.embedding(places, coordinate.rows_at(directions, offset, rows.long()))
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:

@@ -1,29 +1,47 @@
-"""Kernels of our own for accelerators, each with a plain reference that gives the same numbers (``directions``, ``precision``)."""
+"""Kernels of our own for accelerators, each with a plain reference: ``moves`` gives the same numbers as ``directions`` and ``precision``,
+``products`` and ``norms`` the same up to the rounding of float32 sums."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+#: A product's rank is unrolled in its kernel.
+MOST_RANK = 16
+
 
 @functools.cache
-def _triton_moves() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from zotune.kernels import moves
-
-    return moves
+def _module(name: str) -> Any:
+    return None if importlib.util.find_spec("triton") is None else importlib.import_module(f"zotune.kernels.{name}")
 
 
-def moves_for(weight: Tensor, residual: Tensor | None) -> ModuleType | None:
+def _reach(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"  # triton's interpreter works on a CPU
+
+
+def moves_for(weight: Tensor, residual: Tensor | None) -> Any:
     """The module with ``perturb`` and ``update`` for such a weight on its device; None where torch's own operations have to do."""
-    if weight.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # triton's interpreter works on a CPU
-        return None
-    if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and residual is not None):
-        return _triton_moves()
+    if _reach(weight) and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and residual is not None)):
+        return _module("moves")
     return None
+
+
+def products_for(weight: Tensor, rank: int) -> Any:
+    """The module with ``plus`` and ``fold`` for a contiguous matrix and factors of this rank; None as above."""
+    if _reach(weight) and weight.dtype in (torch.float32, torch.bfloat16) and rank <= MOST_RANK and weight.is_contiguous():
+        return _module("products")
+    return None
+
+
+def norms_for(x: Tensor) -> Any:
+    """The module with ``layer_norm`` for such rows; None as above."""
+    if not _reach(x) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    module = _module("norms")
+    return module if module is not None and x.shape[-1] <= module.LONGEST else None

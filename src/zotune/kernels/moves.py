@@ -15,11 +15,14 @@ from torch import Tensor
 
 from zotune.counter import GOLDEN_SIGNED, PAGE, Key, page_words, signed, stream
 from zotune.directions import Directions
+from zotune.quantiles import BITS, LATTICE, scaled_magnitudes, scaled_signs
 
 #: Numbers to a program.
 _TILE = 2048
 _PAGE_BITS = tl.constexpr(PAGE.bit_length() - 1)
 _IN_PAGE = tl.constexpr(PAGE - 1)
+_LATTICE = tl.constexpr(LATTICE)
+_MAGNITUDES = tl.constexpr((1 << BITS) - 1)
 _GOLDEN = tl.constexpr(GOLDEN_SIGNED)
 _FIRST = tl.constexpr(signed(0xBF58476D1CE4E5B9))
 _SECOND = tl.constexpr(signed(0x94D049BB133111EB))
@@ -32,15 +35,22 @@ def _shift_xor(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def _bits(base, origin, first, WORDS: tl.constexpr):
-    """Words first to first + WORDS - 1 of the stream ``origin``, int64."""
-    word = first + tl.arange(0, WORDS).to(tl.int64)
+def words_of(base, origin, word):
+    """The words of the stream ``origin`` with the numbers ``word``, int64."""
     m = (word >> _PAGE_BITS) * _GOLDEN + origin
     m = _shift_xor(m, 30) * _FIRST
     m = _shift_xor(m, 27) * _SECOND
     m = _shift_xor(m, 31) | 1
     x = tl.load(base + (word & _IN_PAGE)) * m
     return (x ^ (x >> 32)) * _GOLDEN
+
+
+@triton.jit
+def nearest(w):
+    """The bits of float32 numbers as bfloat16, to nearest, ties to even; the interpreter's own conversion cuts off."""
+    bits = w.to(tl.int32, bitcast=True)
+    even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(w == w, even, 0x7FC0).to(tl.int16)
 
 
 @triton.jit(do_not_specialize=["origin"])
@@ -58,18 +68,25 @@ def _move(
     HALF: tl.constexpr,
     WRITE: tl.constexpr,
     KEEP: tl.constexpr,
+    BOTH: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """HALF: bfloat16 and residual. WRITE: the residual of the result too. SIGNS: 64 numbers to a word instead of 8."""
+    """HALF: bfloat16 and residual. WRITE: the residual of the result too. SIGNS: 64 numbers to a word instead of 8. BOTH: W − scale · Z
+    as well, behind W + scale · Z."""
     NUMBERS: tl.constexpr = 64 if SIGNS else 8
     first = tl.program_id(0).to(tl.int64) * WORDS
-    word = _bits(base, origin, first, WORDS)
+    word = words_of(base, origin, first + tl.arange(0, WORDS).to(tl.int64))
     place = tl.arange(0, NUMBERS)
     if SIGNS:  # a byte chooses eight signs
         index = ((word[:, None] >> (place >> 3 << 3)[None, :]) & 0xFF) * 8 + (place & 7)[None, :]
-    else:  # 16 bits choose two numbers
-        index = ((word[:, None] >> (place >> 1 << 4)[None, :]) & 0xFFFF) * 2 + (place & 1)[None, :]
-    z = tl.load(table + index)
+        z = tl.load(table + index)
+    else:  # 16 bits choose two numbers: a sign each, and a magnitude for both. The magnitudes fit the cache next to a processor's units
+        bits = (word[:, None] >> (place >> 1 << 4)[None, :]).to(tl.int32) & 0xFFFF
+        second = (place & 1)[None, :]
+        magnitude = bits >> 2
+        magnitude = tl.where(second == 1, (magnitude * _LATTICE) & _MAGNITUDES, magnitude)
+        z = tl.load(table + magnitude)
+        z = tl.where(((bits >> second) & 1) == 1, -z, z)
     element = (first + tl.arange(0, WORDS).to(tl.int64))[:, None] * NUMBERS + place[None, :]
     inside = element < numel
     if HALF:
@@ -80,6 +97,12 @@ def _move(
         w = tl.load(source + element, mask=inside, other=0.0)
     if KEEP:
         w = w * keep
+    if BOTH:
+        other = w - z
+        if HALF:
+            tl.store(out + numel + element, nearest(other), mask=inside)
+        else:
+            tl.store(out + numel + element, other, mask=inside)
     w = w + z
     if not HALF:
         tl.store(out + element, w, mask=inside)
@@ -88,13 +111,19 @@ def _move(
         tl.store(residual_out + element, bits.to(tl.int16), mask=inside)
         tl.store(out + element, ((bits + 0x8000) >> 16).to(tl.int16), mask=inside)
     else:
-        bits = w.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even; the interpreter's own conversion cuts off
-        tl.store(out + element, tl.where(w == w, even, 0x7FC0).to(tl.int16), mask=inside)
+        tl.store(out + element, nearest(w), mask=inside)
 
 
 def _launch(
-    directions: Directions, key: Key, scale: float, source: Tensor, residual: Tensor | None, out: Tensor, keep: float, write: bool
+    directions: Directions,
+    key: Key,
+    scale: float,
+    source: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    keep: float = 1.0,
+    write: bool = False,
+    both: bool = False,
 ) -> None:
     device, numel = source.device, source.numel()
     per_word = directions.source.per_word
@@ -102,18 +131,23 @@ def _launch(
     half = residual is not None
     raw = source.view(torch.int16) if half else source
     target = out.view(torch.int16) if half else out
-    table = directions.source.table(scale, device).view(torch.float32)
+    table = scaled_signs(scale, device) if per_word == 64 else scaled_magnitudes(scale, device)
     beside = residual if residual is not None else source
     with torch.cuda.device_of(source):
         _move[(triton.cdiv(numel, _TILE),)](
             raw, beside, target, beside, page_words(key.seed, key.step, device), table, numel, signed(stream(key)), keep,
-            SIGNS=per_word == 64, HALF=half, WRITE=write, KEEP=keep != 1.0, WORDS=words, enable_fp_fusion=False,
+            SIGNS=per_word == 64, HALF=half, WRITE=write, KEEP=keep != 1.0, BOTH=both, WORDS=words, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def perturb(directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
     """out ← W + scale · Z(key) in W's dtype; flat, contiguous tensors."""
-    _launch(directions, key, scale, weight, residual, out, 1.0, write=False)
+    _launch(directions, key, scale, weight, residual, out)
+
+
+def perturb_both(directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    """out[0] ← W + scale · Z(key), out[1] ← W − scale · Z(key), in W's dtype; Z drawn and W read once."""
+    _launch(directions, key, scale, weight, residual, out, both=True)
 
 
 def update(directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, keep: float = 1.0) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zotune import frozen_linear, residence
 from zotune.coordinates import THIN, Coordinate, Offset
 from zotune.directions import Directions, Key, for_blocks
-from zotune.kernels import moves_for
+from zotune.kernels import moves_for, products_for
 from zotune.precision import HALF, join, split_into, stochastic_round
 from zotune.subspaces.subspace import Space
 
@@ -111,6 +111,12 @@ class FullCoordinate(Coordinate):
         Z is drawn once for all of them, and W joined with its residual once; each strip is in the memory of the last.
         """
         flat, columns = self._flat(), self.shape[1]
+        kernel = moves_for(flat, self.residual) if directions.dense else None
+        if kernel is not None and height >= self.shape[0] and len(scales) == 2 and scales[0] == -scales[1]:
+            both = torch.empty(2, *self.shape, dtype=flat.dtype, device=flat.device)
+            kernel.perturb_both(directions, key, scales[0] * directions.scale(key, self.numel, self.device), flat, self.residual, both)
+            yield slice(0, self.shape[0]), list(both)
+            return
         unit = directions.scale(key, self.numel, self.device)
         largest = max(scales, key=abs)
         room = torch.empty(len(scales), height * columns, dtype=flat.dtype, device=flat.device)
@@ -221,6 +227,10 @@ class FullCoordinate(Coordinate):
     def _add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float) -> None:
         columns = self.parameter.shape[1]
         rounding = Key(seed, step, 0, self.name, "rounding")
+        kernel = products_for(self.parameter.data, left.shape[1])
+        if kernel is not None:
+            kernel.fold(self.parameter.data, self.residual, left.float(), right.float(), keep, rounding)
+            return
         flat = self._flat()
         for rows in self._row_blocks():
             part = slice(rows.start * columns, rows.stop * columns)
@@ -231,6 +241,9 @@ class FullCoordinate(Coordinate):
 
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """W + left · rightᵀ in W's dtype, a new tensor, made like :meth:`add_product`."""
+        kernel = products_for(self.parameter.data, left.shape[1])
+        if kernel is not None:
+            return kernel.plus(self.parameter.data, self.residual, left.float().unsqueeze(0), right.float())[0]
         columns, flat = self.parameter.shape[1], self._flat()
         out = torch.empty(self.shape, dtype=flat.dtype, device=flat.device)
         for rows in self._row_blocks():
@@ -239,9 +252,9 @@ class FullCoordinate(Coordinate):
         return out
 
     def _row_blocks(self) -> Iterator[slice]:
-        """Rows of a matrix, about as many at a time as a cache holds."""
+        """Rows of a matrix, about as many at a time as a cache holds; an accelerator wants few, large launches."""
         rows, columns = self.parameter.shape
-        height = max(1, (1 << 17) // columns)
+        height = max(1, (1 << 17 if self.device.type == "cpu" else 1 << 23) // columns)
         return (slice(top, min(rows, top + height)) for top in range(0, rows, height))
 
     def store(self) -> Tensor | None:

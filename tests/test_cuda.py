@@ -1,0 +1,130 @@
+"""Facts of a run on a CUDA device: the same directions, weights read and written as on a CPU, few waits. Skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import kernel_cases
+import toys
+from zotune import ZerothOrder, methods, replay
+from zotune.coordinates import Offset
+from zotune.directions import Directions, Key
+from zotune.subspaces import Full
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DTYPES = [torch.float32, torch.bfloat16]
+#: name, options, probe
+RUNS = [
+    ("lozo", {}, "batched"),
+    ("lozo", {}, "sequential"),
+    ("lozo-e", {}, "batched"),
+    ("lozo-m", {"num_directions": "example", "rank": 1}, "batched"),
+    ("mezo", {}, "sequential"),
+    ("mezo", {"direction": "rademacher"}, "batched"),
+    ("mezo-adam", {}, "sequential"),
+]
+
+
+def model_of(architecture: str = "opt", dtype: torch.dtype = torch.float32) -> nn.Module:
+    return toys.transformer(architecture, dtype).eval().cuda()
+
+
+def trained(model: nn.Module, name: str, options: dict, probe: str, steps: int = 8, journal=None, seed: int = 5) -> ZerothOrder:
+    optimizer = ZerothOrder(model, toys.method(name, interval=3, **options), lr=1e-4, seed=seed, probe=probe, journal=journal)
+    loss = toys.transformer_loss(model)
+    for step in range(steps):
+        optimizer.step(loss, toys.tokens(6, 7).cuda().roll(step, 0))
+    return optimizer
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("count", [5, 2048, 140_003, (1 << 22) + 77])
+def test_directions_are_those_of_a_cpu(kind, count):
+    key = Key(3, 4, 1, "w")
+    assert torch.equal(Directions(kind).draw(key, (count,), "cuda").cpu(), Directions(kind).draw(key, (count,)))
+    many = Directions(kind).draw_many(key, 5, (700,), "cuda").cpu()
+    assert torch.equal(many, Directions(kind).draw_many(key, 5, (700,)))
+
+
+def test_the_kernel_equals_the_reference():
+    kernel_cases.check(torch.device("cuda"))
+    kernel_cases.check_layers(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_both_points_at_once_are_the_two_points(dtype, kind):
+    weight = torch.randn(70, 90, generator=torch.Generator().manual_seed(0)).to(dtype).cuda()
+    coordinate, directions = Full().coordinate("w", nn.Parameter(weight, requires_grad=False)), Directions(kind)
+    coordinate.descend(directions, [1e-4], 1.0, 0, 0)  # something below the weight's last bit
+    found = [part.clone() for _, parts in coordinate.together_at(directions, Key(3, 4, 0, "w"), [1e-2, -1e-2], 70) for part in parts]
+    for scale, one in zip((1e-2, -1e-2), found, strict=True):
+        assert torch.equal(one, coordinate.at(directions, Offset(scale, 3, 4, 0)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name, options, probe", RUNS)
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
+def test_the_journal_replays_bit_for_bit(tmp_path, architecture, name, options, probe, dtype):
+    model = model_of(architecture, dtype)
+    fresh = copy.deepcopy(model)
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    optimizer = trained(model, name, options, probe, journal=tmp_path / "journal.zo")
+    optimizer.journal.close()
+    assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(torch.cuda.get_rng_state(), states[1])
+    replay(fresh, tmp_path / "journal.zo")
+    found, expected = weights(fresh), weights(model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
+@pytest.mark.parametrize("name, options, probe", RUNS)
+def test_a_step_is_that_of_a_cpu(architecture, name, options, probe):
+    on_card, on_cpu = model_of(architecture), toys.transformer(architecture).eval()
+    first = trained(on_card, name, options, probe, steps=1).last
+    second = ZerothOrder(on_cpu, toys.method(name, interval=3, **options), lr=1e-4, seed=5, probe=probe)
+    second.step(toys.transformer_loss(on_cpu), toys.tokens(6, 7))
+    assert torch.allclose(first.coefficients, second.last.coefficients, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["lozo", "mezo"])
+def test_batched_and_sequential_agree(name, dtype):
+    """Also where a layer forms its weights because a block has many rows."""
+    found = []
+    for probe in ("batched", "sequential"):
+        model = toys.transformer("opt", dtype, hidden_size=256, ffn_dim=1024, word_embed_proj_dim=256, max_position_embeddings=512).eval().cuda()
+        optimizer = ZerothOrder(model, methods.get(name, eps=1e-2), lr=1e-4, seed=5, probe=probe)
+        for _ in range(2):
+            optimizer.step(toys.transformer_loss(model), toys.tokens(8, 500).cuda())
+        found.append(optimizer.last)
+    gap = max(found[0].gap, found[1].gap)
+    assert abs(found[0].loss - found[1].loss) < (2e-2 if dtype == torch.bfloat16 else 1e-4) * found[0].loss
+    assert abs(abs(float(found[0].coefficients[0])) - abs(float(found[1].coefficients[0]))) < 0.1 * gap / 1e-2 + 1
+
+
+@pytest.mark.parametrize("name, options, probe", RUNS)
+def test_a_step_waits_for_the_device_no_more_than_once(name, options, probe):
+    model = model_of()
+    optimizer = trained(model, name, options, probe, steps=4)
+    loss, batch = toys.transformer_loss(model), toys.tokens(6, 7).cuda()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step(loss, batch)  # step 4: neither a redraw nor a first
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) <= 1, waits
