@@ -91,6 +91,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 DEFAULT = ["lozo", "lozo, sequential", "lozo-e", "mezo", PUBLISHED, *BACKPROP]
+CAPTURE: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -201,6 +202,7 @@ def measure(
     device: torch.device,
     clock: Callable[[], float],
     alone: bool = False,
+    capture: bool | str = "auto",
 ) -> list[dict]:
     """A row for each of ``names``; ``alone``: one name, whose optimizer trains the model that the bare forwards are of."""
     assert not alone or len(names) == 1
@@ -255,7 +257,7 @@ def measure(
         what = own + (f"1 forward of {points} × {rows} rows" if together else f"{points} forwards of {rows} rows")
         loss = zotune.objectives.LanguageModelLoss(model) if own else plain_loss
         compare_with(name, what, forward(points, 1, loss) if together else forward(1, points, loss))
-        optimizer = zotune.ZerothOrder(model, method, lr=1e-7, probe=probe)
+        optimizer = zotune.ZerothOrder(model, method, lr=1e-7, probe=probe, capture=capture)
         contenders[name] = partial(optimizer.step, zotune.objectives.LanguageModelLoss(model), batch)
         shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
         states[name] = partial(method.state_bytes, shapes, half=dtype != torch.float32)
@@ -303,7 +305,8 @@ def table(results: list[dict]) -> str:
     for r in results:
         over = "" if published is None else f"{published / r['step_ms']:.2f}"
         cells = [r["shape"], r["batch"], r["dtype"], r["method"], f"{r['step_ms']:.1f}", f"{r['bare_ms']:.1f}", f"{r['over_bare']:.2f}"]
-        cells += [f"{r['least_over_least']:.2f}", f"{r['mean_over_mean']:.2f}", over, f"{r['peak_over_inference']:.2f}", f"{r['extra_mb']:.1f}", f"{r['state_mb']:.1f}"]
+        cells += [f"{r['least_over_least']:.2f}", f"{r['mean_over_mean']:.2f}", over, f"{r['peak_over_inference']:.2f}"]
+        cells += [f"{r['extra_mb']:.1f}", f"{r['state_mb']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -318,6 +321,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--alone", action="store_true", help="a method after the other, each on a model made for it: for large models")
+    parser.add_argument("--capture", choices=CAPTURE, default="auto", help="which batched evaluations are replayed as CUDA graphs")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: time on the processor, for a machine that others use too")
     parser.add_argument("--out", type=Path, help="also write the results as JSON")
     args = parser.parse_args()
@@ -334,7 +338,8 @@ def main() -> None:
                 place, clock = torch.device(args.device), CLOCKS[args.clock]
                 sizes = (shape, int(rows), int(tokens), dtype)
                 turns = [[name] for name in args.methods] if args.alone else [args.methods]
-                found = [r for names in turns for r in measure(*sizes, names, args.repeats, place, clock, args.alone)]
+                how = (args.repeats, place, clock, args.alone, CAPTURE[args.capture])
+                found = [r for names in turns for r in measure(*sizes, names, *how)]
                 print(table(found), flush=True)
                 results += found
     if args.out:

@@ -8,6 +8,7 @@ import torch
 import zotune.formed
 from zotune.coordinates import Offset
 from zotune.directions import Directions, Key
+from zotune.held_keys import Keys
 from zotune.kernels import moves_for, norms_for, products_for
 from zotune.precision import join, split, stochastic_round
 from zotune.subspaces import Full
@@ -49,6 +50,7 @@ def check(device: torch.device) -> None:
             assert torch.equal(join(half, residual), reference(directions, w, -1e-5)), (kind, count)
             expected, _ = split(reference(directions, w, -1e-5), torch.bfloat16)
             assert torch.equal(half, expected), (kind, count)
+        check_rows_and_fleets(directions, device)
     # numbers do not depend on how many words a program makes
     small = torch.empty(5000, device=device)
     kernel.perturb(Directions("gaussian"), KEY, 1.0, torch.zeros(5000, device=device), None, small)
@@ -70,6 +72,37 @@ def check(device: torch.device) -> None:
     check_norms(device)
 
 
+def check_rows_and_fleets(directions: Directions, device: torch.device) -> None:
+    """Rows alone, keys that are read from the device, and many weights at once: all the same numbers."""
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(*shape, generator=generator).to(device) for shape in ((70, 90), (3, 700), (130, 66))]
+    rows = torch.tensor([2, 0, 2, 1], device=device)
+    keys = Keys(directions, KEY.seed, 0, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        pairs = [(w, None) if dtype == w.dtype else split(w, dtype) for w in weights]
+        kernel = moves_for(*pairs[0])
+        values = [w.clone() if residual is None else join(w, residual) for w, residual in pairs]
+        for name, (w, residual), value in zip("abc", pairs, values, strict=True):
+            key = KEY._replace(name=name)
+            source = keys.source(name, key.direction, 1e-3)
+            expected = (value + directions.draw(key, w.shape, device) * 1e-3).to(dtype)
+            found = kernel.perturb_rows(directions, key, 1e-3, w, residual, rows)
+            assert torch.equal(found, expected[rows])
+            keys.renew(KEY.seed, KEY.step)
+            assert torch.equal(kernel.perturb_rows(directions, key, 1e-3, w, residual, rows, source), found)
+            flat = None if residual is None else residual.view(-1)
+            kernel.perturb_both(
+                directions, key, 1e-3, w.view(-1), flat, both := torch.empty(2, *w.shape, dtype=dtype, device=device), source
+            )
+            assert torch.equal(both[0], expected)
+        residuals = None if pairs[0][1] is None else [residual.view(-1) for _, residual in pairs]
+        many = kernel.Many([w.view(-1) for w, _ in pairs], residuals)
+        many.update(directions, KEY.seed, KEY.step, KEY.direction, "abc", -1e-5, 0.9)
+        for name, (w, residual), value in zip("abc", pairs, values, strict=True):
+            moved = value * 0.9 + directions.draw(KEY._replace(name=name), w.shape, device) * -1e-5
+            assert torch.equal(w if residual is None else join(w, residual), moved), name
+
+
 def check_products(device: torch.device) -> None:
     """W + A Vᵀ: like the plain product but for the rounding of its sums; where that makes no difference, rounded alike."""
     for m, n, rank in ((70, 90, 1), (33, 7, 3), (5, 300, 16)):
@@ -80,10 +113,17 @@ def check_products(device: torch.device) -> None:
             stored, exact = w.to(dtype), w.to(dtype) + left @ right.T
             kernel = products_for(stored, rank)
             found = kernel.plus(stored, None, left, right)
-            assert found.dtype == dtype and torch.allclose(found.float(), exact.to(dtype).float(), rtol=1e-2 if dtype != w.dtype else 1e-5, atol=1e-5)
+            assert found.dtype == dtype and torch.allclose(
+                found.float(), exact.to(dtype).float(), rtol=1e-2 if dtype != w.dtype else 1e-5, atol=1e-5
+            )
             kernel.fold(folded := stored.clone(), None, left[0], right, 0.5, KEY)
             value = 0.5 * stored.float() + left[0] @ right.T
             assert torch.allclose(folded.float(), value, rtol=1e-2 if dtype != w.dtype else 1e-5, atol=1e-5)
+            q = torch.randn(3, 11, rank, generator=generator).to(device, dtype)
+            r, bias = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((3, rank, n), (3, 1, n)))
+            for b in (bias, bias[0, 0]):
+                expected = (b.float() + q.float() @ r.float()).to(dtype)
+                assert torch.allclose(kernel.outer(b, q, r).float(), expected.float(), rtol=1e-2 if dtype != w.dtype else 1e-5, atol=1e-4)
         # products without rounding: the dither, and the residual, are those of the plain code, bit for bit
         left, right = left.sign(), right.sign() * 2.0**-9
         value = stored.float() + left[0] @ right.T

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zotune import residence
 from zotune.coordinates import Coordinate
+from zotune.fleets import Fleet
 from zotune.journal import Record
 from zotune.neighbours import Neighbours, together
 from zotune.replayed import Past
@@ -62,7 +63,12 @@ def take(optimizer: ZerothOrder, record: Record) -> None:
 
 
 def _update(
-    optimizer: ZerothOrder, coordinate: Coordinate | Neighbours, step: int, coefficients: Sequence[float], lr: float, weight_decay: float
+    optimizer: ZerothOrder,
+    coordinate: Coordinate | Neighbours | Fleet,
+    step: int,
+    coefficients: Sequence[float],
+    lr: float,
+    weight_decay: float,
 ) -> None:
     """Move a coordinate, where it is a weight that is away as soon as that is back."""
     work = partial(_move, optimizer, coordinate, step, coefficients, lr, weight_decay, optimizer.past)
@@ -74,7 +80,7 @@ def _update(
 
 def _move(
     optimizer: ZerothOrder,
-    coordinate: Coordinate | Neighbours,
+    coordinate: Coordinate | Neighbours | Fleet,
     step: int,
     coefficients: Sequence[float],
     lr: float,

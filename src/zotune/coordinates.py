@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.directions import GROUP, Directions, Key, group_of
+from zotune.fleets import Fleet
 from zotune.neighbours import Neighbours, add_weighted
 
 
@@ -61,6 +62,8 @@ class Coordinate(abc.ABC):
     thin = True
     #: Whether its directions are drawn by calls of their own, never together with those of other small coordinates.
     draws_alone = False
+    #: Whether it may be updated by one launch with others of its kind (``fleets``).
+    fleets = False
     #: Whether it moves now where errors guide it to (see ``subspaces.guided``).
     guided = False
 
@@ -73,6 +76,7 @@ class Coordinate(abc.ABC):
         self.observed: Tensor | None = None  # what the next redraw is to go by, where that is data's to say
         self.turn: Turn | None = None  # None: moves in every step, along every direction
         self.neighbours: Neighbours | None = None  # the small coordinates that this one is drawn, shown and moved together with
+        self.fleet: Fleet | None = None
         self._drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
 
     def moves(self, step: int, direction: int) -> bool:
@@ -167,6 +171,15 @@ class Coordinate(abc.ABC):
     def store(self) -> Tensor | None:
         """The contiguous tensor that holds θ, or the upper half of it, if neighbours may read and write θ there."""
         return None
+
+    @property
+    def own_store(self) -> Tensor | None:
+        """What of :meth:`store`, or of its lower half, is the coordinate's own tensor, which may lie anywhere (see :meth:`rehouse`)."""
+        return None
+
+    def rehouse(self, memory: Tensor) -> None:
+        """Keep :attr:`own_store` in ``memory``, flat, which has its values already."""
+        raise NotImplementedError
 
     def store_residual(self) -> Tensor:
         """The lower half of θ, int16, flat, where the store is in half precision."""

@@ -80,7 +80,7 @@ def _mix64(x: Tensor) -> Tensor:
     return x
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _origin(seed: int, step: int, name: str, purpose: str) -> int:
     return _hash(f"stream|{seed}|{step}|{purpose}|{name}")
 
@@ -162,6 +162,13 @@ def words_together(
     x = page_words(seed, step, index.device).index_select(0, index)
     x.mul_(torch.repeat_interleave(factors.view(-1), lengths, output_size=index.numel()))
     return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)
+
+
+def foresee(seed: int, step: int, names: Sequence[str], device: torch.device) -> None:
+    """Do now what the directions of a step to come will ask of the host: it may have time to spare while a device is busy."""
+    for name in names:
+        _origin(seed, step, name, Key._field_defaults["purpose"])
+    page_words(seed, step, device)
 
 
 def words_at(key: Key, index: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from zotune import stacking
+from zotune.captured import Captures
 from zotune.coordinates import Offset
 from zotune.distributed.workers import Share, Workers
 from zotune.estimators import Estimate, Estimator, Point
@@ -82,13 +83,16 @@ class Evaluations:
         estimator: the method's.
         choice: ``"auto"``, ``"batched"`` or ``"sequential"``.
         workers: who evaluates with us; None: nobody.
+        capture: what is recorded and replayed (see ``captured``).
 
     Raises:
         ValueError: another choice; ``"batched"``, or a method with own directions, where a parameter cannot be evaluated at several points
             at once.
     """
 
-    def __init__(self, probe: Probe, method: Method, estimator: Estimator, choice: str, workers: Workers | None = None) -> None:
+    def __init__(
+        self, probe: Probe, method: Method, estimator: Estimator, choice: str, workers: Workers | None = None, capture: bool | str = "auto"
+    ) -> None:
         if choice not in PROBES:
             raise ValueError(f"unknown probe {choice!r}; choose one of {', '.join(PROBES)}.")
         dense = probe.dense
@@ -102,6 +106,7 @@ class Evaluations:
             )
         self.probe, self.method, self.estimator, self.choice = probe, method, estimator, choice
         self.workers = workers or Workers()
+        self.captures = Captures(probe, capture)
         self.eps: float = math.nan if isinstance(method.eps, str) else method.eps  # set by the optimizer where it is measured
         #: None until the first step has found out
         self.batched: bool | None = None if choice != "sequential" and together and not probe.sharded else False
@@ -155,6 +160,8 @@ class Evaluations:
                 values = torch.cat([self._stacked(loss_fn, piece, stack) for piece, stack in stacks], dim=1)
             except NotStackable as error:
                 self._give_up(str(error))
+        if share.pieces and values is None and parts is not None and self.captures.on:
+            values = self._one_by_one(loss_fn, self._pieces(parts, share) or (), mine, seed, step)
         if share.pieces and values is None:
             evaluate = evaluation(self._told(loss_fn), self._pieces(parts, share))
             rows = [self.probe.evaluate(evaluate, Offset(point.sign * eps, seed, step, point.direction)) for point in mine]
@@ -258,9 +265,28 @@ class Evaluations:
     def _shared(self, part: Any, points: Sequence[Point], seed: int, step: int) -> tuple[Any, Stack]:
         return part, stacking.shared(points, self.eps, stacking.batch_rows(part), seed, step)
 
+    def _one_by_one(self, loss_fn: LossFunction, pieces: Sequence[Any], points: Sequence[Point], seed: int, step: int) -> Tensor | None:
+        """The losses of these points from recordings of one point each, (P, N); None where that is not possible."""
+        rows = []
+        try:
+            for point in points:
+                losses = []
+                for piece in pieces:
+                    _, stack = self._shared(piece, [point], seed, step)
+                    found = self.captures.losses(loss_fn, partial(_losses_of, loss_fn), piece, stack)
+                    if found is None or found.numel() != stack.total:
+                        return None
+                    losses.append(found)
+                rows.append(torch.cat(losses))
+        except NotStackable:
+            return None
+        return torch.stack(rows)
+
     def _stacked(self, loss_fn: LossFunction, part: Any, stack: Stack) -> Tensor:
         rows = stacking.take(part, stack.source, stacking.batch_rows(part))
-        losses = self.probe.evaluate_stacked(lambda: as_losses([loss_fn(rows)]), stack)
+        losses = self.captures.losses(loss_fn, partial(_losses_of, loss_fn), rows, stack)
+        if losses is None:
+            losses = self.probe.evaluate_stacked(partial(_losses_of, loss_fn, rows), stack)
         if losses.numel() != stack.total:
             raise NotStackable(f"the loss of {stack.total} stacked examples is {losses.numel()} numbers")
         return losses[send(stack.losses, losses.device)]
@@ -473,6 +499,10 @@ def evaluation(loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[
     if parts is None:
         return lambda: as_losses([loss_fn()])
     return lambda: as_losses([loss_fn(part) for part in parts])
+
+
+def _losses_of(loss_fn: LossFunction, rows: Any) -> Tensor:
+    return as_losses([loss_fn(rows)])
 
 
 def as_losses(parts: list[Any]) -> Tensor:

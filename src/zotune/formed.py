@@ -29,13 +29,19 @@ def forms(coordinate: LowRankCoordinate, rows: int) -> bool:
     """Whether a linear layer that is given so many rows (tokens) at one point should form its weight."""
     m, n = coordinate.parameter.shape
     enough = rows * (n + 2 * m) > PASSES * m * n and not coordinate.transposed
-    return enough and owner_of(coordinate.parameter) is None and products_for(coordinate.parameter.data, coordinate.rank) is not None
+    return enough and owner_of(coordinate.parameter) is None and kernel_of(coordinate) is not None
+
+
+def kernel_of(coordinate: LowRankCoordinate) -> Any:
+    """What forms its weight; None where nothing does that well."""
+    weight = coordinate.parameter.data
+    return products_for(weight, coordinate.rank) if weight.is_contiguous() else None
 
 
 def formed(coordinate: LowRankCoordinate, left: Tensor) -> Tensor:
     """W + A_b Vᵀ in W's dtype, (B, m, n), for A (B, m, r)."""
-    weight: Tensor = products_for(coordinate.parameter.data, coordinate.rank).plus(coordinate.parameter.data, None, left, coordinate.v)
-    return weight
+    weights: Tensor = kernel_of(coordinate).plus(coordinate.parameter.data, None, left, coordinate.v)
+    return weights
 
 
 def lender(coordinate: LowRankCoordinate, directions: Directions, offset: Offset) -> Callable[[], Tensor]:

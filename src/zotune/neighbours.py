@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zotune.counter import PAGE
 from zotune.directions import GROUP, GROUPED_NUMEL, Directions, Key, group_of
+from zotune.fleets import Fleet
 from zotune.precision import HALF, join, split_into
 
 if TYPE_CHECKING:
@@ -30,17 +32,21 @@ if TYPE_CHECKING:
 RUN = 1 << 14
 #: On an accelerator, which wants few, large launches.
 ACCELERATOR_RUN = 1 << 18
+#: Numbers of the largest coordinate that is drawn together with others there: a page of words.
+ACCELERATOR_NUMEL = 8 * PAGE
 #: No more numbers are drawn at a time than these, unless a forward wants more at once: they are what a step holds beside the weights.
 DRAWN = 1 << 19
 
 
 def draw_together(coordinates: Sequence[Coordinate]) -> list[Neighbours]:
     """From now on, whoever asks for a direction of one of the small coordinates among these draws it for all of its kind."""
-    kinds: dict[tuple[torch.device, torch.dtype | None, float], list[Coordinate]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype | None, float, bool], list[Coordinate]] = {}
     for coordinate in coordinates:
-        if coordinate.thin and coordinate.numel <= GROUPED_NUMEL and not coordinate.draws_alone:
+        most = GROUPED_NUMEL if coordinate.device.type == "cpu" else ACCELERATOR_NUMEL
+        if coordinate.thin and coordinate.numel <= most and not coordinate.draws_alone:
             store = coordinate.store() if coordinate.turn is None else None
-            kinds.setdefault((coordinate.device, None if store is None else store.dtype, coordinate.lr_scale), []).append(coordinate)
+            dtype = None if store is None else store.dtype
+            kinds.setdefault((coordinate.device, dtype, coordinate.lr_scale, coordinate.own_store is None), []).append(coordinate)
     return [Neighbours(members) for members in kinds.values()]
 
 
@@ -77,6 +83,15 @@ class Neighbours:
             self.run_of[coordinate.name] = len(self.runs) - 1
             coordinate.neighbours = self
         self.total = end
+        #: θ of all members, or where it is stored in half precision the lower half of it, if that is theirs to keep anywhere
+        self.owned: Tensor | None = None
+        owned = [own for c in members if (own := c.own_store) is not None] if self.stored else []
+        if len(owned) == len(members):
+            with torch.inference_mode(False):
+                self.owned = torch.cat([own.view(-1) for own in owned])
+            for coordinate in members:
+                coordinate.rehouse(self.owned[self.places[coordinate.name]])
+        self._kept_stores: tuple[list[int], list[Tensor]] = [], []
         self.together = min(GROUP, max(1, DRAWN // end))  # directions drawn at a time
         self.drawn: tuple[Key, Tensor] | None = None
         self._sum: tuple[tuple[int, int, tuple[float, ...]], Tensor] | None = None
@@ -131,34 +146,40 @@ class Neighbours:
     # -- θ --------------------------------------------------------------------------------------------------------------------------
 
     def _stores(self) -> list[Tensor]:
-        return [store.view(-1) for c in self.members if (store := c.store()) is not None]
+        """The members' stores, flat."""
+        places = [c.parameter.data_ptr() for c in self.members]
+        if places != self._kept_stores[0]:
+            self._kept_stores = places, [store.view(-1) for c in self.members if (store := c.store()) is not None]
+        return self._kept_stores[1]
+
+    def _residuals(self) -> Tensor:
+        return torch.cat([c.store_residual() for c in self.members]) if self.owned is None else self.owned
 
     def values(self) -> Tensor:
-        """θ of all members, float32 (float64 where it is stored so), (total,): a new tensor."""
-        return self._joined(self._stores(), None)
-
-    def _joined(self, stores: list[Tensor], residuals: list[Tensor] | None) -> Tensor:
-        value = torch.cat(stores)
-        if value.dtype not in HALF:
-            return value
-        return join(value, torch.cat(residuals or [c.store_residual() for c in self.members]))
+        """θ of all members, float32 (float64 where it is stored so), (total,); not to be changed."""
+        if self.owned is not None and self.owned.is_floating_point():
+            return self.owned
+        value = torch.cat(self._stores())
+        return join(value, self._residuals()) if value.dtype in HALF else value
 
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         """θ ← keep · θ + Σ_k weights[k] · Z_k for all members, bit for bit as each would alone."""
         if keep == 1.0 and not any(weights):
             return
-        stores = self._stores()
-        residuals = [c.store_residual() for c in self.members] if stores[0].dtype in HALF else None
-        value = self._joined(stores, residuals)
+        value = self.values()  # the members' own, or a tensor that nobody else has
         if keep != 1.0:
             value.mul_(keep)
         self._add_weighted(value, directions, weights, seed, step)
-        if residuals is not None:
-            half, residual = (torch.empty_like(value, dtype=dtype) for dtype in (stores[0].dtype, torch.int16))
-            split_into(value, half, residual)
-            torch._foreach_copy_(residuals, list(residual.split(self.numels)))
-            value = half
-        torch._foreach_copy_(stores, list(value.split(self.numels)))
+        if value is not self.owned:
+            stores = self._stores()
+            if stores[0].dtype in HALF:
+                half = torch.empty_like(value, dtype=stores[0].dtype)
+                residual = torch.empty_like(value, dtype=torch.int16) if self.owned is None else self.owned
+                split_into(value, half, residual)
+                if self.owned is None:
+                    torch._foreach_copy_([c.store_residual() for c in self.members], list(residual.split(self.numels)))
+                value = half
+            torch._foreach_copy_(stores, list(value.split(self.numels)))
         for coordinate in self.members:
             coordinate.descended(keep, seed, step)
 
@@ -204,14 +225,14 @@ class Shown:
         return values[name]
 
 
-def together(coordinates: Sequence[Coordinate]) -> Iterator[Neighbours | Coordinate]:
-    """The same coordinates, those whose neighbours are all among them as one."""
-    here = Counter(id(c.neighbours) for c in coordinates)
+def together(coordinates: Sequence[Coordinate]) -> Iterator[Neighbours | Fleet | Coordinate]:
+    """The same coordinates, those whose neighbours, or whose fleet, are all among them as one."""
+    companies = [c.fleet or (c.neighbours if c.neighbours and c.neighbours.stored else None) for c in coordinates]
+    here = Counter(id(company) for company in companies)
     seen: set[int] = set()
-    for coordinate in coordinates:
-        neighbours = coordinate.neighbours
-        if neighbours is None or not neighbours.stored or here[id(neighbours)] < len(neighbours.members):
+    for coordinate, company in zip(coordinates, companies, strict=True):
+        if company is None or here[id(company)] < len(company.members):
             yield coordinate
-        elif id(neighbours) not in seen:
-            seen.add(id(neighbours))
-            yield neighbours
+        elif id(company) not in seen:
+            seen.add(id(company))
+            yield company

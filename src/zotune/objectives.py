@@ -38,6 +38,7 @@ class LanguageModelLoss:
     """
 
     model: nn.Module
+    capturable = True
 
     def __call__(self, batch: Batch) -> Tensor:
         targets = batch["targets"]
@@ -85,6 +86,7 @@ class ChoiceLoss:
 
     model: nn.Module
     length_normalize: bool = False
+    capturable = True
 
     def __call__(self, batch: Batch) -> Tensor:
         scores = choice_scores(self.model, batch, self.length_normalize)
@@ -100,6 +102,7 @@ class ClassifierLoss:
     """
 
     model: nn.Module
+    capturable = True
 
     def __call__(self, batch: Batch) -> Tensor:
         return cross_entropy(class_scores(self.model, batch), batch["labels"])

@@ -84,6 +84,9 @@ class ZerothOrder(torch.optim.Optimizer):
         probe: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``, one
             after the other (least memory); ``"auto"``, batched where parameters, batch and loss allow it and sequential is not clearly
             faster on the first batch. Losses are equal up to rounding; the journal and checkpoints keep the choice.
+        capture: whether batched evaluations on a CUDA device are recorded once a shape of batch and replayed, which saves the host's time
+            (see ``captured``): ``"auto"``, small batches of loss functions with ``capturable = True``, as those of ``zotune.objectives``
+            have; True, whatever the loss function is: it is then called with tensors to be read no more than once; False, never.
         journal: where to keep the run's record: a path for a new file, a :class:`~zotune.journal.Journal`, or None. Of several workers
             the first keeps it.
         workers: with whom the steps are taken (see :class:`~zotune.distributed.Workers`); None: with all processes of the default group of
@@ -112,6 +115,7 @@ class ZerothOrder(torch.optim.Optimizer):
         seed: int = 0,
         max_nonfinite_steps: int = 10,
         probe: str = "auto",
+        capture: bool | str = "auto",
         journal: str | Path | Journal | None = None,
         workers: Workers | None = None,
         examples: Examples | None = None,
@@ -147,7 +151,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.eps: float = math.nan if isinstance(self.method.eps, str) else self.method.eps
         self.probe = Probe(model, [c for group in self.coordinates for c in group], self.directions)
         try:
-            self.evaluations = Evaluations(self.probe, self.method, self.estimator, probe, self.workers)
+            self.evaluations = Evaluations(self.probe, self.method, self.estimator, probe, self.workers, capture)
             self.calibrator = self._calibrator(measured) if measured or math.isnan(self.eps) else None
         except ValueError:
             self.probe.detach()
@@ -262,6 +266,7 @@ class ZerothOrder(torch.optim.Optimizer):
         losses = self._gather(loss_fn, parts, at)
         self.forward_passes += self.method.forwards(step)
         self.sequences_evaluated += losses.evaluated
+        self.probe.foresee(self.seed, at + 1)
         estimate = losses.estimate(self.estimator, self.eps)
         rates = self._rates(estimate, losses)
         fitness = FITNESS[self.method.fitness]

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from zotune import formed, residence
 from zotune.coordinates import Coordinate, Offset
+from zotune.counter import foresee
 from zotune.directions import Directions, Key, generator_seed
+from zotune.fleets import gather
 from zotune.forward_mode import ForwardMode, dual
-from zotune.kernels import products_for
 from zotune.neighbours import draw_together
 from zotune.precision import HALF
 from zotune.side_path import SidePath
@@ -123,6 +124,8 @@ class Probe:
         self.coordinates = list(coordinates)
         self._low_rank = [c for c in self.coordinates if isinstance(c, LowRankCoordinate)]
         draw_together(self.coordinates)
+        gather(self.coordinates, directions)
+        self._names = [c.name for c in self.coordinates]
         self.devices = sorted({c.device for c in self.coordinates}, key=str)
         by_parameter = {id(c.parameter): c for c in self.coordinates}
         owners: dict[int, _Owner] = {}
@@ -132,7 +135,7 @@ class Probe:
                 if coordinate is not None:
                     owners.setdefault(id(module), _Owner(module)).parameters[local_name] = coordinate
         self._owners = list(owners.values())
-        self._siblings = _siblings(model, by_parameter)
+        self.siblings = _siblings(model, by_parameter)
         #: Whether a parameter, trained or not, is split among processes: all of them then have to evaluate the same points together.
         self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
         #: Whether a parameter is away between forwards (``residence``), so that every forward brings it in again.
@@ -154,7 +157,7 @@ class Probe:
             and not c.transposed
             and owned[id(c)] == 1
             and not self.sharded
-            and products_for(c.parameter.data, c.rank) is not None
+            and formed.kernel_of(c) is not None
         }
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------------
@@ -188,13 +191,16 @@ class Probe:
         Raises:
             NotStackable: the model does something with a parameter that has no batched form.
         """
-        key = Key(stack.seed, stack.step, 0, "", "loss")
-        with torch.no_grad(), self.evaluation_mode(), self._stacked(stack), isolated_generators(key, self.devices):
+        with isolated_generators(Key(stack.seed, stack.step, 0, "", "loss"), self.devices):
+            return self.evaluate_lent(function, Lending(stack, self.directions, self.siblings))
+
+    def evaluate_lent(self, function: Callable[[], T], lending: Lending) -> T:
+        """:meth:`evaluate_stacked` with what is lent given, and the generators as they are."""
+        with torch.no_grad(), self.evaluation_mode(), self._stacked(lending):
             return function()
 
     @contextmanager
-    def _stacked(self, stack: Stack) -> Iterator[None]:
-        lending = Lending(stack, self.directions, self._siblings)
+    def _stacked(self, lending: Lending) -> Iterator[None]:
         try:
             with self._lent({id(o): {name: partial(lending.lend, c) for name, c in o.parameters.items()} for o in self._owners}):
                 for coordinate in self._low_rank:
@@ -312,6 +318,11 @@ class Probe:
             except ValueError:
                 self.detach()
                 raise
+
+    def foresee(self, seed: int, step: int) -> None:
+        """While a device is busy: what the directions of ``step`` will need of the host."""
+        if len(self.devices) == 1 and self.devices[0].type != "cpu":
+            foresee(seed, step, self._names, self.devices[0])
 
     def forget_directions(self) -> None:
         """Let go of directions that are kept between a step's evaluations and its update."""

@@ -69,7 +69,7 @@ def scaled_pairs(scale: float, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def scaled_magnitudes(scale: float, device: torch.device) -> Tensor:
-    """``scale`` times h, float32, (2¹⁴,): with :data:`LATTICE` and the sign bits it makes :func:`scaled_pairs` of an eighth of the memory."""
+    """``scale`` times h, float32, (2¹⁴,): with :data:`LATTICE` and signs, :func:`scaled_pairs` in an eighth of the memory."""
     with torch.inference_mode(False):
         magnitudes = normal_pairs(device)[::4, 0].contiguous()
         return magnitudes if scale == 1.0 else magnitudes * scale

@@ -27,23 +27,31 @@ from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key
 from zotune.formed import formed, forms
 from zotune.frozen_linear import owner_of
-from zotune.kernels import norms_for
-from zotune.neighbours import Shown
+from zotune.held_keys import Keys, Source
+from zotune.kernels import norms_for, products_for
+from zotune.neighbours import Neighbours, Shown
 from zotune.sending import send_list
 from zotune.stacking import NotStackable, Stack
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.unformed import LARGE, STRIP, rows_looked_up
-
 
 #: Most blocks of one forward that a layer forms weights for.
 FORMED = 8
 
 
 class Lending:
-    """The stacked parameters of one evaluation."""
+    """The stacked parameters of one evaluation; with ``hold`` of several, which read their directions in the same memory."""
 
-    def __init__(self, stack: Stack, directions: Directions, siblings: Mapping[str, Sequence[LowRankCoordinate]] | None = None) -> None:
-        self.stack = stack
+    def __init__(
+        self,
+        stack: Stack,
+        directions: Directions,
+        siblings: Mapping[str, Sequence[LowRankCoordinate]] | None = None,
+        hold: bool = False,
+    ) -> None:
+        self.stack, self.hold = stack, hold
+        self._held: dict[int, tuple[Coordinate | Neighbours, Tensor]] = {}
+        self._keys: Keys | None = None
         self.siblings = siblings or {}  # by name: layers that may be given the same input, this one among them
         self._input: tuple[weakref.ref[Tensor] | None, int] = None, 0
         self._thin: dict[str, Tensor] = {}
@@ -78,11 +86,52 @@ class Lending:
 
     def _own_z(self, coordinate: Coordinate) -> Tensor:
         """The groups' directions, (G, *shape)."""
-        z = self._by_group(coordinate.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
+        z = self._drawn(coordinate)
         if coordinate.turn is not None:
             moves = [float(coordinate.moves(self.stack.step, direction)) for direction in self.stack.directions]
             z = z * send_list(moves, z.device).view(-1, *[1] * (z.dim() - 1))
         return z
+
+    def _drawn(self, whose: Coordinate | Neighbours) -> Tensor:
+        if id(whose) in self._held:
+            return self._held[id(whose)][1]
+        z = self._by_group(whose.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
+        if self.hold:
+            self._held[id(whose)] = whose, z.clone()
+            return self._held[id(whose)][1]
+        return z
+
+    def renew(self, stack: Stack) -> None:
+        """Bring the directions of another step, of a stack that is cut up alike, to where the last ones are held."""
+        self.stack = stack
+        for whose, z in self._held.values():
+            z.copy_(self._by_group(whose.many(self.directions, stack.seed, stack.step, self.first, self.count)))
+        if self._keys is not None:
+            self._keys.renew(stack.seed, stack.step)
+
+    def both(self, coordinate: FullCoordinate, direction: int, scales: Sequence[float]) -> Tensor:
+        """The two weights of a large matrix in full space, from a key that is held."""
+        key = Key(self.stack.seed, self.stack.step, direction, coordinate.name)
+        source = self._source(coordinate, direction, scales[0])
+        found = coordinate.both_at(self.directions, key, scales, source)
+        if found is None:
+            raise NotStackable(f"nothing makes the weights of {coordinate.name} from a key that is held")
+        return found
+
+    def rows(self, coordinate: FullCoordinate, offset: Offset | None, ids: Tensor) -> Tensor:
+        """Rows of a large table in full space, likewise."""
+        if offset is None:
+            return F.embedding(ids, coordinate.parameter.detach())
+        source = self._source(coordinate, offset.direction, offset.scale)
+        found = coordinate.rows_from(self.directions, offset, ids.reshape(-1).long(), source)
+        if found is None:
+            raise NotStackable(f"nothing makes the rows of {coordinate.name} from a key that is held")
+        return found.view(*ids.shape, -1)
+
+    def _source(self, coordinate: FullCoordinate, direction: int, scale: float) -> Source:
+        if self._keys is None:
+            self._keys = Keys(self.directions, self.stack.seed, self.stack.step, coordinate.device)
+        return self._keys.source(coordinate.name, direction, scale)
 
     def _by_group(self, z: Tensor) -> Tensor:
         if not self.in_order:
@@ -95,7 +144,7 @@ class Lending:
         if neighbours is not None and neighbours.stored:
             shown = self._shown.get((id(neighbours), dtype))
             if shown is None:
-                z = self._by_group(neighbours.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
+                z = self._drawn(neighbours)
                 shown = self._shown[id(neighbours), dtype] = Shown(neighbours, z, self.scales(z, 0), dtype)
             return shown.of(coordinate.name).view(self.blocks, *coordinate.shape)
         z, value = self._own_z(coordinate), coordinate.value()
@@ -156,6 +205,8 @@ class Stacked(torch.Tensor):
         if self.blockwise is not None:
             return self.blockwise
         if not self.coordinate.thin:
+            if self.lending.hold:
+                raise NotStackable(f"{self.coordinate.name} is read as a whole")
             return torch.stack([self.coordinate.at(self.lending.directions, offset) for offset in self.offsets()])
         return self.lending.values(self.coordinate, self.plain.dtype)
 
@@ -247,6 +298,10 @@ def _dense_linear(x: Tensor, weight: Stacked, bias: Tensor | None) -> Tensor:
     strip = max(1, STRIP // columns) if coordinate.numel > LARGE and x.device.type == "cpu" else height
     for group, (direction, scales) in enumerate(zip(stack.directions, stack.scales, strict=True)):
         blocks = range(group * len(scales), (group + 1) * len(scales))
+        if lending.hold:
+            for block, one in zip(blocks, lending.both(coordinate, direction, scales), strict=True):
+                _product(rows[block], one, bias, block, out[block])
+            continue
         if not coordinate.moves(stack.step, direction):
             for block in blocks:
                 _product(rows[block], weight.plain, bias, block, out[block])
@@ -302,16 +357,12 @@ def _beside(first: Tensor | None, x: Tensor, weight: Stacked, *, fixed_first: bo
         left, right = torch.bmm(x.reshape(blocks, -1, x.shape[-1]), moved), v.expand(blocks, *v.shape)
     if first is None:
         return torch.bmm(left, right)
+    kernel = products_for(left, left.shape[2])
+    if kernel is not None:
+        return kernel.outer(first, left, right)
     if left.shape[2] == 1:
         return torch.addcmul(first, left, right)  # several times faster than a batched product with nothing to sum over
-    if x.device.type == "cpu":
-        return torch.baddbmm(first, left, right)
-    # The bias as one more rank: baddbmm would write it out, read it and write again. An inner dimension of eight keeps the fast products.
-    rank = left.shape[2]
-    spare = -(rank + 1) % 8
-    bias = first.to(right.dtype).expand(blocks, 1, right.shape[2])
-    right = torch.cat([right, bias, right.new_zeros(blocks, spare, right.shape[2])], dim=1)
-    return torch.bmm(F.pad(F.pad(left, (0, 1), value=1.0), (0, spare)), right)
+    return torch.baddbmm(first, left, right)
 
 
 def _moved(weight: Stacked, dtype: torch.dtype) -> Tensor:
@@ -379,7 +430,7 @@ def _embedding(
     first = torch.arange(groups, device=ids.device).unsqueeze(1) * height
     left = F.embedding(by_group + first, z.flatten(0, 1)).view(groups, blocks // groups, -1, rank)
     left = left * lending.scales(z, 2)
-    if coordinate.pending:
+    if coordinate.pending or lending.hold:
         left += F.embedding(by_block, coordinate.a).view(left.shape)
     output.view(-1, output.shape[-1]).addmm_(left.view(-1, rank).to(output.dtype), coordinate.v.T.to(output.dtype))
     return output
@@ -389,6 +440,8 @@ def _looked_up(weight: Stacked, offset: Offset | None, ids: Tensor) -> Tensor:
     """(W + s Z)[ids] of a table in full space."""
     coordinate, directions = weight.coordinate, weight.lending.directions
     assert isinstance(coordinate, FullCoordinate)
+    if weight.lending.hold:
+        return weight.lending.rows(coordinate, offset, ids)
     found = None if offset is None else rows_looked_up(coordinate, directions, offset, ids)
     return F.embedding(ids, coordinate.at(directions, offset)) if found is None else found
 

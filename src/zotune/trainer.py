@@ -97,6 +97,7 @@ class ZOTrainer(EvaluatedTrainer):
         self._own_optimizer = optimizers[0] is None
         self._from_the_start = self._follows = False
         self._micro_batches: list[Batch] = []
+        self._bound: tuple[Objective, LossFunction] | None = None
         self._since_train = StepSums()
         super().__init__(model, args, *positional, optimizers=optimizers, **kwargs)
         for chosen in (objective, eval_objective):
@@ -319,7 +320,9 @@ class ZOTrainer(EvaluatedTrainer):
     def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
         objective = self.objective or layout(batches[0])
         if objective is not None:
-            return bound(objective, self.model)
+            if self._bound is None or self._bound[0] != objective:  # one for all steps, so that it is known again (``captured``)
+                self._bound = objective, bound(objective, self.model)
+            return self._bound[1]
         # The model sums over its labels and divides by those of all micro-batches, whereas the optimizer averages the
         # micro-batches.
         scaled = self.loss_is_scaled_for_ga

@@ -118,7 +118,8 @@ def rows_looked_up(coordinate: FullCoordinate, directions: Directions, offset: O
     if ids.device.type != "cpu":  # to count the different ones would mean waiting for the device
         if 2 * ids.numel() >= coordinate.shape[0]:
             return None
-        return coordinate.rows_at(directions, offset, ids.reshape(-1).long()).view(*ids.shape, -1)
+        rows: Tensor = coordinate.rows_at(directions, offset, ids.reshape(-1).long())
+        return rows.view(*ids.shape, -1)
     rows, places = torch.unique(ids, return_inverse=True)
     if 2 * rows.numel() >= coordinate.shape[0]:
         return None

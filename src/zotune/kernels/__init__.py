@@ -32,9 +32,9 @@ def moves_for(weight: Tensor, residual: Tensor | None) -> Any:
     return None
 
 
-def products_for(weight: Tensor, rank: int) -> Any:
-    """The module with ``plus`` and ``fold`` for a contiguous matrix and factors of this rank; None as above."""
-    if _reach(weight) and weight.dtype in (torch.float32, torch.bfloat16) and rank <= MOST_RANK and weight.is_contiguous():
+def products_for(tensor: Tensor, rank: int) -> Any:
+    """The module with ``plus``, ``fold`` and ``outer`` for tensors like this one and factors of this rank; None as above."""
+    if _reach(tensor) and tensor.dtype in (torch.float32, torch.bfloat16) and rank <= MOST_RANK:
         return _module("products")
     return None
 

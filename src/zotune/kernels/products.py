@@ -88,3 +88,34 @@ def fold(weight: Tensor, residual: Tensor | None, left: Tensor, right: Tensor, k
     """W ← keep · W + left · rightᵀ; left (m, r), right (n, r) float32. A bfloat16 W without residual rounds by ``rounding``'s dither."""
     mode = 2 if residual is not None else 1
     _launch(weight, residual, left.unsqueeze(0), right, weight, keep, mode, rounding if weight.dtype == torch.bfloat16 else None)
+
+
+@triton.jit
+def _outer(
+    bias, left, right, out, rows, m, bias_block, left_block, left_row, left_rank, right_block, right_rank, right_column,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.load(bias + block * bias_block + column, mask=column < m, other=0.0).to(tl.float32)[None, :]
+    for k in tl.static_range(RANK):
+        a = tl.load(left + block * left_block + row * left_row + k * left_rank, mask=row < rows, other=0.0).to(tl.float32)
+        b = tl.load(right + block * right_block + k * right_rank + column * right_column, mask=column < m, other=0.0).to(tl.float32)
+        total = total + a[:, None] * b[None, :]
+    place = (block * rows + row[:, None]) * m + column[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < m)[None, :])
+
+
+def outer(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """b_B + left_B · right_B, (B, q, m), in left's dtype, for left (B, q, r), right (B, r, m) and b (B, 1, m) or (m,): written once."""
+    (blocks, rows, rank), m = left.shape, right.shape[2]
+    out = torch.empty(blocks, rows, m, dtype=left.dtype, device=left.device)
+    assert bias.stride(-1) == 1
+    grid = (triton.cdiv(rows, _ROWS), triton.cdiv(m, _COLUMNS), blocks)
+    with torch.cuda.device_of(left):
+        _outer[grid](
+            bias, left, right, out, rows, m, bias.stride(0) if bias.dim() == 3 else 0, *left.stride(), *right.stride(),
+            RANK=rank, ROWS=_ROWS, COLUMNS=_COLUMNS,
+        )  # fmt: skip
+    return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,10 +112,8 @@ class FullCoordinate(Coordinate):
         Z is drawn once for all of them, and W joined with its residual once; each strip is in the memory of the last.
         """
         flat, columns = self._flat(), self.shape[1]
-        kernel = moves_for(flat, self.residual) if directions.dense else None
-        if kernel is not None and height >= self.shape[0] and len(scales) == 2 and scales[0] == -scales[1]:
-            both = torch.empty(2, *self.shape, dtype=flat.dtype, device=flat.device)
-            kernel.perturb_both(directions, key, scales[0] * directions.scale(key, self.numel, self.device), flat, self.residual, both)
+        both = self.both_at(directions, key, scales) if height >= self.shape[0] else None
+        if both is not None:
             yield slice(0, self.shape[0]), list(both)
             return
         unit = directions.scale(key, self.numel, self.device)
@@ -128,6 +127,19 @@ class FullCoordinate(Coordinate):
                 whole.stop, self.device, partial(self._together, directions, key, scales, largest, unit, flat, strips, whole), whole.start
             )
             yield rows, [strip.view(-1, columns) for strip in strips]
+
+    def both_at(self, directions: Directions, key: Key, scales: Sequence[float], source: Any = None) -> Tensor | None:
+        """W + s Z and W − s Z, (2, m, n), or the first alone, where a kernel makes them at once; ``source``: from where it reads the key,
+        to be recorded."""
+        flat = self._flat()
+        fits = directions.dense and (len(scales) == 1 or (len(scales) == 2 and scales[0] == -scales[1]))
+        kernel = moves_for(flat, self.residual) if fits else None
+        if kernel is None:
+            return None
+        found = torch.empty(len(scales), *self.shape, dtype=flat.dtype, device=flat.device)
+        scale = scales[0] * directions.scale(key, self.numel, self.device)
+        (kernel.perturb if len(scales) == 1 else kernel.perturb_both)(directions, key, scale, flat, self.residual, found, source)
+        return found
 
     def _together(
         self,
@@ -155,8 +167,21 @@ class FullCoordinate(Coordinate):
             else:
                 strip[here].copy_(base)
 
+    def rows_from(self, directions: Directions, offset: Offset, rows: Tensor, source: Any = None) -> Tensor | None:
+        """:meth:`rows_at` where a kernel makes them; ``source`` as in :meth:`both_at`."""
+        weight = self.parameter.data
+        kernel = moves_for(weight, self.residual) if directions.dense and weight.is_contiguous() else None
+        if kernel is None:
+            return None
+        scale = self.move_scale(directions, offset)
+        found: Tensor = kernel.perturb_rows(directions, offset.key(self.name), scale, weight, self.residual, rows, source)
+        return found
+
     def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
         """Rows ``rows`` (int64, (R,)) of :meth:`at` for a matrix that is not thin, bit for bit, without the others."""
+        found = self.rows_from(directions, offset, rows)
+        if found is not None:
+            return found
         key, columns = offset.key(self.name), self.shape[1]
         move = directions.rows(key, rows, columns).mul_(self.move_scale(directions, offset))
         weight = self.parameter.detach()[rows]
@@ -227,7 +252,7 @@ class FullCoordinate(Coordinate):
     def _add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float) -> None:
         columns = self.parameter.shape[1]
         rounding = Key(seed, step, 0, self.name, "rounding")
-        kernel = products_for(self.parameter.data, left.shape[1])
+        kernel = products_for(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
         if kernel is not None:
             kernel.fold(self.parameter.data, self.residual, left.float(), right.float(), keep, rounding)
             return
@@ -241,7 +266,7 @@ class FullCoordinate(Coordinate):
 
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """W + left · rightᵀ in W's dtype, a new tensor, made like :meth:`add_product`."""
-        kernel = products_for(self.parameter.data, left.shape[1])
+        kernel = products_for(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
         if kernel is not None:
             return kernel.plus(self.parameter.data, self.residual, left.float().unsqueeze(0), right.float())[0]
         columns, flat = self.parameter.shape[1], self._flat()
@@ -257,8 +282,19 @@ class FullCoordinate(Coordinate):
         height = max(1, (1 << 17 if self.device.type == "cpu" else 1 << 23) // columns)
         return (slice(top, min(rows, top + height)) for top in range(0, rows, height))
 
+    @property
+    def fleets(self) -> bool:  # type: ignore[override]
+        return type(self) is FullCoordinate and not self.thin
+
     def store(self) -> Tensor | None:
         return self.parameter.data if self.parameter.is_contiguous() else None
+
+    @property
+    def own_store(self) -> Tensor | None:
+        return self.residual if residence.home(self.parameter) is None else None
+
+    def rehouse(self, memory: Tensor) -> None:
+        self.residual = memory
 
     def store_residual(self) -> Tensor:
         assert self.residual is not None
@@ -276,7 +312,7 @@ class FullCoordinate(Coordinate):
         return type(self) is FullCoordinate
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.residual is None else {"residual": residence.lasting(self.residual)}
+        return {} if self.residual is None else {"residual": alone(residence.lasting(self.residual))}
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         if self.residual is not None:
@@ -290,6 +326,11 @@ class Full(Space):
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
         return full_coordinate(name, parameter)
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where it is a part of another one: what is saved has memory of its own."""
+    return tensor if tensor._base is None else tensor.clone()
 
 
 def is_sharded(parameter: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zotune import frozen_linear, residence
 from zotune.coordinates import Carry, Coordinate, Offset
 from zotune.directions import Directions, Key
-from zotune.subspaces.full import full_coordinate
+from zotune.subspaces.full import alone, full_coordinate
 from zotune.subspaces.subspace import Space
 
 
@@ -66,12 +66,15 @@ class LowRankCoordinate(Coordinate):
 
     def redraw(self, seed: int, redraw: int) -> Carry | None:
         """Draw the fixed factors of an interval; how first moments of θ follow from the old ones to the new."""
-        old = self.v
         v = self._gaussian(seed, redraw, "subspace", self.v.shape)
         if self.scale != 1.0:
             v *= self.scale
-        self.v = self._laid_out(v)
-        transport = old.T @ self.v / (self.v.shape[0] * self.scale**2)
+        v = self._laid_out(v)
+        transport = self.v.T @ v / (v.shape[0] * self.scale**2)
+        if self.device.type != "cpu" and v.stride() == self.v.stride():
+            self.v.copy_(v)  # a recorded forward reads it there
+        else:
+            self.v = v
         return lambda moment: moment @ transport
 
     def kept(self) -> list[Tensor]:
@@ -155,6 +158,15 @@ class LowRankCoordinate(Coordinate):
     def store(self) -> Tensor | None:
         return self.core
 
+    @property
+    def own_store(self) -> Tensor | None:
+        return self.core
+
+    def rehouse(self, memory: Tensor) -> None:
+        rests = self.moved is self.core
+        self.core = memory.view(self.shape)
+        self.moved = self.core if rests else self.moved
+
     def descended(self, keep: float, seed: int, step: int) -> None:
         self.keep *= keep
         self._changed(seed, step)
@@ -219,7 +231,7 @@ class LowRankCoordinate(Coordinate):
             return self._weight.state() | stored
         # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
         return {
-            "a": self.core,
+            "a": alone(self.core),
             **({"base": residence.lasting(self.parameter)} if layer is None else stored),
             "keep": torch.tensor(self.keep, dtype=torch.float64),
             "clock": torch.tensor(self.clock[1]),
