@@ -135,11 +135,13 @@ def build(shape: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
 
 
 def make_batch(rows: int, tokens: int, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
-    """A prompt whose answer is the last token: the head is asked at one position a row."""
+    """A prompt whose answer is the last token: the head is asked at one position a row. Of several the first is two tokens shorter."""
     generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    mask[: min(1, rows - 1), :2] = 0
     return {
         "input_ids": torch.randint(5, vocabulary, (rows, tokens), generator=generator).to(device),
-        "attention_mask": torch.ones(rows, tokens, dtype=torch.long, device=device),
+        "attention_mask": mask.to(device),
         "positions": torch.full((rows, 1), tokens - 2, device=device),
         "targets": torch.randint(5, vocabulary, (rows, 1), generator=generator).to(device),
     }

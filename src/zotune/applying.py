@@ -54,12 +54,20 @@ def take(optimizer: ZerothOrder, record: Record) -> None:
         for group, coordinates, lr in zip(optimizer.param_groups, optimizer.coordinates, record.lrs, strict=True):
             weight_decay = 0.0 if place else float(group["weight_decay"])
             at_once = optimizer.rule.plain and optimizer.method.replayed is None
-            for coordinate in together(coordinates) if at_once else coordinates:
+            for coordinate in _companies(optimizer, coordinates) if at_once else coordinates:
                 _update(optimizer, coordinate, term.step, term.coefficients, factor * lr, weight_decay)
                 if isinstance(coordinate, CurvedCoordinate):
                     coordinate.learn(optimizer.directions, record.coefficients[k:], optimizer.seed, record.step)
     if not terms:
         optimizer.probe.forget_directions()
+
+
+def _companies(optimizer: ZerothOrder, coordinates: list[Coordinate]) -> list[Neighbours | Fleet | Coordinate]:
+    """A group's coordinates, those that are updated together as one; found once."""
+    found = optimizer._companies.get(id(coordinates))
+    if found is None:
+        found = optimizer._companies[id(coordinates)] = list(together(coordinates))
+    return found
 
 
 def _update(

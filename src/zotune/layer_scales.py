@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from zotune.subspaces import LowRankCoordinate
@@ -99,12 +98,12 @@ def measure(layers: Sequence[Sequence[LowRankCoordinate]], coefficients: Coeffic
 @contextmanager
 def silenced(coordinates: Sequence[LowRankCoordinate]) -> Iterator[None]:
     """Within, directions do not move these: their V is 0."""
-    kept = [c.v for c in coordinates]
+    kept = [c.v.clone() for c in coordinates]
     for coordinate in coordinates:
         assert not coordinate.pending, f"{coordinate.name} has moved since V was drawn"
-        coordinate.v = torch.zeros_like(coordinate.v)
+        coordinate.v.zero_()  # where it is: a recorded forward reads it there
     try:
         yield
     finally:
         for coordinate, v in zip(coordinates, kept, strict=True):
-            coordinate.v = v
+            coordinate.v.copy_(v)

@@ -34,6 +34,8 @@ RUN = 1 << 14
 ACCELERATOR_RUN = 1 << 18
 #: Numbers of the largest coordinate that is drawn together with others there: a page of words.
 ACCELERATOR_NUMEL = 8 * PAGE
+#: Numbers that may be drawn a step ahead, while the device is busy.
+AHEAD = 1 << 23
 #: No more numbers are drawn at a time than these, unless a forward wants more at once: they are what a step holds beside the weights.
 DRAWN = 1 << 19
 
@@ -94,6 +96,8 @@ class Neighbours:
         self._kept_stores: tuple[list[int], list[Tensor]] = [], []
         self.together = min(GROUP, max(1, DRAWN // end))  # directions drawn at a time
         self.drawn: tuple[Key, Tensor] | None = None
+        self._ahead: tuple[Key, Tensor] | None = None
+        self._asked = 0, 0
         self._sum: tuple[tuple[int, int, tuple[float, ...]], Tensor] | None = None
         self._done: set[str] = set()  # who needs what is kept no longer
 
@@ -111,9 +115,21 @@ class Neighbours:
             begin, size = first, 1
         key = Key(seed, step, begin, self.names[0])
         self._done.clear()
+        self._asked = begin, size
         self.drawn = None  # before the next ones take their memory
-        self.drawn = key, directions.draw_together(key, size, self.names, self.numels, self.device)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == key and len(ahead[1]) == size:
+            self.drawn = ahead
+        else:
+            self.drawn = key, directions.draw_together(key, size, self.names, self.numels, self.device)
         return self.drawn[1][first - begin : first - begin + count]
+
+    def foresee(self, directions: Directions, seed: int, step: int) -> None:
+        """Draw what a step to come will ask for first, if it asks for what the last one did and that is little."""
+        begin, size = self._asked
+        if 0 < size * self.total <= AHEAD:
+            key = Key(seed, step, begin, self.names[0])
+            self._ahead = key, directions.draw_together(key, size, self.names, self.numels, self.device)
 
     def holds(self, name: str) -> bool:
         """Whether directions are kept that ``name`` may still ask for."""

@@ -148,6 +148,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.past: list[Past] = []
         self.anchor = Anchor(self.method.anchoring) if self.method.anchoring else None
         self._terms: tuple[Past, ...] = ()
+        self._companies: dict[int, list[Any]] = {}
         self.eps: float = math.nan if isinstance(self.method.eps, str) else self.method.eps
         self.probe = Probe(model, [c for group in self.coordinates for c in group], self.directions)
         try:

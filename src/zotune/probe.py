@@ -123,7 +123,7 @@ class Probe:
         self.directions = directions
         self.coordinates = list(coordinates)
         self._low_rank = [c for c in self.coordinates if isinstance(c, LowRankCoordinate)]
-        draw_together(self.coordinates)
+        self._neighbours = draw_together(self.coordinates)
         gather(self.coordinates, directions)
         self._names = [c.name for c in self.coordinates]
         self.devices = sorted({c.device for c in self.coordinates}, key=str)
@@ -323,6 +323,8 @@ class Probe:
         """While a device is busy: what the directions of ``step`` will need of the host."""
         if len(self.devices) == 1 and self.devices[0].type != "cpu":
             foresee(seed, step, self._names, self.devices[0])
+            for neighbours in self._neighbours:
+                neighbours.foresee(self.directions, seed, step)
 
     def forget_directions(self) -> None:
         """Let go of directions that are kept between a step's evaluations and its update."""
