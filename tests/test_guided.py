@@ -29,7 +29,7 @@ def examples(step: int, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def optimizer(model: torch.nn.Module, lr: float | str = 1e-2, **options) -> ZerothOrder:
-    method = methods.lozo_g(**{"interval": INTERVAL, "rank": 2, "examples": 48, **options})
+    method = methods.lozo_g(**{"interval": INTERVAL, "rank": 2, "guide": 2, "begin": 1, "examples": 48, **options})
     return ZerothOrder(model, method, lr=lr, examples=examples)
 
 
@@ -135,10 +135,11 @@ def test_a_guided_turn_moves_its_layers_within_the_guide_and_leaves_other_matric
         assert torch.allclose(inside, moved, atol=1e-5 + 1e-3 * float(moved.abs().max())), name
 
 
+@pytest.mark.parametrize("guide_rank", [1, 3])
 @pytest.mark.parametrize("probe", ["batched", "sequential"])
-def test_a_guided_coefficient_is_that_of_the_weights_perturbed_by_hand(probe):
+def test_a_guided_coefficient_is_that_of_the_weights_perturbed_by_hand(probe, guide_rank):
     model = tiny_llama()
-    method = methods.lozo_g(interval=INTERVAL, examples=48, num_directions=1, eps=1e-2, layer_scales=False)
+    method = methods.lozo_g(interval=INTERVAL, guide=guide_rank, begin=1, examples=48, num_directions=1, eps=1e-2, layer_scales=False)
     steps = ZerothOrder(model, method, lr=0.0, examples=examples, probe=probe)
     run(model, steps, 0, INTERVAL + 1)
     hand = copy.deepcopy(model)
@@ -149,8 +150,8 @@ def test_a_guided_coefficient_is_that_of_the_weights_perturbed_by_hand(probe):
             if isinstance(coordinate, GuidedCoordinate):
                 if not coordinate.guided:
                     continue
-                m, r = coordinate.p.shape
-                z = math.sqrt(m / r) * coordinate.p @ (coordinate.p.T @ z) @ coordinate.v.T
+                s = z.flatten()[: guide_rank**2].view(guide_rank, guide_rank)
+                z = math.sqrt(z.numel()) / guide_rank * coordinate.p @ s @ coordinate.v.T
             parameter.add_(z, alpha=1e-2)
         moved = float(objectives.LanguageModelLoss(hand)(batch(INTERVAL)).mean())
     assert float(steps.last.coefficients[0]) == pytest.approx((moved - here) / 1e-2, rel=2e-2, abs=2e-3)
@@ -211,6 +212,16 @@ def turns(optimizer: ZerothOrder, promises: tuple[float, float], count: int) -> 
             calibrator.step_size.waited = 0
         chosen.append(guided)
     return chosen
+
+
+def test_lozo_has_the_first_turns_and_a_guide_a_rank_of_its_own():
+    model = tiny_llama()
+    steps, seen = optimizer(model, begin=2, rank=1, guide=3), []
+    for step in range(4 * INTERVAL):
+        run(model, steps, step, step + 1)
+        seen.append({tuple(c.p.shape[1:]) + tuple(c.v.shape[1:]) for c in steps.probe.coordinates if getattr(c, "guided", False)})
+    assert seen == [set()] * 2 * INTERVAL + [{(3, 3)}] * INTERVAL + [set()] * INTERVAL
+    assert all(c.v.shape[1] == 1 and c.p.shape[1] == 0 for c in steps.probe.coordinates if isinstance(c, GuidedCoordinate))
 
 
 def test_the_turn_that_promises_more_is_taken_and_the_other_waits_for_three_at_most():

@@ -391,7 +391,7 @@ class ZerothOrder(torch.optim.Optimizer):
             return
         if self.method.subspace.turn is not None:
             measured = self.calibrator is not None and self.calibrator.chooses_lr
-            if not (self.calibrator.guided_next() if measured and self.calibrator else step // self.method.subspace.turn % 2):
+            if not (self.calibrator.guided_next() if measured and self.calibrator else self.method.subspace.alternates(step)):
                 return
         wanted = self.method.subspace.looks_at(step)
         if wanted and self.examples is not None and parts is not None:

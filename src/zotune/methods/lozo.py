@@ -128,22 +128,25 @@ def lozo_g(
     rank: int = 1,
     interval: int = 15,
     layer_scales: bool = True,
+    guide: int = 3,
+    begin: int = 2,
     examples: int = 128,
     rule: str = "SGD",
     rule_args: dict[str, Any] | None = None,
 ) -> Method:
     """LOZO-G: LOZO-E in turn with a subspace that the output errors guide, zotune's own (LOZO 2410.07698; guided ES 1806.10230).
 
-    for ν steps as LOZO-E;   for ν steps   W ← W − η ĝ,   ĝ = (1/K) Σ c_k √(m/r) P Pᵀ U_k Vᵀ / r   for layers that write to the hidden state
+    2ν steps as LOZO-E;   then by turns ν steps as LOZO-E, or ν steps   W ← W − η (1/K) Σ c_k √(m/r)/q P S_k Vᵀ   for layers that write to the
+    hidden state, S_k (q, q) of standard normals
 
     δ_i = W_headᵀ (softmax(z_i) − e_{y_i}), which a forward pass tells, is the gradient in the last hidden state; what a layer's
     inputs x_i can tell of it by ridge regression, δ̂ = B x, spans what that layer should do about it: P, the leading directions of δ̂, and
     V = Bᵀ P (see ``subspaces.guided``). The part of a loss difference that is signal is many times larger there than along random
     directions, but little can be reached; the other turn reaches everything. ``examples`` of the training data are evaluated once for
     that at a guided turn, in a trainer or where the optimizer was given ``examples``; else the step's batch is. P and V go to the journal
-    in bfloat16, 2·r·(m + n) bytes a guided layer and turn, so that a run replays without the data. Where the loss tells no errors
+    in bfloat16, 2·q·(m + n) bytes a guided layer and turn, so that a run replays without the data. Where the loss tells no errors
     (it is told for language-model losses) every turn is LOZO-E's.
-    State: A, V and P, r·(2m + n) float32 numbers a matrix.
+    State: A, and V and P of a guided layer, r·m + q·(m + n) float32 numbers a matrix.
     """
     return Method(
         name="lozo-g",
@@ -154,7 +157,7 @@ def lozo_g(
         num_directions=num_directions,
         direction=direction,
         estimator=estimator,
-        subspace=Guided(rank, interval, layer_scales, examples),
+        subspace=Guided(rank, interval, layer_scales, guide, begin, examples),
         rule=rule,
         rule_args=rule_args or {},
         estimates="descent",

@@ -24,21 +24,27 @@ REST = torch.zeros(1, dtype=torch.bfloat16)
 class GuidedCoordinate(InputsCoordinate):
     """θ (m, r) of W + E(θ) Vᵀ: as in LOZO, or *guided* by the output errors, or at rest while others are guided, an interval each.
 
-    Guided, E(θ) = √(m/r) P Pᵀ θ with orthonormal P (m, r), so that W moves as W + P S Vᵀ with S = √(m/r) Pᵀ θ (r, r) and directions have
-    LOZO's length; V (n, r) are the inputs' combinations that tell the errors. P and V are bfloat16 numbers, as the journal keeps them.
-    At rest V is 0.
+    Guided, E(θ) = √(m r) / q · P S with orthonormal P (m, q) and S (q, q) the first q² numbers of θ, so that W moves as W + P S Vᵀ and
+    directions have LOZO's length; V (n, q) are the inputs' combinations that tell the errors. P and V are bfloat16 numbers, as the
+    journal keeps them. At rest V is 0.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
         super().__init__(name, parameter, rank, interval)
-        self.p = torch.zeros(self.shape, device=parameter.device)
+        self.p = torch.empty(parameter.shape[0], 0, device=parameter.device)
         self.guided = False
 
     def expand(self, core: Tensor) -> Tensor:
-        return math.sqrt(self.shape[0] / self.shape[1]) * (self.p @ (self.p.T @ core)) if self.guided else core
+        if not self.guided:
+            return core
+        q = self.p.shape[1]
+        s = core.flatten(-2)[..., : q * q].unflatten(-1, (q, q))
+        return math.sqrt(core.shape[-2] * core.shape[-1]) / q * (self.p @ s)
 
     def redraw(self, seed: int, redraw: int) -> Carry | None:
         observed, was, self.guided = self.observed, self.seen, False
+        self.v = torch.zeros(len(self.v), self.rank, device=self.device)  # a guide has a rank of its own
+        self.p = self.p[:, :0]
         if observed is None:
             carry = super().redraw(seed, redraw)
         else:
@@ -46,8 +52,8 @@ class GuidedCoordinate(InputsCoordinate):
             found = observed.to(self.device, torch.float32)
             self.guided = found.numel() > 1
             if self.guided:
-                self.p.copy_(found[: self.shape[0]])
-            self.v = self._laid_out(found[self.shape[0] :]) if self.guided else torch.zeros_like(self.v)
+                self.p = found[: self.shape[0]].clone()
+                self.v = self._laid_out(found[self.shape[0] :])
             carry = None
         return torch.zeros_like if was or self.seen else carry  # the two subspaces have nothing to do with each other
 
@@ -72,25 +78,30 @@ class Guided(LowRank):
         P = the leading right singular vectors of the fitted δ̂ (N, d),   V = Bᵀ P, scaled to answer to a text as loudly as in LOZO.
 
     Moves along P S Vᵀ have a far larger share of signal in their loss differences than random ones, but reach little; the other turn
-    reaches everything. They alternate; where rates are measured the one whose last step promised more is taken, the other after three
-    turns at most (``calibration.Calibrator.guided_next``). Where no errors are told (a loss of one's own, a model without a head) every
+    reaches everything, and has the first ``begin`` turns. Then they alternate; where rates are measured the one whose last step promised
+    more is taken, the other after three turns at most (``calibration.Calibrator.guided_next``). Where no errors are told (a loss of one's own, a model without a head) every
     turn is LOZO's.
 
     Args:
-        rank: r.
+        rank: r of LOZO's turns.
         interval: steps of a turn.
         layer_scales: as in ``LowRank``, measured in LOZO's turns.
+        guide: q, rank of the guide.
+        begin: turns of LOZO's before the first guided one.
         examples: how many the errors are taken from at a guided turn, where there are so many to be had.
 
     Raises:
         ValueError: a number is below 1.
     """
 
+    guide: int = 3
+    begin: int = 2
     examples: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("examples", self.examples)
+        for field in ("guide", "begin", "examples"):
+            at_least_one(field, getattr(self, field))
 
     @property
     def cycle(self) -> int:
@@ -104,21 +115,24 @@ class Guided(LowRank):
         return GuidedCoordinate(name, parameter, self.rank, self.interval)
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
-        return rows * self.rank, (2 * rows + columns) * self.rank
+        return rows * self.rank, rows * self.rank + (rows + columns) * max(self.guide, self.rank)
 
     def memory(self, rule_state: float) -> str:
-        return "Σ r·(2m + n)" + times(rule_state, "r·m")
+        return "Σ r·m + q·(m + n)" + times(rule_state, "r·m")
 
     def looks_at(self, step: int) -> int:
         return self.examples if self.observes(step) else 0
 
     def observes(self, step: int) -> bool:
-        return step > 0 and step % self.interval == 0
+        return step >= self.begin * self.interval and step % self.interval == 0
+
+    def alternates(self, step: int) -> bool:
+        return not (step // self.interval - self.begin) % 2
 
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
-        """[P; V] (m + n, r) of every layer that is guided, and :data:`REST` for the others, bfloat16, by name; nothing where none is."""
+        """[P; V] (m + n, q) of every layer that is guided, and :data:`REST` for the others, bfloat16, by name; nothing where none is."""
         wanted = {id(c.parameter): c for c in coordinates if isinstance(c, GuidedCoordinate)}
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m._parameters.get("weight")) in wanted]
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -134,8 +148,9 @@ class Guided(LowRank):
             errors = torch.stack(watch.errors)
             for coordinate in wanted.values():
                 inputs, others = writers.seen(coordinate.name)
-                if inputs is not None and len(inputs) == len(errors) and coordinate.shape[0] == errors.shape[1]:
-                    told = guide(inputs, errors, others, self.rank)
+                fits = coordinate.shape[0] == errors.shape[1] and self.guide**2 <= coordinate.numel
+                if fits and inputs is not None and len(inputs) == len(errors):
+                    told = guide(inputs, errors, others, self.guide)
                     if told is not None:
                         found[coordinate.name] = told
         return found | {c.name: REST for c in wanted.values() if c.name not in found} if found else {}

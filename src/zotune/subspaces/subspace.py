@@ -42,6 +42,10 @@ class Subspace(Protocol):
         """Steps after which other coordinates have their turn to move, None if it is always the same ones."""
         ...
 
+    def alternates(self, step: int) -> bool:
+        """Whether these others begin their turn at a step at which they might, where nothing is known that tells."""
+        ...
+
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
@@ -76,6 +80,9 @@ class Space:
 
     def looks_at(self, step: int) -> int:
         return 0
+
+    def alternates(self, step: int) -> bool:
+        return False
 
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
