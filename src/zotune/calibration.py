@@ -36,8 +36,9 @@ FIRST_RUNG = 2
 LADDER_DIRECTIONS, FIRST_DIRECTIONS = 2, 8
 #: Times that every part of the first batch is looked at, under an own direction each time.
 FIRST_DRAWS = 4
-#: The same when coordinates have their turn again; turns of others that they wait for at most where those promise more.
-FADED_DRAWS, PATIENCE = 3, 3
+#: The same when coordinates have their turn again; guided turns that others wait for; the part of the loss that a step of theirs has to
+#: promise to lower for the first guided turn to wait for them.
+FADED_DRAWS, PATIENCE, MUCH = 3, 3, 0.1
 #: Steps between two measurements, each three evaluations of the batch, once the first steps are over.
 INTERVAL = 20
 #: Number of the first direction that measurements use, beyond those of any step.
@@ -241,22 +242,29 @@ class Calibrator:
         self.probe.forget_directions()
 
     def guided_next(self) -> bool:
-        """Whether the turn that begins is the guided one's: it is whose last step promised more, or who has waited for long."""
+        """Whether the turn that begins is the guided one's.
+
+        Not before a step of the other would no longer lower the loss by :data:`MUCH` of it, as far as can be seen; then for
+        :data:`PATIENCE` turns, until the other has had one again.
+        """
         current = self.step_size
         plain, guided = self._step_sizes
         other = plain if current is guided else guided
         other.waited += 1
-        better = other.promise is None or other.waited > PATIENCE or other.promise > (current.promise or 0.0)
-        return (other if better else current) is guided
+        if current is guided:
+            return plain.waited < PATIENCE
+        return guided.moment.count > 0 or not (plain.promise or 0.0) > MUCH * plain.recent.mean
 
     def _due(self, step: int) -> bool:
         """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at.
 
-        And when others have their turn.
+        And when a turn begins; of coordinates that have theirs by turns only their own steps count.
         """
         size = self.step_size
-        if self.turn is not None and not step % self.turn:
-            return True
+        if self.turn is not None:
+            if self.method.subspace.observes(step):
+                return True
+            step = size.taken  # what is new to move is looked at as often as at the beginning of a run
         return not step % INTERVAL or not step & (step - 1) or size.leapt or min(size.stride, WIDEST) > LONGER * size.radius
 
     def _look(self, look: Look, at: At, radius: float, eps: float) -> bool:

@@ -99,6 +99,7 @@ class StepSize:
         stride: how far a step goes, as a multiple of a direction's length: η √(M / K), 0 before one is known.
         promise: by how much the last step was expected to lower the loss, ½ η s.
         waited: turns that others have had since.
+        taken: steps of its own.
     """
 
     curvature: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
@@ -117,6 +118,7 @@ class StepSize:
     stride: float = 0.0
     promise: float | None = None
     waited: int = 0
+    taken: int = 0
 
     def fade(self) -> None:
         """Others have moved for some time: what is seen next counts for more than what was known."""
@@ -169,6 +171,7 @@ class StepSize:
 
     def step(self, coefficients: Sequence[float], loss: float) -> None:
         """Take in a step's coefficients and loss."""
+        self.taken += 1
         kept = [c for c in coefficients if c]
         if kept:
             self.latest = sum(c * c for c in kept) / len(kept)

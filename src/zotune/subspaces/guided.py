@@ -29,8 +29,9 @@ class GuidedCoordinate(InputsCoordinate):
     journal keeps them. At rest V is 0.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int, begin: int = 1) -> None:
         super().__init__(name, parameter, rank, interval)
+        self.begin = begin  # intervals to the first redraw
         self.p = torch.empty(parameter.shape[0], 0, device=parameter.device)
         self.guided = False
 
@@ -57,6 +58,12 @@ class GuidedCoordinate(InputsCoordinate):
             carry = None
         return torch.zeros_like if was or self.seen else carry  # the two subspaces have nothing to do with each other
 
+    def begin_step(self, seed: int, step: int) -> Carry | None:
+        return None if 0 < step < self.begin * self.interval else super().begin_step(seed, step)
+
+    def _redraws(self, step: int) -> int:
+        return max(0, step // self.interval - self.begin + 1)
+
     def kept(self) -> list[Tensor]:
         return [*super().kept(), self.p]
 
@@ -78,8 +85,8 @@ class Guided(LowRank):
         P = the leading right singular vectors of the fitted δ̂ (N, d),   V = Bᵀ P, scaled to answer to a text as loudly as in LOZO.
 
     Moves along P S Vᵀ have a far larger share of signal in their loss differences than random ones, but reach little; the other turn
-    reaches everything, and has the first ``begin`` turns. Then they alternate; where rates are measured the one whose last step promised
-    more is taken, the other after three turns at most (``calibration.Calibrator.guided_next``). Where no errors are told (a loss of one's own, a model without a head) every
+    reaches everything, and has the first ``begin`` turns, with one V. Then they alternate; where rates are measured LOZO's goes on as long
+    as its steps promise much, and has every fourth turn after that (``calibration.Calibrator.guided_next``). Where no errors are told (a loss of one's own, a model without a head) every
     turn is LOZO's.
 
     Args:
@@ -87,7 +94,7 @@ class Guided(LowRank):
         interval: steps of a turn.
         layer_scales: as in ``LowRank``, measured in LOZO's turns.
         guide: q, rank of the guide.
-        begin: turns of LOZO's before the first guided one.
+        begin: turns of LOZO's before there may be a guided one.
         examples: how many the errors are taken from at a guided turn, where there are so many to be had.
 
     Raises:
@@ -105,14 +112,14 @@ class Guided(LowRank):
 
     @property
     def cycle(self) -> int:
-        return 4 * self.interval
+        return max(4, self.begin) * self.interval
 
     @property
     def turn(self) -> int | None:  # type: ignore[override]
         return self.interval
 
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
-        return GuidedCoordinate(name, parameter, self.rank, self.interval)
+        return GuidedCoordinate(name, parameter, self.rank, self.interval, self.begin)
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return rows * self.rank, rows * self.rank + (rows + columns) * max(self.guide, self.rank)
