@@ -59,6 +59,9 @@ class Blocks:
     def observes(self, step: int) -> bool:
         return self.inner.observes(step)
 
+    def alternates(self, step: int) -> bool:
+        return False
+
     def looks_at(self, step: int) -> int:
         return self.inner.looks_at(step)
 

@@ -86,8 +86,8 @@ class Guided(LowRank):
 
     Moves along P S Vᵀ have a far larger share of signal in their loss differences than random ones, but reach little; the other turn
     reaches everything, and has the first ``begin`` turns, with one V. Then they alternate; where rates are measured LOZO's goes on as long
-    as its steps promise much, and has every fourth turn after that (``calibration.Calibrator.guided_next``). Where no errors are told (a loss of one's own, a model without a head) every
-    turn is LOZO's.
+    as its steps promise much, and has every fourth turn after that (``calibration.Calibrator.guided_next``). Where no errors are told (a
+    loss of one's own, a model without a head) every turn is LOZO's.
 
     Args:
         rank: r of LOZO's turns.
