@@ -137,8 +137,8 @@ def _of_tensors(batch: Any) -> bool:
     """Whether there is nothing else in a batch than tensors of rows."""
     if isinstance(batch, Tensor):
         return batch.dim() > 0
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [None]
-    return all(_of_tensors(part) for part in parts)
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    return isinstance(batch, (Mapping, tuple, list)) and all(_of_tensors(part) for part in parts)
 
 
 def _twin(batch: Any) -> Any:

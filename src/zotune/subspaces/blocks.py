@@ -60,7 +60,7 @@ class Blocks:
         return self.inner.observes(step)
 
     def alternates(self, step: int) -> bool:
-        return False
+        return self.inner.alternates(step)
 
     def looks_at(self, step: int) -> int:
         return self.inner.looks_at(step)

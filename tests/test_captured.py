@@ -1,0 +1,75 @@
+"""What a recorded evaluation reads is brought in from outside; that it equals the evaluation on a device is in test_cuda.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import toys
+from zotune import ZerothOrder, objectives, stacking
+from zotune.captured import Captures
+from zotune.estimators import Point
+from zotune.stacked_parameters import Lending
+
+
+def optimizer(model: nn.Module, method: str = "lozo", **options) -> ZerothOrder:
+    return ZerothOrder(model, toys.method(method, interval=3), lr=1e-3, probe="batched", **options)
+
+
+def test_a_choice_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="capture must be True, False or 'auto', not 'always'"):
+        optimizer(toys.classifier(), capture="always")
+
+
+def test_nothing_is_recorded_on_a_cpu():
+    model = toys.classifier()
+    steps = optimizer(model, capture=True)
+    steps.step(toys.loss_function(model), toys.batch())
+    assert not steps.evaluations.captures.on
+
+
+@pytest.mark.parametrize("method", ["lozo", "lozo-e", "mezo"])
+def test_directions_that_are_held_are_renewed(method):
+    """A held evaluation at step 7 is the evaluation at step 7, though its lending was made at step 3, before a fold."""
+    model = toys.classifier()
+    steps = optimizer(model, method)
+    loss, (tokens, classes) = toys.loss_function(model), toys.batch(6)
+    for _ in range(2):
+        steps.step(loss, (tokens, classes))
+
+    def stack(step: int) -> stacking.Stack:
+        return stacking.shared([Point(+1, 0), Point(-1, 0), Point(+1, 2)], 1e-2, 6, seed=0, step=step)
+
+    def function() -> torch.Tensor:
+        return loss((tokens.repeat(3, 1), classes.repeat(3, 1)))
+
+    probe = steps.probe
+    lending = Lending(stack(3), probe.directions, probe.siblings, hold=True)
+    first = probe.evaluate_lent(function, lending)
+    assert torch.equal(first, probe.evaluate_stacked(function, stack(3)))
+    steps.fold()
+    lending.renew(stack(7))
+    second = probe.evaluate_lent(function, lending)
+    assert torch.equal(second, probe.evaluate_stacked(function, stack(7)))
+    assert not torch.allclose(first, second, rtol=1e-6)
+
+
+def test_only_batches_of_tensors_and_losses_that_say_so_are_recorded():
+    model = toys.transformer("opt")
+    probe = optimizer(model).probe
+    ours, own = objectives.LanguageModelLoss(model), toys.transformer_loss(model)
+    rows = {"input_ids": toys.tokens()}
+    auto, always = Captures(probe, "auto"), Captures(probe, True)
+    assert auto._takes(ours, rows) and not auto._takes(own, rows) and always._takes(own, rows)
+    for more in ("text", 3, None, torch.tensor(1.0)):
+        assert not auto._takes(ours, rows | {"more": more}) and not always._takes(ours, rows | {"more": more})
+    large = torch.zeros(1 << 20, 1 << 20, dtype=torch.long, device="meta")
+    assert not auto._takes(ours, {"input_ids": large}) and always._takes(own, {"input_ids": large})
+
+
+def test_the_objectives_say_so():
+    for objective in (objectives.LanguageModelLoss, objectives.ChoiceLoss, objectives.ClassifierLoss):
+        assert objective.capturable and "capturable" not in {field.name for field in dataclasses.fields(objective)}
