@@ -17,6 +17,8 @@ from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, 
 
 #: Ridge of the regression, in units of the inputs' mean square.
 RIDGE = 0.1
+#: Length of guided directions beside LOZO's: the loss answers to them about as much as to those, so that one rate and ε suit both turns.
+QUIET = 0.1
 #: What is told a coordinate that is to rest while others are guided.
 REST = torch.zeros(1, dtype=torch.bfloat16)
 
@@ -24,8 +26,8 @@ REST = torch.zeros(1, dtype=torch.bfloat16)
 class GuidedCoordinate(InputsCoordinate):
     """θ (m, r) of W + E(θ) Vᵀ: as in LOZO, or *guided* by the output errors, or at rest while others are guided, an interval each.
 
-    Guided, E(θ) = √(m r) / q · P S with orthonormal P (m, q) and S (q, q) the first q² numbers of θ, so that W moves as W + P S Vᵀ and
-    directions have LOZO's length; V (n, q) are the inputs' combinations that tell the errors. P and V are bfloat16 numbers, as the
+    Guided, E(θ) = 0.1 √(m r) / q · P S with orthonormal P (m, q) and S (q, q) the first q² numbers of θ, so that W moves as W + P S Vᵀ and
+    directions have a tenth of LOZO's length; V (n, q) are the inputs' combinations that tell the errors. P and V are bfloat16 numbers, as the
     journal keeps them. At rest V is 0.
     """
 
@@ -40,7 +42,7 @@ class GuidedCoordinate(InputsCoordinate):
             return core
         q = self.p.shape[1]
         s = core.flatten(-2)[..., : q * q].unflatten(-1, (q, q))
-        return math.sqrt(core.shape[-2] * core.shape[-1]) / q * (self.p @ s)
+        return QUIET * math.sqrt(core.shape[-2] * core.shape[-1]) / q * (self.p @ s)
 
     def redraw(self, seed: int, redraw: int) -> Carry | None:
         observed, was, self.guided = self.observed, self.seen, False
