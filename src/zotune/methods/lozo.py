@@ -136,8 +136,9 @@ def lozo_g(
 ) -> Method:
     """LOZO-G: LOZO-E in turn with a subspace that the output errors guide, zotune's own (LOZO 2410.07698; guided ES 1806.10230).
 
-    2ν steps as LOZO-E;   then by turns ν steps as LOZO-E, or ν steps   W ← W − η (1/K) Σ c_k 0.1 √(m/r)/q P S_k Vᵀ   for layers that write
-    to the hidden state, S_k (q, q) of standard normals
+    2ν steps as LOZO-E;   then by turns ν steps as LOZO-E, or for layers that write to the hidden state ν steps
+
+    W ← W − η (1/K) Σ c_k 0.1 √(m/r)/q P S_k Vᵀ,   S_k (q, q) of standard normals
 
     δ_i = W_headᵀ (softmax(z_i) − e_{y_i}), which a forward pass tells, is the gradient in the last hidden state; what a layer's
     inputs x_i can tell of it by ridge regression, δ̂ = B x, spans what that layer should do about it: P, the leading directions of δ̂, and
