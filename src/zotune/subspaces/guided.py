@@ -26,9 +26,9 @@ REST = torch.zeros(1, dtype=torch.bfloat16)
 class GuidedCoordinate(InputsCoordinate):
     """θ (m, r) of W + E(θ) Vᵀ: as in LOZO, or *guided* by the output errors, or at rest while others are guided, an interval each.
 
-    Guided, E(θ) = 0.1 √(m r) / q · P S with orthonormal P (m, q) and S (q, q) the first q² numbers of θ, so that W moves as W + P S Vᵀ and
-    directions have a tenth of LOZO's length; V (n, q) are the inputs' combinations that tell the errors. P and V are bfloat16 numbers, as the
-    journal keeps them. At rest V is 0.
+    Guided, E(θ) = 0.1 √(m r) / q · P S with orthonormal P (m, q) and S (q, q) the first q² numbers of θ, so that W moves as W + P S Vᵀ
+    and directions have a tenth of LOZO's length; V (n, q) are the inputs' combinations that tell the errors. P and V are bfloat16
+    numbers, as the journal keeps them. At rest V is 0.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int, begin: int = 1) -> None:
