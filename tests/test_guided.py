@@ -223,7 +223,7 @@ def test_lozo_has_the_first_turns_and_a_guide_a_rank_of_its_own():
         run(model, steps, step, step + 1)
         seen.append({tuple(c.p.shape[1:]) + tuple(c.v.shape[1:]) for c in steps.probe.coordinates if getattr(c, "guided", False)})
     assert seen == [set()] * 2 * INTERVAL + [{(3, 3)}] * INTERVAL + [set()] * INTERVAL
-    assert all(c.v.shape[1] == 1 and c.p.shape[1] == 0 for c in steps.probe.coordinates if isinstance(c, GuidedCoordinate))
+    assert all(c.v.shape[1] == 1 and not c.guided for c in steps.probe.coordinates if isinstance(c, GuidedCoordinate))
 
 
 def test_a_guide_waits_until_others_promise_little_and_they_have_every_fourth_turn_then():

@@ -22,6 +22,9 @@ from zotune.subspaces import CurvedCoordinate, LowRankCoordinate
 if TYPE_CHECKING:
     from zotune.optimizer import ZerothOrder
 
+#: What is updated at once: a coordinate, or several as one.
+Company = Coordinate | Neighbours | Fleet
+
 
 def take(optimizer: ZerothOrder, record: Record) -> None:
     """See :meth:`ZerothOrder.apply`."""
@@ -62,7 +65,7 @@ def take(optimizer: ZerothOrder, record: Record) -> None:
         optimizer.probe.forget_directions()
 
 
-def _companies(optimizer: ZerothOrder, coordinates: list[Coordinate]) -> list[Neighbours | Fleet | Coordinate]:
+def _companies(optimizer: ZerothOrder, coordinates: list[Coordinate]) -> list[Company]:
     """A group's coordinates, those that are updated together as one; found once."""
     found = optimizer._companies.get(id(coordinates))
     if found is None:
@@ -70,14 +73,7 @@ def _companies(optimizer: ZerothOrder, coordinates: list[Coordinate]) -> list[Ne
     return found
 
 
-def _update(
-    optimizer: ZerothOrder,
-    coordinate: Coordinate | Neighbours | Fleet,
-    step: int,
-    coefficients: Sequence[float],
-    lr: float,
-    weight_decay: float,
-) -> None:
+def _update(optimizer: ZerothOrder, coordinate: Company, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> None:
     """Move a coordinate, where it is a weight that is away as soon as that is back."""
     work = partial(_move, optimizer, coordinate, step, coefficients, lr, weight_decay, optimizer.past)
     if isinstance(coordinate, Coordinate) and not isinstance(coordinate, LowRankCoordinate):
@@ -88,7 +84,7 @@ def _update(
 
 def _move(
     optimizer: ZerothOrder,
-    coordinate: Coordinate | Neighbours | Fleet,
+    coordinate: Company,
     step: int,
     coefficients: Sequence[float],
     lr: float,

@@ -31,10 +31,13 @@ class GuidedCoordinate(InputsCoordinate):
     numbers, as the journal keeps them. At rest V is 0.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int, begin: int = 1) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int, guide: int, begin: int) -> None:
         super().__init__(name, parameter, rank, interval)
         self.begin = begin  # intervals to the first redraw
-        self.p = torch.empty(parameter.shape[0], 0, device=parameter.device)
+        rows, columns = parameter.shape
+        self.p = torch.zeros(rows, guide, device=parameter.device)
+        self._room = torch.zeros(max(rank, guide), columns, device=parameter.device).T  # where V lies, r or q columns of it
+        self.v = self._room[:, :rank]
         self.guided = False
 
     def expand(self, core: Tensor) -> Tensor:
@@ -46,17 +49,17 @@ class GuidedCoordinate(InputsCoordinate):
 
     def redraw(self, seed: int, redraw: int) -> Carry | None:
         observed, was, self.guided = self.observed, self.seen, False
-        self.v = torch.zeros(len(self.v), self.rank, device=self.device)  # a guide has a rank of its own
-        self.p = self.p[:, :0]
+        self.v = self._room[:, : self.rank].zero_()  # a guide has a rank of its own
         if observed is None:
             carry = super().redraw(seed, redraw)
+            self.v = self._room[:, : self.rank].copy_(self.v)
         else:
             self.observed, self.seen = None, True
             found = observed.to(self.device, torch.float32)
             self.guided = found.numel() > 1
             if self.guided:
-                self.p = found[: self.shape[0]].clone()
-                self.v = self._laid_out(found[self.shape[0] :])
+                self.p.copy_(found[: self.shape[0]])
+                self.v = self._room[:, : self.p.shape[1]].copy_(found[self.shape[0] :])
             carry = None
         return torch.zeros_like if was or self.seen else carry  # the two subspaces have nothing to do with each other
 
@@ -67,7 +70,7 @@ class GuidedCoordinate(InputsCoordinate):
         return max(0, step // self.interval - self.begin + 1)
 
     def kept(self) -> list[Tensor]:
-        return [*super().kept(), self.p]
+        return [self._room if kept is self.v else kept for kept in super().kept()] + [self.p]
 
     def state(self) -> dict[str, Tensor]:
         state = super().state()
@@ -121,10 +124,10 @@ class Guided(LowRank):
         return self.interval
 
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
-        return GuidedCoordinate(name, parameter, self.rank, self.interval, self.begin)
+        return GuidedCoordinate(name, parameter, self.rank, self.interval, self.guide, self.begin)
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
-        return rows * self.rank, rows * self.rank + (rows + columns) * max(self.guide, self.rank)
+        return rows * self.rank, rows * (self.rank + self.guide) + columns * max(self.rank, self.guide)
 
     def memory(self, rule_state: float) -> str:
         return "Σ r·m + q·(m + n)" + times(rule_state, "r·m")
