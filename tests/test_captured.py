@@ -12,7 +12,7 @@ import toys
 from zotune import ZerothOrder, objectives, stacking
 from zotune.captured import Captures
 from zotune.estimators import Point
-from zotune.stacked_parameters import Lending
+from zotune.lending import Lending
 
 
 def optimizer(model: nn.Module, method: str = "lozo", **options) -> ZerothOrder:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from zotune import stacking
+from zotune.lending import Lending
 from zotune.probe import Probe
-from zotune.stacked_parameters import Lending
 from zotune.stacking import NotStackable, Stack
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 

@@ -32,10 +32,10 @@ from zotune.counter import foresee
 from zotune.directions import Directions, Key, generator_seed
 from zotune.fleets import gather
 from zotune.forward_mode import ForwardMode, dual
+from zotune.lending import Lending
 from zotune.neighbours import draw_together
 from zotune.precision import HALF
 from zotune.side_path import SidePath
-from zotune.stacked_parameters import Lending
 from zotune.stacking import Stack
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.subspaces.full import is_sharded

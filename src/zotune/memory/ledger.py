@@ -34,15 +34,15 @@ _DIRECTIONS = tuple(
     _HOME + name
     for name in (
         *("directions.py", "counter.py", "quantiles.py", "neighbours.py", "coordinates.py", "chosen.py", "unformed.py"),
-        *("stacked_parameters.py", "precision.py", "forward_mode.py", "subspaces/", "kernels/"),
+        *("stacked_parameters.py", "lending.py", "precision.py", "forward_mode.py", "subspaces/", "kernels/"),
     )
 )
-#: Functions of stacked_parameters.py whose own tensors are what a layer gives on.
+#: Functions of stacked_parameters.py and lending.py whose own tensors are what a layer gives on.
 _OUTPUTS = {
     *("_linear", "_dense_linear", "_beside", "_addmm", "_embedding", "_looked_up", "_layer_norm", "_rms_norm", "_affine", "_by_block"),
     *("thin", "spread", "apply"),
 }
-_STACKED, _SIDE_PATH = _HOME + "stacked_parameters.py", _HOME + "side_path.py"
+_STACKED, _SIDE_PATH = (_HOME + "stacked_parameters.py", _HOME + "lending.py"), _HOME + "side_path.py"
 _LOGITS, _OBJECTIVE, _BATCHES = _HOME + "token_scores.py", _HOME + "objectives.py", _HOME + "stacking.py"
 _UPDATES = tuple(_HOME + name for name in ("applying.py", "rules/", "first_order/", "replayed.py", "anchored.py", "shaping.py"))
 
@@ -200,7 +200,7 @@ class Ledger(TorchDispatchMode):
             if name.startswith(_HOME):
                 if code.co_name in ("weighted", "combine", "_add_weighted") and not in_model:
                     return "gradients" if code.co_name != "_add_weighted" else "directions"
-                if name == _SIDE_PATH or (name == _STACKED and code.co_name in _OUTPUTS):
+                if name == _SIDE_PATH or (name in _STACKED and code.co_name in _OUTPUTS):
                     return "activations"
                 if name.startswith(_DIRECTIONS):
                     return "directions"
