@@ -247,12 +247,11 @@ class Calibrator:
         Not before a step of the other would no longer lower the loss by :data:`MUCH` of it, as far as can be seen; then for
         :data:`PATIENCE` turns, until the other has had one again.
         """
-        current = self.step_size
         plain, guided = self._step_sizes
-        other = plain if current is guided else guided
-        other.waited += 1
-        if current is guided:
+        if self.step_size is guided:
+            plain.waited += 1
             return plain.waited < PATIENCE
+        guided.waited += 1
         return guided.moment.count > 0 or not (plain.promise or 0.0) > MUCH * plain.recent.mean
 
     def _due(self, step: int) -> bool:
