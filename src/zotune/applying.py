@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from zotune import residence
 from zotune.coordinates import Coordinate
 from zotune.fleets import Fleet
-from zotune.journal import Record
+from zotune.journal import Record, StepRecord
 from zotune.neighbours import Neighbours, together
 from zotune.replayed import Past
-from zotune.subspaces import CurvedCoordinate, LowRankCoordinate
+from zotune.subspaces import CurvedCoordinate, GuidedCoordinate, LowRankCoordinate
 
 if TYPE_CHECKING:
     from zotune.optimizer import ZerothOrder
@@ -47,6 +48,9 @@ def take(optimizer: ZerothOrder, record: Record) -> None:
         optimizer.probe.forget_directions()
         return
     optimizer._nonfinite_in_a_row = 0
+    if optimizer.guided:
+        _take_told(optimizer, record)
+        return
     if optimizer.method.shaping is not None:
         shaped = optimizer.method.shaping.shape(record.coefficients, record.skipped, optimizer.eps, optimizer.shaping_state)
         terms = [Past(record.step, tuple(shaped))]
@@ -63,6 +67,23 @@ def take(optimizer: ZerothOrder, record: Record) -> None:
                     coordinate.learn(optimizer.directions, record.coefficients[k:], optimizer.seed, record.step)
     if not terms:
         optimizer.probe.forget_directions()
+
+
+def _take_told(optimizer: ZerothOrder, record: StepRecord) -> None:
+    """The step of a guided turn: coefficients are the derivatives along the numbers of S, layer by layer; nothing else moves."""
+    assert optimizer.guidance is not None
+    guided = [c for c in optimizer.guidance.coordinates if c.guided]
+    parts = torch.tensor(record.coefficients).split([c.guides for c in guided])
+    told = {id(coordinate): part for coordinate, part in zip(guided, parts, strict=True)}
+    for group, coordinates, lr in zip(optimizer.param_groups, optimizer.coordinates, record.lrs, strict=True):
+        keep = 1 - lr * float(group["weight_decay"])
+        for coordinate in coordinates:
+            coordinate.drop()
+            coordinate.decay(keep)
+            if isinstance(coordinate, GuidedCoordinate) and coordinate.guided:
+                value = coordinate.value()
+                value = optimizer.rule.update(coordinate.name, value, coordinate.of_guide(told[id(coordinate)]), lr, 0.0)
+                coordinate.assign(value, optimizer.seed, record.step)
 
 
 def _companies(optimizer: ZerothOrder, coordinates: list[Coordinate]) -> list[Company]:

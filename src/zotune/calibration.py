@@ -36,9 +36,8 @@ FIRST_RUNG = 2
 LADDER_DIRECTIONS, FIRST_DIRECTIONS = 2, 8
 #: Times that every part of the first batch is looked at, under an own direction each time.
 FIRST_DRAWS = 4
-#: The same when coordinates have their turn again; guided turns that others wait for; the part of the loss that a step of theirs has to
-#: promise to lower for the first guided turn to wait for them.
-FADED_DRAWS, PATIENCE, MUCH = 3, 3, 0.1
+#: The same when coordinates have their turn again.
+FADED_DRAWS = 3
 #: Steps between two measurements, each three evaluations of the batch, once the first steps are over.
 INTERVAL = 20
 #: Number of the first direction that measurements use, beyond those of any step.
@@ -176,33 +175,30 @@ class Calibrator:
         method, rule: what is calibrated.
         lr_scale: what low-rank coordinates multiply a learning rate by.
         chooses_eps, chooses_lr: what is to be chosen.
+        interval: steps of a turn, where coordinates have theirs by turns (see ``guidance``).
 
     Raises:
         ValueError: a learning rate is to be chosen for a rule of which no scale is known.
     """
 
-    def __init__(self, probe: Probe, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool) -> None:
+    def __init__(
+        self, probe: Probe, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool, interval: int | None = None
+    ) -> None:
         if chooses_lr:
             gain(method, rule, 1.0, 1, 1.0)
         self.probe, self.method, self.rule, self.lr_scale = probe, method, rule, lr_scale
         self.estimator = ESTIMATORS[method.estimator]
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
-        self.turn = method.subspace.turn
-        self._step_sizes = [StepSize(few=method.own) for _ in range(1 if self.turn is None else 2)]
+        self.interval = interval
+        self.step_size = StepSize(few=method.own)
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
-
-    @property
-    def step_size(self) -> StepSize:
-        """What is known of the coordinates whose turn it is: they differ in curvature and signal."""
-        return self._step_sizes[-1 if self.turn is not None and any(c.guided for c in self.probe.coordinates) else 0]
 
     def state(self) -> dict[str, Any]:
         """Plain data; :meth:`restore` takes it back exactly."""
-        states = [size.state() for size in self._step_sizes]
-        return states[0] if self.turn is None else {"turns": states}
+        return self.step_size.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._step_sizes = [StepSize.restored(one) for one in state.get("turns", [state])]
+        self.step_size = StepSize.restored(state)
 
     def eps(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> float:
         """ε for the run, of the losses that ``evaluate`` gives on its first batch."""
@@ -241,27 +237,14 @@ class Calibrator:
             radius = min(self.step_size.stride, WIDEST, FARTHER * radius)
         self.probe.forget_directions()
 
-    def guided_next(self) -> bool:
-        """Whether the turn that begins is the guided one's.
-
-        Not before a step of the other would no longer lower the loss by :data:`MUCH` of it, as far as can be seen; then for
-        :data:`PATIENCE` turns, until the other has had one again.
-        """
-        plain, guided = self._step_sizes
-        if self.step_size is guided:
-            plain.waited += 1
-            return plain.waited < PATIENCE
-        guided.waited += 1
-        return guided.moment.count > 0 or not (plain.promise or 0.0) > MUCH * plain.recent.mean
-
     def _due(self, step: int) -> bool:
         """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at.
 
         And when a turn begins; of coordinates that have theirs by turns only their own steps count.
         """
         size = self.step_size
-        if self.turn is not None:
-            if self.method.subspace.observes(step):
+        if self.interval is not None:
+            if not step % self.interval:
                 return True
             step = size.taken  # what is new to move is looked at as often as at the beginning of a run
         return not step % INTERVAL or not step & (step - 1) or size.leapt or min(size.stride, WIDEST) > LONGER * size.radius

@@ -182,6 +182,22 @@ class Evaluations:
 
         return losses
 
+    def table(
+        self, loss_fn: LossFunction, parts: Sequence[Any] | None, each: int, rows_of: Callable[[Callable[[], Tensor]], Tensor]
+    ) -> tuple[Tensor, int]:
+        """Everybody's table (each, N) of what ``rows_of`` makes of every micro-batch's losses, and the sequences evaluated for it.
+
+        Args:
+            rows_of: (each, n) of a function that evaluates the losses of n examples, float32, (n,).
+        """
+        share = self._share(loss_fn, parts, 1)
+        pieces = self._pieces(parts, share) if share.pieces else []
+        told = self._told(loss_fn)
+        calls = [told] if pieces is None else [partial(told, piece) for piece in pieces]
+        found = [rows_of(partial(_losses_of_call, call)) for call in calls]
+        values, evaluated = self._gathered(share, torch.cat(found, dim=1) if found else None, each)
+        return values, evaluated // each
+
     def _tangents(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Losses:
         """Losses and their derivatives along every direction, 2K rows."""
         share = self._share(loss_fn, parts, self.method.directions_of(0))
@@ -503,6 +519,10 @@ def evaluation(loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[
 
 def _losses_of(loss_fn: LossFunction, rows: Any) -> Tensor:
     return as_losses([loss_fn(rows)])
+
+
+def _losses_of_call(call: Callable[[], Any]) -> Tensor:
+    return as_losses([call()])
 
 
 def as_losses(parts: list[Any]) -> Tensor:

@@ -50,6 +50,8 @@ def step(optimizer: ZerothOrder, parts: list[Any] | None) -> tuple[Tensor | None
         optimizer.sequences_evaluated += record.get("sequences", 0)
         if "state" in record and optimizer.calibrator is not None:
             optimizer.calibrator.restore(record["state"])
+        if "guidance" in record and optimizer.guidance is not None:
+            optimizer.guidance.restore(record["guidance"])
         applying.take_event(optimizer, record)
         # A fold is the user's, between two steps; whatever else was written was written on the way to a step.
         ready = record.get("event") != "fold"
@@ -60,16 +62,16 @@ def step(optimizer: ZerothOrder, parts: list[Any] | None) -> tuple[Tensor | None
 def _take(optimizer: ZerothOrder, record: StepRecord, parts: list[Any] | None) -> Tensor:
     from zotune.optimizer import StepReport
 
-    forwards = optimizer.method.forwards(record.step)
+    optimizer.apply(record)
+    forwards = 1 if optimizer.guided else optimizer.method.forwards(record.step)
     optimizer.forward_passes += forwards
     optimizer.sequences_evaluated += forwards * _rows(parts)
-    optimizer.apply(record)
     optimizer._prepared = True
     k = len(record.coefficients) // (2 if optimizer.method.estimator == "curvature" else 1)
     coefficients = torch.tensor(record.coefficients[:k], dtype=torch.float32)
     signs = optimizer.estimator.signs
     width = optimizer.eps * (max(signs) - min(signs))
-    gap = float(coefficients.abs().mean()) * width
+    gap = None if optimizer.guided else float(coefficients.abs().mean()) * width
     optimizer.last = StepReport(optimizer.steps, record.loss, coefficients, gap, None, record.skipped[:k], record.lrs, optimizer._terms)
     return torch.tensor(record.loss)
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zotune import shared_prompts
-from zotune.token_scores import IGNORE, at_least_float32, cross_entropy, logits_of, scored_logits, token_logprobs
+from zotune import output_errors, shared_prompts
+from zotune.token_scores import IGNORE, at_least_float32, cross_entropy, head_of, logits_of, scored_logits, token_logprobs
 
 __all__ = [
     "IGNORE",
@@ -42,12 +43,12 @@ class LanguageModelLoss:
 
     def __call__(self, batch: Batch) -> Tensor:
         targets = batch["targets"]
-        logprobs = token_logprobs(self.model, batch["input_ids"], batch["attention_mask"], batch["positions"], targets, tell_errors=True)
         scored = (targets != IGNORE).sum(dim=1).clamp(min=1)
+        logprobs = token_logprobs(self.model, batch["input_ids"], batch["attention_mask"], batch["positions"], targets, shares=1 / scored)
         return -logprobs.sum(dim=1) / scored
 
 
-def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False) -> Tensor:
+def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False, *, answers: Tensor | None = None) -> Tensor:
     """Log-likelihood of each answer option given its prompt, summed over the option's tokens: (B, C) in float32.
 
     Args:
@@ -58,10 +59,17 @@ def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False
             (B, C, T), attention_mask, positions (B, C, S), targets (B, C, S), option_mask (B, C)). Options outside the
             mask score -inf.
         length_normalize: divide each score by the option's number of tokens. A batch with option_lengths (B, C) asks for it itself.
+        answers: for a loss that is :class:`ChoiceLoss`'s at these answers, (B,): where every option is a single token whoever watches is
+            told the errors (``output_errors``).
     """
     if "option_ids" in batch:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        watch = output_errors.watching() if answers is not None else None
+        if watch is not None:
+            watch.begin(batch["positions"], torch.ones_like(batch["positions"], dtype=torch.bool), batch["attention_mask"])
         logits = at_least_float32(scored_logits(model, inputs, batch["positions"])[:, 0])
+        if watch is not None and answers is not None:
+            watch.end_options(logits, batch["option_ids"], answers, head_of(model))
         return logits.gather(1, batch["option_ids"]) - logits.logsumexp(dim=1, keepdim=True)
     targets = batch["targets"]
     if shared_prompts.is_packed(batch):
@@ -89,7 +97,7 @@ class ChoiceLoss:
     capturable = True
 
     def __call__(self, batch: Batch) -> Tensor:
-        scores = choice_scores(self.model, batch, self.length_normalize)
+        scores = choice_scores(self.model, batch, self.length_normalize, answers=batch["answer"])
         return F.cross_entropy(scores, batch["answer"], reduction="none")
 
 

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zotune import applying, chosen, following, frozen_linear, layer_scales, methods, observing, residence, run_state
+from zotune import applying, chosen, following, frozen_linear, layer_scales, methods, observing, readying, residence, run_state
 from zotune.anchored import Anchor
 from zotune.calibration import Calibrator
 from zotune.coordinates import Coordinate, Offset
-from zotune.directions import Key
 from zotune.distributed.agreement import settle
 from zotune.distributed.workers import Workers
 from zotune.estimators import ESTIMATORS, Estimate
 from zotune.evaluating import Evaluations, Losses, LossFunction, NonFiniteLossError
+from zotune.guidance import Guidance
 from zotune.held_linear import held_elsewhere
 from zotune.journal import Journal, Record, StepRecord
 from zotune.methods import AUTO, Method
-from zotune.probe import Probe, isolated_generators
+from zotune.probe import Probe
 from zotune.replayed import Past
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, State
-from zotune.stacking import batch_rows, take
-from zotune.subspaces import Full, LowRank, LowRankCoordinate
+from zotune.subspaces import Full, Guided, LowRank, LowRankCoordinate
 from zotune.subspaces.full import is_sharded
 
 _NO_BATCH: Any = object()
@@ -47,7 +45,7 @@ class StepReport:
         step: steps done so far, this one included.
         loss: mean loss of the batch.
         coefficients: c_k, float32, shape (K,).
-        gap: mean absolute loss difference behind the coefficients.
+        gap: mean absolute loss difference behind the coefficients; None where they are told.
         gap_noise: its standard error over the batch's examples; None for scalar losses.
         skipped: per direction, whether a loss was not finite.
         lr: learning rate of each parameter group.
@@ -57,7 +55,7 @@ class StepReport:
     step: int
     loss: float
     coefficients: Tensor
-    gap: float
+    gap: float | None
     gap_noise: float | None
     skipped: tuple[bool, ...]
     lr: tuple[float, ...]
@@ -142,7 +140,6 @@ class ZerothOrder(torch.optim.Optimizer):
         blocks = self.method.subspace.attach(model, [c for group in self.coordinates for c in group])
         self.method = dataclasses.replace(self.method, blocks=blocks)
         self.layers = self._layers()
-        self._cycle = self.method.subspace.cycle if isinstance(self.method.subspace, LowRank) else 1
         self.directions = chosen.directions(self.method.direction, {c.name: c.shape for group in self.coordinates for c in group})
         self.shaping_state: State = {}
         self.past: list[Past] = []
@@ -154,6 +151,7 @@ class ZerothOrder(torch.optim.Optimizer):
         try:
             self.evaluations = Evaluations(self.probe, self.method, self.estimator, probe, self.workers, capture)
             self.calibrator = self._calibrator(measured) if measured or math.isnan(self.eps) else None
+            self.guidance = self._guidance(measured)
         except ValueError:
             self.probe.detach()
             raise
@@ -231,7 +229,12 @@ class ZerothOrder(torch.optim.Optimizer):
     def _calibrator(self, measured: bool) -> Calibrator:
         coordinates = self.probe.coordinates
         scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
-        return Calibrator(self.probe, self.method, self.rule, scale, math.isnan(self.eps), measured)
+        turns = self.method.subspace.interval if isinstance(self.method.subspace, Guided) else None
+        return Calibrator(self.probe, self.method, self.rule, scale, math.isnan(self.eps), measured, turns)
+
+    def _guidance(self, measured: bool) -> Guidance | None:
+        subspace = self.method.subspace
+        return Guidance(self.probe, self.evaluations, self.rule, subspace.interval, measured) if isinstance(subspace, Guided) else None
 
     # -- a step ---------------------------------------------------------------------------------------------------------------------
 
@@ -262,7 +265,37 @@ class ZerothOrder(torch.optim.Optimizer):
         if ready:
             applying.begin(self, step)
         else:
-            self._ready(loss_fn, parts, step)
+            readying.ready(self, loss_fn, parts, step)
+        estimate, rates = self._guided_estimate(loss_fn, parts, step, ready) if self.guided else self._estimate(loss_fn, parts, step)
+        record = StepRecord(
+            step=step,
+            lrs=rates,
+            loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
+            coefficients=(*estimate.coefficients.tolist(), *estimate.curvatures.tolist()),
+            skipped=estimate.skipped + estimate.skipped[: len(estimate.curvatures)],
+        )
+        if self.journal is not None:
+            self.journal.append(record)
+        self.apply(record)
+        self.last = StepReport(
+            self.steps,
+            record.loss,
+            estimate.coefficients,
+            estimate.gap if math.isfinite(estimate.gap) else None,
+            estimate.gap_noise,
+            estimate.skipped,
+            record.lrs,
+            self._terms,
+        )
+        if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
+            raise NonFiniteLossError(
+                f"the loss was not finite for {self._nonfinite_in_a_row} steps in a row, the last being step {step} (batch {step} of "
+                "the run); the weights are those of before. Lower the learning rate or eps, or look at these batches."
+            )
+        return torch.tensor(record.loss)
+
+    def _estimate(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> tuple[Estimate, tuple[float, ...]]:
+        """What the step's evaluations along drawn directions amount to, and the learning rates."""
         at = step if self.anchor is None else self.anchor.anchoring.key_step(step)
         losses = self._gather(loss_fn, parts, at)
         self.forward_passes += self.method.forwards(step)
@@ -280,45 +313,29 @@ class ZerothOrder(torch.optim.Optimizer):
             self.sequences_evaluated += evaluated
         if self.method.conservative:
             estimate = self._lowest(estimate, rates, self.evaluations.function(loss_fn, parts), step)
-        record = StepRecord(
-            step=step,
-            lrs=rates,
-            loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
-            coefficients=(*estimate.coefficients.tolist(), *estimate.curvatures.tolist()),
-            skipped=estimate.skipped + estimate.skipped[: len(estimate.curvatures)],
-        )
-        if self.journal is not None:
-            self.journal.append(record)
-        self.apply(record)
-        self.last = StepReport(
-            self.steps,
-            record.loss,
-            estimate.coefficients,
-            estimate.gap,
-            estimate.gap_noise,
-            estimate.skipped,
-            record.lrs,
-            self._terms,
-        )
-        if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
-            raise NonFiniteLossError(
-                f"the loss was not finite for {self._nonfinite_in_a_row} steps in a row, the last being step {step} (batch {step} of "
-                "the run); the weights are those of before. Lower the learning rate or eps, or look at these batches."
-            )
-        return torch.tensor(record.loss)
+        return estimate, rates
 
-    def _ready(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
-        """What comes before a step's evaluations: what the subspace has to see, redraws, and what is measured now and then."""
-        self._observe(loss_fn, parts, step)
-        applying.begin(self, step)
-        if self.calibrator is not None and math.isnan(self.eps):
-            self._choose_eps(self.evaluations.function(loss_fn, parts), step)
-        if not self._prepared:
-            self._prepare(self.evaluations.trial(loss_fn, parts), step)
-        if self.layers and layer_scales.due(step, self._cycle) and not any(c.guided for c in self.probe.coordinates):
-            self._scale_layers(loss_fn, parts, step)
-        if self.calibrator is not None:
-            self._measure(loss_fn, parts, step)
+    @property
+    def guided(self) -> bool:
+        """Whether output errors tell the next step's coefficients, or told the last one's (see ``guidance``)."""
+        return self.guidance is not None and self.guidance.on
+
+    def _guided_estimate(
+        self, loss_fn: LossFunction, parts: list[Any] | None, step: int, measured: bool
+    ) -> tuple[Estimate, tuple[float, ...]]:
+        """What one forward pass tells the guided layers, and the learning rates; ``measured``: what is due for them has been."""
+        assert self.guidance is not None
+        told = self.guidance.told(loss_fn, parts, self.seed, step)
+        self.forward_passes += 1
+        self.sequences_evaluated += told.evaluated
+        if not measured:
+            readying.measure_guided(self, told, self.evaluations.function(loss_fn, parts), step)
+        estimate = self.guidance.estimate(told)
+        rates = [float(group["lr"]) for group in self.param_groups]
+        if self.guidance.measured:
+            found = self.guidance.rate(told, estimate, step)
+            rates = [found * rate for rate in rates]
+        return estimate, tuple(rates)
 
     def _rates(self, estimate: Estimate, losses: Losses) -> tuple[float, ...]:
         rates = [float(group["lr"]) for group in self.param_groups]
@@ -352,31 +369,6 @@ class ZerothOrder(torch.optim.Optimizer):
             self.journal.append(self.evaluations.event())
         return losses
 
-    def _choose_eps(self, evaluate: Callable[[], Tensor], step: int) -> None:
-        assert self.calibrator is not None
-        self.eps = self.evaluations.eps = self.calibrator.eps(evaluate, self.seed, step)
-        self.forward_passes += self.calibrator.forwards
-        self.sequences_evaluated += self.calibrator.sequences
-        if self.journal is not None:
-            self.journal.append({"event": "eps", "value": self.eps, **self._cost(self.calibrator.forwards, self.calibrator.sequences)})
-
-    def _measure(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
-        assert self.calibrator is not None
-        around = partial(self.evaluations.around, loss_fn, parts, self.seed) if self.method.own else None
-        self.calibrator.measure(partial(self._losses, loss_fn, parts), around, self.eps, self.seed, step)
-        self.forward_passes += self.calibrator.forwards
-        self.sequences_evaluated += self.calibrator.sequences
-        if self.calibrator.forwards and self.journal is not None:
-            found = {name: float(f"{number:.6g}") for name, number in self.calibrator.step_size.summary().items()}
-            event: dict[str, Any] = {"event": "measured", **found}
-            event |= self._cost(self.calibrator.forwards, self.calibrator.sequences)
-            if step % following.KEPT == 0:
-                event["state"] = self.calibrator.state()
-            self.journal.append(event)
-
-    def _losses(self, loss_fn: LossFunction, parts: list[Any] | None) -> Tensor:
-        return self.evaluations.function(loss_fn, parts)()
-
     def _settle(self, parts: list[Any] | None) -> None:
         """See that all workers are in the same state, at the first step and every so often."""
         workers = self.workers
@@ -384,96 +376,6 @@ class ZerothOrder(torch.optim.Optimizer):
         if workers.several and due:
             settle(self, parts)
         self._settled = True
-
-    def _observe(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
-        """Let the subspace look at the step's data, where it has to."""
-        if self._begun == step or not self.method.subspace.observes(step):
-            return
-        if self.method.subspace.turn is not None:
-            measured = self.calibrator is not None and self.calibrator.chooses_lr
-            if not (self.calibrator.guided_next() if measured and self.calibrator else self.method.subspace.alternates(step)):
-                return
-        wanted = self.method.subspace.looks_at(step)
-        if wanted and self.examples is not None and parts is not None:
-            parts = self.examples(step, wanted)
-        forwards = counted = 0
-        common = Key(self.seed, step, 0, "", "loss")
-
-        def losses(offset: Offset | None = None, moved: Mapping[str, Coordinate] | None = None) -> Iterator[Tensor]:
-            nonlocal forwards, counted
-            forwards += 1
-            for call in [loss_fn] if parts is None else [partial(loss_fn, part) for part in parts]:
-                found = torch.as_tensor(call() if offset is None else at(offset, moved or {}, call))
-                counted += found.numel()
-                yield found
-
-        def at(offset: Offset, moved: Mapping[str, Coordinate], call: Callable[[], Any]) -> Any:
-            with self.probe.instead(moved), self.probe.at(offset, only=moved), isolated_generators(common, self.probe.devices):
-                return call()
-
-        def look() -> dict[str, Tensor]:
-            with isolated_generators(common, self.probe.devices):
-                return self.method.subspace.observe(self.model, self.probe.coordinates, losses, self.seed, step)
-
-        if self.workers.several:
-            # Where it came from does not matter, as long as it is the same to the last bit: one worker looks for all.
-            told = self.workers.from_first(lambda: [list(observing.events(step, self.probe.evaluate(look, None))), forwards, counted])
-            events, forwards, counted = told
-            gathered = observing.Gathered()
-            found = {name: tensor for event in events for name, tensor in gathered.add(event).items()}
-        else:
-            found = self.probe.evaluate(look, None)
-            events = [] if self.journal is None else list(observing.events(step, found))
-        self.forward_passes += forwards
-        self.sequences_evaluated += counted
-        if self.journal is not None:
-            for place, event in enumerate(events):
-                self.journal.append(event | (self._cost(forwards, counted) if place == 0 else {}))
-        applying.tell(self, found)
-
-    @staticmethod
-    def _cost(forwards: int, sequences: int) -> dict[str, int]:
-        """What an event cost, for a run that follows its journal."""
-        return {"forwards": forwards, "sequences": sequences}
-
-    def _scale_layers(self, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
-        before = self.forward_passes, self.sequences_evaluated
-        few = None if parts is None else self._few(parts[0])
-
-        def coefficients(draw: int) -> Tensor:
-            losses = self._gather(loss_fn, few, layer_scales.STEP + step * layer_scales.SAMPLES + draw)
-            self.forward_passes += self.method.forwards_per_step
-            self.sequences_evaluated += losses.evaluated
-            return losses.estimate(self.estimator, self.eps).coefficients
-
-        if self.evaluations.undecided:
-            coefficients(0)  # finds out how this model can be evaluated, while all of it is perturbed
-        found = layer_scales.measure(self.layers, coefficients)
-        self.probe.forget_directions()
-        if found is None:
-            return
-        event: dict[str, Any] = {"event": "scales", "values": found}
-        event |= self._cost(self.forward_passes - before[0], self.sequences_evaluated - before[1])
-        if self.journal is not None:
-            self.journal.append(event)
-        applying.take_event(self, event)
-
-    def _few(self, part: Any) -> list[Any]:
-        """The first examples of a micro-batch, as many as make enough coefficients where examples have directions of their own."""
-        rows = batch_rows(part) if self.method.own else 0
-        enough = math.ceil(layer_scales.SAMPLES / self.method.each) * math.ceil(rows / self.method.parts(rows)) if rows else 0
-        if enough >= rows or self.method.parts(enough) >= self.method.parts(rows):
-            return [part]
-        return [take(part, torch.arange(enough), rows)]
-
-    def _prepare(self, evaluate: Callable[[], Tensor], step: int) -> None:
-        distrusted = self.probe.prepare(evaluate, Offset(self.eps, self.seed, step, 0))
-        if self.workers.several:
-            distrusted = sorted({name for names in self.workers.exchange(distrusted) for name in names})
-            self.probe.distrust(distrusted)
-        self._prepared = True
-        if distrusted and self.journal is not None:
-            self.journal.append({"event": "general_path", "names": distrusted})
 
     @torch.no_grad()
     def apply(self, record: Record) -> None:

@@ -4,7 +4,8 @@ For −log softmax(W h)[y] the gradient in the hidden state h that the head W is
 
     δ = Wᵀ (softmax(W h) − e_y)      (d,),
 
-known in closed form from the forward pass alone. A loss that can tell it does so where somebody watches, and costs nothing more elsewhere.
+known in closed form from the forward pass alone; where a text's loss is a mean over its scored tokens, by the share that each has in it. A
+loss that can tell it does so where somebody watches, and costs nothing more elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-#: Scored positions that one watch keeps, at most: a text scores all of its own.
+#: Scored positions that a watch keeps where it is to choose a subspace, at most: a text scores all of its own.
 MOST_ROWS = 512
 #: Positions of any kind that are looked at in a forward.
 SOME = 64
@@ -26,23 +27,31 @@ _watches: list[Watch] = []
 class Watch:
     """The errors of the losses that are computed while it lasts.
 
+    Args:
+        most: scored positions that are kept, at most; None: all.
+
     Attributes:
         scored: of the forward that runs now: positions (R, S) that are scored, which of them are kept, and the attention mask (R, T).
-        errors: δ of every kept position so far, float32 on the CPU, (d,) each.
+        errors: δ of the kept positions, by how much they count in their text's loss, (n, d) in float32 of every forward so far.
+        texts: the text that each belongs to, (n,) of every forward, counted through all of them.
+        number: texts so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
         self.scored: tuple[Tensor, Tensor, Tensor] | None = None
         self.errors: list[Tensor] = []
-        self.rows = 0
+        self.texts: list[Tensor] = []
+        self.number = self.rows = 0
 
     def begin(self, positions: Tensor, kept: Tensor, mask: Tensor) -> None:
         """A forward begins that scores ``positions`` (R, S) where ``kept`` (R, S), of texts with the attention ``mask`` (R, T)."""
-        room = MOST_ROWS - self.rows
-        if room <= 0:
-            kept = torch.zeros_like(kept)
-        elif int(kept.sum()) > room:
-            kept = kept & (kept.flatten().cumsum(0).view(kept.shape) <= room)
+        if self.most is not None:
+            room = self.most - self.rows
+            if room <= 0:
+                kept = torch.zeros_like(kept)
+            elif int(kept.sum()) > room:
+                kept = kept & (kept.flatten().cumsum(0).view(kept.shape) <= room)
         self.scored = positions, kept, mask
 
     def rows_of(self, states: Tensor) -> Tensor | None:
@@ -73,24 +82,54 @@ class Watch:
             return None
         return flat[(texts * (length + longer) + places + longer).to(flat.device)]
 
-    def end(self, logits: Tensor, targets: Tensor, head: nn.Module | None) -> None:
-        """The forward has given ``logits`` (R, S, vocabulary) for ``targets`` (R, S); without a head that is known it tells nothing."""
-        assert self.scored is not None
-        kept = self.scored[1]
-        self.scored = None
-        weight = getattr(head, "weight", None)
-        if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == logits.shape[-1] and bool(kept.any())):
+    def end(self, logits: Tensor, targets: Tensor, head: nn.Module | None, shares: Tensor) -> None:
+        """The forward has given ``logits`` (R, S, vocabulary) for ``targets`` (R, S), ``shares`` (R,) of which make a text's loss.
+
+        Without a head that is known it tells nothing.
+        """
+        kept, weight = self._ended(), _matrix(head, logits.shape[-1])
+        if weight is None or not bool(kept.any()):
             return
+        texts = torch.arange(len(kept), device=kept.device).unsqueeze(1).expand_as(kept)[kept]
         probabilities = logits[kept].float().softmax(dim=-1)
         wrong = probabilities.scatter_add_(1, targets[kept].unsqueeze(1), torch.full_like(probabilities[:, :1], -1.0))
-        self.errors.extend((wrong.to(weight.dtype) @ weight.detach()).float().cpu())
-        self.rows += int(kept.sum())
+        self._tell((wrong.to(weight.dtype) @ weight.detach()).float() * shares[texts].unsqueeze(1), texts, len(kept))
+
+    def end_options(self, logits: Tensor, options: Tensor, answers: Tensor, head: nn.Module | None) -> None:
+        """The same for −log softmax over the logits of ``options`` (R, C) alone at ``answers`` (R,), of ``logits`` (R, vocabulary).
+
+        δ = Σ_c (p_c − [c = answer]) W[option c].
+        """
+        kept, weight = self._ended()[:, 0], _matrix(head, logits.shape[-1])
+        if weight is None or not bool(kept.any()):
+            return
+        options, texts = options[kept], kept.nonzero()[:, 0]
+        probabilities = logits[kept].gather(1, options).float().softmax(dim=-1)
+        wrong = probabilities.scatter_add_(1, answers[kept].unsqueeze(1), torch.full_like(probabilities[:, :1], -1.0))
+        self._tell((wrong.unsqueeze(2) * weight.detach()[options].float()).sum(dim=1), texts, len(kept))
+
+    def _ended(self) -> Tensor:
+        assert self.scored is not None
+        kept, self.scored = self.scored[1], None
+        return kept
+
+    def _tell(self, errors: Tensor, texts: Tensor, number: int) -> None:
+        self.errors.append(errors)
+        self.texts.append(texts + self.number)
+        self.number += number
+        self.rows += len(errors)
+
+
+def _matrix(head: nn.Module | None, vocabulary: int) -> Tensor | None:
+    """The weight (vocabulary, d) of a head, if that is what it is."""
+    weight = getattr(head, "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == vocabulary else None
 
 
 @contextmanager
-def watched() -> Iterator[Watch]:
-    """Watch the losses that are computed within."""
-    watch = Watch()
+def watched(most: int | None = None) -> Iterator[Watch]:
+    """Watch the losses that are computed within, ``most`` scored positions of them at most."""
+    watch = Watch(most)
     _watches.append(watch)
     try:
         yield watch

@@ -162,11 +162,14 @@ class Probe:
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, function: Callable[[], T], offset: Offset | None) -> T:
-        """``function()`` with the model at θ + offset (None: at θ); no autograd graph, evaluation mode, generators isolated."""
+    def evaluate(self, function: Callable[[], T], offset: Offset | None, only: Collection[str] | None = None) -> T:
+        """``function()`` with the model at θ + offset (None: at θ); no autograd graph, evaluation mode, generators isolated.
+
+        ``only`` moves no coordinates but the named ones.
+        """
         # Not inference_mode, though that takes a few percent less: what a model or a loss keeps from a forward (a table of positions, a
         # running mean) has to stay an ordinary tensor, for a later backward pass or an update in place.
-        with torch.no_grad(), self.evaluation_mode(), self.at(offset):
+        with torch.no_grad(), self.evaluation_mode(), self.at(offset, only=only):
             if offset is None:
                 return function()
             with isolated_generators(Key(offset.seed, offset.step, 0, "", "loss"), self.devices):

@@ -43,6 +43,7 @@ def save(optimizer: ZerothOrder, without: Collection[str] = ()) -> dict[str, Any
         "prepared": optimizer._prepared,
         "eps": None if math.isnan(optimizer.eps) else optimizer.eps,
         "step_size": None if optimizer.calibrator is None else optimizer.calibrator.state(),
+        "guidance": None if optimizer.guidance is None else optimizer.guidance.state(),
         "scales": [layer[0].scale for layer in optimizer.layers],
         "probe": optimizer.evaluations.choice,
         "batched": optimizer.evaluations.batched,
@@ -98,6 +99,8 @@ def restore(optimizer: ZerothOrder, state_dict: Mapping[str, Any]) -> None:
         optimizer.eps = optimizer.evaluations.eps = run["eps"]
     if optimizer.calibrator is not None and run["step_size"] is not None:
         optimizer.calibrator.restore(run["step_size"])
+    if optimizer.guidance is not None and run.get("guidance"):
+        optimizer.guidance.restore(run["guidance"])
     if optimizer.evaluations.choice in ("auto", run.get("probe")):
         optimizer.evaluations.restore(run.get("batched"), run.get("apart"))
     optimizer.shaping_state = dict(run.get("shaping", {}))

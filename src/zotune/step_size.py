@@ -137,7 +137,15 @@ class StepSize:
     def measure(self, losses: Tensor, radius: float, owners: Tensor | None = None) -> None:
         """Take in the losses (3, n) of a batch at θ and θ ± radius · Z, Z the same for all examples or each its owner's, (n,)."""
         here, plus, minus = losses.double()
-        each = (plus + minus - 2 * here).unsqueeze(0) / radius**2
+        self.curve((plus + minus - 2 * here).unsqueeze(0) / radius**2, owners)
+        each = (plus - minus).unsqueeze(0) / (2 * radius)
+        if owners is None:
+            self.tell(each)
+        else:
+            self.single.add(float(each.square().mean()))
+
+    def curve(self, each: Tensor, owners: Tensor | None = None) -> None:
+        """Take in ZᵀHZ of single examples, (1, n)."""
         self.curvature.add(float(each.mean()))
         if owners is None:
             self.spread.add(float(each.mean()) ** 2)
@@ -145,11 +153,6 @@ class StepSize:
             halves = in_units(each, owners)
             self.spread.add(float(halves.prod(dim=1).mean() if halves.shape[1] > 1 else each.square().mean()))
         self.brake = min(1.0, RELEASE * self.brake)
-        each = (plus - minus).unsqueeze(0) / (2 * radius)
-        if owners is None:
-            self.tell(each)
-        else:
-            self.single.add(float(each.square().mean()))
 
     def tell(self, each: Tensor) -> None:
         """Take in coefficients of single examples, (K, n), under directions that they share."""

@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 def token_logprobs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, *, tell_errors: bool = False
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, *, shares: Tensor | None = None
 ) -> Tensor:
     """Log-probabilities of the scored tokens: log p(targets[r, s] | input_ids[r, : positions[r, s] + 1]).
 
@@ -30,17 +30,17 @@ def token_logprobs(
         attention_mask: 1 for real tokens, 0 for padding, (R, T).
         positions: index along T of the hidden state that predicts each scored token, (R, S).
         targets: ids of the scored tokens, (R, S); -100 where there is none.
-        tell_errors: tell whoever watches (see ``output_errors``); for losses that are these log-probabilities.
+        shares: for losses that are −shares[r] Σ_s of these log-probabilities, (R,): whoever watches is told the errors (``output_errors``).
 
     Returns:
         Natural-log probabilities in float32 (float64 for a float64 model), (R, S); 0 where the target is -100.
     """
-    watch = output_errors.watching() if tell_errors else None
+    watch = output_errors.watching() if shares is not None else None
     if watch is not None:
         watch.begin(positions, targets != IGNORE, attention_mask)
     logits = scored_logits(model, {"input_ids": input_ids, "attention_mask": attention_mask}, positions)
-    if watch is not None:
-        watch.end(logits, targets, _head(model))
+    if watch is not None and shares is not None:
+        watch.end(logits, targets, head_of(model), shares)
     return -cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
 
 
@@ -64,7 +64,7 @@ def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) 
     its head (soft-capping, scaling) is its own code and acts on the gathered ones.
     """
     gathered: list[bool] = []
-    head = _head(model)
+    head = head_of(model)
     if head is None:
         yield gathered
         return
@@ -83,7 +83,8 @@ def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) 
         handle.remove()
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits of a language model's last hidden states, where that can be told."""
     get_head = getattr(model, "get_output_embeddings", None)
     if get_head is None:
         return None

@@ -126,33 +126,32 @@ def lozo_g(
     direction: str = "gaussian",
     estimator: str = "forward",
     rank: int = 1,
-    interval: int = 15,
+    interval: int = 30,
     layer_scales: bool = True,
-    guide: int = 3,
-    begin: int = 2,
+    guide: int = 8,
+    begin: int = 0,
     examples: int = 128,
     rule: str = "SGD",
     rule_args: dict[str, Any] | None = None,
 ) -> Method:
-    """LOZO-G: LOZO-E in turn with a subspace that the output errors guide, zotune's own (LOZO 2410.07698; guided ES 1806.10230).
+    """LOZO-G: output errors guide the layers that write to the hidden state, and LOZO-E has a turn now and then; zotune's own (1609.01596).
 
-    2ν steps as LOZO-E;   then by turns ν steps as LOZO-E, or for layers that write to the hidden state ν steps
+    W ← W − η P Ĝ Vᵀ,   Ĝ = α (1/B) Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ,   δ_i = W_headᵀ (softmax(z_i) − e_{y_i})
 
-    W ← W − η (1/K) Σ c_k 0.1 √(m/r)/q P S_k Vᵀ,   S_k (q, q) of standard normals
-
-    δ_i = W_headᵀ (softmax(z_i) − e_{y_i}), which a forward pass tells, is the gradient in the last hidden state; what a layer's
-    inputs x_i can tell of it by ridge regression, δ̂ = B x, spans what that layer should do about it: P, the leading directions of δ̂, and
-    V = Bᵀ P (see ``subspaces.guided``). The part of a loss difference that is signal is many times larger there than along random
-    directions, but little can be reached; the other turn reaches everything. ``examples`` of the training data are evaluated once for
-    that at a guided turn, in a trainer or where the optimizer was given ``examples``; else the step's batch is. P and V go to the journal
-    in bfloat16, 2·q·(m + n) bytes a guided layer and turn, so that a run replays without the data. Where the loss tells no errors
-    (it is told for language-model losses) every turn is LOZO-E's.
+    A step of a guided turn is one forward pass of the batch, nothing perturbed. It tells δ, the gradient in the last hidden state, in
+    closed form; a layer that adds W x to that state is given δ xᵀ as its gradient, as if nothing stood between, in the subspace of what x
+    can tell of δ by ridge regression on ``examples`` of the training data, of which a trainer, or who gives the optimizer ``examples``,
+    has enough; P and V are renewed every ν steps. α is the slope that two more evaluations find along Ĝ, by what was told. The idea is
+    direct feedback (1609.01596), with the head's own weights for the feedback. See ``subspaces.guided`` and ``guidance``.
+    All other weights move in LOZO-E's turns, which come seldom, and always where the loss tells no errors: it tells them for language-model
+    losses, and for answer options of one token. P and V go to the journal in bfloat16, 2·q·(m + n) bytes a guided layer and turn, and q²
+    numbers a layer and step, so that a run replays without the data.
     State: A, and V and P of a guided layer, r·m + q·(m + n) float32 numbers a matrix.
     """
     return Method(
         name="lozo-g",
         title="LOZO-G",
-        arxiv="2410.07698",
+        arxiv="1609.01596",
         lr=lr,
         eps=eps,
         num_directions=num_directions,

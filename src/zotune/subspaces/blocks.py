@@ -59,15 +59,8 @@ class Blocks:
     def observes(self, step: int) -> bool:
         return self.inner.observes(step)
 
-    def alternates(self, step: int) -> bool:
-        return self.inner.alternates(step)
-
     def looks_at(self, step: int) -> int:
         return self.inner.looks_at(step)
-
-    @property
-    def turn(self) -> int | None:
-        return self.inner.turn
 
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,24 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from zotune.coordinates import Carry, Coordinate
-from zotune.output_errors import Watch, watched
+from zotune.directions import Directions
+from zotune.output_errors import MOST_ROWS, Watch, watched
 from zotune.subspaces.inputs import InputsCoordinate, positive_peaks
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 
 #: Ridge of the regression, in units of the inputs' mean square.
 RIDGE = 0.1
-#: Length of guided directions beside LOZO's: the loss answers to them about as much as to those, so that one rate and ε suit both turns.
-QUIET = 0.1
-#: What is told a coordinate that is to rest while others are guided.
-REST = torch.zeros(1, dtype=torch.bfloat16)
 
 
 class GuidedCoordinate(InputsCoordinate):
-    """θ (m, r) of W + E(θ) Vᵀ: as in LOZO, or *guided* by the output errors, or at rest while others are guided, an interval each.
+    """θ (m, r) of W + E(θ) Vᵀ: as in LOZO, or *guided* by the output errors, an interval each.
 
-    Guided, E(θ) = 0.1 √(m r) / q · P S with orthonormal P (m, q) and S (q, q) the first q² numbers of θ, so that W moves as W + P S Vᵀ
-    and directions have a tenth of LOZO's length; V (n, q) are the inputs' combinations that tell the errors. P and V are bfloat16
-    numbers, as the journal keeps them. At rest V is 0.
+    Guided, E(θ) = P S with S (q, q) the first q² numbers of θ, so that W moves as W + P S Vᵀ: of P and V the one on the side of the layer's
+    outputs is orthonormal, and the other its inputs' combinations that tell the errors. P and V are bfloat16 numbers, as the journal
+    keeps them.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int, guide: int, begin: int) -> None:
@@ -39,29 +35,44 @@ class GuidedCoordinate(InputsCoordinate):
         self._room = torch.zeros(max(rank, guide), columns, device=parameter.device).T  # where V lies, r or q columns of it
         self.v = self._room[:, :rank]
         self.guided = False
+        self.toward: Tensor | None = None  # the direction in S, (q²,), that evaluations go along in place of a drawn one
+
+    @property
+    def guides(self) -> int:
+        """Numbers that move in a guided turn."""
+        return self.p.shape[1] ** 2
 
     def expand(self, core: Tensor) -> Tensor:
         if not self.guided:
             return core
         q = self.p.shape[1]
-        s = core.flatten(-2)[..., : q * q].unflatten(-1, (q, q))
-        return QUIET * math.sqrt(core.shape[-2] * core.shape[-1]) / q * (self.p @ s)
+        return self.p @ core.flatten(-2)[..., : q * q].unflatten(-1, (q, q))
+
+    def of_guide(self, numbers: Tensor) -> Tensor:
+        """θ (m, r) of the numbers of S, (q²,)."""
+        theta = torch.zeros(self.numel, device=self.device)
+        theta[: self.guides] = numbers.to(self.device)
+        return theta.view(self.shape)
+
+    def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
+        if self.toward is None:
+            return super().many(directions, seed, step, first, count, alone)
+        assert count == 1, count
+        return self.of_guide(self.toward).unsqueeze(0)
 
     def redraw(self, seed: int, redraw: int) -> Carry | None:
-        observed, was, self.guided = self.observed, self.seen, False
+        observed, was, self.guided = self.observed, self.guided, False
         self.v = self._room[:, : self.rank].zero_()  # a guide has a rank of its own
         if observed is None:
             carry = super().redraw(seed, redraw)
             self.v = self._room[:, : self.rank].copy_(self.v)
         else:
-            self.observed, self.seen = None, True
+            self.observed, self.seen, self.guided = None, True, True
             found = observed.to(self.device, torch.float32)
-            self.guided = found.numel() > 1
-            if self.guided:
-                self.p.copy_(found[: self.shape[0]])
-                self.v = self._room[:, : self.p.shape[1]].copy_(found[self.shape[0] :])
+            self.p.copy_(found[: self.shape[0]])
+            self.v = self._room[:, : self.p.shape[1]].copy_(found[self.shape[0] :])
             carry = None
-        return torch.zeros_like if was or self.seen else carry  # the two subspaces have nothing to do with each other
+        return torch.zeros_like if was or self.guided else carry  # the two subspaces have nothing to do with each other
 
     def begin_step(self, seed: int, step: int) -> Carry | None:
         return None if 0 < step < self.begin * self.interval else super().begin_step(seed, step)
@@ -74,8 +85,8 @@ class GuidedCoordinate(InputsCoordinate):
 
     def state(self) -> dict[str, Tensor]:
         state = super().state()
-        if self.seen:
-            state["v"] = torch.cat([self.p, self.v]).bfloat16().contiguous() if self.guided else REST
+        if self.guided:
+            state["v"] = torch.cat([self.p, self.v]).bfloat16().contiguous()
         return state
 
 
@@ -85,14 +96,14 @@ class Guided(LowRank):
 
     δ_i (d,) is the gradient of scored position i's loss in the hidden state that the head is given, which a forward pass tells (see
     ``output_errors``), and x_i (n,) what a layer is given there. A layer that adds to that state, y = W x, has about the gradient
-    Σ_i δ_i x_iᵀ. Its useful part is what x can tell of δ: with the ridge regression δ̂ = B x of δ on x,
+    Σ_i δ_i x_iᵀ: exactly so, up to what the last norm does, in the last layer, and as if nothing stood between in the others. Its useful
+    part is what x can tell of δ: with the ridge regression δ̂ = B x of δ on x,
 
         P = the leading right singular vectors of the fitted δ̂ (N, d),   V = Bᵀ P, scaled to answer to a text as loudly as in LOZO.
 
-    Moves along P S Vᵀ have a far larger share of signal in their loss differences than random ones, but reach little; the other turn
-    reaches everything, and has the first ``begin`` turns, with one V. Then they alternate; where rates are measured LOZO's goes on as long
-    as its steps promise much, and has every fourth turn after that (``calibration.Calibrator.guided_next``). Where no errors are told (a
-    loss of one's own, a model without a head) every turn is LOZO's.
+    In a guided turn W moves as W + P S Vᵀ, and one forward pass a step tells the derivatives along the numbers of S, Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ
+    (see ``guidance``). The other turn reaches all weights, whatever the errors can tell of them; who has the next one is ``guidance``'s to
+    say. Where no errors are told (a loss of one's own, a model without a head) every turn is LOZO's.
 
     Args:
         rank: r of LOZO's turns.
@@ -103,25 +114,19 @@ class Guided(LowRank):
         examples: how many the errors are taken from at a guided turn, where there are so many to be had.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is below 1, or ``begin`` below 0.
     """
 
     guide: int = 3
-    begin: int = 2
+    begin: int = 0
     examples: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("guide", "begin", "examples"):
+        for field in ("guide", "examples"):
             at_least_one(field, getattr(self, field))
-
-    @property
-    def cycle(self) -> int:
-        return max(4, self.begin) * self.interval
-
-    @property
-    def turn(self) -> int | None:  # type: ignore[override]
-        return self.interval
+        if not isinstance(self.begin, int) or self.begin < 0:
+            raise ValueError(f"begin must be a whole number of at least 0, not {self.begin!r}.")
 
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
         return GuidedCoordinate(name, parameter, self.rank, self.interval, self.guide, self.begin)
@@ -138,42 +143,60 @@ class Guided(LowRank):
     def observes(self, step: int) -> bool:
         return step >= self.begin * self.interval and step % self.interval == 0
 
-    def alternates(self, step: int) -> bool:
-        return not (step // self.interval - self.begin) % 2
-
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
-        """[P; V] (m + n, q) of every layer that is guided, and :data:`REST` for the others, bfloat16, by name; nothing where none is."""
+        """[P; V] (m + n, q) of every layer that is guided, bfloat16, by name; nothing where none is."""
         wanted = {id(c.parameter): c for c in coordinates if isinstance(c, GuidedCoordinate)}
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m._parameters.get("weight")) in wanted]
+        layers = {m: wanted[id(m.weight)] for m in model.modules() if sides(m) and id(m._parameters.get("weight")) in wanted}
         head = getattr(model, "get_output_embeddings", lambda: None)()
         width = getattr(getattr(head, "weight", None), "shape", (0,))[-1]
-        if not any(layer.out_features == width <= layer.in_features for layer in layers):
+        if not any(writes(layer) == width for layer in layers):
             return {}
-        with watched() as watch, _Writers(watch, {id(m): wanted[id(m.weight)].name for m in layers}, layers) as writers:
+        with watched(MOST_ROWS) as watch, _Writers(watch, layers) as writers:
             for _ in losses():
                 if not watch.errors:  # nor will the others tell any
                     break
         found: dict[str, Tensor] = {}
-        if watch.errors:
-            errors = torch.stack(watch.errors)
-            for coordinate in wanted.values():
-                inputs, others = writers.seen(coordinate.name)
-                fits = coordinate.shape[0] == errors.shape[1] and self.guide**2 <= coordinate.numel
-                if fits and inputs is not None and len(inputs) == len(errors):
-                    told = guide(inputs, errors, others, self.guide)
-                    if told is not None:
-                        found[coordinate.name] = told
-        return found | {c.name: REST for c in wanted.values() if c.name not in found} if found else {}
+        if not watch.errors:
+            return found
+        errors = torch.cat(watch.errors).cpu()
+        for layer, coordinate in layers.items():
+            inputs, others = writers.seen(coordinate.name)
+            fits = writes(layer) == errors.shape[1] and coordinate.guides <= coordinate.numel
+            if fits and inputs is not None and len(inputs) == len(errors):
+                told = guide(inputs, errors, others, self.guide)
+                if told is not None:
+                    p, v = told
+                    found[coordinate.name] = torch.cat([p, v] if outputs_first(layer) else [v, p])
+        return found
+
+
+def sides(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer of either layout, None for another."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's
+        return module.weight.shape[0], module.nf  # type: ignore[return-value, index, union-attr]
+    return None
+
+
+def outputs_first(module: nn.Module) -> bool:
+    """Whether the rows of a linear layer's weight are its outputs'."""
+    return isinstance(module, nn.Linear)
+
+
+def writes(module: nn.Module) -> int | None:
+    """The width of what a linear layer may write to the hidden state: it is not wider than its input."""
+    inputs, outputs = sides(module) or (0, 1)
+    return outputs if outputs <= inputs else None
 
 
 class _Writers:
-    """What the layers are given that may write to the hidden state: not wider than their input, which no other layer is given."""
+    """What the layers are given that may write to the hidden state, which no other layer is given."""
 
-    def __init__(self, watch: Watch, names: dict[int, str], layers: Sequence[nn.Linear]) -> None:
-        self.watch, self.names, self.layers = watch, names, layers
-        self.narrowing = {id(layer) for layer in layers if layer.out_features <= layer.in_features}
+    def __init__(self, watch: Watch, layers: dict[nn.Module, GuidedCoordinate]) -> None:
+        self.watch, self.layers = watch, layers
         self.inputs: dict[str, list[Tensor]] = {}
         self.others: dict[str, list[Tensor]] = {}
         self.shared: set[str] = set()
@@ -189,13 +212,13 @@ class _Writers:
             handle.remove()
 
     def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        name, states = self.names[id(module)], args[0] if args else None
+        name, states = self.layers[module].name, args[0] if args else None
         if not isinstance(states, Tensor):
             return
         if self._last is not None and self._last[0] is states:
             self.shared |= {name, self._last[1]}
         self._last = states, name
-        if name in self.shared or id(module) not in self.narrowing:
+        if name in self.shared or writes(module) is None:
             return
         for kept, rows in ((self.inputs, self.watch.rows_of(states)), (self.others, self.watch.some_of(states))):
             if rows is not None:
@@ -208,8 +231,8 @@ class _Writers:
         return torch.cat(self.inputs[name]), torch.cat(self.others[name])
 
 
-def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> Tensor | None:
-    """[P; V] (d + n, rank) in bfloat16, of inputs x (N, n) and errors δ (N, d) at the scored positions and inputs (T, n) anywhere.
+def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """P (d, rank) and V (n, rank) in bfloat16, of inputs x (N, n) and errors δ (N, d) at the scored positions and inputs (T, n) anywhere.
 
     B = Σ δ_i x_iᵀ (S + λ I)⁻¹ with S the mean of x xᵀ over all positions rather than the scored ones, so that V answers to what tells the
     errors and to little else; computed from the T other rows, never n × n numbers. None where the inputs tell nothing.
@@ -232,4 +255,4 @@ def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> Tensor |
     v = predictors @ p
     answer = (o @ v).square().mean(dim=0).clamp_min(1e-30)
     v = v * (o.square().sum(dim=1).mean() / answer).sqrt()
-    return torch.cat([p, v]).bfloat16().contiguous()
+    return p.bfloat16().contiguous(), v.bfloat16().contiguous()

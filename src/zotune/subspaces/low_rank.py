@@ -276,11 +276,6 @@ class LowRank(Space):
 
     full = False
 
-    @property
-    def cycle(self) -> int:
-        """Steps after which everything comes round again, and layers' scales may be measured."""
-        return self.interval
-
     def __post_init__(self) -> None:
         for field in ("rank", "interval"):
             at_least_one(field, getattr(self, field))

@@ -37,15 +37,6 @@ class Subspace(Protocol):
         """At how many examples it wants to look then, where more than the step's are to be had; 0: at the step's."""
         ...
 
-    @property
-    def turn(self) -> int | None:
-        """Steps after which other coordinates have their turn to move, None if it is always the same ones."""
-        ...
-
-    def alternates(self, step: int) -> bool:
-        """Whether these others begin their turn at a step at which they might, where nothing is known that tells."""
-        ...
-
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
@@ -70,7 +61,6 @@ class Space:
     """A subspace whose coordinates are the weights and know nothing of each other."""
 
     full = True
-    turn: int | None = None
 
     def attach(self, model: nn.Module, coordinates: Sequence[Coordinate]) -> int:
         return 1
@@ -80,9 +70,6 @@ class Space:
 
     def looks_at(self, step: int) -> int:
         return 0
-
-    def alternates(self, step: int) -> bool:
-        return False
 
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
