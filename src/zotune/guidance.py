@@ -34,7 +34,7 @@ from zotune.estimators import Estimate
 from zotune.output_errors import Watch, watched
 from zotune.probe import isolated_generators
 from zotune.rules import Rule
-from zotune.step_size import RunningMean, StepSize
+from zotune.step_size import REACH, RunningMean, StepSize
 from zotune.subspaces.guided import GuidedCoordinate, outputs_first, sides
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ NEAR = 1e-2
 FARTHER, LOOKS = 8.0, 6
 #: The steps of a turn at which slopes are measured if rates are, beside the first: powers of 2 of all steps so far, and every so many.
 EVERY = 20
+#: How many times as far the loss has to fall where a slope is measured farther away.
+WORTH = 1.5
 #: Steps much longer than the distance last looked at are looked at first.
-LONGER = 2.0
+LONGER = REACH
 #: Guided turns before LOZO's first, and the most there may be between two of them.
 PATIENCE, LONGEST = 16, 256
 #: η as a multiple of the one for drawn directions.
@@ -90,6 +92,7 @@ class Guidance:
         self.coordinates = [c for c in probe.coordinates if isinstance(c, GuidedCoordinate)]
         self.size = StepSize()
         self.scale = RunningMean(FORGETTING)  # α
+        self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
         self.patience, self.waited, self.others = PATIENCE, 0, 0  # guided turns that LOZO's wait for, have waited for; turns of LOZO's
         self.forwards = self.sequences = 0  # what the last measurement took
 
@@ -166,16 +169,24 @@ class Guidance:
         norm = float(mean.norm())
         if not (self._due(step) and math.isfinite(norm) and norm > 0):
             return
-        size, far = self.size, self.size.radius or NEAR
-        radius = min(size.stride, FARTHER * far) if size.stride > 0 else far
+        size, far, fall = self.size, self.size.radius or NEAR, -math.inf
+        radius = min(size.stride, LONGER * far) if size.stride > 0 else far
+        self.wall = math.inf
         with self._toward(mean / norm):
-            for _ in range(LOOKS):
+            for look in range(LOOKS):
                 plus, minus = (self._at(evaluate, sign * radius, seed, step) for sign in (1.0, -1.0))
                 slope = float((plus - minus).double().mean()) / (2 * radius)
                 bend = (plus + minus - 2 * told.losses).double() / radius**2
                 if not (math.isfinite(slope) and bool(bend.isfinite().all())):
                     radius, size.stride = radius / FARTHER, radius / FARTHER  # no step may go there
                     continue
+                lower = float((told.losses - minus).double().mean())
+                if look and radius > size.radius and lower < WORTH * fall:  # where a loss is level no curvature tells how far is far
+                    self.wall = REACH * size.radius
+                    break
+                fall = lower
+                if look:
+                    self.scale = RunningMean(FORGETTING)  # what is seen where steps go is all that counts
                 size.look(radius)
                 size.curve(bend.unsqueeze(0))
                 self.scale.add(slope / norm)
@@ -186,7 +197,6 @@ class Guidance:
                 if radius / FARTHER <= size.stride <= FARTHER * radius:
                     break
                 radius = min(max(size.stride, radius / FARTHER), FARTHER * radius)
-                self.scale = RunningMean(FORGETTING)  # what is seen where steps go is all that counts
         if self.scale.mean <= 0:
             size.promise = 0.0
 
@@ -196,7 +206,8 @@ class Guidance:
             return True
         if not self.measured:
             return False
-        return not size.taken % EVERY or not size.taken & (size.taken - 1) or size.leapt or size.stride > LONGER * size.radius
+        longer = min(size.stride, self.wall) > LONGER * size.radius
+        return longer or not size.taken % EVERY or not size.taken & (size.taken - 1)
 
     def _at(self, evaluate: Callable[[], Tensor], scale: float, seed: int, step: int) -> Tensor:
         offset = Offset(scale, seed, step, 0)
@@ -249,6 +260,7 @@ class Guidance:
         return {
             "size": self.size.state(),
             "scale": asdict(self.scale),
+            "wall": self.wall if math.isfinite(self.wall) else None,
             "patience": self.patience,
             "waited": self.waited,
             "others": self.others,
@@ -257,6 +269,7 @@ class Guidance:
     def restore(self, state: dict[str, Any]) -> None:
         self.size = StepSize.restored(state["size"])
         self.scale = RunningMean(**state["scale"])
+        self.wall = math.inf if state["wall"] is None else state["wall"]
         self.patience, self.waited, self.others = state["patience"], state["waited"], state["others"]
 
 

@@ -30,10 +30,11 @@ EPS = 1e-3
 
 def ready(optimizer: ZerothOrder, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
     """Everything that is due before step number ``step``."""
-    guidance, turns = optimizer.guidance, optimizer._begun != step
+    guidance, fresh = optimizer.guidance, optimizer._begun != step
     _observe(optimizer, loss_fn, parts, step)
     applying.begin(optimizer, step)
-    if guidance is not None and turns and not step % guidance.interval:
+    turns = fresh and (not step or optimizer.method.subspace.observes(step))
+    if guidance is not None and turns:
         guidance.turned()
         if not guidance.on and optimizer.calibrator is not None:
             optimizer.calibrator.step_size.waited = guidance.waited
@@ -45,7 +46,7 @@ def ready(optimizer: ZerothOrder, loss_fn: LossFunction, parts: list[Any] | None
         _choose_eps(optimizer, optimizer.evaluations.function(loss_fn, parts), step)
     if not optimizer._prepared:
         _prepare(optimizer, optimizer.evaluations.trial(loss_fn, parts), step)
-    if optimizer.layers and _scales_due(optimizer, step):
+    if optimizer.layers and _scales_due(optimizer, step, turns):
         _scale_layers(optimizer, loss_fn, parts, step)
     if optimizer.calibrator is not None:
         _measure(optimizer, loss_fn, parts, step)
@@ -158,11 +159,11 @@ def _measured(optimizer: ZerothOrder, found: Mapping[str, float], forwards: int,
     _say(optimizer, event)
 
 
-def _scales_due(optimizer: ZerothOrder, step: int) -> bool:
-    """Whether layers' scales are to be measured: at redraws number 0, 1, 4, 16, ... of LOZO's."""
+def _scales_due(optimizer: ZerothOrder, step: int, turns: bool) -> bool:
+    """Whether layers' scales are to be measured: at redraws number 0, 1, 4, 16, ... of LOZO's; ``turns``: whether a turn begins."""
     interval = getattr(optimizer.method.subspace, "interval", 1)
     if optimizer.guidance is not None:
-        step = (optimizer.guidance.others - 1) * interval + step % interval
+        return turns and layer_scales.due((optimizer.guidance.others - 1) * interval, interval)
     return layer_scales.due(step, interval)
 
 

@@ -1,0 +1,253 @@
+"""Guided steps: what a forward pass tells is the derivative, losses along it tell its scale and rate, and turns go by what they promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from test_guided import INTERVAL, batch, examples, guided_coordinates, optimizer, run
+from trainer_cases import same_weights, tiny_llama, weights
+from zotune import ZerothOrder, methods, objectives
+from zotune.journal import Journal
+from zotune.step_size import RunningMean, StepSize
+
+
+def begun(model: nn.Module, **options) -> ZerothOrder:
+    """An optimiser at the start of a guided turn, nothing moved."""
+    steps = optimizer(model, **{"lr": 0.0, **options})
+    run(model, steps, 0, 1)
+    assert steps.guided
+    return steps
+
+
+def told(steps: ZerothOrder, model: nn.Module, parts: list, loss_fn=None):
+    with torch.no_grad():
+        return steps.guidance.told(loss_fn or objectives.LanguageModelLoss(model), parts, 0, 1)
+
+
+def gradients(model: nn.Module, data, names: list[str]) -> list[list[torch.Tensor]]:
+    """By backprop: every example's gradient in the weights of these names."""
+    parameters = dict(model.named_parameters())
+    losses = objectives.LanguageModelLoss(model)(data)
+    return [list(torch.autograd.grad(loss, [parameters[n] for n in names], retain_graph=True)) for loss in losses]
+
+
+def test_what_is_told_the_last_layer_is_the_gradient_within_the_guide():
+    """With nothing between it and the head."""
+    model = tiny_llama()
+    model.model.norm = nn.Identity()
+    steps = begun(model)
+    (last,) = [c for c in guided_coordinates(steps) if c.name == "model.layers.1.mlp.down_proj.weight"]
+    first = sum(c.guides for c in guided_coordinates(steps)[: guided_coordinates(steps).index(last)])
+    slopes = told(steps, model, [batch(1)]).slopes[first : first + last.guides]
+    for example, (gradient,) in enumerate(gradients(model, batch(1), [last.name])):
+        wanted = last.p.T @ gradient @ last.v
+        assert torch.allclose(slopes[:, example], wanted.flatten(), rtol=1e-3, atol=1e-6)
+
+
+def test_other_layers_are_told_as_if_nothing_stood_between():
+    """Σ (Pᵀδ)(Vᵀx)ᵀ with δ of the head and x of the layer, written out."""
+    model = tiny_llama()
+    steps = begun(model)
+    layer, seen = model.model.layers[0].self_attn.o_proj, []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = told(steps, model, [batch(1)])
+    handle.remove()
+    data, states = batch(1), []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    with torch.no_grad():
+        objectives.LanguageModelLoss(model)(data)
+    handle.remove()
+    place = data["positions"][:, 0]
+    rows = torch.arange(len(place))
+    wrong = model.lm_head(states[0][rows, place]).detach().softmax(1)
+    wrong[rows, data["targets"][:, 0]] -= 1
+    delta = wrong @ model.lm_head.weight.detach()
+    (coordinate,) = [c for c in guided_coordinates(steps) if c.parameter is layer.weight]
+    first = sum(c.guides for c in guided_coordinates(steps)[: guided_coordinates(steps).index(coordinate)])
+    wanted = torch.einsum("ia,ib->iab", delta @ coordinate.p, seen[0][rows, place] @ coordinate.v).flatten(1).T
+    assert torch.allclose(found.slopes[first : first + coordinate.guides], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_several_tokens_of_a_text_add_up():
+    model = tiny_llama()
+    model.model.norm = nn.Identity()
+    data = batch(1)
+    data["positions"] = torch.tensor([[3, 4]]).repeat(8, 1)
+    data["targets"] = data["input_ids"][:, 4:6].clone()
+    steps = begun(model)
+    last = guided_coordinates(steps)[-1]
+    slopes = told(steps, model, [data]).slopes[-last.guides :]
+    for example, (gradient,) in enumerate(gradients(model, data, [last.name])):
+        assert torch.allclose(slopes[:, example], (last.p.T @ gradient @ last.v).flatten(), rtol=1e-3, atol=1e-6)
+
+
+def test_micro_batches_tell_what_the_batch_does_and_a_loss_of_one_number_their_mean():
+    model = tiny_llama()
+    steps, data = begun(model), batch(1)
+    whole = told(steps, model, [data])
+    halves = told(steps, model, [{k: v[:4] for k, v in data.items()}, {k: v[4:] for k, v in data.items()}])
+    assert torch.allclose(whole.slopes, halves.slopes, atol=1e-6) and torch.allclose(whole.losses, halves.losses, atol=1e-6)
+    assert whole.evaluated == halves.evaluated == 8
+    single = told(steps, model, [data], lambda data: objectives.LanguageModelLoss(model)(data).mean())
+    assert torch.allclose(single.slopes[:, 0], whole.slopes.mean(dim=1), atol=1e-6) and single.slopes.shape[1] == 1
+
+
+def test_the_scale_is_the_slope_that_the_loss_has_by_the_slope_that_was_told():
+    model = tiny_llama()
+    steps = begun(model)
+    found, guided = told(steps, model, [batch(0)]), guided_coordinates(steps)
+    mean = found.slopes.mean(dim=1)
+    names = [c.name for c in guided]
+    per_example = gradients(model, batch(0), names)
+    parts = mean.split([c.guides for c in guided])
+    along = 0.0
+    for place, (coordinate, part) in enumerate(zip(guided, parts, strict=True)):
+        gradient = torch.stack([each[place] for each in per_example]).mean(dim=0)
+        along += float((coordinate.p.T @ gradient @ coordinate.v).flatten() @ part)
+    assert steps.guidance.alpha == pytest.approx(along / float(mean.norm()) ** 2, rel=2e-2)
+
+
+def test_a_step_moves_s_by_the_scaled_mean_of_what_was_told():
+    model = tiny_llama()
+    steps = begun(model)
+    found = told(steps, model, [batch(1)])
+    for group in steps.param_groups:
+        group["lr"] = 0.3
+    run(model, steps, 1, 2)
+    wanted = steps.guidance.alpha * found.slopes.mean(dim=1)
+    assert torch.allclose(steps.last.coefficients, wanted, rtol=1e-3, atol=1e-7)
+    parts = wanted.split([c.guides for c in guided_coordinates(steps)])
+    for coordinate, part in zip(guided_coordinates(steps), parts, strict=True):
+        assert torch.allclose(coordinate.core.flatten()[: coordinate.guides], -0.3 * part, rtol=1e-3, atol=1e-8)
+        assert not coordinate.core.flatten()[coordinate.guides :].any()
+    assert steps.last.gap is None
+
+
+@pytest.mark.parametrize("rule", ["SGD", "Adam"])
+def test_measured_rates_lower_the_loss_under_any_rule_that_has_a_scale(rule):
+    model = tiny_llama()
+    steps = optimizer(model, lr="auto", eps="auto", rule=rule, interval=8)
+    losses = []
+    for _ in range(8):
+        losses.append(float(steps.step(objectives.LanguageModelLoss(model), batch(0))))
+    assert losses[-1] < 0.95 * losses[0]
+    assert steps.calibrator.step_size.moment.count == 0  # LOZO's turn has not come
+
+
+def test_measuring_looks_where_steps_go_and_says_so(tmp_path):
+    model = tiny_llama()
+    steps = ZerothOrder(model, methods.lozo_g(interval=8, guide=2, examples=48), lr="auto", examples=examples, journal=tmp_path / "j.zo")
+    run(model, steps, 0, 6)
+    size = steps.guidance.size
+    assert size.stride / 8 <= size.radius * 1.0001 or size.leapt
+    steps.journal.close()
+    events = [r for r in Journal.open(tmp_path / "j.zo").records() if isinstance(r, dict) and r["event"] == "measured"]
+    assert 4 <= len(events) <= 6  # at steps 0, 1, 2 and 4, and before a step that would go much farther
+    assert all(e["scale"] > 0 and e["curvature"] > 0 and e["forwards"] >= 2 for e in events)
+    assert set(events[0]) >= {"state", "guidance"} and "guidance" not in events[1]
+
+
+def test_evaluating_along_what_was_told_leaves_nothing_behind():
+    model = tiny_llama()
+    steps = begun(model)
+    before = weights(model)
+    found, guidance = told(steps, model, [batch(0)]), steps.guidance
+    guidance.scale = RunningMean()
+
+    def fails() -> torch.Tensor:
+        raise RuntimeError("no loss")
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no loss"):
+        guidance.measure(found, fails, 0, 0)
+    assert all(c.toward is None for c in guidance.coordinates)
+    assert same_weights(weights(model), before)
+    assert torch.equal(told(steps, model, [batch(0)]).losses, found.losses)
+
+
+def test_a_loss_that_rises_that_way_stops_the_turn():
+    """A head whose feedback is turned round tells the opposite of the gradient."""
+    model = tiny_llama()
+    steps = begun(model, interval=4, lr=0.1)
+    steps.guidance.scale = RunningMean()
+    found = told(steps, model, [batch(0)])
+    flipped = found._replace(slopes=-found.slopes)
+    with torch.no_grad():
+        steps.guidance.measure(flipped, steps.evaluations.function(objectives.LanguageModelLoss(model), [batch(0)]), 0, 0)
+    assert steps.guidance.alpha == 0
+    assert not steps.guidance.estimate(flipped).coefficients.any()
+    assert not steps.guidance.next(None, 4)
+
+
+def test_losses_that_are_not_finite_skip_the_step():
+    model = tiny_llama()
+    steps = begun(model)
+    before = weights(model)
+    bad = lambda data: objectives.LanguageModelLoss(model)(data) * math.nan  # noqa: E731
+    assert math.isnan(float(steps.step(bad, batch(1))))
+    assert all(steps.last.skipped) and same_weights(weights(model), before)
+
+
+def test_weight_decay_goes_on_in_guided_turns():
+    model = tiny_llama()
+    steps = ZerothOrder(model, methods.lozo_g(interval=2, guide=2, examples=48), lr=0.1, weight_decay=0.5, examples=examples)
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    run(model, steps, 0, 2)
+    steps.fold()
+    assert torch.allclose(model.model.layers[0].self_attn.q_proj.weight, before * (1 - 0.05) ** 2, atol=1e-6)
+
+
+# -- turns -----------------------------------------------------------------------------------------------------------------------------
+
+
+def turns(steps: ZerothOrder, number: int, plain: StepSize | None) -> str:
+    """Who has the next so many turns: g or l."""
+    chosen = ""
+    for _ in range(number):
+        guided = steps.guidance.next(plain, 4)
+        for coordinate in steps.guidance.coordinates:
+            coordinate.guided = guided
+        steps.guidance.turned()
+        chosen += "g" if guided else "l"
+    return chosen
+
+
+def test_lozos_turns_come_after_so_many_guided_ones():
+    steps = optimizer(tiny_llama())
+    assert turns(steps, 40, None) == ("g" * 16 + "l") * 2 + "g" * 6
+
+
+def test_they_come_half_as_often_while_they_promise_less():
+    steps = optimizer(tiny_llama(), lr="auto", eps="auto")
+    steps.guidance.size.promise = 0.01
+    assert turns(steps, 17 + 33, StepSize(promise=0.03)) == "g" * 16 + "l" + "g" * 32 + "l"  # four evaluations for it
+    steps = optimizer(tiny_llama(), lr="auto", eps="auto")
+    steps.guidance.size.promise = 0.01
+    assert turns(steps, 17 + 17, StepSize(promise=0.05)) == ("g" * 16 + "l") * 2
+
+
+def test_each_turn_has_a_rate_of_its_own_and_what_was_known_before_others_moved_counts_for_less(monkeypatch):
+    monkeypatch.setattr("zotune.guidance.PATIENCE", 1)
+    model = tiny_llama()
+    steps = optimizer(model, lr="auto", eps="auto")
+    run(model, steps, 0, 2 * INTERVAL)
+    guided, plain = steps.guidance.size, steps.calibrator.step_size
+    assert guided.promise is not None and plain.promise is not None
+    assert guided.moment.count == plain.moment.count - 1 + 1 or guided.moment.mean != plain.moment.mean
+    size = StepSize(agreement=RunningMean(0.15, 9, 0.5, 0.25), waited=2, lowest=1.0)
+    size.fade()
+    size.agreement.add(0.0)
+    assert size.agreement.mean == pytest.approx(0.5 * 3 / 4) and size.waited == 0 and size.lowest is None
+
+
+def test_the_guides_state_is_plain_and_comes_back():
+    model = tiny_llama()
+    steps = optimizer(model, lr="auto", eps="auto")
+    run(model, steps, 0, 1)
+    state = steps.guidance.state()
+    other = optimizer(tiny_llama(), lr="auto", eps="auto")
+    other.guidance.restore(state)
+    assert other.guidance.state() == state and other.guidance.alpha == steps.guidance.alpha
