@@ -64,17 +64,18 @@ def _observe(optimizer: ZerothOrder, loss_fn: LossFunction, parts: list[Any] | N
         plain = optimizer.calibrator.step_size if measured and optimizer.calibrator else None
         if not guidance.next(plain, optimizer.method.forwards(step)):
             return
-    wanted = subspace.looks_at(step)
+    wanted, whole = subspace.looks_at(step), True
     if wanted and optimizer.examples is not None and parts is not None:
-        parts = optimizer.examples(step, wanted)
+        parts, whole = optimizer.examples(step, wanted), False
     forwards = counted = 0
     common = Key(optimizer.seed, step, 0, "", "loss")
     probe = optimizer.probe
 
     def losses(offset: Offset | None = None, moved: Mapping[str, Coordinate] | None = None) -> Iterator[Tensor]:
         nonlocal forwards, counted
-        forwards += 1
+        forwards += whole
         for call in [loss_fn] if parts is None else [partial(loss_fn, part) for part in parts]:
+            forwards += not whole
             found = torch.as_tensor(call() if offset is None else at(offset, moved or {}, call))
             counted += found.numel()
             yield found

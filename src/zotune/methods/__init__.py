@@ -77,4 +77,4 @@ __all__ = [
 
 def recommended(**options: Any) -> Method:
     """The library's own choice, and the default of ``zotune train``."""
-    return get("lozo-e", **options)
+    return get("lozo-g", **options)
