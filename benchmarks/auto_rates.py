@@ -25,6 +25,8 @@ from zotune.class_order import set_size
 
 #: Combinations of the grid: method, scheme, model, task.
 COMBINATIONS = [
+    ("lozo-g", "full", "lm", "sst2"),
+    ("lozo-g", "lora", "lm", "sst2"),
     ("lozo-e", "full", "lm", "sst2"),
     ("mezo", "full", "lm", "sst2"),
     ("lozo-e", "lora", "lm", "sst2"),
@@ -45,7 +47,7 @@ TASKS = {"lm": ["sst2", "mr", "rte", "trec"], "encoder": ["trec", "sst2", "ag_ne
 def cell(args: argparse.Namespace, method: str, scheme: str, model: str, task: str, **others: Any) -> dict[str, Any]:
     classes = {"sst2": 2, "mr": 2, "rte": 2, "trec": 6, "ag_news": 4}[task]
     batch = others.get("batch_size", 16)
-    size = set_size(classes, batch) if method == "lozo-e" else None  # as the trainer has it
+    size = set_size(classes, batch) if method in ("lozo-e", "lozo-g") else None  # as the trainer has it
     return {
         "model": str(getattr(args, model)),
         "task": task,
@@ -94,13 +96,19 @@ def grid(args: argparse.Namespace) -> list[str]:
     return lines
 
 
+def low_rank(method: str) -> bool:
+    """Whether a method is for matrices."""
+    return method.startswith(("lozo", "agzo", "subzero"))
+
+
 def drawn(args: argparse.Namespace) -> list[str]:
     source = random.Random(args.seed)
     cells = []
     for _ in range(args.count):
         model = source.choice(["lm", "lm", "encoder"])
-        scheme = source.choice(SCHEMES[:3] if model == "encoder" else SCHEMES)
-        method = source.choice([m for m in METHODS if scheme in ("full", "lora") or not m.startswith(("lozo", "agzo", "subzero"))])
+        known = [s for s in SCHEMES if s in ("full", "lora") or not all(low_rank(m) for m in args.methods)]
+        scheme = source.choice(known[:3] if model == "encoder" else known)
+        method = source.choice([m for m in args.methods if scheme in ("full", "lora") or not low_rank(m)])
         task, batch, seed = source.choice(TASKS[model]), source.choice(BATCHES), source.randrange(1000)
         objective = {} if model == "encoder" else {"objective": source.choice(["lm", "choices"])}
         cells.append(cell(args, method, scheme, model, task, batch_size=batch, seed=seed, **objective))
@@ -126,6 +134,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=4800, help="sequences a run evaluates")
     parser.add_argument("--num_train", type=int, default=1000, help="training examples, whose loss is looked at before and after")
     parser.add_argument("--first", type=int, default=len(COMBINATIONS), help="so many of the combinations")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="what set-ups are drawn from; more of one make it likelier")
     parser.add_argument("--count", type=int, default=20, help="set-ups drawn")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the set-ups to run, from 0; default: all")
     parser.add_argument("--seed", type=int, default=0)

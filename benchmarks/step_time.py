@@ -80,6 +80,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lozo-e": ("lozo-e", {}, "batched"),
     "lozo-e, sequential": ("lozo-e", {}, "sequential"),
     "lozo-e, two forwards": ("lozo-e", {"num_directions": "example", "estimator": "central"}, "batched"),
+    "lozo-g, guided": ("lozo-g", {}, "sequential"),
     "lozo-m, one an example": ("lozo-m", {"num_directions": "example", "rank": 1}, "batched"),
     "mezo": ("mezo", {}, "sequential"),
     "mezo, rademacher": ("mezo", {"direction": "rademacher"}, "sequential"),
@@ -253,13 +254,17 @@ def measure(
         method = zotune.methods.get(method_name, **options)
         if "on LoRA" in name:
             model = with_adapters(model)
-        points = method.forwards_per_step
+        points = 1 if name == "lozo-g, guided" else method.forwards_per_step
         together = probe == "batched"
         own = f"{name}'s own " if "on LoRA" in name else ""  # an adapter's two products are part of its forward
         what = own + (f"1 forward of {points} × {rows} rows" if together else f"{points} forwards of {rows} rows")
         loss = zotune.objectives.LanguageModelLoss(model) if own else plain_loss
         compare_with(name, what, forward(points, 1, loss) if together else forward(1, points, loss))
-        optimizer = zotune.ZerothOrder(model, method, lr=1e-7, probe=probe, capture=capture)
+        examples = make_batch(128, tokens, plain.config.vocab_size, device)
+        pieces = [{key: value[at : at + rows] for key, value in examples.items()} for at in range(0, 128, rows)]
+        optimizer = zotune.ZerothOrder(
+            model, method, lr=1e-7, probe=probe, capture=capture, examples=lambda step, count, pieces=pieces: pieces
+        )
         contenders[name] = partial(optimizer.step, zotune.objectives.LanguageModelLoss(model), batch)
         shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
         states[name] = partial(method.state_bytes, shapes, half=dtype != torch.float32)

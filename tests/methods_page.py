@@ -22,7 +22,7 @@ def table() -> str:
         what = what.replace("``", "`")
         rate = "measured" if measurable(method) else f"{method.lr:g}"
         reference = f"[{method.arxiv}](https://arxiv.org/abs/{method.arxiv})"
-        rows.append(f"| `{name}` | {what} | {method.forwards_per_step} | {method.extra_memory} | {rate} | {reference} |")
+        rows.append(f"| `{name}` | {what} | {method.forwards_text} | {method.extra_memory} | {rate} | {reference} |")
     return "\n".join(rows)
 
 

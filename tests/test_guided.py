@@ -152,6 +152,15 @@ def test_a_guide_finds_what_tells_the_errors_apart():
     assert int(v[:, 0].abs().argmax()) == 7
 
 
+def test_few_errors_give_a_guide_of_fewer_columns():
+    generator = torch.Generator().manual_seed(0)
+    x, d, others = (torch.randn(*shape, generator=generator) for shape in ((3, 12), (3, 9), (50, 12)))
+    p, v = guide(x, d, others, 5)
+    assert p.shape == (9, 5) and v.shape == (12, 5)
+    assert bool(p[:, :3].any(dim=0).all()) and bool(v[:, :3].any(dim=0).all())
+    assert not p[:, 3:].any() and not v[:, 3:].any()
+
+
 def test_inputs_that_tell_nothing_give_no_guide():
     assert guide(torch.zeros(4, 3), torch.ones(4, 3), torch.zeros(4, 3), 1) is None
     assert guide(torch.ones(4, 3), torch.zeros(4, 3), torch.ones(4, 3), 1) is None

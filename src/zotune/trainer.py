@@ -344,7 +344,8 @@ class ZOTrainer(EvaluatedTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations a micro-batch costs: a third of a forward and backward pass, once for each evaluation."""
-        return super().floating_point_ops(inputs) // 3 * self.zo_optimizer.method.forwards_per_step
+        forwards = 1 if getattr(self.zo_optimizer, "guided", False) else self.zo_optimizer.method.forwards_per_step
+        return super().floating_point_ops(inputs) // 3 * forwards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; an entry of training steps gains the loss gap, its noise, the forward passes and the speed."""

@@ -29,7 +29,7 @@ def methods(argv: Sequence[str]) -> int:
                 each + (" *" if each == chosen else ""),
                 method.title,
                 method.arxiv,
-                str(method.forwards_per_step),
+                method.forwards_text,
                 method.extra_memory,
                 f"{method.lr:g}",
                 f"{method.eps:g}",
@@ -71,7 +71,8 @@ def _describe_method(name: str) -> None:
         print("\noptions and defaults:")
     for option, default in options.items():
         print(f"  {option:<16}{_plain(default)}")
-    print(f"\nforward passes a step: {method.forwards_per_step}; memory beyond the weights: {method.extra_memory}")
+    forwards = method.forwards_text if isinstance(method, Method) else method.forwards_per_step
+    print(f"\nforward passes a step: {forwards}; memory beyond the weights: {method.extra_memory}")
     if isinstance(method, Method) and not measurable(method):
         print("its learning rate cannot be measured: without --learning_rate it is the default above")
 

@@ -15,7 +15,7 @@ from zotune.estimators import ESTIMATORS
 from zotune.replayed import Replayed
 from zotune.rules import Rule
 from zotune.shaping import FITNESS, ByDeviation, Shaping
-from zotune.subspaces import Curved, Full, Subspace
+from zotune.subspaces import Curved, Full, Guided, Subspace
 
 #: For a learning rate or ε that is measured instead of given.
 AUTO = "auto"
@@ -163,6 +163,12 @@ class Method:
     def forwards_per_step(self) -> int:
         """:meth:`forwards` of a step, the most it can be."""
         return self.forwards(-1)
+
+    @property
+    def forwards_text(self) -> str:
+        """:attr:`forwards_per_step` for people: in a guided turn a step is one evaluation."""
+        most = str(self.forwards_per_step)
+        return f"1 or {most}" if isinstance(self.subspace, Guided) else most
 
     @property
     def numbers(self) -> int:

@@ -235,7 +235,8 @@ def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> tuple[Te
     """P (d, rank) and V (n, rank) in bfloat16, of inputs x (N, n) and errors δ (N, d) at the scored positions and inputs (T, n) anywhere.
 
     B = Σ δ_i x_iᵀ (S + λ I)⁻¹ with S the mean of x xᵀ over all positions rather than the scored ones, so that V answers to what tells the
-    errors and to little else; computed from the T other rows, never n × n numbers. None where the inputs tell nothing.
+    errors and to little else; computed from the T other rows, never n × n numbers. Columns beyond the rank of the fit are 0. None where the
+    inputs tell nothing.
     """
     x, d, o = inputs.double(), errors.double(), others.double()
     ridge = RIDGE * float(o.square().mean())
@@ -249,9 +250,10 @@ def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> tuple[Te
     # The fit's singular vectors are those of the N rows √M δ, M = x (S + λI)⁻¹ xᵀ / N².
     squares, vectors = torch.linalg.eigh(x @ whitened / len(x) ** 2)
     _, sizes, right = torch.linalg.svd(squares.clamp_min(0).sqrt().unsqueeze(1) * (vectors.T @ d), full_matrices=False)
-    if not (bool(sizes.isfinite().all()) and float(sizes[0]) > 0 and len(sizes) >= rank):
+    if not (bool(sizes.isfinite().all()) and float(sizes[0]) > 0):
         return None
-    p = positive_peaks(right[:rank].T)
+    found = min(rank, int((sizes > 1e-9 * sizes[0]).sum()))
+    p = torch.nn.functional.pad(positive_peaks(right[:found].T), (0, rank - found))
     v = predictors @ p
     answer = (o @ v).square().mean(dim=0).clamp_min(1e-30)
     v = v * (o.square().sum(dim=1).mean() / answer).sqrt()
