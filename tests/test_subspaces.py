@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, applying, methods, observing, replay
+from zotune import ZerothOrder, applying, methods, observing, readying, replay
 from zotune.coordinates import Offset
 from zotune.directions import Directions, Key
 from zotune.journal import Journal
@@ -55,7 +55,7 @@ def test_the_update_is_along_the_direction_that_was_evaluated_redraw_steps_inclu
     x = torch.linspace(-1, 1, 24).view(4, 6)
     for step in range(9):
         before = model.state_dict()["weight"].clone()
-        optimizer._observe(lambda x: model(x).square().mean(dim=1), [x], step)
+        readying.observe(optimizer, lambda x: model(x).square().mean(dim=1), [x], step)
         applying.begin(optimizer, step)
         for k in range(num_directions):
             seen[k] = [optimizer.probe.evaluate(lambda: model(torch.eye(6)).T.clone(), Offset(s * eps, 0, step, k)) for s in (1, -1)]

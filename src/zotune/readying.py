@@ -31,7 +31,7 @@ EPS = 1e-3
 def ready(optimizer: ZerothOrder, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
     """Everything that is due before step number ``step``."""
     guidance, fresh = optimizer.guidance, optimizer._begun != step
-    _observe(optimizer, loss_fn, parts, step)
+    observe(optimizer, loss_fn, parts, step)
     applying.begin(optimizer, step)
     turns = fresh and (not step or optimizer.method.subspace.observes(step))
     if guidance is not None and turns:
@@ -54,7 +54,7 @@ def ready(optimizer: ZerothOrder, loss_fn: LossFunction, parts: list[Any] | None
         _measured(optimizer, {}, 0, 0, step)
 
 
-def _observe(optimizer: ZerothOrder, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
+def observe(optimizer: ZerothOrder, loss_fn: LossFunction, parts: list[Any] | None, step: int) -> None:
     """Let the subspace look at the step's data, where it has to."""
     subspace, guidance = optimizer.method.subspace, optimizer.guidance
     if optimizer._begun == step or not subspace.observes(step):
