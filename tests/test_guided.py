@@ -105,15 +105,32 @@ def test_a_texts_tokens_share_its_loss():
     handle = model.lm_head.register_forward_pre_hook(keep)
     objectives.LanguageModelLoss(model)(data).sum().backward()
     handle.remove()
-    (texts,) = watch.texts
-    assert texts.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
-    places = torch.tensor([3, 3, 4] * 4)
-    assert torch.allclose(torch.cat(watch.errors), states[0].grad[texts, places], atol=1e-6)
+    (texts,), (errors,) = watch.texts, watch.errors
+    assert texts.tolist() == torch.arange(8).repeat_interleave(2).tolist()
+    places = torch.tensor([3, 4] * 8)
+    assert torch.allclose(errors, states[0].grad[texts, places], atol=1e-6)
+    assert not errors[1::4].any() and bool(errors[3::4].any(dim=1).all())  # every second text has one token
+    with output_errors.watched(100) as watch, torch.no_grad():
+        objectives.LanguageModelLoss(model)(data)
+    assert watch.texts[0].tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
+    assert torch.equal(watch.errors[0], errors[[0, 2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15]])
+
+
+def test_errors_are_made_a_few_rows_at_a_time(monkeypatch):
+    model, data = tiny_llama(), two_tokens()
+    found = []
+    for elements in (2**24, 300):
+        monkeypatch.setattr(output_errors, "CHUNK_ELEMENTS", elements)
+        with output_errors.watched() as watch, torch.no_grad():
+            objectives.LanguageModelLoss(model)(data)
+        found.append(watch.errors[0])
+    assert torch.allclose(*found, atol=1e-6)
 
 
 def test_only_scored_tokens_tell_and_no_more_than_there_is_room_for():
     model, data = tiny_llama(), two_tokens()
     data["targets"][:, 1] = objectives.IGNORE
+    data["positions"], data["targets"] = data["positions"][:, :1], data["targets"][:, :1]
     with output_errors.watched(5) as watch, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
         objectives.LanguageModelLoss(model)(data)

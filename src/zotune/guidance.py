@@ -90,6 +90,8 @@ class Guidance:
         self.probe, self.evaluations, self.rule = probe, evaluations, rule
         self.interval, self.measured = interval, measured
         self.coordinates = [c for c in probe.coordinates if isinstance(c, GuidedCoordinate)]
+        owned = {id(c.parameter): c for c in self.coordinates}
+        self.layers = {m: owned[id(m.weight)] for m in probe.model.modules() if sides(m) and id(m._parameters.get("weight")) in owned}
         self.size = StepSize()
         self.scale = RunningMean(FORGETTING)  # α
         self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
@@ -130,16 +132,16 @@ class Guidance:
 
     def told(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Told:
         """Losses of the step's examples at θ, and what they tell."""
-        guided = {id(c.parameter): c for c in self.coordinates if c.guided}
-        layers = {m: guided[id(m.weight)] for m in self.probe.model.modules() if sides(m) and id(m._parameters.get("weight")) in guided}
-        numbers = sum(c.guides for c in guided.values())
+        guided = [c for c in self.coordinates if c.guided]
+        layers = {layer: coordinate for layer, coordinate in self.layers.items() if coordinate.guided}
+        numbers = sum(c.guides for c in guided)
         key = Key(seed, step, 0, "", "loss")
 
         def rows_of(call: Callable[[], Tensor]) -> Tensor:
             def work() -> Tensor:
                 with isolated_generators(key, self.probe.devices), watched() as watch, _Answers(watch, layers) as answers:
                     losses = call()
-                return torch.cat([losses.unsqueeze(0), answers.slopes(list(guided.values()), losses.numel()).to(losses.device)])
+                return torch.cat([losses.unsqueeze(0), answers.slopes(guided, losses.numel()).to(losses.device)])
 
             return self.probe.evaluate(work, None)
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 MOST_ROWS = 512
 #: Positions of any kind that are looked at in a forward.
 SOME = 64
+#: Probabilities are made so many at a time (64 MiB), never of a whole batch at once.
+CHUNK_ELEMENTS = 2**24
 
 _watches: list[Watch] = []
 
@@ -28,10 +30,12 @@ class Watch:
     """The errors of the losses that are computed while it lasts.
 
     Args:
-        most: scored positions that are kept, at most; None: all.
+        most: scored positions that are kept, at most; None: every position that may be scored, those that are not with errors of 0, so
+            that nothing waits for a device.
 
     Attributes:
-        scored: of the forward that runs now: positions (R, S) that are scored, which of them are kept, and the attention mask (R, T).
+        scored: of the forward that runs now: which of the positions (R, S) are kept, None for all, their texts and places (n,), and the
+            attention mask (R, T).
         errors: δ of the kept positions, by how much they count in their text's loss, (n, d) in float32 of every forward so far.
         texts: the text that each belongs to, (n,) of every forward, counted through all of them.
         number: texts so far.
@@ -39,20 +43,23 @@ class Watch:
 
     def __init__(self, most: int | None = None) -> None:
         self.most = most
-        self.scored: tuple[Tensor, Tensor, Tensor] | None = None
+        self.scored: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None
         self.errors: list[Tensor] = []
         self.texts: list[Tensor] = []
         self.number = self.rows = 0
 
-    def begin(self, positions: Tensor, kept: Tensor, mask: Tensor) -> None:
-        """A forward begins that scores ``positions`` (R, S) where ``kept`` (R, S), of texts with the attention ``mask`` (R, T)."""
-        if self.most is not None:
-            room = self.most - self.rows
-            if room <= 0:
-                kept = torch.zeros_like(kept)
-            elif int(kept.sum()) > room:
-                kept = kept & (kept.flatten().cumsum(0).view(kept.shape) <= room)
-        self.scored = positions, kept, mask
+    def begin(self, positions: Tensor, scored: Tensor, mask: Tensor) -> None:
+        """A forward begins that scores ``positions`` (R, S) where ``scored`` (R, S), of texts with the attention ``mask`` (R, T)."""
+        texts = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions)
+        if self.most is None:
+            self.scored = None, texts.flatten(), positions.flatten(), mask
+            return
+        room = self.most - self.rows
+        if room <= 0:
+            scored = torch.zeros_like(scored)
+        elif int(scored.sum()) > room:
+            scored = scored & (scored.flatten().cumsum(0).view(scored.shape) <= room)
+        self.scored = scored, texts[scored], positions[scored], mask
 
     def rows_of(self, states: Tensor) -> Tensor | None:
         """What a layer is given at the kept positions, (n, width), of its input (R, T′, width) or (R · T′, width); None if it is neither.
@@ -61,21 +68,20 @@ class Watch:
         """
         if self.scored is None:
             return None
-        positions, kept, _ = self.scored
-        texts = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions)
-        return self._at(states, texts[kept], positions[kept])
+        _, texts, places, _ = self.scored
+        return self._at(states, texts, places)
 
     def some_of(self, states: Tensor) -> Tensor | None:
         """The same at :data:`SOME` positions of the texts or a few more, as far apart as can be."""
         if self.scored is None:
             return None
-        texts, places = self.scored[2].nonzero(as_tuple=True)
+        texts, places = self.scored[3].nonzero(as_tuple=True)
         few = slice(None, None, max(1, len(texts) // SOME))
         return self._at(states, texts[few], places[few])
 
     def _at(self, states: Tensor, texts: Tensor, places: Tensor) -> Tensor | None:
         assert self.scored is not None
-        rows, length = self.scored[2].shape
+        rows, length = self.scored[3].shape
         flat = states.flatten(0, -2)
         longer = flat.shape[0] // rows - length
         if flat.shape[0] % rows or longer < 0:
@@ -85,33 +91,46 @@ class Watch:
     def end(self, logits: Tensor, targets: Tensor, head: nn.Module | None, shares: Tensor) -> None:
         """The forward has given ``logits`` (R, S, vocabulary) for ``targets`` (R, S), ``shares`` (R,) of which make a text's loss.
 
-        Without a head that is known it tells nothing.
+        Targets below 0 are not scored. Without a head that is known it tells nothing.
         """
-        kept, weight = self._ended(), _matrix(head, logits.shape[-1])
-        if weight is None or not bool(kept.any()):
+        (kept, texts), number = self._ended(), len(targets)
+        weight = _matrix(head, logits.shape[-1])
+        logits, targets = (logits.flatten(0, 1), targets.flatten()) if kept is None else (logits[kept], targets[kept])
+        if weight is None or not len(targets):
             return
-        texts = torch.arange(len(kept), device=kept.device).unsqueeze(1).expand_as(kept)[kept]
-        probabilities = logits[kept].float().softmax(dim=-1)
-        wrong = probabilities.scatter_add_(1, targets[kept].unsqueeze(1), torch.full_like(probabilities[:, :1], -1.0))
-        self._tell((wrong.to(weight.dtype) @ weight.detach()).float() * shares[texts].unsqueeze(1), texts, len(kept))
+        counts = shares[texts] * (targets >= 0)
+        parts = []
+        for part, target in zip(logits.split(self._at_once(logits)), targets.split(self._at_once(logits)), strict=True):
+            wrong = part.float().softmax(dim=-1)
+            wrong.scatter_add_(1, target.clamp_min(0).unsqueeze(1), torch.full_like(wrong[:, :1], -1.0))
+            parts.append((wrong.to(weight.dtype) @ weight.detach()).float())
+        self._tell(torch.cat(parts) * counts.unsqueeze(1), texts, number)
 
     def end_options(self, logits: Tensor, options: Tensor, answers: Tensor, head: nn.Module | None) -> None:
         """The same for −log softmax over the logits of ``options`` (R, C) alone at ``answers`` (R,), of ``logits`` (R, vocabulary).
 
         δ = Σ_c (p_c − [c = answer]) W[option c].
         """
-        kept, weight = self._ended()[:, 0], _matrix(head, logits.shape[-1])
-        if weight is None or not bool(kept.any()):
+        (kept, texts), number = self._ended(), len(options)
+        weight = _matrix(head, logits.shape[-1])
+        if kept is not None:
+            logits, options, answers = (tensor[kept[:, 0]] for tensor in (logits, options, answers))
+        if weight is None or not len(options):
             return
-        options, texts = options[kept], kept.nonzero()[:, 0]
-        probabilities = logits[kept].gather(1, options).float().softmax(dim=-1)
-        wrong = probabilities.scatter_add_(1, answers[kept].unsqueeze(1), torch.full_like(probabilities[:, :1], -1.0))
-        self._tell((wrong.unsqueeze(2) * weight.detach()[options].float()).sum(dim=1), texts, len(kept))
+        wrong = logits.gather(1, options).float().softmax(dim=-1)
+        wrong.scatter_add_(1, answers.unsqueeze(1), torch.full_like(wrong[:, :1], -1.0))
+        self._tell((wrong.unsqueeze(2) * weight.detach()[options].float()).sum(dim=1), texts, number)
 
-    def _ended(self) -> Tensor:
+    @staticmethod
+    def _at_once(logits: Tensor) -> int:
+        """Rows whose probabilities are made at a time."""
+        return max(1, CHUNK_ELEMENTS // logits.shape[-1])
+
+    def _ended(self) -> tuple[Tensor | None, Tensor]:
         assert self.scored is not None
-        kept, self.scored = self.scored[1], None
-        return kept
+        kept, texts, _, _ = self.scored
+        self.scored = None
+        return kept, texts
 
     def _tell(self, errors: Tensor, texts: Tensor, number: int) -> None:
         self.errors.append(errors)
