@@ -211,6 +211,14 @@ def ratios(finals: dict[str, list[dict[str, Any]]], reference: str) -> list[str]
     return lines
 
 
+def looked_at(result: dict[str, Any]) -> list[float]:
+    """Sequences evaluated at the points of a run's curve of accuracies."""
+    if len(result.get("whole", ())) == len(result["curve"]):
+        return [n for n, _ in result["whole"]]
+    per_step = result["sequences"][-1] / result["curve"][-1][0]
+    return [step * per_step for step, _ in result["curve"]]
+
+
 def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
     import matplotlib
 
@@ -219,22 +227,19 @@ def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> Non
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for method, runs in finals.items():
-        per_step = runs[0]["sequences"][-1] / runs[0]["curve"][-1][0]
-        smooth = [smoothed(r["losses"]) for r in runs]
+        smooth = [smoothed(r["losses"], max(1, len(r["losses"]) // 30)) for r in runs]
         loss = list(zip(*smooth, strict=False))
         x = runs[0]["sequences"][: len(loss)]
         (line,) = left.plot(x, [statistics.fmean(v) for v in loss], label=method)
         left.fill_between(x, [min(v) for v in loss], [max(v) for v in loss], alpha=0.2, color=line.get_color())
-        steps = [s for s, _ in runs[0]["curve"]]
-        values = [[r["curve"][i][1] for r in runs] for i in range(len(steps))]
-        right.plot([s * per_step for s in steps], [statistics.fmean(v) for v in values], color=line.get_color(), label=method)
-        right.fill_between(
-            [s * per_step for s in steps],
-            [min(v) for v in values],
-            [max(v) for v in values],
-            alpha=0.2,
-            color=line.get_color(),
-        )
+        x = looked_at(runs[0])
+        values = [[r["curve"][i][1] for r in runs] for i in range(len(x))]
+        right.plot(x, [statistics.fmean(v) for v in values], color=line.get_color(), label=method)
+        right.fill_between(x, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
+    lengths = [runs[0]["sequences"][-1] for runs in finals.values()]
+    if max(lengths) > 4 * min(lengths):
+        for axes in (left, right):
+            axes.set_xscale("log")
     left.set(xlabel="sequences evaluated", ylabel="training loss", title=title)
     right.set(xlabel="sequences evaluated", ylabel="validation accuracy", title="mean and range over seeds")
     right.legend(frameon=False)
