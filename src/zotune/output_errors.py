@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 #: Scored positions that a watch keeps where it is to choose a subspace, at most: a text scores all of its own.
-MOST_ROWS = 512
+MOST_ROWS = 256
 #: Positions of any kind that are looked at in a forward.
 SOME = 64
-#: Probabilities are made so many at a time (64 MiB), never of a whole batch at once.
-CHUNK_ELEMENTS = 2**24
+#: Probabilities are made so many at a time (16 MiB), never of a whole batch at once.
+CHUNK_ELEMENTS = 2**22
 
 _watches: list[Watch] = []
 
@@ -34,8 +34,8 @@ class Watch:
             that nothing waits for a device.
 
     Attributes:
-        scored: of the forward that runs now: which of the positions (R, S) are kept, None for all, their texts and places (n,), and the
-            attention mask (R, T).
+        scored: of the forward that runs now: the numbers (n,) of the positions (R, S) that are kept, None for all, their texts and places
+            (n,), and the attention mask (R, T).
         errors: δ of the kept positions, by how much they count in their text's loss, (n, d) in float32 of every forward so far.
         texts: the text that each belongs to, (n,) of every forward, counted through all of them.
         number: texts so far.
@@ -50,16 +50,12 @@ class Watch:
 
     def begin(self, positions: Tensor, scored: Tensor, mask: Tensor) -> None:
         """A forward begins that scores ``positions`` (R, S) where ``scored`` (R, S), of texts with the attention ``mask`` (R, T)."""
-        texts = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions)
+        texts = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions).flatten()
         if self.most is None:
-            self.scored = None, texts.flatten(), positions.flatten(), mask
-            return
-        room = self.most - self.rows
-        if room <= 0:
-            scored = torch.zeros_like(scored)
-        elif int(scored.sum()) > room:
-            scored = scored & (scored.flatten().cumsum(0).view(scored.shape) <= room)
-        self.scored = scored, texts[scored], positions[scored], mask
+            self.scored = None, texts, positions.flatten(), mask
+        else:
+            kept = scored.flatten().nonzero()[: self.most - self.rows, 0]
+            self.scored = kept, texts[kept], positions.flatten()[kept], mask
 
     def rows_of(self, states: Tensor) -> Tensor | None:
         """What a layer is given at the kept positions, (n, width), of its input (R, T′, width) or (R · T′, width); None if it is neither.
@@ -95,15 +91,17 @@ class Watch:
         """
         (kept, texts), number = self._ended(), len(targets)
         weight = _matrix(head, logits.shape[-1])
-        logits, targets = (logits.flatten(0, 1), targets.flatten()) if kept is None else (logits[kept], targets[kept])
-        if weight is None or not len(targets):
+        logits, targets = logits.flatten(0, 1), targets.flatten()
+        count = len(targets) if kept is None else len(kept)
+        if weight is None or not count:
             return
-        counts = shares[texts] * (targets >= 0)
-        parts = []
-        for part, target in zip(logits.split(self._at_once(logits)), targets.split(self._at_once(logits)), strict=True):
-            wrong = part.float().softmax(dim=-1)
-            wrong.scatter_add_(1, target.clamp_min(0).unsqueeze(1), torch.full_like(wrong[:, :1], -1.0))
+        parts, few = [], max(1, CHUNK_ELEMENTS // logits.shape[-1])
+        for start in range(0, count, few):
+            some = slice(start, start + few) if kept is None else kept[start : start + few]
+            wrong, target = logits[some].float().softmax(dim=-1), targets[some].clamp_min(0)
+            wrong.scatter_add_(1, target.unsqueeze(1), torch.full_like(wrong[:, :1], -1.0))
             parts.append((wrong.to(weight.dtype) @ weight.detach()).float())
+        counts = shares[texts] * ((targets if kept is None else targets[kept]) >= 0)
         self._tell(torch.cat(parts) * counts.unsqueeze(1), texts, number)
 
     def end_options(self, logits: Tensor, options: Tensor, answers: Tensor, head: nn.Module | None) -> None:
@@ -114,17 +112,12 @@ class Watch:
         (kept, texts), number = self._ended(), len(options)
         weight = _matrix(head, logits.shape[-1])
         if kept is not None:
-            logits, options, answers = (tensor[kept[:, 0]] for tensor in (logits, options, answers))
+            logits, options, answers = (tensor[kept] for tensor in (logits, options, answers))
         if weight is None or not len(options):
             return
         wrong = logits.gather(1, options).float().softmax(dim=-1)
         wrong.scatter_add_(1, answers.unsqueeze(1), torch.full_like(wrong[:, :1], -1.0))
         self._tell((wrong.unsqueeze(2) * weight.detach()[options].float()).sum(dim=1), texts, number)
-
-    @staticmethod
-    def _at_once(logits: Tensor) -> int:
-        """Rows whose probabilities are made at a time."""
-        return max(1, CHUNK_ELEMENTS // logits.shape[-1])
 
     def _ended(self) -> tuple[Tensor | None, Tensor]:
         assert self.scored is not None

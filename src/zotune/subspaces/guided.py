@@ -222,7 +222,7 @@ class _Writers:
             return
         for kept, rows in ((self.inputs, self.watch.rows_of(states)), (self.others, self.watch.some_of(states))):
             if rows is not None:
-                kept.setdefault(name, []).append(rows.detach().float().cpu())
+                kept.setdefault(name, []).append(rows.detach().cpu())
 
     def seen(self, name: str) -> tuple[Tensor | None, Tensor]:
         """Inputs at the scored positions, (N, n), and at some of all positions."""
