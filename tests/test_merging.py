@@ -77,7 +77,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert run_command(capsys, "train", *common, "--seed", seed, "--output_dir", f"run-{seed}").code == 0
     done = run_command(capsys, "merge", "my-model", "run-1", "run-2/journal.zo", "--weights", "2", "1", "--output_dir", "merged")
     assert done.code == 0, done.err
-    assert "2 runs (3 of lozo-e, 3 of lozo-e), averaged" in done.out
+    assert "2 runs (3 of lozo-g, 3 of lozo-g), averaged" in done.out
     assert run_command(capsys, "merge", "my-model", "run-1", "--output_dir", "same").code == 0
     assert weights_digest("same") == weights_digest("run-1") != weights_digest("merged")
     assert run_command(capsys, "eval", "--model_name_or_path", "merged", "--task", "sst2", "--data_dir", "data").code == 0

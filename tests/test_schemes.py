@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
 import zotune
 from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer, weights
@@ -232,3 +232,19 @@ def test_what_makes_sense_is_not_refused() -> None:
 def test_wrong_requests_name_the_fix(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_encoder_without_a_head_takes_lora_and_no_tokens_put_before_its_text() -> None:
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=60)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = BertModel(config, add_pooling_layer=False)
+        with pytest.raises(ValueError, match="this is a BertModel: choose lora or full"):
+            apply(encoder, Scheme("prompt"))
+        model = apply(encoder, Scheme("lora"))
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert names and all("lora_" in name for name in names)
+    ids = torch.arange(24).view(4, 6)
+    optimizer = zotune.ZerothOrder(model, "mezo", lr=1e-2)
+    loss = optimizer.step(lambda ids: model(input_ids=ids).last_hidden_state.square().mean(dim=(1, 2)), ids)
+    assert torch.isfinite(loss)

@@ -226,7 +226,8 @@ def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 
     classifier = any(isinstance(getattr(model, name, None), nn.Module) for name in _CLASSIFIERS)
-    task = TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM
+    causal = not classifier and hasattr(model, "prepare_inputs_for_generation")
+    task = TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM if causal else None
     if scheme.scheme == "lora":
         config = LoraConfig(
             r=scheme.lora_r,
@@ -243,6 +244,10 @@ def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
         raise ValueError(
             f"--scheme {scheme.scheme} is for causal language models: tokens put before a classifier's text move the token that it reads. "
             "Choose lora, head or full."
+        )
+    if not causal:
+        raise ValueError(
+            f"--scheme {scheme.scheme} is for causal language models, and this is a {type(model).__name__}: choose lora or full."
         )
     tokens = _real_tokens(model, scheme.num_virtual_tokens)
     if scheme.scheme == "prompt":
