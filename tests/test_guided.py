@@ -316,6 +316,24 @@ def test_a_trainer_gives_examples_of_its_own_data_the_same_whenever_asked(tmp_pa
     assert len(ids[0].unique(dim=0)) == 40
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"per_device_train_batch_size": 16}, 30),
+        ({"per_device_train_batch_size": 32}, 30),
+        ({"per_device_train_batch_size": 4}, 120),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 60),
+        ({"per_device_train_batch_size": 4, "interval": 7}, 7),
+        ({"per_device_train_batch_size": 4, "method_args": {"examples": 32}}, 30),
+    ],
+)
+def test_a_trainer_makes_turns_longer_where_batches_are_small(tmp_path, options, steps):
+    made = ZOTrainer(
+        model=tiny_llama(), args=config(tmp_path, method="lozo-g", **options), train_dataset=ROWS, data_collator=collate_completions
+    )
+    assert made._method().subspace.interval == steps
+
+
 def test_a_resumed_training_is_the_straight_one_in_a_guided_turn(tmp_path):
     options = {
         "method": "lozo-g",

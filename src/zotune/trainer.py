@@ -33,6 +33,7 @@ from zotune.optimizer import ZerothOrder
 from zotune.run_lock import locked
 from zotune.stacking import batch_rows, take
 from zotune.step_sums import StepSums
+from zotune.subspaces import Guided
 
 INITIAL_ADAPTER = "initial_adapter"
 
@@ -265,15 +266,21 @@ class ZOTrainer(EvaluatedTrainer):
         return [self._prepare_inputs(collate([dataset[index] for index in piece])) for piece in pieces]
 
     def _method(self) -> Method:
-        """The config's method; where it gives every example directions and nobody said so, sets of different classes get them instead."""
+        """The config's method, with what it leaves open and data and batch tell.
+
+        Where it gives every example directions, sets of different classes get them instead; turns of a guided method are longer where
+        batches are small.
+        """
         args, method = self.args, self.args.zo_method()
         extra = args.method_args if isinstance(args.method_args, dict) else {}
-        if not method.own or args.num_directions is not None or "num_directions" in extra:
-            return method
-        stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
-        classes = len(set(classes_of(self.train_dataset) or ())) if stratified else 0
-        size = set_size(classes, self._train_batch_size * args.gradient_accumulation_steps)
-        return method if size is None else args.zo_method(num_directions=f"sets:{size}:{method.each}")
+        examples, found = self._train_batch_size * args.gradient_accumulation_steps, dict[str, Any]()
+        if method.own and args.num_directions is None and "num_directions" not in extra:
+            stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
+            size = set_size(len(set(classes_of(self.train_dataset) or ())) if stratified else 0, examples)
+            found |= {} if size is None else {"num_directions": f"sets:{size}:{method.each}"}
+        if isinstance(method.subspace, Guided) and args.interval is None and "interval" not in extra:
+            found["interval"] = method.subspace.interval_for(examples)
+        return args.zo_method(**found) if found else method
 
     # --- a step ---
 

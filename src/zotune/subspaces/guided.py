@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from zotune.output_errors import MOST_ROWS, Watch, watched
 from zotune.subspaces.inputs import InputsCoordinate, positive_peaks
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 
+#: Examples that a turn's steps see for each that is looked at.
+SHARE = 3.75
 #: Ridge of the regression, in units of the inputs' mean square.
 RIDGE = 0.1
 
@@ -127,6 +130,10 @@ class Guided(LowRank):
             at_least_one(field, getattr(self, field))
         if not isinstance(self.begin, int) or self.begin < 0:
             raise ValueError(f"begin must be a whole number of at least 0, not {self.begin!r}.")
+
+    def interval_for(self, batch: int) -> int:
+        """Steps of ``batch`` examples that a turn is to have at least, so that looking takes a fifth of the sequences or less."""
+        return max(self.interval, math.ceil(SHARE * self.examples / batch))
 
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
         return GuidedCoordinate(name, parameter, self.rank, self.interval, self.guide, self.begin)
