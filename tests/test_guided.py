@@ -332,6 +332,8 @@ def test_a_trainer_makes_turns_longer_where_batches_are_small(tmp_path, options,
         model=tiny_llama(), args=config(tmp_path, method="lozo-g", **options), train_dataset=ROWS, data_collator=collate_completions
     )
     assert made._method().subspace.interval == steps
+    made.objective = lambda model, batch: batch["input_ids"].float().mean(dim=1)  # tells nothing, so that every turn is LOZO's
+    assert made._method().subspace.interval == options.get("interval", 30)
 
 
 def test_a_resumed_training_is_the_straight_one_in_a_guided_turn(tmp_path):

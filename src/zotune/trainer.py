@@ -34,6 +34,7 @@ from zotune.run_lock import locked
 from zotune.stacking import batch_rows, take
 from zotune.step_sums import StepSums
 from zotune.subspaces import Guided
+from zotune.token_scores import head_of
 
 INITIAL_ADAPTER = "initial_adapter"
 
@@ -278,7 +279,8 @@ class ZOTrainer(EvaluatedTrainer):
             stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
             size = set_size(len(set(classes_of(self.train_dataset) or ())) if stratified else 0, examples)
             found |= {} if size is None else {"num_directions": f"sets:{size}:{method.each}"}
-        if isinstance(method.subspace, Guided) and args.interval is None and "interval" not in extra:
+        tells = head_of(self.model) is not None and self.objective in (None, "lm", "generation", "choices")
+        if tells and isinstance(method.subspace, Guided) and args.interval is None and "interval" not in extra:
             found["interval"] = method.subspace.interval_for(examples)
         return args.zo_method(**found) if found else method
 
