@@ -41,37 +41,34 @@ def run(model: torch.nn.Module, steps: ZerothOrder, first: int, last: int) -> No
         steps.step(loss_fn, batch(step))
 
 
-def test_an_error_is_the_gradient_in_the_hidden_state_that_the_head_is_given():
-    model, data = tiny_llama(), batch(0)
+def in_the_hidden_state(model: torch.nn.Module, loss_fn, data) -> torch.Tensor:
+    """By backprop: the gradient of all losses in what the head is given, (R, T, d)."""
     given: list[torch.Tensor] = []
 
     def keep(module, args):
         given.append(args[0].detach().requires_grad_())
         return (given[0],)
 
+    handle = model.lm_head.register_forward_pre_hook(keep)
+    loss_fn(data).sum().backward()
+    handle.remove()
+    return given[0].grad
+
+
+def test_an_error_is_the_gradient_in_the_hidden_state_that_the_head_is_given():
+    model, data = tiny_llama(), batch(0)
     with output_errors.watched() as watch, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
-    handle = model.lm_head.register_forward_pre_hook(keep)
-    objectives.LanguageModelLoss(model)(data).sum().backward()  # one token an example is scored
-    handle.remove()
-    assert torch.allclose(torch.cat(watch.errors), given[0].grad[:, LENGTH - 1], atol=1e-6)
+    gradient = in_the_hidden_state(model, objectives.LanguageModelLoss(model), data)  # one token an example is scored
+    assert torch.allclose(torch.cat(watch.errors), gradient[:, LENGTH - 1], atol=1e-6)
 
 
 def test_the_error_of_a_choice_is_that_of_its_options_alone():
     model, data = tiny_llama(), collate_choices(ROWS[:8])
     assert "option_ids" in data
-    given: list[torch.Tensor] = []
-
-    def keep(module, args):
-        given.append(args[0].detach().requires_grad_())
-        return (given[0],)
-
     with output_errors.watched() as watch, torch.no_grad():
         objectives.ChoiceLoss(model)(data)
-    handle = model.lm_head.register_forward_pre_hook(keep)
-    objectives.ChoiceLoss(model)(data).sum().backward()
-    handle.remove()
-    gradients = given[0].grad[torch.arange(8), data["positions"][:, 0]]
+    gradients = in_the_hidden_state(model, objectives.ChoiceLoss(model), data)[torch.arange(8), data["positions"][:, 0]]
     assert float(gradients.norm()) > 0
     assert torch.allclose(torch.cat(watch.errors), gradients, atol=1e-6)
 
@@ -94,21 +91,13 @@ def two_tokens(size: int = 8) -> dict[str, torch.Tensor]:
 
 def test_a_texts_tokens_share_its_loss():
     model, data = tiny_llama(), two_tokens()
-    states: list[torch.Tensor] = []
-
-    def keep(module, args):
-        states.append(args[0].detach().requires_grad_())
-        return (states[0],)
-
     with output_errors.watched() as watch, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
-    handle = model.lm_head.register_forward_pre_hook(keep)
-    objectives.LanguageModelLoss(model)(data).sum().backward()
-    handle.remove()
+    gradients = in_the_hidden_state(model, objectives.LanguageModelLoss(model), data)
     (texts,), (errors,) = watch.texts, watch.errors
     assert texts.tolist() == torch.arange(8).repeat_interleave(2).tolist()
     places = torch.tensor([3, 4] * 8)
-    assert torch.allclose(errors, states[0].grad[texts, places], atol=1e-6)
+    assert torch.allclose(errors, gradients[texts, places], atol=1e-6)
     assert not errors[1::4].any() and bool(errors[3::4].any(dim=1).all())  # every second text has one token
     with output_errors.watched(100) as watch, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
