@@ -236,7 +236,8 @@ def test_each_turn_has_a_rate_of_its_own_and_what_was_known_before_others_moved_
     run(model, steps, 0, 2 * INTERVAL)
     guided, plain = steps.guidance.size, steps.calibrator.step_size
     assert guided.promise is not None and plain.promise is not None
-    assert guided.moment.count == plain.moment.count - 1 + 1 or guided.moment.mean != plain.moment.mean
+    assert guided.moment.count and plain.moment.count and guided.moment.mean != plain.moment.mean
+    assert guided.curvature.mean != plain.curvature.mean
     size = StepSize(agreement=RunningMean(0.15, 9, 0.5, 0.25), waited=2, lowest=1.0)
     size.fade()
     size.agreement.add(0.0)

@@ -72,9 +72,7 @@ def take(optimizer: ZerothOrder, record: Record) -> None:
 def _take_told(optimizer: ZerothOrder, record: StepRecord) -> None:
     """The step of a guided turn: coefficients are the derivatives along the numbers of S, layer by layer; nothing else moves."""
     assert optimizer.guidance is not None
-    guided = [c for c in optimizer.guidance.coordinates if c.guided]
-    parts = torch.tensor(record.coefficients).split([c.guides for c in guided])
-    told = {id(coordinate): part for coordinate, part in zip(guided, parts, strict=True)}
+    told = {id(coordinate): part for coordinate, part in optimizer.guidance.parts(torch.tensor(record.coefficients))}
     for group, coordinates, lr in zip(optimizer.param_groups, optimizer.coordinates, record.lrs, strict=True):
         keep = 1 - lr * float(group["weight_decay"])
         for coordinate in coordinates:

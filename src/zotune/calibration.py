@@ -28,6 +28,7 @@ from zotune.probe import Probe
 from zotune.rules import EMASGD, Rule, Sign
 from zotune.shaping import FITNESS, State
 from zotune.step_size import WIDER, StepSize, in_units
+from zotune.subspaces import Guided
 
 #: The values of ε that are tried; where climbing begins, and in well-behaved single precision goes on from.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -175,21 +176,19 @@ class Calibrator:
         method, rule: what is calibrated.
         lr_scale: what low-rank coordinates multiply a learning rate by.
         chooses_eps, chooses_lr: what is to be chosen.
-        interval: steps of a turn, where coordinates have theirs by turns (see ``guidance``).
 
     Raises:
         ValueError: a learning rate is to be chosen for a rule of which no scale is known.
     """
 
-    def __init__(
-        self, probe: Probe, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool, interval: int | None = None
-    ) -> None:
+    def __init__(self, probe: Probe, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool) -> None:
         if chooses_lr:
             gain(method, rule, 1.0, 1, 1.0)
         self.probe, self.method, self.rule, self.lr_scale = probe, method, rule, lr_scale
         self.estimator = ESTIMATORS[method.estimator]
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
-        self.interval = interval
+        #: steps of a turn, where coordinates have theirs by turns (see ``guidance``)
+        self.interval = method.subspace.interval if isinstance(method.subspace, Guided) else None
         self.step_size = StepSize(few=method.own)
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
 

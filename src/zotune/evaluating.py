@@ -193,8 +193,7 @@ class Evaluations:
         share = self._share(loss_fn, parts, 1)
         pieces = self._pieces(parts, share) if share.pieces else []
         told = self._told(loss_fn)
-        calls = [told] if pieces is None else [partial(told, piece) for piece in pieces]
-        found = [rows_of(partial(_losses_of_call, call)) for call in calls]
+        found = [rows_of(evaluation(told, part)) for part in ([None] if pieces is None else [[piece] for piece in pieces])]
         values, evaluated = self._gathered(share, torch.cat(found, dim=1) if found else None, each)
         return values, evaluated // each
 
@@ -519,10 +518,6 @@ def evaluation(loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[
 
 def _losses_of(loss_fn: LossFunction, rows: Any) -> Tensor:
     return as_losses([loss_fn(rows)])
-
-
-def _losses_of_call(call: Callable[[], Any]) -> Tensor:
-    return as_losses([call()])
 
 
 def as_losses(parts: list[Any]) -> Tensor:

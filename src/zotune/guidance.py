@@ -36,6 +36,7 @@ from zotune.probe import isolated_generators
 from zotune.rules import Rule
 from zotune.step_size import REACH, RunningMean, StepSize
 from zotune.subspaces.guided import GuidedCoordinate, outputs_first, sides
+from zotune.subspaces.inputs import given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,9 +100,19 @@ class Guidance:
         self.forwards = self.sequences = 0  # what the last measurement took
 
     @property
+    def guided(self) -> list[GuidedCoordinate]:
+        """The coordinates that are guided in this turn, in the order of their numbers."""
+        return [c for c in self.coordinates if c.guided]
+
+    @property
     def on(self) -> bool:
         """Whether this turn is a guided one."""
         return any(c.guided for c in self.coordinates)
+
+    def parts(self, numbers: Tensor) -> list[tuple[GuidedCoordinate, Tensor]]:
+        """What of all numbers (C,) is each guided coordinate's."""
+        guided = self.guided
+        return list(zip(guided, numbers.split([c.guides for c in guided]), strict=True))
 
     # -- whose turn it is -----------------------------------------------------------------------------------------------------------
 
@@ -132,15 +143,17 @@ class Guidance:
 
     def told(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Told:
         """Losses of the step's examples at θ, and what they tell."""
-        guided = [c for c in self.coordinates if c.guided]
+        guided = self.guided
         layers = {layer: coordinate for layer, coordinate in self.layers.items() if coordinate.guided}
         numbers = sum(c.guides for c in guided)
         key = Key(seed, step, 0, "", "loss")
 
         def rows_of(call: Callable[[], Tensor]) -> Tensor:
             def work() -> Tensor:
-                with isolated_generators(key, self.probe.devices), watched() as watch, _Answers(watch, layers) as answers:
-                    losses = call()
+                with isolated_generators(key, self.probe.devices), watched() as watch:
+                    answers = _Answers(watch, layers)
+                    with given(layers, answers.look):
+                        losses = call()
                 return torch.cat([losses.unsqueeze(0), answers.slopes(guided, losses.numel()).to(losses.device)])
 
             return self.probe.evaluate(work, None)
@@ -213,7 +226,7 @@ class Guidance:
 
     def _at(self, evaluate: Callable[[], Tensor], scale: float, seed: int, step: int) -> Tensor:
         offset = Offset(scale, seed, step, 0)
-        losses = self.probe.evaluate(evaluate, offset, only={c.name for c in self.coordinates if c.guided})
+        losses = self.probe.evaluate(evaluate, offset, only={c.name for c in self.guided})
         self.forwards += 1
         self.sequences += losses.numel()
         return losses.cpu()
@@ -221,13 +234,12 @@ class Guidance:
     @contextmanager
     def _toward(self, direction: Tensor) -> Iterator[None]:
         """For the length of a block, S of all layers are evaluated along ``direction`` (C,)."""
-        guided = [c for c in self.coordinates if c.guided]
         try:
-            for coordinate, part in zip(guided, direction.float().split([c.guides for c in guided]), strict=True):
+            for coordinate, part in self.parts(direction.float()):
                 coordinate.toward = part
             yield
         finally:
-            for coordinate in guided:
+            for coordinate in self.coordinates:
                 coordinate.toward = None
 
     def _take_in(self, told: Told, norm: float) -> None:
@@ -283,15 +295,7 @@ class _Answers:
         self.found: dict[str, list[Tensor]] = {}
         self.first: dict[str, bool] = {c.name: outputs_first(layer) for layer, c in layers.items()}
 
-    def __enter__(self) -> _Answers:
-        self._handles = [layer.register_forward_pre_hook(self._look) for layer in self.layers]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         coordinate = self.layers[module]
         rows = self.watch.rows_of(args[0]) if args and isinstance(args[0], Tensor) else None
         if rows is not None:

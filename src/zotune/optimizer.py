@@ -229,8 +229,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _calibrator(self, measured: bool) -> Calibrator:
         coordinates = self.probe.coordinates
         scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
-        turns = self.method.subspace.interval if isinstance(self.method.subspace, Guided) else None
-        return Calibrator(self.probe, self.method, self.rule, scale, math.isnan(self.eps), measured, turns)
+        return Calibrator(self.probe, self.method, self.rule, scale, math.isnan(self.eps), measured)
 
     def _guidance(self, measured: bool) -> Guidance | None:
         subspace = self.method.subspace

@@ -38,14 +38,13 @@ def ready(optimizer: ZerothOrder, loss_fn: LossFunction, parts: list[Any] | None
         guidance.turned()
         if not guidance.on and optimizer.calibrator is not None:
             optimizer.calibrator.step_size.waited = guidance.waited
-    if optimizer.guided:
-        if not optimizer._prepared:
-            _prepare(optimizer, optimizer.evaluations.trial(loss_fn, parts), step)
-        return
-    if optimizer.calibrator is not None and math.isnan(optimizer.eps):
+    guided = optimizer.guided
+    if optimizer.calibrator is not None and math.isnan(optimizer.eps) and not guided:
         _choose_eps(optimizer, optimizer.evaluations.function(loss_fn, parts), step)
     if not optimizer._prepared:
         _prepare(optimizer, optimizer.evaluations.trial(loss_fn, parts), step)
+    if guided:
+        return
     if optimizer.layers and _scales_due(optimizer, step, turns):
         _scale_layers(optimizer, loss_fn, parts, step)
     if optimizer.calibrator is not None:
@@ -60,8 +59,7 @@ def observe(optimizer: ZerothOrder, loss_fn: LossFunction, parts: list[Any] | No
     if optimizer._begun == step or not subspace.observes(step):
         return
     if guidance is not None:
-        measured = optimizer.calibrator is not None and guidance.measured
-        plain = optimizer.calibrator.step_size if measured and optimizer.calibrator else None
+        plain = optimizer.calibrator.step_size if optimizer.calibrator is not None and guidance.measured else None
         if not guidance.next(plain, optimizer.method.forwards(step)):
             return
     wanted, whole = subspace.looks_at(step), True

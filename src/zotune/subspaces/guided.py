@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from zotune.coordinates import Carry, Coordinate
 from zotune.directions import Directions
 from zotune.output_errors import MOST_ROWS, Watch, watched
-from zotune.subspaces.inputs import InputsCoordinate, positive_peaks
+from zotune.subspaces.inputs import InputsCoordinate, given, positive_peaks
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
+from zotune.token_scores import head_of
 
 #: Examples that a turn's steps see for each that is looked at.
 SHARE = 3.75
@@ -156,14 +157,15 @@ class Guided(LowRank):
         """[P; V] (m + n, q) of every layer that is guided, bfloat16, by name; nothing where none is."""
         wanted = {id(c.parameter): c for c in coordinates if isinstance(c, GuidedCoordinate)}
         layers = {m: wanted[id(m.weight)] for m in model.modules() if sides(m) and id(m._parameters.get("weight")) in wanted}
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        width = getattr(getattr(head, "weight", None), "shape", (0,))[-1]
+        width = getattr(getattr(head_of(model), "weight", None), "shape", (0,))[-1]
         if not any(writes(layer) == width for layer in layers):
             return {}
-        with watched(MOST_ROWS) as watch, _Writers(watch, layers) as writers:
-            for _ in losses():
-                if not watch.errors:  # nor will the others tell any
-                    break
+        with watched(MOST_ROWS) as watch:
+            writers = _Writers(watch, layers)
+            with given(layers, writers.look):
+                for _ in losses():
+                    if not watch.errors:  # nor will the others tell any
+                        break
         found: dict[str, Tensor] = {}
         if not watch.errors:
             return found
@@ -209,16 +211,7 @@ class _Writers:
         self.shared: set[str] = set()
         self._last: tuple[Any, str] | None = None
 
-    def __enter__(self) -> _Writers:
-        self._handles = [layer.register_forward_pre_hook(self._look) for layer in self.layers]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._last = None
-        for handle in self._handles:
-            handle.remove()
-
-    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name, states = self.layers[module].name, args[0] if args else None
         if not isinstance(states, Tensor):
             return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,14 +81,21 @@ class Inputs(LowRank):
                 sketches[coordinate.name] = sketch(args[0].detach().flatten(0, -2), self.rank, key, sketches.get(coordinate.name))
 
         owners = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m._parameters.get("weight")) in wanted]
-        handles = [module.register_forward_pre_hook(watch) for module in owners]
-        try:
+        with given(owners, watch):
             for _ in losses():
                 pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return {name: _spread(found, self.rank) for name, found in sketches.items()}
+
+
+@contextmanager
+def given(modules: Iterable[nn.Module], look: Callable[[nn.Module, tuple[Any, ...]], None]) -> Iterator[None]:
+    """For the length of a block, ``look(module, args)`` at what each of the modules is given."""
+    handles = [module.register_forward_pre_hook(look) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def leading_inputs(x: Tensor, rank: int, key: Key) -> Tensor:
