@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from trainer_cases import LENGTH, choice_rows, collate_choices, collate_completions, config, same_weights, tiny_llama, trainer, weights
-from zotune import ZerothOrder, ZOTrainer, guidance, methods, objectives, output_errors, replay
-from zotune.journal import Journal
+from zotune import ZerothOrder, ZOTrainer, following, guidance, methods, objectives, output_errors, replay, resuming
+from zotune.journal import Journal, StepRecord
 from zotune.subspaces.guided import RIDGE, GuidedCoordinate, guide
 
 ROWS = choice_rows(64)
@@ -348,3 +348,22 @@ def test_numbers_that_make_no_sense_are_refused():
         methods.lozo_g(examples=0)
     with pytest.raises(ValueError, match="begin must be a whole number of at least 0"):
         methods.lozo_g(begin=-1)
+
+
+@pytest.mark.parametrize("rate", ["auto", 1e-2])
+def test_a_killed_run_goes_on_from_its_journal_bit_for_bit(monkeypatch, tmp_path, rate):
+    """From the last record of all that is known of turns and scales, whatever was written after it."""
+    monkeypatch.setattr(following, "KEPT", 4)
+    straight = tiny_llama()
+    steps = ZerothOrder(
+        straight, methods.lozo_g(interval=INTERVAL, guide=2, examples=48, eps="auto"), lr=rate, examples=examples, journal=tmp_path / "j.zo"
+    )
+    run(straight, steps, 0, 9)
+    steps.journal.close()
+    records = list(Journal.open(tmp_path / "j.zo").records())
+    cut = next(place for place, record in enumerate(records) if isinstance(record, StepRecord) and record.step == 6) + 1
+    model = tiny_llama()
+    resumed = ZerothOrder(model, methods.lozo_g(interval=INTERVAL, guide=2, examples=48, eps="auto"), lr=rate, examples=examples)
+    resumed.follow(records[: resuming.followed(resumed, records[:cut])])
+    run(model, resumed, 0, 9)
+    assert same_weights(weights(model), weights(straight))

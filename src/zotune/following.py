@@ -24,10 +24,11 @@ KEPT = 200
 
 
 def usable(records: Sequence[Record], measured: bool) -> int:
-    """How many of these records a run can follow: whole steps, and with measured rates up to the last that says all that was known."""
+    """How many of these records a run can follow: whole steps, and where steps go by what was ``measured``, a rate or the scale of
+    guided ones, up to the last record that says all that was known."""
     for count in range(len(records), 0, -1):
         last = records[count - 1]
-        if measured and isinstance(last, dict) and "state" in last:
+        if measured and isinstance(last, dict) and ("state" in last or "guidance" in last):
             return count
         if not measured and isinstance(last, StepRecord):
             return count

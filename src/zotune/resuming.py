@@ -88,8 +88,7 @@ def continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str |
             "that run, or start a new one in another output_dir."
         )
     tail = journal.after(0 if checkpoint_folder is None else checkpoint.journal_bytes(checkpoint_folder))
-    measured = optimizer.calibrator is not None and optimizer.calibrator.chooses_lr
-    count = following.usable(tail, measured=measured) if follows else 0
+    count = followed(optimizer, tail) if follows else 0
     if len(journal) and checkpoint_folder is None:  # how its steps were evaluated may have been chosen by the clock
         last = (ways(tail) or [{"batched": True, "apart": True}])[-1]
         optimizer.evaluations.restore(last["batched"], last.get("apart", False))
@@ -98,6 +97,12 @@ def continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str |
         journal.append(event)
     optimizer.follow(tail[:count])
     return journal
+
+
+def followed(optimizer: ZerothOrder, records: Sequence[Record]) -> int:
+    """How many of the records a run can follow and then go on by itself."""
+    measured = optimizer.calibrator is not None and optimizer.calibrator.chooses_lr
+    return following.usable(records, measured=measured or optimizer.guidance is not None)
 
 
 def ways(records: Sequence[Record]) -> list[dict[str, Any]]:
