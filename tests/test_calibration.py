@@ -15,8 +15,9 @@ from zotune import NonFiniteLossError, ZerothOrder, methods, replay
 from zotune.calibration import INTERVAL, LADDER, WIDEST, choose_eps, gain, measurable, rule_gain
 from zotune.estimators import ESTIMATORS
 from zotune.rules import Rule
+from zotune.running_mean import RunningMean
 from zotune.shaping import FITNESS
-from zotune.step_size import CAUTION, LEAP, NOISE_SCALE, REACH, WIDER, RunningMean, StepSize, agreement, in_units
+from zotune.step_size import CAUTION, LEAP, NOISE_SCALE, REACH, WIDER, StepSize, agreement, in_units
 
 AUTO = {"eps": "auto"}
 #: Methods whose rate can be measured.
@@ -169,7 +170,13 @@ def test_the_rate_is_its_formula():
 def test_the_norm_of_a_saddle_is_taken_to_be_large_where_few_halves_tell_of_it():
     """Var[ZᵀHZ] and its standard error, where h is within three of its own from 0 and directions belong to examples."""
     saddle, norm = RunningMean(0.1, 9, 1.0, 10.0), math.sqrt((4.0 + 1.0 - 1.0) / 2)  # h = 1 ± 1.06; 4 ± 1
-    known = StepSize(curvature=saddle, spread=RunningMean(0.1, 9, 4.0, 16.0 + 8), moment=RunningMean(0.1, 9, 4.0, 16.0), few=True)
+    known = StepSize(
+        curvature=saddle,
+        spread=RunningMean(0.1, 9, 4.0, 16.0 + 8),
+        agreement=RunningMean(0.1, 9, 0.25, 0.0625),
+        moment=RunningMean(0.1, 9, 4.0, 16.0),
+        few=True,
+    )
     assert known.curvature.error == pytest.approx(1.0607, abs=1e-4) and known.spread.error == pytest.approx(1.0)
     mean = 1.0 + known.curvature.error
     assert known.rate(8, 16) == pytest.approx(CAUTION / (mean / (8 * 0.25) + norm))

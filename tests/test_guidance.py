@@ -12,7 +12,8 @@ from test_guided import INTERVAL, batch, examples, guided_coordinates, optimizer
 from trainer_cases import same_weights, tiny_llama, weights
 from zotune import ZerothOrder, methods, objectives
 from zotune.journal import Journal
-from zotune.step_size import RunningMean, StepSize
+from zotune.running_mean import RunningMean
+from zotune.step_size import FORGETTING, StepSize
 
 
 def begun(model: nn.Module, **options) -> ZerothOrder:
@@ -156,7 +157,7 @@ def test_evaluating_along_what_was_told_leaves_nothing_behind():
     steps = begun(model)
     before = weights(model)
     found, guidance = told(steps, model, [batch(0)]), steps.guidance
-    guidance.scale = RunningMean()
+    guidance.scale = RunningMean(FORGETTING)
 
     def fails() -> torch.Tensor:
         raise RuntimeError("no loss")
@@ -172,7 +173,7 @@ def test_a_loss_that_rises_that_way_stops_the_turn():
     """A head whose feedback is turned round tells the opposite of the gradient."""
     model = tiny_llama()
     steps = begun(model, interval=4, lr=0.1)
-    steps.guidance.scale = RunningMean()
+    steps.guidance.scale = RunningMean(FORGETTING)
     found = told(steps, model, [batch(0)])
     flipped = found._replace(slopes=-found.slopes)
     with torch.no_grad():

@@ -34,7 +34,8 @@ from zotune.estimators import Estimate
 from zotune.output_errors import Watch, watched
 from zotune.probe import isolated_generators
 from zotune.rules import Rule
-from zotune.step_size import REACH, RunningMean, StepSize
+from zotune.running_mean import RunningMean
+from zotune.step_size import REACH, StepSize
 from zotune.subspaces.guided import GuidedCoordinate, outputs_first, sides
 from zotune.subspaces.inputs import given
 
@@ -138,6 +139,7 @@ class Guidance:
             self.size.fade()
         else:
             self.others += 1
+            self.size.waited += 1
 
     # -- derivatives ----------------------------------------------------------------------------------------------------------------
 

@@ -333,6 +333,7 @@ class ZerothOrder(torch.optim.Optimizer):
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.guidance.measured:
             found = self.guidance.rate(told, estimate, step)
+            self.guidance.size.expect(max(rates))
             rates = [found * rate for rate in rates]
         return estimate, tuple(rates)
 
@@ -342,6 +343,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self.calibrator.tell(losses, estimate, self.eps)
             k, n = len(estimate.coefficients), losses.values.shape[1]
             found = self.calibrator.rate(k, n, self.eps, self.steps, self.shaping_state)
+            self.calibrator.step_size.expect(max(rates))
             rates = [found * rate for rate in rates]
         return tuple(rates)
 

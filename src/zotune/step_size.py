@@ -16,6 +16,9 @@ How weak the signal of a batch may be is the one thing few forwards cannot tell:
 times larger than their mean, and a batch shows noise only. Then K s / M is taken to be the number of examples whose noise a
 step averages, N or K n / M if that is more (n: the mean square of single examples' coefficients), over :data:`NOISE_SCALE`: a batch of so
 many examples, the "simple noise scale", is where their mean stands out (1812.06162).
+
+A batch of one loss, of one example or a mean, shows nothing at all of s / M. It is guessed then, and the guess goes by what comes of it
+(see ``guessed_signal``).
 """
 
 from __future__ import annotations
@@ -28,13 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.guessed_signal import GuessedSignal
+from zotune.running_mean import RunningMean
+
 #: Examples whose mean gradient is as large as its noise, if a batch shows no signal.
 NOISE_SCALE = 100.0
 #: Part of the rate best for one step that is best for many.
 CAUTION = 0.5
 #: What a rising loss multiplies η by, and what every measurement since then multiplies it by until it is back.
 BRAKE, RELEASE = 0.5, 1.1
-#: Weight of a new measurement in the running means, once there are enough of them.
+#: Weight of a new measurement in the running means.
 FORGETTING = 0.1
 #: The same for curvature, which may fall tenfold within a few steps of a new task.
 FORGETTING_CURVATURE = 0.25
@@ -53,34 +59,6 @@ UNITS = 4
 
 
 @dataclass
-class RunningMean:
-    """A mean that forgets: each new number weighs 1 / count, but never below ``forgetting``. Keeps the variance of the mean too."""
-
-    forgetting: float = FORGETTING
-    count: int = 0
-    mean: float = 0.0
-    square: float = 0.0
-
-    def add(self, number: float) -> None:
-        if not math.isfinite(number):
-            return
-        self.count += 1
-        weight = max(1 / self.count, self.forgetting)
-        self.mean += weight * (number - self.mean)
-        self.square += weight * (number * number - self.square)
-
-    @property
-    def variance(self) -> float:
-        return max(0.0, self.square - self.mean**2)
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean."""
-        effective = min(self.count, 2 / self.forgetting - 1)
-        return math.sqrt(self.variance / max(1.0, effective - 1))
-
-
-@dataclass
 class StepSize:
     """The learning rate as a function of what has been measured.
 
@@ -90,6 +68,7 @@ class StepSize:
         agreement: κ, what units of examples have in common in their coefficients along one direction (see :func:`agreement`).
         single: n, the mean square of single examples' coefficients.
         moment: M of the steps.
+        guess: s / M, as long as no agreement could be seen.
         units: units of examples, as agreement compares them, that make a coefficient of a step together, U.
         few: whether agreement is seen in measurements only, because steps have directions of examples' own.
         latest: the mean square of the last step's coefficients.
@@ -105,9 +84,10 @@ class StepSize:
     curvature: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
     spread: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_CURVATURE))
     agreement: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING_AGREEMENT))
-    single: RunningMean = field(default_factory=RunningMean)
-    moment: RunningMean = field(default_factory=RunningMean)
+    single: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING))
+    moment: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING))
     recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
+    guess: GuessedSignal = field(default_factory=GuessedSignal)
     units: int = 1
     few: bool = False
     latest: float = 0.0
@@ -124,6 +104,8 @@ class StepSize:
         """Others have moved for some time: what is seen next counts for more than what was known."""
         for mean in (self.curvature, self.spread, self.agreement, self.single, self.moment):
             mean.count = min(mean.count, 3)
+        if self.waited:
+            self.guess.anew()
         self.recent, self.lowest, self.waited = RunningMean(2 * FORGETTING), None, 0
 
     def look(self, radius: float) -> bool:
@@ -182,6 +164,8 @@ class StepSize:
         if not math.isfinite(loss):
             self.brake *= BRAKE
             return
+        if not self.agreement.count:
+            self.guess.see(loss)
         self.recent.add(loss)
         if self.recent.count < 1 / self.recent.forgetting:
             return
@@ -191,11 +175,15 @@ class StepSize:
             self.recent = RunningMean(self.recent.forgetting)  # see first what the lower rate does
             self.lowest = None
 
+    def expect(self, factor: float) -> None:
+        """The step that is promised is taken, its rate multiplied by ``factor``."""
+        self.guess.expect(factor * (self.promise or 0.0))
+
     @property
     def signal(self) -> float:
         """s / M: the part of a coefficient's mean square that is signal, as far as can be seen."""
         if not self.agreement.count:
-            return 0.25
+            return self.guess.signal
         mean, error = self.agreement.mean, self.agreement.error
         # What it is at least can be told where every step is looked at. Of few looks that would say nothing for most of a run: then the
         # mean, less what chance is likely to have added to it.
@@ -244,8 +232,9 @@ class StepSize:
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> StepSize:
-        means = {name: RunningMean(**value) for name, value in state.items() if isinstance(value, dict)}
-        return cls(**{**state, **means})
+        guess = GuessedSignal.restored(state["guess"])
+        means = {name: RunningMean(**value) for name, value in state.items() if isinstance(value, dict) and name != "guess"}
+        return cls(**{**state, **means, "guess": guess})
 
 
 def in_units(each: Tensor, owners: Tensor | None = None, number: int = UNITS) -> Tensor:
