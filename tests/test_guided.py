@@ -11,7 +11,7 @@ import torch
 from trainer_cases import LENGTH, choice_rows, collate_choices, collate_completions, config, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder, ZOTrainer, following, guidance, methods, objectives, output_errors, replay, resuming
 from zotune.journal import Journal, StepRecord
-from zotune.subspaces.guided import RIDGE, GuidedCoordinate, guide
+from zotune.subspaces.guided import RIDGE, GuidedCoordinate, _Rows, guide
 
 ROWS = choice_rows(64)
 INTERVAL = 2
@@ -131,19 +131,31 @@ def test_only_scored_tokens_tell_and_no_more_than_there_is_room_for():
     assert output_errors.watching() is None
 
 
-def test_a_guide_is_the_regression_of_errors_on_inputs():
-    """P, V of δ̂ = B x, B = Σ δ xᵀ (S + λI)⁻¹ / N; written with n × n matrices here."""
+@pytest.mark.parametrize("number", [8, 50])
+def test_a_guide_is_the_regression_of_errors_on_inputs(number):
+    """P, V of δ̂ = B x, B = Σ δ xᵀ (S + λI)⁻¹ / N; of fewer or more other rows than numbers in one."""
     generator = torch.Generator().manual_seed(0)
-    x, d, others = (torch.randn(*shape, generator=generator) for shape in ((30, 12), (30, 9), (50, 12)))
+    x, d, others = (torch.randn(*shape, generator=generator) for shape in ((30, 12), (30, 9), (number, 12)))
     p, v = (side.float() for side in guide(x, d, others, 2))
     x, d, others = x.double(), d.double(), others.double()
-    second = others.T @ others / 50 + RIDGE * others.square().mean() * torch.eye(12)
+    second = others.T @ others / number + RIDGE * others.square().mean() * torch.eye(12)
     fit = d.T @ x / 30 @ torch.linalg.inv(second)  # B
     left, _, _ = torch.linalg.svd(fit @ torch.linalg.cholesky(second), full_matrices=False)
     assert torch.allclose((p.T @ left[:, :2].float()).abs(), torch.eye(2), atol=1e-2)
     wanted = (fit.T @ p.double()).float()
     assert torch.allclose(torch.nn.functional.normalize(v, dim=0), torch.nn.functional.normalize(wanted, dim=0), atol=1e-2)
     assert torch.allclose((others.float() @ v).square().mean(dim=0), others.float().square().sum(dim=1).mean(), rtol=2e-2)
+
+
+def test_rows_in_a_byte_a_number_are_a_guides_within_rounding():
+    rows = torch.randn(60, 500, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 60).unsqueeze(1)
+    kept = _Rows(torch.float8_e4m3fn)
+    for part in rows.split(25):
+        kept.add(part)
+    assert all(part.dtype.itemsize == 1 for part, _ in kept.parts)
+    found = kept.all()
+    assert (found - rows).abs().max() <= 2**-4 * rows.abs().max()
+    assert torch.all(((found - rows).square().sum(dim=1) / rows.square().sum(dim=1)) < 1.5e-3)
 
 
 def test_a_guide_finds_what_tells_the_errors_apart():

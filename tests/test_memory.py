@@ -32,6 +32,10 @@ MODELS = {
 }  # fmt: skip
 
 
+#: Bytes that a step takes whatever the model: the tables that directions are made of, and a few strips of a weight.
+ANYWAY = 2**21
+
+
 def plan(model: str, method: str, **options) -> Workload:
     return Workload(MODELS[model], catalogue.get(method), **{"batch_size": 6, "sequence_length": 32, **options})
 
@@ -180,6 +184,26 @@ def test_lenets_five_published_figures():
     adam = lenet_memory.at_peak("fo-adamw", (images, labels))
     assert "gradients" not in peak and "optimiser state" not in peak
     assert adam["optimiser state"] == pytest.approx(0.339, abs=1e-3) and adam["activations"] > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_of_low_rank_take_the_memory_of_inference(dtype):
+    """The first one, which compares side paths with whole weights, and a fold too, however large the vocabulary."""
+    wide = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 512, "vocab_size": 20_000}
+    config = OPTConfig(**{**MODELS["opt"].to_dict(), **wide})
+    shape = {"batch_size": 4, "sequence_length": 48, "scored": 1, "dtype": dtype, "probe": "sequential"}
+    inference = measure(Workload(config, catalogue.get("zero-shot"), **shape)).total
+    for interval in (1, 50):
+        split = measure(Workload(config, catalogue.get("lozo", interval=interval), **shape))
+        assert split.total - split.kinds["optimiser state"] <= 1.03 * inference + ANYWAY
+
+
+def test_what_is_kept_of_the_examples_that_a_guided_turn_looks_at_is_a_byte_or_two_a_number():
+    """Of a text four positions in a byte a number, for layers that write to the hidden state; those of one layer at a time in four."""
+    shape = {"batch_size": 64, "sequence_length": 32, "scored": 1, "probe": "sequential"}
+    few, many = (measure(Workload(MODELS["opt"], catalogue.get("lozo-g", examples=n), **shape)).total for n in (4096, 8192))
+    widths = MODELS["opt"].hidden_size, MODELS["opt"].ffn_dim
+    assert many - few == pytest.approx(4096 * 4 * (sum(widths) + 4 * max(widths)), rel=0.25)  # scored ones are 256 at most
 
 
 def test_the_turns_of_a_method_that_come_late_are_rehearsed_too() -> None:

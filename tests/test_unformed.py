@@ -11,7 +11,7 @@ from zotune import unformed
 from zotune.coordinates import Offset
 from zotune.directions import Directions
 from zotune.probe import Probe
-from zotune.subspaces import Full, FullCoordinate
+from zotune.subspaces import Full, FullCoordinate, LowRank, LowRankCoordinate
 from zotune.unformed import Unformed
 
 OFFSET = Offset(1e-2, seed=3, step=5, direction=1)
@@ -164,3 +164,59 @@ def test_linear_layers_that_share_a_room_see_their_own_weights(kind, dtype, monk
         expected = F.linear(expected, *perturbed)
     assert torch.equal(found, expected)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), stored, strict=True))
+
+
+# -- low rank: what a side path is compared with ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_strips(monkeypatch):
+    monkeypatch.setattr(unformed, "BESIDE", (1700, 1700))
+
+
+class Tied(nn.Module):
+    """A table that is the head too, as in language models."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed = embedding(3000, 96, dtype)
+        self.head = nn.Linear(96, 3000, dtype=dtype)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(tokens))
+
+
+def low_rank_probe(model: nn.Module) -> Probe:
+    low_rank = LowRank(rank=3, interval=5)
+    probe = Probe(model, [low_rank.coordinate(name, p) for name, p in model.named_parameters()], Directions("gaussian"))
+    for coordinate in probe.coordinates:
+        coordinate.begin_step(3, 5)
+        coordinate.descend(probe.directions, [0.1], 1.0, 3, 5)  # something is pending
+    return probe
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_weights_are_used_a_part_at_a_time(dtype, short_strips, monkeypatch):
+    model, far = Tied(dtype).eval(), Offset(1.0, seed=3, step=5, direction=1)
+    probe = low_rank_probe(model)
+    whole, bias = (coordinate.at(probe.directions, far) for coordinate in probe.coordinates)
+    expected = F.linear(F.embedding(ids(3000), whole), whole, bias)
+    monkeypatch.setattr(LowRankCoordinate, "at", lambda *unused: pytest.fail("the whole weight was formed"))
+    with torch.no_grad(), probe.at(far, side_paths=False):
+        assert isinstance(model.head.weight, Unformed) and isinstance(model.embed.weight, Unformed)
+        found = model(ids(3000))
+    size = float(expected.double().abs().max())
+    assert found.dtype == dtype and torch.allclose(found.double(), expected.double(), rtol=0, atol=40 * torch.finfo(dtype).eps * size)
+    with torch.no_grad():
+        assert not torch.allclose(found, model(ids(3000)), rtol=0.1, atol=0.1)
+
+
+def test_a_low_rank_weight_that_somebody_reaches_into_is_whole():
+    model = ReachingHead()
+    probe = low_rank_probe(model)
+    whole = probe.coordinates[0].at(probe.directions, OFFSET)
+    x = whole[ids(1000)]
+    with torch.no_grad(), probe.at(OFFSET, side_paths=False):
+        found = model(ids(1000))
+    assert torch.allclose(found, F.linear(x, whole) + x @ whole.T + torch.stack([whole, whole]).sum(), atol=1e-3)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 #: Scored positions that a watch keeps where it is to choose a subspace, at most: a text scores all of its own.
 MOST_ROWS = 256
-#: Positions of any kind that are looked at in a forward.
-SOME = 64
+#: Positions of any kind that are looked at, for each text.
+SOME = 4
 #: Probabilities are made so many at a time (16 MiB), never of a whole batch at once.
 CHUNK_ELEMENTS = 2**22
 
@@ -68,11 +68,12 @@ class Watch:
         return self._at(states, texts, places)
 
     def some_of(self, states: Tensor) -> Tensor | None:
-        """The same at :data:`SOME` positions of the texts or a few more, as far apart as can be."""
+        """The same at :data:`SOME` positions a text or a few more, as far apart as can be."""
         if self.scored is None:
             return None
-        texts, places = self.scored[3].nonzero(as_tuple=True)
-        few = slice(None, None, max(1, len(texts) // SOME))
+        mask = self.scored[3]
+        texts, places = mask.nonzero(as_tuple=True)
+        few = slice(None, None, max(1, len(texts) // (SOME * len(mask))))
         return self._at(states, texts[few], places[few])
 
     def _at(self, states: Tensor, texts: Tensor, places: Tensor) -> Tensor | None:

@@ -1,12 +1,14 @@
-"""Weights in full space that are perturbed a part at a time, inside the operation that uses them.
+"""Weights that are perturbed a part at a time, inside the operation that uses them.
 
-Directions come from counters (``counter``), so any rows of a matrix can be drawn without the others. What an ``nn.Embedding`` or a large
+Directions come from counters (``counter``), so any rows of a matrix can be drawn without the others, and the rows of W + A Vᵀ need those
+of W and A alone. What an ``nn.Embedding`` or a large
 ``nn.Linear`` is lent is a tensor of the stored weight's shape that knows its coordinate; torch hands every function it is used in to
 ``__torch_function__`` here:
 
 - a lookup makes the rows of the ids it is given, bit for bit those of the whole perturbed table;
 - a linear layer makes a strip of rows, uses it, and makes the next in the same memory: a head over a large vocabulary costs a few
-  megabytes, not a copy of itself (strips on a CPU only; an accelerator is fastest with one large product);
+  megabytes, not a copy of itself (in full space on a CPU only; an accelerator is fastest with one large product. Low rank goes this way
+  for once, to be compared with the side path, or seldom);
 - smaller linear layers in half precision on a CPU make their weights one after the other in the same memory: the C library hands
   memory of such a size back to the system when it is let go, and asking for it anew costs a page fault every 4 KiB;
 - any other function (a lookup with ``max_norm``, a parent that reaches in) gets the whole perturbed weight.
@@ -25,11 +27,14 @@ from torch.nn import functional as F
 
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
-from zotune.subspaces import FullCoordinate
+from zotune.subspaces import FullCoordinate, LowRankCoordinate
+from zotune.subspaces.full import is_sharded
 
 #: A linear layer with more weights than this is computed in strips of about so many.
 STRIP = 1 << 20
 LARGE = 1 << 22
+#: The strips of a low-rank one have about so many, on an accelerator and on a CPU: a product is all that a strip costs.
+BESIDE = (1 << 22, 1 << 17)
 #: One with at most so many is formed in memory of its own, as one is that has more than this part of all numbers that move.
 SMALL = 1 << 18
 PART = 40
@@ -62,19 +67,23 @@ def lender(module: nn.Module, coordinate: Coordinate, directions: Directions, of
         large = coordinate.numel > LARGE and coordinate.device.type == "cpu"
         if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and (large or room.takes(coordinate))):
             return partial(Unformed.of, coordinate, directions, offset, room)
+    if isinstance(coordinate, LowRankCoordinate) and not is_sharded(coordinate.parameter):
+        forward, large = type(module).forward, coordinate.parameter.numel() > BESIDE[coordinate.device.type == "cpu"]
+        if isinstance(module, nn.Embedding) or (large and forward is nn.Linear.forward):
+            return partial(Unformed.of, coordinate, directions, offset, room)
     return partial(coordinate.at, directions, offset)
 
 
 class Unformed(torch.Tensor):
     """A weight at θ + offset, of which nothing is made before it is asked for."""
 
-    coordinate: FullCoordinate
+    coordinate: FullCoordinate | LowRankCoordinate
     directions: Directions
     offset: Offset
     room: Room
 
     @staticmethod
-    def of(coordinate: FullCoordinate, directions: Directions, offset: Offset, room: Room) -> Unformed:
+    def of(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, room: Room) -> Unformed:
         unformed = torch.Tensor._make_subclass(Unformed, coordinate.parameter.detach())
         unformed.coordinate, unformed.directions, unformed.offset, unformed.room = coordinate, directions, offset, room
         return unformed
@@ -113,30 +122,36 @@ def _embedding(
     return F.embedding(_whole(input), _whole(weight), padding_idx, max_norm, *others, **named)
 
 
-def rows_looked_up(coordinate: FullCoordinate, directions: Directions, offset: Offset, ids: Tensor) -> Tensor | None:
+def rows_looked_up(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, ids: Tensor) -> Tensor | None:
     """(W + s Z)[ids] from the rows of these ids alone; None where that saves nothing."""
+    number = coordinate.parameter.shape[0]
     if ids.device.type != "cpu":  # to count the different ones would mean waiting for the device
-        if 2 * ids.numel() >= coordinate.shape[0]:
+        if 2 * ids.numel() >= number:
             return None
         rows: Tensor = coordinate.rows_at(directions, offset, ids.reshape(-1).long())
         return rows.view(*ids.shape, -1)
     rows, places = torch.unique(ids, return_inverse=True)
-    if 2 * rows.numel() >= coordinate.shape[0]:
+    if 2 * rows.numel() >= number:
         return None
     return F.embedding(places, coordinate.rows_at(directions, offset, rows.long()))
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     plain = isinstance(weight, Unformed) and not isinstance(input, Unformed) and not isinstance(bias, Unformed)
-    if plain and not (torch.is_grad_enabled() and input.requires_grad) and weight.room.takes(weight.coordinate):
-        room = weight.room.of(weight.coordinate.numel, weight.coordinate.parameter)
-        return F.linear(input, weight.coordinate.at_in(room, weight.directions, weight.offset), bias)
-    if not plain or weight.coordinate.numel <= LARGE or weight.device.type != "cpu" or (torch.is_grad_enabled() and input.requires_grad):
+    if not plain or (torch.is_grad_enabled() and input.requires_grad):
         return F.linear(_whole(input), _whole(weight), _whole(bias))
-    rows, columns = weight.coordinate.shape
+    coordinate = weight.coordinate
+    if isinstance(coordinate, FullCoordinate):
+        if weight.room.takes(coordinate):
+            room = weight.room.of(coordinate.numel, coordinate.parameter)
+            return F.linear(input, coordinate.at_in(room, weight.directions, weight.offset), bias)
+        if coordinate.numel <= LARGE or weight.device.type != "cpu":
+            return F.linear(input, weight.whole(), bias)
+    rows, columns = weight.shape
     x = input.reshape(-1, columns)
     out = x.new_empty(x.shape[0], rows)
-    for strip, part in weight.coordinate.strips_at(weight.directions, weight.offset, max(1, STRIP // columns)):
+    few = STRIP if isinstance(coordinate, FullCoordinate) else BESIDE[weight.device.type == "cpu"]
+    for strip, part in coordinate.strips_at(weight.directions, weight.offset, max(1, few // columns)):
         torch.mm(x, part.T, out=out[:, strip])
     if bias is not None:
         out += bias

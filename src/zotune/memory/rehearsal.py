@@ -144,7 +144,7 @@ def rehearsal(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
                 if module.__dict__.get(original.__name__) is original:
                     stack.enter_context(mock.patch.object(module, original.__name__, substitute))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
-        for name in ("_row_blocks", "strips_at"):
+        for name in ("_row_blocks", "strips_at", "product_strips"):
             stack.enter_context(mock.patch.object(FullCoordinate, name, _first_of(getattr(FullCoordinate, name))))
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", no_generators))
         stack.enter_context(mock.patch.object(evaluating, "clock", float))  # what takes no time is not worth timing

@@ -177,7 +177,8 @@ def _steps(
         if isinstance(method, Rival):
             optimizer = optimizer_class(method)(model, method, lr=rate, max_steps=STEPS)
         else:
-            optimizer = ZerothOrder(model, method, lr=rate, probe=workload.probe)
+            rows = len(next(iter(batch.values())))
+            optimizer = ZerothOrder(model, method, lr=rate, probe=workload.probe, examples=lambda _, count: [batch] * -(-count // rows))
     for _ in range(STEPS):
         counted.begin_step()
         optimizer.step(loss, batch)

@@ -276,6 +276,23 @@ class FullCoordinate(Coordinate):
             out[rows] = torch.addmm(block, left[rows].to(block.dtype), right.T.to(block.dtype))
         return out
 
+    def product_rows(self, left: Tensor, right: Tensor, rows: Tensor) -> Tensor:
+        """Rows ``rows`` (int64, (R,)) of :meth:`plus_product`, without the others."""
+        weight = self.parameter.detach()[rows]
+        if self.half:
+            weight = weight.float() if self.residual is None else join(weight, self.residual.view(self.shape)[rows])
+        return torch.addmm(weight, left[rows].to(weight.dtype), right.T.to(weight.dtype)).to(self.parameter.dtype)
+
+    def product_strips(self, left: Tensor, right: Tensor, height: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, these rows of :meth:`plus_product`) for strips of ``height`` rows."""
+        flat, (number, columns) = self._flat(), self.shape
+        for top in range(0, number, height):
+            rows = slice(top, min(number, top + height))
+            block = self._block(flat, slice(rows.start * columns, rows.stop * columns)).view(-1, columns)
+            out = block if self.half else torch.empty_like(block)  # in half precision it is a copy
+            yield rows, torch.addmm(block, left[rows].to(block.dtype), right.T.to(block.dtype), out=out).to(flat.dtype)
+            del block, out  # before there is another
+
     def _row_blocks(self) -> Iterator[slice]:
         """Rows of a matrix, about as many at a time as a cache holds; an accelerator wants few, large launches."""
         rows, columns = self.parameter.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,6 +131,14 @@ class LowRankCoordinate(Coordinate):
             return self.parameter.detach()
         left, right = self.factors(self._core_at(directions, offset))
         return self._weight.plus_product(left, right)
+
+    def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
+        """Rows ``rows`` (int64, (R,)) of :meth:`at`, without the others."""
+        return self._weight.product_rows(*self.factors(self._core_at(directions, offset)), rows)
+
+    def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, these rows of :meth:`at`) for strips of ``height`` rows."""
+        return self._weight.product_strips(*self.factors(self._core_at(directions, offset)), height)
 
     def value(self) -> Tensor:
         return self.core
