@@ -16,7 +16,7 @@ from torch import nn
 
 import toys
 from command_cases import run_command, save_data, save_model
-from zotune import ZerothOrder, checkpoint, evaluating, methods, residence
+from zotune import ZerothOrder, checkpoint, deciding, methods, residence
 from zotune.frozen_linear import dense_state, freeze
 from zotune.journal import digest
 from zotune.memory import Workload, estimate
@@ -173,7 +173,7 @@ def test_a_pass_reads_every_block_once_whatever_is_evaluated():
 def test_one_pass_a_step_is_chosen_without_timing_others(adapter, monkeypatch):
     """`auto` reads the model once a step from the second step on, however slow the clock says that is."""
     seconds = iter(range(0, 1 << 20, 7))
-    monkeypatch.setattr(evaluating, "clock", lambda: float(next(seconds)))
+    monkeypatch.setattr(deciding, "clock", lambda: float(next(seconds)))
     model = model_of("llama")
     stream = offload(model, "disk")
     model = lora(model) if adapter else model

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import toys
-from zotune import ZerothOrder, evaluating, methods
+from zotune import ZerothOrder, deciding, methods
 from zotune.journal import Journal
 from zotune.replaying import replay
 
@@ -17,7 +17,7 @@ from zotune.replaying import replay
 def sequential_is_faster(monkeypatch):
     """A clock by which a batched evaluation takes a second and a sequential one a tenth."""
     monkeypatch.setattr(
-        evaluating, "clock", iter([time for k in range(1000) for time in (2 * k, 2 * k + 1, 2 * k + 1, 2 * k + 1.1)]).__next__
+        deciding, "clock", iter([time for k in range(1000) for time in (2 * k, 2 * k + 1, 2 * k + 1, 2 * k + 1.1)]).__next__
     )
 
 
@@ -66,7 +66,7 @@ def test_a_resumed_run_keeps_the_choice_bit_for_bit(sequential_is_faster, monkey
     records = list(Journal.open(tmp_path / "j").records())
     expected = run(straight, range(2, 5))
 
-    monkeypatch.setattr(evaluating, "clock", lambda: 0.0)
+    monkeypatch.setattr(deciding, "clock", lambda: 0.0)
     model = toys.classifier()
     resumed = ZerothOrder(model, methods.lozo(eps=1e-2), lr=1e-2)
     if from_state:

@@ -17,7 +17,6 @@ Several workers (``distributed``) evaluate a share of a step each; what leaves h
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,26 +25,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zotune import stacking
+from zotune import deciding, stacking
 from zotune.captured import Captures
 from zotune.coordinates import Offset
 from zotune.distributed.workers import Share, Workers
 from zotune.estimators import Estimate, Estimator, Point
+from zotune.loss_values import LossFunction, as_losses, evaluation, losses_of
 from zotune.methods import Method
 from zotune.probe import Probe
 from zotune.sending import send, send_list
 from zotune.stacking import NotStackable, Owned, Stack
 
-LossFunction = Callable[..., Any]
 PROBES = ("auto", "batched", "sequential")
-#: A batched evaluation of less than so many seconds is mostly calls, of which sequential ones take more.
-WORTH_MEASURING = 0.5
-#: Sequential has to take less than this fraction of batched's time, so that a run's choice is not a matter of chance.
-CLEARLY = 0.8
-REPEATS = 3
 #: Neighbouring parts of a batch that have a direction in common where curvature is measured.
 SHARED = 2
-clock = time.perf_counter
 
 
 class NonFiniteLossError(RuntimeError):
@@ -150,16 +143,16 @@ class Evaluations:
             return self._tangents(loss_fn, parts, seed, step)
         points, eps = self.estimator.points(self.method.directions_of(0)), self.eps
         if self.batched is None:
-            self._decide(loss_fn, parts, seed, step)
+            deciding.decide(self, loss_fn, parts, seed, step)
         share = self._share(loss_fn, parts, len(points))
         mine = [points[place] for place in share.points]
         values = None
         if share.pieces and self.batched and parts is not None:
             try:
-                stacks = [self._shared(piece, mine, seed, step) for piece in self._pieces(parts, share) or ()]
-                values = torch.cat([self._stacked(loss_fn, piece, stack) for piece, stack in stacks], dim=1)
+                stacks = [self.shared(piece, mine, seed, step) for piece in self._pieces(parts, share) or ()]
+                values = torch.cat([self.stacked(loss_fn, piece, stack) for piece, stack in stacks], dim=1)
             except NotStackable as error:
-                self._give_up(str(error))
+                self.give_up(str(error))
         if share.pieces and values is None and parts is not None and self.captures.on:
             values = self._one_by_one(loss_fn, self._pieces(parts, share) or (), mine, seed, step)
         if share.pieces and values is None:
@@ -219,7 +212,7 @@ class Evaluations:
         if self.per_example is None:
             self.per_example = False
             if parts is not None:
-                self._look(loss_fn, self._chunk(parts[0])[0])
+                deciding.look(self, loss_fn, self.chunk(parts[0])[0])
             self.per_example = all(self.workers.exchange(self.per_example))
         share = self.workers.share(points, [1] if parts is None else [self._width(part) for part in parts])
         if self.probe.sharded:
@@ -257,7 +250,7 @@ class Evaluations:
     def _gathered(self, share: Share, values: Tensor | None, each: int = 1) -> tuple[Tensor, int]:
         return self.workers.gather(share, values, 0 if values is None else values.numel(), each)
 
-    def _chunk(self, part: Any, owned: Owned | None = None) -> tuple[Any, Owned | None]:
+    def chunk(self, part: Any, owned: Owned | None = None) -> tuple[Any, Owned | None]:
         """The examples of a micro-batch that we try things out on, and whose their directions are."""
         try:
             rows = stacking.batch_rows(part)
@@ -273,11 +266,11 @@ class Evaluations:
 
     def trial(self, loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[], Tensor]:
         """A function without arguments that gives losses for us to compare evaluations by; no worker waits for another in it."""
-        return evaluation(loss_fn, None if parts is None else [self._chunk(part)[0] for part in parts])
+        return evaluation(loss_fn, None if parts is None else [self.chunk(part)[0] for part in parts])
 
     # -- one forward ----------------------------------------------------------------------------------------------------------------
 
-    def _shared(self, part: Any, points: Sequence[Point], seed: int, step: int) -> tuple[Any, Stack]:
+    def shared(self, part: Any, points: Sequence[Point], seed: int, step: int) -> tuple[Any, Stack]:
         return part, stacking.shared(points, self.eps, stacking.batch_rows(part), seed, step)
 
     def _one_by_one(self, loss_fn: LossFunction, pieces: Sequence[Any], points: Sequence[Point], seed: int, step: int) -> Tensor | None:
@@ -287,8 +280,8 @@ class Evaluations:
             for point in points:
                 losses = []
                 for piece in pieces:
-                    _, stack = self._shared(piece, [point], seed, step)
-                    found = self.captures.losses(loss_fn, partial(_losses_of, loss_fn), piece, stack)
+                    _, stack = self.shared(piece, [point], seed, step)
+                    found = self.captures.losses(loss_fn, partial(losses_of, loss_fn), piece, stack)
                     if found is None or found.numel() != stack.total:
                         return None
                     losses.append(found)
@@ -297,11 +290,11 @@ class Evaluations:
             return None
         return torch.stack(rows)
 
-    def _stacked(self, loss_fn: LossFunction, part: Any, stack: Stack) -> Tensor:
+    def stacked(self, loss_fn: LossFunction, part: Any, stack: Stack) -> Tensor:
         rows = stacking.take(part, stack.source, stacking.batch_rows(part))
-        losses = self.captures.losses(loss_fn, partial(_losses_of, loss_fn), rows, stack)
+        losses = self.captures.losses(loss_fn, partial(losses_of, loss_fn), rows, stack)
         if losses is None:
-            losses = self.probe.evaluate_stacked(partial(_losses_of, loss_fn, rows), stack)
+            losses = self.probe.evaluate_stacked(partial(losses_of, loss_fn, rows), stack)
         if losses.numel() != stack.total:
             raise NotStackable(f"the loss of {stack.total} stacked examples is {losses.numel()} numbers")
         return losses[send(stack.losses, losses.device)]
@@ -336,32 +329,32 @@ class Evaluations:
         count, everybody = number * each, stacking.share_out(sizes, number, each)
         owned = everybody[first : first + len(parts)]
         if self.undecided or not self.checked:
-            self._decide(loss_fn, parts, seed, step, owned[0])
+            deciding.decide(self, loss_fn, parts, seed, step, owned[0])
         share = self.workers.share(1, [len(one) for one in owned], _edges(owned, each) if self.workers.several else None)
         work = [(parts[part], owned[part].between(start, stop)) for part, start, stop in share.pieces]
         values, evaluated = None, 0
         if self.apart and work:
             try:
-                found = [self._at_own(loss_fn, part, pairs, seed, step, signs) for part, pairs in work]
+                found = [self.at_own(loss_fn, part, pairs, seed, step, signs) for part, pairs in work]
                 values = torch.cat([losses for losses, _ in found], dim=1)
                 evaluated = sum(count for _, count in found)
             except NotStackable as error:
-                self._give_up(str(error))
+                self.give_up(str(error))
         if work and values is None:
-            values = torch.cat([self._alone(loss_fn, part, pairs, seed, step, signs) for part, pairs in work], dim=1)
+            values = torch.cat([self.alone(loss_fn, part, pairs, seed, step, signs) for part, pairs in work], dim=1)
             evaluated = values.numel()
         values, evaluated = self.workers.gather(share, values, evaluated, each=len(signs))
         owners = torch.tensor([direction for one in everybody for direction in one.directions])
         return Losses(values, owners, count, evaluated)
 
-    def _at_own(
+    def at_own(
         self, loss_fn: LossFunction, part: Any, owned: Owned, seed: int, step: int, signs: Sequence[float], together: bool | None = None
     ) -> tuple[Tensor, int]:
         """Losses (S, pairs) of examples under their directions, and how many rows that took: in one forward, or in forwards of a batch's
         rows at most, every sign by itself."""
         if self.batched if together is None else together:
             stack = stacking.own(signs, self.eps, owned, seed, step)
-            return self._stacked(loss_fn, part, stack), stack.total
+            return self.stacked(loss_fn, part, stack), stack.total
         rows, size, evaluated = [], stacking.batch_rows(part), 0
         for sign in signs:
             if not sign:
@@ -371,11 +364,11 @@ class Evaluations:
                 continue
             pieces = [owned.between(start, min(start + size, len(owned))) for start in range(0, len(owned), size)]
             stacks = [stacking.own((sign,), self.eps, piece, seed, step) for piece in pieces]
-            rows.append(torch.cat([self._stacked(loss_fn, part, stack)[0] for stack in stacks]))
+            rows.append(torch.cat([self.stacked(loss_fn, part, stack)[0] for stack in stacks]))
             evaluated += sum(stack.total for stack in stacks)
         return torch.stack(rows), evaluated
 
-    def _alone(
+    def alone(
         self,
         loss_fn: LossFunction,
         part: Any,
@@ -395,110 +388,8 @@ class Evaluations:
             columns.append(torch.stack(losses))
         return torch.cat(columns, dim=1)
 
-    # -- which of the two ---------------------------------------------------------------------------------------------------------------
-
-    def _decide(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int, owned: Owned | None = None) -> None:
-        """Try a batched evaluation of the first micro-batch and compare some of its points with sequential ones; all workers agree."""
-        if parts is None:
-            self.batched = False
-        else:
-            part, owned = self._chunk(parts[0], owned)
-            self._try(loss_fn, part, seed, step, owned)
-        if self.workers.several:
-            found = self.workers.exchange([bool(self.batched), bool(self.per_example), bool(self.apart)])
-            self.batched, self.per_example, self.apart = (all(answers) for answers in zip(*found, strict=True))
-
-    def _look(self, loss_fn: LossFunction, part: Any) -> tuple[Tensor, tuple[int, ...], int | None]:
-        """The losses of a micro-batch at θ, their shape, and how many examples it has, if that can be told; notes what follows."""
-        try:
-            rows = stacking.batch_rows(part)
-        except NotStackable:
-            rows = None
-        shapes = []
-
-        def noting() -> Tensor:
-            loss = loss_fn(part)
-            shapes.append(tuple(getattr(loss, "shape", ())))
-            return as_losses([loss])
-
-        here = self.probe.evaluate(noting, Offset(0.0, 0, 0, 0))
-        self.per_example = shapes[0] == (rows,)
-        return here, shapes[0], rows
-
-    def _try(self, loss_fn: LossFunction, part: Any, seed: int, step: int, owned: Owned | None) -> None:
-        try:
-            stacking.batch_rows(part)
-        except NotStackable:
-            self.batched = False
-            return
-        here, shape, rows = self._look(loss_fn, part)
-        if not self.per_example:
-            if owned is not None:
-                raise ValueError(
-                    f"num_directions={self.method.num_directions!r} needs one loss per example, and the loss function returned shape "
-                    f"{shape} for {rows} examples; return losses of shape (B,), or set num_directions to a number."
-                )
-            self.batched = False
-            return
-        self.checked = True
-        if not self.undecided:
-            return
-        if owned is None:
-            points = self.estimator.points(self.method.directions_of(0))
-            chosen = [i for i, point in enumerate(points) if point.direction in (0, points[-1].direction)]
-            evaluate = evaluation(loss_fn, [part])
-            offsets = [Offset(points[i].sign * self.eps, seed, step, points[i].direction) for i in chosen]
-
-            def sequentially() -> Tensor:
-                return torch.stack([self.probe.evaluate(evaluate, offset) for offset in offsets])
-
-            slow = sequentially()
-            _, stack = self._shared(part, points, seed, step)
-        else:
-            ends = sorted({owned.directions[0], owned.directions[-1]})
-            columns = [pair for direction in ends for pair, owner in enumerate(owned.directions) if owner == direction]
-
-            def sequentially() -> Tensor:
-                return self._alone(loss_fn, part, owned, seed, step, self.estimator.signs, only=ends)
-
-            slow = sequentially()
-            here = here[[owned.examples[pair] for pair in columns]]
-
-            def at_own(together: bool) -> Tensor:
-                assert owned is not None
-                return self._at_own(loss_fn, part, owned, seed, step, self.estimator.signs, together)[0]
-
-        together = self.batched is not False
-        try:
-            quick = self._stacked(loss_fn, part, stack)[chosen] if owned is None else at_own(together)[:, columns]
-        except Exception as error:  # whatever a model or a loss does with rows it did not expect
-            self._give_up(str(error))
-            return
-        if not self.probe.agree(quick, slow, here):
-            self._give_up(f"its losses are {quick.mean():.6g} on average, those of one point after the other {slow.mean():.6g}")
-            return
-        self.apart = owned is not None
-        if self.choice == "batched" or self.probe.streams:
-            self.batched = together
-        elif owned is not None:
-            self.batched = together and not self._sequential_is_faster(lambda: at_own(True), lambda: at_own(False), share=1.0)
-        else:
-            share = slow.numel() / stack.losses.numel()
-            self.batched = not self._sequential_is_faster(lambda: self._stacked(loss_fn, part, stack), sequentially, share)
-
-    def _sequential_is_faster(self, batched: Callable[[], Tensor], sequential: Callable[[], Tensor], share: float) -> bool:
-        """Whether evaluating one point after the other takes clearly less time; ``sequential`` does ``share`` of them."""
-        times: list[list[float]] = [[], []]
-        for _ in range(REPEATS):
-            for work, kept in zip((batched, sequential), times, strict=True):
-                start = clock()
-                work().cpu()  # waits for the device
-                kept.append(clock() - start)
-            if times[0][0] < WORTH_MEASURING:
-                return False
-        return min(times[1]) / share < CLEARLY * min(times[0])
-
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
+        """Evaluate one point after the other from now on, and say why."""
         self.batched = self.apart = False
         if self.choice == "sequential":
             return  # that is what was asked for
@@ -507,32 +398,6 @@ class Evaluations:
             "steps are slower; probe='sequential' avoids this warning.",
             stacklevel=4,
         )
-
-
-def evaluation(loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[], Tensor]:
-    """A function without arguments that gives the losses of all micro-batches, float32, shape (n,)."""
-    if parts is None:
-        return lambda: as_losses([loss_fn()])
-    return lambda: as_losses([loss_fn(part) for part in parts])
-
-
-def _losses_of(loss_fn: LossFunction, rows: Any) -> Tensor:
-    return as_losses([loss_fn(rows)])
-
-
-def as_losses(parts: list[Any]) -> Tensor:
-    """What a loss function returned for each micro-batch, as one float32 tensor of shape (n,).
-
-    Raises:
-        ValueError: one of them is neither a scalar nor one loss per example.
-    """
-    losses = []
-    for part in parts:
-        loss = part if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float32)
-        if loss.dim() > 1:
-            raise ValueError(f"the loss function returned shape {tuple(loss.shape)}; return one loss per example, shape (B,), or a scalar.")
-        losses.append(loss.detach().float().reshape(-1))
-    return torch.cat(losses)
 
 
 def _edges(owned: Sequence[Owned], each: int) -> list[int]:

@@ -42,7 +42,8 @@ from zotune.subspaces.inputs import given
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zotune.evaluating import Evaluations, LossFunction
+    from zotune.evaluating import Evaluations
+    from zotune.loss_values import LossFunction
     from zotune.probe import Probe
 
 #: Distance from θ, as a norm of all S, at which the first slope is measured; an S of norm 1 is a change of the size of a weight.

@@ -19,10 +19,11 @@ from zotune.coordinates import Coordinate, Offset
 from zotune.distributed.agreement import settle
 from zotune.distributed.workers import Workers
 from zotune.estimators import ESTIMATORS, Estimate
-from zotune.evaluating import Evaluations, Losses, LossFunction, NonFiniteLossError
+from zotune.evaluating import Evaluations, Losses, NonFiniteLossError
 from zotune.guidance import Guidance
 from zotune.held_linear import held_elsewhere
 from zotune.journal import Journal, Record, StepRecord
+from zotune.loss_values import LossFunction
 from zotune.methods import AUTO, Method
 from zotune.probe import Probe
 from zotune.replayed import Past

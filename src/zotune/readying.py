@@ -16,8 +16,8 @@ from torch import Tensor
 from zotune import applying, following, layer_scales, observing
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Key
-from zotune.evaluating import LossFunction
 from zotune.guidance import Told
+from zotune.loss_values import LossFunction
 from zotune.probe import isolated_generators
 from zotune.stacking import batch_rows, take
 

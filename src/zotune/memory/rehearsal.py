@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zotune import counter, directions, evaluating, probe, quantiles, stacked_parameters, unformed
+from zotune import counter, deciding, directions, probe, quantiles, stacked_parameters, unformed
 from zotune.stacking import NotStackable
 from zotune.subspaces import FullCoordinate
 
@@ -147,7 +147,7 @@ def rehearsal(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
         for name in ("_row_blocks", "strips_at", "product_strips"):
             stack.enter_context(mock.patch.object(FullCoordinate, name, _first_of(getattr(FullCoordinate, name))))
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", no_generators))
-        stack.enter_context(mock.patch.object(evaluating, "clock", float))  # what takes no time is not worth timing
+        stack.enter_context(mock.patch.object(deciding, "clock", float))  # what takes no time is not worth timing
         if accelerator:
             for bound in ("LARGE", "SMALL"):
                 stack.enter_context(mock.patch.object(unformed, bound, 1 << 62))
