@@ -11,7 +11,8 @@ import torch
 from trainer_cases import LENGTH, choice_rows, collate_choices, collate_completions, config, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder, ZOTrainer, following, guidance, methods, objectives, output_errors, replay, resuming
 from zotune.journal import Journal, StepRecord
-from zotune.subspaces.guided import RIDGE, GuidedCoordinate, _Rows, guide
+from zotune.subspaces.guide import RIDGE, Rows, guide
+from zotune.subspaces.guided import GuidedCoordinate
 
 ROWS = choice_rows(64)
 INTERVAL = 2
@@ -149,7 +150,7 @@ def test_a_guide_is_the_regression_of_errors_on_inputs(number):
 
 def test_rows_in_a_byte_a_number_are_a_guides_within_rounding():
     rows = torch.randn(60, 500, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 60).unsqueeze(1)
-    kept = _Rows(torch.float8_e4m3fn)
+    kept = Rows(torch.float8_e4m3fn)
     for part in rows.split(25):
         kept.add(part)
     assert all(part.dtype.itemsize == 1 for part, _ in kept.parts)

@@ -206,6 +206,13 @@ def test_what_is_kept_of_the_examples_that_a_guided_turn_looks_at_is_a_byte_or_t
     assert many - few == pytest.approx(4096 * 4 * (sum(widths) + 4 * max(widths)), rel=0.25)  # scored ones are 256 at most
 
 
+def test_what_is_kept_on_the_host_is_none_of_an_accelerators():
+    shape = {"batch_size": 64, "sequence_length": 32, "scored": 1, "probe": "sequential"}
+    few, many = (Workload(MODELS["opt"], catalogue.get("lozo-g", examples=n), **shape) for n in (4096, 8192))
+    assert estimate(many, accelerator=True).total == pytest.approx(estimate(few, accelerator=True).total, rel=1e-3)
+    assert estimate(many).total > 1.2 * estimate(few).total
+
+
 def test_the_turns_of_a_method_that_come_late_are_rehearsed_too() -> None:
     """LOZO-G's first turns evaluate a batch at one point, LOZO-E's at four at once."""
     workload = Workload(MODELS["opt"], catalogue.get("lozo-g"), batch_size=4, sequence_length=32, probe="batched")

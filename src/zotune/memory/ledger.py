@@ -44,6 +44,8 @@ _OUTPUTS = {
 }
 _STACKED, _SIDE_PATH = (_HOME + "stacked_parameters.py", _HOME + "lending.py"), _HOME + "side_path.py"
 _LOGITS, _OBJECTIVE, _BATCHES = _HOME + "token_scores.py", _HOME + "objectives.py", _HOME + "stacking.py"
+#: Where tensors are the host's, whatever device the model is on.
+_HOST = _HOME + "subspaces/guide.py"
 _UPDATES = tuple(_HOME + name for name in ("applying.py", "rules/", "first_order/", "replayed.py", "anchored.py", "shaping.py"))
 
 
@@ -74,6 +76,7 @@ class Ledger(TorchDispatchMode):
 
     Args:
         model: its parameters and buffers are the weights; what its head makes are the logits.
+        host: whether the memory in question is the host's, so that what is kept there counts.
 
     Example:
         >>> model = nn.Linear(256, 256, bias=False)
@@ -83,8 +86,9 @@ class Ledger(TorchDispatchMode):
         262144
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, host: bool = True) -> None:
         super().__init__()
+        self.host = host
         self.pieces: list[Piece] = []
         self._known: weakref.WeakKeyDictionary[Any, Piece] = weakref.WeakKeyDictionary()
         self._events = 0
@@ -171,7 +175,8 @@ class Ledger(TorchDispatchMode):
         if storage in self._known:
             return
         self._events += 1
-        piece = Piece(storage.nbytes(), kind, self._events)
+        elsewhere = kind == "host" and not self.host
+        piece = Piece(0 if elsewhere else storage.nbytes(), "directions" if kind == "host" else kind, self._events)
         self._known[storage] = piece
         self.pieces.append(piece)
         weakref.finalize(storage, self._free, piece).atexit = False
@@ -200,6 +205,8 @@ class Ledger(TorchDispatchMode):
             if name.startswith(_HOME):
                 if code.co_name in ("weighted", "combine", "_add_weighted") and not in_model:
                     return "gradients" if code.co_name != "_add_weighted" else "directions"
+                if name == _HOST:
+                    return "host"
                 if name == _SIDE_PATH or (name in _STACKED and code.co_name in _OUTPUTS):
                     return "activations"
                 if name.startswith(_DIRECTIONS):

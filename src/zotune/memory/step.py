@@ -84,7 +84,8 @@ def _rehearsed(workload: Workload, accelerator: bool) -> dict[str, Split]:
     for place, one in enumerate([workload, *_other_turns(workload)]):
         with rehearsal(accelerator=accelerator):
             model = prepared(build(one.config, one.dtype), one)
-            peaks |= {f"{moment} {place}": split for moment, split in run(model, one, batch_of(one))[0].items()}
+            found, _ = run(model, one, batch_of(one), host=not accelerator)
+            peaks |= {f"{moment} {place}": split for moment, split in found.items()}
     return peaks
 
 
@@ -102,13 +103,13 @@ def measure(workload: Workload, device: torch.device | str = "cpu", model: nn.Mo
     """The peak of real steps, on random numbers or a given model. Without a ledger nothing is counted: somebody else does."""
     if model is None:
         model = build(workload.config, workload.dtype).to(device)
-    model = prepared(model, workload)
+    model, host = prepared(model, workload), torch.device(device).type == "cpu"
     batch = {name: tensor.to(device) for name, tensor in batch_of(workload).items()}
-    peaks, optimizer = run(model, workload, batch, ledger=ledger)
+    peaks, optimizer = run(model, workload, batch, ledger=ledger, host=host)
     if optimizer is not None:
         optimizer.detach()
     for place, other in enumerate(_other_turns(workload)):
-        more, optimizer = run(model, other, batch, ledger=ledger)
+        more, optimizer = run(model, other, batch, ledger=ledger, host=host)
         optimizer.detach()
         peaks = peaks | {f"{moment} {place}": split for moment, split in more.items()}
     return _highest(peaks)
@@ -151,10 +152,15 @@ def batch_of(workload: Workload) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "positions": positions, "targets": ids[:, length - scored :].contiguous()}
 
 
-def run(model: nn.Module, workload: Workload, batch: Mapping[str, Tensor], *, ledger: bool = True) -> tuple[dict[str, Split], Any]:
-    """The splits at the peaks of ``STEPS`` steps, by the moments of a step; the optimizer, None for a method without."""
+def run(
+    model: nn.Module, workload: Workload, batch: Mapping[str, Tensor], *, ledger: bool = True, host: bool = True
+) -> tuple[dict[str, Split], Any]:
+    """The splits at the peaks of ``STEPS`` steps, by the moments of a step; the optimizer, None for a method without.
+
+    ``host``: whether what is kept in the host's memory counts.
+    """
     forget_tables()  # a step counts the tables of the directions that it makes, whatever ran before
-    counted = Ledger(model)
+    counted = Ledger(model, host)
     counted.add(batch.values(), "temporary")
     loss = objective("classifier" if "labels" in batch else "lm", model)
     with counted if ledger else contextlib.nullcontext():

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from zotune.coordinates import Carry, Coordinate
 from zotune.directions import Directions
 from zotune.output_errors import MOST_ROWS, Watch, watched
-from zotune.subspaces.inputs import InputsCoordinate, given, positive_peaks
+from zotune.subspaces.guide import Rows, guide
+from zotune.subspaces.inputs import InputsCoordinate, given
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 from zotune.token_scores import head_of
 
 #: Examples that a turn's steps see for each that is looked at.
 SHARE = 3.75
-#: Ridge of the regression, in units of the inputs' mean square.
-RIDGE = 0.1
 
 
 class GuidedCoordinate(InputsCoordinate):
@@ -206,8 +205,8 @@ class _Writers:
 
     def __init__(self, watch: Watch, layers: dict[nn.Module, GuidedCoordinate]) -> None:
         self.watch, self.layers = watch, layers
-        self.inputs: dict[str, _Rows] = {}
-        self.others: dict[str, _Rows] = {}
+        self.inputs: dict[str, Rows] = {}
+        self.others: dict[str, Rows] = {}
         self.shared: set[str] = set()
         self._last: tuple[Any, str] | None = None
 
@@ -222,8 +221,8 @@ class _Writers:
             return
         scored, others = self.watch.rows_of(states), self.watch.some_of(states)
         if scored is not None and others is not None:
-            self.inputs.setdefault(name, _Rows(torch.bfloat16)).add(scored)
-            self.others.setdefault(name, _Rows(torch.float8_e4m3fn)).add(others)
+            self.inputs.setdefault(name, Rows(torch.bfloat16)).add(scored)
+            self.others.setdefault(name, Rows(torch.float8_e4m3fn)).add(others)
 
     def take(self, name: str) -> tuple[Tensor | None, Tensor]:
         """Inputs at the scored positions, (N, n), and at some of all positions, which are not kept any longer."""
@@ -231,67 +230,3 @@ class _Writers:
         if name in self.shared or inputs is None or others is None:
             return None, torch.empty(0)
         return inputs.all(), others.all()
-
-
-class _Rows:
-    """Rows (n,), kept in few bits.
-
-    Args:
-        dtype: ``float8_e4m3fn``, three binary digits, with a scale for each row: rounding adds about a thousandth to squares, to which the
-            regression adds a tenth; or ``bfloat16``.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.most = torch.finfo(dtype).max if dtype.itemsize == 1 else None
-        self.parts: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, rows: Tensor) -> None:
-        rows = rows.float().cpu()
-        scales = torch.ones(len(rows), 1) if self.most is None else rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / self.most
-        self.parts.append(((rows / scales).to(self.dtype), scales))
-
-    def all(self) -> Tensor:
-        """All rows, (N, n), float32."""
-        found = torch.empty(sum(len(rows) for rows, _ in self.parts), self.parts[0][0].shape[1])
-        for place, (rows, scales) in zip(found.split([len(rows) for rows, _ in self.parts]), self.parts, strict=True):
-            torch.mul(rows.float(), scales, out=place)
-        return found
-
-
-def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """P (d, rank) and V (n, rank) in bfloat16, of inputs x (N, n) and errors δ (N, d) at the scored positions and inputs (T, n) anywhere.
-
-    B = Σ δ_i x_iᵀ (S + λ I)⁻¹ with S the mean of x xᵀ over all positions rather than the scored ones, so that V answers to what tells the
-    errors and to little else. Columns beyond the rank of the fit are 0. None where the inputs tell nothing.
-    """
-    size = float(torch.linalg.vector_norm(others, dtype=torch.float64)) ** 2 / len(others)  # E‖o‖²
-    ridge = RIDGE * size / others.shape[1]
-    if not ridge > 0:
-        return None
-    whitened = _whitened(inputs, others, ridge)  # (n, N)
-    # The fit's singular vectors are those of the N rows √M δ, M = x (S + λI)⁻¹ xᵀ / N².
-    squares, vectors = torch.linalg.eigh((inputs @ whitened).double() / len(inputs) ** 2)
-    _, sizes, right = torch.linalg.svd(squares.clamp_min(0).sqrt().unsqueeze(1) * (vectors.T @ errors.double()), full_matrices=False)
-    if not (bool(sizes.isfinite().all()) and float(sizes[0]) > 0):
-        return None
-    found = min(rank, int((sizes > 1e-9 * sizes[0]).sum()))
-    p = torch.nn.functional.pad(positive_peaks(right[:found].T), (0, rank - found)).float()
-    v = whitened @ (errors @ p) / len(inputs)  # Bᵀ = (S + λI)⁻¹ xᵀ δ / N
-    answer = (others @ v).square().mean(dim=0).clamp_min(1e-30)
-    v = v * (size / answer).sqrt()
-    return p.bfloat16().contiguous(), v.bfloat16().contiguous()
-
-
-def _whitened(inputs: Tensor, others: Tensor, ridge: float) -> Tensor:
-    """(S + λI)⁻¹ xᵀ (n, N), S = oᵀo / T, of inputs x (N, n) and others o (T, n), by the smaller of two systems.
-
-    (S + λI)⁻¹ xᵀ = (xᵀ − oᵀ (λT I + o oᵀ)⁻¹ o xᵀ) / λ. What is solved is in double precision, what is multiplied by it is not.
-    """
-    few = len(others) <= others.shape[1]
-    inner = (others @ others.T if few else others.T @ others / len(others)).double()
-    inner.diagonal().add_(ridge * len(others) if few else ridge)
-    if not few:
-        return torch.linalg.solve(inner, inputs.T.double()).float()
-    solved = torch.linalg.solve(inner, (others @ inputs.T).double()).float()
-    return torch.addmm(inputs.T, others.T, solved, alpha=-1).div_(ridge)
