@@ -148,6 +148,16 @@ def test_a_guide_is_the_regression_of_errors_on_inputs(number):
     assert torch.allclose((others.float() @ v).square().mean(dim=0), others.float().square().sum(dim=1).mean(), rtol=2e-2)
 
 
+def test_errors_that_are_multiples_of_one_vector_have_one_guide_and_no_rounding():
+    """As those of two options have: (p − y) (W₁ − W₂)."""
+    generator = torch.Generator().manual_seed(0)
+    x, others = torch.randn(128, 12, generator=generator), torch.randn(500, 12, generator=generator)
+    vector, share = torch.randn(9, generator=generator), torch.randn(128, 1, generator=generator)
+    p, v = guide(x, share * vector, others, 4)
+    assert torch.allclose(p[:, 0].float().abs(), torch.nn.functional.normalize(vector, dim=0).abs(), atol=1e-2)
+    assert not p[:, 1:].any() and not v[:, 1:].any() and v[:, 0].any()
+
+
 def test_rows_in_a_byte_a_number_are_a_guides_within_rounding():
     rows = torch.randn(60, 500, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 60).unsqueeze(1)
     kept = Rows(torch.float8_e4m3fn)

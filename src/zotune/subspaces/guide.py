@@ -9,6 +9,8 @@ from zotune.subspaces.inputs import positive_peaks
 
 #: Ridge of the regression, in units of the inputs' mean square.
 RIDGE = 0.1
+#: Singular values below this part of the largest are the errors' rounding: those of two options are multiples of one vector.
+NOTHING = 1e-5
 
 
 class Rows:
@@ -53,7 +55,7 @@ def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> tuple[Te
     _, sizes, right = torch.linalg.svd(squares.clamp_min(0).sqrt().unsqueeze(1) * (vectors.T @ errors.double()), full_matrices=False)
     if not (bool(sizes.isfinite().all()) and float(sizes[0]) > 0):
         return None
-    found = min(rank, int((sizes > 1e-9 * sizes[0]).sum()))
+    found = min(rank, int((sizes > NOTHING * sizes[0]).sum()))
     p = torch.nn.functional.pad(positive_peaks(right[:found].T), (0, rank - found)).float()
     v = whitened @ (errors @ p) / len(inputs)  # Bᵀ = (S + λI)⁻¹ xᵀ δ / N
     answer = (others @ v).square().mean(dim=0).clamp_min(1e-30)
