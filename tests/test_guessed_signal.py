@@ -40,6 +40,14 @@ def test_a_guess_has_an_upper_end_but_no_lower_one():
     assert after(20, -1.0).signal == FIRST / 4**19
 
 
+def test_a_guess_that_is_not_held_to_anything_stays():
+    guess = GuessedSignal(0.25, held=False)
+    for _ in range(50):
+        guess.expect(FALL)
+        guess.see(5.0)
+    assert guess.signal == 0.25
+
+
 def test_noise_waits_until_a_fall_can_be_seen():
     """Of losses with noise σ a stretch of n steps tells a fall f n to two standard errors σ √(2/n) where n = (√8 σ / f)^(2/3)."""
     noise, fall = torch.Generator().manual_seed(0), 0.02

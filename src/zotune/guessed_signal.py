@@ -27,11 +27,13 @@ class GuessedSignal:
 
     Attributes:
         signal: s / M.
+        held: whether it is held to what comes of it; else it stays as it is.
         earlier, later: losses of the last whole stretch of steps, and of the one that runs.
         expected_earlier, expected: by how much their steps should have lowered the loss.
     """
 
     signal: float = FIRST
+    held: bool = True
     earlier: RunningMean = field(default_factory=lambda: RunningMean(0.0))
     later: RunningMean = field(default_factory=lambda: RunningMean(0.0))
     expected_earlier: float = 0.0
@@ -48,6 +50,8 @@ class GuessedSignal:
 
     def see(self, loss: float) -> None:
         """Take in the loss before the next step, and correct the guess where that can be done."""
+        if not self.held:
+            return
         self.later.add(loss)
         if self.later.count < SHORTEST:
             return

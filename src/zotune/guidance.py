@@ -31,6 +31,7 @@ from zotune.calibration import rule_gain
 from zotune.coordinates import Offset
 from zotune.directions import Key
 from zotune.estimators import Estimate
+from zotune.guessed_signal import GuessedSignal
 from zotune.output_errors import Watch, watched
 from zotune.probe import isolated_generators
 from zotune.rules import Rule
@@ -60,6 +61,9 @@ LONGER = REACH
 PATIENCE, LONGEST = 16, 256
 #: η as a multiple of the one for drawn directions.
 BOLD = 2.0
+#: The part of a told derivative's square that is taken to be signal where a batch has one loss: runs of single examples went best with it,
+#: and worse where it followed what steps achieve, as that of drawn directions does.
+ALONE = 0.25
 #: Weight of a new measurement of α.
 FORGETTING = 0.25
 
@@ -95,7 +99,7 @@ class Guidance:
         self.coordinates = [c for c in probe.coordinates if isinstance(c, GuidedCoordinate)]
         owned = {id(c.parameter): c for c in self.coordinates}
         self.layers = {m: owned[id(m.weight)] for m in probe.model.modules() if sides(m) and id(m._parameters.get("weight")) in owned}
-        self.size = StepSize()
+        self.size = StepSize(guess=GuessedSignal(ALONE, held=False))
         self.scale = RunningMean(FORGETTING)  # α
         self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
         self.patience, self.waited, self.others = PATIENCE, 0, 0  # guided turns that LOZO's wait for, have waited for; turns of LOZO's
@@ -140,7 +144,6 @@ class Guidance:
             self.size.fade()
         else:
             self.others += 1
-            self.size.waited += 1
 
     # -- derivatives ----------------------------------------------------------------------------------------------------------------
 

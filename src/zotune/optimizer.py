@@ -334,7 +334,6 @@ class ZerothOrder(torch.optim.Optimizer):
         rates = [float(group["lr"]) for group in self.param_groups]
         if self.guidance.measured:
             found = self.guidance.rate(told, estimate, step)
-            self.guidance.size.expect(max(rates))
             rates = [found * rate for rate in rates]
         return estimate, tuple(rates)
 
