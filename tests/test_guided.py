@@ -158,6 +158,16 @@ def test_errors_that_are_multiples_of_one_vector_have_one_guide_and_no_rounding(
     assert not p[:, 1:].any() and not v[:, 1:].any() and v[:, 0].any()
 
 
+def test_of_few_texts_more_positions_are_looked_at_until_there_are_enough():
+    states, mask, scored = torch.randn(2, 640, 3), torch.ones(2, 640, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)
+    found = []
+    with output_errors.watched(256) as watch:
+        for _ in range(10):
+            watch.begin(scored, scored == 0, mask)
+            found.append(len(watch.some_of(states)))
+    assert found == [64] * 8 + [8] * 2
+
+
 def test_rows_in_a_byte_a_number_are_a_guides_within_rounding():
     rows = torch.randn(60, 500, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 60).unsqueeze(1)
     kept = Rows(torch.float8_e4m3fn)

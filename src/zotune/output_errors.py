@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 #: Scored positions that a watch keeps where it is to choose a subspace, at most: a text scores all of its own.
 MOST_ROWS = 256
-#: Positions of any kind that are looked at, for each text.
-SOME = 4
+#: Positions of any kind that are looked at: for each text; of a forward, as long as there are not enough. A guide made of too few takes
+#: what no other position shows for quiet.
+SOME, AT_FIRST, ENOUGH = 4, 64, 512
 #: Probabilities are made so many at a time (16 MiB), never of a whole batch at once.
 CHUNK_ELEMENTS = 2**22
 
@@ -47,9 +48,12 @@ class Watch:
         self.errors: list[Tensor] = []
         self.texts: list[Tensor] = []
         self.number = self.rows = 0
+        self.few = self.looked = 0  # positions of any kind, of this forward and of all
 
     def begin(self, positions: Tensor, scored: Tensor, mask: Tensor) -> None:
         """A forward begins that scores ``positions`` (R, S) where ``scored`` (R, S), of texts with the attention ``mask`` (R, T)."""
+        self.few = max(SOME * len(positions), AT_FIRST if self.looked < ENOUGH else 0)
+        self.looked += self.few
         texts = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions).flatten()
         if self.most is None:
             self.scored = None, texts, positions.flatten(), mask
@@ -68,12 +72,11 @@ class Watch:
         return self._at(states, texts, places)
 
     def some_of(self, states: Tensor) -> Tensor | None:
-        """The same at :data:`SOME` positions a text or a few more, as far apart as can be."""
+        """The same at ``few`` positions or some more, as far apart as can be."""
         if self.scored is None:
             return None
-        mask = self.scored[3]
-        texts, places = mask.nonzero(as_tuple=True)
-        few = slice(None, None, max(1, len(texts) // (SOME * len(mask))))
+        texts, places = self.scored[3].nonzero(as_tuple=True)
+        few = slice(None, None, max(1, len(texts) // self.few))
         return self._at(states, texts[few], places[few])
 
     def _at(self, states: Tensor, texts: Tensor, places: Tensor) -> Tensor | None:
