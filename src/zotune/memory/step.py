@@ -184,7 +184,9 @@ def _steps(
             optimizer = optimizer_class(method)(model, method, lr=rate, max_steps=STEPS)
         else:
             rows = len(next(iter(batch.values())))
-            optimizer = ZerothOrder(model, method, lr=rate, probe=workload.probe, examples=lambda _, count: [batch] * -(-count // rows))
+            # What is looked at beyond a batch is kept on the host: elsewhere it is no more than its forwards.
+            examples = (lambda _, count: [batch] * -(-count // rows)) if counted.host else None
+            optimizer = ZerothOrder(model, method, lr=rate, probe=workload.probe, examples=examples)
     for _ in range(STEPS):
         counted.begin_step()
         optimizer.step(loss, batch)

@@ -41,6 +41,13 @@ class FullCoordinate(Coordinate):
             return flat[part]
         return flat[part].float() if self.residual is None else join(flat[part], self.residual[part])
 
+    def _rows(self, rows: Tensor) -> Tensor:
+        """Rows of a matrix θ, like :meth:`_block`."""
+        weight = self.parameter.detach()[rows]
+        if not self.half:
+            return weight
+        return weight.float() if self.residual is None else join(weight, self.residual.view(self.shape)[rows])
+
     def _flat(self) -> Tensor:
         data = self.parameter.data
         return data.view(-1) if data.is_contiguous() else data.reshape(-1)
@@ -184,10 +191,7 @@ class FullCoordinate(Coordinate):
             return found
         key, columns = offset.key(self.name), self.shape[1]
         move = directions.rows(key, rows, columns).mul_(self.move_scale(directions, offset))
-        weight = self.parameter.detach()[rows]
-        if self.residual is not None:
-            weight = join(weight, self.residual.view(self.shape)[rows])
-        return torch.add(weight, move).to(self.parameter.dtype)
+        return torch.add(self._rows(rows), move).to(self.parameter.dtype)
 
     def value(self) -> Tensor:
         flat = self._flat()
@@ -269,34 +273,29 @@ class FullCoordinate(Coordinate):
         kernel = products_for(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
         if kernel is not None:
             return kernel.plus(self.parameter.data, self.residual, left.float().unsqueeze(0), right.float())[0]
-        columns, flat = self.parameter.shape[1], self._flat()
-        out = torch.empty(self.shape, dtype=flat.dtype, device=flat.device)
-        for rows in self._row_blocks():
-            block = self._block(flat, slice(rows.start * columns, rows.stop * columns)).view(-1, columns)
-            out[rows] = torch.addmm(block, left[rows].to(block.dtype), right.T.to(block.dtype))
+        out = torch.empty(self.shape, dtype=self.parameter.dtype, device=self.device)
+        for rows, block in self.product_strips(left, right):
+            out[rows] = block
         return out
 
     def product_rows(self, left: Tensor, right: Tensor, rows: Tensor) -> Tensor:
         """Rows ``rows`` (int64, (R,)) of :meth:`plus_product`, without the others."""
-        weight = self.parameter.detach()[rows]
-        if self.half:
-            weight = weight.float() if self.residual is None else join(weight, self.residual.view(self.shape)[rows])
+        weight = self._rows(rows)
         return torch.addmm(weight, left[rows].to(weight.dtype), right.T.to(weight.dtype)).to(self.parameter.dtype)
 
-    def product_strips(self, left: Tensor, right: Tensor, height: int) -> Iterator[tuple[slice, Tensor]]:
+    def product_strips(self, left: Tensor, right: Tensor, height: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(rows, these rows of :meth:`plus_product`) for strips of ``height`` rows."""
-        flat, (number, columns) = self._flat(), self.shape
-        for top in range(0, number, height):
-            rows = slice(top, min(number, top + height))
+        flat, columns = self._flat(), self.shape[1]
+        for rows in self._row_blocks(height):
             block = self._block(flat, slice(rows.start * columns, rows.stop * columns)).view(-1, columns)
             out = block if self.half else torch.empty_like(block)  # in half precision it is a copy
             yield rows, torch.addmm(block, left[rows].to(block.dtype), right.T.to(block.dtype), out=out).to(flat.dtype)
             del block, out  # before there is another
 
-    def _row_blocks(self) -> Iterator[slice]:
-        """Rows of a matrix, about as many at a time as a cache holds; an accelerator wants few, large launches."""
+    def _row_blocks(self, height: int | None = None) -> Iterator[slice]:
+        """Rows of a matrix, ``height`` or about as many at a time as a cache holds; an accelerator wants few, large launches."""
         rows, columns = self.parameter.shape
-        height = max(1, (1 << 17 if self.device.type == "cpu" else 1 << 23) // columns)
+        height = height or max(1, (1 << 17 if self.device.type == "cpu" else 1 << 23) // columns)
         return (slice(top, min(rows, top + height)) for top in range(0, rows, height))
 
     @property
