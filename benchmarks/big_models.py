@@ -1,4 +1,4 @@
-"""The table of docs/big_models.md: what models of OPT's sizes take when their blocks are away. Predicted, nothing is run.
+"""The table of docs/how-to/big_models.md: the memory of OPT's sizes with offloaded blocks. Predicted, nothing is run.
 
 One row was measured, with benchmarks/offload.py, and says so.
 
@@ -51,7 +51,7 @@ def row(size: str) -> list[str]:
 
 
 HEAD = [
-    "OPT", "weights", "card, all resident", "card, offloaded", "card, int8, offloaded", "ZO2's card", "host or disk", "a pass from host",
+    "OPT", "weights", "GPU, all resident", "GPU, offloaded", "GPU, int8, offloaded", "GPU, ZO2", "host or disk", "a pass from host",
     "a pass from disk",
 ]  # fmt: skip
 

@@ -1,10 +1,10 @@
 """Every method under every scheme through `zotune train`, a few steps each: does it run, or why is it refused.
 
-    python benchmarks/grid.py --model M --task sst2 --data_dir D --out docs/methods_grid.md
+    python benchmarks/grid.py --model M --task sst2 --data_dir D --out docs/explanation/results/methods_grid.md
 
 A cell is a run of the command as it stands, with the method's defaults and a rate that is measured where it can be: loss at the first and
 the last step and seconds a step. Whether it learns is not the question here; that takes more steps and a search for rates (see
-docs/learning.md), nor is memory (``zotune methods``, docs/memory.md). Cells are kept in ``--results`` as they are run, and those that it
+docs/explanation/results/learning.md), nor is memory (``zotune methods``, docs/explanation/memory.md). Cells are kept in ``--results`` as they are run, and those that it
 holds are not run again.
 """
 
@@ -87,8 +87,8 @@ def main() -> None:
         "# Every method under every scheme",
         "",
         f"`zotune train` for {args.steps} steps of 8 examples of {args.task} with a small language model and every method's defaults:",
-        "training loss at the first and the last step, and seconds a step (with what is measured before the first) on a machine that did",
-        "other things too. It says that they run, not that they learn.",
+        "training loss at the first and the last step, and seconds per step, measurements included, on a busy machine.",
+        "It shows that they run, not that they learn.",
         f"{ran} of {cells} cells ran, {cells - ran - failed} are refused for a reason, {failed} failed.",
         "",
         *rows,
@@ -96,7 +96,7 @@ def main() -> None:
         *(f"{number}. {why}" for why, number in reasons.items()),
         "",
         "```",
-        f"python benchmarks/grid.py --model MODEL --task {args.task} --data_dir DATA --out docs/methods_grid.md",
+        f"python benchmarks/grid.py --model MODEL --task {args.task} --data_dir DATA --out docs/explanation/results/methods_grid.md",
         "```",
     ]
     args.out.write_text("\n".join(page) + "\n")

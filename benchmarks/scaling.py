@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --output docs/images/scaling.png
 
-A model on paper, not a measurement; what it is made of is in docs/scaling.md. Weak scaling: every worker brings its own examples, so that
+A model on paper, not a measurement; its assumptions are in docs/explanation/results/speed.md. Weak scaling: every worker brings its own examples, so that
 the ideal is a step that takes as long however many take part.
 """
 

@@ -3,7 +3,7 @@
     python examples/lenet_memory.py --data_dir DIR --output_dir DIR [--epochs 3]
 
 `--data_dir` holds the four files of MNIST (train-images-idx3-ubyte.gz, ...) from https://ossci-datasets.s3.amazonaws.com/mnist/.
-Writes memory.json, memory.png and, with epochs, curves.json and curves.png; docs/lenet.md discusses them.
+Writes memory.json, memory.png and, with epochs, curves.json and curves.png; docs/explanation/results/lenet.md discusses them.
 """
 
 from __future__ import annotations
