@@ -16,7 +16,6 @@ fold brings the upper half to the lower one, the last product carries it up agai
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zotune.io.caches import tensor_cache
 from zotune.sending import send, send_list
 
 #: Words to a page.
@@ -80,7 +80,7 @@ def _mix64(x: Tensor) -> Tensor:
     return x
 
 
-@functools.lru_cache(maxsize=4096)
+@tensor_cache(maxsize=4096)
 def _origin(seed: int, step: int, name: str, purpose: str) -> int:
     return _hash(f"stream|{seed}|{step}|{purpose}|{name}")
 
@@ -104,7 +104,7 @@ def multipliers(origin: int, pages: Tensor) -> Tensor:
 _FRONT = PAGE >> 3
 
 
-@functools.lru_cache(maxsize=8)
+@tensor_cache(maxsize=8)
 def _page_words(seed: int, step: int, device: torch.device, count: int) -> Tensor:
     with torch.inference_mode(False):
         start = signed(_hash(f"page|{seed}|{step}"))

@@ -5,7 +5,6 @@ The functions behind ``Evaluations``; they know it from inside, and leave what t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from zotune import stacking
 from zotune.coordinates import Offset
+from zotune.io.execution import clock
 from zotune.loss_values import LossFunction, as_losses, evaluation
 from zotune.stacking import NotStackable, Owned
 
@@ -25,7 +25,6 @@ WORTH_MEASURING = 0.5
 #: Sequential has to take less than this fraction of batched's time, so that a run's choice is not a matter of chance.
 CLEARLY = 0.8
 REPEATS = 3
-clock = time.perf_counter
 
 
 def decide(

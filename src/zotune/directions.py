@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from zotune.counter import PAGE, Key, generator_seed, words, words_at, words_many, words_together
+from zotune.io.caches import on_clear, tensor_cache
+from zotune.io.execution import current
 from zotune.quantiles import scaled_pairs, scaled_signs
 from zotune.sending import send, send_list
 
@@ -40,6 +42,9 @@ GROUPED_NUMEL = 1 << 13
 
 
 def block_size(device: torch.device) -> int:
+    size = current().block_size
+    if size is not None:
+        return size
     if device.type != "cpu":
         return ACCELERATOR_BLOCK
     return CPU_BLOCK if torch.get_num_threads() == 1 else SHARED_CPU_BLOCK
@@ -56,6 +61,10 @@ def for_blocks(numel: int, device: torch.device, work: Callable[[slice], None], 
     The result cannot depend on the number of threads: numbers belong to elements, not to blocks.
     """
     size = block_size(device)
+    if current().first_block_only:
+        if numel > start:
+            work(slice(start, min(numel, start + size)))
+        return
     first, last = start // size, -(-numel // size)
     threads = min(torch.get_num_threads(), (last - first) // 4) if device.type == "cpu" else 1
 
@@ -126,7 +135,7 @@ def _expand(source: _Source, bits: Tensor) -> Tensor:
     return found.view(torch.float32) if source.columns == 1 else found.view(-1)
 
 
-@functools.lru_cache(maxsize=16)
+@tensor_cache(maxsize=16)
 def _front_index(numels: tuple[int, ...], per_word: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """What :func:`words_together` wants to know of parameters of so many numbers; which numbers are used, None for all."""
     with torch.inference_mode(False):
@@ -180,6 +189,7 @@ class _Rooms(threading.local):
 
 
 _rooms = _Rooms()
+on_clear(lambda: _rooms.kept.clear())
 
 
 class Directions:

@@ -32,6 +32,7 @@ from zotune.counter import foresee
 from zotune.directions import Directions, Key, generator_seed
 from zotune.fleets import gather
 from zotune.forward_mode import ForwardMode, dual
+from zotune.io.execution import current
 from zotune.lending import Lending
 from zotune.neighbours import draw_together
 from zotune.precision import HALF
@@ -91,6 +92,9 @@ def isolated_generators(key: Key, devices: Sequence[torch.device]) -> Iterator[N
     A loss with randomness of its own sees the same numbers at every evaluation of a step (common random numbers), new ones each step,
     and the same ones again after a resume; the program around it notices nothing.
     """
+    if not current().isolates_generators:
+        yield
+        return
     generators = [torch.default_generator]
     generators += [torch.cuda.default_generators[d.index or 0] for d in devices if d.type == "cuda"]
     states = [generator.get_state() for generator in generators]

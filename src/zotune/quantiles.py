@@ -16,17 +16,18 @@ agree on the table. A lookup costs a third of what Box and Muller's transform do
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
+from zotune.io.caches import tensor_cache
+
 BITS = 14
 LATTICE = 10881
 
 
-@functools.cache
+@tensor_cache()
 def half_normal() -> Tensor:
     """h, float64, shape (2¹⁴,): ascending, mean of squares 1."""
     with torch.inference_mode(False):
@@ -39,7 +40,7 @@ def half_normal() -> Tensor:
         return (h * 2**20).round_().div_(2**20)
 
 
-@functools.cache
+@tensor_cache()
 def normal_pairs(device: torch.device) -> Tensor:
     """The pairs, float32, shape (2¹⁶, 2): i = 4 m + 2 s₂ + s₁."""
     with torch.inference_mode(False):
@@ -51,7 +52,7 @@ def normal_pairs(device: torch.device) -> Tensor:
         return torch.stack([first, second], 1).float().to(device)
 
 
-@functools.cache
+@tensor_cache()
 def sign_bytes(device: torch.device) -> Tensor:
     """The signs that a byte stands for, bit j the j-th, 1 for −1: float32, shape (256, 8)."""
     with torch.inference_mode(False):
@@ -59,7 +60,7 @@ def sign_bytes(device: torch.device) -> Tensor:
         return (1 - 2 * bits).float().to(device)
 
 
-@functools.lru_cache(maxsize=4)
+@tensor_cache(maxsize=4)
 def scaled_pairs(scale: float, device: torch.device) -> Tensor:
     """``scale`` times :func:`normal_pairs`, a pair as one int64, shape (2¹⁶,): a lookup of one number copies two."""
     with torch.inference_mode(False):
@@ -67,7 +68,7 @@ def scaled_pairs(scale: float, device: torch.device) -> Tensor:
         return (table if scale == 1.0 else table * scale).view(torch.int64).view(-1)
 
 
-@functools.lru_cache(maxsize=8)
+@tensor_cache(maxsize=8)
 def scaled_magnitudes(scale: float, device: torch.device) -> Tensor:
     """``scale`` times h, float32, (2¹⁴,): with :data:`LATTICE` and signs, :func:`scaled_pairs` in an eighth of the memory."""
     with torch.inference_mode(False):
@@ -75,7 +76,7 @@ def scaled_magnitudes(scale: float, device: torch.device) -> Tensor:
         return magnitudes if scale == 1.0 else magnitudes * scale
 
 
-@functools.lru_cache(maxsize=8)
+@tensor_cache(maxsize=8)
 def scaled_signs(scale: float, device: torch.device) -> Tensor:
     """``scale`` times :func:`sign_bytes`."""
     with torch.inference_mode(False):

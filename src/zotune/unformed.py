@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from zotune.coordinates import Coordinate, Offset
+from zotune.coordinates import Offset
 from zotune.directions import Directions
+from zotune.io.execution import current, make_subclass
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
-from zotune.subspaces.full import is_sharded
 
 #: A linear layer with more weights than this is computed in strips of about so many.
 STRIP = 1 << 20
@@ -38,6 +37,8 @@ BESIDE = (1 << 22, 1 << 17)
 #: One with at most so many is formed in memory of its own, as one is that has more than this part of all numbers that move.
 SMALL = 1 << 18
 PART = 40
+#: What computes a torch function with an :class:`Unformed` among its arguments; layer types enter theirs.
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
 
 
 class Room(threading.local):
@@ -49,7 +50,8 @@ class Room(threading.local):
 
     def takes(self, coordinate: FullCoordinate) -> bool:
         """Whether it is worth it: float32 weights, whose forwards take twice as long, gained nothing that could be measured."""
-        return coordinate.half and SMALL < coordinate.numel <= self.most and coordinate.device.type == "cpu"
+        fits = coordinate.half and SMALL < coordinate.numel <= self.most and coordinate.device.type == "cpu"
+        return fits and not current().whole_weights
 
     def of(self, numel: int, like: Tensor) -> Tensor:
         """Memory for ``numel`` numbers, which whoever comes next is given again."""
@@ -59,19 +61,9 @@ class Room(threading.local):
         return self.flat[:numel]
 
 
-def lender(module: nn.Module, coordinate: Coordinate, directions: Directions, offset: Offset, room: Room) -> Callable[[], Tensor]:
-    """What hands ``module`` its parameter at θ + offset."""
-    if not coordinate.moves(offset.step, offset.direction):
-        return partial(coordinate.at, directions, None)
-    if isinstance(coordinate, FullCoordinate) and not (coordinate.thin or coordinate.sharded) and len(coordinate.shape) == 2:
-        large = coordinate.numel > LARGE and coordinate.device.type == "cpu"
-        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and (large or room.takes(coordinate))):
-            return partial(Unformed.of, coordinate, directions, offset, room)
-    if isinstance(coordinate, LowRankCoordinate) and not is_sharded(coordinate.parameter):
-        forward, large = type(module).forward, coordinate.parameter.numel() > BESIDE[coordinate.device.type == "cpu"]
-        if isinstance(module, nn.Embedding) or (large and forward is nn.Linear.forward):
-            return partial(Unformed.of, coordinate, directions, offset, room)
-    return partial(coordinate.at, directions, offset)
+def in_strips(coordinate: FullCoordinate) -> bool:
+    """Whether a linear layer makes its weight in strips."""
+    return coordinate.numel > LARGE and coordinate.device.type == "cpu" and not current().whole_weights
 
 
 class Unformed(torch.Tensor):
@@ -84,7 +76,7 @@ class Unformed(torch.Tensor):
 
     @staticmethod
     def of(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, room: Room) -> Unformed:
-        unformed = torch.Tensor._make_subclass(Unformed, coordinate.parameter.detach())
+        unformed = make_subclass(Unformed, coordinate.parameter.detach())
         unformed.coordinate, unformed.directions, unformed.offset, unformed.room = coordinate, directions, offset, room
         return unformed
 
@@ -95,31 +87,21 @@ class Unformed(torch.Tensor):
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.embedding:
-                return _embedding(*args, **kwargs)
-            if func is F.linear:
-                return _linear(*args, **kwargs)
+            function = FUNCTIONS.get(func)
+            if function is not None:
+                return function(*args, **kwargs)
             if getattr(func, "__name__", "") == "__get__":  # dtype, device, shape: what is stored answers for it
                 found = func(*args, **kwargs)
                 if not isinstance(found, Tensor):
                     return found
-            return func(*[_whole(a) for a in args], **{name: _whole(a) for name, a in kwargs.items()})
+            return func(*[whole(a) for a in args], **{name: whole(a) for name, a in kwargs.items()})
 
 
-def _whole(argument: Any) -> Any:
+def whole(argument: Any) -> Any:
+    """An argument of a torch function with whole perturbed weights in place of lazy ones."""
     if isinstance(argument, (list, tuple)):
-        return type(argument)(_whole(a) for a in argument)
+        return type(argument)(whole(a) for a in argument)
     return argument.whole() if isinstance(argument, Unformed) else argument
-
-
-def _embedding(
-    input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *others: Any, **named: Any
-) -> Tensor:
-    if max_norm is None and isinstance(weight, Unformed):
-        found = rows_looked_up(weight.coordinate, weight.directions, weight.offset, input)
-        if found is not None:
-            return found
-    return F.embedding(_whole(input), _whole(weight), padding_idx, max_norm, *others, **named)
 
 
 def rows_looked_up(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, ids: Tensor) -> Tensor | None:
@@ -134,25 +116,3 @@ def rows_looked_up(coordinate: FullCoordinate | LowRankCoordinate, directions: D
     if 2 * rows.numel() >= number:
         return None
     return F.embedding(places, coordinate.rows_at(directions, offset, rows.long()))
-
-
-def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
-    plain = isinstance(weight, Unformed) and not isinstance(input, Unformed) and not isinstance(bias, Unformed)
-    if not plain or (torch.is_grad_enabled() and input.requires_grad):
-        return F.linear(_whole(input), _whole(weight), _whole(bias))
-    coordinate = weight.coordinate
-    if isinstance(coordinate, FullCoordinate):
-        if weight.room.takes(coordinate):
-            room = weight.room.of(coordinate.numel, coordinate.parameter)
-            return F.linear(input, coordinate.at_in(room, weight.directions, weight.offset), bias)
-        if coordinate.numel <= LARGE or weight.device.type != "cpu":
-            return F.linear(input, weight.whole(), bias)
-    rows, columns = weight.shape
-    x = input.reshape(-1, columns)
-    out = x.new_empty(x.shape[0], rows)
-    few = STRIP if isinstance(coordinate, FullCoordinate) else BESIDE[weight.device.type == "cpu"]
-    for strip, part in coordinate.strips_at(weight.directions, weight.offset, max(1, few // columns)):
-        torch.mm(x, part.T, out=out[:, strip])
-    if bias is not None:
-        out += bias
-    return out.view(*input.shape[:-1], rows)

@@ -8,8 +8,7 @@ of them use the same memory.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import sys
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,9 +19,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zotune import counter, deciding, directions, probe, quantiles, stacked_parameters, unformed
+from zotune.directions import ACCELERATOR_BLOCK, CPU_BLOCK
+from zotune.io.caches import clear_tensor_caches
+from zotune.io.execution import Execution, executing
 from zotune.stacking import NotStackable
-from zotune.subspaces import FullCoordinate
 
 aten = torch.ops.aten
 
@@ -66,25 +66,24 @@ def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]
     return places
 
 
-def _over_fakes(kind: type[torch.Tensor]) -> Any:
-    """``Tensor._make_subclass`` for tensor subclasses of zotune, over a fake tensor, which has a class of its own already."""
+@functools.cache
+def _over_fake(kind: type[torch.Tensor]) -> type[torch.Tensor]:
+    """A tensor subclass of zotune, over a fake tensor, which has a class of its own already."""
 
     class OverFake(kind):  # type: ignore[misc, valid-type]
         @classmethod
         def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             raise NotStackable(f"{func} has no form for such a weight")
 
-    def make(cls: type[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-        return torch.Tensor._make_wrapper_subclass(OverFake, tensor.shape, dtype=tensor.dtype, device=tensor.device)  # type: ignore[attr-defined]
-
-    return make
+    return OverFake
 
 
-def _first_of(loop: Callable[..., Any]) -> Callable[..., Any]:
-    def first(*args: Any) -> Any:
-        return itertools.islice(loop(*args), 1)
-
-    return first
+def _over_fakes(cls: type[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as one of class ``cls``."""
+    made: torch.Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        _over_fake(cls), tensor.shape, dtype=tensor.dtype, device=tensor.device
+    )
+    return made
 
 
 def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -101,73 +100,35 @@ def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], re
     return module
 
 
-class _MakesOverFakes:
-    """``torch``, as modules see it that make tensor subclasses, with the ``Tensor`` of above."""
-
-    def __init__(self, kind: type[torch.Tensor]) -> None:
-        make = _over_fakes(kind)
-
-        class Tensor:
-            _make_subclass = staticmethod(make)
-
-        self.Tensor = Tensor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @contextlib.contextmanager
 def rehearsal(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
     """For the length of a block torch makes fake tensors, and zotune's steps run on them.
 
     Args:
-        accelerator: allocate as on a GPU, which works in larger blocks and forms a large weight whole where a CPU takes strips of it.
+        accelerator: allocate as on a GPU, in larger blocks, and a large weight whole where a CPU takes strips of it.
     """
-    size = directions.ACCELERATOR_BLOCK if accelerator else directions.CPU_BLOCK
-
-    def one_block(numel: int, device: torch.device, work: Callable[[slice], None], start: int = 0) -> None:
-        if numel > start:
-            work(slice(start, min(numel, start + size)))
 
     @contextlib.contextmanager
     def no_generators(*unused: Any, **options: Any) -> Iterator[None]:
         yield
 
+    execution = Execution(
+        block_size=ACCELERATOR_BLOCK if accelerator else CPU_BLOCK,
+        first_block_only=True,
+        whole_weights=accelerator,
+        isolates_generators=False,
+        clock=float,  # what takes no time is not worth timing
+        make_subclass=_over_fakes,
+    )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
-        for original, substitute in (
-            (directions.for_blocks, one_block),
-            (directions.block_size, lambda device: size),
-            (probe.isolated_generators, no_generators),
-        ):
-            for module in [m for name, m in sys.modules.items() if name.startswith("zotune.") and m is not None]:
-                if module.__dict__.get(original.__name__) is original:
-                    stack.enter_context(mock.patch.object(module, original.__name__, substitute))
+        stack.enter_context(executing(execution))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
-        for name in ("_row_blocks", "strips_at", "product_strips"):
-            stack.enter_context(mock.patch.object(FullCoordinate, name, _first_of(getattr(FullCoordinate, name))))
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", no_generators))
-        stack.enter_context(mock.patch.object(deciding, "clock", float))  # what takes no time is not worth timing
-        if accelerator:
-            for bound in ("LARGE", "SMALL"):
-                stack.enter_context(mock.patch.object(unformed, bound, 1 << 62))
-        stack.enter_context(mock.patch.object(directions, "_rooms", directions._Rooms()))
-        for module, kind in ((unformed, unformed.Unformed), (stacked_parameters, stacked_parameters.Stacked)):
-            stack.enter_context(mock.patch.object(module, "torch", _MakesOverFakes(kind)))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # all are 0: in place, as with float32
-        forget_tables()  # what is kept from real steps has no place here, nor what is made here in real ones
-        stack.callback(forget_tables)
+        clear_tensor_caches()  # what is kept from real steps has no place here, nor what is made here in real ones
+        stack.callback(clear_tensor_caches)
         stack.enter_context(mode)
         stack.enter_context(Answers())
         yield mode
-
-
-def forget_tables() -> None:
-    """Empty the caches of tensors that directions are made of."""
-    directions._rooms.kept.clear()
-    for module in (counter, directions, quantiles):
-        for value in list(vars(module).values()):
-            clear = getattr(value, "cache_clear", None)
-            if clear is not None and getattr(value, "__module__", "") == module.__name__ and value is not directions._pool:
-                clear()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zotune import schemes
+from zotune import catalogue, schemes
 from zotune.first_order import Rival, optimizer_class
+from zotune.io.caches import clear_tensor_caches
 from zotune.memory.ledger import Ledger, Split
-from zotune.memory.models import build, depth_of, shallow
-from zotune.memory.rehearsal import forget_tables, rehearsal
+from zotune.memory.models import build, config_from, depth_of, shallow
+from zotune.memory.rehearsal import rehearsal
 from zotune.methods import Method
 from zotune.objectives import objective
 from zotune.optimizer import ZerothOrder
@@ -56,6 +58,37 @@ class Workload:
 
     def with_(self, **changes: Any) -> Workload:
         return replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The workload as JSON, for another process."""
+        content = {
+            "config": json.loads(self.config.to_json_string(use_diff=False)),
+            "method": {"name": self.method.name, "options": self.method.options},
+            "scheme": asdict(self.scheme),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
+        }
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: str) -> Workload:
+        """The workload that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: its model, method or scheme is unknown here.
+        """
+        content = json.loads(text)
+        method = content["method"]
+        return cls(
+            config=config_from(content["config"], "the workload"),
+            method=catalogue.get(method["name"], **method["options"]),
+            scheme=Scheme(**content["scheme"]),
+            dtype=getattr(torch, content["dtype"]),
+            **{name: content[name] for name in _PLAIN_FIELDS},
+        )
+
+
+_PLAIN_FIELDS = ("batch_size", "sequence_length", "scored", "probe", "activation_checkpointing")
 
 
 def estimate(workload: Workload, *, accelerator: bool = False, exact: bool = False) -> Split:
@@ -159,7 +192,7 @@ def run(
 
     ``host``: whether what is kept in the host's memory counts.
     """
-    forget_tables()  # a step counts the tables of the directions that it makes, whatever ran before
+    clear_tensor_caches()  # a step counts the tables of the directions that it makes, whatever ran before
     counted = Ledger(model, host)
     counted.add(batch.values(), "temporary")
     loss = objective("classifier" if "labels" in batch else "lm", model)

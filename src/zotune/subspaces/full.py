@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zotune import frozen_linear, residence
 from zotune.coordinates import THIN, Coordinate, Offset
 from zotune.directions import Directions, Key, for_blocks
+from zotune.io.execution import walked
 from zotune.kernels import moves_for, products_for
 from zotune.precision import HALF, join, split_into, stochastic_round
 from zotune.subspaces.subspace import Space
@@ -107,7 +108,7 @@ class FullCoordinate(Coordinate):
         flat, columns = self._flat(), self.shape[1]
         scale = self.move_scale(directions, offset)
         room = torch.empty(height * columns, dtype=flat.dtype, device=flat.device)
-        for top in range(0, self.shape[0], height):
+        for top in walked(range(0, self.shape[0], height)):
             rows = slice(top, min(self.shape[0], top + height))
             strip = room[: (rows.stop - top) * columns]
             self._perturb(directions, offset, flat, strip, slice(top * columns, rows.stop * columns), scale)
@@ -296,7 +297,7 @@ class FullCoordinate(Coordinate):
         """Rows of a matrix, ``height`` or about as many at a time as a cache holds; an accelerator wants few, large launches."""
         rows, columns = self.parameter.shape
         height = height or max(1, (1 << 17 if self.device.type == "cpu" else 1 << 23) // columns)
-        return (slice(top, min(rows, top + height)) for top in range(0, rows, height))
+        return (slice(top, min(rows, top + height)) for top in walked(range(0, rows, height)))
 
     @property
     def fleets(self) -> bool:  # type: ignore[override]

@@ -1,0 +1,70 @@
+"""How steps are executed: on real numbers, or as a dry run on tensors without data.
+
+The few places at which a dry run differs ask here. A dry run sets its own :class:`Execution` for its length.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One way of executing steps. The defaults are those of real steps.
+
+    Args:
+        block_size: elements to a block of a loop over a large tensor; None: what suits the device.
+        first_block_only: of the blocks of a large tensor, and of the strips of a matrix, only the first is computed.
+        whole_weights: a large weight is materialized whole, never in strips.
+        isolates_generators: a loss is evaluated with torch's generators at a state of its own.
+        clock: seconds from some moment on.
+        make_subclass: makes a tensor of a class from (class, tensor); None: ``Tensor._make_subclass``.
+    """
+
+    block_size: int | None = None
+    first_block_only: bool = False
+    whole_weights: bool = False
+    isolates_generators: bool = True
+    clock: Callable[[], float] = time.perf_counter
+    make_subclass: Callable[[type, Any], Any] | None = None
+
+
+REAL = Execution()
+_current = REAL
+
+
+def current() -> Execution:
+    """How steps are executed now."""
+    return _current
+
+
+@contextmanager
+def executing(execution: Execution) -> Iterator[None]:
+    """For the length of a block steps are executed so, in every thread."""
+    global _current
+    before, _current = _current, execution
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def walked(blocks: Iterable[Any]) -> Iterable[Any]:
+    """Those of the blocks that are to be computed."""
+    return itertools.islice(blocks, 1) if _current.first_block_only else blocks
+
+
+def clock() -> float:
+    """Seconds from some moment on; differences are what counts."""
+    return _current.clock()
+
+
+def make_subclass(cls: Any, tensor: Any) -> Any:
+    """``tensor`` as a tensor of class ``cls``, which shares its memory."""
+    make = _current.make_subclass
+    return cls._make_subclass(cls, tensor) if make is None else make(cls, tensor)
