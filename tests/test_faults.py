@@ -30,11 +30,12 @@ from trainer_cases import StopAt, choice_rows, collate_choices, journal_of, same
 from zotune import ZerothOrder, checkpoint, resuming
 from zotune.bench.report import _write as write_page
 from zotune.commands.verify import main as verify
+from zotune.io.json_files import write_json
 from zotune.journal import Journal, StepRecord
 from zotune.memory.charts import bar_chart
 from zotune.memory.ledger import Split
 from zotune.replaying import replay
-from zotune.run_report import Curve, write_curve, write_json
+from zotune.training.curve import Curve, write_curve
 from zotune.whole_file import whole_file
 
 RUN: dict[str, Any] = {"max_steps": 6, "train_dataset": choice_rows(40), "probe": "batched", "method": "lozo", "interval": 2}
@@ -324,7 +325,7 @@ import os, sys
 from pathlib import Path
 from zotune.checkpoint import draft
 from zotune.journal import Journal, StepRecord
-from zotune.run_report import write_json
+from zotune.io.json_files import write_json
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)  # root may write anywhere

@@ -30,13 +30,13 @@ from zotune import ZerothOrder, checkpoint, plain_yaml, resuming
 from zotune.bench import grid
 from zotune.commands.arguments import DataArguments, ModelArguments
 from zotune.commands.models import load_model, load_tokenizer, plan_model
-from zotune.commands.parser import CommandParser
 from zotune.config import ZOConfig
 from zotune.journal import MOST_GROUPS, Journal, verify
 from zotune.replaying import replay
 from zotune.schemes import Scheme, load_adapter
 from zotune.tasks import sources, task_file
 from zotune.tasks.chat import assistant_parts
+from zotune.training.option_parser import OptionParser
 
 fuzz = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 EVIL_YAML = [
@@ -253,13 +253,13 @@ def test_a_grid_file_of_any_values_is_a_grid_or_a_sentence(places: list[int], va
 
 
 @pytest.fixture(scope="module")
-def parser() -> CommandParser:
-    return CommandParser((ModelArguments, DataArguments, Scheme, ZOConfig), "zotune train")
+def parser() -> OptionParser:
+    return OptionParser((ModelArguments, DataArguments, Scheme, ZOConfig), "zotune train")
 
 
 @fuzz
 @given(data=st.data())
-def test_options_of_any_values_are_taken_or_a_sentence(data: st.DataObject, parser: CommandParser, tmp_path: Path) -> None:
+def test_options_of_any_values_are_taken_or_a_sentence(data: st.DataObject, parser: OptionParser, tmp_path: Path) -> None:
     names = sorted(action.dest for action in parser._actions if action.dest not in ("config", "debug"))  # debug changes the whole process
     chosen = data.draw(st.dictionaries(st.sampled_from(names), junk, min_size=1, max_size=2))
     (tmp_path / "my.yaml").write_text(yaml.dump({"output_dir": "out", "use_cpu": True, **chosen}))

@@ -12,8 +12,9 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from zotune import catalogue, directions
 from zotune.directions import Directions, Key
+from zotune.io.sizes import parse_size
 from zotune.memory import KINDS, Ledger, Workload, config_of, estimate, measure, shipped
-from zotune.memory.fitting import bytes_of, largest
+from zotune.memory.fitting import largest
 from zotune.memory.formulas import closed_form
 from zotune.memory.models import depth_of, shallow
 from zotune.memory.step import numbers_of
@@ -156,10 +157,10 @@ def test_the_largest_that_fits(slope, limit):
 
 
 def test_sizes_are_read_as_written():
-    assert bytes_of("24GB") == 24 * 10**9 and bytes_of("1.5 GiB") == 3 * 2**29
+    assert parse_size("24GB") == 24 * 10**9 and parse_size("1.5 GiB") == 3 * 2**29
     for wrong in ("24 cards", "", "-3GB", "0GB"):
         with pytest.raises(ValueError, match="such as 24GB"):
-            bytes_of(wrong)
+            parse_size(wrong)
 
 
 def test_closed_formulas():

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from zotune import checkpoint
+from zotune.commands.run_folder import JOURNAL_FILE
 from zotune.config import settings
 from zotune.distributed import Workers
 from zotune.first_order import FirstOrder
@@ -21,8 +22,6 @@ from zotune.frozen_linear import any_frozen
 from zotune.offloading import saving, stream_of
 from zotune.optimizer import ZerothOrder
 from zotune.step_sums import StepSums
-
-JOURNAL = "journal.zo"
 
 
 class CheckpointedTrainer(Trainer):
@@ -60,7 +59,7 @@ class CheckpointedTrainer(Trainer):
     @property
     def _journal_path(self) -> Path:
         journal = None if self.optimizer is None else self.zo_optimizer.journal
-        return self._run_folder / JOURNAL if journal is None else journal.path
+        return self._run_folder / JOURNAL_FILE if journal is None else journal.path
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:

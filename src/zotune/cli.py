@@ -7,14 +7,14 @@ Nothing heavy is imported here, so that `zotune --help` answers at once.
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
+from zotune.io.failures import INTERRUPTED, explain
+from zotune.training.quiet import quiet_environment
 
 # name -> (module:function, one line)
 COMMANDS = {
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        known = _explain(error)
+        known = explain(error)
         if known is None:  # a bug of ours: whoever reports it needs the traceback
             raise
         message, code = known
@@ -85,7 +85,7 @@ def _dispatch(words: list[str]) -> int:
         hint = f"did you mean `zotune {near[0]}`?" if near else f"there are {', '.join(COMMANDS)}."
         kind = "option" if name.startswith("-") else "command"
         raise ValueError(f"unknown {kind} {name!r}: {hint}")
-    _quiet_environment()
+    quiet_environment()
     module, _, function = COMMANDS[name][0].partition(":")
     return getattr(importlib.import_module(module), function)(rest)
 
@@ -107,45 +107,6 @@ def _help() -> str:
         "`zotune COMMAND --help` describes a command. To start: zotune quickstart",
     ]
     return "\n".join(lines)
-
-
-def _quiet_environment() -> None:
-    """Silences third-party start-up noise; these variables are read when those libraries are imported."""
-    for name, value in {
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "MPLBACKEND": "Agg",
-    }.items():
-        os.environ.setdefault(name, value)
-
-
-def _explain(error: Exception) -> tuple[str, int] | None:
-    """The sentence and exit code of an error that the user can act on; None for a bug."""
-    text = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError):
-        extra = {"peft": "peft", "tensorboard": "tensorboard", "pytorch_optimizer": "optimizers"}.get(error.name or "")
-        hint = f" Install it with `pip install 'zotune[{extra}]'`." if extra else ""
-        return f"this needs the package {error.name!r}, which is not installed.{hint}", WRONG
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        place = "" if error.filename is None else f" ({os.fspath(error.filename)!s})"
-        return f"{error.strerror}{place}: free some space; a run that had begun goes on with --resume_from_checkpoint true.", WRONG
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {os.fspath(error.filename)!s}", WRONG
-    if isinstance(error, ValueError | OSError | ImportError):
-        return text or type(error).__name__, WRONG
-    if type(error).__name__ == "SafetensorError":  # its own, also for a disk that is full
-        return f"a safetensors file cannot be read or written ({text}): give another file, or free some space.", WRONG
-    if type(error).__name__ in ("NonFiniteLossError", "ChildFailedError"):
-        return text, FAILED
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        if isinstance(error, MemoryError) and text:
-            return text, FAILED
-        return (
-            "out of memory; a smaller --per_device_train_batch_size, --max_length or --dtype bfloat16 needs less.",
-            FAILED,
-        )
-    return None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zotune import checkpoint, following
-from zotune.checkpointed_trainer import JOURNAL
+from zotune.commands.run_folder import JOURNAL_FILE
 from zotune.journal import Journal, Record
 from zotune.optimizer import ZerothOrder
 
@@ -21,7 +21,7 @@ def refuse_used(folder: Path) -> None:
     Raises:
         ValueError: a folder for a new run holds one.
     """
-    if (folder / JOURNAL).exists() or checkpoint.checkpoints(folder):
+    if (folder / JOURNAL_FILE).exists() or checkpoint.checkpoints(folder):
         raise ValueError(f"{folder} already holds a run: continue it with resume_from_checkpoint=True, or choose another output_dir.")
 
 

@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput, has_length
 
 from zotune import checkpoint, resuming, schedule
 from zotune.class_order import classes_of, set_size
+from zotune.commands.run_folder import ADAPTER_FOLDER
 from zotune.config import ZOConfig
 from zotune.distributed import sharing
 from zotune.evaluated_trainer import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
@@ -35,9 +36,6 @@ from zotune.stacking import batch_rows, take
 from zotune.step_sums import StepSums
 from zotune.subspaces import Guided
 from zotune.token_scores import head_of
-
-INITIAL_ADAPTER = "initial_adapter"
-
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +220,7 @@ class ZOTrainer(EvaluatedTrainer):
     def _save_initial_adapter(self) -> None:
         """A fresh adapter is random: without it the journal could not be replayed."""
         if hasattr(self.model, "peft_config"):
-            with checkpoint.draft(self._run_folder / INITIAL_ADAPTER) as folder:
+            with checkpoint.draft(self._run_folder / ADAPTER_FOLDER) as folder:
                 self.model.save_pretrained(folder)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

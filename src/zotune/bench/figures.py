@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from zotune.io.figures import new_figure, svg_text
 
 #: (key of a history entry, label of the axis)
 AXES = (("step", "steps"), ("forward_passes", "forward passes"), ("processor_seconds", "processor seconds within steps"))
@@ -52,7 +53,7 @@ def curves(
     trained = {label: histories for label, histories in series.items() if curve(histories, "step", "loss")}
     if not trained:
         return None
-    figure, grid = _figure(2, len(axes), (4.0 * len(axes), 5.6))
+    figure, grid = new_figure(2, len(axes), (4.0 * len(axes), 5.6))
     for column, (axis, text) in enumerate(axes):
         for row, value in enumerate((f"eval_{metric}", "loss")):
             panel = grid[row][column]
@@ -71,14 +72,14 @@ def curves(
             panel.set_xlim(left=0)
     handles, labels = grid[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
-    return _svg(figure, name)
+    return svg_text(figure, name)
 
 
 def bars(values: Mapping[str, tuple[float, float]], parts: tuple[str, str], unit: str, name: str) -> str | None:
     """Horizontal bars of two parts that add up, a row a label, the sum written beside it; None when there is nothing to draw."""
     if not values:
         return None
-    figure, grid = _figure(1, 1, (8.4, 0.9 + 0.34 * len(values)))
+    figure, grid = new_figure(1, 1, (8.4, 0.9 + 0.34 * len(values)))
     panel, labels = grid[0][0], list(values)[::-1]
     first, second = ([values[label][part] for label in labels] for part in (0, 1))
     panel.barh(labels, first, color="#c3ccd6", label=parts[0])
@@ -90,26 +91,4 @@ def bars(values: Mapping[str, tuple[float, float]], parts: tuple[str, str], unit
     panel.set_xlabel(unit)
     panel.grid(visible=False, axis="y")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    return _svg(figure, name)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for panel in grid.flat:
-        panel.grid(alpha=0.25)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, grid
-
-
-def _svg(figure: Any, name: str) -> str:
-    """The drawing; the same figures make the same file, and ids that no other drawing of the page has."""
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return svg_text(figure, name)

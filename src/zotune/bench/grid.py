@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune import plain_yaml
-from zotune.tasks.template import did_you_mean
+from zotune.io.suggest import did_you_mean
 
 #: What the runs of a grid may be limited by.
 BUDGETS = ("steps", "forward_passes", "sequences")

@@ -1,4 +1,4 @@
-"""From a grid to runs: the words after `zotune train` of every one, all checked by the command's own parser before the first starts."""
+"""From a grid to runs: the words after `zotune train` of every one, all checked as `zotune train` reads them before the first starts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zotune import bundled, catalogue
+from zotune import bundled, catalogue, tasks
 from zotune.bench.grid import Budget, Entry, Grid, MethodEntry
+from zotune.commands.models import plan_model
 from zotune.first_order import Rival
 from zotune.methods import AUTO, Method
+from zotune.training import run_config
+from zotune.training.option_parser import option_words
 
 #: What `zotune bench` sets where the grid file says nothing: checkpoints now and then, one kept, ten evaluations.
 DEFAULTS: dict[str, Any] = {"eval_steps": 0.1, "save_steps": 0.25, "save_total_limit": 1}
@@ -99,14 +102,14 @@ def runs_of(cell: Cell, seeds: Sequence[int]) -> list[Run]:
 
 
 def words(run: Run, folder: Path, data_dir: str | None) -> list[str]:
-    """The words after `zotune` that start a run: all of its options stand on the command line, so that it can be repeated by hand."""
+    """The words after `zotune train` that start a run: all of its options stand on the command line, so that it can be repeated by hand."""
     options = {**run.cell.options, "seed": run.seed, "output_dir": str(folder)}
     model = str(options["model_name_or_path"])
     if model.startswith(_BUNDLED):
         options["model_name_or_path"] = str(bundled.path(model.removeprefix(_BUNDLED)))
     if data_dir is not None:
         options["data_dir"] = data_dir
-    return ["train", *itertools.chain.from_iterable(_option_words(name, value) for name, value in options.items() if value is not None)]
+    return [*itertools.chain.from_iterable(option_words(name, value) for name, value in options.items() if value is not None)]
 
 
 def check(grid: Grid, data_dir: str | None, *, models: bool = True) -> dict[Place, list[Cell]]:
@@ -120,30 +123,22 @@ def check(grid: Grid, data_dir: str | None, *, models: bool = True) -> dict[Plac
     Raises:
         ValueError, FileNotFoundError: the first thing that is wrong, with the run it belongs to.
     """
-    from zotune import tasks
-    from zotune.commands.arguments import DataArguments, ModelArguments
-    from zotune.commands.models import plan_model
-    from zotune.commands.parser import CommandParser
-    from zotune.commands.train_options import DEFAULTS as TRAIN_DEFAULTS
-    from zotune.commands.train_options import OutputArguments
-    from zotune.config import ZOConfig
-    from zotune.schemes import Scheme
-
     found = cells(grid)
     if not found:
         raise ValueError("there is nothing to run: every method is limited to models, tasks or schemes that do not meet.")
-    known: set[str] = set()
-    parser = CommandParser((ModelArguments, DataArguments, Scheme, OutputArguments, ZOConfig), "zotune train", TRAIN_DEFAULTS)
+    known: set[str | None] = set()
+    parser = run_config.option_parser()
     for cell in itertools.chain.from_iterable(found.values()):
         run = Run(cell, grid.seeds[0])
         try:
-            (model, data, *_), _ = parser.parse(words(run, Path("run"), data_dir)[1:])
-            if data.task not in known:
-                tasks.load(data.task)
-                known.add(data.task)
-            if models and model.model_name_or_path not in known:
-                plan_model(model, "zotune bench")
-                known.add(model.model_name_or_path)
+            config = run_config.parse(words(run, Path("run"), data_dir), parser)
+            task, model = config.data.task, config.model.model_name_or_path
+            if task not in known:
+                tasks.load(task)
+                known.add(task)
+            if models and model not in known:
+                plan_model(config.model, "zotune bench")
+                known.add(model)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{run.title}: {error}") from error
     return found
@@ -220,13 +215,3 @@ def _read(value: Any) -> Any:
 
 def _number(value: Any) -> int:
     return value if isinstance(value, int) else 0
-
-
-def _option_words(name: str, value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    if isinstance(value, dict):
-        return [f"--{name}={json.dumps(value)}"]
-    if isinstance(value, bool):
-        return [f"--{name}={str(value).lower()}"]
-    return [f"--{name}={value}"]

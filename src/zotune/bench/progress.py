@@ -14,7 +14,8 @@ from rich.text import Text
 
 from zotune.bench.choosing import test_score
 from zotune.bench.plan import Run
-from zotune.run_report import duration_text, memory_text, metric_text
+from zotune.io.sizes import size_text
+from zotune.io.text import duration_text, metric_text
 
 
 class Progress:
@@ -61,7 +62,7 @@ class Progress:
             return
         summary, score = result["summary"], test_score(result)
         facts = "" if score is None else f"{summary['metric']} {metric_text(summary['metric'], score)}, "
-        facts += f"{duration_text(summary['total_seconds'])}, {memory_text(summary['memory']['training'])}"
+        facts += f"{duration_text(summary['total_seconds'])}, {size_text(summary['memory']['training'])}"
         self.console.print(f"{number} {run.title}: {facts}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:

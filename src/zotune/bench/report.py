@@ -15,7 +15,8 @@ from zotune.bench.document import Block, Figure, Heading, Paragraph, Table, mark
 from zotune.bench.grid import Grid
 from zotune.bench.plan import Cell, Place, runs_of, spelled
 from zotune.bench.rows import Row, percent, rows_of, score_text
-from zotune.run_report import duration_text, write_json
+from zotune.io.json_files import write_json
+from zotune.io.text import duration_text
 from zotune.whole_file import whole_file
 
 FIGURES = "figures"

@@ -11,13 +11,12 @@ from zotune import checkpoint
 from zotune.bench.plan import Run
 from zotune.bench.worker import LOG_FILE
 from zotune.commands import run_folder
-from zotune.run_report import write_json
+from zotune.io.failures import FAILED
+from zotune.io.json_files import write_json
 
 RESULT_FILE = "result.json"
 #: A result that another attempt would only repeat.
 FINAL = ("done", "diverged")
-#: Exit code of `zotune train` when the loss was not finite, or memory ran out.
-_FAILED = 1
 
 
 class Results:
@@ -51,7 +50,7 @@ class Results:
         return (self.place(run) / run_folder.SUMMARY_FILE).is_file()
 
     def collect(self, run: Run, code: int) -> dict[str, Any]:
-        """Writes and returns the result of a run that ended with an exit code of `zotune`."""
+        """Writes and returns the result of a run that ended with an exit code (:mod:`zotune.io.failures`)."""
         place = self.place(run)
         summary = _read(place / run_folder.SUMMARY_FILE) if code == 0 else None
         result: dict[str, Any] = {"run": run.title, "seed": run.seed, "options": dict(run.cell.options), "tried": dict(run.cell.tried)}
@@ -61,7 +60,7 @@ class Results:
             result["versions"] = run_folder.read_run(place)["versions"]
         else:
             said = _last_words(place / LOG_FILE)
-            diverged = code == _FAILED and "finite" in said
+            diverged = code == FAILED and "finite" in said
             result |= {"status": "diverged" if diverged else "failed", "exit_code": code, "reason": said}
         if result["status"] in FINAL and not self.keep_models:
             _drop_weights(place)

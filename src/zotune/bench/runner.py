@@ -1,11 +1,11 @@
-"""Running a grid: several processes, each a `zotune train`, until every run has a result."""
+"""Running a grid: several processes, each one training run, until every run has a result."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from zotune.bench.grid import Grid
 from zotune.bench.plan import Cell, Place, Run, words
 from zotune.bench.progress import Progress
 from zotune.bench.results import FINAL, Results
-from zotune.bench.worker import work
+from zotune.bench.worker import Job, work
 from zotune.commands import run_folder
+from zotune.io.failures import WRONG
 from zotune.run_lock import locked
+from zotune.training.observer import RunObserver
 
-_LOOK_EVERY = 0.2  # seconds
-_WRONG = 2
+_POLL_EVERY = 0.2  # seconds
 
 
 class Runner:
@@ -33,7 +34,8 @@ class Runner:
         data_dir: as in `zotune train`.
         processes: runs at a time.
         threads: of torch, for each.
-        progress: is told what happens.
+        progress: shows what happens.
+        observer: of every run, made in its process; its output goes to the run's log. Default: none.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Runner:
         processes: int,
         threads: int,
         progress: Progress,
+        observer: Callable[[], RunObserver] = RunObserver,
     ):
         self.grid, self.places, self.results = grid, places, results
         self.data_dir, self.processes, self.threads = data_dir, processes, threads
-        self.progress = progress
+        self.progress, self.observer = progress, observer
         self._running: dict[Run, tuple[ForkServerProcess, int]] = {}
         self._tried: set[str] = set()  # a run that failed is tried once in an invocation
         self._restarted: set[str] = set()
@@ -76,12 +79,12 @@ class Runner:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # A process a run makes its peak of memory its own; forked from one that has imported the libraries, it starts at once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["zotune.commands.train", "zotune.bench.worker"])
+        context.set_forkserver_preload(["zotune.training.run", "zotune.bench.worker", self.observer.__module__])
         with locked(self.results.folder):
             self.progress.begin(total(self.places, self.grid.seeds, self.grid.tune_seeds))
             try:
                 while self._advance(context):
-                    time.sleep(_LOOK_EVERY)
+                    time.sleep(_POLL_EVERY)
             finally:
                 for process, _ in self._running.values():
                     process.terminate()
@@ -116,12 +119,13 @@ class Runner:
             if run_folder.holds_run(place):
                 command += ["--overwrite_output_dir"]
         slot = min(set(range(self.processes)) - {slot for _, slot in self._running.values()})
-        process = context.Process(target=work, args=(command, str(Path.cwd()), str(place), self.threads, _environment(slot)))
+        job = Job(command, str(Path.cwd()), str(place), self.threads, _environment(slot), self.observer)
+        process = context.Process(target=work, args=(job,))
         process.start()
         self._running[run] = process, slot
 
     def _ended(self, run: Run, code: int) -> None:
-        if code == _WRONG and run.key not in self._restarted:
+        if code == WRONG and run.key not in self._restarted:
             self._restarted.add(run.key)  # its checkpoint cannot be continued, by other versions for example: from the start, then
             return
         self._tried.add(run.key)

@@ -1,4 +1,4 @@
-"""One run of a bench, in a process of its own: the command `zotune train`, which ends when the bench does."""
+"""One run of a bench, in a process of its own, which ends when the bench does."""
 
 from __future__ import annotations
 
@@ -8,26 +8,43 @@ import multiprocessing.connection
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from zotune.io.failures import INTERRUPTED, explain
+from zotune.training.observer import RunObserver
 
 LOG_FILE, _LOCK_FILE = "log.txt", ".lock"
 
 
-def work(words: Sequence[str], here: str, folder: str, threads: int, environment: dict[str, str]) -> None:
-    """Runs `zotune` with these words and leaves with its exit code; what it prints goes to the folder's `log.txt`.
+@dataclass(frozen=True)
+class Job:
+    """A run for :func:`work`.
 
-    Args:
-        words: the command line, subcommand first.
+    Attributes:
+        words: its options, as words after `zotune train`.
         here: the working folder, which a process of multiprocessing does not take over.
         folder: of the run's log and lock; two processes never work in one folder, whatever became of the bench that started them.
         threads: of torch.
         environment: variables to set before anything asks for a GPU.
+        observer: makes the run's observer.
     """
+
+    words: Sequence[str]
+    here: str
+    folder: str
+    threads: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    observer: Callable[[], RunObserver] = RunObserver
+
+
+def work(job: Job) -> None:
+    """Carries out a run and leaves with its exit code (:mod:`zotune.io.failures`); its output goes to the folder's `log.txt`."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    os.environ.update(environment)
-    os.chdir(here)
-    place = Path(folder)
+    os.environ.update(job.environment)
+    os.chdir(job.here)
+    place = Path(job.folder)
     with (place / _LOCK_FILE).open("w") as lock, (place / LOG_FILE).open("ab", buffering=0) as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.dup2(log.fileno(), 1)
@@ -36,13 +53,34 @@ def work(words: Sequence[str], here: str, folder: str, threads: int, environment
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         import torch
 
-        from zotune.cli import main
-
-        torch.set_num_threads(threads)
-        code = main(words)
+        torch.set_num_threads(job.threads)
+        code = run_words(job.words, job.observer)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no interpreter shutdown: it would wait for threads of libraries
+
+
+def run_words(words: Sequence[str], observer: Callable[[], RunObserver] = RunObserver) -> int:
+    """Carries out the run that the words after `zotune train` describe, and returns its exit code; an error is one sentence on stderr."""
+    from zotune.memory.offloaded import needs_of
+    from zotune.training import run_config
+    from zotune.training.quiet import quiet_environment, quiet_libraries
+    from zotune.training.run import run
+
+    quiet_environment()
+    quiet_libraries()
+    try:
+        run(run_config.parse(words), observer(), needs_of)
+        return 0
+    except KeyboardInterrupt as interrupt:
+        message, code = str(interrupt) or "Interrupted.", INTERRUPTED
+    except Exception as error:
+        known = explain(error)
+        if known is None:  # a bug of ours: whoever reports it needs the traceback
+            raise
+        message, code = known
+    print(f"zotune: {message}", file=sys.stderr)
+    return code
 
 
 def _leave_with_parent() -> None:
@@ -50,3 +88,7 @@ def _leave_with_parent() -> None:
     assert parent is not None, "this runs in a child"
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(run_words(sys.argv[1:]))

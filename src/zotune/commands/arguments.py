@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from zotune.offloading.cap import parse
+from zotune.io.sizes import parse_size
 
 
 @dataclass
@@ -49,7 +49,7 @@ class ModelArguments:
             if getattr(self, name) is not None and self.offload == "no":
                 raise ValueError(f"--{name} is an option of --offload cpu and --offload disk.")
         if self.max_memory is not None:
-            parse(self.max_memory)
+            parse_size(self.max_memory)
         if self.offload_dir is not None and not Path(self.offload_dir).expanduser().is_dir():
             raise FileNotFoundError(f"--offload_dir: there is no folder {self.offload_dir!r}.")
 
@@ -103,3 +103,10 @@ class DataArguments(EvalDataArguments):
     num_train: int | None = field(default=None, metadata={"help": "use so many training examples, drawn by seed"})
     num_dev: int | None = field(default=None, metadata={"help": "hold so many training examples out, for the evaluations during training"})
     k_shot: int | None = field(default=None, metadata={"help": "so many training examples of each class"})
+
+
+@dataclass
+class OutputArguments:
+    """What happens to an output folder that is in use."""
+
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace the run that --output_dir holds"})

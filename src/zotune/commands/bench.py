@@ -14,9 +14,9 @@ from zotune.bench.progress import Progress
 from zotune.bench.report import write
 from zotune.bench.results import FINAL, Results
 from zotune.bench.runner import Runner, default_threads, folder_of
-from zotune.commands.quiet import quiet_libraries
-from zotune.commands.simple_parser import SimpleParser
-from zotune.commands.train import new_console
+from zotune.commands.console import ConsoleObserver, new_console
+from zotune.commands.parser import CommandParser
+from zotune.training.quiet import quiet_libraries
 
 _FAILED = 1
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     console = new_console()
     if not options.report:
         threads = options.threads or default_threads(options.processes)
-        runner = Runner(grid, places, results, data_dir, options.processes, threads, Progress(console))
+        runner = Runner(grid, places, results, data_dir, options.processes, threads, Progress(console), ConsoleObserver)
         try:
             runner.carry_out()
         except KeyboardInterrupt:
@@ -59,12 +59,12 @@ def main(argv: Sequence[str]) -> int:
 def _print_plan(grid: Grid, places: dict[Place, list[Cell]], results: Results, data_dir: str | None) -> None:
     for run in due(places, grid.seeds, grid.tune_seeds, results.get):
         done = (results.get(run) or {}).get("status") in FINAL
-        print(f"# {run.title}{': done' if done else ''}\nzotune {shlex.join(words(run, results.place(run), data_dir))}")
+        print(f"# {run.title}{': done' if done else ''}\nzotune train {shlex.join(words(run, results.place(run), data_dir))}")
     print(f"# {total(places, grid.seeds, grid.tune_seeds)} runs in all; which the others are, the held-out scores of these decide.")
 
 
-def _parser() -> SimpleParser:
-    parser = SimpleParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         "zotune bench",
         "Runs a grid of models, tasks, schemes, methods, hyperparameters and seeds, and writes a report. What is done is not repeated, and "
         "what was interrupted goes on: the same command does both.",

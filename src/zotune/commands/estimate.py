@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from zotune.commands.simple_parser import SimpleParser
+from zotune.commands.parser import CommandParser
 from zotune.commands.table import wide_table
-from zotune.commands.workload import add_options, methods_of, size_text, workload
+from zotune.commands.workload import add_options, methods_of, workload
+from zotune.io.sizes import parse_size, size_text
 from zotune.whole_file import whole_file
 
 #: What stands in the table when no method is asked for.
@@ -19,7 +20,7 @@ METHODS = ("zero-shot", "mezo", "lozo", "mezo-adam", "fo-sgd", "fo-adamw")
 
 def main(argv: Sequence[str]) -> int:
     """Runs `zotune estimate`."""
-    parser = SimpleParser("zotune estimate", "Predicts the peak memory of training, and what it is for, without reading a weight.")
+    parser = CommandParser("zotune estimate", "Predicts the peak memory of training, and what it is for, without reading a weight.")
     add_options(parser)
     add = parser.add_argument
     add("--method", nargs="+", default=list(METHODS), metavar="NAME", help=f"methods to compare (default {' '.join(METHODS)})")
@@ -29,12 +30,11 @@ def main(argv: Sequence[str]) -> int:
     add("--chart", metavar="FILE", help="draw the table as a bar chart (PNG)")
     add("--json", metavar="FILE", help="write the table as JSON")
     args = parser.parse(argv)
-    from zotune.memory import fitting
     from zotune.memory.formulas import FORMULAS, closed_form
     from zotune.memory.models import context_of
     from zotune.memory.step import estimate, numbers_of, trains
 
-    limit = fitting.bytes_of(args.memory) if args.memory else None
+    limit = parse_size(args.memory) if args.memory else None
     dtype = args.dtype or "bfloat16"
     accelerator = args.device == "cuda"
     begin = time.perf_counter()

@@ -14,16 +14,22 @@ from transformers import set_seed
 
 from zotune.commands import run_folder
 from zotune.commands.arguments import EvalDataArguments, ModelArguments
-from zotune.commands.foreseen import needs_of
+from zotune.commands.console import new_console
 from zotune.commands.models import load_model, load_tokenizer, plan_model
-from zotune.commands.parser import CommandParser
-from zotune.commands.quiet import quiet_libraries
-from zotune.commands.train import evaluate_quietly, new_console
+from zotune.commands.parser import help_page
+from zotune.commands.table import facts_table
 from zotune.config import ZOConfig
-from zotune.run_report import PeakMemory, duration_text, memory_text, metric_text, summary_table, write_json
+from zotune.io.json_files import write_json
+from zotune.io.sizes import size_text
+from zotune.io.text import duration_text, metric_text
+from zotune.memory.offloaded import needs_of
 from zotune.schemes import Scheme
 from zotune.tasks import prepare
 from zotune.trainer import ZOTrainer
+from zotune.training import run as training
+from zotune.training.option_parser import OptionParser
+from zotune.training.peak_memory import PeakMemory
+from zotune.training.quiet import quiet_libraries
 
 USAGE = "zotune eval --model_name_or_path MODEL --task TASK [--data_dir DIR] [options]"
 ABOUT = (
@@ -47,12 +53,12 @@ class EvaluationArguments:
 def main(argv: Sequence[str]) -> int:
     """Runs `zotune eval`."""
     quiet_libraries()
-    parser = CommandParser((ModelArguments, EvalDataArguments, EvaluationArguments), "zotune eval")
+    parser = OptionParser((ModelArguments, EvalDataArguments, EvaluationArguments), "zotune eval")
     if {"-h", "--help", "--help-all"} & set(argv):
         model_options = dict.fromkeys((field.name for field in dataclasses.fields(ModelArguments)), "")
         data_options = dict.fromkeys((field.name for field in dataclasses.fields(EvalDataArguments)), "")
         how = dict.fromkeys((field.name for field in dataclasses.fields(EvaluationArguments)), "")
-        print(parser.help_page(USAGE, ABOUT, {"model": model_options, "data": data_options, "evaluation": how | {"config": ""}}))
+        print(help_page(parser, USAGE, ABOUT, {"model": model_options, "data": data_options, "evaluation": how | {"config": ""}}))
         return 0
     (model, data, how), _ = parser.parse(argv, _data_of_the_run)
     result = evaluate(model, data, how)
@@ -65,9 +71,9 @@ def main(argv: Sequence[str]) -> int:
     rows += [
         ("examples", str(result["examples"])),
         ("time", duration_text(result["seconds"])),
-        ("peak memory", f"{memory_text(result['peak_memory_bytes'])} ({result['peak_memory_of']})"),
+        ("peak memory", f"{size_text(result['peak_memory_bytes'])} ({result['peak_memory_of']})"),
     ]
-    new_console().print(summary_table(rows, f"{result['model']} on {result['data']}"))
+    new_console().print(facts_table(rows, f"{result['model']} on {result['data']}"))
     return 0
 
 
@@ -108,7 +114,7 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         )
         memory = PeakMemory(config.device)
         begin = time.perf_counter()
-        metrics = evaluate_quietly(trainer, prepared.eval)
+        metrics = training.evaluate(trainer, prepared.eval)
         return {
             "model": model.model_name_or_path,
             "data": data.task or Path(data.eval_file or "").name,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zotune.commands.table import wide_table
-from zotune.tasks.template import did_you_mean
+from zotune.io.suggest import did_you_mean
 
 
 def methods(argv: Sequence[str]) -> int:

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
-from zotune.commands.simple_parser import SimpleParser
+from zotune.commands.parser import CommandParser
 from zotune.commands.table import wide_table
-from zotune.commands.workload import add_options, methods_of, size_text, workload
+from zotune.commands.workload import add_options, methods_of, workload
+from zotune.io.sizes import size_text
 from zotune.whole_file import whole_file
 
 
-def _parser() -> SimpleParser:
-    parser = SimpleParser("zotune memory", "The memory of a training step by what it is for: predicted, and measured on real tensors.")
+def _parser() -> CommandParser:
+    parser = CommandParser("zotune memory", "The memory of a training step by what it is for: predicted, and measured on real tensors.")
     add_options(parser)
     add = parser.add_argument
     add("--method", required=True, metavar="NAME", help="one of `zotune methods`")
     add("--measure", action="store_true", help="run real steps (random weights of the model's shapes) and stand their memory beside it")
     add("--json", metavar="FILE", help="write the figures as JSON")
     return parser
-
-
-def workload_of(words: Sequence[str]) -> Any:
-    """The workload that a command line describes."""
-    args = _parser().parse(words)
-    (method,) = methods_of([args.method], args.method_args)
-    return workload(args, method, args.dtype or "float32")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,10 +29,11 @@ def main(argv: Sequence[str]) -> int:
 
     from zotune.memory.process import process_peak
     from zotune.memory.step import estimate, measure
-    from zotune.run_report import PeakMemory
+    from zotune.training.peak_memory import PeakMemory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = workload_of(argv)
+    (method,) = methods_of([args.method], args.method_args)
+    plan = workload(args, method, args.dtype or "float32")
     predicted = estimate(plan, accelerator=device.type == "cuda", exact=True)
     columns = {"predicted": predicted.kinds}
     totals: dict[str, int] = {"predicted": predicted.total}
@@ -53,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
             measure(plan, device, ledger=False)
             totals["CUDA allocator"] = memory.peak() - memory.baseline
         else:
-            totals["process"] = process_peak([word for word in argv if word != "--measure"])
+            totals["process"] = process_peak(plan)
     rows = [(kind, *(size_text(column[kind]) for column in columns.values())) for kind in predicted.kinds]
     rows.append(("sum", *(size_text(totals[name]) for name in columns)))
     print(wide_table(("at the peak", *columns), rows))

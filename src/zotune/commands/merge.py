@@ -7,18 +7,18 @@ from pathlib import Path
 
 from zotune import checkpoint
 from zotune.commands import run_folder
-from zotune.commands.quiet import quiet_libraries
+from zotune.commands.parser import CommandParser
 from zotune.commands.replay import base_model
-from zotune.commands.simple_parser import SimpleParser
 from zotune.journal import Journal
 from zotune.merging import merge
 from zotune.quantised import dequantise
 from zotune.replaying import checked_header
+from zotune.training.quiet import quiet_libraries
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `zotune merge`."""
-    parser = SimpleParser(
+    parser = CommandParser(
         "zotune merge",
         "Averages the trained weights of several runs that began with the same base model, each rebuilt from its journal, and saves a "
         "model that transformers loads. Workers that never met can so train one model: what each has to send is its journal.",

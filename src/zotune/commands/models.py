@@ -16,7 +16,7 @@ from torch import nn
 from zotune import offloading
 from zotune.commands.arguments import ModelArguments
 from zotune.frozen_linear import freeze
-from zotune.offloading import cap
+from zotune.io.sizes import parse_size
 from zotune.offloading.cap import Needs
 from zotune.schemes import load_adapter
 
@@ -81,7 +81,7 @@ def load_model(
         args: the user's options.
         device: where it will run; decides what dtype "auto" means.
         classes: names of a classifier's classes; None for a language model.
-        needs: what computing takes of `--max_memory` (`commands.foreseen`).
+        needs: what computing takes of `--max_memory` (:func:`zotune.memory.offloaded.needs_of`).
 
     Raises:
         ValueError: the head has another number of classes, or a language model's files are incomplete.
@@ -133,7 +133,7 @@ def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, need
 def _how(args: ModelArguments, needs: Needs | None) -> dict[str, Any]:
     return {
         "blocks": args.offload_blocks,
-        "max_memory": None if args.max_memory is None else cap.parse(args.max_memory),
+        "max_memory": None if args.max_memory is None else parse_size(args.max_memory),
         "needs": needs,
         "scratch": None if args.offload_dir is None else str(Path(args.offload_dir).expanduser()),
     }

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from zotune.run_report import metric_text
+from zotune.io.text import metric_text
 
 
 class RunProgress(TrainerCallback):
@@ -33,12 +33,12 @@ class RunProgress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         self.first_step, self.started, self.paused = state.global_step, time.perf_counter(), 0.0
         if self.console.is_terminal:
-            room = self.console.width - 76  # what the numbers leave of the line
+            spare = self.console.width - 76  # what the numbers leave of the line
             self.bar = Progress(
-                BarColumn(bar_width=max(5, min(24, room))),
+                BarColumn(bar_width=max(5, min(24, spare))),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[facts]}"),
-                *([TimeRemainingColumn(compact=True)] if room >= 12 else []),
+                *([TimeRemainingColumn(compact=True)] if spare >= 12 else []),
                 console=self.console,
             )
             self.job = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, facts="")

@@ -18,9 +18,12 @@ from typing import Any
 
 from zotune import bundled
 from zotune.commands import run_folder
-from zotune.commands.simple_parser import SimpleParser
+from zotune.commands.parser import CommandParser
+from zotune.io.json_files import write_json
+from zotune.io.sizes import size_text
+from zotune.io.text import duration_text, metric_text
 from zotune.methods import recommended
-from zotune.run_report import PeakMemory, duration_text, memory_text, metric_text, write_json
+from zotune.training.peak_memory import PeakMemory
 
 METHOD = recommended().name
 BATCH, STEPS = 32, 60
@@ -35,7 +38,7 @@ FORWARD_FOLDER, ADAM_FILE = "forward-only", "adam.json"
 
 def main(argv: Sequence[str]) -> int:
     """Runs `zotune quickstart`."""
-    parser = SimpleParser(
+    parser = CommandParser(
         "zotune quickstart",
         "Fine-tunes the bundled 7-million-parameter model on the bundled reviews with forward passes only, then with Adam "
         "and backprop, and compares them. No network; a few minutes on two cores.",
@@ -113,12 +116,12 @@ class ChildFailedError(RuntimeError):
 
 def forward_only(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     """What `zotune train` does, on the bundled model and reviews. Returns its summary."""
-    from zotune.commands.arguments import DataArguments, ModelArguments
-    from zotune.commands.quiet import quiet_libraries
-    from zotune.commands.train import Run
-    from zotune.commands.train_options import OutputArguments
+    from zotune.commands.arguments import DataArguments, ModelArguments, OutputArguments
+    from zotune.commands.console import ConsoleObserver
     from zotune.config import ZOConfig
-    from zotune.schemes import Scheme
+    from zotune.training.quiet import quiet_libraries
+    from zotune.training.run import run
+    from zotune.training.run_config import RunConfig
 
     quiet_libraries()
     config = ZOConfig(
@@ -137,8 +140,9 @@ def forward_only(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     )
     model = ModelArguments(str(bundled.path("tiny-lm")))
     data = DataArguments(task="sst2", train_file=_reviews("train"), eval_file=_reviews("test"), objective="choices")
-    command = ["--output_dir", str(folder)]
-    return Run(command, model, data, Scheme(), OutputArguments(overwrite_output_dir=True), config, name="reviews").carry_out()
+    words = ["--output_dir", str(folder)]
+    request = RunConfig(model, data, config, output=OutputArguments(overwrite_output_dir=True), data_name="reviews", words=words)
+    return run(request, ConsoleObserver(table=False)).summary
 
 
 def adam(path: Path, seed: int) -> dict[str, Any]:
@@ -147,9 +151,9 @@ def adam(path: Path, seed: int) -> dict[str, Any]:
 
     from zotune.commands.arguments import ModelArguments
     from zotune.commands.models import load_model, load_tokenizer, plan_model
-    from zotune.commands.quiet import quiet_libraries
     from zotune.objectives import choice_scores, objective
     from zotune.tasks import prepare
+    from zotune.training.quiet import quiet_libraries
 
     quiet_libraries()
     arguments = ModelArguments(str(bundled.path("tiny-lm")))
@@ -259,8 +263,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> Any:
         table.add_row(
             row["what"],
             metric_text("accuracy", row["accuracy"]),
-            memory_text(row["peak_memory"]),
-            "+" + memory_text(row["extra_memory"]),
+            size_text(row["peak_memory"]),
+            "+" + size_text(row["extra_memory"]),
             "–" if row["seconds"] is None else duration_text(row["seconds"]),
             passes + (f" + {row['backward_passes']} back" if row["backward_passes"] else ""),
         )

@@ -16,8 +16,7 @@ from zotune import checkpoint, schemes
 from zotune.commands import run_folder
 from zotune.commands.arguments import ModelArguments
 from zotune.commands.models import load_model, load_tokenizer, plan_model
-from zotune.commands.quiet import quiet_libraries
-from zotune.commands.simple_parser import SimpleParser
+from zotune.commands.parser import CommandParser
 from zotune.frozen_linear import thaw
 from zotune.journal import Journal, verify
 from zotune.offloading import stream_of
@@ -25,11 +24,12 @@ from zotune.offloading.loading import PLACES
 from zotune.quantised import dequantise
 from zotune.replaying import checked_header, replay
 from zotune.schemes import Scheme
+from zotune.training.quiet import quiet_libraries
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `zotune replay`."""
-    parser = SimpleParser(
+    parser = CommandParser(
         "zotune replay",
         "Rebuilds the trained weights of a run from its base model and its journal, and saves a model that transformers loads. "
         "Exact, bit for bit, on the kind of device that the run was on.",

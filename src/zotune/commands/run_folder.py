@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from zotune.run_report import write_json
+from zotune.io.json_files import write_json
 
 RUN_FILE = "zotune_run.json"
 SUMMARY_FILE = "summary.json"

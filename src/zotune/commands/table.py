@@ -1,4 +1,4 @@
-"""A table that fits the terminal, and keeps whole words where there is none."""
+"""Tables for the console: one that fits the terminal, and one of a run's facts."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def wide_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         table.add_row(*row)
     console.print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
+
+
+def facts_table(rows: Sequence[tuple[str, str]], title: str) -> Table:
+    """A two-column table of a run's facts."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table

@@ -1,4 +1,4 @@
-"""The options of `zotune train`: its defaults, and its help page in the order in which one meets them."""
+"""The options of `zotune train`: its help page, in the order in which one meets them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,6 @@ ABOUT = (
     "Fine-tunes a language model (or an encoder, with a classification head) with forward passes only. Every option can "
     "stand in a YAML file (--config run.yaml, lines such as `task: sst2`); flags override it."
 )
-DEFAULTS = {
-    "method": recommended().name,
-    "eval_strategy": "steps",
-    "eval_steps": 0.1,
-    "disable_tqdm": True,
-}
-
-
-@dataclasses.dataclass
-class OutputArguments:
-    """What happens to an output folder that is in use."""
-
-    overwrite_output_dir: bool = dataclasses.field(default=False, metadata={"help": "replace the run that --output_dir holds"})
 
 
 def groups() -> dict[str, dict[str, str]]:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from zotune import checkpoint
 from zotune.commands import run_folder
-from zotune.commands.simple_parser import SimpleParser
+from zotune.commands.parser import CommandParser
 from zotune.journal import verify
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `zotune verify`: exit code 0 when all is whole, 1 when something is damaged."""
-    parser = SimpleParser(
+    parser = CommandParser(
         "zotune verify",
         "Checks a run's folder without its model: the journal's checksums and order, every file of every checkpoint against its digest. "
         "Writes nothing; ends with 1 when something is damaged.",

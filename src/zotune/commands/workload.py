@@ -8,12 +8,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from zotune.commands.simple_parser import SimpleParser
+from zotune.commands.parser import CommandParser
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_options(parser: SimpleParser) -> None:
+def add_options(parser: CommandParser) -> None:
     """The model, the scheme and the batch."""
     add = parser.add_argument
     add("--model_name_or_path", required=True, metavar="MODEL", help="hub id, folder, config.json, or a shipped shape such as opt-13b")
@@ -92,11 +92,3 @@ def workload(args: argparse.Namespace, method: Any, dtype: str) -> Any:
         probe=args.probe,
         activation_checkpointing=args.activation_checkpointing,
     )
-
-
-def size_text(size: float) -> str:
-    """Bytes for a table: three digits."""
-    for unit, value in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= 0.9995 * value:
-            return f"{size / value:.3g} {unit}" if size < 999.5 * value else f"{size / value:.0f} {unit}"
-    return f"{size:.0f} B" if size else "–"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from zotune.io.figures import new_figure, save_figure
 from zotune.memory.ledger import KINDS, Split
-from zotune.whole_file import whole_file
 
 COLOURS = dict(zip(KINDS, ("#4477aa", "#ee6677", "#ccbb44", "#66ccee", "#aa3377", "#228833", "#bbbbbb"), strict=True))
 
@@ -20,12 +20,9 @@ def bar_chart(splits: Mapping[str, Split], path: str | Path, title: str, limit: 
         title: above the chart.
         limit: bytes of a card, drawn as a line.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 0.55 * len(splits) + 1.9), layout="constrained")
+    figure, panels = new_figure(1, 1, (8, 0.55 * len(splits) + 1.9))
+    axis = panels[0][0]
+    axis.grid(visible=False)
     names = list(splits)
     left = [0.0] * len(names)
     for kind in KINDS:
@@ -43,6 +40,4 @@ def bar_chart(splits: Mapping[str, Split], path: str | Path, title: str, limit: 
     axis.invert_yaxis()
     axis.set(title=title, xlabel="peak memory, GB")
     figure.legend(ncols=4, fontsize=8, loc="outside lower center", frameon=False)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format=Path(path).suffix.removeprefix(".") or "png")
-    plt.close(figure)
+    save_figure(figure, path)

@@ -2,23 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def bytes_of(text: str) -> int:
-    """Bytes of a size such as ``24GB`` or ``80 GiB``.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
-    unit = _UNITS.get(match[2].upper() if match else "?")
-    if match is None or unit is None or float(match[1]) <= 0:
-        raise ValueError(f"a memory size is a number with a unit, such as 24GB or 80GiB, not {text!r}.")
-    return round(float(match[1]) * unit)
 
 
 def largest(need: Callable[[int], int], limit: int, most: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zotune.commands.models import explained
 from zotune.tasks.preparation import is_encoder
 
 
@@ -32,8 +33,6 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    from zotune.commands.models import explained
-
     path = Path(name).expanduser()
     known = shipped()
     by_last = {each.rpartition("/")[2]: each for each in known}
@@ -46,12 +45,28 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def _read(text: str, name: str) -> Any:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a model's config.json: {error}") from None
+    return config_from(values, name)
+
+
+def config_from(values: Any, name: str) -> Any:
+    """The ``transformers`` configuration of a mapping such as a config.json holds.
+
+    Args:
+        values: its entries, ``model_type`` among them.
+        name: where it is from, for messages.
+
+    Raises:
+        ValueError: it is no model's configuration.
+    """
     from transformers import AutoConfig
 
     try:
-        values = json.loads(text)
         return AutoConfig.for_model(**{key: value for key, value in values.items() if not key.startswith("_")})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{name} is not a model's config.json: {' '.join(str(error).split())}") from None
 
 

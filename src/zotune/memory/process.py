@@ -13,6 +13,9 @@ import sys
 
 import torch
 
+from zotune.memory.step import Workload, measure
+from zotune.training.peak_memory import PeakMemory
+
 #: glibc returns allocations above so many bytes to the system at once, and MKL its work space.
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -22,28 +25,29 @@ _ENVIRONMENT = {
 }
 
 
-def process_peak(words: list[str]) -> int:
+def process_peak(workload: Workload) -> int:
     """Bytes by which a training process grows at its peak, over one that has loaded its libraries.
 
     Args:
-        words: the options of ``zotune memory`` that describe the workload.
+        workload: what it trains.
+
+    Raises:
+        MemoryError: the process failed.
     """
     environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-m", "zotune.memory.process", *words], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "zotune.memory.process"]
+    done = subprocess.run(command, input=workload.to_json(), env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise MemoryError(f"the process that was to be measured failed: {reason[0]}")
     return int(json.loads(done.stdout.splitlines()[-1])["added"])
 
 
-def main(words: list[str]) -> None:
+def main() -> None:
+    """The measured process: reads a workload as JSON from standard input, prints the bytes by which it grew."""
     from transformers import GPT2Config
 
-    from zotune.commands.memory import workload_of
-    from zotune.memory.step import measure
-    from zotune.run_report import PeakMemory
-
-    workload = workload_of(words)
+    workload = Workload.from_json(sys.stdin.read())
     # Once on a toy: the libraries' own buffers and code belong to no model.
     toy = GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=1000, n_positions=64, bos_token_id=0, eos_token_id=0)
     measure(workload.with_(config=toy, batch_size=2, sequence_length=32, scored=None), ledger=False)
@@ -53,4 +57,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

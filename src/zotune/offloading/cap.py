@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from zotune.io.sizes import size_text
 from zotune.offloading import blocks
 from zotune.offloading.blocks import NotOffloadable, bytes_of
 from zotune.offloading.stream import moving_of
 
-_UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9, "gib": 2**30}
 #: Of the cap, what is left to activations, to directions and to what the allocator rounds up to, where nobody knows what a step takes.
 SPARE = 0.15
 #: Where that is known, what is left to the allocator.
@@ -26,17 +26,7 @@ CONTEXT = 700 << 20
 #: Blocks on their way at a time, at most: one more hides no more than unsteadiness of the link.
 DEEPEST = 3
 
-
-def parse(text: str) -> int:
-    """Bytes of ``"18GiB"``, ``"500MB"`` or ``"1e9"``.
-
-    Raises:
-        ValueError: it is no amount of memory.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in _UNITS or not float(match[1]):
-        raise ValueError(f"{text!r} is no amount of memory; write it like 18GiB or 500MB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+_binary = partial(size_text, binary=True)
 
 
 @dataclass(frozen=True)
@@ -60,10 +50,10 @@ class Arrangement:
 
     def describe(self) -> str:
         """What is where, and how much of the cap it is predicted to take."""
-        step = f", {_size(self.step)} of it for a step" if self.step is not None else ""
+        step = f", {_binary(self.step)} of it for a step" if self.step is not None else ""
         return (
-            f"--max_memory {_size(self.cap)} fits: {self.resident} blocks stay, {self.prefetch} at a time on their way; predicted peak "
-            f"{_size(self.total)}{step}"
+            f"--max_memory {_binary(self.cap)} fits: {self.resident} blocks stay, {self.prefetch} at a time on their way; predicted peak "
+            f"{_binary(self.total)}{step}"
         )
 
 
@@ -95,10 +85,10 @@ def arrange(
     usable = int(cap * (1 - spare))
     least = base + step + 2 * room
     if least > usable:
-        computing = "" if needs is None else f", a step's computing {_size(step)}"
+        computing = "" if needs is None else f", a step's computing {_binary(step)}"
         raise NotOffloadable(
-            f"a cap of {_size(cap)} is too small: what always stays takes {_size(base)}{computing} and two blocks {_size(2 * room)}, so "
-            f"--max_memory must be at least {_up(least / (1 - spare))}."
+            f"a cap of {_binary(cap)} is too small: what always stays takes {_binary(base)}{computing} and two blocks {_binary(2 * room)}, "
+            f"so --max_memory must be at least {_up(least / (1 - spare))}."
         )
     resident = 0
     while resident < len(sizes) - 1 and least + sum(sizes[: resident + 1]) <= usable:
@@ -123,10 +113,6 @@ def _of_blocks(model: nn.Module, named: str | Sequence[str] | None) -> list[int]
 
 def _whole(model: nn.Module) -> int:
     return sum(bytes_of(p) for p in model.parameters()) + sum(bytes_of(b) for b in model.buffers())
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _up(count: float) -> str:

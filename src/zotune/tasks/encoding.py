@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from zotune.io.suggest import did_you_mean
 from zotune.tasks.chat import assistant_parts, messages_of
 from zotune.tasks.sources import Rows
 from zotune.tasks.task import Task
-from zotune.tasks.template import did_you_mean
 
 # These architectures start their position table at the padding index + 1, so it holds fewer tokens than its size says.
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text"}

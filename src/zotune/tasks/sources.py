@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from zotune.io.suggest import did_you_mean
 from zotune.tasks.task import Task
-from zotune.tasks.template import did_you_mean
 
 #: Bytes of one line of a JSON Lines file: a file that unpacks to one endless line must not fill the memory.
 LONGEST_LINE = 1 << 26

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from zotune import plain_yaml
+from zotune.io.suggest import did_you_mean
 from zotune.tasks import task_shape
 from zotune.tasks.metrics import ANSWER_METRICS, METRICS
 from zotune.tasks.task import ANSWER, Task
-from zotune.tasks.template import CHANGES, columns_of, did_you_mean
+from zotune.tasks.template import CHANGES, columns_of
 
 _KEYS = {
     "name", "title", "hub", "subset", "splits", "files", "columns", "derived", "encoder", "label", "labels", "drop_labels",

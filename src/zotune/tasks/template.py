@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+
+from zotune.io.suggest import did_you_mean
 
 # {{ and }} are literal braces; anything else in braces names a column.
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -45,12 +46,6 @@ def text_of(row: Mapping[str, object], column: str) -> str:
     if value is None or isinstance(value, (dict, list)):
         raise ValueError(f"column {column!r} holds {'null' if value is None else type(value).__name__}, not text.")
     return str(value).strip()
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` without the question mark, or nothing where no name is near."""
-    near = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}" if near else ""
 
 
 def _column_of(match: re.Match[str], template: str) -> str | None:

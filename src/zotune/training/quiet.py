@@ -1,14 +1,26 @@
-"""What third-party libraries may print while a command runs: their errors, and one line for a warning."""
+"""What third-party libraries may print during a run: their errors, and one line for a warning."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 
 
+def quiet_environment() -> None:
+    """Silences start-up messages of third-party libraries, which read these variables when they are imported."""
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "Agg",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 def quiet_libraries() -> None:
-    """Turns down transformers', datasets' and peft's logs and progress bars, and prints warnings as one line."""
+    """Turns down logs and progress bars of transformers, datasets and peft, and prints a warning as one line."""
     import datasets
     import transformers
 

@@ -1,4 +1,4 @@
-"""The methods of `zotune train` that take no step: zero-shot, in-context learning, a linear probe."""
+"""Baselines that take no step: zero-shot, in-context learning, a linear probe."""
 
 from __future__ import annotations
 

@@ -1,0 +1,39 @@
+"""Errors as one sentence and an exit code: :func:`explain`.
+
+Exit codes: 0 done; 1 the run failed (a non-finite loss, out of memory); 2 the request was wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """The sentence and exit code of an error that the user can act on; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        extra = {"peft": "peft", "tensorboard": "tensorboard", "pytorch_optimizer": "optimizers"}.get(error.name or "")
+        hint = f" Install it with `pip install 'zotune[{extra}]'`." if extra else ""
+        return f"this needs the package {error.name!r}, which is not installed.{hint}", WRONG
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        place = "" if error.filename is None else f" ({os.fspath(error.filename)!s})"
+        return f"{error.strerror}{place}: free some space; a run that had begun goes on with --resume_from_checkpoint true.", WRONG
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {os.fspath(error.filename)!s}", WRONG
+    if isinstance(error, ValueError | OSError | ImportError):
+        return text or type(error).__name__, WRONG
+    if type(error).__name__ == "SafetensorError":  # its own, also for a disk that is full
+        return f"a safetensors file cannot be read or written ({text}): give another file, or free some space.", WRONG
+    if type(error).__name__ in ("NonFiniteLossError", "ChildFailedError"):
+        return text, FAILED
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) and text:
+            return text, FAILED
+        return (
+            "out of memory; a smaller --per_device_train_batch_size, --max_length or --dtype bfloat16 needs less.",
+            FAILED,
+        )
+    return None

@@ -1,0 +1,1 @@
+"""Fine-tuning runs on Hugging Face's side: their settings, data loading, trainer, checkpoints, and :func:`zotune.training.run.run`."""

@@ -1,0 +1,62 @@
+"""What a run reports while it goes: :class:`RunObserver`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from zotune.training.run import RunResult
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run is, known once model and data are loaded.
+
+    Attributes:
+        method: its title.
+        model: folder or hub id.
+        trainable, parameters: elements that are trained, and all.
+        dtype, device: of the weights, and of the computation.
+        data: its name.
+        sizes: part of the data ("to train on", "held out", "to evaluate on") → examples.
+        offload: where the blocks of an offloaded model are; None without offloading.
+    """
+
+    method: str
+    model: str
+    trainable: int
+    parameters: int
+    dtype: str
+    device: str
+    data: str
+    sizes: dict[str, int]
+    offload: str | None = None
+
+
+class RunObserver:
+    """Receives the events of a run on its first process. These methods do nothing; a subclass prints or records."""
+
+    def begin(self, start: RunStart) -> None:
+        """Model and data are loaded."""
+
+    def evaluated(self, when: str, metric: str, value: float) -> None:
+        """An evaluation outside of training has ended; ``when`` is such as "before training"."""
+
+    def callbacks(self, metric: str, first: float | None) -> Sequence[TrainerCallback]:
+        """Callbacks of the trainer.
+
+        Args:
+            metric: main metric of the evaluations, without its `eval_` prefix.
+            first: its value before training.
+        """
+        return ()
+
+    def stopped(self) -> None:
+        """The training loop has been left, whether it was complete or not."""
+
+    def finished(self, result: RunResult) -> None:
+        """The run is complete and all its files are written."""

@@ -1,0 +1,142 @@
+"""Options as dataclasses, from flags and YAML: :class:`OptionParser`.
+
+`HfArgumentParser` supplies the types. Added here: an unknown flag, an unknown YAML key, a wrong type and a wrong choice are each one
+sentence with the nearest name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from zotune import plain_yaml
+from zotune.io.suggest import did_you_mean
+
+
+class OptionParser(HfArgumentParser):
+    """Parses flags (and a YAML file of the same names) into dataclasses.
+
+    Args:
+        dataclass_types: what to fill; a field is a flag `--field`.
+        command: for messages and usage, such as `zotune train`.
+        defaults: field name to the default that this command wants in place of the dataclass's own.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type], command: str, defaults: Mapping[str, Any] | None = None):
+        super().__init__(dataclass_types, prog=command, add_help=False, allow_abbrev=False)
+        self.add_argument("--config", metavar="FILE", help="a YAML file of these options; flags override it")
+        self.set_defaults(**dict(defaults or {}))
+
+    def parse(
+        self, argv: Sequence[str], adjust: Callable[[dict[str, Any], set[str]], None] | None = None
+    ) -> tuple[tuple[Any, ...], set[str]]:
+        """The dataclasses, and the names that the user gave.
+
+        Args:
+            argv: the words after the command's name.
+            adjust: called with the values by name and the names that were given, before the dataclasses are made.
+
+        Raises:
+            ValueError: unknown flag or key, wrong type or choice, with the nearest name.
+            FileNotFoundError: the YAML file does not exist.
+        """
+        config = self._config_of(argv)
+        words = [*self._yaml_words(config), *argv] if config else list(argv)
+        namespace, unknown = self.parse_known_args(words)
+        for word in unknown:
+            flag = word.split("=", 1)[0]
+            if flag.startswith("-"):
+                raise ValueError(f"unknown option {flag!r}{did_you_mean(flag, self._flags())} (see `{self.prog} --help`).")
+            raise ValueError(f"{word!r} does not belong to an option (see `{self.prog} --help`).")
+        values = vars(namespace)
+        by_flag = self._option_string_actions
+        given = {by_flag[flag].dest for word in words if (flag := word.split("=", 1)[0]) in by_flag}
+        if adjust is not None:
+            adjust(values, given)
+        try:
+            instances = tuple(
+                dtype(**{f.name: values[f.name] for f in dataclasses.fields(dtype) if f.init}) for dtype in self.dataclass_types
+            )
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # Hugging Face's own fields are not checked by it all
+            raise ValueError(f"a value of an option makes no sense ({' '.join(str(error).split())}).") from error
+        return instances, given
+
+    def options(self) -> dict[str, argparse.Action]:
+        """The options by the name of their field."""
+        return {action.dest: action for action in self._actions}
+
+    def _config_of(self, argv: Sequence[str]) -> str | None:
+        finder = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False, exit_on_error=False)
+        finder.add_argument("--config")
+        try:
+            return finder.parse_known_args(list(argv))[0].config
+        except argparse.ArgumentError as error:
+            raise ValueError("--config needs the name of a YAML file.") from error
+
+    def _yaml_words(self, path: str) -> list[str]:
+        """The options of a flat YAML file as command-line words, each checked on its own so that errors name the file."""
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: this is not a text file.") from error
+        content = plain_yaml.parse(text, path)
+        if content is None:
+            return []
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: expected `option: value` lines, found a {type(content).__name__}.")
+        actions = {name: action for name, action in self.options().items() if name != "config"}
+        words: list[str] = []
+        for key, value in content.items():
+            name = str(key).replace("-", "_")
+            if name not in actions:
+                raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(name, actions)}.")
+            if value is None:
+                continue
+            try:
+                if isinstance(value, list):
+                    _check_list(name, value, is_list=actions[name].nargs == "+")
+                piece = option_words(name, value)
+                self.parse_known_args(piece)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            words += piece
+        return words
+
+    def _flags(self) -> list[str]:
+        return [flag for flag in self._option_string_actions if "_" in flag or "-" not in flag[2:]]
+
+    def error(self, message: str) -> Any:
+        """argparse's errors, as the ValueError that the command line prints as one sentence."""
+        # "argument --max_steps/--max-steps: invalid int value: 'x'": one spelling of the flag is enough
+        raise ValueError(re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            flag = action.option_strings[0]
+            raise ValueError(f"{flag}: unknown value {str(value)!r}{did_you_mean(value, choices)} (one of {', '.join(choices)}).")
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """The words of a command line that give an option a value: `1` as ``["--rank=1"]``, `True` as ``["--truncate=true"]``."""
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, dict):
+        return [f"--{name}={json.dumps(value)}"]
+    if isinstance(value, bool):
+        return [f"--{name}={str(value).lower()}"]
+    return [f"--{name}={value}"]
+
+
+def _check_list(name: str, value: list[Any], *, is_list: bool) -> None:
+    if not is_list:
+        raise ValueError(f"{name} takes one value, not a list.")
+    if any(str(item).startswith("--") for item in value):
+        raise ValueError(f"{name}: an item of the list begins with --, like an option.")

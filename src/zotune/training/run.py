@@ -1,0 +1,280 @@
+"""One fine-tuning run as a function: :func:`run` loads data and model, evaluates, trains, evaluates, and leaves a folder of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PrinterCallback, set_seed
+
+from zotune import checkpoint, offloading
+from zotune.commands import run_folder
+from zotune.commands.arguments import ModelArguments
+from zotune.commands.models import ModelPlan, load_model, load_tokenizer, plan_model
+from zotune.commands.stopping import StepClock, StopOnSignal
+from zotune.config import ZOConfig
+from zotune.distributed import Workers, restarted
+from zotune.first_order import Rival
+from zotune.methods import Method
+from zotune.offloading.cap import Needs
+from zotune.run_lock import locked
+from zotune.schemes import Scheme
+from zotune.tasks import PreparedData, prepare
+from zotune.trainer import ZOTrainer
+from zotune.training import baseline_runs
+from zotune.training.observer import RunObserver, RunStart
+from zotune.training.peak_memory import PeakMemory
+from zotune.training.run_checks import check_request, under_scheme
+from zotune.training.run_config import RunConfig
+from zotune.training.run_record import RunRecord, dtype_of
+
+#: Predicts what computing takes of `--max_memory`; None without that option.
+NeedsPredictor = Callable[[ModelArguments, ModelPlan, ZOConfig, PreparedData, Method | Rival, Scheme], Needs | None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        folder: of the run.
+        summary: what its `summary.json` says.
+        history: the trainer's log entries.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @property
+    def before(self) -> dict[str, float] | None:
+        """Metrics before training."""
+        return self.summary["before"]
+
+    @property
+    def after(self) -> dict[str, float] | None:
+        """Metrics after training."""
+        return self.summary["after"]
+
+
+def run(config: RunConfig, observer: RunObserver | None = None, predict_needs: NeedsPredictor | None = None) -> RunResult:
+    """Carries out one run: what can be wrong first, what takes long last.
+
+    Args:
+        config: of the run.
+        observer: receives its events; None: nobody does.
+        predict_needs: predicts what a step takes beside the weights under ``max_memory`` (:func:`zotune.memory.offloaded.needs_of`);
+            None: a fixed share of that memory is left to it.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: a wrong request; nothing has been written then.
+        NonFiniteLossError: training diverged.
+        KeyboardInterrupt: interrupted, with the command that continues the run as its message.
+    """
+    return _Run(config, observer or RunObserver(), predict_needs).carry_out()
+
+
+def evaluate(trainer: ZOTrainer, examples: Any) -> dict[str, float]:
+    """Metrics on encoded examples without their prefix, outside of the trainer's log and callbacks."""
+    loader = trainer.get_eval_dataloader(examples)
+    result = trainer.evaluation_loop(loader, "evaluation", prediction_loss_only=None)
+    assert result.metrics is not None, "the loop always measures"
+    metrics = {name.removeprefix("eval_"): float(value) for name, value in result.metrics.items()}
+    metrics.pop("model_preparation_time", None)  # Hugging Face's, of no interest
+    return metrics
+
+
+class _Run:
+    """One run, from its configuration to a result."""
+
+    def __init__(self, config: RunConfig, observer: RunObserver, predict_needs: NeedsPredictor | None):
+        self.config, self.predict_needs = config, predict_needs
+        self.training, self.folder = config.training, config.folder
+        self.workers = Workers()
+        self.observer = observer if self.workers.first else RunObserver()  # the first of several speaks, and writes the folder
+
+    def carry_out(self) -> RunResult:
+        config, training = self.config, self.training
+        resume, config.output.overwrite_output_dir = self.workers.from_first(self._resume)
+        if resume is None and not config.output.overwrite_output_dir:
+            self.workers.from_first(lambda: run_folder.check_unused(self.folder, "zotune train"))
+        method = training.chosen_method()
+        check_request(config, method)
+        plan = plan_model(config.model, "zotune train")
+        tokenizer = load_tokenizer(plan, config.model)
+        parts = ("eval",) if isinstance(method, Rival) and method.kind == "evaluate" else ("train", "eval")
+        data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, **dataclasses.asdict(config.data))
+        set_seed(training.seed)  # a new head or adapter is drawn from the global generator
+        classes = data.label_names if data.train_objective == "classifier" else None
+        predict = self.predict_needs
+        needs = None if predict is None else predict(config.model, plan, training, data, method, config.scheme)
+        model, fresh = load_model(plan, config.model, training.device, classes=classes, needs=needs)
+        if fresh and config.scheme.scheme == "scales":
+            raise ValueError("the model's head is drawn at random, and under --scheme scales its numbers would stay so: train it first.")
+        if isinstance(method, Rival) and method.kind != "backward":
+            baseline_runs.check(method, config.scheme, data)
+        else:
+            model = under_scheme(model, config, method, on_adapter=plan.adapter is not None)
+        existed = self.folder.exists()
+        try:
+            with self.workers.on_first(locked(self.folder)):
+                trainer = self._trainer(model, tokenizer, data)
+                record = RunRecord(config, trainer, data, plan.adapter or plan.name, self.workers.size)
+                if isinstance(method, Rival) and method.kind != "backward":
+                    summary = self._run_without_steps(method, trainer, data, record)
+                else:
+                    summary = self._train(trainer, data, resume, fresh, record)
+        finally:
+            if self.workers.first and not existed and self.folder.is_dir() and not any(self.folder.iterdir()):
+                self.folder.rmdir()  # it failed before there was anything to keep
+        result = RunResult(self.folder, summary, trainer.state.log_history)
+        self.observer.finished(result)
+        return result
+
+    def _resume(self) -> tuple[str | bool | None, bool]:
+        """What to resume from, and whether to replace what is in the folder."""
+        wanted, overwrite = self.training.resume_from_checkpoint, self.config.output.overwrite_output_dir
+        if wanted is None and restarted():  # a worker died, and torchrun has started all of them again with the same words
+            begun = (self.folder / run_folder.RUN_FILE).is_file() and (self.folder / run_folder.JOURNAL_FILE).is_file()
+            return (True if begun else None), True
+        if wanted is None or wanted.lower() in ("false", "no"):
+            return None, overwrite
+        run_folder.read_run(self.folder)
+        return (True if wanted.lower() in ("true", "yes") else wanted), overwrite
+
+    def _trainer(self, model: nn.Module, tokenizer: Any, data: PreparedData) -> ZOTrainer:
+        if data.dev is None and data.eval is None:
+            self.training.eval_strategy = "no"  # type: ignore[assignment]
+        try:
+            trainer = ZOTrainer(
+                model=model,
+                args=self.training,
+                objective=data.train_objective,
+                eval_objective=data.eval_objective,
+                train_dataset=data.train,
+                eval_dataset=data.dev or data.eval,
+                data_collator=data.collate_train,
+                eval_data_collator=data.collate_eval,
+                compute_metrics=data.compute_metrics,
+                processing_class=tokenizer,
+            )
+        except RuntimeError as error:
+            if "requires" not in str(error):  # a logger of --report_to that is not installed
+                raise
+            raise ValueError(f"--report_to: {error}") from error
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _train(
+        self, trainer: ZOTrainer, data: PreparedData, resume: str | bool | None, fresh: list[str], record: RunRecord
+    ) -> dict[str, Any]:
+        begin = time.perf_counter()
+        memory = PeakMemory(self.training.device)
+        title = self.training.chosen_method().title
+        self._begin(trainer, data, title, record)
+        if resume is None:
+            before = self._evaluate(trainer, data, "before training")
+            if self.workers.first:
+                if self.config.output.overwrite_output_dir:
+                    run_folder.clear_run(self.folder)
+                record.start(fresh, before)
+            self.workers.wait()
+        else:
+            before = run_folder.read_run(self.folder).get("before")
+            record.restore_head()
+        peak_before = memory.peak()
+        seconds = self._loop(trainer, resume, self.observer.callbacks(data.main_metric, (before or {}).get(data.main_metric)))
+        peaks: dict[str, int | str] = {"loaded": memory.baseline, "evaluation": peak_before, "training": memory.peak(), "of": memory.kind}
+        after = self._evaluate(trainer, data, "after training")
+        held_out = None if data.dev is None else self._on_held_out(trainer, data)
+        summary = record.summary(before, after, seconds, time.perf_counter() - begin, peaks) | {"held_out": held_out}
+        if self.workers.first:
+            record.save_model()
+            record.write_summary(summary, curve_title=title)
+        self.workers.wait()
+        return summary
+
+    def _loop(self, trainer: ZOTrainer, resume: str | bool | None, callbacks: Any) -> float:
+        """Seconds of training, without the evaluations in it."""
+        clock, stop = StepClock(), StopOnSignal()
+        for callback in (*callbacks, clock, stop):  # `stop` is the last one: the others have seen the step that it ends
+            trainer.add_callback(callback)
+        started = time.perf_counter()
+        try:
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=resume)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._how_to_go_on()) from None
+        finally:
+            self.observer.stopped()
+        return time.perf_counter() - started - clock.evaluation_seconds
+
+    def _run_without_steps(self, method: Rival, trainer: ZOTrainer, data: PreparedData, record: RunRecord) -> dict[str, Any]:
+        """A method that takes no step: zero-shot, in-context learning, a linear probe."""
+        begin = time.perf_counter()
+        memory = PeakMemory(self.training.device)
+        self._begin(trainer, data, method.title, record)
+        before = self._evaluate(trainer, data, "with demonstrations" if method.name == "icl" else "before training")
+        assert before is not None, "there is something to evaluate on"
+        if self.config.output.overwrite_output_dir:
+            run_folder.clear_run(self.folder)
+        after, counts = before, {"loss": None, "forward_passes": 0, "sequences_evaluated": 0, "seconds": 0.0}
+        peak_before = memory.peak()
+        if method.kind == "fit":
+            after, counts = baseline_runs.probed(method, trainer, data, self.folder)
+            self.observer.evaluated("with the probe", data.main_metric, after[data.main_metric])
+        record.start([], before)
+        peaks: dict[str, int | str] = {"loaded": memory.baseline, "evaluation": peak_before, "training": memory.peak(), "of": memory.kind}
+        first = None if method.name == "icl" else before
+        summary = record.summary_without_steps(first, after, counts, time.perf_counter() - begin, peaks)
+        if method.kind == "fit":
+            summary["files"]["model"] = str(self.folder / run_folder.PROBE_FILE)
+        record.write_summary(summary)
+        return summary
+
+    def _begin(self, trainer: ZOTrainer, data: PreparedData, title: str, record: RunRecord) -> None:
+        model, stream = trainer.model, offloading.stream_of(trainer.model)
+        sizes = {"to train on": len(data.train or [])}
+        sizes |= {name: len(part) for name, part in (("held out", data.dev), ("to evaluate on", data.eval)) if part}
+        self.observer.begin(
+            RunStart(
+                method=title,
+                model=record.base,
+                trainable=record.trainable(),
+                parameters=sum(p.numel() for p in model.parameters()),
+                dtype=dtype_of(model),
+                device=str(self.training.device),
+                data=self.config.name_of_data,
+                sizes=sizes,
+                offload=None if stream is None else stream.describe(),
+            )
+        )
+
+    def _evaluate(self, trainer: ZOTrainer, data: PreparedData, when: str) -> dict[str, float] | None:
+        """Metrics on the evaluation data (not the held-out part)."""
+        if data.eval is None:
+            return None
+        metrics = evaluate(trainer, data.eval)
+        self.observer.evaluated(when, data.main_metric, metrics[data.main_metric])
+        return metrics
+
+    def _on_held_out(self, trainer: ZOTrainer, data: PreparedData) -> dict[str, float]:
+        """Metrics of the trained model on the held-out part; those of the log where the last evaluation was at the last step."""
+        last: dict[str, float] = next((e for e in reversed(trainer.state.log_history) if f"eval_{data.main_metric}" in e), {})
+        if last.get("step") != trainer.state.global_step or self.training.load_best_model_at_end:
+            return evaluate(trainer, data.dev)
+        names = ("loss", *(name.removeprefix("eval_") for name in last if name.startswith("eval_")))
+        unwanted = ("runtime", "samples_per_second", "steps_per_second")
+        return {name: float(last[f"eval_{name}"]) for name in dict.fromkeys(names) if f"eval_{name}" in last and name not in unwanted}
+
+    def _how_to_go_on(self) -> str:
+        found = checkpoint.checkpoints(self.folder)
+        command = run_folder.resume_command(self.config.words)
+        if not found:
+            return f"Interrupted before the first checkpoint. Begin again with: {command}"
+        return f"Interrupted; {found[0]} is complete. Continue with: {command}"
