@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from zotune.coordinates import Offset
 from zotune.directions import Directions
 from zotune.frozen_linear import owner_of
+from zotune.io.memory_tags import tagged
 from zotune.kernels import products_for
 from zotune.subspaces import LowRankCoordinate
 
 #: Passes over W that forming it costs, some of which the product would have made: what it reads is still in the cache.
 PASSES = 1.5
+#: What computes a torch function with a :class:`Formed` as its second argument; layer types enter theirs.
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
 
 
 def forms(coordinate: LowRankCoordinate, rows: int) -> bool:
@@ -38,6 +40,12 @@ def kernel_of(coordinate: LowRankCoordinate) -> Any:
     return products_for(weight, coordinate.rank) if weight.is_contiguous() else None
 
 
+@tagged("directions")
+def may_form(coordinate: LowRankCoordinate) -> bool:
+    """Whether a layer with this weight may ever form it."""
+    return not coordinate.transposed and kernel_of(coordinate) is not None
+
+
 def formed(coordinate: LowRankCoordinate, left: Tensor) -> Tensor:
     """W + A_b Vᵀ in W's dtype, (B, m, n), for A (B, m, r)."""
     weights: Tensor = kernel_of(coordinate).plus(coordinate.parameter.data, None, left, coordinate.v)
@@ -46,7 +54,7 @@ def formed(coordinate: LowRankCoordinate, left: Tensor) -> Tensor:
 
 def lender(coordinate: LowRankCoordinate, directions: Directions, offset: Offset) -> Callable[[], Tensor]:
     """What hands a linear layer its weight at θ + offset, to be used in its own forward alone."""
-    return partial(Formed.of, coordinate, coordinate._core_at(directions, offset))
+    return partial(Formed.of, coordinate, coordinate.core_at(directions, offset))
 
 
 class Formed(torch.Tensor):
@@ -68,22 +76,12 @@ class Formed(torch.Tensor):
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and isinstance(args[1], Formed):
-                return _linear(*args, **kwargs)
+            function = FUNCTIONS.get(func)
+            if function is not None and isinstance(args[1], Formed):
+                return function(*args, **kwargs)
             if getattr(func, "__name__", "") == "__get__":  # dtype, device, shape: what is stored answers for it
                 found = func(*args, **kwargs)
                 if not isinstance(found, Tensor):
                     return found
             whole = [a.whole() if isinstance(a, Formed) else a for a in args]
             return func(*whole, **{name: a.whole() if isinstance(a, Formed) else a for name, a in kwargs.items()})
-
-
-def _linear(x: Tensor, weight: Formed, bias: Tensor | None = None) -> Tensor:
-    coordinate = weight.coordinate
-    if forms(coordinate, x.numel() // x.shape[-1]):
-        return F.linear(x, weight.whole(), bias)
-    output = F.linear(x, coordinate.parameter.detach(), bias)
-    left, right = coordinate.factors(weight.core)
-    flat = output.view(-1, output.shape[-1])
-    flat.addmm_((x @ right.to(x.dtype)).view(-1, right.shape[1]), left.T.to(flat.dtype))
-    return output

@@ -19,33 +19,31 @@ a guided one's did, twice as many the next time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from zotune.io.memory_tags import tagged
 from zotune.calibration import rule_gain
 from zotune.coordinates import Offset
 from zotune.directions import Key
 from zotune.estimators import Estimate
+from zotune.evaluating import Evaluator
 from zotune.guessed_signal import GuessedSignal
 from zotune.output_errors import Watch, watched
-from zotune.probe import isolated_generators
+from zotune.probe import Probe
+from zotune.rng.isolation import isolated_generators
 from zotune.rules import Rule
 from zotune.running_mean import RunningMean
+from zotune.step_context import StepContext
 from zotune.step_size import REACH, StepSize
-from zotune.subspaces.guided import GuidedCoordinate, outputs_first, sides
+from zotune.subspaces.guided import GuidedCoordinate
 from zotune.subspaces.inputs import given
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from zotune.evaluating import Evaluations
-    from zotune.loss_values import LossFunction
-    from zotune.probe import Probe
+from zotune.weights.layouts import is_outputs_first, layout_of
 
 #: Distance from θ, as a norm of all S, at which the first slope is measured; an S of norm 1 is a change of the size of a weight.
 NEAR = 1e-2
@@ -87,18 +85,18 @@ class Guidance:
 
     Args:
         probe: evaluates the model.
-        evaluations: of the optimizer, for what its workers share.
+        evaluator: for what its workers share.
         rule: the update rule.
         interval: steps of a turn.
         measured: whether rates are measured; else scales alone are.
     """
 
-    def __init__(self, probe: Probe, evaluations: Evaluations, rule: Rule, interval: int, measured: bool) -> None:
-        self.probe, self.evaluations, self.rule = probe, evaluations, rule
+    def __init__(self, probe: Probe, evaluator: Evaluator, rule: Rule, interval: int, measured: bool) -> None:
+        self.probe, self.evaluator, self.rule = probe, evaluator, rule
         self.interval, self.measured = interval, measured
         self.coordinates = [c for c in probe.coordinates if isinstance(c, GuidedCoordinate)]
         owned = {id(c.parameter): c for c in self.coordinates}
-        self.layers = {m: owned[id(m.weight)] for m in probe.model.modules() if sides(m) and id(m._parameters.get("weight")) in owned}
+        self.layers = {m: owned[id(m.weight)] for m in probe.model.modules() if id(m._parameters.get("weight")) in owned and layout_of(m)}
         self.size = StepSize(guess=GuessedSignal(ALONE, held=False))
         self.scale = RunningMean(FORGETTING)  # α
         self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
@@ -147,12 +145,12 @@ class Guidance:
 
     # -- derivatives ----------------------------------------------------------------------------------------------------------------
 
-    def told(self, loss_fn: LossFunction, parts: Sequence[Any] | None, seed: int, step: int) -> Told:
+    def told(self, context: StepContext) -> Told:
         """Losses of the step's examples at θ, and what they tell."""
         guided = self.guided
         layers = {layer: coordinate for layer, coordinate in self.layers.items() if coordinate.guided}
         numbers = sum(c.guides for c in guided)
-        key = Key(seed, step, 0, "", "loss")
+        key = Key(context.seed, context.step, 0, "", "loss")
 
         def rows_of(call: Callable[[], Tensor]) -> Tensor:
             def work() -> Tensor:
@@ -164,7 +162,7 @@ class Guidance:
 
             return self.probe.evaluate(work, None)
 
-        values, evaluated = self.evaluations.table(loss_fn, parts, 1 + numbers, rows_of)
+        values, evaluated = self.evaluator.table(context, 1 + numbers, rows_of)
         values = values.cpu()
         return Told(values[0], values[1:], evaluated)
 
@@ -173,6 +171,7 @@ class Guidance:
         """α, what told derivatives are multiplied by."""
         return max(0.0, self.scale.mean) if self.scale.count else 1.0
 
+    @tagged("activations")
     def estimate(self, told: Told) -> Estimate:
         """The derivative along every number of S as a coefficient; one that is not finite skips the step."""
         loss = float(told.losses.double().mean())
@@ -255,6 +254,7 @@ class Guidance:
             self.size.tell(self._as_one(told))
         self.size.latest = norm**2
 
+    @tagged("activations")
     def _as_one(self, told: Told) -> Tensor:
         """Scaled derivatives of single examples, (C, N), of a size such that their mean square is that of the step's."""
         return math.sqrt(len(told.slopes)) * self.alpha * told.slopes.double()
@@ -299,8 +299,9 @@ class _Answers:
     def __init__(self, watch: Watch, layers: dict[nn.Module, GuidedCoordinate]) -> None:
         self.watch, self.layers = watch, layers
         self.found: dict[str, list[Tensor]] = {}
-        self.first: dict[str, bool] = {c.name: outputs_first(layer) for layer, c in layers.items()}
+        self.first: dict[str, bool] = {c.name: is_outputs_first(layer) for layer, c in layers.items()}
 
+    @tagged("activations")
     def look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         coordinate = self.layers[module]
         rows = self.watch.rows_of(args[0]) if args and isinstance(args[0], Tensor) else None
@@ -308,6 +309,7 @@ class _Answers:
             inwards = coordinate.v if self.first[coordinate.name] else coordinate.p
             self.found.setdefault(coordinate.name, []).append(rows.float() @ inwards.to(rows.device))
 
+    @tagged("activations")
     def slopes(self, coordinates: Sequence[GuidedCoordinate], examples: int) -> Tensor:
         """Derivatives of the losses of so many examples along every number of S, (C, examples); 0 for a layer that was not seen."""
         tables = []

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key
 from zotune.held_keys import Keys, Source
+from zotune.io.memory_tags import tagged
 from zotune.neighbours import Neighbours, Shown
 from zotune.sending import send_list
-from zotune.stacked_parameters import Stacked
 from zotune.stacking import NotStackable, Stack
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 
@@ -45,16 +45,9 @@ class Lending:
         self.first = min(stack.directions)
         self.count = max(stack.directions) - self.first + 1
         self.in_order = stack.directions == tuple(range(self.first, self.first + self.count))
-        self.lent: dict[str, Stacked] = {}
+        self.lent: dict[str, Tensor] = {}  # batched parameters, by name
         self._shown: dict[tuple[int, torch.dtype], Shown] = {}
         self._scales: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
-
-    def lend(self, coordinate: Coordinate) -> Stacked:
-        """The coordinate's parameter at the stack's points."""
-        stacked = self.lent.get(coordinate.name)
-        if stacked is None:
-            stacked = self.lent[coordinate.name] = Stacked.of(coordinate.parameter, coordinate, self)
-        return stacked
 
     def end(self) -> None:
         """Let go of everything: what is lent and who lends it know each other, and would be kept until Python looks for such circles."""
@@ -62,11 +55,13 @@ class Lending:
         self._shown.clear()
         self._thin.clear()
 
+    @tagged("directions")
     def z(self, coordinate: Coordinate) -> Tensor:
         """The groups' directions, (G, *shape); of low-rank coordinates what their moving factor moves by, (G, rows, r)."""
         z = self._own_z(coordinate)
         return coordinate.expand(z) if isinstance(coordinate, LowRankCoordinate) else z
 
+    @tagged("directions")
     def _own_z(self, coordinate: Coordinate) -> Tensor:
         """The groups' directions, (G, *shape)."""
         z = self._drawn(coordinate)
@@ -75,6 +70,7 @@ class Lending:
             z = z * send_list(moves, z.device).view(-1, *[1] * (z.dim() - 1))
         return z
 
+    @tagged("directions")
     def _drawn(self, whose: Coordinate | Neighbours) -> Tensor:
         if id(whose) in self._held:
             return self._held[id(whose)][1]
@@ -84,6 +80,7 @@ class Lending:
             return self._held[id(whose)][1]
         return z
 
+    @tagged("directions")
     def renew(self, stack: Stack) -> None:
         """Bring the directions of another step, of a stack that is cut up alike, to where the last ones are held."""
         self.stack = stack
@@ -92,6 +89,7 @@ class Lending:
         if self._keys is not None:
             self._keys.renew(stack.seed, stack.step)
 
+    @tagged("directions")
     def both(self, coordinate: FullCoordinate, direction: int, scales: Sequence[float]) -> Tensor:
         """The two weights of a large matrix in full space, from a key that is held."""
         key = Key(self.stack.seed, self.stack.step, direction, coordinate.name)
@@ -101,6 +99,7 @@ class Lending:
             raise NotStackable(f"nothing makes the weights of {coordinate.name} from a key that is held")
         return found
 
+    @tagged("directions")
     def rows(self, coordinate: FullCoordinate, offset: Offset | None, ids: Tensor) -> Tensor:
         """Rows of a large table in full space, likewise."""
         if offset is None:
@@ -121,6 +120,7 @@ class Lending:
             z = z.index_select(0, send_list(self.stack.directions, z.device) - self.first)
         return z
 
+    @tagged("directions")
     def values(self, coordinate: Coordinate, dtype: torch.dtype) -> Tensor:
         """θ + s Z_g of every block in ``dtype``, (B, *shape)."""
         neighbours = coordinate.neighbours
@@ -133,6 +133,7 @@ class Lending:
         z, value = self._own_z(coordinate), coordinate.value()
         return torch.addcmul(value, z.unsqueeze(1).to(value.dtype), self.scales(value, z.dim() - 1)).flatten(0, 1).to(dtype)
 
+    @tagged("activations")
     def thin(self, coordinate: LowRankCoordinate, x: Tensor) -> Tensor:
         """x V, (B, q, r), for x (..., n). What siblings will ask of the same input comes along, for it costs no more than the one does."""
         known, version = self._input
@@ -147,6 +148,7 @@ class Lending:
             self._input = weakref.ref(x), 0 if x.is_inference() else x._version
         return self._thin[coordinate.name]
 
+    @tagged("directions")
     def scales(self, like: Tensor, dims: int) -> Tensor:
         """The scales (G, S) with ``dims`` dimensions of size 1 behind."""
         key = like.dtype, like.device, dims
@@ -155,6 +157,7 @@ class Lending:
             self._scales[key] = scales.view(*scales.shape, *[1] * dims)
         return self._scales[key]
 
+    @tagged("activations")
     def spread(self, x: Tensor, dims: int) -> Tensor:
         """``x`` with stacked rows in front of its last ``dims`` dimensions: as it is, or expanded where all rows share it."""
         if x.dim() > dims:

@@ -15,11 +15,9 @@ back in place. :meth:`Probe.prepare` compares the two ways on real data once and
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,48 +27,24 @@ from torch import Tensor, nn
 from zotune import formed, residence
 from zotune.coordinates import Coordinate, Offset
 from zotune.counter import foresee
-from zotune.directions import Directions, Key, generator_seed
+from zotune.directions import Directions, Key
 from zotune.fleets import gather
+from zotune.forward import path_check
+from zotune.forward.overrides import LentParameters, Makers, Overrides
+from zotune.forward.siblings import siblings_of
 from zotune.forward_mode import ForwardMode, dual
-from zotune.io.execution import current
 from zotune.lending import Lending
 from zotune.neighbours import draw_together
 from zotune.precision import HALF
+from zotune.residence import is_sharded
+from zotune.rng.isolation import isolated_generators
 from zotune.side_path import SidePath
+from zotune.stacked_parameters import lend
 from zotune.stacking import Stack
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
-from zotune.subspaces.full import is_sharded
-from zotune.unformed import Room, lender
+from zotune.unformed import Room
 
 T = TypeVar("T")
-
-
-class LentParameters(dict[str, Any]):
-    """A module's ``_parameters`` that hands out, on reading, what ``lend`` makes for a name. Iteration shows the originals."""
-
-    def __init__(self, originals: dict[str, Any], lend: dict[str, Callable[[], Tensor]], coordinates: dict[str, Coordinate]) -> None:
-        super().__init__(originals)
-        self.lend = lend
-        self.coordinates = coordinates  # by local name
-        self.reads: dict[str, int] = dict.fromkeys(lend, 0)
-
-    def __getitem__(self, name: str) -> Any:
-        make = self.lend.get(name)
-        if make is None:
-            return super().__getitem__(name)
-        self.reads[name] += 1
-        return make()
-
-
-class _Owner:
-    """A module and those of its own parameters that are coordinates."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.parameters: dict[str, Coordinate] = {}
-
-    def table(self, lend: dict[str, Callable[[], Tensor]]) -> LentParameters:
-        return LentParameters(self.module._parameters, lend, self.parameters)
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
@@ -83,28 +57,6 @@ def every_module(model: nn.Module) -> list[nn.Module]:
                 found[id(child)] = child
                 waiting.append(child)
     return list(found.values())
-
-
-@contextmanager
-def isolated_generators(key: Key, devices: Sequence[torch.device]) -> Iterator[None]:
-    """Seed torch's global generators from ``key`` for the length of a block, and put their states back after it.
-
-    A loss with randomness of its own sees the same numbers at every evaluation of a step (common random numbers), new ones each step,
-    and the same ones again after a resume; the program around it notices nothing.
-    """
-    if not current().isolates_generators:
-        yield
-        return
-    generators = [torch.default_generator]
-    generators += [torch.cuda.default_generators[d.index or 0] for d in devices if d.type == "cuda"]
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(generator_seed(key))
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 class Probe:
@@ -131,37 +83,26 @@ class Probe:
         gather(self.coordinates, directions)
         self._names = [c.name for c in self.coordinates]
         self.devices = sorted({c.device for c in self.coordinates}, key=str)
-        by_parameter = {id(c.parameter): c for c in self.coordinates}
-        owners: dict[int, _Owner] = {}
-        for module in model.modules():
-            for local_name, parameter in module._parameters.items():
-                coordinate = by_parameter.get(id(parameter))
-                if coordinate is not None:
-                    owners.setdefault(id(module), _Owner(module)).parameters[local_name] = coordinate
-        self._owners = list(owners.values())
-        self.siblings = _siblings(model, by_parameter)
+        self._overrides = Overrides(model, self.coordinates)
+        self.siblings = siblings_of(model, {id(c.parameter): c for c in self.coordinates})
         #: Whether a parameter, trained or not, is split among processes: all of them then have to evaluate the same points together.
         self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
         #: Whether a parameter is away between forwards (``residence``), so that every forward brings it in again.
         self.streams = any(residence.home(parameter) is not None for parameter in model.parameters())
-        self._gathering: list[Any] = [module for module in model.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
-        for module in self._gathering[:1]:
-            module._get_fsdp_state()._lazy_init()  # looks at the parameters, and would find those that are lent
         self.forward_mode = ForwardMode()
         self.side_paths: list[SidePath] = []
         self._attach_side_paths()
-        owned = Counter(id(c) for owner in self._owners for c in owner.parameters.values())
-        #: Names of weights that one linear layer alone is lent, on a device where it may form them (``formed``).
+        owned = Counter(id(c) for owner in self._overrides.owners for c in owner.parameters.values())
+        #: Names of weights that one layer alone reads, on a device where it may materialize them.
         self._formable = {
             c.name
-            for owner in self._owners
+            for owner in self._overrides.owners
             for c in owner.parameters.values()
-            if type(owner.module).forward is nn.Linear.forward
-            and isinstance(c, LowRankCoordinate)
-            and not c.transposed
+            if isinstance(c, LowRankCoordinate)
+            and owner.rule is not None
             and owned[id(c)] == 1
             and not self.sharded
-            and formed.kernel_of(c) is not None
+            and owner.rule.materializes(owner.module, c)
         }
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------------
@@ -185,11 +126,9 @@ class Probe:
         Raises:
             ValueError: something between the weights and the loss has no forward derivative.
         """
-        lend: dict[int, dict[str, Callable[[], Tensor]]] = {
-            id(o): {name: partial(dual, c, self.directions, offset) for name, c in o.parameters.items()} for o in self._owners
-        }
+        makers = self._overrides.makers(lambda coordinate: partial(dual, coordinate, self.directions, offset))
         key = Key(offset.seed, offset.step, 0, "", "loss")
-        with torch.no_grad(), self.evaluation_mode(), self._lent(lend):
+        with torch.no_grad(), self.evaluation_mode(), self._lent(makers):
             return self.forward_mode.derivative(function, lambda: isolated_generators(key, self.devices))
 
     def evaluate_stacked(self, function: Callable[[], T], stack: Stack) -> T:
@@ -209,7 +148,7 @@ class Probe:
     @contextmanager
     def _stacked(self, lending: Lending) -> Iterator[None]:
         try:
-            with self._lent({id(o): {name: partial(lending.lend, c) for name, c in o.parameters.items()} for o in self._owners}):
+            with self._lent(self._overrides.makers(lambda coordinate: partial(lend, lending, coordinate))):
                 for coordinate in self._low_rank:
                     coordinate.moved = None  # side paths keep out
                 yield
@@ -232,18 +171,18 @@ class Probe:
 
         ``side_paths=False`` takes the general way everywhere; ``only`` moves no coordinates but the named ones.
         """
-        lend: dict[int, dict[str, Callable[[], Tensor]]] = {}
+        makers: dict[int, Makers] = {}
         room = Room(sum(coordinate.numel for coordinate in self.coordinates))
         if offset is not None:
-            for owner in self._owners:
+            for owner in self._overrides.owners:
                 for name, coordinate in owner.parameters.items():
                     if only is not None and coordinate.name not in only:
                         continue
                     if not (side_paths and isinstance(coordinate, LowRankCoordinate) and coordinate.side_path):
-                        lend.setdefault(id(owner), {})[name] = lender(owner.module, coordinate, self.directions, offset, room)
+                        makers.setdefault(id(owner), {})[name] = owner.maker(coordinate, self.directions, offset, room)
                     elif self._forms(coordinate, offset):
-                        lend.setdefault(id(owner), {})[name] = formed.lender(coordinate, self.directions, offset)
-        with self._lent(lend) as tables:
+                        makers.setdefault(id(owner), {})[name] = formed.lender(coordinate, self.directions, offset)
+        with self._lent(makers) as tables:
             for coordinate in self._low_rank:
                 moves = only is None or coordinate.name in only
                 if moves and (not side_paths or self._forms(coordinate, offset)):
@@ -258,47 +197,18 @@ class Probe:
         here = coordinate.side_path and coordinate.name in self._formable
         return here and offset is not None and coordinate.moves(offset.step, offset.direction)
 
-    @contextmanager
-    def instead(self, coordinates: Mapping[str, Any]) -> Iterator[None]:
+    def instead(self, coordinates: Mapping[str, Any]) -> AbstractContextManager[None]:
         """For the length of a block, evaluate with other objects in place of the coordinates of these names; they need :meth:`at`."""
-        originals = [dict(owner.parameters) for owner in self._owners]
-        try:
-            for owner in self._owners:
-                owner.parameters = {local: coordinates.get(c.name, c) for local, c in owner.parameters.items()}
-            yield
-        finally:
-            for owner, parameters in zip(self._owners, originals, strict=True):
-                owner.parameters = parameters
+        return self._overrides.instead(coordinates)
 
-    @contextmanager
-    def _lent(self, lend: dict[int, dict[str, Callable[[], Tensor]]]) -> Iterator[list[LentParameters]]:
-        """Lend parameters, by id of their owner and local name; afterwards tables and side paths are as they were."""
-        lent: list[tuple[nn.Module, dict[str, Any]]] = []
-        flat: list[tuple[nn.Module, list[Any]]] = []
-        tables = []
-        try:
-            for owner in self._owners:
-                makers = lend.get(id(owner))
-                if not makers:
-                    continue
-                module = owner.module
-                table = owner.table(makers)
-                tables.append(table)
-                lent.append((module, module._parameters))
-                module.__dict__["_parameters"] = table
-                if isinstance(module, nn.RNNBase):  # recurrent kernels take their weights from a list of their own
-                    flat.append((module, module._flat_weights))
-                    module.__dict__["_flat_weights"] = [getattr(module, name) for name in module._flat_weights_names]
-            yield tables
-        finally:
-            for coordinate in self._low_rank:
-                coordinate.shift(self.directions, None)
-            for module in self._gathering:  # FSDP2: what it has put in a table goes while the table is there
-                module.reshard()
-            for module, weights in flat:
-                module.__dict__["_flat_weights"] = weights
-            for module, parameters in lent:
-                module.__dict__["_parameters"] = parameters
+    def _lent(self, makers: Mapping[int, Makers]) -> AbstractContextManager[list[LentParameters]]:
+        """Modules read what ``makers`` make; afterwards tables and hooks are as they were."""
+        return self._overrides.lent(makers, self._rest)
+
+    def _rest(self) -> None:
+        """Hooks add what belongs to θ."""
+        for coordinate in self._low_rank:
+            coordinate.shift(self.directions, None)
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -316,7 +226,7 @@ class Probe:
 
     def _attach_side_paths(self) -> None:
         for coordinate in self._low_rank:
-            owners = [(o.module, name) for o in self._owners for name, c in o.parameters.items() if c is coordinate]
+            owners = [(o.module, name) for o in self._overrides.owners for name, c in o.parameters.items() if c is coordinate]
             if not all(SidePath.fits(module, name) for module, name in owners):
                 coordinate.fold_every_step()
                 continue
@@ -356,86 +266,24 @@ class Probe:
     def agree(self, quick: Tensor, slow: Tensor, here: Tensor) -> bool:
         """Whether two evaluations of perturbed losses differ by rounding and 5% of what the perturbation changes; ``here``: at θ."""
         half = any(p.dtype in HALF for p in self.model.parameters())  # a float32 adapter on a half-precision model, for one
-        rounding = (2e-2 if half else 1e-5) * (1 + here.abs().max())
-        return not bool(torch.isfinite(slow).all()) or bool((quick - slow).abs().max() <= rounding + 0.05 * (slow - here).abs().max())
+        return path_check.agree(quick, slow, here, half=half)
 
     def prepare(self, function: Callable[[], Tensor], offset: Offset) -> list[str]:
-        """Compare side paths and general way on one evaluation; the names of coordinates that go the general way from now on.
+        """Compare hooks and general way on one evaluation; the names of coordinates that go the general way from now on.
 
-        A weight that is read more often than its layer's forward runs is looked at by somebody else, for its dtype perhaps, or to
-        compute with it (a parent that reaches in); such weights are compared by themselves first. Then all together: the losses may
-        differ by rounding and 5% of what the perturbation changes. Each finding is a warning.
+        Each finding is a warning; see :mod:`zotune.forward.path_check`.
         """
         if not self.side_paths:
             return []
+        key = Key(offset.seed, offset.step, 0, "", "loss")
 
-        def run(at: Offset | None, side_paths: bool, only: Collection[str] | None = None) -> tuple[Tensor, list[LentParameters]]:
-            key = Key(offset.seed, offset.step, 0, "", "loss")
+        def evaluate(at: Offset | None, hooks: bool, only: Collection[str] | None) -> tuple[Tensor, list[LentParameters]]:
             with (
                 torch.no_grad(),
                 self.evaluation_mode(),
-                self.at(at, side_paths=side_paths, only=only) as tables,
+                self.at(at, side_paths=hooks, only=only) as tables,
                 isolated_generators(key, self.devices),
             ):
                 return function().detach().float(), tables
 
-        here, _ = run(None, True)
-
-        def agree(quick: Tensor, slow: Tensor) -> bool:
-            return self.agree(quick, slow, here)
-
-        for path in self.side_paths:
-            path.fired = 0
-        quick, _ = run(offset, True)
-        fired = Counter[str]()
-        for path in self.side_paths:
-            fired[path.coordinate.name] += path.fired
-        slow, tables = run(offset, False)
-        reads = Counter[str]()
-        for table in tables:
-            reads.update({table.coordinates[local_name].name: count for local_name, count in table.reads.items()})
-        reached_into = sorted(name for name in fired if reads[name] > fired[name])
-        # Alone, and with a move as large as a weight, what the side path misses is all the difference there is.
-        far = dataclasses.replace(offset, scale=max(offset.scale, 2e-2))
-        reached_into = [n for n in reached_into if not agree(run(far, True, {n})[0], run(far, False, {n})[0])]
-        if reached_into:
-            warnings.warn(
-                f"{', '.join(reached_into)}: read from outside the layer's own forward, so its low-rank update is folded every step "
-                "instead of riding beside it; results are the same, steps are slower.",
-                stacklevel=3,
-            )
-            self.distrust(reached_into)
-            quick, _ = run(offset, True)
-        if agree(quick, slow):
-            return reached_into
-        names = sorted({path.coordinate.name for path in self.side_paths})
-        warnings.warn(
-            f"the fast and the general evaluation of this model disagree ({quick.mean():.6g} against {slow.mean():.6g}); taking the "
-            "general one for every layer: results are right, steps are slower.",
-            stacklevel=3,
-        )
-        self.distrust(names)
-        return sorted({*reached_into, *names})
-
-
-#: Projections of one attention or gated layer, and no list of layers that have nothing else in common.
-_MOST_SIBLINGS = 4
-
-
-def _siblings(model: nn.Module, by_parameter: Mapping[int, Coordinate]) -> dict[str, tuple[LowRankCoordinate, ...]]:
-    """By name of their weight: linear layers of one parent with inputs of one width, which may turn out to be the same input."""
-    found: dict[str, tuple[LowRankCoordinate, ...]] = {}
-    for parent in model.modules():
-        alike: dict[int, list[LowRankCoordinate]] = {}
-        for child in parent.children():
-            coordinate = by_parameter.get(id(child.weight)) if isinstance(child, nn.Linear) else None
-            if (
-                isinstance(coordinate, LowRankCoordinate)
-                and not coordinate.transposed
-                and coordinate not in alike.get(coordinate.parameter.shape[1], ())
-            ):
-                alike.setdefault(coordinate.parameter.shape[1], []).append(coordinate)
-        for group in alike.values():
-            if 1 < len(group) <= _MOST_SIBLINGS:
-                found.update({coordinate.name: tuple(group) for coordinate in group})
-    return found
+        return path_check.check(evaluate, self.side_paths, offset, self.agree, self.distrust)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zotune.coordinates import Coordinate, Offset
 from zotune.io.execution import make_subclass
+from zotune.io.memory_tags import tagged
 from zotune.kernels import products_for
 from zotune.lending import Lending
 from zotune.stacking import NotStackable
@@ -45,6 +46,7 @@ class Stacked(torch.Tensor):
     def low_rank(self) -> LowRankCoordinate | None:
         return self.coordinate if isinstance(self.coordinate, LowRankCoordinate) else None
 
+    @tagged("directions")
     def full(self) -> Tensor:
         """The values of the blocks in the parameter's dtype, (B, *shape); for coordinates in full space."""
         if self.blockwise is not None:
@@ -117,6 +119,7 @@ def no_more(x: Any, **options: Any) -> None:
         raise NotStackable("a layer is called in a way that has no batched form")
 
 
+@tagged("activations")
 def by_block(x: Tensor, lending: Lending, size: int) -> Tensor:
     """x (..., n) as (B, q, n), for a vector of ``size`` = n numbers.
 
@@ -135,6 +138,7 @@ def low_rank_of(weight: Stacked) -> LowRankCoordinate:
     return coordinate
 
 
+@tagged("activations")
 def beside(first: Tensor | None, x: Tensor, weight: Stacked, *, fixed_first: bool) -> Tensor:
     """What W's product is added to: the side path and the bias, (B, q, width), in as many passes over it as a bias takes alone.
 
@@ -157,6 +161,7 @@ def beside(first: Tensor | None, x: Tensor, weight: Stacked, *, fixed_first: boo
     return torch.baddbmm(first, left, right)
 
 
+@tagged("directions")
 def moving_factor(weight: Stacked, dtype: torch.dtype) -> Tensor:
     """The moving factor A + s U_g of every block, (B, rows of A, r)."""
     coordinate = low_rank_of(weight)

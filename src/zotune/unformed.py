@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from zotune.coordinates import Offset
 from zotune.directions import Directions
 from zotune.io.execution import current, make_subclass
+from zotune.io.memory_tags import memory_tag, tagged
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 
 #: A linear layer with more weights than this is computed in strips of about so many.
@@ -53,6 +54,7 @@ class Room(threading.local):
         fits = coordinate.half and SMALL < coordinate.numel <= self.most and coordinate.device.type == "cpu"
         return fits and not current().whole_weights
 
+    @tagged("directions")
     def of(self, numel: int, like: Tensor) -> Tensor:
         """Memory for ``numel`` numbers, which whoever comes next is given again."""
         if self.flat is None or self.flat.dtype != like.dtype or self.flat.numel() < numel:
@@ -80,6 +82,7 @@ class Unformed(torch.Tensor):
         unformed.coordinate, unformed.directions, unformed.offset, unformed.room = coordinate, directions, offset, room
         return unformed
 
+    @tagged("directions")
     def whole(self) -> Tensor:
         return self.coordinate.at(self.directions, self.offset)
 
@@ -94,7 +97,8 @@ class Unformed(torch.Tensor):
                 found = func(*args, **kwargs)
                 if not isinstance(found, Tensor):
                     return found
-            return func(*[whole(a) for a in args], **{name: whole(a) for name, a in kwargs.items()})
+            with memory_tag("directions"):
+                return func(*[whole(a) for a in args], **{name: whole(a) for name, a in kwargs.items()})
 
 
 def whole(argument: Any) -> Any:
@@ -104,6 +108,7 @@ def whole(argument: Any) -> Any:
     return argument.whole() if isinstance(argument, Unformed) else argument
 
 
+@tagged("directions")
 def rows_looked_up(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, ids: Tensor) -> Tensor | None:
     """(W + s Z)[ids] from the rows of these ids alone; None where that saves nothing."""
     number = coordinate.parameter.shape[0]

@@ -15,10 +15,11 @@ from zotune.estimators import ESTIMATORS
 from zotune.first_order.last_blocks import blocks_of, deep_names, refusal
 from zotune.first_order.optimizer import FirstOrder, LossFunction, add, checked
 from zotune.first_order.rival import BACKWARD, Rival
+from zotune.io.memory_tags import tagged
 from zotune.journal import StepRecord
 from zotune.methods import mezo
 from zotune.optimizer import ZerothOrder
-from zotune.probe import isolated_generators
+from zotune.rng.isolation import isolated_generators
 
 
 class Hybrid(FirstOrder):
@@ -69,6 +70,7 @@ class Hybrid(FirstOrder):
         deep = frozenset(deep_names(self.model, self.method.blocks))
         return {name: p for name, p in self.model.named_parameters() if name in deep}
 
+    @tagged("backward update")
     def step(self, loss_fn: LossFunction, batch: Any) -> Tensor:  # type: ignore[override]
         parts = batch if isinstance(batch, list) else [batch]
         parameters = list(self.parameters.values())

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from zotune.coordinates import Carry, Coordinate
 from zotune.directions import Directions
+from zotune.io.memory_tags import tagged
 from zotune.output_errors import MOST_ROWS, Watch, watched
 from zotune.subspaces.guide import Rows, guide
 from zotune.subspaces.inputs import InputsCoordinate, given
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 from zotune.token_scores import head_of
+from zotune.weights.layouts import is_outputs_first, layout_of, residual_width
 
 #: Examples that a turn's steps see for each that is looked at.
 SHARE = 3.75
@@ -45,18 +47,21 @@ class GuidedCoordinate(InputsCoordinate):
         """Numbers that move in a guided turn."""
         return self.p.shape[1] ** 2
 
+    @tagged("directions")
     def expand(self, core: Tensor) -> Tensor:
         if not self.guided:
             return core
         q = self.p.shape[1]
         return self.p @ core.flatten(-2)[..., : q * q].unflatten(-1, (q, q))
 
+    @tagged("directions")
     def of_guide(self, numbers: Tensor) -> Tensor:
         """θ (m, r) of the numbers of S, (q²,)."""
         theta = torch.zeros(self.numel, device=self.device)
         theta[: self.guides] = numbers.to(self.device)
         return theta.view(self.shape)
 
+    @tagged("directions")
     def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
         if self.toward is None:
             return super().many(directions, seed, step, first, count, alone)
@@ -77,6 +82,7 @@ class GuidedCoordinate(InputsCoordinate):
             carry = None
         return torch.zeros_like if was or self.guided else carry  # the two subspaces have nothing to do with each other
 
+    @tagged("directions")
     def begin_step(self, seed: int, step: int) -> Carry | None:
         return None if 0 < step < self.begin * self.interval else super().begin_step(seed, step)
 
@@ -150,14 +156,15 @@ class Guided(LowRank):
     def observes(self, step: int) -> bool:
         return step >= self.begin * self.interval and step % self.interval == 0
 
+    @tagged("directions")
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
         """[P; V] (m + n, q) of every layer that is guided, bfloat16, by name; nothing where none is."""
         wanted = {id(c.parameter): c for c in coordinates if isinstance(c, GuidedCoordinate)}
-        layers = {m: wanted[id(m.weight)] for m in model.modules() if sides(m) and id(m._parameters.get("weight")) in wanted}
+        layers = {m: wanted[id(m.weight)] for m in model.modules() if id(m._parameters.get("weight")) in wanted and layout_of(m)}
         width = getattr(getattr(head_of(model), "weight", None), "shape", (0,))[-1]
-        if not any(writes(layer) == width for layer in layers):
+        if not any(residual_width(layer) == width for layer in layers):
             return {}
         with watched(MOST_ROWS) as watch:
             writers = _Writers(watch, layers)
@@ -171,33 +178,13 @@ class Guided(LowRank):
         errors = torch.cat(watch.errors).cpu()
         for layer, coordinate in layers.items():
             inputs, others = writers.take(coordinate.name)
-            fits = writes(layer) == errors.shape[1] and coordinate.guides <= coordinate.numel
+            fits = residual_width(layer) == errors.shape[1] and coordinate.guides <= coordinate.numel
             if fits and inputs is not None and len(inputs) == len(errors):
                 told = guide(inputs, errors, others, self.guide)
                 if told is not None:
                     p, v = told
-                    found[coordinate.name] = torch.cat([p, v] if outputs_first(layer) else [v, p])
+                    found[coordinate.name] = torch.cat([p, v] if is_outputs_first(layer) else [v, p])
         return found
-
-
-def sides(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer of either layout, None for another."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's
-        return module.weight.shape[0], module.nf  # type: ignore[return-value, index, union-attr]
-    return None
-
-
-def outputs_first(module: nn.Module) -> bool:
-    """Whether the rows of a linear layer's weight are its outputs'."""
-    return isinstance(module, nn.Linear)
-
-
-def writes(module: nn.Module) -> int | None:
-    """The width of what a linear layer may write to the hidden state: it is not wider than its input."""
-    inputs, outputs = sides(module) or (0, 1)
-    return outputs if outputs <= inputs else None
 
 
 class _Writers:
@@ -210,6 +197,7 @@ class _Writers:
         self.shared: set[str] = set()
         self._last: tuple[Any, str] | None = None
 
+    @tagged("directions")
     def look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name, states = self.layers[module].name, args[0] if args else None
         if not isinstance(states, Tensor):
@@ -217,13 +205,14 @@ class _Writers:
         if self._last is not None and self._last[0] is states:
             self.shared |= {name, self._last[1]}
         self._last = states, name
-        if name in self.shared or writes(module) is None:
+        if name in self.shared or residual_width(module) is None:
             return
         scored, others = self.watch.rows_of(states), self.watch.some_of(states)
         if scored is not None and others is not None:
             self.inputs.setdefault(name, Rows(torch.bfloat16)).add(scored)
             self.others.setdefault(name, Rows(torch.float8_e4m3fn)).add(others)
 
+    @tagged("directions")
     def take(self, name: str) -> tuple[Tensor | None, Tensor]:
         """Inputs at the scored positions, (N, n), and at some of all positions, which are not kept any longer."""
         inputs, others = self.inputs.pop(name, None), self.others.pop(name, None)

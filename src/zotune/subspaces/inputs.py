@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from zotune.coordinates import Carry, Coordinate
 from zotune.directions import Directions, Key
+from zotune.io.memory_tags import tagged
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
 from zotune.subspaces.projected import orthonormal
+from zotune.weights.layouts import is_outputs_first
 
 #: Rounds of the power iteration, and how many vectors more than are wanted it carries along.
 ROUNDS, SPARE = 3, 16
@@ -67,6 +69,7 @@ class Inputs(LowRank):
     def observes(self, step: int) -> bool:
         return step % self.interval == 0
 
+    @tagged("directions")
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
@@ -80,7 +83,7 @@ class Inputs(LowRank):
                 key = Key(seed, step, 0, coordinate.name, "inputs")
                 sketches[coordinate.name] = sketch(args[0].detach().flatten(0, -2), self.rank, key, sketches.get(coordinate.name))
 
-        owners = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m._parameters.get("weight")) in wanted]
+        owners = [m for m in model.modules() if id(m._parameters.get("weight")) in wanted and is_outputs_first(m)]
         with given(owners, watch):
             for _ in losses():
                 pass
@@ -103,6 +106,7 @@ def leading_inputs(x: Tensor, rank: int, key: Key) -> Tensor:
     return _spread(sketch(x, rank, key), rank)
 
 
+@tagged("directions")
 def sketch(x: Tensor, rank: int, key: Key, before: Tensor | None = None) -> Tensor:
     """A few rows S with SᵀS ≈ xᵀx (+ those of the rows ``before``), float64 on the CPU, (rank + :data:`SPARE`, n) or fewer.
 
@@ -122,6 +126,7 @@ def sketch(x: Tensor, rank: int, key: Key, before: Tensor | None = None) -> Tens
     return (sizes.unsqueeze(1) * right)[:width]
 
 
+@tagged("directions")
 def _spread(found: Tensor, rank: int) -> Tensor:
     """√n times the leading right singular vectors of a sketch, their largest number positive, bfloat16, (n, rank)."""
     _, _, right = torch.linalg.svd(found, full_matrices=False)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from zotune import frozen_linear, residence
 from zotune.coordinates import Carry, Coordinate, Offset
 from zotune.directions import Directions, Key
-from zotune.subspaces.full import alone, full_coordinate
+from zotune.io.memory_tags import tagged
+from zotune.subspaces.factory import full_coordinate
+from zotune.subspaces.full import alone
 from zotune.subspaces.subspace import Space
 
 
@@ -90,15 +92,18 @@ class LowRankCoordinate(Coordinate):
     # -- θ, A and the weight ----------------------------------------------------------------------------------------------------------
 
     @property
+    @tagged("directions")
     def a(self) -> Tensor:
         """The moving factor."""
         return self.expand(self.core)
 
+    @tagged("directions")
     def factors(self, core: Tensor) -> tuple[Tensor, Tensor]:
         """(left, right) of the product that is added to W at θ, (m, r) and (n, r)."""
         a = self.expand(core)
         return (self.v, a) if self.transposed else (a, self.v)
 
+    @tagged("directions")
     def begin_step(self, seed: int, step: int) -> Carry | None:
         if step % self.interval if self.interval else step:
             return None
@@ -106,6 +111,7 @@ class LowRankCoordinate(Coordinate):
         carry = self.redraw(seed, self._redraws(step))
         return carry if step else None
 
+    @tagged("directions")
     def rescale(self, scale: float, seed: int, step: int) -> Carry:
         """Change σ at a redraw; how first moments of θ follow."""
         assert not self.pending and step % self.interval == 0, f"{self.name} has moved since V was drawn"
@@ -116,7 +122,9 @@ class LowRankCoordinate(Coordinate):
     def _redraws(self, step: int) -> int:
         return step // self.interval if self.interval else 0
 
-    def _core_at(self, directions: Directions, offset: Offset | None) -> Tensor:
+    @tagged("directions")
+    def core_at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        """θ + offset; None: θ."""
         if offset is None:
             return self.core
         u = self.many(directions, offset.seed, offset.step, offset.direction, 1)[0]
@@ -124,30 +132,34 @@ class LowRankCoordinate(Coordinate):
 
     def shift(self, directions: Directions, offset: Offset | None) -> None:
         """Make the side path use θ + offset (None: θ)."""
-        self.moved = self._core_at(directions, offset)
+        self.moved = self.core_at(directions, offset)
 
+    @tagged("directions")
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         if offset is None and not self.pending:
             return self.parameter.detach()
-        left, right = self.factors(self._core_at(directions, offset))
+        left, right = self.factors(self.core_at(directions, offset))
         return self._weight.plus_product(left, right)
 
+    @tagged("directions")
     def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
         """Rows ``rows`` (int64, (R,)) of :meth:`at`, without the others."""
-        return self._weight.product_rows(*self.factors(self._core_at(directions, offset)), rows)
+        return self._weight.product_rows(*self.factors(self.core_at(directions, offset)), rows)
 
     def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
         """(rows, these rows of :meth:`at`) for strips of ``height`` rows."""
-        return self._weight.product_strips(*self.factors(self._core_at(directions, offset)), height)
+        return self._weight.product_strips(*self.factors(self.core_at(directions, offset)), height)
 
     def value(self) -> Tensor:
         return self.core
 
+    @tagged("directions")
     def assign(self, value: Tensor, seed: int, step: int) -> None:
         if value.data_ptr() != self.core.data_ptr():
             self.core.copy_(value)
         self._changed(seed, step)
 
+    @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         self.decay(keep)
         self._add_weighted(self.core, directions, weights, seed, step)
@@ -190,12 +202,14 @@ class LowRankCoordinate(Coordinate):
         if not self.side_path:
             self.fold()
 
+    @tagged("directions")
     def fold_every_step(self) -> None:
         """Go without a side path. W is then written every step, so in half precision it needs a residual as in full space."""
         assert not self.pending
         self.side_path = False
         self._weight = full_coordinate(self.name, self.parameter)
 
+    @tagged("directions")
     def fold(self) -> None:
         """W ← W + A Vᵀ, θ ← 0; a half-precision W rounds stochastically, keyed by the step that changed θ last."""
         if not self.pending and self.keep == 1.0:
@@ -203,6 +217,7 @@ class LowRankCoordinate(Coordinate):
         self._weight.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
         self._clear()
 
+    @tagged("directions")
     def pending_factors(self) -> tuple[Tensor | None, Tensor | None]:
         """(left, right) of what the next fold would add, None for nothing."""
         if not self.pending:
@@ -210,6 +225,7 @@ class LowRankCoordinate(Coordinate):
         left, right = self.factors(self.core)
         return left.clone(), right.contiguous()
 
+    @tagged("directions")
     def merged(self) -> Tensor:
         """What :meth:`fold` would make of W, as a copy; the same tensor for every owner of a shared weight."""
         if not self.pending and self.keep == 1.0:
@@ -232,6 +248,7 @@ class LowRankCoordinate(Coordinate):
         self._clear()
         self._weight.reset()
 
+    @tagged("directions")
     def state(self) -> dict[str, Tensor]:
         layer = frozen_linear.owner_of(self.parameter)
         stored = {} if layer is None else {"left": layer.left, "right": layer.right, "factor": layer.factor}
@@ -249,6 +266,7 @@ class LowRankCoordinate(Coordinate):
         work = lambda: self.parameter.data.copy_(base.to(self.device))  # noqa: E731
         residence.when_at_hand(self.parameter, work, held=base.numel() * base.element_size())
 
+    @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         self.reset()
         if step:

@@ -1,0 +1,1 @@
+"""The model at θ + offset, evaluated without writing to any weight."""

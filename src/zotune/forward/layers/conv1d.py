@@ -1,0 +1,79 @@
+"""GPT-2's ``Conv1D`` of transformers, recognized by its name: y = x W + b, W (n, m) transposed against ``nn.Linear``.
+
+- Low-rank hook: y += (x A) Vᵀ, for A belongs to the side of the input.
+- Batched: as in ``linear``, with a batched product of the input and the moving factor of each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
+from zotune.io.memory_tags import tagged
+from zotune.stacked_parameters import Stacked, beside, lending_of, low_rank_of, no_more, stored
+from zotune.weights.layouts import Layout
+
+
+@tagged("activations")
+def batched_addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """y = b + x W, W (n, m), with a point a block of rows: x (A + s U_g), then Vᵀ."""
+    no_more(x, scaled=beta != 1 or alpha != 1)
+    lending = lending_of(bias, weight)
+    blocks, width = lending.blocks, weight.shape[1]
+    x = lending.spread(x, 1)
+    rows = x.reshape(blocks, -1, x.shape[-1])
+    if isinstance(weight, Stacked) and weight.low_rank is None:
+        first = bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
+        return torch.baddbmm(first, rows, weight.full()).view(-1, width)
+    first, plain = (bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias), stored(weight)
+    assert plain is not None
+    if isinstance(weight, Stacked):
+        output = beside(first, x, weight, fixed_first=low_rank_of(weight).transposed)
+    else:
+        output = first.expand(blocks, rows.shape[1], width).contiguous()
+    return output.view(-1, width).addmm_(x, plain)
+
+
+class Conv1D(LayerRule):
+    """A module of that name with ``nf`` outputs; transformers need not be imported for it."""
+
+    batched: ClassVar[Mapping[str, Function]] = {"addmm": batched_addmm}
+
+    def owns(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+    def has_hook(self, module: nn.Module) -> bool:
+        return True
+
+    def add_low_rank(self, left: Tensor, right: Tensor, x: Tensor, output: Tensor) -> Tensor:
+        return add_product(output, x @ left.to(x.dtype), right.T)
+
+    def layout(self, module: nn.Module) -> Layout | None:
+        if not self.owns(module):
+            return None
+        return Layout(module.weight.shape[0], module.nf, False)  # type: ignore[arg-type, index, union-attr]
+
+    def examples(self) -> Iterable[Example]:
+        yield Example("", lambda: _Twin(80, 96), lambda rows: torch.randn(rows, 3, 80))
+
+
+class _Twin(nn.Module):
+    """What transformers' Conv1D computes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+_Twin.__name__ = "Conv1D"
+
+register(Conv1D())

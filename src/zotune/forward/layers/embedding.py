@@ -1,0 +1,132 @@
+"""``nn.Embedding``: y = W[ids], W (m, n).
+
+- Low-rank hook: y += A[ids] Vᵀ.
+- Batched: the same with the rows of each block's A; a table a block for thin tables in full space, rows of the ids for others.
+- Lazy: the rows of the ids alone, bit for bit those of the whole perturbed table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zotune import unformed
+from zotune.coordinates import Offset
+from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
+from zotune.io.memory_tags import tagged
+from zotune.stacked_parameters import Stacked, moving_factor, no_more
+from zotune.subspaces import FullCoordinate, LowRankCoordinate
+from zotune.unformed import Unformed, rows_looked_up, whole
+
+
+@tagged("activations")
+def batched_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """y = W[ids], with a point a block of rows."""
+    no_more(ids, rescaled=max_norm is not None)
+    assert isinstance(weight, Stacked)
+    lending = weight.lending
+    if ids.dim() == 2 and ids.shape[0] % lending.total == 0:
+        lending.lead = ids.shape[0]
+    ids = lending.spread(ids, 0)
+    blocks, height = lending.blocks, weight.shape[0]
+    by_block = ids.reshape(blocks, -1)
+    if not weight.coordinate.thin:
+        return torch.stack([_looked_up(weight, offset, some) for offset, some in zip(weight.offsets(), by_block, strict=True)]).view(
+            *ids.shape, -1
+        )
+    coordinate = weight.low_rank
+    if coordinate is None:
+        table = weight.full().flatten(0, 1)
+        first = torch.arange(blocks, device=ids.device).unsqueeze(1) * height
+        return F.embedding((by_block + first).view(ids.shape), table)
+    output = F.embedding(ids, weight.plain)
+    if coordinate.transposed:
+        left = F.embedding(by_block, coordinate.v).to(output.dtype)
+        output.view(blocks, -1, output.shape[-1]).baddbmm_(left, moving_factor(weight, output.dtype).transpose(1, 2))
+        return output
+    z = lending.z(coordinate)
+    groups, rank = z.shape[0], coordinate.rank
+    by_group = ids.reshape(groups, -1)
+    first = torch.arange(groups, device=ids.device).unsqueeze(1) * height
+    left = F.embedding(by_group + first, z.flatten(0, 1)).view(groups, blocks // groups, -1, rank)
+    left = left * lending.scales(z, 2)
+    if coordinate.pending or lending.hold:
+        left += F.embedding(by_block, coordinate.a).view(left.shape)
+    output.view(-1, output.shape[-1]).addmm_(left.view(-1, rank).to(output.dtype), coordinate.v.T.to(output.dtype))
+    return output
+
+
+def _looked_up(weight: Stacked, offset: Offset | None, ids: Tensor) -> Tensor:
+    """(W + s Z)[ids] of a table in full space."""
+    coordinate, directions = weight.coordinate, weight.lending.directions
+    assert isinstance(coordinate, FullCoordinate)
+    if weight.lending.hold:
+        return weight.lending.rows(coordinate, offset, ids)
+    found = None if offset is None else rows_looked_up(coordinate, directions, offset, ids)
+    return F.embedding(ids, coordinate.at(directions, offset)) if found is None else found
+
+
+@tagged("directions")
+def lazy_embedding(
+    input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *others: Any, **named: Any
+) -> Tensor:
+    """y = (W + s Z)[ids] from the rows of the ids, where they are fewer than half of the table."""
+    if max_norm is None and isinstance(weight, Unformed):
+        found = rows_looked_up(weight.coordinate, weight.directions, weight.offset, input)
+        if found is not None:
+            return found
+    return F.embedding(whole(input), whole(weight), padding_idx, max_norm, *others, **named)
+
+
+class Embedding(LayerRule):
+    """``nn.Embedding``; with ``max_norm``, which rescales the stored rows in place as they are looked up, it has no hook."""
+
+    batched: ClassVar[Mapping[str, Function]] = {"embedding": batched_embedding}
+    lazy: ClassVar[Mapping[Callable[..., Any], Function]] = {F.embedding: lazy_embedding}
+
+    def owns(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    def has_hook(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None
+
+    def add_low_rank(self, left: Tensor, right: Tensor, x: Tensor, output: Tensor) -> Tensor:
+        return add_product(output, F.embedding(x, left), right.T)
+
+    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, room: unformed.Room) -> bool:
+        return True
+
+    def is_lazy_low_rank(self, module: nn.Module, coordinate: LowRankCoordinate) -> bool:
+        return True
+
+    def examples(self) -> Iterable[Example]:
+        ids = lambda rows: torch.randint(0, 300, (rows, 3))  # noqa: E731
+        yield Example("alone", lambda: nn.Embedding(300, 80), ids)
+        yield Example("tied to a head", _Tied, ids)
+
+
+class _Tied(nn.Module):
+    """A table that is the head's weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(300, 80), nn.Linear(80, 300)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids))  # type: ignore[no-any-return]
+
+
+register(Embedding())

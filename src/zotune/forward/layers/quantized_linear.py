@@ -1,0 +1,56 @@
+"""Linear layers whose weight is stored in few bits (``frozen_linear``): as ``nn.Linear``, but W is never formed and never written.
+
+The layer's ``weight`` is an empty stand-in; a lent weight is what the layer adds to its own product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.forward.layers.rule import Example, LayerRule, add_product, register
+from zotune.frozen_linear import FrozenLinear, freeze
+from zotune.subspaces import LowRankCoordinate
+
+
+class QuantizedLinear(LayerRule):
+    """A ``FrozenLinear``: low-rank coordinates only."""
+
+    writable = False
+
+    def owns(self, module: nn.Module) -> bool:
+        return isinstance(module, FrozenLinear)
+
+    def has_hook(self, module: nn.Module) -> bool:
+        return True
+
+    def add_low_rank(self, left: Tensor, right: Tensor, x: Tensor, output: Tensor) -> Tensor:
+        return add_product(output, x @ right.to(x.dtype), left.T)
+
+    def shared_width(self, module: nn.Module, coordinate: LowRankCoordinate) -> int | None:
+        return None if coordinate.transposed else coordinate.parameter.shape[1]
+
+    def save_merged(self, module: nn.Module, coordinate: LowRankCoordinate, state_dict: dict[str, Any], name: str) -> None:
+        """A product more, rather than another weight."""
+        for part, more in zip(("left", "right"), coordinate.pending_factors(), strict=True):
+            if more is not None:
+                part = name.removesuffix("weight") + part
+                state_dict[part] = torch.cat([state_dict[part], more], dim=1)
+
+    def is_loaded(self, module: nn.Module, state_dict: Mapping[str, Any], name: str) -> bool:
+        return name in state_dict or name.removesuffix("weight") + "left" in state_dict
+
+    def examples(self) -> Iterable[Example]:
+        for bits in (8, 4):
+            for bias in (True, False):
+                yield Example(
+                    f"bits={bits}, bias={bias}",
+                    lambda bits=bits, bias=bias: freeze(nn.Sequential(nn.Linear(96, 80, bias=bias)), bits),  # type: ignore[misc]
+                    lambda rows: torch.randn(rows, 3, 96),
+                )
+
+
+register(QuantizedLinear())

@@ -1,0 +1,1 @@
+"""Reproducible random directions, and the isolation of torch's global generators."""

@@ -1,0 +1,37 @@
+"""Isolation of torch's global generators: code in a block sees random numbers of its own, and the program around it notices nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from zotune.directions import Key, generator_seed
+from zotune.io.execution import current
+
+
+@contextmanager
+def isolated_generators(key: Key, devices: Sequence[torch.device]) -> Iterator[None]:
+    """Seed torch's global generators from ``key`` for the length of a block, and restore their states after it.
+
+    A loss with randomness of its own sees the same numbers at every evaluation of a step (common random numbers), new ones each step,
+    and the same ones again after a resume.
+
+    Args:
+        key: where the seed comes from.
+        devices: the CUDA devices among them have a generator of their own, which is isolated too.
+    """
+    if not current().isolates_generators:
+        yield
+        return
+    generators = [torch.default_generator]
+    generators += [torch.cuda.default_generators[d.index or 0] for d in devices if d.type == "cuda"]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(generator_seed(key))
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,240 @@
+"""Every layer type: all ways of evaluating it at θ + offset are one function, up to rounding. A new rule is covered by being registered."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import zotune.forward.layers
+from zotune import formed, unformed
+from zotune.coordinates import Coordinate, Offset
+from zotune.directions import Directions
+from zotune.estimators import Point
+from zotune.formed import Formed
+from zotune.forward.layers import RULES, Example, LayerRule, rule_of
+from zotune.forward.layers.rule import register
+from zotune.probe import Probe
+from zotune.stacking import own, share_out, shared
+from zotune.subspaces import Full, LowRank, LowRankCoordinate
+from zotune.subspaces.projected import Left
+from zotune.unformed import Unformed
+
+SEED, STEP, EPS, ROWS = 3, 6, 1.0, 4
+EXAMPLES = {f"{name}: {example.label}": example for name, rule in RULES.items() for example in rule.examples()}
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+SUBSPACES = {"full": Full(), "low rank": LowRank(rank=3, interval=5), "low rank, left fixed": Left(rank=3, interval=5)}
+
+every_layer = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+examples = pytest.mark.parametrize("case", EXAMPLES)
+subspaces = pytest.mark.parametrize("kind", SUBSPACES)
+
+
+def layer(case: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """The module and its inputs."""
+    example: Example = EXAMPLES[case]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, inputs = example.build().eval(), example.inputs(ROWS)
+    return module.to(dtype), inputs.to(dtype) if inputs.is_floating_point() else inputs
+
+
+def probe_of(module: nn.Module, kind: str, pending: bool = True) -> Probe:
+    """A probe of θ ≠ 0."""
+    coordinates = [SUBSPACES[kind].coordinate(name, p) for name, p in module.named_parameters()]
+    probe = Probe(module, coordinates, Directions("gaussian"))
+    for coordinate in coordinates:
+        coordinate.begin_step(SEED, 5)
+        if pending:
+            coordinate.descend(probe.directions, [0.1], 1.0, SEED, 5)
+    return probe
+
+
+def whole(probe: Probe, module: nn.Module, x: Tensor, scale: float, direction: int = 0) -> Tensor:
+    """The layer computed with whole perturbed weights, by torch alone: what every way is to agree with."""
+    offset = Offset(scale, SEED, STEP, direction) if scale else None
+    weights = {c.name: c.at(probe.directions, offset) for c in probe.coordinates}
+    with torch.no_grad(), probe.at(None):
+        for coordinate in probe.coordinates:
+            if isinstance(coordinate, LowRankCoordinate):
+                coordinate.moved = None  # no hook adds to it
+        return functional_call(module, weights, x)
+
+
+def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether they differ by rounding, in the mean."""
+    return found.dtype == expected.dtype and bool((found.double() - expected.double()).norm() <= DTYPES[dtype] * expected.double().norm())
+
+
+def skip_unless_trainable(case: str, kind: str) -> None:
+    if kind == "full" and not RULES[case.split(":")[0]].writable:
+        pytest.skip("its weight is never written")
+
+
+@examples
+@every_layer
+@subspaces
+@pytest.mark.parametrize("pending", [True, False])
+def test_one_point(case, dtype, kind, pending):
+    """With hooks where there are any, in the general way elsewhere."""
+    skip_unless_trainable(case, kind)
+    module, x = layer(case, dtype)
+    probe = probe_of(module, kind, pending)
+    stored = [p.detach().clone() for p in module.parameters()]
+    for scale in (EPS, -EPS):
+        found = probe.evaluate(lambda: module(x), Offset(scale, SEED, STEP, 0))
+        expected = whole(probe, module, x, scale)
+        assert agree(found, expected, dtype)
+        assert not agree(found, whole(probe, module, x, 0.0), dtype), "the offset makes no difference"
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), stored, strict=True))
+
+
+@examples
+@every_layer
+@subspaces
+def test_the_general_way(case, dtype, kind, monkeypatch):
+    """Lazy weights too: strips and rows are made from the smallest size on."""
+    skip_unless_trainable(case, kind)
+    for bound, value in {"LARGE": 100, "STRIP": 1700, "BESIDE": (1700, 1700)}.items():
+        monkeypatch.setattr(unformed, bound, value)
+    module, x = layer(case, dtype)
+    probe = probe_of(module, kind)
+    offset = Offset(EPS, SEED, STEP, 0)
+    with torch.no_grad(), probe.at(offset, side_paths=False):
+        found = module(x)
+    assert type(found) is Tensor and agree(found, whole(probe, module, x, EPS), dtype)
+
+
+@examples
+@every_layer
+@subspaces
+@pytest.mark.parametrize("own_directions", [False, True])
+def test_batched(case, dtype, kind, own_directions):
+    """All points in one forward of stacked rows: a direction for all rows, or one for each."""
+    skip_unless_trainable(case, kind)
+    module, x = layer(case, dtype)
+    probe = probe_of(module, kind)
+    if own_directions and not all(c.thin for c in probe.coordinates):
+        pytest.skip("a matrix in full space has one direction a forward")
+    if own_directions:
+        stack = own((1, -1), EPS, share_out([ROWS], ROWS, 1)[0], SEED, STEP)
+    else:
+        stack = shared([Point(+1, 0), Point(-1, 0)], EPS, ROWS, SEED, STEP)
+    found = probe.evaluate_stacked(lambda: module(x[stack.source]), stack)
+    for losses, scale in zip(stack.losses, (EPS, -EPS), strict=True):
+        for row, place in enumerate(losses.tolist()):
+            expected = whole(probe, module, x[row : row + 1], scale, row if own_directions else 0)
+            assert agree(found[place : place + 1], expected, dtype), (scale, row)
+
+
+@pytest.fixture
+def product_kernel(monkeypatch) -> Callable[[float], None]:
+    """Gives a CPU what materializes a weight: as a rule a kernel of an accelerator does."""
+
+    def plus(weight: Tensor, residual: None, left: Tensor, right: Tensor) -> Tensor:
+        return (weight.float() + left.float() @ right.float().T).to(weight.dtype)
+
+    monkeypatch.setattr(formed, "kernel_of", lambda coordinate: SimpleNamespace(plus=plus))
+    return lambda passes: monkeypatch.setattr(formed, "PASSES", passes)
+
+
+@examples
+@every_layer
+@pytest.mark.parametrize("passes", [0.0, math.inf], ids=["materialized", "thin products"])
+def test_materialized(case, dtype, passes, product_kernel):
+    """One point, and all of them, with the weight formed for one product or with its factors beside it."""
+    product_kernel(passes)
+    module, x = layer(case, dtype)
+    probe = probe_of(module, "low rank")
+    expected = whole(probe, module, x, EPS)
+    with torch.no_grad(), probe.at(Offset(EPS, SEED, STEP, 0)):
+        weight = getattr(module, "weight", None)
+        rule = rule_of(module)
+        coordinate = next(c for c in probe.coordinates)
+        formable = rule is not None and isinstance(coordinate, LowRankCoordinate) and rule.materializes(module, coordinate)
+        assert isinstance(weight, Formed) == formable
+        assert agree(module(x), expected, dtype)
+    stack = shared([Point(+1, 0), Point(-1, 0)], EPS, ROWS, SEED, STEP)
+    found = probe.evaluate_stacked(lambda: module(x[stack.source]), stack)
+    assert agree(found[stack.losses[0]], expected, dtype)
+    assert agree(found[stack.losses[1]], whole(probe, module, x, -EPS), dtype)
+
+
+@examples
+def test_a_state_dict_has_the_trained_weight_and_loading_one_starts_anew(case):
+    module, x = layer(case, torch.float32)
+    probe = probe_of(module, "low rank")
+    expected = module(x).detach()
+    saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert any(isinstance(c, LowRankCoordinate) for c in probe.coordinates) == bool(probe.side_paths)
+    twin, _ = layer(case, torch.float32)
+    twin.load_state_dict(saved)
+    assert agree(twin(x), expected, torch.float32)
+    module.load_state_dict(saved)
+    assert not any(c.pending for c in probe.coordinates if isinstance(c, LowRankCoordinate))
+    assert agree(module(x), expected, torch.float32)
+    probe.detach()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_owns_the_layers_of_its_examples(name):
+    rule = RULES[name]
+    owned = [m for example in rule.examples() for m in example.build().modules() if rule_of(m) is rule]
+    assert owned or type(rule).owns is LayerRule.owns, f"{name} owns nothing"
+    for module in owned:
+        layout = rule.layout(module)
+        if layout is not None:
+            rows, columns = module.weight.shape
+            assert (layout.outputs, layout.inputs) == ((rows, columns) if layout.outputs_first else (columns, rows))
+
+
+def test_lazy_weights_are_lent_where_rows_are_looked_up():
+    module, _ = layer("Embedding: alone", torch.float32)
+    for kind in ("full", "low rank"):
+        probe = probe_of(module, kind)
+        with torch.no_grad(), probe.at(Offset(EPS, SEED, STEP, 0), side_paths=False):
+            assert isinstance(module.weight, Unformed)
+        probe.detach()
+
+
+def test_two_layer_types_cannot_compute_one_function():
+    class Other(LayerRule):
+        batched = RULES["Linear"].batched
+
+    with pytest.raises(ValueError, match="Other: linear is computed by another layer type already"):
+        register(Other())
+    assert "Other" not in RULES
+
+
+def test_a_file_of_a_layer_type_knows_no_other_layer_type():
+    folder = Path(zotune.forward.layers.__file__).parent
+    types = {path.stem for path in folder.glob("*.py")} - {"__init__", "rule"}
+    for stem in types:
+        tree = ast.parse((folder / f"{stem}.py").read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not imported & {f"zotune.forward.layers.{other}" for other in types - {stem}}, stem
+
+
+def test_coordinates_without_a_rule_go_the_general_way():
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(70, 70, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x @ self.weight)
+
+    module = Scale()
+    assert rule_of(module) is None
+    probe = probe_of(module, "low rank")
+    coordinate: Coordinate = probe.coordinates[0]
+    assert isinstance(coordinate, LowRankCoordinate) and not coordinate.side_path and not probe.side_paths
+    x = torch.ones(2, 70)
+    assert agree(probe.evaluate(lambda: module(x), Offset(EPS, SEED, STEP, 0)), whole(probe, module, x, EPS), torch.float32)
