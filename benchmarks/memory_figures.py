@@ -21,7 +21,7 @@ import torch
 from zotune import catalogue
 from zotune.memory import Split, Workload, config_of, estimate
 from zotune.memory.formulas import closed_form
-from zotune.memory.step import numbers_of
+from zotune.memory.workload import elements_of
 from zotune.schemes import Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +104,7 @@ def lengths() -> None:
             kinds = kept.get(f"{length} {name}", work)
             line.append(sum(kinds.values()) / 1e9)
             if scheme == "full" and method in ("fo-adamw", "fo-sgd", "mezo"):
-                total, largest = numbers_of(work)
+                total, largest = elements_of(work)
                 # The saved activations are those of FO-SGD, whose peak is at the end of the forward pass.
                 saved = kept.get(f"{length} FO-SGD", work.with_(method=catalogue.get("fo-sgd")))["activations"]
                 theory.append((closed_form(method, total, largest, saved) or 0) / 1e9)

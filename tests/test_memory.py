@@ -17,7 +17,7 @@ from zotune.memory import KINDS, Ledger, Workload, config_of, estimate, measure,
 from zotune.memory.fitting import largest
 from zotune.memory.formulas import closed_form
 from zotune.memory.models import depth_of, shallow
-from zotune.memory.step import numbers_of
+from zotune.memory.workload import elements_of
 from zotune.schemes import Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +75,7 @@ def test_a_rehearsal_allocates_what_a_real_step_does(model, method, options):
 
 
 def test_kinds_are_what_the_step_keeps():
-    numbers, _ = numbers_of(plan("llama", "fo-adamw"))
+    numbers, _ = elements_of(plan("llama", "fo-adamw"))
     kinds = measure(plan("llama", "fo-adamw", batch_size=1, sequence_length=4)).kinds
     assert kinds["weights"] == pytest.approx(4 * numbers, rel=0.01)  # and a buffer of rotations
     assert kinds["optimiser state"] == pytest.approx(8 * numbers, rel=0.01)
@@ -110,7 +110,7 @@ def test_a_rehearsal_leaves_no_trace():
 def test_every_method_can_be_rehearsed():
     """No method reads a number that a fake tensor does not have."""
     small = Workload(shallow(MODELS["llama"], 1), catalogue.get("mezo"), batch_size=4, sequence_length=8)
-    numbers, _ = numbers_of(small)
+    numbers, _ = elements_of(small)
     for name in catalogue.names():
         split = estimate(small.with_(method=catalogue.get(name)))
         assert split.total > 4 * numbers, name
@@ -124,7 +124,7 @@ def test_shipped_shapes_have_the_papers_numbers_of_parameters():
                  "roberta-large": 0.355, "Llama-2-7b-hf": 6.7, "Llama-2-13b-hf": 13, "Llama-2-70b-hf": 69}  # fmt: skip
     for name, billions in published.items():
         work = Workload(config_of(name), catalogue.get("mezo"))
-        assert numbers_of(work)[0] / 1e9 == pytest.approx(billions, rel=0.04), name
+        assert elements_of(work)[0] / 1e9 == pytest.approx(billions, rel=0.04), name
     assert set(published) <= {each.rpartition("/")[2] for each in shipped()}
 
 

@@ -32,14 +32,15 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     from zotune.memory.formulas import FORMULAS, closed_form
     from zotune.memory.models import context_of
-    from zotune.memory.step import estimate, numbers_of, trains
+    from zotune.memory.step import estimate
+    from zotune.memory.workload import elements_of, trains
 
     limit = parse_size(args.memory) if args.memory else None
     dtype = args.dtype or "bfloat16"
     accelerator = args.device == "cuda"
     begin = time.perf_counter()
     plans = [workload(args, method, dtype) for method in methods_of(args.method, args.method_args)]
-    parameters, largest_parameter = numbers_of(plans[0])
+    parameters, largest_parameter = elements_of(plans[0])
     rows: list[dict[str, Any]] = []
     for plan in plans:
         split = estimate(plan, accelerator=accelerator, exact=args.exact)

@@ -60,7 +60,7 @@ def workload(args: argparse.Namespace, method: Any, dtype: str) -> Any:
     import torch
 
     from zotune.memory.models import config_of, context_of
-    from zotune.memory.step import Workload
+    from zotune.memory.workload import Workload
     from zotune.schemes import Scheme
     from zotune.tasks.preparation import is_encoder
 

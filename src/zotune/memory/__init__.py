@@ -7,6 +7,7 @@
 
 from zotune.memory.ledger import KINDS, Ledger, Split
 from zotune.memory.models import build, config_of, shipped
-from zotune.memory.step import Workload, estimate, measure
+from zotune.memory.step import estimate, measure
+from zotune.memory.workload import Workload
 
 __all__ = ["KINDS", "Ledger", "Split", "Workload", "build", "config_of", "estimate", "measure", "shipped"]

@@ -26,8 +26,8 @@ def closed_form(method: str, parameters: int, largest: int, activations: int, *,
 
     Args:
         method: its name.
-        parameters: numbers in all parameters.
-        largest: numbers in the largest parameter.
+        parameters: elements of all parameters.
+        largest: elements of the largest parameter.
         activations: bytes saved for the backward pass, as the step keeps them.
         half: whether weights and compute are in half precision; then |a| is twice ``activations``.
 

@@ -13,7 +13,8 @@ from zotune.commands.models import ModelPlan, resolve_dtype
 from zotune.config import ZOConfig
 from zotune.first_order import Rival
 from zotune.memory.models import build
-from zotune.memory.step import Workload, estimate
+from zotune.memory.step import estimate
+from zotune.memory.workload import Workload
 from zotune.methods import Method
 from zotune.offloading import cap
 from zotune.offloading.cap import Needs

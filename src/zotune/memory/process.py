@@ -13,7 +13,8 @@ import sys
 
 import torch
 
-from zotune.memory.step import Workload, measure
+from zotune.memory.step import measure
+from zotune.memory.workload import Workload
 from zotune.training.peak_memory import PeakMemory
 
 #: glibc returns allocations above so many bytes to the system at once, and MKL its work space.

@@ -3,92 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zotune import catalogue, schemes
 from zotune.first_order import Rival, optimizer_class
 from zotune.io.caches import clear_tensor_caches
 from zotune.memory.ledger import Ledger, Split
-from zotune.memory.models import build, config_from, depth_of, shallow
+from zotune.memory.models import build, depth_of, shallow
 from zotune.memory.rehearsal import rehearsal
-from zotune.methods import Method
+from zotune.memory.workload import Workload, batch_of, other_phases, prepared, trains
 from zotune.objectives import objective
 from zotune.optimizer import ZerothOrder
-from zotune.schemes import Scheme
-from zotune.subspaces import Guided
-from zotune.tasks.preparation import is_encoder
 
 #: Steps that are run: the first has states to make, the second has them already.
 STEPS = 2
 #: Layers of the two models that stand in for a deep one.
 DEPTHS = (1, 2)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is trained, and how.
-
-    Args:
-        config: of the model, from :func:`zotune.memory.config_of`.
-        method: from :func:`zotune.catalogue.get`; ``"zero-shot"`` evaluates and trains nothing.
-        scheme: which parameters move.
-        batch_size: examples a step, B.
-        sequence_length: tokens an example, T.
-        dtype: of the weights.
-        scored: tokens of an example whose logits the loss needs; None: T − 1, all that can be predicted.
-        probe: as in :class:`zotune.ZerothOrder`.
-        activation_checkpointing: first-order methods run forwards again in place of keeping activations.
-    """
-
-    config: Any
-    method: Method | Rival
-    scheme: Scheme = field(default_factory=Scheme)
-    batch_size: int = 16
-    sequence_length: int = 256
-    dtype: torch.dtype = torch.float32
-    scored: int | None = None
-    probe: str = "auto"
-    activation_checkpointing: bool = False
-
-    def with_(self, **changes: Any) -> Workload:
-        return replace(self, **changes)
-
-    def to_json(self) -> str:
-        """The workload as JSON, for another process."""
-        content = {
-            "config": json.loads(self.config.to_json_string(use_diff=False)),
-            "method": {"name": self.method.name, "options": self.method.options},
-            "scheme": asdict(self.scheme),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
-        }
-        return json.dumps(content)
-
-    @classmethod
-    def from_json(cls, text: str) -> Workload:
-        """The workload that :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: its model, method or scheme is unknown here.
-        """
-        content = json.loads(text)
-        method = content["method"]
-        return cls(
-            config=config_from(content["config"], "the workload"),
-            method=catalogue.get(method["name"], **method["options"]),
-            scheme=Scheme(**content["scheme"]),
-            dtype=getattr(torch, content["dtype"]),
-            **{name: content[name] for name in _PLAIN_FIELDS},
-        )
-
-
-_PLAIN_FIELDS = ("batch_size", "sequence_length", "scored", "probe", "activation_checkpointing")
 
 
 def estimate(workload: Workload, *, accelerator: bool = False, exact: bool = False) -> Split:
@@ -114,7 +47,7 @@ def estimate(workload: Workload, *, accelerator: bool = False, exact: bool = Fal
 
 def _rehearsed(workload: Workload, accelerator: bool) -> dict[str, Split]:
     peaks: dict[str, Split] = {}
-    for place, one in enumerate([workload, *_other_turns(workload)]):
+    for place, one in enumerate([workload, *other_phases(workload)]):
         with rehearsal(accelerator=accelerator):
             model = prepared(build(one.config, one.dtype), one)
             found, _ = run(model, one, batch_of(one), host=not accelerator)
@@ -141,48 +74,11 @@ def measure(workload: Workload, device: torch.device | str = "cpu", model: nn.Mo
     peaks, optimizer = run(model, workload, batch, ledger=ledger, host=host)
     if optimizer is not None:
         optimizer.detach()
-    for place, other in enumerate(_other_turns(workload)):
+    for place, other in enumerate(other_phases(workload)):
         more, optimizer = run(model, other, batch, ledger=ledger, host=host)
         optimizer.detach()
         peaks = peaks | {f"{moment} {place}": split for moment, split in more.items()}
     return _highest(peaks)
-
-
-def prepared(model: nn.Module, workload: Workload) -> nn.Module:
-    model = schemes.apply(model, workload.scheme)
-    problem = schemes.refusal(workload.method, model, workload.scheme) if trains(workload.method) else None
-    if problem is not None:
-        raise ValueError(problem)
-    if workload.activation_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
-        if workload.scheme.scheme != "full":
-            model.enable_input_require_grads()  # type: ignore[operator]
-    return model
-
-
-def numbers_of(workload: Workload) -> tuple[int, int]:
-    """Numbers in all parameters of the model, and in its largest one."""
-    with torch.device("meta"):
-        counts = {name: p.numel() for name, p in build(workload.config, workload.dtype).named_parameters()}
-    return sum(counts.values()), max(counts.values())
-
-
-def trains(method: Method | Rival) -> bool:
-    """Whether a method takes steps."""
-    return not (isinstance(method, Rival) and method.build is None)
-
-
-def batch_of(workload: Workload) -> dict[str, Tensor]:
-    """A batch of the workload's shape: one row is a token shorter than the others, as padded batches are."""
-    rows, length = workload.batch_size, workload.sequence_length
-    ids = torch.arange(rows * length).view(rows, length) % min(997, workload.config.get_text_config().vocab_size - 3) + 3
-    mask = torch.ones(rows, length, dtype=torch.int64)
-    mask[0, -1] = 0
-    if is_encoder(workload.config):
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(rows, dtype=torch.int64)}
-    scored = length - 1 if workload.scored is None else workload.scored
-    positions = torch.arange(length - 1 - scored, length - 1).expand(rows, scored).contiguous()
-    return {"input_ids": ids, "attention_mask": mask, "positions": positions, "targets": ids[:, length - scored :].contiguous()}
 
 
 def run(
@@ -217,18 +113,10 @@ def _steps(
             optimizer = optimizer_class(method)(model, method, lr=rate, max_steps=STEPS)
         else:
             rows = len(next(iter(batch.values())))
-            # What is looked at beyond a batch is kept on the host: elsewhere it is no more than its forwards.
+            # Examples sampled beyond a batch are kept on the host: elsewhere they cost no more than their forwards.
             examples = (lambda _, count: [batch] * -(-count // rows)) if counted.host else None
             optimizer = ZerothOrder(model, method, lr=rate, probe=workload.probe, examples=examples)
     for _ in range(STEPS):
         counted.begin_step()
         optimizer.step(loss, batch)
     return optimizer
-
-
-def _other_turns(workload: Workload) -> list[Workload]:
-    """The workload with those turns first that come late in it, and evaluate more at once than the first do."""
-    method = workload.method
-    if not (isinstance(method, Method) and isinstance(method.subspace, Guided) and not method.subspace.begin):
-        return []
-    return [workload.with_(method=replace(method, subspace=replace(method.subspace, begin=1)))]

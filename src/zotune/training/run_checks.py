@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from zotune import offloading, schemes
+from zotune import schemes
 from zotune.first_order import Rival
 from zotune.methods import Method
+from zotune.offloading.refusing import refusal as not_offloaded
 from zotune.training import baseline_runs
 from zotune.training.run_config import RunConfig
 
@@ -40,7 +41,7 @@ def under_scheme(model: nn.Module, config: RunConfig, method: Method | Rival, *,
         model = schemes.apply(model, config.scheme, seed=config.training.seed)
     if config.scheme.scheme == "prefix" and config.training.activation_checkpointing:
         raise ValueError("prefix tuning keeps its keys and values where activation checkpointing drops them: leave one of them out.")
-    reason = schemes.refusal(method, model, config.scheme) or (offloading.refusal(method, model) if config.model.offload != "no" else None)
+    reason = schemes.refusal(method, model, config.scheme) or (not_offloaded(method, model) if config.model.offload != "no" else None)
     if reason is not None:
         raise ValueError(reason)
     return model
