@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zotune.directions import Directions, Key, uniform_integers
+from zotune.io.memory_tags import tagged
 
 _BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
 
@@ -53,6 +54,7 @@ class Chosen(Directions):
         self.kind = kind
         self.shapes = {name: (shape[0] if shape else 1, math.prod(shape[1:])) for name, shape in shapes.items()}
 
+    @tagged("directions")
     def chosen(self, key: Key, device: torch.device) -> tuple[Tensor, Tensor, float]:
         """(rows, columns, sign) of a key: int64, (R,) and (C,), without duplicates."""
         m, n = self.shapes[key.name]
@@ -68,24 +70,28 @@ class Chosen(Directions):
     def scale(self, key: Key, numel: int, device: torch.device) -> float:
         return 1.0
 
+    @tagged("directions")
     def block(self, key: Key, part: slice, device: torch.device, scale: float = 1.0) -> Tensor:
         rows, columns, sign = self.chosen(key, device)
         index = (rows.unsqueeze(1) * self.shapes[key.name][1] + columns).view(-1)
         index = index[(index >= part.start) & (index < part.stop)] - part.start
         return torch.zeros(part.stop - part.start, device=device).index_fill_(0, index, sign * scale)
 
+    @tagged("directions")
     def rows(self, key: Key, rows: Tensor, columns: int) -> Tensor:
         chosen, column, sign = self.chosen(key, rows.device)
         out = torch.zeros(len(rows), columns, device=rows.device)
         out[:, column] = sign
         return out * torch.isin(rows, chosen).unsqueeze(1)
 
+    @tagged("directions")
     def draw_many(self, key: Key, count: int, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
         device = torch.device(device)
         whole = slice(0, math.prod(shape))
         each = [self.block(key._replace(direction=key.direction + k), whole, device) for k in range(count)]
         return torch.stack(each).view(count, *shape)
 
+    @tagged("directions")
     def draw_together(self, key: Key, count: int, names: Sequence[str], numels: Sequence[int], device: torch.device) -> Tensor:
         each = [self.draw_many(key._replace(name=name), count, (numel,), device) for name, numel in zip(names, numels, strict=True)]
         return torch.cat(each, dim=1)

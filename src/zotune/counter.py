@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from zotune.io.caches import tensor_cache
+from zotune.io.memory_tags import tagged
 from zotune.sending import send, send_list
 
 #: Words to a page.
@@ -164,6 +165,7 @@ def words_together(
     return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)
 
 
+@tagged("directions")
 def foresee(seed: int, step: int, names: Sequence[str], device: torch.device) -> None:
     """Do now what the directions of a step to come will ask of the host: it may have time to spare while a device is busy."""
     for name in names:

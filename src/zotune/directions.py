@@ -11,7 +11,6 @@ device; a sphere's scale is a sum over a parameter, and is the same on one type 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import math
@@ -25,6 +24,8 @@ from torch import Tensor
 from zotune.counter import PAGE, Key, generator_seed, words, words_at, words_many, words_together
 from zotune.io.caches import on_clear, tensor_cache
 from zotune.io.execution import current
+from zotune.io.memory_tags import memory_tag, tagged
+from zotune.io.suggest import did_you_mean_or
 from zotune.quantiles import scaled_pairs, scaled_signs
 from zotune.sending import send, send_list
 
@@ -218,15 +219,14 @@ class Directions:
 
     def __init__(self, kind: str = "gaussian") -> None:
         if kind not in self.KINDS:
-            near = difflib.get_close_matches(kind, self.KINDS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(self.KINDS)}."
-            raise ValueError(f"unknown direction distribution {kind!r}{hint}")
+            raise ValueError(f"unknown direction distribution {kind!r}{did_you_mean_or(kind, self.KINDS, 'choose one of')}")
         self.kind = kind
         self.source = _Rademacher if kind == "rademacher" else _Gaussian
 
     def __repr__(self) -> str:
         return f"Directions({self.kind!r})"
 
+    @tagged("directions")
     def block(self, key: Key, part: slice, device: torch.device, scale: float = 1.0) -> Tensor:
         """``scale`` times elements ``part`` of the direction, float32, flat; for the sphere still without its :meth:`scale`.
 
@@ -244,6 +244,7 @@ class Directions:
         size = part.stop - part.start
         return numbers if size == numbers.numel() else numbers[lead : lead + size]
 
+    @tagged("directions")
     def rows(self, key: Key, rows: Tensor, columns: int) -> Tensor:
         """Rows ``rows`` (int64, (R,)) of the direction of a matrix with so many columns: float32, (R, columns), without :meth:`scale`."""
         per_word = self.source.per_word
@@ -255,6 +256,7 @@ class Directions:
             return out
         return out.gather(1, (first % per_word).unsqueeze(1) + torch.arange(columns, device=rows.device))
 
+    @tagged("directions")
     def scale(self, key: Key, numel: int, device: torch.device) -> float:
         """What a block is to be multiplied by: 1, or √d / ‖z‖ for the sphere (which takes one pass over the numbers)."""
         if self.kind != "sphere":
@@ -271,6 +273,7 @@ class Directions:
         for_blocks(numel, device, add_up)
         return math.sqrt(numel / math.fsum(squares))
 
+    @tagged("directions")
     def draw(self, key: Key, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
         """The whole direction of one parameter, float32, of the given shape."""
         device, numel = torch.device(device), math.prod(shape)
@@ -283,6 +286,7 @@ class Directions:
         for_blocks(numel, device, write)
         return flat.view(shape)
 
+    @tagged("directions")
     def draw_many(self, key: Key, count: int, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
         """Directions ``key.direction`` to ``key.direction + count - 1`` of one parameter, float32, shape (count, *shape)."""
         device, numel = torch.device(device), math.prod(shape)
@@ -310,6 +314,7 @@ class Directions:
             return z
         return z[:numel] if count == 1 else z.view(count, -1)[:, :numel].reshape(-1)
 
+    @tagged("directions")
     def draw_together(self, key: Key, count: int, names: Sequence[str], numels: Sequence[int], device: torch.device) -> Tensor:
         """:meth:`draw_many` for several small parameters, side by side: (count, sum of ``numels``).
 
@@ -324,6 +329,7 @@ class Directions:
         z = z.view(count, -1)
         return z if used is None else z.index_select(1, used)
 
+    @tagged("directions")
     def combine(
         self,
         terms: Sequence[tuple[Key, float]],
@@ -333,10 +339,12 @@ class Directions:
         """Σ weight · Z(key) over ``terms``, float32, of the given shape; no single Z is ever whole."""
         device, numel = torch.device(device), math.prod(shape)
         weights = [(key, weight * self.scale(key, numel, device)) for key, weight in terms]
-        flat = torch.zeros(numel, device=device)
+        with memory_tag("gradients"):
+            flat = torch.zeros(numel, device=device)
         for_blocks(numel, device, lambda part: self.add_to(flat[part], part, weights))
         return flat.view(shape)
 
+    @tagged("directions")
     def add_to(self, target: Tensor, part: slice, moves: Sequence[tuple[Key, float]]) -> None:
         """target += Σ scale · Z(key)[part] over ``moves``; ``target`` flat, and the scales with those of the sphere in them."""
         for key, scale in moves:
@@ -346,6 +354,17 @@ class Directions:
                 target.add_(self.block(key, part, target.device).mul_(scale))
 
 
+@tagged("directions")
+def add_weighted(total: Tensor, z: Tensor, weights: Sequence[float]) -> Tensor:
+    """total += Σ_k weights[k] · z[k], one direction after the other: products and sums apart, so that every element is rounded alike
+    wherever it lies and whatever computes it."""
+    for one, weight in zip(z, weights, strict=True):
+        if weight:
+            total.add_(one.to(total.dtype) * weight)
+    return total
+
+
+@tagged("directions")
 def uniform_integers(key: Key, part: slice, bits: int, device: torch.device) -> Tensor:
     """Elements ``part`` of uniform integers in [0, 2^bits), bits ≤ 31, int32, flat: the dither of stochastic rounding."""
     first, lead = divmod(part.start, 2)

@@ -14,6 +14,8 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from zotune.io.memory_tags import tagged
+
 
 class Point(NamedTuple):
     """θ + sign · ε · Z_direction; sign 0 is θ itself."""
@@ -149,10 +151,12 @@ class Tangent(Central):
 ESTIMATORS: dict[str, Estimator] = {"central": Central(), "forward": Forward(), "curvature": Curvature(), "tangent": Tangent()}
 
 
+@tagged("activations")
 def _mean(losses: Tensor) -> float:
     return float(losses.double().mean())
 
 
+@tagged("activations")
 def _estimate(pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[float], width: float) -> Estimate:
     coefficients, skipped, gaps, noises = [], [], [], []
     for high, low in pairs:
@@ -175,6 +179,7 @@ def _estimate(pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[float], w
     )
 
 
+@tagged("activations")
 def _estimate_own(high: Tensor, low: Tensor, levels: Tensor, owners: Tensor, width: float, num_directions: int) -> Estimate:
     """Every example under its own direction, or its group's: c_k = K/(N · width) Σ over the examples i of direction k of (high_i − low_i).
 

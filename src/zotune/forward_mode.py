@@ -18,8 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
+from zotune.io.memory_tags import tagged
 
 
+@tagged("directions")
 def dual(coordinate: Coordinate, directions: Directions, offset: Offset) -> Tensor:
     """θ with the direction of ``offset`` as its tangent, inside a dual level."""
     weights = [0.0] * offset.direction + [1.0]
@@ -62,6 +64,7 @@ class ForwardMode:
         self.plain_attention = True
         return self.derivative(function, seeded)
 
+    @tagged("directions")
     def _once(self, function: Callable[[], Any], seeded: Callable[[], AbstractContextManager[None]]) -> tuple[Tensor, Tensor]:
         attention = sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext()
         with attention, forward_ad.dual_level(), seeded():

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.io.memory_tags import tagged
+
 LossFunction = Callable[..., Any]
 
 
@@ -22,6 +24,7 @@ def losses_of(loss_fn: LossFunction, rows: Any) -> Tensor:
     return as_losses([loss_fn(rows)])
 
 
+@tagged("activations")
 def as_losses(parts: list[Any]) -> Tensor:
     """What a loss function returned for each micro-batch, as one float32 tensor of shape (n,).
 

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zotune import output_errors, shared_prompts
-from zotune.token_scores import IGNORE, at_least_float32, cross_entropy, head_of, logits_of, scored_logits, token_logprobs
+from zotune.io.memory_tags import tagged
+from zotune.token_scores import IGNORE, at_least_float32, cross_entropy, logits_of, scored_logits, token_logprobs
+from zotune.weights.structure import head_of
 
 __all__ = [
     "IGNORE",
@@ -41,6 +43,7 @@ class LanguageModelLoss:
     model: nn.Module
     capturable = True
 
+    @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
         targets = batch["targets"]
         scored = (targets != IGNORE).sum(dim=1).clamp(min=1)
@@ -48,6 +51,7 @@ class LanguageModelLoss:
         return -logprobs.sum(dim=1) / scored
 
 
+@tagged("activations")
 def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False, *, answers: Tensor | None = None) -> Tensor:
     """Log-likelihood of each answer option given its prompt, summed over the option's tokens: (B, C) in float32.
 
@@ -96,6 +100,7 @@ class ChoiceLoss:
     length_normalize: bool = False
     capturable = True
 
+    @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
         scores = choice_scores(self.model, batch, self.length_normalize, answers=batch["answer"])
         return F.cross_entropy(scores, batch["answer"], reduction="none")
@@ -112,10 +117,12 @@ class ClassifierLoss:
     model: nn.Module
     capturable = True
 
+    @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
         return cross_entropy(class_scores(self.model, batch), batch["labels"])
 
 
+@tagged("activations")
 def class_scores(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (B, number of classes) of a sequence-classification model, in float32."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

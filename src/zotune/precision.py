@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zotune.directions import Key, uniform_integers
+from zotune.io.memory_tags import tagged
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -29,6 +30,7 @@ def _float16_spacing(x: Tensor, fraction: float = 1.0) -> Tensor:
     return power.clamp_(min=2.0**-14).mul_(2.0**-10 * fraction)
 
 
+@tagged("directions")
 def join(half: Tensor, residual: Tensor) -> Tensor:
     """The float32 value that (half, residual) stands for; shapes equal, residual int16."""
     x = half.float()
@@ -38,6 +40,7 @@ def join(half: Tensor, residual: Tensor) -> Tensor:
     return x.addcmul_(residual.float(), _float16_spacing(x, 2.0**-15))
 
 
+@tagged("directions")
 def split_into(x: Tensor, half: Tensor, residual: Tensor) -> None:
     """Write x (float32, contiguous; its memory is used up) as (half, residual), int16, with ``join(half, residual) == x``.
 
@@ -53,6 +56,7 @@ def split_into(x: Tensor, half: Tensor, residual: Tensor) -> None:
     residual.copy_(x.sub_(nearest).div_(_float16_spacing(nearest, 2.0**-15)).round_().clamp_(-(2**15), 2**15 - 1))
 
 
+@tagged("directions")
 def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(half, residual) of :func:`split_into`, as new tensors; x stays."""
     half, residual = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=torch.int16)
@@ -60,6 +64,7 @@ def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return half, residual
 
 
+@tagged("directions")
 def stochastic_round(x: Tensor, dtype: torch.dtype, key: Key, first: int = 0) -> Tensor:
     """x (float32, flat) rounded to a neighbour in ``dtype``, up with probability (x - lower) / spacing, so E[result] = x.
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from zotune.guessed_signal import GuessedSignal
+from zotune.io.memory_tags import tagged
 from zotune.running_mean import RunningMean
 
 #: Examples whose mean gradient is as large as its noise, if a batch shows no signal.
@@ -116,6 +117,7 @@ class StepSize:
         self.radius, self.leapt = radius, False
         return anew
 
+    @tagged("activations")
     def measure(self, losses: Tensor, radius: float, owners: Tensor | None = None) -> None:
         """Take in the losses (3, n) of a batch at θ and θ ± radius · Z, Z the same for all examples or each its owner's, (n,)."""
         here, plus, minus = losses.double()
@@ -126,6 +128,7 @@ class StepSize:
         else:
             self.single.add(float(each.square().mean()))
 
+    @tagged("activations")
     def curve(self, each: Tensor, owners: Tensor | None = None) -> None:
         """Take in ZᵀHZ of single examples, (1, n)."""
         self.curvature.add(float(each.mean()))
@@ -136,6 +139,7 @@ class StepSize:
             self.spread.add(float(halves.prod(dim=1).mean() if halves.shape[1] > 1 else each.square().mean()))
         self.brake = min(1.0, RELEASE * self.brake)
 
+    @tagged("activations")
     def tell(self, each: Tensor) -> None:
         """Take in coefficients of single examples, (K, n), under directions that they share."""
         if not bool(each.isfinite().all()):

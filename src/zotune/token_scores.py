@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zotune import output_errors
+from zotune.io.memory_tags import tagged
+from zotune.weights.structure import head_of
 
 #: Target value of a position that is not scored.
 IGNORE = -100
@@ -19,6 +21,7 @@ IGNORE = -100
 CHUNK_ELEMENTS = 2**24
 
 
+@tagged("logits")
 def token_logprobs(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, *, shares: Tensor | None = None
 ) -> Tensor:
@@ -44,6 +47,7 @@ def token_logprobs(
     return -cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
 
 
+@tagged("activations")
 def scored_logits(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
     """Logits (R, S, vocabulary) at `positions` (R, S), as the model's own forward makes them of ``input_ids`` (R, T) and other inputs."""
     arguments: dict[str, Tensor | bool] = dict(inputs)
@@ -83,27 +87,20 @@ def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) 
         handle.remove()
 
 
-def head_of(model: nn.Module) -> nn.Module | None:
-    """The layer that makes logits of a language model's last hidden states, where that can be told."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    if get_head is None:
-        return None
-    head = get_head()
-    # A head that is the input embedding itself is called with token ids: not a place to gather at.
-    return head if isinstance(head, nn.Module) and not isinstance(head, nn.Embedding) else None
-
-
+@tagged("activations")
 def _behind_own_tokens(states: Tensor, positions: Tensor, length: int) -> Tensor:
     """Positions where a model has put tokens of its own before the text, as prompt tuning does."""
     return positions + (states.shape[1] - length)
 
 
+@tagged("activations")
 def _select(states: Tensor, positions: Tensor) -> Tensor:
     """(R, T, d) at positions (R, S) -> (R, S, d)."""
     rows = torch.arange(states.shape[0], device=states.device).unsqueeze(1)
     return states[rows, positions]
 
 
+@tagged("logits")
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[targets] in float32, 0 where the target is -100: (N, V), (N,) -> (N,)."""
     rows = _rows_at_once(logits)
@@ -114,6 +111,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
+@tagged("logits")
 def log_normalizers(logits: Tensor) -> Tensor:
     """log Σ exp(logits) over the last dimension in float32: (N, V) -> (N,)."""
     chunks = [at_least_float32(part).logsumexp(dim=-1) for part in logits.split(_rows_at_once(logits))]
@@ -124,6 +122,7 @@ def _rows_at_once(logits: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // logits.shape[-1])
 
 
+@tagged("logits")
 def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

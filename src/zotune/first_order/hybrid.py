@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from zotune.coordinates import Offset
 from zotune.directions import Key
 from zotune.estimators import ESTIMATORS
-from zotune.first_order.last_blocks import blocks_of, deep_names, refusal
 from zotune.first_order.optimizer import FirstOrder, LossFunction, add, checked
 from zotune.first_order.rival import BACKWARD, Rival
+from zotune.first_order.split_check import refusal
 from zotune.io.memory_tags import tagged
 from zotune.journal import StepRecord
 from zotune.methods import mezo
 from zotune.optimizer import ZerothOrder
 from zotune.rng.isolation import isolated_generators
+from zotune.weights.structure import blocks_of, last_blocks
 
 
 class Hybrid(FirstOrder):
@@ -67,7 +68,7 @@ class Hybrid(FirstOrder):
         reason = refusal(self.model, self.method.blocks)
         if reason is not None:
             raise ValueError(f"{self.method.name}: {reason}.")
-        deep = frozenset(deep_names(self.model, self.method.blocks))
+        deep = frozenset(last_blocks(self.model, self.method.blocks))
         return {name: p for name, p in self.model.named_parameters() if name in deep}
 
     @tagged("backward update")

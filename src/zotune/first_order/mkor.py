@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.first_order.rival import Setting
+from zotune.io.memory_tags import tagged
 
 
 def inverse_of_moved(inverse: Tensor, vector: Tensor, gamma: float) -> Tensor:
@@ -77,6 +78,7 @@ class MKOR(torch.optim.Optimizer):
 
     # -- what layers see --------------------------------------------------------------------------------------------------------------
 
+    @tagged("backward update")
     def _forward(self, key: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         due = not self.first_order and self.count % self.interval == 0
         if due and torch.is_grad_enabled() and module.training and output.requires_grad:
@@ -85,6 +87,7 @@ class MKOR(torch.optim.Optimizer):
             output.register_hook(self._backward(key, mean))
 
     def _backward(self, key: int, mean: Tensor) -> Callable[[Tensor], None]:
+        @tagged("backward update")
         def arrived(gradient: Tensor) -> None:
             total = _wide(gradient).flatten(0, -2).sum(dim=0)
             before = self.seen.get(key)

@@ -19,6 +19,7 @@ from torch import Tensor
 from zotune.counter import GOLDEN_SIGNED, PAGE, Key, page_words, signed, stream
 from zotune.directions import Directions
 from zotune.held_keys import Source, table_of
+from zotune.io.memory_tags import tagged
 from zotune.quantiles import BITS, LATTICE
 from zotune.sending import send_list
 
@@ -206,6 +207,7 @@ def _launch(
         )  # fmt: skip
 
 
+@tagged("directions")
 def perturb(
     directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, out: Tensor, source: Source | None = None
 ) -> None:
@@ -213,6 +215,7 @@ def perturb(
     _launch(directions, key, scale, weight, residual, out, source=source)
 
 
+@tagged("directions")
 def perturb_both(
     directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, out: Tensor, source: Source | None = None
 ) -> None:
@@ -220,6 +223,7 @@ def perturb_both(
     _launch(directions, key, scale, weight, residual, out, both=True, source=source)
 
 
+@tagged("directions")
 def perturb_rows(
     directions: Directions,
     key: Key,
@@ -242,6 +246,7 @@ def perturb_rows(
     return out
 
 
+@tagged("directions")
 def update(directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, keep: float = 1.0) -> None:
     """W ← keep · W + scale · Z(key), the residual with it."""
     _launch(directions, key, scale, weight, residual, weight, keep, write=True)
@@ -255,6 +260,7 @@ class Many:
         residuals: the 16 bits beside each, None for float32.
     """
 
+    @tagged("directions")
     def __init__(self, weights: Sequence[Tensor], residuals: Sequence[Tensor] | None) -> None:
         device, self.half = weights[0].device, residuals is not None
         tiles = [triton.cdiv(weight.numel(), _TILE) for weight in weights]
@@ -272,6 +278,7 @@ class Many:
         """Where they lie, by which it can be told that something has moved."""
         return [tensor.data_ptr() for tensor in [*weights, *(residuals or ())]]
 
+    @tagged("directions")
     def update(self, directions: Directions, seed: int, step: int, direction: int, names: Sequence[str], scale: float, keep: float) -> None:
         """W ← keep · W + scale · Z of every weight, along a direction of a step; ``names``: under which it is drawn."""
         origins = send_list([signed(stream(Key(seed, step, direction, name))) for name in names], self.device)

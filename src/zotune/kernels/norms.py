@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zotune.io.memory_tags import tagged
+
 #: Numbers in the longest row that a program holds.
 LONGEST = 1 << 15
 
@@ -29,6 +31,7 @@ def _norm(
     tl.store(out + row * n + place, y.to(out.dtype.element_ty), mask=inside)
 
 
+@tagged("activations")
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x − mean) / √(variance + ε) · w + b over the last dimension of x (B, q, n), with w and b (B, n), (n,) or None."""
     x = x.contiguous()

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zotune.counter import Key, page_words, signed, stream
+from zotune.io.memory_tags import tagged
 from zotune.kernels.moves import nearest, words_of
 
 _ROWS, _COLUMNS = 32, 128
@@ -77,6 +78,7 @@ def _launch(
         )  # fmt: skip
 
 
+@tagged("directions")
 def plus(weight: Tensor, residual: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """W + left_b · rightᵀ in W's dtype, (B, m, n), for W (m, n), left (B, m, r) and right (n, r) float32."""
     out = torch.empty(left.shape[0], *weight.shape, dtype=weight.dtype, device=weight.device)
@@ -84,6 +86,7 @@ def plus(weight: Tensor, residual: Tensor | None, left: Tensor, right: Tensor) -
     return out
 
 
+@tagged("directions")
 def fold(weight: Tensor, residual: Tensor | None, left: Tensor, right: Tensor, keep: float, rounding: Key) -> None:
     """W ← keep · W + left · rightᵀ; left (m, r), right (n, r) float32. A bfloat16 W without residual rounds by ``rounding``'s dither."""
     mode = 2 if residual is not None else 1
@@ -107,6 +110,7 @@ def _outer(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < m)[None, :])
 
 
+@tagged("activations")
 def outer(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """b_B + left_B · right_B, (B, q, m), in left's dtype, for left (B, q, r), right (B, r, m) and b (B, 1, m) or (m,): written once."""
     (blocks, rows, rank), m = left.shape, right.shape[2]

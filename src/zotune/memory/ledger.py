@@ -2,7 +2,8 @@
 
 Tensors are counted by their storages, when torch makes them and when they are freed, as torch's own ``MemTracker`` does
 (``torch.distributed._tools``). That one knows the kinds of a backward pass; the ledger also tells what zeroth-order training keeps memory
-for, by whose code made a tensor: it looks up the call stack. The same ledger serves a real step and one that is rehearsed without data.
+for: the code that allocates tensors says so (see ``memory_tags``), and hooks of the model's modules say where the model computes. The
+same ledger serves a real step and one that is rehearsed without data.
 """
 
 from __future__ import annotations
@@ -12,41 +13,22 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from zotune.first_order import FirstOrder
+from zotune.io.memory_tags import listening, pop, push, tags
 from zotune.optimizer import ZerothOrder
+from zotune.weights.structure import output_embeddings
 
 #: What memory is for, in the order of tables and charts.
 KINDS = ("weights", "gradients", "optimiser state", "activations", "directions", "logits", "temporary")
-
-_HOME = str(Path(__file__).resolve().parents[1]) + "/"
-#: Files of zotune whose tensors are directions, or weights moved along them.
-_DIRECTIONS = tuple(
-    _HOME + name
-    for name in (
-        *("directions.py", "counter.py", "quantiles.py", "neighbours.py", "coordinates.py", "chosen.py", "unformed.py"),
-        *("stacked_parameters.py", "lending.py", "precision.py", "forward_mode.py", "subspaces/", "kernels/"),
-    )
-)
-#: Functions of stacked_parameters.py and lending.py whose own tensors are what a layer gives on.
-_OUTPUTS = {
-    *("_linear", "_dense_linear", "_beside", "_addmm", "_embedding", "_looked_up", "_layer_norm", "_rms_norm", "_affine", "_by_block"),
-    *("thin", "spread", "apply"),
-}
-_STACKED, _SIDE_PATH = (_HOME + "stacked_parameters.py", _HOME + "lending.py"), _HOME + "side_path.py"
-_LOGITS, _OBJECTIVE, _BATCHES = _HOME + "token_scores.py", _HOME + "objectives.py", _HOME + "stacking.py"
-#: Where tensors are the host's, whatever device the model is on.
-_HOST = _HOME + "subspaces/guide.py"
-_UPDATES = tuple(_HOME + name for name in ("applying.py", "rules/", "first_order/", "replayed.py", "anchored.py", "shaping.py"))
 
 
 @dataclass
@@ -71,12 +53,20 @@ class Split:
         return sum(self.kinds.values())
 
 
+class UntaggedError(RuntimeError):
+    """A step has made a tensor of which nobody said what it is for."""
+
+
 class Ledger(TorchDispatchMode):
     """Counts storages from ``with ledger:`` on.
 
     Args:
         model: its parameters and buffers are the weights; what its head makes are the logits.
         host: whether the memory in question is the host's, so that what is kept there counts.
+        strict: within steps, a tensor that is made outside of the model and without a memory tag is an error.
+
+    Raises:
+        UntaggedError: at the end of the block, strict, and there was such a tensor.
 
     Example:
         >>> model = nn.Linear(256, 256, bias=False)
@@ -86,9 +76,11 @@ class Ledger(TorchDispatchMode):
         262144
     """
 
-    def __init__(self, model: nn.Module | None = None, host: bool = True) -> None:
+    def __init__(self, model: nn.Module | None = None, host: bool = True, strict: bool = False) -> None:
         super().__init__()
-        self.host = host
+        self.host, self.strict = host, strict
+        self._stepping = False
+        self._untagged: dict[str, None] = {}  # call sites, in order
         self.pieces: list[Piece] = []
         self._known: weakref.WeakKeyDictionary[Any, Piece] = weakref.WeakKeyDictionary()
         self._events = 0
@@ -97,8 +89,7 @@ class Ledger(TorchDispatchMode):
         self._most: dict[str, tuple[int, int]] = {}  # by moment: bytes, and after which event
         self._phase = ""
         self._updating = False
-        self._head = _head(model) if model is not None else None
-        self._head_code: CodeType | None = None if self._head is None else type(self._head).forward.__code__
+        self._head = output_embeddings(model) if model is not None else None
         if model is not None:
             self.add((t for t in (*model.parameters(), *model.buffers())), "weights")
 
@@ -140,13 +131,29 @@ class Ledger(TorchDispatchMode):
     # -- counting -------------------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Ledger:
-        self._hook = register_optimizer_step_pre_hook(self._first_order_update)
-        super().__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(listening())
+            for handle in (
+                register_optimizer_step_pre_hook(self._first_order_update),
+                register_module_forward_pre_hook(self._enter_module),
+                register_module_forward_hook(self._leave_module, always_call=True),
+            ):
+                stack.callback(handle.remove)
+            super().__enter__()
+            self._opened = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._hook.remove()
+        self._opened.close()
+        if self._untagged and error[0] is None:
+            raise UntaggedError("tensors are made without a memory tag at " + ", ".join(self._untagged))
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        push("logits" if module is self._head else "model")
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        pop()
 
     def _first_order_update(self, optimizer: Any, *unused: Any) -> None:
         """From here to the end of the step, what survives is a first-order optimiser's state."""
@@ -155,7 +162,7 @@ class Ledger(TorchDispatchMode):
 
     def begin_step(self) -> None:
         """A step begins."""
-        self._updating, self._moment = False, "forward"
+        self._updating, self._moment, self._stepping = False, "forward", True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -192,40 +199,21 @@ class Ledger(TorchDispatchMode):
     # -- what for -------------------------------------------------------------------------------------------------------------------
 
     def _purpose(self) -> str:
-        """The kind of what is being made, by the innermost frames that tell; ``… if kept`` where its fate decides."""
+        """The kind of what is being made, by the innermost tag; ``… if kept`` where its fate decides."""
         if torch._C._current_graph_task_id() != -1:
             return "gradients if kept"
-        frame = sys._getframe(2)
         in_model = False
-        while frame is not None:
-            code = frame.f_code
-            name = code.co_filename
-            if code is self._head_code and frame.f_locals.get("self") is self._head:
-                return "logits"
-            if name.startswith(_HOME):
-                if code.co_name in ("weighted", "combine", "_add_weighted") and not in_model:
-                    return "gradients" if code.co_name != "_add_weighted" else "directions"
-                if name == _HOST:
-                    return "host"
-                if name == _SIDE_PATH or (name in _STACKED and code.co_name in _OUTPUTS):
-                    return "activations"
-                if name.startswith(_DIRECTIONS):
-                    return "directions"
-                if name == _LOGITS:
-                    return "activations" if code.co_name in ("_select", "_behind_own_tokens", "scored_logits") else "logits"
-                if name == _OBJECTIVE:
-                    return "activations"
-                if name == _BATCHES:
-                    return "temporary"
-                if in_model:
-                    return "activations"
-                if name.startswith(_UPDATES):
-                    return "optimiser state if kept" if self._updating or "first_order" not in name else "gradients if kept"
-                if name.endswith("zotune/memory/step.py"):
-                    return "activations"
-            elif name.endswith("nn/modules/module.py"):
+        for tag in reversed(tags()):
+            if tag == "model":
                 in_model = True
-            frame = frame.f_back  # type: ignore[assignment]
+            elif in_model:  # of the modules within the head
+                return tag if tag == "logits" else "activations"
+            elif tag == "update" or (tag == "backward update" and self._updating):
+                return "optimiser state if kept"
+            else:
+                return "gradients if kept" if tag == "backward update" else tag
+        if self.strict and self._stepping and not in_model:
+            self._untagged[_call_site()] = None
         return "activations" if in_model else "temporary"
 
     def _settled(self, piece: Piece) -> str:
@@ -246,10 +234,13 @@ def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        head = get() if get is not None else None
-    except NotImplementedError:
-        head = None
-    return head if isinstance(head, nn.Module) else None
+def _call_site() -> str:
+    """``file:line`` of the innermost code of this package outside of this module."""
+    home = __name__.partition(".")[0]
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] == home and module != __name__:
+            return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_qualname})"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "code of another package"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.io.memory_tags import tagged
 from zotune.rules.resolving import OWN_RULES, resolve
 
 #: State tensors that are averages of estimates, linear in them, and so follow a change of basis M ← M T.
@@ -64,6 +65,7 @@ class Rule:
         self.matrices_only = False if self.cls in OWN_RULES.values() else _try_out(self.cls, _Options(self.options))  # type: ignore[arg-type]
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
+    @tagged("update")
     def update(self, name: str, value: Tensor, estimate: Tensor, lr: float, weight_decay: float) -> Tensor:
         """θ after one step of the rule. ``value`` may be changed in place; ``estimate`` has its shape."""
         optimizer = self._optimizer(name, value)
@@ -79,6 +81,7 @@ class Rule:
         parameter.grad, parameter.data = None, value.new_empty(0)
         return value
 
+    @tagged("update")
     def transport(self, name: str, carry: Callable[[Tensor], Tensor]) -> None:
         """Carry first moments over to a new basis."""
         optimizer = self._optimizers.get(name)
@@ -96,6 +99,7 @@ class Rule:
             self._optimizers[name] = instance(cls, nn.Parameter(value), 1e-3, options)
         return self._optimizers[name]
 
+    @tagged("update")
     def state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """(tensors by "coordinate/entry", other entries by coordinate), enough for :meth:`load_state`.
 
@@ -116,6 +120,7 @@ class Rule:
                     others[name][entry] = value
         return tensors, others
 
+    @tagged("update")
     def load_state(self, tensors: dict[str, Tensor], others: dict[str, dict[str, Any]], values: dict[str, Tensor]) -> None:
         """Restore :meth:`state`; ``values`` gives each coordinate's θ, for its shape and device."""
         self._optimizers.clear()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zotune.coordinates import Coordinate
 from zotune.directions import Directions, Key, for_blocks
+from zotune.io.memory_tags import tagged
 from zotune.subspaces.shaped import Factors, ShapedCoordinate
 from zotune.subspaces.subspace import Space
 
@@ -28,6 +29,7 @@ class CurvedCoordinate(ShapedCoordinate):
     def factors(self, seed: int, step: int) -> Factors:
         return lambda part: self.h[part].rsqrt()
 
+    @tagged("directions")
     def learn(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
         """Take in the q_k of a step, once its update has been made."""
         alpha = self.smoothing
@@ -78,6 +80,7 @@ class FactoredCoordinate(CurvedCoordinate):
         r, c = self.h[: self.rows_of], self.h[self.rows_of :]
         return r[row] * c[column] / r.mean()
 
+    @tagged("directions")
     def learn(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
         alpha = self.smoothing
         terms = [(Key(seed, step, k, self.name), alpha * q / len(curvatures)) for k, q in enumerate(curvatures)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,9 @@ from zotune import frozen_linear, residence
 from zotune.coordinates import THIN, Coordinate, Offset
 from zotune.directions import Directions, Key, for_blocks
 from zotune.io.execution import walked
+from zotune.io.memory_tags import tagged
 from zotune.kernels import moves_for, products_for
 from zotune.precision import HALF, join, split_into, stochastic_round
-from zotune.subspaces.subspace import Space
 
 
 class FullCoordinate(Coordinate):
@@ -25,6 +24,7 @@ class FullCoordinate(Coordinate):
     #: Whether this process holds only some of its numbers.
     sharded = False
 
+    @tagged("directions")
     def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
         super().__init__(name, parameter, parameter.shape)
         self.thin = parameter.dim() == 1 or (parameter.dim() == 2 and min(parameter.shape) <= THIN)
@@ -67,6 +67,7 @@ class FullCoordinate(Coordinate):
         if not self.parameter.data.is_contiguous():
             self.parameter.data.copy_(flat.view(self.shape))
 
+    @tagged("directions")
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         if offset is None:
             return self.parameter.detach()
@@ -76,6 +77,7 @@ class FullCoordinate(Coordinate):
             return torch.add(self._block(flat, slice(0, self.numel)), move).to(flat.dtype).view(self.shape)
         return self.at_in(torch.empty_like(flat), directions, offset)
 
+    @tagged("directions")
     def at_in(self, out: Tensor, directions: Directions, offset: Offset) -> Tensor:
         """:meth:`at` of a tensor that is not thin, in the memory ``out``, flat."""
         self._perturb(directions, offset, self._flat(), out, slice(0, self.numel), self.move_scale(directions, offset))
@@ -103,6 +105,7 @@ class FullCoordinate(Coordinate):
 
         for_blocks(whole.stop, self.device, perturb, whole.start)
 
+    @tagged("directions")
     def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
         """(rows, these rows of :meth:`at`) for strips of ``height`` rows of a matrix that is not thin; each in the memory of the last."""
         flat, columns = self._flat(), self.shape[1]
@@ -114,6 +117,7 @@ class FullCoordinate(Coordinate):
             self._perturb(directions, offset, flat, strip, slice(top * columns, rows.stop * columns), scale)
             yield rows, strip.view(-1, columns)
 
+    @tagged("directions")
     def together_at(self, directions: Directions, key: Key, scales: Sequence[float], height: int) -> Iterator[tuple[slice, list[Tensor]]]:
         """(rows, these rows of W + s Z for every s of ``scales``) for strips of a matrix that is not thin, bit for bit those of :meth:`at`.
 
@@ -136,6 +140,7 @@ class FullCoordinate(Coordinate):
             )
             yield rows, [strip.view(-1, columns) for strip in strips]
 
+    @tagged("directions")
     def both_at(self, directions: Directions, key: Key, scales: Sequence[float], source: Any = None) -> Tensor | None:
         """W + s Z and W − s Z, (2, m, n), or the first alone, where a kernel makes them at once; ``source``: from where it reads the key,
         to be recorded."""
@@ -175,6 +180,7 @@ class FullCoordinate(Coordinate):
             else:
                 strip[here].copy_(base)
 
+    @tagged("directions")
     def rows_from(self, directions: Directions, offset: Offset, rows: Tensor, source: Any = None) -> Tensor | None:
         """:meth:`rows_at` where a kernel makes them; ``source`` as in :meth:`both_at`."""
         weight = self.parameter.data
@@ -185,6 +191,7 @@ class FullCoordinate(Coordinate):
         found: Tensor = kernel.perturb_rows(directions, offset.key(self.name), scale, weight, self.residual, rows, source)
         return found
 
+    @tagged("directions")
     def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
         """Rows ``rows`` (int64, (R,)) of :meth:`at` for a matrix that is not thin, bit for bit, without the others."""
         found = self.rows_from(directions, offset, rows)
@@ -194,10 +201,12 @@ class FullCoordinate(Coordinate):
         move = directions.rows(key, rows, columns).mul_(self.move_scale(directions, offset))
         return torch.add(self._rows(rows), move).to(self.parameter.dtype)
 
+    @tagged("directions")
     def value(self) -> Tensor:
         flat = self._flat()
         return self._block(flat, slice(0, self.numel)).view(self.shape)
 
+    @tagged("directions")
     def assign(self, value: Tensor, seed: int, step: int) -> None:
         if value.data_ptr() == self.parameter.data_ptr():  # a float32 weight was handed out as it is and updated in place
             return
@@ -207,6 +216,7 @@ class FullCoordinate(Coordinate):
         for_blocks(self.numel, self.device, lambda part: self._store(flat, part, new[part].clone() if keep else new[part], key))
         self._finish(flat)
 
+    @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         if keep == 1.0 and not any(weights):
             return
@@ -240,6 +250,7 @@ class FullCoordinate(Coordinate):
         for_blocks(self.numel, self.device, move)
         self._finish(flat)
 
+    @tagged("directions")
     def add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float = 1.0) -> None:
         """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r): a block of rows at a time.
 
@@ -254,6 +265,7 @@ class FullCoordinate(Coordinate):
         work = partial(self._add_product, left, right, seed, step, keep)
         residence.when_at_hand(self.parameter, work, held=4 * (left.numel() + right.numel()))
 
+    @tagged("directions")
     def _add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float) -> None:
         columns = self.parameter.shape[1]
         rounding = Key(seed, step, 0, self.name, "rounding")
@@ -269,6 +281,7 @@ class FullCoordinate(Coordinate):
             self._store(flat, part, block, rounding)
         self._finish(flat)
 
+    @tagged("directions")
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """W + left · rightᵀ in W's dtype, a new tensor, made like :meth:`add_product`."""
         kernel = products_for(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
@@ -279,11 +292,13 @@ class FullCoordinate(Coordinate):
             out[rows] = block
         return out
 
+    @tagged("directions")
     def product_rows(self, left: Tensor, right: Tensor, rows: Tensor) -> Tensor:
         """Rows ``rows`` (int64, (R,)) of :meth:`plus_product`, without the others."""
         weight = self._rows(rows)
         return torch.addmm(weight, left[rows].to(weight.dtype), right.T.to(weight.dtype)).to(self.parameter.dtype)
 
+    @tagged("directions")
     def product_strips(self, left: Tensor, right: Tensor, height: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(rows, these rows of :meth:`plus_product`) for strips of ``height`` rows."""
         flat, columns = self._flat(), self.shape[1]
@@ -328,37 +343,17 @@ class FullCoordinate(Coordinate):
     def travels(self) -> bool:
         return type(self) is FullCoordinate
 
+    @tagged("directions")
     def state(self) -> dict[str, Tensor]:
         return {} if self.residual is None else {"residual": alone(residence.lasting(self.residual))}
 
+    @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         if self.residual is not None:
             residual, saved = self.residual, state["residual"]
             residence.when_at_hand(self.parameter, lambda: residual.copy_(saved.to(self.device)), held=2 * self.numel)
 
 
-@dataclass(frozen=True)
-class Full(Space):
-    """Every trainable parameter moves in its own full space."""
-
-    def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
-        return full_coordinate(name, parameter)
-
-
 def alone(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it where it is a part of another one: what is saved has memory of its own."""
     return tensor if tensor._base is None else tensor.clone()
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor, of which other processes may hold the other part."""
-    return hasattr(parameter, "full_tensor") and hasattr(parameter, "device_mesh")
-
-
-def full_coordinate(name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> FullCoordinate:
-    """The coordinates of a parameter in full space, wherever its numbers are."""
-    if is_sharded(parameter):
-        from zotune.subspaces.sharded import ShardedCoordinate  # which builds on this module
-
-        return ShardedCoordinate(name, parameter, keep_residual=keep_residual)
-    return FullCoordinate(name, parameter, keep_residual=keep_residual)

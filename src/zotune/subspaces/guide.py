@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zotune.io.memory_tags import tagged
 from zotune.subspaces.inputs import positive_peaks
 
 #: Ridge of the regression, in units of the inputs' mean square.
@@ -26,11 +27,13 @@ class Rows:
         self.most = torch.finfo(dtype).max if dtype.itemsize == 1 else None
         self.parts: list[tuple[Tensor, Tensor]] = []
 
+    @tagged("host")
     def add(self, rows: Tensor) -> None:
         rows = rows.cpu().float()
         scales = torch.ones(len(rows), 1) if self.most is None else rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / self.most
         self.parts.append(((rows / scales).to(self.dtype), scales))
 
+    @tagged("host")
     def all(self) -> Tensor:
         """All rows, (N, n), float32."""
         found = torch.empty(sum(len(rows) for rows, _ in self.parts), self.parts[0][0].shape[1])
@@ -39,6 +42,7 @@ class Rows:
         return found
 
 
+@tagged("host")
 def guide(inputs: Tensor, errors: Tensor, others: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """P (d, rank) and V (n, rank) in bfloat16, of inputs x (N, n) and errors δ (N, d) at the scored positions and inputs (T, n) anywhere.
 

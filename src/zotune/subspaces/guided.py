@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,34 @@ from torch import Tensor, nn
 from zotune.coordinates import Carry, Coordinate
 from zotune.directions import Directions
 from zotune.io.memory_tags import tagged
-from zotune.output_errors import MOST_ROWS, Watch, watched
 from zotune.subspaces.guide import Rows, guide
 from zotune.subspaces.inputs import InputsCoordinate, given
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
-from zotune.token_scores import head_of
-from zotune.weights.layouts import is_outputs_first, layout_of, residual_width
+from zotune.weights.layouts import is_outputs_first, residual_width
+from zotune.weights.structure import head_of, trained_layers
 
+#: Scored positions whose output gradients choose a subspace, at most: a text scores all of its own.
+MOST_ROWS = 256
 #: Examples that a turn's steps see for each that is looked at.
 SHARE = 3.75
+
+
+class OutputGradients(Protocol):
+    """What the losses of an evaluation tell of the model's outputs, as ``output_errors.Watch`` keeps it.
+
+    Attributes:
+        errors: the gradient of the loss in the hidden state before the head, at the scored positions, (n, d) in float32 a forward.
+    """
+
+    errors: list[Tensor]
+
+    def rows_of(self, states: Tensor) -> Tensor | None:
+        """The rows (n, width) of a layer's input at the same positions; None if it has no such rows."""
+        ...
+
+    def some_of(self, states: Tensor) -> Tensor | None:
+        """The same at some of all positions."""
+        ...
 
 
 class GuidedCoordinate(InputsCoordinate):
@@ -121,6 +141,7 @@ class Guided(LowRank):
         guide: q, rank of the guide.
         begin: turns of LOZO's before there may be a guided one.
         examples: how many the errors are taken from at a guided turn, where there are so many to be had.
+        watched: watches the losses evaluated in its block, so many scored positions of them at most (``output_errors.watched``).
 
     Raises:
         ValueError: a number is below 1, or ``begin`` below 0.
@@ -129,11 +150,12 @@ class Guided(LowRank):
     guide: int = 3
     begin: int = 0
     examples: int = 128
+    watched: Callable[[int], AbstractContextManager[OutputGradients]] = field(kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("guide", "examples"):
-            at_least_one(field, getattr(self, field))
+        for name in ("guide", "examples"):
+            at_least_one(name, getattr(self, name))
         if not isinstance(self.begin, int) or self.begin < 0:
             raise ValueError(f"begin must be a whole number of at least 0, not {self.begin!r}.")
 
@@ -162,11 +184,11 @@ class Guided(LowRank):
     ) -> dict[str, Tensor]:
         """[P; V] (m + n, q) of every layer that is guided, bfloat16, by name; nothing where none is."""
         wanted = {id(c.parameter): c for c in coordinates if isinstance(c, GuidedCoordinate)}
-        layers = {m: wanted[id(m.weight)] for m in model.modules() if id(m._parameters.get("weight")) in wanted and layout_of(m)}
+        layers = trained_layers(model, wanted)
         width = getattr(getattr(head_of(model), "weight", None), "shape", (0,))[-1]
         if not any(residual_width(layer) == width for layer in layers):
             return {}
-        with watched(MOST_ROWS) as watch:
+        with self.watched(MOST_ROWS) as watch:
             writers = _Writers(watch, layers)
             with given(layers, writers.look):
                 for _ in losses():
@@ -190,7 +212,7 @@ class Guided(LowRank):
 class _Writers:
     """What the layers are given that may write to the hidden state, which no other layer is given."""
 
-    def __init__(self, watch: Watch, layers: dict[nn.Module, GuidedCoordinate]) -> None:
+    def __init__(self, watch: OutputGradients, layers: dict[nn.Module, GuidedCoordinate]) -> None:
         self.watch, self.layers = watch, layers
         self.inputs: dict[str, Rows] = {}
         self.others: dict[str, Rows] = {}

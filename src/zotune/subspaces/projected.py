@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from zotune.coordinates import Carry
+from zotune.io.memory_tags import tagged
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 
 
+@tagged("directions")
 def orthonormal(gaussian: Tensor) -> Tensor:
     """Q of the QR decomposition of a Gaussian matrix (n, r), its columns' signs such that Q is uniformly distributed; float32.
 
@@ -39,6 +41,7 @@ class TwoSidedCoordinate(LowRankCoordinate):
     def core_rate(self, rank: int) -> float:
         return 1.0
 
+    @tagged("directions")
     def expand(self, core: Tensor) -> Tensor:
         return self.p @ core
 
@@ -125,6 +128,7 @@ class RankOnesCoordinate(LowRankCoordinate):
     def core_shape(self, moving: int, rank: int) -> tuple[int, ...]:
         return (rank,)
 
+    @tagged("directions")
     def expand(self, core: Tensor) -> Tensor:
         return core.unsqueeze(-2) * self.u
 

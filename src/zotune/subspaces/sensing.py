@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key, block_size
+from zotune.io.memory_tags import tagged
 from zotune.subspaces.full import FullCoordinate
 
 #: ε of the differences.
@@ -43,6 +44,7 @@ class _Signs(FullCoordinate):
         return super().rows_at(SIGNS, offset, rows)
 
 
+@tagged("directions")
 def squared_gradients(coordinates: Sequence[Coordinate], losses: Losses, seed: int, count: int) -> Iterator[tuple[str, Tensor]]:
     """(name, estimate of Σ_b (∂ℓ_b/∂W_i)² for every number of W, flat) of each coordinate, by ``count`` directions, 2 · ``count`` forwards.
 

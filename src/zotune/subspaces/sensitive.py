@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
+from zotune.io.memory_tags import tagged
 from zotune.precision import HALF, join, split_into
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.sensing import squared_gradients
@@ -39,6 +40,7 @@ class IndexedCoordinate(Coordinate):
             value = upper
         weight.view(-1).index_copy_(0, self.index.long(), value.to(weight.dtype))
 
+    @tagged("directions")
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         if offset is None:
             return self.parameter.detach()
@@ -48,10 +50,12 @@ class IndexedCoordinate(Coordinate):
         weight.view(-1).index_copy_(0, self.index.long(), moved.to(weight.dtype))
         return weight
 
+    @tagged("directions")
     def value(self) -> Tensor:
         stored = self.parameter.detach().reshape(-1)[self.index.long()]
         return stored.float() if self.residual is None else join(stored, self.residual)
 
+    @tagged("directions")
     def assign(self, value: Tensor, seed: int, step: int) -> None:
         data = self.parameter.data
         if data.is_contiguous():
@@ -61,6 +65,7 @@ class IndexedCoordinate(Coordinate):
         self._store(flat, value, self.residual)
         data.copy_(flat)
 
+    @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         value = self.value()
         if keep != 1.0:
@@ -77,6 +82,7 @@ class IndexedCoordinate(Coordinate):
     def state(self) -> dict[str, Tensor]:
         return {"index": self.index} | ({} if self.residual is None else {"residual": self.residual})
 
+    @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         self.index = state["index"].to(self.device, copy=True)
         if self.residual is not None:
@@ -123,6 +129,7 @@ class Sensitive(Space):
     def observes(self, step: int) -> bool:
         return step == 0
 
+    @tagged("directions")
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:

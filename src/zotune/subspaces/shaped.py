@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zotune.coordinates import Offset
 from zotune.directions import Directions, Key
+from zotune.io.memory_tags import tagged
 from zotune.subspaces.full import FullCoordinate
 
 #: The factors (or a mask) of a block of elements, flat.
@@ -28,15 +29,18 @@ class Shaped(Directions):
     def scale(self, key: Key, numel: int, device: torch.device) -> float:
         return self.inner.scale(key, numel, device)
 
+    @tagged("directions")
     def block(self, key: Key, part: slice, device: torch.device, scale: float = 1.0) -> Tensor:
         return self.inner.block(key, part, device, scale).mul_(self.factors(part))
 
+    @tagged("directions")
     def rows(self, key: Key, rows: Tensor, columns: int) -> Tensor:
         found = self.inner.rows(key, rows, columns)
         for place, row in enumerate(rows.tolist()):
             found[place].mul_(self.factors(slice(row * columns, (row + 1) * columns)))
         return found
 
+    @tagged("directions")
     def draw_many(self, key: Key, count: int, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
         z = self.inner.draw_many(key, count, shape, device)
         return z.mul_(self.factors(slice(0, z[0].numel())).view(shape))
@@ -61,6 +65,7 @@ class ShapedCoordinate(FullCoordinate, abc.ABC):
     def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
         return super().many(self._shaped(directions, seed, step), seed, step, first, count, alone)
 
+    @tagged("directions")
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         return super().at(directions if offset is None else self._shaped(directions, offset.seed, offset.step), offset)
 
@@ -76,5 +81,6 @@ class ShapedCoordinate(FullCoordinate, abc.ABC):
     def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
         return super().weighted(self._shaped(directions, seed, step), weights, seed, step)
 
+    @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         super().descend(Shaped(directions, self.fixed_factors(seed, step)), weights, keep, seed, step)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zotune.coordinates import Offset
 from zotune.directions import Directions, Key, for_blocks
+from zotune.io.memory_tags import tagged
 from zotune.precision import stochastic_round
 from zotune.subspaces.full import FullCoordinate
 
@@ -66,6 +67,7 @@ class ShardedCoordinate(FullCoordinate):
         else:
             super()._store(flat, part, block, key)
 
+    @tagged("directions")
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         """The whole weight, from the rows that every process has perturbed; all of them have to ask for it."""
         flat = self._flat()
@@ -87,6 +89,7 @@ class ShardedCoordinate(FullCoordinate):
         whole = DTensor.from_local(local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
         return whole.full_tensor()
 
+    @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
         if keep == 1.0 and not keys:
@@ -103,11 +106,13 @@ class ShardedCoordinate(FullCoordinate):
 
         self._each(move)
 
+    @tagged("directions")
     def value(self) -> Tensor:
         """θ's rows here, flat."""
         flat = self._flat()
         return self._block(flat, slice(0, flat.numel()))
 
+    @tagged("directions")
     def add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float = 1.0) -> None:
         columns, flat = self.shape[1], self._flat()
         rounding = Key(seed, step, 0, self.name, "rounding")
@@ -119,6 +124,7 @@ class ShardedCoordinate(FullCoordinate):
             block.view(-1, columns).addmm_(left[rows].to(block.dtype), right.T.to(block.dtype), beta=keep)
             self._store(flat, here, block, rounding)
 
+    @tagged("directions")
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         flat = self._flat()
         top, bottom = self.start // self.shape[1], self.stop // self.shape[1]

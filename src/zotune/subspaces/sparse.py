@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zotune.coordinates import Coordinate
 from zotune.directions import Key, for_blocks, uniform_integers
+from zotune.io.memory_tags import tagged
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.low_rank import at_least_one
 from zotune.subspaces.shaped import Factors, ShapedCoordinate
@@ -42,6 +43,7 @@ class MaskedCoordinate(ShapedCoordinate):
         key, below = Key(seed, step // self.interval, 0, self.name, "mask"), round(self.share * (1 << _BITS))
         return lambda part: uniform_integers(key, part, _BITS, self.device) < below
 
+    @tagged("directions")
     def fixed_factors(self, seed: int, step: int) -> Factors:
         factors = self.factors(seed, step)
         if self.share is not None:
@@ -50,6 +52,7 @@ class MaskedCoordinate(ShapedCoordinate):
         for_blocks(self.numel, self.device, lambda part: mask[part].copy_(factors(part)))  # type: ignore[arg-type, return-value]
         return lambda part: mask[part]
 
+    @tagged("directions")
     def state(self) -> dict[str, Tensor]:
         number = self.threshold if self.share is None else self.share
         return super().state() | {"mask": torch.tensor(number, dtype=torch.float64)}
@@ -92,6 +95,7 @@ class Sparse(Space):
             return FullCoordinate(name, parameter)
         return MaskedCoordinate(name, parameter, self.interval, None if self.choice == "small" else self.density)
 
+    @tagged("directions")
     def attach(self, model: nn.Module, coordinates: Sequence[Coordinate]) -> int:
         masked = [c for c in coordinates if isinstance(c, MaskedCoordinate)]
         if self.choice == "small":
