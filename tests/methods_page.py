@@ -1,20 +1,20 @@
-"""The table of docs/methods.md, made from the registry: ``python tests/methods_page.py`` writes it anew."""
+"""The table of docs/reference/methods.md, made from the registry: ``python tests/methods_page.py`` writes it anew."""
 
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 
+from docs_pages import DOCS
 from zotune import methods
 from zotune.calibration import measurable
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+PAGE = DOCS / "reference/methods.md"
 BEGIN, END = "<!-- the registry's table -->", "<!-- end of the registry's table -->"
 
 
 def table() -> str:
-    """A row for each method: name, what it is, forwards a step, memory beyond the weights, whether its rate is measured, reference."""
-    rows = ["| `--method` | what it is | forwards a step | extra memory | rate | reference |", "|---|---|---|---|---|---|"]
+    """A row for each method: name, what it is, forward passes per step, state beyond the weights, default rate, reference."""
+    rows = ["| `--method` | what it is | forward passes per step | state | rate | reference |", "|---|---|---|---|---|---|"]
     for name in methods.names():
         method = methods.get(name)
         first = (inspect.getdoc(methods.recipe(name)) or "").splitlines()[0]
@@ -28,11 +28,11 @@ def table() -> str:
 
 def split() -> tuple[str, str, str]:
     """(before, table, after) of the page."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     found, _, after = rest.partition(END)
     return before, found.strip(), after
 
 
 if __name__ == "__main__":
     head, _, tail = split()
-    PAGE.write_text(f"{head}{BEGIN}\n{table()}\n{END}{tail}")
+    PAGE.write_text(f"{head}{BEGIN}\n{table()}\n{END}{tail}", encoding="utf-8")

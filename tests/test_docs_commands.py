@@ -1,7 +1,7 @@
 """The commands in README.md and docs/: every flag exists, and the blocks marked `<!-- runs -->` run, on a tiny model.
 
-A marked block runs in a folder with `my-model`, `my.jsonl`, `train.jsonl`, `test.jsonl` and `data/sst2`; training is cut to a few steps.
-A YAML block that begins with `# run.yaml` or `# grid.yaml` is the file of that name.
+A marked block runs in a folder with `my-model`, `my.jsonl`, `train.jsonl`, `test.jsonl`, `data/sst2` and the files that the page shows (see
+``docs_pages``); training is cut to a few steps.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import NamedTuple
 import pytest
 
 from command_cases import run_command, save_data, save_model
+from docs_pages import PAGES, ROOT, name_of, save_files
 from zotune.cli import COMMANDS
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<mark><!-- runs -->\n)?```(?:console|bash|sh|shell)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -62,7 +61,7 @@ def test_every_command_in_the_docs_exists_with_its_flags(capsys: pytest.CaptureF
     seen = 0
     for block in BLOCKS:
         for words in block.commands:
-            where = f"{block.page.name}: {shlex.join(words)}"
+            where = f"{name_of(block.page)}: {shlex.join(words)}"
             if words[0] == "make":
                 assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), where
             elif words[0] == "python" and words[1].endswith(".py"):
@@ -87,14 +86,13 @@ def _names(flags: set[str]) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.runs for b in _blocks(page))], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.runs for b in _blocks(page))], ids=name_of)
 def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "my-model")
     save_data(tmp_path)
     for name in ("train", "test"):
         shutil.copy(tmp_path / "my.jsonl", tmp_path / f"{name}.jsonl")
-    for name, text in re.findall(r"^```yaml\n# (run|grid)\.yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        (tmp_path / f"{name}.yaml").write_text(text)
+    save_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     for block in _blocks(page):
         for words in block.commands if block.runs else []:
@@ -113,9 +111,9 @@ def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
             assert result.code == 0, f"{shlex.join(words)}: {result.err}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_image_is_there_and_nothing_is_left_to_be_filled_in(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
-        assert (page.parent / image).is_file(), f"{page.name} shows {image}"
+        assert (page.parent / image).is_file(), f"{name_of(page)} shows {image}"
     assert not re.findall(r"^[A-Z]{4,}\.?$", text, re.MULTILINE), "a line that is a word in capitals"

@@ -1,23 +1,26 @@
-"""The code of these pages of docs/ runs as it stands."""
+"""The Python of these pages of docs/ runs as it stands, from top to bottom."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
+from docs_pages import DOCS, python_blocks, save_files
 from zotune.methods import registry
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 # Page, number of its blocks, what they print.
 PAGES = [
-    ("python.md", 3, "tensor"),
-    ("learning-rate.md", 1, "0.0"),
-    ("schemes.md", 1, "prompt_encoder"),
-    ("rivals.md", 1, "150"),
-    ("big_models.md", 1, "come and go"),
-    ("extend.md", 2, "->"),
+    ("tutorial/own_data.md", 1, "loss"),
+    ("tutorial/own_loop.md", 3, "tensor"),
+    ("how-to/learning_rate.md", 1, "0.0"),
+    ("how-to/lora_and_schemes.md", 1, "prompt_encoder"),
+    ("how-to/big_models.md", 1, "come and go"),
+    ("how-to/add_method.md", 2, "->"),
+    ("how-to/add_layer_type.md", 2, "->"),
+    ("how-to/add_loss.md", 2, "->"),
+    ("how-to/add_task.md", 1, "('a joy . It was', (' bad', ' good'))"),
+    ("reference/baselines.md", 1, "150"),
+    ("reference/tasks.md", 1, ""),
+    ("explanation/memory.md", 1, "GB"),
 ]
 
 
@@ -29,24 +32,32 @@ def registry_as_it_was():
     registry._RECIPES.update(before)
 
 
-@pytest.mark.parametrize(("name", "count", "printed"), PAGES)
+@pytest.mark.parametrize(("name", "count", "printed"), PAGES, ids=[name for name, _, _ in PAGES])
 def test_a_page_runs_from_top_to_bottom(name, count, printed, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / name
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    save_files(page, tmp_path)
+    blocks = python_blocks(page)
     assert len(blocks) == count
     exec(compile("\n".join(blocks), str(page), "exec"), {})
     assert printed in capsys.readouterr().out
 
 
+def test_every_page_with_python_is_run_or_shows_a_fragment():
+    run = {name for name, _, _ in PAGES} | {"tutorial/first_run.md"}
+    fragments = {"how-to/several_machines.md"}
+    found = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if python_blocks(page)}
+    assert found == run | fragments
+
+
 def test_adding_a_method_takes_no_more_than_30_lines():
-    (block, *_) = re.findall(r"```python\n(.*?)```", (DOCS / "extend.md").read_text(), flags=re.DOTALL)
+    (block, *_) = python_blocks(DOCS / "how-to/add_method.md")
     assert len(block.splitlines()) <= 30
 
 
 def test_methods_of_other_packages_are_found(tmp_path, monkeypatch):
-    """Through the entry point that docs/extend.md names; one that does not load is a warning."""
-    (block, *_) = re.findall(r"```python\n(.*?)```", (DOCS / "extend.md").read_text(), flags=re.DOTALL)
+    """Through the entry point that docs/how-to/add_method.md names; one that does not load is a warning."""
+    (block, *_) = python_blocks(DOCS / "how-to/add_method.md")
     (tmp_path / "added_methods.py").write_text(block)
     info = tmp_path / "added-1.0.dist-info"
     info.mkdir()
@@ -55,6 +66,6 @@ def test_methods_of_other_packages_are_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     registry._load_others.cache_clear()
     with pytest.warns(UserWarning, match="no_such_module"):
-        assert registry.get("lozo-normalised", rank=1).subspace.rank == 1
-    assert "lozo-normalised" in registry.names()
+        assert registry.get("lozo-normalized", rank=1).subspace.rank == 1
+    assert "lozo-normalized" in registry.names()
     registry._load_others.cache_clear()

@@ -1,18 +1,19 @@
-"""The examples of docs/trainer.md run as they stand."""
+"""The Python examples of docs/tutorial/first_run.md run as they stand."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/trainer.md"
+from docs_pages import DOCS, python_blocks
+
+PAGE = DOCS / "tutorial/first_run.md"
 
 
 @pytest.mark.slow
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    blocks = python_blocks(PAGE)
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
