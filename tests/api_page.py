@@ -15,7 +15,7 @@ PAGE = DOCS / "reference/python_api.md"
 #: Modules of the page, with a line on what they are for.
 MODULES = {
     "zotune": "The public names. Methods of the main classes are listed below.",
-    "zotune.methods": "`get(name, **options)`, or a name with underscores ([methods](methods.md), [add a method](../how-to/add_method.md)).",
+    "zotune.methods": "`get(name, **options)`, or a name with underscores ([methods](methods.md), [your own](../how-to/add_method.md)).",
     "zotune.baselines": "First-order methods and runs without training ([baselines](baselines.md)).",
     "zotune.objectives": "Losses per example ([add a loss](../how-to/add_loss.md)).",
     "zotune.tasks": "Rows, prompts, encoded examples, collators ([tasks](tasks.md)).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from docs_pages import DOCS, python_blocks, save_files
+from zotune.forward import layers
 from zotune.methods import registry
 
 # Page, number of its blocks, what they print.
@@ -25,11 +26,12 @@ PAGES = [
 
 
 @pytest.fixture(autouse=True)
-def registry_as_it_was():
-    before = dict(registry._RECIPES)
+def registries_as_they_were():
+    before = [(known, dict(known)) for known in (registry._RECIPES, layers.RULES)]
     yield
-    registry._RECIPES.clear()
-    registry._RECIPES.update(before)
+    for known, content in before:
+        known.clear()
+        known.update(content)
 
 
 @pytest.mark.parametrize(("name", "count", "printed"), PAGES, ids=[name for name, _, _ in PAGES])
