@@ -6,7 +6,7 @@ import pytest
 
 from docs_pages import DOCS, python_blocks, save_files
 from zotune.forward import layers
-from zotune.methods import registry
+from zotune.methods.registry import METHODS
 
 # Page, number of its blocks, what they print.
 PAGES = [
@@ -27,7 +27,7 @@ PAGES = [
 
 @pytest.fixture(autouse=True)
 def registries_as_they_were():
-    before = [(known, dict(known)) for known in (registry._RECIPES, layers.RULES)]
+    before = [(known, dict(known)) for known in (METHODS.recipes, layers.RULES)]
     yield
     for known, content in before:
         known.clear()
@@ -66,8 +66,8 @@ def test_methods_of_other_packages_are_found(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: added\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[zotune.methods]\nmine = added_methods\nbroken = no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
-    registry._load_others.cache_clear()
+    METHODS.forget_entry_points()
     with pytest.warns(UserWarning, match="no_such_module"):
-        assert registry.get("lozo-normalized", rank=1).subspace.rank == 1
-    assert "lozo-normalized" in registry.names()
-    registry._load_others.cache_clear()
+        assert METHODS.get("lozo-normalized", rank=1).subspace.rank == 1
+    assert "lozo-normalized" in METHODS.names()
+    METHODS.forget_entry_points()

@@ -1,14 +1,14 @@
-"""Both registries as one: the zeroth-order methods and the rivals they are compared with, by name."""
+"""Both registries as one: the zeroth-order methods and the baselines they are compared with, by name."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 from zotune import first_order, methods
 from zotune.first_order import Rival
 from zotune.methods import Method
+from zotune.registry import unknown
 
 
 def names() -> list[str]:
@@ -16,8 +16,8 @@ def names() -> list[str]:
     return [*methods.names(), *first_order.names()]
 
 
-def is_rival(name: str) -> bool:
-    """Whether a name is that of a rival.
+def is_baseline(name: str) -> bool:
+    """Whether a name is that of a baseline.
 
     Raises:
         ValueError: it is nobody's, with the nearest.
@@ -26,21 +26,19 @@ def is_rival(name: str) -> bool:
         return True
     if name in methods.names():
         return False
-    near = difflib.get_close_matches(str(name).replace("_", "-").lower(), names(), 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}."
-    raise ValueError(f"unknown method {name!r}; {hint}")
+    raise ValueError(unknown("method", name, names()))
 
 
 def recipe(name: str) -> Callable[..., Method | Rival]:
     """The recipe of a name; ValueError with the nearest where there is none."""
-    return first_order.recipe(name) if is_rival(name) else methods.recipe(name)
+    return first_order.recipe(name) if is_baseline(name) else methods.recipe(name)
 
 
 def options_of(name: str) -> dict[str, Any]:
     """The keyword options of a method, with their defaults."""
-    return first_order.options_of(name) if is_rival(name) else methods.options_of(name)
+    return first_order.options_of(name) if is_baseline(name) else methods.options_of(name)
 
 
 def get(name: str, **options: Any) -> Method | Rival:
     """The method of a name, its defaults overridden by ``options``; ValueError with the nearest name or option."""
-    return first_order.get(name, **options) if is_rival(name) else methods.get(name, **options)
+    return first_order.get(name, **options) if is_baseline(name) else methods.get(name, **options)

@@ -6,7 +6,6 @@ Nothing heavy is imported here, so that `zotune --help` answers at once.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -14,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from zotune.io.failures import INTERRUPTED, explain
+from zotune.io.suggest import nearest
 from zotune.training.quiet import quiet_environment
 
 # name -> (module:function, one line)
@@ -81,8 +81,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     name, *rest = words
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-        hint = f"did you mean `zotune {near[0]}`?" if near else f"there are {', '.join(COMMANDS)}."
+        near = nearest(name, COMMANDS)
+        hint = f"did you mean `zotune {near}`?" if near else f"there are {', '.join(COMMANDS)}."
         kind = "option" if name.startswith("-") else "command"
         raise ValueError(f"unknown {kind} {name!r}: {hint}")
     quiet_environment()

@@ -1,4 +1,4 @@
-"""Suggestions for misspelled names."""
+"""Suggestions for misspelled names: the one place that looks for the nearest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,29 @@ import difflib
 from collections.abc import Iterable
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that a word is probably meant for; case, hyphens and underscores do not count. None where none is near."""
+    names = {_plain(name): str(name) for name in known}
+    near = difflib.get_close_matches(_plain(word), names, n=1, cutoff=0.5)
+    return names[near[0]] if near else None
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` without the question mark, or nothing where no name is near."""
-    near = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}" if near else ""
+    """``"; did you mean 'x'"``, or nothing where no name is near. The caller ends the sentence."""
+    near = nearest(word, known)
+    return f"; did you mean {near!r}" if near else ""
+
+
+def did_you_mean_or(word: str, known: Iterable[str], otherwise: str) -> str:
+    """``"; did you mean 'x'?"``, or all known names after ``otherwise`` where none is near.
+
+    Example:
+        >>> did_you_mean_or("adam", ["lozo", "mezo"], "there are")
+        '; there are lozo, mezo.'
+    """
+    names = [str(name) for name in known]
+    return f"{near}?" if (near := did_you_mean(word, names)) else f"; {otherwise} {', '.join(names)}."
+
+
+def _plain(name: object) -> str:
+    return str(name).replace("_", "-").lower()

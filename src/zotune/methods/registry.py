@@ -1,86 +1,147 @@
-"""The registry of methods: a recipe is a function of keyword options that returns a :class:`Method`, entered under its name."""
+"""The registry of methods. A recipe states what a method has of its own; the options common to all are added here."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
-import warnings
-from collections.abc import Callable
-from importlib.metadata import entry_points
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 from zotune.methods.method import Method
+from zotune.registry import Registry
 
 Recipe = Callable[..., Method]
-_RECIPES: dict[str, Recipe] = {}
-#: Entry points of installed packages that name modules with recipes of their own.
-GROUP = "zotune.methods"
+#: Fields of :class:`Method` that a recipe sets.
+Fields = Mapping[str, Any]
+
+#: Installed packages add methods of their own under the entry point group ``zotune.methods``.
+METHODS: Registry[Method] = Registry("method", "zotune.methods")
+options_of, names, recipe, get = METHODS.options_of, METHODS.names, METHODS.recipe, METHODS.get
+
+#: Options of every recipe but those that do not take them: type and default. Each is a field of :class:`Method`.
+COMMON: dict[str, tuple[str, Any]] = {
+    "lr": ("float", 1e-6),
+    "eps": ("float | str", 1e-3),
+    "num_directions": ("int | str", 1),
+    "direction": ("str", "gaussian"),
+    "estimator": ("str", "central"),
+}
+#: Options of a recipe that takes any update rule.
+RULE: dict[str, tuple[str, Any]] = {"rule": ("str", "SGD"), "rule_args": ("dict[str, Any] | None", None)}
 
 
-def register(recipe: Recipe) -> Recipe:
-    """Enter a recipe under its function's name. Its keyword defaults are the method's defaults."""
-    name = recipe.__name__.replace("_", "-")
+@dataclass(frozen=True)
+class Definition:
+    """What :func:`register` is told of a recipe.
 
-    @functools.wraps(recipe)
-    def build(**options: Any) -> Method:
-        known = options_of(name)
-        for option in options:
-            if option not in known:
-                near = difflib.get_close_matches(option, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}."
-                raise ValueError(f"method {name!r} has no option {option!r}; {hint}")
-        method = recipe(**options)
-        assert method.name == name, f"recipe {name} names its method {method.name}"
-        return dataclasses.replace(method, options=known | options)
-
-    _RECIPES[name] = build
-    return build
-
-
-@functools.cache
-def _load_others() -> None:
-    """Import what other packages register, once."""
-    for point in entry_points(group=GROUP):
-        try:
-            point.load()
-        except Exception as error:  # somebody else's code
-            warnings.warn(f"the methods of {point.value} (entry point {point.name!r}) cannot be loaded: {error}", stacklevel=3)
-
-
-def options_of(name: str) -> dict[str, Any]:
-    """The keyword options of a method, with their defaults."""
-    signature = inspect.signature(inspect.unwrap(recipe(name)))
-    return {option: parameter.default for option, parameter in signature.parameters.items()}
-
-
-def names() -> list[str]:
-    """The methods there are, in alphabetical order."""
-    _load_others()
-    return sorted(_RECIPES)
-
-
-def recipe(name: str) -> Recipe:
-    """The recipe of a name.
-
-    Raises:
-        ValueError: there is none, with the nearest.
+    Args:
+        fields: the decorated function: its keyword-only options -> fields of :class:`Method`.
+        title, arxiv: of :class:`Method`.
+        without: common options that the recipe does not take.
+        any_rule: whether the update rule is an option.
+        defaults: of common options, where they differ from :data:`COMMON`.
+        fixed: positional arguments of ``fields``, which are no options.
+        base: the recipe that this one is a variant of.
     """
-    if name not in _RECIPES:
-        _load_others()
-    if name not in _RECIPES:
-        near = difflib.get_close_matches(name.replace("_", "-").lower(), _RECIPES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_RECIPES)}."
-        raise ValueError(f"unknown method {name!r}; {hint}")
-    return _RECIPES[name]
+
+    fields: Callable[..., Fields]
+    title: str
+    arxiv: str
+    without: Collection[str] = ()
+    any_rule: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: tuple[Any, ...] = ()
+    base: str | None = None
+
+    @property
+    def own(self) -> list[inspect.Parameter]:
+        """The options of the decorated function."""
+        parameters = inspect.signature(self.fields).parameters.values()
+        return [each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """All options: the common ones, those of the decorated function, the update rule."""
+        assert self.defaults.keys() <= COMMON.keys() - set(self.without), self.defaults
+        common = [
+            _parameter(name, kind, self.defaults.get(name, usual)) for name, (kind, usual) in COMMON.items() if name not in self.without
+        ]
+        rule = [_parameter(name, kind, usual) for name, (kind, usual) in RULE.items()] if self.any_rule else []
+        return inspect.Signature([*common, *self.own, *rule], return_annotation="Method")
+
+    def enter(self, named: Callable[..., Any]) -> Recipe:
+        """Register it under the name and with the docstring of ``named``."""
+        name, signature, own = named.__name__.replace("_", "-"), self.signature, [each.name for each in self.own]
+
+        @functools.wraps(named)
+        def make(**options: Any) -> Method:
+            values = {each.name: options.get(each.name, each.default) for each in signature.parameters.values()}
+            fields = self.fields(*self.fixed, **{option: values.pop(option) for option in own})
+            if self.any_rule:
+                values["rule_args"] = values["rule_args"] or {}
+            return Method(name=name, title=self.title, arxiv=self.arxiv, **{**values, **fields})
+
+        make.__signature__ = signature  # type: ignore[attr-defined]
+        DEFINITIONS[name] = self
+        return METHODS.register(make)
 
 
-def get(name: str, **options: Any) -> Method:
-    """The method of a name, its defaults overridden by ``options``.
+#: The definition of each recipe that was registered with a title.
+DEFINITIONS: dict[str, Definition] = {}
 
-    Example:
-        >>> get("lozo", rank=4).subspace.rank
-        4
+
+@overload
+def register(recipe: Recipe, /) -> Recipe: ...
+@overload
+def register(
+    *, title: str, arxiv: str, without: Collection[str] = (), any_rule: bool = False, **defaults: Any
+) -> Callable[[Callable[..., Fields]], Recipe]: ...
+def register(
+    recipe: Recipe | None = None,
+    /,
+    *,
+    title: str = "",
+    arxiv: str = "",
+    without: Collection[str] = (),
+    any_rule: bool = False,
+    **defaults: Any,
+) -> Any:
+    """Enter a recipe under its function's name, with hyphens. Its keyword defaults are the method's defaults.
+
+    As a bare decorator the function returns a whole :class:`Method` and takes only the options it names. With ``title`` and ``arxiv`` it
+    returns the fields that differ from :class:`Method`'s defaults, and the options of :data:`COMMON` are added to its own; its positional
+    parameters are no options, but what a :func:`variant` fixes.
+
+    Args:
+        recipe: the function, as a bare decorator.
+        title, arxiv: of the method.
+        without: common options that it does not take.
+        any_rule: whether the update rule is an option too.
+        defaults: of common options, where they differ.
     """
-    return recipe(name)(**options)
+    if recipe is not None:
+        return METHODS.register(recipe)
+    return lambda fields: Definition(fields, title, arxiv, without, any_rule, defaults).enter(fields)
+
+
+def variant(base: Recipe, *fixed: Any, title: str, arxiv: str, **defaults: Any) -> Callable[[Callable[[], None]], Recipe]:
+    """Enter another recipe, its positional parameters fixed, under a name, title and docstring of its own.
+
+    The decorated function is empty: it gives name and docstring.
+
+    Args:
+        base: the other recipe.
+        fixed: its positional arguments.
+        title, arxiv: of the variant.
+        defaults: of common options, where they differ from the other recipe's.
+    """
+    name = base.__name__.replace("_", "-")
+    definition = DEFINITIONS[name]
+    merged = {**definition.defaults, **defaults}
+    return dataclasses.replace(definition, title=title, arxiv=arxiv, fixed=fixed, base=name, defaults=merged).enter
+
+
+def _parameter(name: str, annotation: str, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

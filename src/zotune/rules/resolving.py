@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import Any
 
 import torch
 
+from zotune.io.suggest import did_you_mean_or
 from zotune.rules.jaguar import JaguarMuon, JaguarSign, PersistentSign
 from zotune.rules.moments import EMASGD, RAdaZO
 from zotune.rules.orthogonal import Orthogonal
@@ -52,6 +52,4 @@ def resolve(rule: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimiz
         if found is not None:
             return found
         known = known | more
-    near = difflib.get_close_matches(rule.lower(), [name.lower() for name in known], 1)
-    hint = f"; did you mean {next(n for n in known if n.lower() == near[0])!r}?" if near else f"; known: {', '.join(known)}."
-    raise ValueError(f"unknown update rule {rule!r}{hint}{extra}")
+    raise ValueError(f"unknown update rule {rule!r}{did_you_mean_or(rule, known, 'known:')}{extra}")
