@@ -1,22 +1,14 @@
-"""Methods that weigh several points of a step against each other: FZOO, and evolution strategies."""
+"""Methods that compare several points of a step: FZOO, and evolution strategies."""
 
 from __future__ import annotations
 
-from zotune.methods.method import Method
-from zotune.methods.registry import register
+from zotune.methods.registry import Fields, register, variant
 from zotune.shaping import ByDeviation
 
 
-@register
-def fzoo(
-    *,
-    lr: float = 5e-5,
-    eps: float | str = 1e-4,
-    num_directions: int = 8,
-    direction: str = "rademacher",
-    estimator: str = "forward",
-) -> Method:
-    """FZOO: one-sided differences, and a step normalised by the deviation of the losses (2506.09034).
+@register(title="FZOO", arxiv="2506.09034", lr=5e-5, eps=1e-4, num_directions=8, direction="rademacher", estimator="forward")
+def fzoo() -> Fields:
+    """FZOO: one-sided differences, and a step normalized by the deviation of the losses (2506.09034).
 
     c_k = (L(θ + εZ_k) − L(θ)) / ε,   σ = std of the K losses L(θ + εZ_k),   θ ← θ − (η/σ) (1/K) Σ c_k Z_k,   Z_k = ±1
 
@@ -24,71 +16,27 @@ def fzoo(
     Departs from the published code, which evaluates one direction after the other at some 24 passes over the weights, and leaves out the
     division by ε (its η is ours divided by ε).
     """
-    return Method(
-        name="fzoo",
-        title="FZOO",
-        arxiv="2506.09034",
-        lr=lr,
-        eps=eps,
-        num_directions=num_directions,
-        direction=direction,
-        estimator=estimator,
-        shaping=ByDeviation(),
-        estimates="direction",
-    )
+    return {"shaping": ByDeviation(), "estimates": "direction"}
 
 
-@register
-def es(
-    *,
-    lr: float = 5e-4,
-    eps: float | str = 1e-3,
-    num_directions: int = 15,
-    direction: str = "gaussian",
-) -> Method:
+@register(title="ES (z-scores)", arxiv="2509.24372", without=("estimator",), lr=5e-4, num_directions=15)
+def es(fitness: str = "z-score") -> Fields:
     """Evolution strategies with z-scored fitness, in antithetic pairs (2509.24372).
 
     s_i = (L_i − mean) / std over the 2K points θ ± εZ_k,   θ ← θ − η (1/2K) Σ_k (s_k₊ − s_k₋) Z_k
 
-    A population of 30 is K = 15 pairs. For rewards give minus the reward as the loss. The unit of the loss, and monotone drifts of it,
-    do not matter. State: none.
+    A population of 30 is K = 15 pairs. To maximize a reward, return its negative as the loss. The unit of the loss, and monotone drifts
+    of it, do not matter. State: none.
     Departs from the published code: every parameter draws from its own key (there layers share a seed), and points come in pairs.
     """
-    return Method(
-        name="es",
-        title="ES (z-scores)",
-        arxiv="2509.24372",
-        lr=lr,
-        eps=eps,
-        num_directions=num_directions,
-        direction=direction,
-        fitness="z-score",
-        estimates="direction",
-    )
+    return {"fitness": fitness, "estimates": "direction"}
 
 
-@register
-def es_ranks(
-    *,
-    lr: float = 5e-4,
-    eps: float | str = 1e-3,
-    num_directions: int = 15,
-    direction: str = "gaussian",
-) -> Method:
-    """Evolution strategies with centred ranks as fitness, in antithetic pairs (1703.03864).
+@variant(es, "ranks", title="ES (ranks)", arxiv="1703.03864")
+def es_ranks() -> None:
+    """Evolution strategies with centered ranks as fitness, in antithetic pairs (1703.03864).
 
     s_i = rank of L_i among the 2K points, evenly over [−½, ½],   θ ← θ − η (1/2K) Σ_k (s_k₊ − s_k₋) Z_k
 
-    Only the order of the losses counts: one outlier cannot carry a step. State: none.
+    Only the order of the losses counts: one outlier cannot determine a step. State: none.
     """
-    return Method(
-        name="es-ranks",
-        title="ES (ranks)",
-        arxiv="1703.03864",
-        lr=lr,
-        eps=eps,
-        num_directions=num_directions,
-        direction=direction,
-        fitness="ranks",
-        estimates="direction",
-    )
