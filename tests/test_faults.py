@@ -28,7 +28,6 @@ from command_cases import run_command, save_data
 from command_cases import save_model as save_small_model
 from trainer_cases import StopAt, choice_rows, collate_choices, journal_of, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder, checkpoint, resuming
-from zotune.bench.report import _write as write_page
 from zotune.commands.verify import main as verify
 from zotune.io.json_files import write_json
 from zotune.journal import Journal, StepRecord
@@ -36,7 +35,7 @@ from zotune.memory.charts import bar_chart
 from zotune.memory.ledger import Split
 from zotune.replaying import replay
 from zotune.training.curve import Curve, write_curve
-from zotune.whole_file import whole_file
+from zotune.whole_file import whole_file, write_text
 
 RUN: dict[str, Any] = {"max_steps": 6, "train_dataset": choice_rows(40), "probe": "batched", "method": "lozo", "interval": 2}
 SAVING = {**RUN, "save_strategy": "steps", "save_steps": 2}
@@ -249,7 +248,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]
 WRITERS: dict[str, Callable[[Path], None]] = {
     "json": lambda path: write_json(path, {"rows": list(range(5000))}),
     "curve": lambda path: write_curve(Curve([(1, 2.0), (2, 1.0)], [(0, 0.5)], "accuracy"), path),
-    "report": lambda path: write_page(path, "x" * 20_000),
+    "report": lambda path: write_text(path, "x" * 20_000),
     "tensors": lambda path: write_tensors(path, torch.zeros(5000)),
     "chart": lambda path: bar_chart({"lozo": Split({"weights": 10**9})}, path, "memory"),
 }

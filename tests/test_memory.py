@@ -163,6 +163,14 @@ def test_sizes_are_read_as_written():
             parse_size(wrong)
 
 
+@pytest.mark.parametrize("method", ["mezo-adam", "lozo", "fo-adamw", "zero-shot"])
+def test_a_workload_survives_json(method):
+    written = plan("llama", method, scored=3, dtype=torch.bfloat16, scheme=Scheme("lora", lora_r=4))
+    read = Workload.from_json(written.to_json())
+    assert type(read.config) is type(written.config) and read.config.to_dict() == written.config.to_dict()
+    assert read.to_json() == written.to_json() and read.scheme == written.scheme and read.dtype is torch.bfloat16
+
+
 def test_closed_formulas():
     # |x| = 4000 bytes, |a| = 2 * 500
     assert closed_form("fo-sgd", 1000, 100, 500) == 4000 + max(500 + 2000, 4000)

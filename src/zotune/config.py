@@ -81,7 +81,7 @@ class ZOConfig(TrainingArguments):
     measured (JAGUAR), it is the method's own too, and the log says so. Training lasts `max_steps` steps, 1000 when neither it nor
     `num_train_epochs` is given.
 
-    `method` may also name a first-order rival (:mod:`zotune.first_order`): its learning rate is a number (the method's own when
+    `method` may also name a first-order baseline (:mod:`zotune.first_order`): its learning rate is a number (the method's own when
     not given), and `max_grad_norm` and gradient checkpointing then mean what they mean to `transformers`.
 
     Raises:
@@ -197,14 +197,14 @@ class ZOConfig(TrainingArguments):
             self.dataloader_pin_memory = False
 
     def chosen_method(self, **options: Any) -> methods.Method | Rival:
-        """The method these fields describe, zeroth-order or a rival, some of its options replaced.
+        """The method these fields describe, zeroth-order or a baseline, some of its options replaced.
 
         Raises:
             ValueError: an unknown method, or an option or value it does not take.
         """
-        rival = catalogue.is_rival(self.method)
+        baseline = catalogue.is_baseline(self.method)
         given = {name: getattr(self, name) for name in _METHOD_FIELDS if getattr(self, name) is not None}
-        if rival:
+        if baseline:
             if given.get("eps") == methods.AUTO:  # nobody touched it
                 del given["eps"]
             known = first_order.options_of(self.method)
@@ -249,8 +249,8 @@ class ZOConfig(TrainingArguments):
             gain(chosen, Rule(chosen.rule, chosen.rule_args), 1.0, 1, 1.0)  # refuses rules it knows no scale for
 
     def _check_settings(self) -> None:
-        rival = catalogue.is_rival(self.method)
-        usual = first_order.recipe(self.method)() if rival else None
+        baseline = catalogue.is_baseline(self.method)
+        usual = first_order.recipe(self.method)() if baseline else None
         trains = usual is not None and usual.kind == "backward"
         for name, reason in _REFUSED.items():
             value = getattr(self, name)
@@ -260,11 +260,11 @@ class ZOConfig(TrainingArguments):
                 reason = f"{self.method} keeps the activations of its last blocks alone, in forwards in evaluation mode; leave it out"
             if value not in (None, False, "", 0, 0.0, {}, []):
                 raise ValueError(f"{name}={value!r} cannot be used: {reason}.")
-        own = first_order.options_of(self.method) if rival else {}
+        own = first_order.options_of(self.method) if baseline else {}
         for name, (untouched, reason) in _FIXED.items():
             if name in own:
                 continue
-            if rival and name in _ADAM_FIELDS:
+            if baseline and name in _ADAM_FIELDS:
                 reason = f"{self.method} has no such option"
             if getattr(self, name) != untouched:
                 raise ValueError(f"{name}={getattr(self, name)!r} cannot be used: {reason}.")
@@ -282,7 +282,7 @@ class ZOConfig(TrainingArguments):
             raise ValueError(f"unknown probe {self.probe!r}: choose one of {', '.join(PROBES)}.")
         if self.share not in MODES:
             raise ValueError(f"unknown share {self.share!r}: choose one of {', '.join(MODES)}.")
-        if rival and self.probe != "auto":
+        if baseline and self.probe != "auto":
             why = "evaluates one point after the other" if usual is not None and usual.blocks else "evaluates no perturbed weights"
             raise ValueError(f"probe={self.probe!r} cannot be used: {self.method} {why}; leave it out.")
         if self.momentum is not None and not 0 <= self.momentum < 1:

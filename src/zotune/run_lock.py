@@ -12,7 +12,7 @@ try:
 except ImportError:  # Windows has no flock; two processes on one folder are not noticed there
     fcntl = None  # type: ignore[assignment]
 
-_held: dict[tuple[int, int], int] = {}  # (device, inode) of the folders that this process holds -> how many times
+_locks: dict[tuple[int, int], int] = {}  # (device, inode) of the folders that this process has locked -> how many times
 
 
 @contextmanager
@@ -34,20 +34,20 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         place = os.fstat(descriptor)
         key = (place.st_dev, place.st_ino)
-        if key not in _held:
+        if key not in _locks:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
                     f"another process is training in {folder}: wait until it has ended, stop it, or choose another output_dir."
                 ) from None
-        _held[key] = _held.get(key, 0) + 1
+        _locks[key] = _locks.get(key, 0) + 1
         try:
             yield
         finally:
-            _held[key] -= 1
-            if not _held[key]:
-                del _held[key]
+            _locks[key] -= 1
+            if not _locks[key]:
+                del _locks[key]
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for children that inherited the descriptor
     finally:
         os.close(descriptor)

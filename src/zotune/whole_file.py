@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: :func:`whole_file`."""
+"""Files that appear whole or not at all: :func:`whole_file`, :func:`write_text`."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file, whole or not at all, and makes its folder where that is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

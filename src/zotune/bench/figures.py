@@ -11,8 +11,8 @@ from zotune.io.figures import new_figure, svg_text
 #: (key of a history entry, label of the axis)
 AXES = (("step", "steps"), ("forward_passes", "forward passes"), ("processor_seconds", "processor seconds within steps"))
 GPU_SECONDS = ("seconds", "seconds within steps")
-#: Distinguishable without colour vision too (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6bb1", "#7f7f7f", "#b8860b")
+#: Distinguishable without color vision too (Okabe and Ito).
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6bb1", "#7f7f7f", "#b8860b")
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -49,7 +49,7 @@ def curves(
     Returns:
         The SVG; None when no run has a curve.
     """
-    styles = {label: (COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]) for i, label in enumerate(series)}
+    styles = {label: (COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]) for i, label in enumerate(series)}
     trained = {label: histories for label, histories in series.items() if curve(histories, "step", "loss")}
     if not trained:
         return None
@@ -62,10 +62,10 @@ def curves(
                 if not points:
                     continue
                 x, mean, low, high = zip(*points, strict=True)
-                colour, dash = styles[label]
-                panel.plot(x, mean, dash, color=colour, linewidth=1.6, label=label, marker="o" if row == 0 else "", markersize=3)
+                color, dash = styles[label]
+                panel.plot(x, mean, dash, color=color, linewidth=1.6, label=label, marker="o" if row == 0 else "", markersize=3)
                 if len(histories) > 1:
-                    panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+                    panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             panel.set_xlabel(text if row == 1 else "")
             if column == 0:
                 panel.set_ylabel(label_of_metric if row == 0 else "training loss")

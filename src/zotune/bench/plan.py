@@ -89,7 +89,7 @@ def cells(grid: Grid) -> dict[Place, list[Cell]]:
         wanted = ((method.models, model), (method.tasks, task), (method.schemes, scheme))
         if any(only is not None and each.label not in only for only, each in wanted):
             continue
-        trains_nothing = catalogue.is_rival(method.name) and _recipe(method, {}).kind != "backward"  # type: ignore[union-attr]
+        trains_nothing = catalogue.is_baseline(method.name) and _recipe(method, {}).kind != "backward"  # type: ignore[union-attr]
         if trains_nothing and (scheme.name != "full" or scheme.options):
             continue  # the model as it is has one row, that of the full model
         found[place] = list(_cells_of(grid, place, model, task, scheme, method, trains_nothing))
@@ -209,7 +209,7 @@ def _recipe(method: MethodEntry, options: Mapping[str, Any]) -> Method | Rival:
 
 
 def _read(value: Any) -> Any:
-    """YAML reads `1e-6` as a text, because its numbers need a point."""
+    """YAML reads `1e-6` as a text, because a number with an exponent needs a point there."""
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
 
 

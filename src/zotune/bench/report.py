@@ -17,7 +17,7 @@ from zotune.bench.plan import Cell, Place, runs_of, spelled
 from zotune.bench.rows import Row, percent, rows_of, score_text
 from zotune.io.json_files import write_json
 from zotune.io.text import duration_text
-from zotune.whole_file import whole_file
+from zotune.whole_file import write_text
 
 FIGURES = "figures"
 
@@ -46,17 +46,11 @@ def write(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder, fold
     folder.mkdir(parents=True, exist_ok=True)
     for block in blocks:
         if isinstance(block, Figure):
-            _write(folder / FIGURES / f"{block.name}.svg", block.svg)
-    _write(folder / "report.md", markdown(grid.title, blocks, FIGURES))
-    _write(folder / "report.html", page(grid.title, blocks))
+            write_text(folder / FIGURES / f"{block.name}.svg", block.svg)
+    write_text(folder / "report.md", markdown(grid.title, blocks, FIGURES))
+    write_text(folder / "report.html", page(grid.title, blocks))
     write_json(folder / "table.json", {"rows": [_plain(row) for row in rows]})
     return [folder / "report.md", folder / "report.html"]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def _plain(row: Row) -> dict[str, object]:
@@ -142,26 +136,26 @@ def _against_backprop(grid: Grid, rows: Sequence[Row]) -> list[Block]:
     for row in rows:
         if not (row.zeroth_order and row.scores):
             continue
-        rivals = [
+        others = [
             each
             for each in rows
             if each.backward and each.scores and (each.place.model, each.place.task) == (row.place.model, row.place.task)
         ]
-        same = [each for each in rivals if each.place.scheme == row.place.scheme] or rivals
+        same = [each for each in others if each.place.scheme == row.place.scheme] or others
         if not same:
             continue
-        rival = max(same, key=lambda each: statistics.fmean(held_out(result)[0] for result in each.done))
-        gap = 100 * (statistics.fmean(row.scores) - statistics.fmean(rival.scores))
-        against = rival.place.method + ("" if rival.place.scheme == row.place.scheme else f", {rival.place.scheme}")
+        baseline = max(same, key=lambda each: statistics.fmean(held_out(result)[0] for result in each.done))
+        gap = 100 * (statistics.fmean(row.scores) - statistics.fmean(baseline.scores))
+        against = baseline.place.method + ("" if baseline.place.scheme == row.place.scheme else f", {baseline.place.scheme}")
         lines.append(
             (
                 *_labels(grid, row),
                 against,
                 f"{gap:+.1f}".replace("-", "−"),
-                _ratio(row.mean("memory", "training"), rival.mean("memory", "training")),
-                _ratio(_beyond(row), _beyond(rival)),
-                _ratio(row.a_step("processor_seconds"), rival.a_step("processor_seconds")),
-                _ratio(_whole_time(row), _whole_time(rival)),
+                _ratio(row.mean("memory", "training"), baseline.mean("memory", "training")),
+                _ratio(_beyond(row), _beyond(baseline)),
+                _ratio(row.a_step("processor_seconds"), baseline.a_step("processor_seconds")),
+                _ratio(_whole_time(row), _whole_time(baseline)),
             )
         )
     if not lines:
@@ -179,7 +173,7 @@ def _curves(grid: Grid, rows: Sequence[Row]) -> list[Block]:
     for model in grid.models:
         for task in grid.tasks:
             here = [row for row in rows if (row.place.model, row.place.task) == (model.label, task.label) and row.metric]
-            series: dict[str, list[Any]] = {_line(grid, row): [] for row in rows}  # of all rows, so that a method's colour is one
+            series: dict[str, list[Any]] = {_line(grid, row): [] for row in rows}  # of all rows, so that a method's color is one
             for row in here:
                 series[_line(grid, row)] = [result["history"] for result in row.done]
             cuda = any(result["summary"]["memory"]["of"].startswith("CUDA") for row in here for result in row.done)

@@ -64,7 +64,7 @@ class Row:
     @property
     def _kind(self) -> str:
         name = str(self.cells[0].options["method"])
-        rival = catalogue.get(name) if catalogue.is_rival(name) else None
+        rival = catalogue.get(name) if catalogue.is_baseline(name) else None
         return rival.kind if isinstance(rival, Rival) else "zeroth order"
 
     def mean(self, *keys: str) -> float | None:

@@ -93,7 +93,7 @@ class Runner:
                 self.progress.close()
 
     def _advance(self, context: Any) -> bool:
-        """Takes in what has ended, starts what there is room for; False when nothing runs and nothing can be started."""
+        """Takes in what has ended, starts as many as may run at a time; False when nothing runs and nothing can be started."""
         for run, (process, _) in list(self._running.items()):
             if process.exitcode is not None:
                 del self._running[run]

@@ -36,7 +36,7 @@ class ConsoleObserver(RunObserver):
 
     def begin(self, start: RunStart) -> None:
         self.console.print(
-            f"{start.method}: {start.model}, {start.trainable / 1e6:.3g} M of {start.parameters / 1e6:.3g} M parameters move, "
+            f"{start.method}: {start.model}, {start.trainable / 1e6:.3g} M of {start.parameters / 1e6:.3g} M parameters are trained, "
             f"{start.dtype} on {start.device}",
             highlight=False,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from typing import Any
 from zotune.commands.parser import CommandParser
 from zotune.commands.table import wide_table
 from zotune.commands.workload import add_options, methods_of, workload
+from zotune.io.json_files import write_json
 from zotune.io.sizes import parse_size, size_text
-from zotune.whole_file import whole_file
 
 #: What stands in the table when no method is asked for.
 METHODS = ("zero-shot", "mezo", "lozo", "mezo-adam", "fo-sgd", "fo-adamw")
@@ -78,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"chart: {args.chart}")
     if args.json:
         clean = [{key: value for key, value in row.items() if key != "split"} for row in rows]
-        with whole_file(args.json) as partial:
-            partial.write_text(json.dumps(clean, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, clean)
     assert all(trains(plan.method) or plan.method.build is None for plan in plans)
     return 0
 

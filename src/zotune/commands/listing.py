@@ -37,23 +37,23 @@ def methods(argv: Sequence[str]) -> int:
         )
     print(wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "eps"), rows))
     print("* the default of `zotune train`. W: the weights that move; r: rank; m, n: sides of a matrix.\n")
-    print("To compare with, on the same data and in the same report (a backward pass counts as two forwards, float32 numbers are kept):")
-    print(_rivals())
+    print("To compare with, on the same data and in the same report (a backward pass counts as two forwards, float32 elements are kept):")
+    print(_baselines())
     print("The learning rates are the papers', for models of a billion parameters and more; small models want far larger ones.")
     print("`zotune methods NAME` describes one, with its options.")
     return 0
 
 
-def _rivals() -> str:
+def _baselines() -> str:
     from zotune import first_order
 
     rows = []
     for each in first_order.names():
-        rival = first_order.get(each)
-        rate = "–" if rival.lr is None else f"{rival.lr:g}"
-        cost = str(rival.forwards_per_step) if rival.kind == "backward" else "no steps"
+        baseline = first_order.get(each)
+        rate = "–" if baseline.lr is None else f"{baseline.lr:g}"
+        cost = str(baseline.forwards_per_step) if baseline.kind == "backward" else "no steps"
         options = ", ".join(option for option in first_order.options_of(each) if option != "lr")
-        rows.append((each, rival.title, rival.arxiv or "–", cost, rival.memory, rate, options))
+        rows.append((each, baseline.title, baseline.arxiv or "–", cost, baseline.memory, rate, options))
     return wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "options"), rows)
 
 

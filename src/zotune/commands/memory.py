@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from zotune.commands.parser import CommandParser
 from zotune.commands.table import wide_table
 from zotune.commands.workload import add_options, methods_of, workload
+from zotune.io.json_files import write_json
 from zotune.io.sizes import size_text
-from zotune.whole_file import whole_file
 
 
 def _parser() -> CommandParser:
@@ -58,6 +57,5 @@ def main(argv: Sequence[str]) -> int:
     if args.measure and device.type != "cuda":
         print("No CUDA device here: measured on the CPU, by the tensors' ledger and the resident set of a process of its own.")
     if args.json:
-        with whole_file(args.json) as partial:
-            partial.write_text(json.dumps({"totals": totals, **columns}, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, {"totals": totals, **columns})
     return 0

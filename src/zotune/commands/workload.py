@@ -19,7 +19,7 @@ def add_options(parser: CommandParser) -> None:
     add("--model_name_or_path", required=True, metavar="MODEL", help="hub id, folder, config.json, or a shipped shape such as opt-13b")
     add("--trust_remote_code", action="store_true", help="allow a model's own code")
     add("--method_args", default="{}", metavar="JSON", help="options of the methods, those that take them")
-    add("--scheme", default="full", metavar="NAME", help="what moves: full, lora, prefix, prompt, head, bias or scales (default full)")
+    add("--scheme", default="full", metavar="NAME", help="what is trained: full, lora, prefix, prompt, head, bias or scales (default full)")
     add("--lora_r", type=int, default=8, metavar="N", help="rank of the adapter (default 8)")
     add("--num_virtual_tokens", type=int, default=5, metavar="N", help="length of a prefix or soft prompt (default 5)")
     add("--batch_size", type=int, default=16, metavar="N", help="examples a step (default 16)")

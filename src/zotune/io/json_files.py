@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zotune.whole_file import whole_file
+from zotune.whole_file import write_text
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Writes JSON; whatever happens, the file is the old one or the whole new one. NaN and infinity become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

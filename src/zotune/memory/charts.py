@@ -8,7 +8,7 @@ from pathlib import Path
 from zotune.io.figures import new_figure, save_figure
 from zotune.memory.ledger import KINDS, Split
 
-COLOURS = dict(zip(KINDS, ("#4477aa", "#ee6677", "#ccbb44", "#66ccee", "#aa3377", "#228833", "#bbbbbb"), strict=True))
+COLORS = dict(zip(KINDS, ("#4477aa", "#ee6677", "#ccbb44", "#66ccee", "#aa3377", "#228833", "#bbbbbb"), strict=True))
 
 
 def bar_chart(splits: Mapping[str, Split], path: str | Path, title: str, limit: int | None = None) -> None:
@@ -27,7 +27,7 @@ def bar_chart(splits: Mapping[str, Split], path: str | Path, title: str, limit: 
     left = [0.0] * len(names)
     for kind in KINDS:
         sizes = [splits[name].kinds.get(kind, 0) / 1e9 for name in names]
-        axis.barh(names, sizes, left=left, label=kind, color=COLOURS[kind], height=0.7)
+        axis.barh(names, sizes, left=left, label=kind, color=COLORS[kind], height=0.7)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     top = max(left)
     for place, total in enumerate(left):

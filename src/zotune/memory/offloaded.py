@@ -64,7 +64,7 @@ def needs_of(
         config: batch sizes and device.
         data: encoded.
         method: None where nothing is trained.
-        scheme: what moves.
+        scheme: which parameters are trained.
     """
     if model.max_memory is None:
         return None

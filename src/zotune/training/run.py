@@ -115,7 +115,7 @@ class _Run:
         needs = None if predict is None else predict(config.model, plan, training, data, method, config.scheme)
         model, fresh = load_model(plan, config.model, training.device, classes=classes, needs=needs)
         if fresh and config.scheme.scheme == "scales":
-            raise ValueError("the model's head is drawn at random, and under --scheme scales its numbers would stay so: train it first.")
+            raise ValueError("the model's head is drawn at random, and under --scheme scales it would stay so: train it first.")
         if isinstance(method, Rival) and method.kind != "backward":
             baseline_runs.check(method, config.scheme, data)
         else:

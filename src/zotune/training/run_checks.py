@@ -23,7 +23,7 @@ def check_request(config: RunConfig, method: Method | Rival) -> None:
         return
     if config.model.quantize != "int8":
         have = "" if config.model.quantize is None else ", where a row has one; in int4 they are inside the product"
-        raise ValueError(f"--scheme scales moves the scales of layers held in 8 bits{have}: it needs --quantize int8.")
+        raise ValueError(f"--scheme scales trains the scales of layers stored in 8 bits{have}: it needs --quantize int8.")
     if config.model.offload != "no":
         raise ValueError("--scheme scales writes scales that stay in memory with their layers: leave --offload out.")
 
