@@ -91,7 +91,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from zotune import ZerothOrder, methods
-    from zotune.offloading import load, stream_of
+    from zotune.offloading import stream_of
+    from zotune.training.offloaded_loading import load
 
     begin = time.perf_counter()
     if args.what == "disk":

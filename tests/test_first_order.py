@@ -18,8 +18,8 @@ from zotune.directions import Key
 from zotune.first_order import FirstOrder, optimizer_class
 from zotune.first_order.galore import random_frame
 from zotune.first_order.mkor import inverse_of_moved
-from zotune.first_order.optimizer import last_layer
 from zotune.first_order.scale import column_normalised
+from zotune.weights.structure import last_layer
 
 pytest.importorskip("pytorch_optimizer")
 

@@ -10,9 +10,10 @@ import toys
 from zotune import ZerothOrder, methods
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
-from zotune.neighbours import RUN, Neighbours, Shown, draw_together, together
+from zotune.neighbours import RUN, Neighbours, Shown, draw_together
 from zotune.precision import HALF
 from zotune.subspaces import Full, LowRank
+from zotune.updating_groups import together
 
 SHAPES = {
     "bias": (30,),
@@ -143,6 +144,6 @@ def test_siblings_share_an_input_only_while_it_is_the_same(given, rank):
         optimizer = ZerothOrder(model, methods.lozo(num_directions="example", rank=rank, eps=1e-2), lr=1e-2, probe=probe)
         for _ in range(3):
             optimizer.step(toys.loss_function(model), toys.batch())
-        assert optimizer.evaluations.batched == (probe == "batched")
+        assert optimizer.evaluator.batched == (probe == "batched")
         losses.append(optimizer.last.coefficients)
     assert torch.allclose(*losses, atol=1e-3)

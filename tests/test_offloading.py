@@ -22,8 +22,10 @@ from zotune.io.sizes import parse_size
 from zotune.journal import digest
 from zotune.memory import Workload, estimate
 from zotune.memory.offloaded import needs
-from zotune.offloading import blocks, cap, files, load, offload, refusal, stream_of
+from zotune.offloading import blocks, cap, files, offload, stream_of
+from zotune.offloading.refusing import refusal
 from zotune.replaying import replay
+from zotune.training.offloaded_loading import load
 
 NAMES = ("llama", "qwen2", "qwen3", "mistral", "opt", "gpt2", "bert")
 
@@ -181,7 +183,7 @@ def test_one_pass_a_step_is_chosen_without_timing_others(adapter, monkeypatch):
     optimizer = ZerothOrder(model, "mezo" if adapter else methods.lozo(interval=50), lr=1e-3)
     optimizer.step(toys.transformer_loss(model), toys.tokens())
     stream.flush()
-    assert optimizer.evaluations.batched and next(seconds) == 0
+    assert optimizer.evaluator.batched and next(seconds) == 0
     before = stream.traffic.blocks
     for _ in range(3):
         optimizer.step(toys.transformer_loss(model), toys.tokens())
@@ -265,15 +267,15 @@ def test_a_run_killed_with_updates_waiting_is_in_its_journal(tmp_path):
 CUT_OFF = """
 import os, signal, sys
 from zotune.cli import main
-from zotune.evaluating import Evaluations
+from zotune.evaluating import Evaluator
 from zotune.offloading import stream_of
-gather = Evaluations.gather
-def cut_off(self, loss_fn, parts, seed, step):
-    if step == 5:  # the update of the step before, or the fold of the steps before, is still to be done
+evaluate = Evaluator.evaluate
+def cut_off(self, context):
+    if context.step == 5:  # the update of the step before, or the fold of the steps before, is still to be done
         assert any(block.waiting for block in stream_of(self.probe.model)._blocks), "nothing waits"
         os.kill(os.getpid(), signal.SIGKILL)
-    return gather(self, loss_fn, parts, seed, step)
-Evaluations.gather = cut_off
+    return evaluate(self, context)
+Evaluator.evaluate = cut_off
 main(sys.argv[1:])
 """
 

@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, applying, methods, observing, readying, replay
+from zotune import ZerothOrder, methods, observing, replay
 from zotune.coordinates import Offset
 from zotune.directions import Directions, Key
 from zotune.journal import Journal
 from zotune.quantised import QuantisedLinear, quantise
+from zotune.step_context import StepContext
 from zotune.subspaces import Blocks, Full, Inputs, LowRank, Sparse
-from zotune.subspaces.blocks import blocks_of, repeated_layers
+from zotune.subspaces.blocks import blocks_of
 from zotune.subspaces.inputs import leading_inputs
 from zotune.subspaces.projected import orthonormal
+from zotune.weights.structure import repeated_layers
 
 
 def matrix(rows: int = 7, columns: int = 6) -> nn.Linear:
@@ -55,8 +57,8 @@ def test_the_update_is_along_the_direction_that_was_evaluated_redraw_steps_inclu
     x = torch.linspace(-1, 1, 24).view(4, 6)
     for step in range(9):
         before = model.state_dict()["weight"].clone()
-        readying.observe(optimizer, lambda x: model(x).square().mean(dim=1), [x], step)
-        applying.begin(optimizer, step)
+        optimizer.preparation.observe(StepContext(optimizer.seed, step, lambda x: model(x).square().mean(dim=1), [x]))
+        optimizer.updater.begin(step)
         for k in range(num_directions):
             seen[k] = [optimizer.probe.evaluate(lambda: model(torch.eye(6)).T.clone(), Offset(s * eps, 0, step, k)) for s in (1, -1)]
         optimizer.step(lambda x: model(x).square().mean(dim=1), x)
@@ -84,7 +86,7 @@ def test_batched_and_sequential_losses_are_equal(name, kind):
         model.load_state_dict(start)
         optimizer = ZerothOrder(model, methods.get(name, rank=3, eps=1e-2, num_directions=2), lr=1e-2, probe=probe)
         losses[probe] = [optimizer.step(lambda x, model=model: model(x).square().mean(dim=(1, 2)), x) for _ in range(4)]
-        assert optimizer.evaluations.batched is (probe == "batched")
+        assert optimizer.evaluator.batched is (probe == "batched")
         losses[probe] += [optimizer.last.coefficients]
     for a, b in zip(losses["batched"], losses["sequential"], strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -122,7 +124,7 @@ def test_subzero_carries_momentum_over_a_redraw():
     for _ in range(3):
         optimizer.step(lambda x: model(x).square().mean(dim=1), torch.eye(6))
     p, q, m = coordinate.p.clone(), coordinate.v.clone(), optimizer.rule.state()[0]["weight/momentum_buffer"].clone()
-    applying.begin(optimizer, 3)
+    optimizer.updater.begin(3)
     new = optimizer.rule.state()[0]["weight/momentum_buffer"]
     left, right = coordinate.p / coordinate.sigma, coordinate.v
     whole = p / coordinate.sigma @ m @ q.T
@@ -457,7 +459,7 @@ def test_of_a_quantised_model_the_scales_move_and_nothing_else(architecture):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for _ in range(3):
         optimizer.step(losses, ids)
-    assert optimizer.evaluations.batched
+    assert optimizer.evaluator.batched
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved and moved == {name for name in before if name.endswith(".scale")}
 

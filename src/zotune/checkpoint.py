@@ -26,6 +26,7 @@ from safetensors.torch import save_model as save_bare_model
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from zotune import saved_state
 from zotune.first_order import FirstOrder
 from zotune.frozen_linear import any_frozen, dense_state
 from zotune.offloading import saving, stream_of
@@ -215,12 +216,15 @@ def truly_missing(model: nn.Module, missing: list[str]) -> list[str]:
 
 def save_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder, **extra: Any) -> None:
     """Write the optimizer's state: tensors as safetensors, the rest and `extra` as JSON."""
-    blocks = isinstance(optimizer, ZerothOrder) and stream_of(optimizer.model) is not None
-    state = saving.rest_of_state(optimizer) if blocks else optimizer.state_dict()  # type: ignore[arg-type]
+    run = optimizer.run if isinstance(optimizer, ZerothOrder) else None
+    blocks = [] if run is None else saving.coordinates_by_block(run.model, run.probe.coordinates)
+    away = {name for names in blocks for name in names}
+    state = optimizer.state_dict() if run is None else saved_state.save(run, without=away)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.pop("state").items()}
     save_file(tensors, folder / STATE_TENSORS)
-    if blocks:  # of an offloaded model, of which no more is in memory at a time
-        for number, tensors in enumerate(saving.block_states(optimizer)):  # type: ignore[arg-type]
+    if run is not None:
+        for number, names in enumerate(blocks):  # of an offloaded model, of which no more is in memory at a time
+            tensors = saved_state.coordinate_tensors(run, names)
             if tensors:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / BLOCK_TENSORS.format(number))
     save_json(folder / STATE, {"format": 1, "optimizer": state, **extra})

@@ -10,13 +10,13 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from zotune.directions import GROUP, Directions, Key, group_of
-from zotune.fleets import Fleet
-from zotune.neighbours import Neighbours, add_weighted
+from zotune.directions import GROUP, Directions, Key, add_weighted, group_of
+from zotune.io.memory_tags import tagged
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,62 @@ class Turn:
         return (direction if self.by_direction else step) % self.blocks == self.block
 
 
+class Joint(Protocol):
+    """Coordinates that can be updated as one.
+
+    Attributes:
+        members: all of them.
+        lr_scale: multiplies the learning rate of each.
+    """
+
+    members: list[Coordinate]
+    lr_scale: float
+
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        """θ ← keep · θ + Σ_k weights[k] · Z_k for all members, bit for bit as each would alone."""
+        ...
+
+    def drop(self) -> None:
+        """Forget the directions that are kept between a step's evaluations and its update."""
+        ...
+
+
+class FlatBuffer(Joint, Protocol):
+    """Small coordinates side by side in one flat vector of ``total`` elements, as their members and an evaluation see it.
+
+    Attributes:
+        stored: whether θ of all members can be read and written there.
+        places: where in the flat vector each member lies, by name.
+        runs: the places of consecutive members; ``run_of`` by name; ``members_of`` a run.
+    """
+
+    stored: bool
+    places: dict[str, slice]
+    runs: list[slice]
+    run_of: dict[str, int]
+    members_of: list[list[Coordinate]]
+
+    def many(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
+        """Directions ``first`` to ``first + count - 1`` of all members, float32, (count, total)."""
+        ...
+
+    def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
+        """Σ_k weights[k] · Z_k of all members, float32, (total,); not to be changed."""
+        ...
+
+    def values(self) -> Tensor:
+        """θ of all members, (total,); not to be changed."""
+        ...
+
+    def holds(self, name: str) -> bool:
+        """Whether directions are kept that ``name`` may still ask for."""
+        ...
+
+    def done(self, name: str) -> None:
+        """``name`` needs the directions no longer."""
+        ...
+
+
 #: A matrix in full space with a side of at most this many is small enough to keep several directions of it at a time: an adapter's.
 THIN = 64
 
@@ -75,14 +131,15 @@ class Coordinate(abc.ABC):
         self.lr_scale = lr_scale
         self.observed: Tensor | None = None  # what the next redraw is to go by, where that is data's to say
         self.turn: Turn | None = None  # None: moves in every step, along every direction
-        self.neighbours: Neighbours | None = None  # the small coordinates that this one is drawn, shown and moved together with
-        self.fleet: Fleet | None = None
+        self.neighbours: FlatBuffer | None = None  # the small coordinates that this one is drawn, shown and moved together with
+        self.fleet: Joint | None = None
         self._drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
 
     def moves(self, step: int, direction: int) -> bool:
         """Whether the coordinate is anything but 0 in a direction of a step."""
         return self.turn is None or self.turn.comes(step, direction)
 
+    @tagged("directions")
     def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
         """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape).
 
@@ -116,6 +173,7 @@ class Coordinate(abc.ABC):
         if self.neighbours is not None:
             self.neighbours.done(self.name)
 
+    @tagged("gradients")
     def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
         """Σ_k weights[k] · Z_k over the directions of a step, float32, of shape ``shape``."""
         neighbours = self.neighbours
@@ -126,6 +184,7 @@ class Coordinate(abc.ABC):
         keys = [Key(seed, step, direction, self.name) for direction in range(len(weights))]
         return directions.combine([(key, w) for key, w in zip(keys, weights, strict=True) if w], self.shape, self.device)
 
+    @tagged("directions")
     def _add_weighted(self, total: Tensor, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
         """total += Σ_k weights[k] · Z_k, for a thin coordinate."""
         for first in range(0, len(weights), GROUP):

@@ -7,14 +7,12 @@ that (a rule with state, weights that come and go, weights that move in turns) u
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zotune import residence
+from zotune.coordinates import Coordinate
 from zotune.directions import Directions
 from zotune.kernels import moves_for
-
-if TYPE_CHECKING:
-    from zotune.coordinates import Coordinate
 
 #: What a weight's memory has to begin at a multiple of.
 ALIGNED = 16

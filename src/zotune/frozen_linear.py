@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from zotune import residence
 
+#: Attribute of a weight that names its layer.
+_OWNER = "_zotune_frozen"
+
 #: Numbers that share a scale in 4 bits.
 GROUP = 32
 #: Weights that are unpacked at a time on a CPU.
@@ -142,9 +145,14 @@ class FrozenLinear(nn.Linear):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
+def own(layer: FrozenLinear) -> None:
+    """Have :func:`owner_of` find the layer by its weight."""
+    setattr(layer.weight, _OWNER, layer)
+
+
 def owner_of(parameter: Tensor) -> FrozenLinear | None:
     """The layer whose ``weight`` a parameter is, if it is one that is never written."""
-    return getattr(parameter, "_zotune_frozen", None)
+    return getattr(parameter, _OWNER, None)
 
 
 def freeze(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
@@ -181,7 +189,7 @@ def freeze(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",))
         raise ValueError("the model has no Linear layer of its own to hold in few bits.")
     for parent, name, child in chosen:
         layer = FrozenLinear(child, bits)
-        layer.weight._zotune_frozen = layer  # type: ignore[attr-defined]
+        own(layer)
         layer.train(child.training)
         setattr(parent, name, layer)
     return model

@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zotune.io.memory_tags import tagged
 from zotune.calibration import rule_gain
 from zotune.coordinates import Offset
 from zotune.directions import Key
 from zotune.estimators import Estimate
 from zotune.evaluating import Evaluator
 from zotune.guessed_signal import GuessedSignal
+from zotune.io.memory_tags import tagged
 from zotune.output_errors import Watch, watched
 from zotune.probe import Probe
 from zotune.rng.isolation import isolated_generators
@@ -43,7 +43,8 @@ from zotune.step_context import StepContext
 from zotune.step_size import REACH, StepSize
 from zotune.subspaces.guided import GuidedCoordinate
 from zotune.subspaces.inputs import given
-from zotune.weights.layouts import is_outputs_first, layout_of
+from zotune.weights.layouts import is_outputs_first
+from zotune.weights.structure import trained_layers
 
 #: Distance from θ, as a norm of all S, at which the first slope is measured; an S of norm 1 is a change of the size of a weight.
 NEAR = 1e-2
@@ -96,7 +97,7 @@ class Guidance:
         self.interval, self.measured = interval, measured
         self.coordinates = [c for c in probe.coordinates if isinstance(c, GuidedCoordinate)]
         owned = {id(c.parameter): c for c in self.coordinates}
-        self.layers = {m: owned[id(m.weight)] for m in probe.model.modules() if id(m._parameters.get("weight")) in owned and layout_of(m)}
+        self.layers = trained_layers(probe.model, owned)
         self.size = StepSize(guess=GuessedSignal(ALONE, held=False))
         self.scale = RunningMean(FORGETTING)  # α
         self.wall = math.inf  # how far a step may go, where going farther was seen to be no better

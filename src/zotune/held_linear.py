@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zotune.frozen_linear import FrozenLinear
+from zotune.frozen_linear import FrozenLinear, own
 
 #: Unit vectors that a layer is given at a time.
 UNITS = 256
@@ -113,7 +113,7 @@ def hold(model: nn.Module) -> nn.Module:
         raise ValueError("no Linear layer of the model has a weight that another library holds in few bits: nothing is to be done.")
     for parent, name, child in found:
         layer = HeldLinear(child)
-        layer.weight._zotune_frozen = layer  # type: ignore[attr-defined]
+        own(layer)
         layer.train(child.training)
         setattr(parent, name, layer)
     return model

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zotune.token_scores import scored_logits
+from zotune.weights.structure import head_of
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,8 @@ def features_of(
     Raises:
         ValueError: the model has no head that could be listened to.
     """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding):
+    head = head_of(model)
+    if head is None:
         raise ValueError("linear-probe reads what a language model's head is given, and this model has no such head.")
     found: list[Tensor] = []
     handle = head.register_forward_hook(lambda module, args, output: found.append(args[0][:, 0].float()))

@@ -13,20 +13,16 @@ depends on who the neighbours are.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from zotune.coordinates import Coordinate, FlatBuffer
 from zotune.counter import PAGE
-from zotune.directions import GROUP, GROUPED_NUMEL, Directions, Key, group_of
-from zotune.fleets import Fleet
+from zotune.directions import GROUP, GROUPED_NUMEL, Directions, Key, add_weighted, group_of
+from zotune.io.memory_tags import tagged
 from zotune.precision import HALF, join, split_into
-
-if TYPE_CHECKING:
-    from zotune.coordinates import Coordinate
 
 #: About so many numbers to a run of places.
 RUN = 1 << 14
@@ -61,6 +57,7 @@ class Neighbours:
         runs: the places of consecutive members, about ``RUN`` numbers each; ``run_of`` by name; ``members_of`` a run.
     """
 
+    @tagged("directions")
     def __init__(self, members: Sequence[Coordinate]) -> None:
         self.members = list(members)
         self.names = [c.name for c in members]
@@ -103,6 +100,7 @@ class Neighbours:
 
     # -- directions -----------------------------------------------------------------------------------------------------------------
 
+    @tagged("directions")
     def many(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
         """Directions ``first`` to ``first + count - 1`` of all members, float32, (count, total); kept until :meth:`drop`."""
         if self.drawn is not None:
@@ -124,6 +122,7 @@ class Neighbours:
             self.drawn = key, directions.draw_together(key, size, self.names, self.numels, self.device)
         return self.drawn[1][first - begin : first - begin + count]
 
+    @tagged("directions")
     def foresee(self, directions: Directions, seed: int, step: int) -> None:
         """Draw what a step to come will ask for first, if it asks for what the last one did and that is little."""
         begin, size = self._asked
@@ -145,6 +144,7 @@ class Neighbours:
         """Forget the directions that are kept between a step's evaluations and its update."""
         self.drawn = self._sum = None
 
+    @tagged("gradients")
     def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
         """Σ_k weights[k] · Z_k of all members, float32, (total,); kept until :meth:`drop`, and not to be changed."""
         which = (seed, step, tuple(weights))
@@ -152,6 +152,7 @@ class Neighbours:
             self._sum = which, self._add_weighted(torch.zeros(self.total, device=self.device), directions, weights, seed, step)
         return self._sum[1]
 
+    @tagged("directions")
     def _add_weighted(self, total: Tensor, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
         for first in range(0, len(weights), self.together):
             part = weights[first : first + self.together]
@@ -171,6 +172,7 @@ class Neighbours:
     def _residuals(self) -> Tensor:
         return torch.cat([c.store_residual() for c in self.members]) if self.owned is None else self.owned
 
+    @tagged("directions")
     def values(self) -> Tensor:
         """θ of all members, float32 (float64 where it is stored so), (total,); not to be changed."""
         if self.owned is not None and self.owned.is_floating_point():
@@ -178,6 +180,7 @@ class Neighbours:
         value = torch.cat(self._stores())
         return join(value, self._residuals()) if value.dtype in HALF else value
 
+    @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         """θ ← keep · θ + Σ_k weights[k] · Z_k for all members, bit for bit as each would alone."""
         if keep == 1.0 and not any(weights):
@@ -200,15 +203,6 @@ class Neighbours:
             coordinate.descended(keep, seed, step)
 
 
-def add_weighted(total: Tensor, z: Tensor, weights: Sequence[float]) -> Tensor:
-    """total += Σ_k weights[k] · z[k], one direction after the other: products and sums apart, so that every element is rounded alike
-    wherever it lies and whatever computes it."""
-    for one, weight in zip(z, weights, strict=True):
-        if weight:
-            total.add_(one.to(total.dtype) * weight)
-    return total
-
-
 class Shown:
     """Values of neighbours at several points at once, for one evaluation: run by run, the last few kept.
 
@@ -221,11 +215,13 @@ class Shown:
 
     KEPT = 2
 
-    def __init__(self, neighbours: Neighbours, z: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+    @tagged("directions")
+    def __init__(self, neighbours: FlatBuffer, z: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
         self.neighbours, self.z, self.scales, self.dtype = neighbours, z, scales, dtype
         self.base = neighbours.values()
         self._runs: dict[int, dict[str, Tensor]] = {}
 
+    @tagged("directions")
     def of(self, name: str) -> Tensor:
         """θ + s Z_g of one member, (G · S, numel)."""
         neighbours = self.neighbours
@@ -239,16 +235,3 @@ class Shown:
             parts = moved.flatten(0, 1).to(self.dtype).split([c.numel for c in members], dim=1)
             values = self._runs[index] = {c.name: part for c, part in zip(members, parts, strict=True)}
         return values[name]
-
-
-def together(coordinates: Sequence[Coordinate]) -> Iterator[Neighbours | Fleet | Coordinate]:
-    """The same coordinates, those whose neighbours, or whose fleet, are all among them as one."""
-    companies = [c.fleet or (c.neighbours if c.neighbours and c.neighbours.stored else None) for c in coordinates]
-    here = Counter(id(company) for company in companies)
-    seen: set[int] = set()
-    for coordinate, company in zip(coordinates, companies, strict=True):
-        if company is None or here[id(company)] < len(company.members):
-            yield coordinate
-        elif id(company) not in seen:
-            seen.add(id(company))
-            yield company

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-#: Scored positions that a watch keeps where it is to choose a subspace, at most: a text scores all of its own.
-MOST_ROWS = 256
 #: Positions of any kind that are looked at: for each text; of a forward, as long as there are not enough. A guide made of too few takes
 #: what no other position shows for quiet.
 SOME, AT_FIRST, ENOUGH = 4, 64, 512

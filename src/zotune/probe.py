@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -43,20 +42,9 @@ from zotune.stacked_parameters import lend
 from zotune.stacking import Stack
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.unformed import Room
+from zotune.weights.structure import every_module
 
 T = TypeVar("T")
-
-
-def every_module(model: nn.Module) -> list[nn.Module]:
-    """``model.modules()``, each once and in whatever order: without its nested generators, which a step would notice."""
-    found = {id(model): model}
-    waiting = [model]
-    while waiting:
-        for child in waiting.pop()._modules.values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
-                waiting.append(child)
-    return list(found.values())
 
 
 class Probe:
@@ -126,7 +114,7 @@ class Probe:
         Raises:
             ValueError: something between the weights and the loss has no forward derivative.
         """
-        makers = self._overrides.makers(lambda coordinate: partial(dual, coordinate, self.directions, offset))
+        makers = self._overrides.makers(dual, self.directions, offset)
         key = Key(offset.seed, offset.step, 0, "", "loss")
         with torch.no_grad(), self.evaluation_mode(), self._lent(makers):
             return self.forward_mode.derivative(function, lambda: isolated_generators(key, self.devices))
@@ -148,7 +136,7 @@ class Probe:
     @contextmanager
     def _stacked(self, lending: Lending) -> Iterator[None]:
         try:
-            with self._lent(self._overrides.makers(lambda coordinate: partial(lend, lending, coordinate))):
+            with self._lent(self._overrides.makers(lend, lending)):
                 for coordinate in self._low_rank:
                     coordinate.moved = None  # side paths keep out
                 yield

@@ -77,3 +77,8 @@ def lasting(tensor: Tensor) -> Tensor:
         return tensor.detach()
     with at_hand(tensor):
         return tensor.detach().clone()
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, of which other processes may hold the other part."""
+    return hasattr(parameter, "full_tensor") and hasattr(parameter, "device_mesh")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zotune.held_linear import held_layers
 from zotune.quantised import quantise
+from zotune.weights.structure import classifier_of, output_embeddings
 
 if TYPE_CHECKING:
     from zotune.methods import Method
@@ -29,7 +30,6 @@ ADAPTERS = ("lora", "prefix", "prompt")
 _LARGE = (1 << 20, 1 << 20)
 
 # Names of a sequence classifier's head, as PEFT knows them.
-_CLASSIFIERS = ("classifier", "score", "classification_head")
 
 
 @dataclass
@@ -198,12 +198,11 @@ def _only(model: nn.Module, chosen: set[str]) -> nn.Module:
 
 def _head_names(model: nn.Module) -> list[str]:
     """Names of the head's parameters; a head that shares its weight with the embeddings gets one of its own first."""
-    for name in _CLASSIFIERS:
-        if isinstance(getattr(model, name, None), nn.Module):
-            return [key for key, _ in model.named_parameters() if key.startswith(f"{name}.")]
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if not isinstance(head, nn.Module) or not hasattr(head, "weight"):
+    classifier = classifier_of(model)
+    if classifier is not None:
+        return [key for key, _ in model.named_parameters() if key.startswith(f"{classifier[0]}.")]
+    head = output_embeddings(model)
+    if head is None or not hasattr(head, "weight"):
         raise ValueError("this model has no head that could be trained alone: choose another scheme, or name it with --trainable.")
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     if head is embeddings:
@@ -225,7 +224,7 @@ def _head_names(model: nn.Module) -> list[str]:
 def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 
-    classifier = any(isinstance(getattr(model, name, None), nn.Module) for name in _CLASSIFIERS)
+    classifier = classifier_of(model) is not None
     causal = not classifier and hasattr(model, "prepare_inputs_for_generation")
     task = TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM if causal else None
     if scheme.scheme == "lora":

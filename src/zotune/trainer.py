@@ -35,7 +35,7 @@ from zotune.run_lock import locked
 from zotune.stacking import batch_rows, take
 from zotune.step_sums import StepSums
 from zotune.subspaces import Guided
-from zotune.token_scores import head_of
+from zotune.weights.structure import head_of
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class ZOTrainer(EvaluatedTrainer):
         """Have all workers follow what the first has found in the journal."""
         if not self.workers.several:
             return
-        evaluations = optimizer.evaluations
+        evaluations = optimizer.evaluator
         tail, batched, apart = self.workers.from_first(lambda: [optimizer.tail, evaluations.batched, evaluations.apart])
         if not self.workers.first:
             evaluations.restore(batched, apart)

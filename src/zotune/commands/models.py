@@ -19,6 +19,7 @@ from zotune.frozen_linear import freeze
 from zotune.io.sizes import parse_size
 from zotune.offloading.cap import Needs
 from zotune.schemes import load_adapter
+from zotune.training import offloaded_loading
 
 
 @dataclass
@@ -124,9 +125,9 @@ def load_model(
 
 def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, needs: Needs | None, **options: Any) -> Any:
     if args.offload == "disk" and args.quantize is None:
-        return offloading.load(name, kind, device=device, **_how(args, needs), **options)
+        return offloaded_loading.load(name, kind, device=device, **_how(args, needs), **options)
     if args.quantize is not None:  # a block at a time, so that the model need never fit whole
-        return offloading.load(name, kind, blocks=args.offload_blocks, **options)
+        return offloaded_loading.load(name, kind, blocks=args.offload_blocks, **options)
     return kind.from_pretrained(name, **options)
 
 

@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune import stacking
 from zotune.directions import Directions, Key
-from zotune.evaluating import NonFiniteLossError
+from zotune.errors import NonFiniteLossError
 from zotune.first_order import registry
-from zotune.first_order.last_blocks import last_layer
 from zotune.first_order.rival import Rival, Setting
+from zotune.io.memory_tags import tagged
 from zotune.precision import HALF
+from zotune.weights.structure import last_layer
 
 LossFunction = Callable[[Any], Tensor]
 
@@ -136,6 +137,7 @@ class FirstOrder(torch.optim.Optimizer):
 
     # -- a step ---------------------------------------------------------------------------------------------------------------------
 
+    @tagged("backward update")
     def step(self, loss_fn: LossFunction, batch: Any) -> Tensor:  # type: ignore[override]
         """One step along the gradient of the mean loss.
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from zotune.first_order import last_blocks
 from zotune.first_order.galore import galore_optimizer
 from zotune.first_order.mkor import MKOR, preconditioned
 from zotune.first_order.registry import register
 from zotune.first_order.rival import Rival, Setting
 from zotune.first_order.scale import SCALE
+from zotune.first_order.split_check import refusal as split_refusal
 
 Shapes = Mapping[str, tuple[int, ...]]
 _LIBRARY = "pytorch_optimizer"
@@ -115,7 +115,7 @@ def hybrid(
         blocks=blocks,
         eps=eps,
         zo_lr=zo_lr,
-        refusal=lambda model, trained: last_blocks.refusal(model, blocks),
+        refusal=lambda model, trained: split_refusal(model, blocks),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zotune.methods.registry import Fields, register
+from zotune.output_errors import watched
 from zotune.subspaces import Guided, Inputs, LowRank
 
 
@@ -60,7 +61,7 @@ def lozo_g(*, rank: int = 1, interval: int = 30, layer_scales: bool = True, guid
     guided layer and phase, and q² coefficients per layer and step, so that a run replays without the data.
     State: A, and V and P of a guided layer, r·m + q·(m + n) float32 elements per matrix.
     """
-    return {"subspace": Guided(rank, interval, layer_scales, guide, begin, examples), "estimates": "descent"}
+    return {"subspace": Guided(rank, interval, layer_scales, guide, begin, examples, watched=watched), "estimates": "descent"}
 
 
 @register(title="AGZO", arxiv="2601.17261", any_rule=True)

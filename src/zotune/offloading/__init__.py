@@ -4,8 +4,7 @@ A zeroth-order step only reads the weights, so a model streams one way: nothing 
 """
 
 from zotune.offloading.blocks import NotOffloadable
-from zotune.offloading.loading import load, offload
-from zotune.offloading.refusing import refusal
+from zotune.offloading.loading import offload
 from zotune.offloading.stream import Stream, stream_of
 
-__all__ = ["NotOffloadable", "Stream", "load", "offload", "refusal", "stream_of"]
+__all__ = ["NotOffloadable", "Stream", "offload", "stream_of"]

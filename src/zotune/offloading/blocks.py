@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.frozen_linear import owner_of
+from zotune.weights.structure import longest_lists, outermost_lists
 
 #: Vectors, matrices of fewer numbers and narrow ones (adapters) stay: they are little of a model, and updates of many of them go together.
 SMALL = 1 << 8
@@ -26,6 +28,23 @@ class Part:
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+
+
+@dataclass
+class Moving:
+    """One tensor that comes and goes: in the model, and what stands for it while it is away."""
+
+    name: str
+    owner: nn.Module | None
+    local: str
+    tensor: Tensor
+    away: Tensor
+
+    @classmethod
+    def of(cls, name: str, owner: nn.Module | None, local: str, tensor: Tensor, device: torch.device) -> Moving:
+        # The right shape, dtype and device, and no memory. A weight that is used where nobody brings it in makes all results NaN.
+        nothing = math.nan if tensor.dtype.is_floating_point else 0
+        return cls(name, owner, local, tensor, torch.full((), nothing, dtype=tensor.dtype, device=device).expand(tensor.shape))
 
 
 def find(model: nn.Module, named: str | Sequence[str] | None = None) -> list[Part]:
@@ -45,32 +64,17 @@ def find(model: nn.Module, named: str | Sequence[str] | None = None) -> list[Par
         for name in [named] if isinstance(named, str) else named:
             module = modules.get(name)
             if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not len(module):
-                lists = ", ".join(n for n, m in _lists(model)) or "none"
+                lists = ", ".join(n for n, m in outermost_lists(model)) or "none"
                 raise NotOffloadable(f"the model has no list of blocks {name!r}; its lists of modules are: {lists}.")
             found.append((name, module))
     else:
-        alike = [(name, module) for name, module in _lists(model) if len(module) > 1 and _of_one_kind(module)]
-        longest = max((len(module) for _, module in alike), default=0)
-        found = [(name, module) for name, module in alike if len(module) == longest]
+        found = longest_lists(model)
         if not found:
             raise NotOffloadable(
                 f"no repeated blocks are found in {type(model).__name__}: offloading needs an nn.ModuleList of at least two modules of one "
                 "class; name the lists with blocks=..., or train the model without offloading."
             )
     return [Part((f"{name}.{index}",), (block,)) for name, module in found for index, block in enumerate(module)]
-
-
-def _lists(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """Lists of modules that lie in no other list."""
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList) and len(child):
-            yield prefix + name, child
-        else:
-            yield from _lists(child, f"{prefix}{name}.")
-
-
-def _of_one_kind(module: nn.ModuleList) -> bool:
-    return len({type(block) for block in module}) == 1
 
 
 def large(tensor: Tensor) -> bool:
@@ -104,6 +108,18 @@ def occurrences(model: nn.Module, parts: Sequence[Part]) -> Counter[int]:
         counted.update({id(t) for module in part.modules for m in module.modules() for t in _own(m)})
     counted.update({id(t) for m in model.modules() if id(m) not in inside for t in _own(m)})
     return counted
+
+
+def moving_of(parts: Sequence[Part], model: nn.Module, device: torch.device) -> list[list[Moving]]:
+    """The tensors that come and go of each part."""
+    elsewhere: Counter[int] = occurrences(model, parts)
+    found = [[Moving.of(*one, device) for one in tensors(part, elsewhere)] for part in parts]
+    if not all(found):
+        name = parts[found.index([])].names[0]
+        raise NotOffloadable(
+            f"{name} holds no matrix of its own that could be away (what another library has quantised cannot): name the lists of blocks."
+        )
+    return found
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:

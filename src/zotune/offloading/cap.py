@@ -14,8 +14,7 @@ from torch import nn
 
 from zotune.io.sizes import size_text
 from zotune.offloading import blocks
-from zotune.offloading.blocks import NotOffloadable, bytes_of
-from zotune.offloading.stream import moving_of
+from zotune.offloading.blocks import NotOffloadable, bytes_of, moving_of
 
 #: Of the cap, what is left to activations, to directions and to what the allocator rounds up to, where nobody knows what a step takes.
 SPARE = 0.15

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from zotune import run_state
+from zotune.coordinates import Coordinate
 from zotune.frozen_linear import dense_state
 from zotune.offloading.stream import Stream, stream_of
-from zotune.optimizer import ZerothOrder
 
 INDEX = "model.safetensors.index.json"
 
@@ -121,19 +120,7 @@ def _as_published(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
     return revert_weight_conversion(model, tensors)
 
 
-def coordinates_by_block(optimizer: ZerothOrder) -> list[list[str]]:
+def coordinates_by_block(model: nn.Module, coordinates: Iterable[Coordinate]) -> list[list[str]]:
     """Names of the coordinates whose weights come and go, by block; none of a model that is in memory."""
-    stream = stream_of(optimizer.model)
-    return [] if stream is None else stream.by_block({c.name: c.parameter for c in optimizer.probe.coordinates})
-
-
-def block_states(optimizer: ZerothOrder) -> Iterator[dict[str, Tensor]]:
-    """The state of these coordinates, block by block, which is all of a weight where an update is pending."""
-    for names in coordinates_by_block(optimizer):
-        yield run_state.coordinate_tensors(optimizer, names)
-
-
-def rest_of_state(optimizer: ZerothOrder) -> dict[str, Any]:
-    """``optimizer.state_dict()`` without what :func:`block_states` gives."""
-    away = {name for names in coordinates_by_block(optimizer) for name in names}
-    return run_state.save(optimizer, without=away)
+    stream = stream_of(model)
+    return [] if stream is None else stream.by_block({c.name: c.parameter for c in coordinates})

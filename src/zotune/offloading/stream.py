@@ -7,47 +7,26 @@ only blocks that were written go back. Who calls a model does not matter: hooks 
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zotune import residence
-from zotune.offloading import blocks, files
-from zotune.offloading.blocks import NotOffloadable, Part
+from zotune.offloading import files
+from zotune.offloading.blocks import Moving, Part
+from zotune.offloading.cap import Arrangement
 from zotune.offloading.stores import Form, Store
-
-if TYPE_CHECKING:
-    from zotune.offloading.cap import Arrangement
 
 #: A block whose waiting writes hold more than this fraction of its own bytes is brought in for them.
 PATIENCE = 0.25
-
-
-@dataclass
-class Moving:
-    """One tensor that comes and goes: in the model, and what stands for it while it is away."""
-
-    name: str
-    owner: nn.Module | None
-    local: str
-    tensor: Tensor
-    away: Tensor
-
-    @classmethod
-    def of(cls, name: str, owner: nn.Module | None, local: str, tensor: Tensor, device: torch.device) -> Moving:
-        # The right shape, dtype and device, and no memory. A weight that is used where nobody brings it in makes all results NaN.
-        nothing = math.nan if tensor.dtype.is_floating_point else 0
-        return cls(name, owner, local, tensor, torch.full((), nothing, dtype=tensor.dtype, device=device).expand(tensor.shape))
 
 
 @dataclass
@@ -110,11 +89,11 @@ class Stream:
         self._next = {number: (number + 1) % len(self._blocks) for number in range(len(self._blocks))}
         self._last: int | None = None
         self._asked = 0
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._worker = ThreadPoolExecutor(1, "zotune-offload")
         self._saves: list[Future[None]] = []
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._empty_state_dicts = False
+        self.no_state = False
         self._handles: list[Any] = []
         for block, part in zip(self._blocks, self.parts, strict=True):
             for one in block.moving:
@@ -150,7 +129,7 @@ class Stream:
 
     def acquire(self, block: _Block) -> None:
         """The tensors of a block hold their values until :meth:`release`."""
-        with self._lock:
+        with self.lock:
             self._check_saves()
             room = self._room_of(block)
             if room is None:
@@ -185,7 +164,7 @@ class Stream:
 
     def release(self, block: _Block) -> None:
         """One who has acquired the block needs it no longer."""
-        with self._lock:
+        with self.lock:
             room = self._room_of(block)
             assert room is not None and room.users > 0
             room.users -= 1
@@ -209,7 +188,7 @@ class Stream:
 
     def write(self, block: _Block, work: Callable[[], object], held: int) -> None:
         """See :class:`zotune.residence.Home`."""
-        with self._lock:
+        with self.lock:
             room = self._room_of(block)
             if room is not None and room.users:
                 room.changed = True
@@ -234,15 +213,15 @@ class Stream:
     @contextmanager
     def empty_state_dicts(self) -> Iterator[None]:
         """For the length of a block state dicts hold nothing (no memory, no values) for what comes and goes."""
-        self._empty_state_dicts = True
+        self.no_state = True
         try:
             yield
         finally:
-            self._empty_state_dicts = False
+            self.no_state = False
 
     def measure(self) -> float:
         """Bytes a second at which blocks come in, from two of them."""
-        with self._lock:
+        with self.lock:
             before = self.traffic.bytes, self.traffic.transfer
             for block in (self._blocks[0], self._blocks[-1]):
                 self.acquire(block)
@@ -364,7 +343,7 @@ class Stream:
 
     def take_along(self, block: _Block, tensor: Tensor) -> None:
         """See :class:`zotune.residence.Home`."""
-        with self._lock:
+        with self.lock:
             self.flush()
             assert not any(room.users for room in self._rooms)
             for room in self._rooms:
@@ -390,7 +369,7 @@ class _Home:
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:
-        with self.stream._lock:
+        with self.stream.lock:
             self.stream.acquire(self.block)
             try:
                 yield
@@ -413,7 +392,7 @@ class _Saved:
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
         tensor = self.tensor()
         there = tensor is not None and module._parameters.get(self.local, module._buffers.get(self.local)) is tensor
-        if there and prefix + self.local in state_dict and not self.stream._empty_state_dicts:
+        if there and prefix + self.local in state_dict and not self.stream.no_state:
             assert tensor is not None
             state_dict[prefix + self.local] = residence.lasting(tensor)
 
@@ -443,15 +422,3 @@ def stream_of(model: nn.Module) -> Stream | None:
         if isinstance(found, _Home):
             return found.stream
     return None
-
-
-def moving_of(parts: Sequence[Part], model: nn.Module, device: torch.device) -> list[list[Moving]]:
-    """The tensors that come and go of each part."""
-    elsewhere: Counter[int] = blocks.occurrences(model, parts)
-    found = [[Moving.of(*one, device) for one in blocks.tensors(part, elsewhere)] for part in parts]
-    if not all(found):
-        name = parts[found.index([])].names[0]
-        raise NotOffloadable(
-            f"{name} holds no matrix of its own that could be away (what another library has quantised cannot): name the lists of blocks."
-        )
-    return found

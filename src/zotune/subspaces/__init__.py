@@ -13,7 +13,8 @@ from __future__ import annotations
 from zotune.coordinates import Coordinate, Offset
 from zotune.subspaces.blocks import Blocks
 from zotune.subspaces.curved import Curved, CurvedCoordinate
-from zotune.subspaces.full import Full, FullCoordinate
+from zotune.subspaces.factory import Full
+from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.guided import Guided, GuidedCoordinate
 from zotune.subspaces.inputs import Inputs, InputsCoordinate
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from zotune.coordinates import Coordinate, Turn
-from zotune.subspaces.full import Full
+from zotune.subspaces.factory import Full
 from zotune.subspaces.subspace import Subspace
+from zotune.weights.structure import repeated_layers
 
 UNITS = ("layer", "linear")
 ORDERS = ("gauss-seidel", "jacobi")
@@ -87,17 +88,3 @@ def blocks_of(model: nn.Module, coordinates: Sequence[Coordinate], unit: str) ->
         parameters = [p for module in members for p in module._parameters.values() if p is not None]
         blocks.append([left.pop(id(p)) for p in parameters if id(p) in left])
     return [block for block in blocks if block]
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The longest list of modules of one class, by parameters that can move; none if there is no list of two or more."""
-    found: list[nn.Module] = []
-    most = 0
-    for module in model.modules():
-        children = list(module.children()) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
-        if len(children) < 2 or len({type(child) for child in children}) > 1:
-            continue
-        moving = sum(p.numel() for child in children for p in child.parameters() if p.requires_grad)
-        if moving > most:
-            found, most = children, moving
-    return found

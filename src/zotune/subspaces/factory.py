@@ -1,0 +1,27 @@
+"""Full space: every parameter gets coordinates that fit where it is stored, whole or sharded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from zotune.coordinates import Coordinate
+from zotune.residence import is_sharded
+from zotune.subspaces.full import FullCoordinate
+from zotune.subspaces.sharded import ShardedCoordinate
+from zotune.subspaces.subspace import Space
+
+
+@dataclass(frozen=True)
+class Full(Space):
+    """Every trainable parameter moves in its own full space."""
+
+    def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
+        return full_coordinate(name, parameter)
+
+
+def full_coordinate(name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> FullCoordinate:
+    """The coordinates of a parameter in full space, wherever its numbers are."""
+    kind = ShardedCoordinate if is_sharded(parameter) else FullCoordinate
+    return kind(name, parameter, keep_residual=keep_residual)

@@ -1,0 +1,143 @@
+"""The structure of a model, found from its modules alone: its head, its repeated blocks, and the layers that write to the hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from zotune.weights.layouts import layout_of
+
+T = TypeVar("T")
+
+#: Names that Hugging Face's models give to the head of a classifier.
+CLASSIFIERS = ("classifier", "score", "classification_head")
+
+
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """``model.modules()``, each once and in whatever order: without its nested generators, which a step would notice."""
+    found = {id(model): model}
+    waiting = [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())
+
+
+def trained_layers(model: nn.Module, by_weight: Mapping[int, T]) -> dict[nn.Module, T]:
+    """The matrix layers whose weight is among ``by_weight``, a mapping from ids of parameters; with what it maps to."""
+    return {m: by_weight[id(m.weight)] for m in model.modules() if id(m._parameters.get("weight")) in by_weight and layout_of(m)}
+
+
+# -- the head -----------------------------------------------------------------------------------------------------------------------
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """What ``get_output_embeddings`` returns; None where a model has no such method or no such layer."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        found = get() if get is not None else None
+    except NotImplementedError:  # what transformers raises for models without a head
+        found = None
+    return found if isinstance(found, nn.Module) else None
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The layer that maps the last hidden states of a language model to logits; None where it cannot be told.
+
+    A head that is the input embedding itself is called with token ids, so it is not one.
+    """
+    head = output_embeddings(model)
+    return None if isinstance(head, nn.Embedding) else head
+
+
+def classifier_of(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """(name, module) of the head of a sequence or token classifier."""
+    return next(((name, m) for name in CLASSIFIERS if isinstance(m := getattr(model, name, None), nn.Module)), None)
+
+
+def last_module(model: nn.Module) -> nn.Module | None:
+    """The module that makes a model's outputs: its output embeddings, its classifier, or its last Linear layer."""
+    head = output_embeddings(model)
+    if head is not None:
+        return head
+    classifier = classifier_of(model)
+    if classifier is not None:
+        return classifier[1]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def last_layer(model: nn.Module) -> list[str]:
+    """Names of the parameters of :func:`last_module`; empty where there is none."""
+    head = last_module(model)
+    own = {id(p) for p in head.parameters()} if head is not None else set()
+    return [name for name, p in model.named_parameters() if id(p) in own]
+
+
+# -- repeated blocks ----------------------------------------------------------------------------------------------------------------
+
+
+def are_alike(modules: nn.Module) -> bool:
+    """Whether the children of a list of modules are of one class."""
+    return len({type(child) for child in modules.children()}) == 1
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The children of the list (ModuleList or Sequential) of two or more modules of one class that holds most trained parameters.
+
+    Empty if no such list has any.
+    """
+    found: list[nn.Module] = []
+    most = 0
+    for module in model.modules():
+        children = list(module.children()) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+        if len(children) < 2 or not are_alike(module):
+            continue
+        trained = sum(p.numel() for child in children for p in child.parameters() if p.requires_grad)
+        if trained > most:
+            found, most = children, trained
+    return found
+
+
+def outermost_lists(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """(name, list) of the module lists that lie in no other list, trained or not."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList) and len(child):
+            yield prefix + name, child
+        else:
+            yield from outermost_lists(child, f"{prefix}{name}.")
+
+
+def longest_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """(name, list) of the longest of the outermost lists of two or more modules of one class; several if they are of one length."""
+    alike = [(name, modules) for name, modules in outermost_lists(model) if len(modules) > 1 and are_alike(modules)]
+    longest = max((len(modules) for _, modules in alike), default=0)
+    return [(name, modules) for name, modules in alike if len(modules) == longest]
+
+
+def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
+    """The modules of each of a model's repeated layers; without such, every module that has weights to train is a block."""
+    layers = repeated_layers(model)
+    if layers:
+        return [list(layer.modules()) for layer in layers]
+    return [[module] for module in model.modules() if any(p is not None and p.requires_grad for p in module._parameters.values())]
+
+
+def last_blocks(model: nn.Module, blocks: int) -> list[str]:
+    """Names of the trained parameters that backprop reaches: those of the last blocks, and of a head that shares none with other modules.
+
+    What else lies outside the blocks (embeddings, norms) is not among them, wherever it is used: a norm after the last block is a
+    vector, and a parameter read before the last blocks would draw the whole model into the graph.
+    """
+    found: dict[int, nn.Parameter] = {}
+    last = [module for block in blocks_of(model)[-blocks:] for module in block]
+    head = last_module(model)
+    inside = {id(module) for module in last} | ({id(module) for module in head.modules()} if head is not None else set())
+    elsewhere = {id(p) for m in model.modules() if id(m) not in inside for p in m._parameters.values() if p is not None}
+    for module in [*last, *(head.modules() if head is not None else ())]:
+        found |= {id(p): p for p in module._parameters.values() if p is not None and p.requires_grad and id(p) not in elsewhere}
+    return [name for name, p in model.named_parameters() if id(p) in found]
