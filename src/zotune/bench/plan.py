@@ -14,7 +14,7 @@ from typing import Any
 from zotune import bundled, catalogue, tasks
 from zotune.bench.grid import Budget, Entry, Grid, MethodEntry
 from zotune.commands.models import plan_model
-from zotune.first_order import Rival
+from zotune.first_order import Baseline
 from zotune.methods import AUTO, Method
 from zotune.training import run_config
 from zotune.training.option_parser import option_words
@@ -132,7 +132,7 @@ def check(grid: Grid, data_dir: str | None, *, models: bool = True) -> dict[Plac
         run = Run(cell, grid.seeds[0])
         try:
             config = run_config.parse(words(run, Path("run"), data_dir), parser)
-            task, model = config.data.task, config.model.model_name_or_path
+            task, model = str(config.data.task), config.model.model_name_or_path
             if task not in known:
                 tasks.load(task)
                 known.add(task)
@@ -201,7 +201,7 @@ def _steps(method: MethodEntry, budget: Budget, options: Mapping[str, Any]) -> i
     return steps
 
 
-def _recipe(method: MethodEntry, options: Mapping[str, Any]) -> Method | Rival:
+def _recipe(method: MethodEntry, options: Mapping[str, Any]) -> Method | Baseline:
     known = catalogue.options_of(method.name)
     given = {name: value for name, value in options.items() if name in known and value is not None}
     extra = options.get("method_args")
