@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.first_order import Rival, optimizer_class
+from zotune.first_order import Baseline, optimizer_class
 from zotune.io.caches import clear_tensor_caches
 from zotune.memory.ledger import Ledger, Split
 from zotune.memory.models import build, depth_of, shallow
@@ -65,31 +65,33 @@ def _continued(few: Split, more: Split, depth: int) -> Split:
     return Split({kind: max(0, round(size + steps * (size - few.kinds[kind]))) for kind, size in more.kinds.items()}, more.largest)
 
 
-def measure(workload: Workload, device: torch.device | str = "cpu", model: nn.Module | None = None, ledger: bool = True) -> Split:
-    """The peak of real steps, on random numbers or a given model. Without a ledger nothing is counted: somebody else does."""
+def measure(
+    workload: Workload, device: torch.device | str = "cpu", model: nn.Module | None = None, ledger: bool = True, strict: bool = False
+) -> Split:
+    """The peak of real steps, on random weights or a given model. Without a ledger nothing is counted: somebody else does."""
     if model is None:
         model = build(workload.config, workload.dtype).to(device)
     model, host = prepared(model, workload), torch.device(device).type == "cpu"
     batch = {name: tensor.to(device) for name, tensor in batch_of(workload).items()}
-    peaks, optimizer = run(model, workload, batch, ledger=ledger, host=host)
+    peaks, optimizer = run(model, workload, batch, ledger=ledger, host=host, strict=strict)
     if optimizer is not None:
         optimizer.detach()
     for place, other in enumerate(other_phases(workload)):
-        more, optimizer = run(model, other, batch, ledger=ledger, host=host)
+        more, optimizer = run(model, other, batch, ledger=ledger, host=host, strict=strict)
         optimizer.detach()
         peaks = peaks | {f"{moment} {place}": split for moment, split in more.items()}
     return _highest(peaks)
 
 
 def run(
-    model: nn.Module, workload: Workload, batch: Mapping[str, Tensor], *, ledger: bool = True, host: bool = True
+    model: nn.Module, workload: Workload, batch: Mapping[str, Tensor], *, ledger: bool = True, host: bool = True, strict: bool = False
 ) -> tuple[dict[str, Split], Any]:
     """The splits at the peaks of ``STEPS`` steps, by the moments of a step; the optimizer, None for a method without.
 
-    ``host``: whether what is kept in the host's memory counts.
+    ``host``: whether what is kept in the host's memory counts; ``strict``: as in :class:`Ledger`.
     """
     clear_tensor_caches()  # a step counts the tables of the directions that it makes, whatever ran before
-    counted = Ledger(model, host)
+    counted = Ledger(model, host, strict)
     counted.add(batch.values(), "temporary")
     loss = objective("classifier" if "labels" in batch else "lm", model)
     with counted if ledger else contextlib.nullcontext():
@@ -109,7 +111,7 @@ def _steps(
     with counted.phase("optimiser state"):
         rate = 1e-6
         optimizer: Any
-        if isinstance(method, Rival):
+        if isinstance(method, Baseline):
             optimizer = optimizer_class(method)(model, method, lr=rate, max_steps=STEPS)
         else:
             rows = len(next(iter(batch.values())))
