@@ -46,6 +46,7 @@ def may_form(coordinate: LowRankCoordinate) -> bool:
     return not coordinate.transposed and kernel_of(coordinate) is not None
 
 
+@tagged("directions")
 def formed(coordinate: LowRankCoordinate, left: Tensor) -> Tensor:
     """W + A_b Vᵀ in W's dtype, (B, m, n), for A (B, m, r)."""
     weights: Tensor = kernel_of(coordinate).plus(coordinate.parameter.data, None, left, coordinate.v)

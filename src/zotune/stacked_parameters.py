@@ -85,7 +85,7 @@ class Stacked(torch.Tensor):
 _QUESTIONS = {"dim", "size", "numel", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex", "get_device", "__len__"}
 
 
-def lend(lending: Lending, coordinate: Coordinate) -> Stacked:
+def lend(coordinate: Coordinate, lending: Lending) -> Stacked:
     """The coordinate's parameter at the stack's points; the same one for every module that reads it."""
     stacked = lending.lent.get(coordinate.name)
     if stacked is None:

@@ -64,20 +64,15 @@ class Owner:
         """What makes a parameter of the module at θ + offset, in the general way: whole, or lazy where the layer type knows how."""
         if not coordinate.moves(offset.step, offset.direction):
             return partial(coordinate.at, directions, None)
-        if self._is_lazy(coordinate, room):
-            return partial(Unformed.of, coordinate, directions, offset, room)  # type: ignore[arg-type]
-        return partial(coordinate.at, directions, offset)
-
-    def _is_lazy(self, coordinate: Coordinate, room: Room) -> bool:
-        rule = self.rule
-        if rule is None:
-            return False
+        rule, module = self.rule, self.module
         if isinstance(coordinate, FullCoordinate):
-            fits = not (coordinate.thin or coordinate.sharded) and len(coordinate.shape) == 2
-            return fits and rule.is_lazy_in_full(self.module, coordinate, room)
-        if isinstance(coordinate, LowRankCoordinate):
-            return not is_sharded(coordinate.parameter) and rule.is_lazy_low_rank(self.module, coordinate)
-        return False
+            matrix = len(coordinate.shape) == 2 and not (coordinate.thin or coordinate.sharded)
+            if matrix and rule is not None and rule.is_lazy_in_full(module, coordinate, room):
+                return partial(Unformed.of, coordinate, directions, offset, room)
+        elif isinstance(coordinate, LowRankCoordinate):
+            whole = is_sharded(coordinate.parameter) or rule is None or not rule.is_lazy_low_rank(module, coordinate)
+            return partial(coordinate.at, directions, offset) if whole else partial(Unformed.of, coordinate, directions, offset, room)
+        return partial(coordinate.at, directions, offset)
 
 
 class Overrides:
@@ -101,9 +96,9 @@ class Overrides:
         for module in self._gathering[:1]:
             module._get_fsdp_state()._lazy_init()  # looks at the parameters, and would find those that are lent
 
-    def makers(self, make: Callable[[Coordinate], Callable[[], Tensor]]) -> dict[int, Makers]:
-        """``make(coordinate)`` for every parameter, by id of its owner and local name."""
-        return {id(owner): {name: make(c) for name, c in owner.parameters.items()} for owner in self.owners}
+    def makers(self, make: Callable[..., Tensor], *rest: Any) -> dict[int, Makers]:
+        """What makes every parameter, ``make(coordinate, *rest)``, by id of its owner and local name."""
+        return {id(owner): {name: partial(make, c, *rest) for name, c in owner.parameters.items()} for owner in self.owners}
 
     @contextmanager
     def lent(self, lend: Mapping[int, Makers], finish: Callable[[], object]) -> Iterator[list[LentParameters]]:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from zotune.io.memory_tags import tagged
 from zotune.coordinates import Offset
 from zotune.forward.overrides import LentParameters
+from zotune.io.memory_tags import tagged
 from zotune.side_path import SidePath
 
 #: ``evaluate(offset, hooks, only)``: the losses at θ + offset (None: at θ) and the tables that were read, with hooks or the general way.

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -193,11 +194,7 @@ class Linear(LayerRule):
 
     def examples(self) -> Iterable[Example]:
         for bias in (True, False):
-            yield Example(
-                f"bias={bias}",
-                lambda bias=bias: nn.Linear(80, 96, bias=bias),
-                lambda rows: torch.randn(rows, 3, 80),  # type: ignore[misc]
-            )
+            yield Example(f"bias={bias}", partial(nn.Linear, 80, 96, bias), lambda rows: torch.randn(rows, 3, 80))
 
 
 register(Linear())

@@ -6,6 +6,7 @@ The layer's ``weight`` is an empty stand-in; a lent weight is what the layer add
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,11 +47,11 @@ class QuantizedLinear(LayerRule):
     def examples(self) -> Iterable[Example]:
         for bits in (8, 4):
             for bias in (True, False):
-                yield Example(
-                    f"bits={bits}, bias={bias}",
-                    lambda bits=bits, bias=bias: freeze(nn.Sequential(nn.Linear(96, 80, bias=bias)), bits),  # type: ignore[misc]
-                    lambda rows: torch.randn(rows, 3, 96),
-                )
+                yield Example(f"bits={bits}, bias={bias}", partial(_quantized, bits, bias), lambda rows: torch.randn(rows, 3, 96))
+
+
+def _quantized(bits: int, bias: bool) -> nn.Module:
+    return freeze(nn.Sequential(nn.Linear(96, 80, bias=bias)), bits)
 
 
 register(QuantizedLinear())
