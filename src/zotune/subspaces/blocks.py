@@ -71,8 +71,8 @@ class Blocks:
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
         return self.inner.elements(shape)
 
-    def memory(self, rule_state: float) -> str:
-        return self.inner.memory(rule_state)
+    def memory(self, update_rule_state: float) -> str:
+        return self.inner.memory(update_rule_state)
 
 
 def blocks_of(model: nn.Module, coordinates: Sequence[Coordinate], unit: str) -> list[list[Coordinate]]:

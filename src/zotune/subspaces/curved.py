@@ -131,5 +131,5 @@ class Curved(Space):
         moving, _ = super().elements(shape)
         return moving, sum(shape) if self.factored and len(shape) == 2 else moving
 
-    def memory(self, rule_state: float) -> str:
-        return "Σ m + n" if self.factored else f"{1 + rule_state:g} × W"
+    def memory(self, update_rule_state: float) -> str:
+        return "Σ m + n" if self.factored else f"{1 + update_rule_state:g} × W"

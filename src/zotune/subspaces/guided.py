@@ -169,8 +169,8 @@ class Guided(LowRank):
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return rows * self.rank, rows * (self.rank + self.guide) + columns * max(self.rank, self.guide)
 
-    def memory(self, rule_state: float) -> str:
-        return "Σ r·m + q·(m + n)" + times(rule_state, "r·m")
+    def memory(self, update_rule_state: float) -> str:
+        return "Σ r·m + q·(m + n)" + times(update_rule_state, "r·m")
 
     def looks_at(self, step: int) -> int:
         return self.examples if self.observes(step) else 0

@@ -326,8 +326,8 @@ class LowRank(Space):
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return rows * self.rank, (rows + columns) * self.rank
 
-    def memory(self, rule_state: float) -> str:
-        return "Σ r·(m + n)" + times(rule_state, "r·m")
+    def memory(self, update_rule_state: float) -> str:
+        return "Σ r·(m + n)" + times(update_rule_state, "r·m")
 
 
 def at_least_one(field: str, number: object) -> None:

@@ -74,8 +74,8 @@ class TwoSided(LowRank):
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return self.rank**2, self.rank * (rows + columns + self.rank)
 
-    def memory(self, rule_state: float) -> str:
-        return "Σ r·(m + n + r)" + times(rule_state, "r²")
+    def memory(self, update_rule_state: float) -> str:
+        return "Σ r·(m + n + r)" + times(update_rule_state, "r²")
 
 
 class LeftCoordinate(LowRankCoordinate):
@@ -114,8 +114,8 @@ class Left(LowRank):
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return columns * self.rank, (rows + columns) * self.rank
 
-    def memory(self, rule_state: float) -> str:
-        return "Σ r·(m + n)" + times(rule_state, "r·n")
+    def memory(self, update_rule_state: float) -> str:
+        return "Σ r·(m + n)" + times(update_rule_state, "r·n")
 
 
 class RankOnesCoordinate(LowRankCoordinate):
@@ -164,5 +164,5 @@ class RankOnes(LowRank):
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return self.rank, self.rank * (rows + columns + 1)
 
-    def memory(self, rule_state: float) -> str:
-        return "Σ r·(m + n + 1)" + times(rule_state, "r")
+    def memory(self, update_rule_state: float) -> str:
+        return "Σ r·(m + n + 1)" + times(update_rule_state, "r")

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zotune.coordinates import Coordinate, Offset
-from zotune.directions import Directions
+from zotune.directions import Directions, Key, block_size
 from zotune.io.memory_tags import tagged
 from zotune.precision import HALF, join, split_into
 from zotune.subspaces.full import FullCoordinate
-from zotune.subspaces.sensing import squared_gradients
 from zotune.subspaces.subspace import Space
+
+#: ε of the differences.
+EPS = 1e-3
+#: Number of the step whose directions are used, beyond those of any run, ``layer_scales`` and ``calibration``.
+STEP = 1 << 60
+
+SIGNS = Directions("rademacher")
+
+#: ``losses(offset, moved)``: losses of the step's micro-batches, one after the other, with the coordinates ``moved`` at θ + offset.
+Losses = Callable[..., Iterator[Tensor]]
 
 
 class IndexedCoordinate(Coordinate):
@@ -95,7 +105,7 @@ class Sensitive(Space):
 
     Args:
         density: the fraction, in (0, 1].
-        directions: 0: squared gradients by backpropagation; K: estimated from loss differences along K directions (see ``sensing``).
+        directions: 0: squared gradients by backpropagation; K: estimated from loss differences along K directions.
 
     Raises:
         ValueError: one of them does not lie there.
@@ -123,8 +133,8 @@ class Sensitive(Space):
             return math.prod(shape), 0
         return self._count(shape), self._count(shape)
 
-    def memory(self, rule_state: float) -> str:
-        return f"{(1 + rule_state) * self.density:g} × W"
+    def memory(self, update_rule_state: float) -> str:
+        return f"{(1 + update_rule_state) * self.density:g} × W"
 
     def observes(self, step: int) -> bool:
         return step == 0
@@ -173,3 +183,61 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     # A stable sort, so that equal scores (rows of an embedding that the batch did not use) are chosen alike everywhere.
     order = scores.sort(descending=True, stable=True).indices[:count]
     return order.sort().values.to(torch.int32)
+
+
+# -- squared gradients of single weights from loss differences alone, where nothing can be differentiated ----------------------------
+
+
+class _Signs(FullCoordinate):
+    """All numbers of a parameter, which move by ±1 whatever the method's own directions are."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.thin = False  # block by block, as they are put together again
+
+    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        return super().at(SIGNS, offset)
+
+    def at_in(self, out: Tensor, directions: Directions, offset: Offset) -> Tensor:
+        return super().at_in(out, SIGNS, offset)
+
+    def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
+        return super().strips_at(SIGNS, offset, height)
+
+    def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
+        return super().rows_at(SIGNS, offset, rows)
+
+
+@tagged("directions")
+def squared_gradients(coordinates: Sequence[Coordinate], losses: Losses, seed: int, count: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, estimate of Σ_b (∂ℓ_b/∂W_i)² for every number of W, flat) of each coordinate, by ``count`` directions, 2 · ``count`` forwards.
+
+    c_bk = (ℓ_b(W + εZ_k) − ℓ_b(W − εZ_k)) / 2ε,   s_i = Σ_b ((1/K) Σ_k c_bk Z_ki)²,   Z of ±1, all these parameters together
+
+    E s_i = Σ_b ((1 − 1/K) g_bi² + ‖g_b‖² / K) as ε → 0: the order is right on average, and the noise of g_bi is ‖g_b‖/√K, so that weights
+    are found whose share of the gradient's square is above 1/K or so.
+    """
+    moved = {c.name: _Signs(c.name, c.parameter, keep_residual=False) for c in coordinates}
+    slopes = torch.stack([_slopes(losses, moved, seed, k) for k in range(count)]) / count  # (K, B)
+    slopes = torch.where(slopes.isfinite(), slopes, 0.0)
+    for coordinate in coordinates:
+        device, numel = coordinate.device, coordinate.parameter.numel()
+        found = torch.empty(numel, device=device)
+        here = slopes.T.to(device)
+        size = max(1 << 12, block_size(device) // count)
+        for start in range(0, numel, size):
+            part = slice(start, min(numel, start + size))
+            z = [SIGNS.block(Key(seed, STEP, k, coordinate.name), part, device).clone() for k in range(count)]
+            found[part] = (here @ torch.stack(z)).square_().sum(dim=0)
+        yield coordinate.name, found
+
+
+def _slopes(losses: Losses, moved: Mapping[str, FullCoordinate], seed: int, direction: int) -> Tensor:
+    """c_b of every example b, float32, on the CPU."""
+    high, low = (
+        torch.cat([found.detach().reshape(-1).double().cpu() for found in losses(Offset(sign * EPS, seed, STEP, direction), moved)])
+        for sign in (+1, -1)
+    )
+    for coordinate in moved.values():
+        coordinate.drop()
+    return ((high - low) / (2 * EPS)).float()

@@ -52,7 +52,7 @@ class Subspace(Protocol):
         """(numbers in θ, float32 numbers kept beside the weights) for a parameter of this shape."""
         ...
 
-    def memory(self, rule_state: float) -> str:
+    def memory(self, update_rule_state: float) -> str:
         """What is kept between steps beyond the weights, for people, if the rule keeps so many numbers a coordinate."""
         ...
 
@@ -79,5 +79,5 @@ class Space:
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
         return math.prod(shape), 0
 
-    def memory(self, rule_state: float) -> str:
-        return f"{rule_state:g} × W" if rule_state else "none"
+    def memory(self, update_rule_state: float) -> str:
+        return f"{update_rule_state:g} × W" if update_rule_state else "none"
