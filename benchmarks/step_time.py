@@ -242,8 +242,8 @@ def measure(
         model = plain if alone else copy.deepcopy(plain)
         if name in BACKPROP:
             compare_with(name, f"1 forward of 1 × {rows} rows", forward(1, 1))
-            rival = BackpropStep(model, *BACKPROP[name], zotune.objectives.LanguageModelLoss)
-            contenders[name], states[name] = partial(rival.step, batch), rival.state_bytes
+            baseline = BackpropStep(model, *BACKPROP[name], zotune.objectives.LanguageModelLoss)
+            contenders[name], states[name] = partial(baseline.step, batch), baseline.state_bytes
             continue
         if name == PUBLISHED:
             compare_with(name, f"2 forwards of {rows} rows", forward(1, 2))

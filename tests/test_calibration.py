@@ -217,7 +217,7 @@ def test_a_shaped_step_is_as_long_as_that_of_plain_sgd(name):
     shaped = c if fitness is None else fitness.coefficients(2.0 + eps * c, 2.0 - eps * c).double()
     if method.shaping is not None:
         shaped = torch.tensor(method.shaping.shape(shaped.tolist(), [False] * k, eps, {}))
-    size = gain(method, Rule(method.rule, method.rule_args), moment, k, eps) * float(shaped.square().mean().sqrt())
+    size = gain(method, Rule(method.update_rule, method.update_rule_args), moment, k, eps) * float(shaped.square().mean().sqrt())
     expected = math.sqrt(2 / math.pi * moment) if name == "zo-sgd-scalar-sign" else math.sqrt(moment)
     assert size == pytest.approx(expected, rel=0.05)
 

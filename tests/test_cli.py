@@ -83,7 +83,7 @@ def test_methods_and_tasks_list_their_registries(command: Command) -> None:
     shown = command("methods").out
     for name in zotune.methods.names():
         assert f"\n {name} " in shown
-    assert f"\n {zotune.methods.recommended().name} *" in shown
+    assert f"\n {zotune.methods.default().name} *" in shown
     assert "N ← β N + (1 − β) c U" in command("methods", "lozo-m").out
     shown = command("tasks").out
     for name in zotune.tasks.names():

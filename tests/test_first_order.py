@@ -1,4 +1,4 @@
-"""First-order rivals: they learn, keep what they say, resume bit for bit, and are what their equations say."""
+"""First-order baselines: they learn, keep what they say, resume bit for bit, and are what their equations say."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from zotune.weights.structure import last_layer
 pytest.importorskip("pytorch_optimizer")
 
 TRAINED = [name for name in first_order.names() if first_order.get(name).kind == "backward"]
-every_rival = pytest.mark.parametrize("name", TRAINED)
+every_baseline = pytest.mark.parametrize("name", TRAINED)
 RATES = {"fo-sgd": 5e-2, "sgd-sai": 2e-3, "adahessian": 2e-2}
 
 
-def rival(name: str) -> first_order.Rival:
+def baseline(name: str) -> first_order.Baseline:
     small = {"rank": 2, "interval": 7} if "rank" in first_order.options_of(name) else {}
     if name.startswith("mkor"):
         small = {"interval": 3}
@@ -56,7 +56,7 @@ def loss_of(model: nn.Module) -> Callable[[Any], Tensor]:
     return lambda batch: (model(batch[0].to(dtype)).float() - batch[1]).square().mean(dim=1)
 
 
-def build(model: nn.Module, method: first_order.Rival, **options: Any) -> FirstOrder:
+def build(model: nn.Module, method: first_order.Baseline, **options: Any) -> FirstOrder:
     return optimizer_class(method)(model, method, **options)
 
 
@@ -68,10 +68,10 @@ def run(optimizer: FirstOrder, steps: int) -> list[float]:
 # -- each of them -----------------------------------------------------------------------------------------------------------------------
 
 
-@every_rival
+@every_baseline
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_rival_learns_and_keeps_no_more_than_it_says(name: str, dtype: torch.dtype) -> None:
-    model, method = net(dtype), rival(name)
+def test_a_baseline_learns_and_keeps_no_more_than_it_says(name: str, dtype: torch.dtype) -> None:
+    model, method = net(dtype), baseline(name)
     optimizer = build(model, method, lr=RATES.get(name, 1e-2), max_steps=60)
     seen = run(optimizer, 60)
     assert seen[-1] < 0.75 * seen[0]
@@ -88,18 +88,18 @@ def test_a_rival_learns_and_keeps_no_more_than_it_says(name: str, dtype: torch.d
     assert optimizer.sequences_evaluated == 64 * optimizer.forward_passes
 
 
-@every_rival
+@every_baseline
 def test_the_state_goes_through_json_and_continues_bit_for_bit(name: str) -> None:
     options: dict[str, Any] = {"lr": RATES.get(name, 1e-2), "max_steps": 24, "seed": 5}
-    straight = build(net(), rival(name), **options)
+    straight = build(net(), baseline(name), **options)
     expected = run(straight, 24)
-    first = build(net(), rival(name), **options)
+    first = build(net(), baseline(name), **options)
     begun = run(first, 11)
     state = first.state_dict()
     tensors = {key: tensor.clone() for key, tensor in state.pop("state").items()}
     model = net()
     model.load_state_dict(first.model.state_dict())
-    second = build(model, rival(name), **options)
+    second = build(model, baseline(name), **options)
     second.load_state_dict({"state": tensors, **json.loads(json.dumps(state))})
     assert begun + run(second, 13) == expected
     assert same_weights(weights(straight.model), weights(model))
@@ -124,11 +124,11 @@ def test_a_trainers_run_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "straight/journal.zo").exists()
 
 
-@every_rival
+@every_baseline
 def test_micro_batches_make_the_step_of_the_whole_batch(name: str) -> None:
     (x, y), results = problem(), []
     for parts in ((x, y), [(x[:40], y[:40]), (x[40:], y[40:])]):
-        optimizer = build(net().double(), rival(name), lr=1e-2, max_steps=4)
+        optimizer = build(net().double(), baseline(name), lr=1e-2, max_steps=4)
         loss = loss_of(optimizer.model)
         for _ in range(2):
             optimizer.step(loss, parts)
@@ -199,7 +199,7 @@ def test_mkors_first_step_is_its_equation() -> None:
 
 
 def test_mkor_h_goes_over_to_first_order_when_the_loss_no_longer_falls() -> None:
-    optimizer = FirstOrder(net(), rival("mkor-h"), lr=0.0)
+    optimizer = FirstOrder(net(), baseline("mkor-h"), lr=0.0)
     run(optimizer, 5)
     assert not optimizer.inner.first_order
     run(optimizer, 5)
@@ -342,7 +342,7 @@ def test_activation_checkpointing_changes_no_result(name: str, tmp_path: Path) -
 # -- settings and names -----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_config_gives_a_rival_its_options(tmp_path: Path) -> None:
+def test_the_config_gives_a_baseline_its_options(tmp_path: Path) -> None:
     made = config(tmp_path, method="fo-adamw", adam_beta2=0.95, learning_rate=None, max_grad_norm=1.0)
     assert made.chosen_method() == first_order.fo_adamw(adam_beta2=0.95) and made.learning_rate == 5e-5
     assert config(tmp_path, method="galore", rank=8, interval=50).chosen_method() == first_order.galore(rank=8, interval=50)
@@ -364,7 +364,7 @@ def test_the_config_gives_a_rival_its_options(tmp_path: Path) -> None:
         ({"method": "fo-sgd", "max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
         ({"method": "hybrid", "activation_checkpointing": True}, "keeps the activations of its last blocks alone"),
         ({"method": "hybrid", "probe": "batched"}, "hybrid evaluates one point after the other"),
-        ({"method": "hybrid", "rule": "Adam"}, "rule must be 'AdamW' or 'SGD'"),
+        ({"method": "hybrid", "update_rule": "Adam"}, "update_rule must be 'AdamW' or 'SGD'"),
         ({"method": "hybrid", "method_args": {"blocks": 0}}, "blocks must be a whole number of at least 1"),
         ({"method": "zero-shot", "max_grad_norm": 1.0}, "no gradient is ever formed"),
         ({"method": "golore", "method_args": {"random_share": 2}}, "random_share must be in"),

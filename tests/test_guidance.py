@@ -13,6 +13,7 @@ from trainer_cases import same_weights, tiny_llama, weights
 from zotune import ZerothOrder, methods, objectives
 from zotune.journal import Journal
 from zotune.running_mean import RunningMean
+from zotune.step_context import StepContext
 from zotune.step_size import FORGETTING, StepSize
 
 
@@ -26,7 +27,7 @@ def begun(model: nn.Module, **options) -> ZerothOrder:
 
 def told(steps: ZerothOrder, model: nn.Module, parts: list, loss_fn=None):
     with torch.no_grad():
-        return steps.guidance.told(loss_fn or objectives.LanguageModelLoss(model), parts, 0, 1)
+        return steps.guidance.told(StepContext(0, 1, loss_fn or objectives.LanguageModelLoss(model), parts))
 
 
 def gradients(model: nn.Module, data, names: list[str]) -> list[list[torch.Tensor]]:
@@ -131,7 +132,7 @@ def test_a_step_moves_s_by_the_scaled_mean_of_what_was_told():
 @pytest.mark.parametrize("rule", ["SGD", "Adam"])
 def test_measured_rates_lower_the_loss_under_any_rule_that_has_a_scale(rule):
     model = tiny_llama()
-    steps = optimizer(model, lr="auto", eps="auto", rule=rule, interval=8)
+    steps = optimizer(model, lr="auto", eps="auto", update_rule=rule, interval=8)
     losses = []
     for _ in range(8):
         losses.append(float(steps.step(objectives.LanguageModelLoss(model), batch(0))))
@@ -176,8 +177,9 @@ def test_a_loss_that_rises_that_way_stops_the_turn():
     steps.guidance.scale = RunningMean(FORGETTING)
     found = told(steps, model, [batch(0)])
     flipped = found._replace(slopes=-found.slopes)
+    context = StepContext(0, 0, objectives.LanguageModelLoss(model), [batch(0)])
     with torch.no_grad():
-        steps.guidance.measure(flipped, steps.evaluations.function(objectives.LanguageModelLoss(model), [batch(0)]), 0, 0)
+        steps.guidance.measure(flipped, steps.evaluator.function(context), 0, 0)
     assert steps.guidance.alpha == 0
     assert not steps.guidance.estimate(flipped).coefficients.any()
     assert not steps.guidance.next(None, 4)

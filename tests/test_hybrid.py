@@ -41,7 +41,7 @@ def test_before_the_last_blocks_it_is_mezo_bit_for_bit(dtype: torch.dtype) -> No
 def test_the_last_blocks_move_along_the_mean_of_both_points_gradients() -> None:
     model = toys.classifier()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = hybrid(model, lr=0.5, zo_lr=0.0, rule="SGD", eps=0.1)
+    optimizer = hybrid(model, lr=0.5, zo_lr=0.0, update_rule="SGD", eps=0.1)
     coordinates, directions = optimizer.shallow.probe.coordinates, optimizer.shallow.directions
     found = {name: torch.zeros_like(before[name]) for name in ("4.weight", "4.bias")}
     for sign in (+1, -1):

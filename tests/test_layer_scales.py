@@ -94,7 +94,7 @@ def test_a_run_with_scales_replays_and_resumes(tmp_path, rule):
 
     def new(journal=None):
         model = Blocks()
-        return model, ZerothOrder(model, methods.lozo_e(interval=4, eps=1e-3, rule=rule), lr=1e-2, journal=journal)
+        return model, ZerothOrder(model, methods.lozo_e(interval=4, eps=1e-3, update_rule=rule), lr=1e-2, journal=journal)
 
     def go_on(model, optimizer, start, stop):
         for step in range(start, stop):

@@ -244,7 +244,7 @@ def other_model() -> nn.Module:
             lambda m: ZerothOrder(m, "mezo").load_state_dict(ZerothOrder(m, methods.mezo(eps=1e-2)).state_dict()),
             "the saved run has options",
         ),
-        (lambda m: ZerothOrder(m, methods.mezo(rule="Rprop"), weight_decay=0.1), "has no weight decay"),
+        (lambda m: ZerothOrder(m, methods.mezo(update_rule="Rprop"), weight_decay=0.1), "has no weight decay"),
     ],
 )
 def test_misuse_gets_one_sentence(call, message):

@@ -1,4 +1,4 @@
-"""`zotune train` with rivals and schemes: the same options, the same report, the same files."""
+"""`zotune train` with baselines and schemes: the same options, the same report, the same files."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ RATES = {"fo-sgd": 1e-2, "adahessian": 1e-3, "galore": 3e-4, "golore": 3e-4, "mk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in first_order.names() if first_order.get(name).kind == "backward"])
-def test_a_rival_fits_real_sentences(name: str, tiny_lm: Path, data_dir: Path) -> None:
+def test_a_baseline_fits_real_sentences(name: str, tiny_lm: Path, data_dir: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from zotune.objectives import objective

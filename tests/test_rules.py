@@ -33,7 +33,7 @@ def test_a_rule_does_what_its_optimizer_does_with_the_same_estimates(rule, optio
         pytest.importorskip("pytorch_optimizer")
     model, x = toys.classifier(), toys.batch()
     reference = copy.deepcopy(model)
-    optimizer = ZerothOrder(model, methods.mezo(rule=rule, rule_args=options), lr=1e-2)
+    optimizer = ZerothOrder(model, methods.mezo(update_rule=rule, update_rule_args=options), lr=1e-2)
     each = [resolve(rule)([p], lr=1e-2, **options) for p in reference.parameters()]
     directions = Directions("gaussian")
     for step in range(5):
@@ -50,14 +50,14 @@ def test_a_rule_does_what_its_optimizer_does_with_the_same_estimates(rule, optio
 def trained(rule: str, cut: int | None = None, steps: int = 7) -> nn.Module:
     """The toy after some steps of a rule, in one run, or in two with state dicts between them."""
     model = toys.classifier()
-    optimizer = ZerothOrder(model, methods.mezo(rule=rule), lr=1e-3)
+    optimizer = ZerothOrder(model, methods.mezo(update_rule=rule), lr=1e-3)
     for step in range(steps):
         if step == cut:
             weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
             json.dumps(state["zotune"])
             model = toys.classifier()
             model.load_state_dict(weights)
-            optimizer = ZerothOrder(model, methods.mezo(rule=rule), lr=1e-3)
+            optimizer = ZerothOrder(model, methods.mezo(update_rule=rule), lr=1e-3)
             optimizer.load_state_dict(state)
         optimizer.step(toys.loss_function(model), toys.batch(seed=step))
     return model
@@ -78,7 +78,7 @@ def test_any_class_that_is_let_in_resumes_bit_for_bit(rule):
 def test_a_rule_for_matrices_leaves_the_rest_to_adamw_at_the_same_rate():
     model = toys.classifier()
     before = copy.deepcopy(model)
-    optimizer = ZerothOrder(model, methods.mezo(rule="Muon"), lr=1e-2)
+    optimizer = ZerothOrder(model, methods.mezo(update_rule="Muon"), lr=1e-2)
     assert optimizer.rule.matrices_only
     optimizer.step(toys.loss_function(model), toys.batch())
     c = float(optimizer.last.coefficients[0])
@@ -169,7 +169,7 @@ def test_first_moments_follow_a_change_of_basis():
 def test_weight_decay_means_what_it_means_to_the_optimizer_and_spares_vectors(rule):
     model, x = toys.classifier(), toys.batch()
     reference = copy.deepcopy(model)
-    optimizer = ZerothOrder(model, methods.mezo(rule=rule), lr=1e-2, weight_decay=0.3)
+    optimizer = ZerothOrder(model, methods.mezo(update_rule=rule), lr=1e-2, weight_decay=0.3)
     optimizer.step(toys.loss_function(model), x)
     groups = [
         {"params": [p for p in reference.parameters() if p.dim() > 1], "weight_decay": 0.3},
@@ -204,4 +204,4 @@ def test_bad_rules_are_refused(rule, options, message):
     if rule in ("ScheduleFreeAdamW", "SOAP", "AdamMini", "AdaHessian"):
         pytest.importorskip("pytorch_optimizer")
     with pytest.raises(ValueError, match=message):
-        methods.mezo(rule=rule, rule_args=options)
+        methods.mezo(update_rule=rule, update_rule_args=options)

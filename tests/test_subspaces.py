@@ -117,7 +117,7 @@ def test_orthonormal_bases_are_uniform():
 
 def test_subzero_carries_momentum_over_a_redraw():
     """M ← P_newᵀ P_old M Q_oldᵀ Q_new: the same matrix, seen from the new bases."""
-    method = methods.subzero(rank=5, interval=3, rule="SGD", rule_args={"momentum": 0.9})
+    method = methods.subzero(rank=5, interval=3, update_rule="SGD", update_rule_args={"momentum": 0.9})
     model = nn.Linear(6, 6, bias=False)
     optimizer = ZerothOrder(model, method, lr=1e-2)
     (coordinate,) = optimizer.probe.coordinates

@@ -54,9 +54,9 @@ def test_options_given_reach_the_method(tmp_path: Path) -> None:
 
 
 def test_the_rule_and_further_options(tmp_path: Path) -> None:
-    made = config(tmp_path, method="mezo", rule="RMSprop", rule_args='{"alpha": 0.9}').zo_method()
-    assert made.rule == "RMSprop" and made.rule_args == {"alpha": 0.9}
-    assert config(tmp_path, method="mezo-adam", method_args={"betas": [0.8, 0.9]}).zo_method().rule_args == {"betas": (0.8, 0.9)}
+    made = config(tmp_path, method="mezo", update_rule="RMSprop", update_rule_args='{"alpha": 0.9}').zo_method()
+    assert made.update_rule == "RMSprop" and made.update_rule_args == {"alpha": 0.9}
+    assert config(tmp_path, method="mezo-adam", method_args={"betas": [0.8, 0.9]}).zo_method().update_rule_args == {"betas": (0.8, 0.9)}
 
 
 def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Path) -> None:
@@ -71,14 +71,14 @@ def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Pa
     [
         ({"method": "loso"}, "unknown method 'loso'; did you mean 'lozo'?"),
         ({"method": "mezo", "rank": 2}, "method 'mezo' has no option 'rank'"),
-        ({"method": "lozo-m", "rule": "Adam"}, "method 'lozo-m' has no option 'rule'"),
+        ({"method": "lozo-m", "update_rule": "Adam"}, "method 'lozo-m' has no option 'update_rule'"),
         ({"method": "mezo", "momentum": 0.9}, "method 'mezo' has no option 'momentum'"),
         ({"method_args": {"intervall": 3}}, "did you mean 'interval'?"),
         ({"method_args": {"rank": 3}, "rank": 3}, "rank is given both as a field and in method_args"),
         ({"method_args": "[1]"}, "method_args must be a JSON object"),
-        ({"rule_args": "{nesterov"}, "rule_args must be JSON such as"),
-        ({"rule": "Adamm"}, "unknown update rule 'Adamm'"),
-        ({"rule_args": {"betas": 1}}, "does not take the options"),
+        ({"update_rule_args": "{nesterov"}, "update_rule_args must be JSON such as"),
+        ({"update_rule": "Adamm"}, "unknown update rule 'Adamm'"),
+        ({"update_rule_args": {"betas": 1}}, "does not take the options"),
         ({"direction": "gausian"}, "gaussian"),
         ({"estimator": "centre"}, "unknown estimator 'centre'"),
         ({"eps": 0.0}, "eps must be positive, got 0.0"),
@@ -86,7 +86,7 @@ def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Pa
         ({"probe": "batch"}, "unknown probe 'batch'"),
         ({"num_directions": "exmaple"}, "m directions each with :m behind), not 'exmaple'"),
         ({"learning_rate": "automatic"}, "learning_rate must be a number or 'auto', got 'automatic'"),
-        ({"method": "mezo", "rule": "Rprop", "learning_rate": "auto"}, "'auto' is not known for the update rule Rprop; give a number"),
+        ({"method": "mezo", "update_rule": "Rprop", "learning_rate": "auto"}, "not known for the update rule Rprop; give a number"),
         ({"num_directions": 0}, "num_directions must be a whole number of at least 1"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"interval": 0}, "interval must be at least 1, got 0"),
@@ -111,8 +111,8 @@ def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Pa
         ({"torch_compile": True}, "compiled models are not supported yet"),
         ({"auto_find_batch_size": True}, "set per_device_train_batch_size"),
         ({"push_to_hub": True}, "call trainer.model.push_to_hub(...) afterwards"),
-        ({"optim": "adamw_torch"}, "choose it with method=..., rule=... and rule_args=..."),
-        ({"adam_beta1": 0.8}, "rule_args={'betas': [..., ...]}"),
+        ({"optim": "adamw_torch"}, "choose it with method=..., update_rule=... and update_rule_args=..."),
+        ({"adam_beta1": 0.8}, "update_rule_args={'betas': [..., ...]}"),
         ({"logging_nan_inf_filter": True}, "they are logged as skipped"),
     ],
 )
@@ -130,20 +130,20 @@ def test_mixed_precision_by_the_launcher_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_settings_are_plain_json(tmp_path: Path) -> None:
-    made = config(tmp_path, rule_args={"momentum": 0.9}, hub_token="secret")
+    made = config(tmp_path, update_rule_args={"momentum": 0.9}, hub_token="secret")
     content = settings(made)
     assert json.loads(json.dumps(content)) == content
-    assert content["method"] == "lozo" and content["rule_args"] == {"momentum": 0.9}
+    assert content["method"] == "lozo" and content["update_rule_args"] == {"momentum": 0.9}
     assert "secret" not in json.dumps(content)
 
 
 def test_a_command_line_is_parsed_as_for_training_arguments(tmp_path: Path) -> None:
     parser = transformers.HfArgumentParser(ZOConfig)
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--method", "mezo", "--eps", "0.01", "--max_steps", "7"]
-    arguments += ["--num_directions", "2", "--rule_args", '{"momentum": 0.5}', "--learning_rate", "3e-4"]
+    arguments += ["--num_directions", "2", "--update_rule_args", '{"momentum": 0.5}', "--learning_rate", "3e-4"]
     (made,) = parser.parse_args_into_dataclasses(arguments)
     assert (made.eps, made.max_steps, made.num_directions, made.learning_rate) == (0.01, 7, 2, 3e-4)
-    assert made.rule_args == {"momentum": 0.5}
+    assert made.update_rule_args == {"momentum": 0.5}
     (bare,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu"])
     assert bare.learning_rate == bare.eps == "auto"
     assert bare.remove_unused_columns is None and bare.max_steps == 1000

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from zotune.coordinates import Offset
+from zotune.errors import NonFiniteLossError
 from zotune.estimators import ESTIMATORS, Estimate, Estimator
-from zotune.evaluating import SHARED, Losses, NonFiniteLossError
+from zotune.evaluating import SHARED, Losses
+from zotune.io.memory_tags import tagged
 from zotune.methods.method import Method
 from zotune.probe import Probe
 from zotune.rules import EMASGD, Rule, Sign
@@ -63,6 +65,7 @@ Around = Callable[[int, float], Losses]
 At = Callable[[float, int], Tensor]
 
 
+@tagged("activations")
 def choose_eps(at: At, estimator: Estimator) -> float:
     """The largest ε of :data:`LADDER` at which coefficients do not depend on ε.
 
@@ -162,7 +165,7 @@ def gain(
 def measurable(method: Method) -> bool:
     """Whether ``lr="auto"`` is known for a method."""
     try:
-        gain(method, Rule(method.rule, method.rule_args), 1.0, 1, 1.0)
+        gain(method, Rule(method.update_rule, method.update_rule_args), 1.0, 1, 1.0)
     except ValueError:
         return False
     return True
@@ -206,6 +209,7 @@ class Calibrator:
         self.probe.forget_directions()
         return found
 
+    @tagged("activations")
     def measure(self, evaluate: Callable[[], Tensor], around: Around | None, eps: float, seed: int, step: int) -> None:
         """Measure what a learning rate is made of, where that is due.
 

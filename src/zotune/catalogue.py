@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from zotune import first_order, methods
-from zotune.first_order import Rival
+from zotune.first_order import Baseline
 from zotune.methods import Method
 from zotune.registry import unknown
 
@@ -29,7 +29,7 @@ def is_baseline(name: str) -> bool:
     raise ValueError(unknown("method", name, names()))
 
 
-def recipe(name: str) -> Callable[..., Method | Rival]:
+def recipe(name: str) -> Callable[..., Method | Baseline]:
     """The recipe of a name; ValueError with the nearest where there is none."""
     return first_order.recipe(name) if is_baseline(name) else methods.recipe(name)
 
@@ -39,6 +39,6 @@ def options_of(name: str) -> dict[str, Any]:
     return first_order.options_of(name) if is_baseline(name) else methods.options_of(name)
 
 
-def get(name: str, **options: Any) -> Method | Rival:
+def get(name: str, **options: Any) -> Method | Baseline:
     """The method of a name, its defaults overridden by ``options``; ValueError with the nearest name or option."""
     return first_order.get(name, **options) if is_baseline(name) else methods.get(name, **options)

@@ -15,7 +15,7 @@ from zotune.calibration import gain, measurable
 from zotune.distributed import MODES
 from zotune.distributed.workers import CHECK_EVERY
 from zotune.evaluating import PROBES
-from zotune.first_order import Rival
+from zotune.first_order import Baseline
 from zotune.rules import Rule
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ _METHOD_FIELDS = (
     "rank",
     "interval",
     "momentum",
-    "rule",
-    "rule_args",
+    "update_rule",
+    "update_rule_args",
 )
 
-_BACKWARD_OPTIM = "an update rule is part of the method: choose it with method=..., rule=... and rule_args=..."
+_BACKWARD_OPTIM = "an update rule is part of the method: choose it with method=..., update_rule=... and update_rule_args=..."
 _IN_DTYPE = "forward-only training needs no mixed precision: load the model in that dtype (dtype=torch.{}) instead"
 
 # Options of TrainingArguments that say something about a backward pass or about a machine we do not drive yet.
@@ -63,9 +63,9 @@ _OF_BACKWARD = (*_CHECKPOINTING, "max_grad_norm")
 # Options that are refused once they differ from the value they have when nobody touches them.
 _FIXED = {
     "optim": (TrainingArguments.default_optim, _BACKWARD_OPTIM),
-    "adam_beta1": (0.9, "pass method='mezo-adam' with rule_args={'betas': [..., ...]}"),
-    "adam_beta2": (0.999, "pass method='mezo-adam' with rule_args={'betas': [..., ...]}"),
-    "adam_epsilon": (1e-8, "pass method='mezo-adam' with rule_args={'eps': ...}"),
+    "adam_beta1": (0.9, "pass method='mezo-adam' with update_rule_args={'betas': [..., ...]}"),
+    "adam_beta2": (0.999, "pass method='mezo-adam' with update_rule_args={'betas': [..., ...]}"),
+    "adam_epsilon": (1e-8, "pass method='mezo-adam' with update_rule_args={'eps': ...}"),
 }
 # Fields that are options of a first-order method where it has them, beside those of `_METHOD_FIELDS`.
 _ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -114,8 +114,8 @@ class ZOConfig(TrainingArguments):
     rank: int | None = field(default=None, metadata={"help": "Rank of a low-rank subspace."})
     interval: int | None = field(default=None, metadata={"help": "Steps between redraws of a low-rank subspace."})
     momentum: float | None = field(default=None, metadata={"help": "Momentum of the method, in [0, 1)."})
-    rule: str | None = field(default=None, metadata={"help": "Update rule: a torch optimizer's name, e.g. SGD."})
-    rule_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the update rule, as JSON."})
+    update_rule: str | None = field(default=None, metadata={"help": "Update rule: a torch optimizer's name, e.g. SGD."})
+    update_rule_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the update rule, as JSON."})
     method_args: dict | str | None = field(default=None, metadata={"help": "Any further options of the method's recipe, as JSON."})
     max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps in a row with a non-finite loss after which training stops."})
 
@@ -179,14 +179,14 @@ class ZOConfig(TrainingArguments):
             self.max_steps = 1000
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # never read: max_steps takes precedence
-        for name in ("rule_args", "method_args"):
+        for name in ("update_rule_args", "method_args"):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, _parsed_json(name, value))
         chosen = self.chosen_method()
         self._settle_learning_rate(chosen)
         super().__post_init__()
-        if self.world_size > 1 and isinstance(chosen, Rival):
+        if self.world_size > 1 and isinstance(chosen, Baseline):
             raise ValueError(
                 f"{self.world_size} processes were launched, and {chosen.name} runs in one: start it without torchrun or accelerate launch."
             )
@@ -196,7 +196,7 @@ class ZOConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
-    def chosen_method(self, **options: Any) -> methods.Method | Rival:
+    def chosen_method(self, **options: Any) -> methods.Method | Baseline:
         """The method these fields describe, zeroth-order or a baseline, some of its options replaced.
 
         Raises:
@@ -223,12 +223,12 @@ class ZOConfig(TrainingArguments):
             ValueError: an unknown method, one that is not zeroth-order, or an option or value it does not take.
         """
         chosen = self.chosen_method(**options)
-        if isinstance(chosen, Rival):
+        if isinstance(chosen, Baseline):
             raise ValueError(f"{chosen.name} is not a zeroth-order method: there are {', '.join(methods.names())}.")
         return chosen
 
-    def _settle_learning_rate(self, chosen: methods.Method | Rival) -> None:
-        if isinstance(chosen, Rival):
+    def _settle_learning_rate(self, chosen: methods.Method | Baseline) -> None:
+        if isinstance(chosen, Baseline):
             if chosen.package is not None and importlib.util.find_spec(chosen.package) is None:
                 raise ModuleNotFoundError(f"{chosen.name} needs the package {chosen.package!r}: install it first.", name=chosen.package)
             if self.learning_rate == methods.AUTO:
@@ -246,7 +246,7 @@ class ZOConfig(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = chosen.lr
         if self.learning_rate == methods.AUTO:
-            gain(chosen, Rule(chosen.rule, chosen.rule_args), 1.0, 1, 1.0)  # refuses rules it knows no scale for
+            gain(chosen, Rule(chosen.update_rule, chosen.update_rule_args), 1.0, 1, 1.0)  # refuses rules it knows no scale for
 
     def _check_settings(self) -> None:
         baseline = catalogue.is_baseline(self.method)

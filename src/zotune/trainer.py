@@ -1,4 +1,4 @@
-"""Training under Hugging Face's loop, by forward passes or by a first-order rival: :class:`ZOTrainer`.
+"""Training under Hugging Face's loop, by forward passes or by a first-order baseline: :class:`ZOTrainer`.
 
 The loop, its callbacks, schedules, evaluation and logging are `transformers.Trainer`'s; the step, the objectives and
 the files of a checkpoint are ours.
@@ -27,7 +27,7 @@ from zotune.commands.run_folder import ADAPTER_FOLDER
 from zotune.config import ZOConfig
 from zotune.distributed import sharing
 from zotune.evaluated_trainer import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
-from zotune.first_order import FirstOrder, Rival, optimizer_class
+from zotune.first_order import Baseline, FirstOrder, optimizer_class
 from zotune.journal import Journal, StepRecord
 from zotune.methods import AUTO, Method
 from zotune.optimizer import ZerothOrder
@@ -84,12 +84,12 @@ class ZOTrainer(EvaluatedTrainer):
             raise ValueError(
                 f"ZOTrainer steps with zotune.ZerothOrder, not {type(optimizers[0]).__name__}: pass "
                 "optimizers=(zotune.ZerothOrder(model, method, lr=...), None), or choose the update rule with "
-                "ZOConfig(method=..., rule=...)."
+                "ZOConfig(method=..., update_rule=...)."
             )
         if kwargs.get("optimizer_cls_and_kwargs") is not None:
             raise ValueError(
                 "optimizer_cls_and_kwargs builds a backward-pass optimizer: choose the update rule with "
-                "ZOConfig(method=..., rule=..., rule_args=...)."
+                "ZOConfig(method=..., update_rule=..., update_rule_args=...)."
             )
         self.objective = objective
         self.eval_objective = eval_objective
@@ -250,7 +250,7 @@ class ZOTrainer(EvaluatedTrainer):
         common = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
         common["max_nonfinite_steps"] = args.max_nonfinite_steps
         method = args.chosen_method()
-        if isinstance(method, Rival):
+        if isinstance(method, Baseline):
             common |= {"max_grad_norm": args.max_grad_norm, "max_steps": self.state.max_steps or None}
             return optimizer_class(method)(self.model, method, **common)
         examples = self._examples if has_length(self.train_dataset) else None

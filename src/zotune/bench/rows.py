@@ -12,7 +12,7 @@ from zotune.bench.choosing import Finder, best_of, test_score
 from zotune.bench.grid import Grid
 from zotune.bench.plan import Cell, Place, runs_of
 from zotune.bench.results import FINAL
-from zotune.first_order import Rival
+from zotune.first_order import Baseline
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Row:
     @property
     def _kind(self) -> str:
         name = str(self.cells[0].options["method"])
-        rival = catalogue.get(name) if catalogue.is_baseline(name) else None
-        return rival.kind if isinstance(rival, Rival) else "zeroth order"
+        baseline = catalogue.get(name) if catalogue.is_baseline(name) else None
+        return baseline.kind if isinstance(baseline, Baseline) else "zeroth order"
 
     def mean(self, *keys: str) -> float | None:
         """Mean over the runs of a number in their summaries, such as ("memory", "training")."""

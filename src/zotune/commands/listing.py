@@ -20,7 +20,7 @@ def methods(argv: Sequence[str]) -> int:
     if name:
         _describe_method(name)
         return 0
-    chosen = registry.recommended().name
+    chosen = registry.default().name
     rows = []
     for each in registry.names():
         method = registry.get(each)

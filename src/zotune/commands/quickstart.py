@@ -22,10 +22,10 @@ from zotune.commands.parser import CommandParser
 from zotune.io.json_files import write_json
 from zotune.io.sizes import size_text
 from zotune.io.text import duration_text, metric_text
-from zotune.methods import recommended
+from zotune.methods import default
 from zotune.training.peak_memory import PeakMemory
 
-METHOD = recommended().name
+METHOD = default().name
 BATCH, STEPS = 32, 60
 # The forward-only run takes every default: nothing of it is tuned. Adam's rate is: with a quarter of the training split held out, seeds
 # 0 to 2, linear decay, STEPS steps of BATCH, the held-out loss (accuracy) is 0.585 (65.6 %) before, 0.522 (73.1 %) at 3e-5, 0.540

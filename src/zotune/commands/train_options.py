@@ -7,7 +7,7 @@ import dataclasses
 from transformers import TrainingArguments
 
 from zotune.config import ZOConfig
-from zotune.methods import recommended
+from zotune.methods import default
 from zotune.schemes import Scheme
 
 USAGE = "zotune train --model_name_or_path MODEL --task TASK --output_dir DIR [options]"
@@ -25,7 +25,7 @@ def groups() -> dict[str, dict[str, str]]:
         "task": "",
         "data_dir": "",
         "output_dir": "folder of the run: model, journal, checkpoints, summary.json, curve.png",
-        "method": f"one of those that `zotune methods` lists (default {recommended().name})",
+        "method": f"one of those that `zotune methods` lists (default {default().name})",
         "learning_rate": "a number, or auto (the default where it is known): measured now and then from a few losses",
         "eps": "size of the perturbation, or auto (the default): measured on the first batch",
         "max_steps": "training steps (default 1000)",

@@ -13,7 +13,7 @@ from zotune.coordinates import Offset
 from zotune.directions import Key
 from zotune.estimators import ESTIMATORS
 from zotune.first_order.optimizer import FirstOrder, LossFunction, add, checked
-from zotune.first_order.rival import BACKWARD, Rival
+from zotune.first_order.rival import BACKWARD, Baseline
 from zotune.first_order.split_check import refusal
 from zotune.io.memory_tags import tagged
 from zotune.journal import StepRecord
@@ -124,7 +124,7 @@ class Hybrid(FirstOrder):
     def state_dict(self) -> dict[str, Any]:
         state, shallow = super().state_dict(), self.shallow.state_dict()
         state["state"] |= {_SHALLOW + name: tensor for name, tensor in shallow.pop("state").items()}
-        state["rival"]["shallow"] = shallow
+        state["baseline"]["shallow"] = shallow
         return state
 
     @torch.no_grad()
@@ -133,12 +133,12 @@ class Hybrid(FirstOrder):
         deep = {name: tensor for name, tensor in tensors.items() if not name.startswith(_SHALLOW)}
         super().load_state_dict({**state_dict, "state": deep})
         shallow = {name.removeprefix(_SHALLOW): tensor for name, tensor in tensors.items() if name.startswith(_SHALLOW)}
-        self.shallow.load_state_dict({"state": shallow, **state_dict["rival"]["shallow"]})
+        self.shallow.load_state_dict({"state": shallow, **state_dict["baseline"]["shallow"]})
 
 
 _SHALLOW = "shallow/"
 
 
-def optimizer_class(method: Rival) -> type[FirstOrder]:
+def optimizer_class(method: Baseline) -> type[FirstOrder]:
     """What takes the steps of a method: :class:`Hybrid` where backprop goes through its last blocks only."""
     return Hybrid if method.blocks else FirstOrder

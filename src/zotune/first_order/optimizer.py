@@ -16,7 +16,7 @@ from zotune import stacking
 from zotune.directions import Directions, Key
 from zotune.errors import NonFiniteLossError
 from zotune.first_order import registry
-from zotune.first_order.rival import Rival, Setting
+from zotune.first_order.rival import Baseline, Setting
 from zotune.io.memory_tags import tagged
 from zotune.precision import HALF
 from zotune.weights.structure import last_layer
@@ -53,7 +53,7 @@ class FirstOrder(torch.optim.Optimizer):
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.
-        method: a name of ``zotune.first_order.names()`` or a :class:`~zotune.first_order.Rival`.
+        method: a name of ``zotune.first_order.names()`` or a :class:`~zotune.first_order.Baseline`.
         lr: learning rate; the method's default when None.
         weight_decay: of matrices; vectors do not decay.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
@@ -76,7 +76,7 @@ class FirstOrder(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        method: str | Rival,
+        method: str | Baseline,
         lr: float | None = None,
         weight_decay: float = 0.0,
         max_grad_norm: float = 0.0,
@@ -269,7 +269,7 @@ class FirstOrder(torch.optim.Optimizer):
         """Everything that, with the model's weights, continues the run bit for bit.
 
         Returns:
-            ``state``: tensors by name; ``param_groups``: without the parameters; ``rival``: numbers and strings, fit for JSON.
+            ``state``: tensors by name; ``param_groups``: without the parameters; ``baseline``: numbers and strings, fit for JSON.
         """
         tensors: dict[str, Tensor] = {}
         plain: dict[str, dict[str, Any]] = {}
@@ -287,7 +287,7 @@ class FirstOrder(torch.optim.Optimizer):
         return {
             "state": tensors,
             "param_groups": [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups],
-            "rival": {
+            "baseline": {
                 "method": self.method.name,
                 "options": self.method.options,
                 "seed": self.seed,
@@ -305,11 +305,11 @@ class FirstOrder(torch.optim.Optimizer):
         Raises:
             ValueError: the state is another method's, seed's or model's.
         """
-        rival = state_dict.get("rival")
-        if rival is None:
+        baseline = state_dict.get("baseline")
+        if baseline is None:
             raise ValueError("this state is that of a zeroth-order method: resume with the method of the run.")
         here = {"method": self.method.name, "options": _plain(self.method.options), "seed": self.seed, "names": list(self.parameters)}
-        different = [name for name, value in here.items() if _plain(rival[name]) != value]
+        different = [name for name, value in here.items() if _plain(baseline[name]) != value]
         if different:
             raise ValueError(f"this state has another {', '.join(different)}: resume with the settings of that run.")
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -322,7 +322,7 @@ class FirstOrder(torch.optim.Optimizer):
                 continue
             moved = self.moved[name]
             holders.setdefault(name, {}).setdefault(key, {})[rest[0]] = tensor if key == "step" else tensor.to(moved.device)
-        for name, values in rival["plain"].items():
+        for name, values in baseline["plain"].items():
             for address, value in values.items():
                 key, part = address.split("|")
                 holders.setdefault(name, {}).setdefault(key, {})[part] = value
@@ -334,8 +334,8 @@ class FirstOrder(torch.optim.Optimizer):
                 else:
                     state[key].load(content)
         if hasattr(self.inner, "load_extra_state"):
-            self.inner.load_extra_state(rival["extra"])
-        counts = rival["counts"]
+            self.inner.load_extra_state(baseline["extra"])
+        counts = baseline["counts"]
         self.steps, self.forward_passes, self.backward_passes, self.sequences_evaluated, self._nonfinite_in_a_row = counts
 
 

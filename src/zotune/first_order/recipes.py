@@ -12,7 +12,7 @@ from torch import nn
 from zotune.first_order.galore import galore_optimizer
 from zotune.first_order.mkor import MKOR, preconditioned
 from zotune.first_order.registry import register
-from zotune.first_order.rival import Rival, Setting
+from zotune.first_order.rival import Baseline, Setting
 from zotune.first_order.scale import SCALE
 from zotune.first_order.split_check import refusal as split_refusal
 
@@ -36,7 +36,7 @@ def _at_least_one(name: str, **numbers: int) -> None:
 
 
 @register
-def fo_sgd(*, lr: float = 1e-3, momentum: float = 0.0) -> Rival:
+def fo_sgd(*, lr: float = 1e-3, momentum: float = 0.0) -> Baseline:
     """SGD with backprop: ``torch.optim.SGD``.
 
     g = ∇L(θ),   m ← β m + g,   θ ← θ − η m
@@ -49,11 +49,11 @@ def fo_sgd(*, lr: float = 1e-3, momentum: float = 0.0) -> Rival:
         return torch.optim.SGD(setting.groups, lr=setting.lr, momentum=momentum)
 
     kept = _times(1 if momentum else 0)
-    return Rival("fo-sgd", "SGD with backprop", "", lr, build=build, kept=kept, memory="1 × W" if momentum else "none")
+    return Baseline("fo-sgd", "SGD with backprop", "", lr, build=build, kept=kept, memory="1 × W" if momentum else "none")
 
 
 @register
-def fo_adamw(*, lr: float = 5e-5, adam_beta1: float = 0.9, adam_beta2: float = 0.999, adam_epsilon: float = 1e-8) -> Rival:
+def fo_adamw(*, lr: float = 5e-5, adam_beta1: float = 0.9, adam_beta2: float = 0.999, adam_epsilon: float = 1e-8) -> Baseline:
     """AdamW with backprop: ``torch.optim.AdamW`` (1711.05101).
 
     m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,   θ ← θ − η (m̂ / (√v̂ + ε) + λ θ)
@@ -64,7 +64,7 @@ def fo_adamw(*, lr: float = 5e-5, adam_beta1: float = 0.9, adam_beta2: float = 0
     def build(setting: Setting) -> torch.optim.Optimizer:
         return torch.optim.AdamW(setting.groups, lr=setting.lr, betas=(adam_beta1, adam_beta2), eps=adam_epsilon)
 
-    return Rival("fo-adamw", "AdamW with backprop", "1711.05101", lr, build=build, kept=_times(2), memory="2 × W")
+    return Baseline("fo-adamw", "AdamW with backprop", "1711.05101", lr, build=build, kept=_times(2), memory="2 × W")
 
 
 @register
@@ -74,12 +74,12 @@ def hybrid(
     zo_lr: float = 1e-6,
     eps: float = 1e-3,
     blocks: int = 1,
-    rule: str = "AdamW",
+    update_rule: str = "AdamW",
     momentum: float = 0.0,
     adam_beta1: float = 0.9,
     adam_beta2: float = 0.999,
     adam_epsilon: float = 1e-8,
-) -> Rival:
+) -> Baseline:
     """Hybrid ZO-FO: backprop through the last blocks, forward passes alone for everything before them (2402.11592).
 
     c = (L(θ + εZ, φ) − L(θ − εZ, φ)) / 2ε,   θ ← θ − η_θ c Z,   g = ½ (∇_φ L(θ + εZ, φ) + ∇_φ L(θ − εZ, φ)) to AdamW or SGD
@@ -92,19 +92,19 @@ def hybrid(
     """
     _momentum("hybrid", momentum)
     _at_least_one("hybrid", blocks=blocks)
-    if rule not in ("AdamW", "SGD"):
-        raise ValueError(f"hybrid: rule must be 'AdamW' or 'SGD', not {rule!r}.")
+    if update_rule not in ("AdamW", "SGD"):
+        raise ValueError(f"hybrid: update_rule must be 'AdamW' or 'SGD', not {update_rule!r}.")
     for label, number in (("eps", eps), ("zo_lr", zo_lr)):
         if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= (0 if label == "zo_lr" else 1e-12)):
             raise ValueError(f"hybrid: {label} must be a positive number, not {number!r}.")
 
     def build(setting: Setting) -> torch.optim.Optimizer:
-        if rule == "SGD":
+        if update_rule == "SGD":
             return torch.optim.SGD(setting.groups, lr=setting.lr, momentum=momentum)
         return torch.optim.AdamW(setting.groups, lr=setting.lr, betas=(adam_beta1, adam_beta2), eps=adam_epsilon)
 
-    multiple = 2 if rule == "AdamW" else 1 if momentum else 0
-    return Rival(
+    multiple = 2 if update_rule == "AdamW" else 1 if momentum else 0
+    return Baseline(
         "hybrid",
         "backprop in the last blocks, ZO before them",
         "2402.11592",
@@ -122,7 +122,7 @@ def hybrid(
 @register
 def adahessian(
     *, lr: float = 1e-4, adam_beta1: float = 0.9, adam_beta2: float = 0.999, adam_epsilon: float = 1e-8, hessian_power: float = 1.0
-) -> Rival:
+) -> Baseline:
     """AdaHessian: Adam with the Hessian's diagonal in place of the gradient's square (2006.00719); pytorch-optimizer's.
 
     D = z ∘ H z,  z of ±1 (Hutchinson),   v ← β₂ v + (1 − β₂) D²,   θ ← θ − η m̂ / (v̂^(k/2) + ε)
@@ -145,13 +145,13 @@ def adahessian(
             weight_decouple=True,
         )
 
-    return Rival(
+    return Baseline(
         "adahessian", "AdaHessian", "2006.00719", lr, build=build, kept=_times(2), memory="2 × W", curvature=True, package=_LIBRARY
     )
 
 
 @register
-def sgd_sai(*, lr: float = 1e-4, momentum: float = 0.9) -> Rival:
+def sgd_sai(*, lr: float = 1e-4, momentum: float = 0.9) -> Baseline:
     """SGD-SaI: SGD with momentum, each tensor's rate scaled once by its first gradient's signal-to-noise (2412.11768); pytorch-optimizer's.
 
     s = ‖g₀‖ / (std(g₀) + ε),   m ← β m + (1 − β) g,   θ ← θ − η s m
@@ -169,13 +169,13 @@ def sgd_sai(*, lr: float = 1e-4, momentum: float = 0.9) -> Rival:
     def kept(shape: Sequence[int], last: bool) -> int:
         return (math.prod(shape) if momentum else 0) + 1
 
-    return Rival("sgd-sai", "SGD-SaI", "2412.11768", lr, build=build, kept=kept, memory="1 × W", package=_LIBRARY)
+    return Baseline("sgd-sai", "SGD-SaI", "2412.11768", lr, build=build, kept=kept, memory="1 × W", package=_LIBRARY)
 
 
 @register
 def scale(
     *, lr: float = 1e-4, momentum: float = 0.9, adam_beta1: float = 0.9, adam_beta2: float = 0.999, adam_epsilon: float = 1e-8
-) -> Rival:
+) -> Baseline:
     """SCALE: gradients normalised by column, momentum in the last layer alone (2506.16659).
 
     C(g)_i = g_i / rms(g_i) over the weights into output i,   last layer: m ← β m + (1 − β) g,  θ ← θ − η C(m);   others: θ ← θ − η C(g)
@@ -200,10 +200,10 @@ def scale(
             return None
         return "it normalises the columns of matrices, and only vectors are trained there (it would be Adam): choose fo-adamw"
 
-    return Rival("scale", "SCALE", "2506.16659", lr, build=build, kept=kept, memory="1 × last layer", refusal=refusal)
+    return Baseline("scale", "SCALE", "2506.16659", lr, build=build, kept=kept, memory="1 × last layer", refusal=refusal)
 
 
-def _galore(name: str, title: str, arxiv: str, lr: float, rank: int, interval: int, random_share: float, **options: Any) -> Rival:
+def _galore(name: str, title: str, arxiv: str, lr: float, rank: int, interval: int, random_share: float, **options: Any) -> Baseline:
     _at_least_one(name, rank=rank, interval=interval)
 
     def build(setting: Setting) -> torch.optim.Optimizer:
@@ -219,7 +219,7 @@ def _galore(name: str, title: str, arxiv: str, lr: float, rank: int, interval: i
             return None
         return f"no matrix that is trained there has both sides above its rank {rank} (it would be Adam): choose fo-adamw or a smaller rank"
 
-    return Rival(name, title, arxiv, lr, build=build, kept=kept, memory="Σ r·(2m + n)", package=_LIBRARY, refusal=refusal)
+    return Baseline(name, title, arxiv, lr, build=build, kept=kept, memory="Σ r·(2m + n)", package=_LIBRARY, refusal=refusal)
 
 
 @register
@@ -232,7 +232,7 @@ def galore(
     adam_beta1: float = 0.9,
     adam_beta2: float = 0.999,
     adam_epsilon: float = 1e-8,
-) -> Rival:
+) -> Baseline:
     """GaLore: Adam on the gradient's projection to its leading singular vectors (2403.03507); pytorch-optimizer's.
 
     g (m, n), m ≥ n:   P = the first r right singular vectors of g, anew every T steps,   R = g P,   θ ← θ − η α Adam(R) Pᵀ
@@ -255,7 +255,7 @@ def golore(
     adam_beta1: float = 0.9,
     adam_beta2: float = 0.999,
     adam_epsilon: float = 1e-8,
-) -> Rival:
+) -> Baseline:
     """GoLore: GaLore whose projections are random in the last part of a run, when gradients are mostly noise (2410.11289).
 
     P = QR of an n × r Gaussian, uniform among the orthonormal frames, from step (1 − share)·T_max on; before it as in GaLore
@@ -269,7 +269,7 @@ def golore(
     return _galore("golore", "GoLore", "2410.11289", lr, rank, interval, random_share, scale=scale, betas=betas, eps=adam_epsilon)
 
 
-def _mkor(name: str, title: str, lr: float, hybrid: tuple[int, float] | None, max_side: int, interval: int, **options: Any) -> Rival:
+def _mkor(name: str, title: str, lr: float, hybrid: tuple[int, float] | None, max_side: int, interval: int, **options: Any) -> Baseline:
     _at_least_one(name, interval=interval, max_side=max_side)
     _momentum(name, options["momentum"])
 
@@ -288,7 +288,7 @@ def _mkor(name: str, title: str, lr: float, hybrid: tuple[int, float] | None, ma
             return f"the Linear layers trained there are larger than max_side={max_side}; choose fo-sgd, or a max_side of {min(larger)}"
         return "no Linear layer is trained there, and nothing else has its two factors: choose fo-sgd"
 
-    return Rival(name, title, "2306.01685", lr, build=build, kept=kept, memory="Σ (m² + n²) + 1 × W", refusal=refusal)
+    return Baseline(name, title, "2306.01685", lr, build=build, kept=kept, memory="Σ (m² + n²) + 1 × W", refusal=refusal)
 
 
 @register
@@ -301,7 +301,7 @@ def mkor(
     stabilizer: float = 0.1,
     threshold: float = 2.0,
     max_side: int = 4096,
-) -> Rival:
+) -> Baseline:
     """MKOR: Kronecker-factored curvature whose inverses are kept up to date by rank-1 changes (2306.01685).
 
     L ← γ L + (1 − γ) ĝ ĝᵀ,  R ← γ R + (1 − γ) â âᵀ,  every ``interval`` steps; ĝ, â: a layer's mean output gradient and input
@@ -328,7 +328,7 @@ def mkor_h(
     max_side: int = 4096,
     window: int = 100,
     least_gain: float = 0.01,
-) -> Rival:
+) -> Baseline:
     """MKOR-H: MKOR that goes on by first order once second order no longer speeds it up (2306.01685).
 
     From the first window of steps in which the mean loss falls by less than ``least_gain`` of itself, Δ = G: SGD with momentum.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from zotune.first_order.rival import Rival
+from zotune.first_order.rival import Baseline
 from zotune.registry import Registry
 
-BASELINES: Registry[Rival] = Registry("method")
+BASELINES: Registry[Baseline] = Registry("method")
 
 register, options_of, recipe, get = BASELINES.register, BASELINES.options_of, BASELINES.recipe, BASELINES.get
 

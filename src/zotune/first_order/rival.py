@@ -1,4 +1,4 @@
-"""A rival: a method that calls backward, or that trains nothing, with what it costs."""
+"""A baseline: a method that calls backward, or that trains nothing, with what it costs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def takes_all(model: nn.Module, trained: Mapping[str, tuple[int, ...]]) -> None:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A method to compare with.
 
     Args:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from zotune.first_order.registry import register
-from zotune.first_order.rival import Rival
+from zotune.first_order.rival import Baseline
 
 
 @register
-def zero_shot() -> Rival:
+def zero_shot() -> Baseline:
     """The untrained model: what ``zotune eval`` says of it.
 
     State: none; no step is taken.
     """
-    return Rival("zero-shot", "zero-shot", "", kind="evaluate")
+    return Baseline("zero-shot", "zero-shot", "", kind="evaluate")
 
 
 @register
-def icl() -> Rival:
+def icl() -> Baseline:
     """In-context learning: the untrained model with k solved training examples before every prompt (2005.14165).
 
     ``--num_demonstrations k`` (32 when not given) rows are drawn by ``--seed`` and stand before every prompt in the same order, each with
     its answer, a blank line after each. State: none; no step is taken.
     """
-    return Rival("icl", "in-context learning", "2005.14165", kind="evaluate")
+    return Baseline("icl", "in-context learning", "2005.14165", kind="evaluate")
 
 
 @register
-def linear_probe(*, l2: float = 1e-3) -> Rival:
+def linear_probe(*, l2: float = 1e-3) -> Baseline:
     """A linear probe: logistic regression on the frozen model's last hidden state at the end of the prompt (1610.01644).
 
     min over A, b of  (1/N) Σ −log softmax(A h_i + b)[y_i] + λ ‖A‖² / 2,   h standardised by the training examples, by L-BFGS
@@ -35,4 +35,4 @@ def linear_probe(*, l2: float = 1e-3) -> Rival:
     """
     if l2 < 0:
         raise ValueError(f"linear-probe: l2 must be at least 0, got {l2}.")
-    return Rival("linear-probe", "linear probe", "1610.01644", kind="fit", memory="a vector an example")
+    return Baseline("linear-probe", "linear probe", "1610.01644", kind="fit", memory="a vector an example")

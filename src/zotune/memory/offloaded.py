@@ -11,7 +11,7 @@ from zotune import catalogue
 from zotune.commands.arguments import ModelArguments
 from zotune.commands.models import ModelPlan, resolve_dtype
 from zotune.config import ZOConfig
-from zotune.first_order import Rival
+from zotune.first_order import Baseline
 from zotune.memory.models import build
 from zotune.memory.step import estimate
 from zotune.memory.workload import Workload
@@ -54,7 +54,7 @@ def _growth(workload: Workload) -> float:
 
 
 def needs_of(
-    model: ModelArguments, plan: ModelPlan, config: ZOConfig, data: PreparedData, method: Method | Rival | None, scheme: Scheme
+    model: ModelArguments, plan: ModelPlan, config: ZOConfig, data: PreparedData, method: Method | Baseline | None, scheme: Scheme
 ) -> Needs | None:
     """What `zotune estimate` predicts for the longest batches of training and of evaluation; None without `--max_memory`.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune import catalogue, schemes
-from zotune.first_order import Rival
+from zotune.first_order import Baseline
 from zotune.memory.models import build, config_from
 from zotune.methods import Method
 from zotune.schemes import Scheme
@@ -35,7 +35,7 @@ class Workload:
     """
 
     config: Any
-    method: Method | Rival
+    method: Method | Baseline
     scheme: Scheme = field(default_factory=Scheme)
     batch_size: int = 16
     sequence_length: int = 256
@@ -99,9 +99,9 @@ def elements_of(workload: Workload) -> tuple[int, int]:
     return sum(counts.values()), max(counts.values())
 
 
-def trains(method: Method | Rival) -> bool:
+def trains(method: Method | Baseline) -> bool:
     """Whether a method takes steps."""
-    return not (isinstance(method, Rival) and method.build is None)
+    return not (isinstance(method, Baseline) and method.build is None)
 
 
 def batch_of(workload: Workload) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ __all__ = [
     "Method",
     "Recipe",
     "agzo",
+    "default",
     "es",
     "es_ranks",
     "forward_grad",
@@ -54,7 +55,6 @@ __all__ = [
     "options_of",
     "r_adazo",
     "recipe",
-    "recommended",
     "register",
     "replayed_adam",
     "replayed_momentum",
@@ -75,6 +75,6 @@ __all__ = [
 ]
 
 
-def recommended(**options: Any) -> Method:
+def default(**options: Any) -> Method:
     """The library's own choice, and the default of ``zotune train``."""
     return get("lozo-g", **options)

@@ -26,7 +26,7 @@ def zo_rmsprop(*, alpha: float = 0.99) -> Fields:
 
     State: v, one float32 element per weight.
     """
-    return {"rule": "RMSprop", "rule_args": {"alpha": alpha}, "rule_state": 1}
+    return {"update_rule": "RMSprop", "update_rule_args": {"alpha": alpha}, "update_rule_state": 1}
 
 
 @register(title="R-AdaZO", arxiv="2502.01014", lr=1e-5)
@@ -38,7 +38,7 @@ def r_adazo(*, betas: tuple[float, float] = (0.9, 0.999)) -> Fields:
     As in the paper the moments are not bias-corrected: steps are up to 1/√(1 − β₂) times η, most at the beginning.
     State: m and v, two float32 elements per weight. The paper draws from the sphere: ``direction="sphere"``.
     """
-    return {"rule": "RAdaZO", "rule_args": {"betas": tuple(betas)}, "rule_state": 2}
+    return {"update_rule": "RAdaZO", "update_rule_args": {"betas": tuple(betas)}, "update_rule_state": 2}
 
 
 @register(title="MEAZO", arxiv="2605.03869", lr=1e-5)

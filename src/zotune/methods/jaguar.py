@@ -6,7 +6,7 @@ from zotune.methods.registry import Fields, register, variant
 
 
 @register(title="JAGUAR-Sign", arxiv="2506.04430", without=("direction", "estimator"), lr=1e-4, eps=5e-3)
-def jaguar_sign(rule: str = "JaguarSign", *, choice: str = "block:16x16", momentum: float = 0.1) -> Fields:
+def jaguar_sign(update_rule: str = "JaguarSign", *, choice: str = "block:16x16", momentum: float = 0.1) -> Fields:
     """JAGUAR SignSGD: momentum on the coordinates chosen in a step, the sign of all of it as the update (2506.04430).
 
     δ = (L(θ + τ1_S) − L(θ − τ1_S)) / 2τ,   m_S ← β m_S + (1 − β) δ,   θ ← θ − η sign(m),   τ = eps, β = momentum
@@ -16,7 +16,13 @@ def jaguar_sign(rule: str = "JaguarSign", *, choice: str = "block:16x16", moment
     All parameters share the two evaluations, each shifted with a random sign of its own, so that what one adds to another's δ averages
     out. Departs from the published code, which zeroes m every step and so loses the memory that the method is about.
     """
-    return {"direction": choice, "rule": rule, "rule_args": {"beta": momentum}, "rule_state": 1, "estimates": "descent"}
+    return {
+        "direction": choice,
+        "update_rule": update_rule,
+        "update_rule_args": {"beta": momentum},
+        "update_rule_state": 1,
+        "estimates": "descent",
+    }
 
 
 @variant(jaguar_sign, "JaguarMuon", title="JAGUAR-Muon", arxiv="2506.04430")
@@ -37,4 +43,4 @@ def zo_jaguar() -> Fields:
 
     State: s, a signed byte per weight. A row changes as a whole, by ±η: only its sum is trained.
     """
-    return {"direction": "row", "rule": "PersistentSign", "rule_state": 0.25, "estimates": "descent", "reach": "rows"}
+    return {"direction": "row", "update_rule": "PersistentSign", "update_rule_state": 0.25, "estimates": "descent", "reach": "rows"}

@@ -27,7 +27,7 @@ def lozo_m(*, rank: int = 2, interval: int = 50, momentum: float = 0.9) -> Field
 
     State: LOZO's and N, another r·m elements per matrix: momentum at almost no cost.
     """
-    return {"subspace": LowRank(rank, interval), "rule": "EMASGD", "rule_args": {"beta": momentum}, "rule_state": 1}
+    return {"subspace": LowRank(rank, interval), "update_rule": "EMASGD", "update_rule_args": {"beta": momentum}, "update_rule_state": 1}
 
 
 @register(title="LOZO-E", arxiv="2410.07698", any_rule=True, num_directions="example:3", estimator="forward")

@@ -42,9 +42,9 @@ class Method:
         subspace: see ``subspaces``.
         direction: see ``directions`` and ``chosen``.
         estimator: a name of ``estimators.ESTIMATORS``.
-        rule: name or class of a torch optimiser, or one of ``rules``.
-        rule_args: its keyword arguments besides lr.
-        rule_state: float32 numbers the rule keeps for each coordinate.
+        update_rule: name or class of a torch optimiser, or one of ``rules``.
+        update_rule_args: its keyword arguments besides lr.
+        update_rule_state: float32 numbers the rule keeps for each coordinate.
         fitness: what the points of a step are compared by: ``"loss"``, ``"z-score"`` or ``"ranks"`` (see ``shaping``).
         shaping: what coefficients go through before the rule; None: nothing.
         replayed: moments made of the last steps' coefficients, in place of the rule.
@@ -71,9 +71,9 @@ class Method:
     subspace: Subspace = field(default_factory=Full)
     direction: str = "gaussian"
     estimator: str = "central"
-    rule: str | type[torch.optim.Optimizer] = "SGD"
-    rule_args: dict[str, Any] = field(default_factory=dict)
-    rule_state: float = 0
+    update_rule: str | type[torch.optim.Optimizer] = "SGD"
+    update_rule_args: dict[str, Any] = field(default_factory=dict)
+    update_rule_state: float = 0
     fitness: str = "loss"
     shaping: Shaping | None = None
     replayed: Replayed | None = None
@@ -97,7 +97,7 @@ class Method:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
         chosen.directions(self.direction, {})
-        Rule(self.rule, self.rule_args)
+        Rule(self.update_rule, self.update_rule_args)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -123,7 +123,7 @@ class Method:
             raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1.")
         if self.anchoring and not shared:
             raise ValueError(f"{self.name} looks along the same directions at two points: set num_directions to a number.")
-        if (self.replayed or self.anchoring) and not Rule(self.rule, self.rule_args).plain:
+        if (self.replayed or self.anchoring) and not Rule(self.update_rule, self.update_rule_args).plain:
             raise ValueError(f"{self.name} is an update of its own; leave the rule at SGD.")
         if (self.replayed or self.conservative or self.anchoring) and not isinstance(self.subspace, Full):
             raise ValueError(f"{self.name} moves weights in full space, not in a subspace.")
@@ -187,20 +187,20 @@ class Method:
         for shape in shapes:
             moving, beside = self.subspace.elements(shape)
             in_full_space = self.subspace.full or moving == math.prod(shape)
-            total += 4 * (beside + self.rule_state * moving) + (2 * moving if half and in_full_space else 0)
+            total += 4 * (beside + self.update_rule_state * moving) + (2 * moving if half and in_full_space else 0)
         return math.ceil(total)
 
     @property
     def extra_memory(self) -> str:
         """What is kept between steps beyond the weights, for people: in multiples of the trainable weights W, or by matrix (m, n)."""
         if not self.subspace.full:
-            return self.subspace.memory(self.rule_state)
-        kept = self.subspace.memory(self.rule_state)
+            return self.subspace.memory(self.update_rule_state)
+        kept = self.subspace.memory(self.update_rule_state)
         if kept == "none" and self.numbers:
             kept = f"{self.numbers} numbers"
         # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
         moving, beside = self.subspace.elements((1024, 1024))
-        half = (4 * (beside + self.rule_state * moving) + 2 * moving) / (2 * 1024 * 1024)
+        half = (4 * (beside + self.update_rule_state * moving) + 2 * moving) / (2 * 1024 * 1024)
         return f"{kept} (half precision: {half:.3g} × W)"
 
 

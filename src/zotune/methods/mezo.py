@@ -14,7 +14,7 @@ def mezo() -> Fields:
     State: none in float32; a 16-bit residual for half-precision weights, so that updates far below their spacing add up.
     Departs from the published code: no weight is written to evaluate, the global generator is not reseeded, every parameter draws from
     its own key, gradient accumulation works, and the seeds and coefficients are on file (the journal).
-    With ``rule`` any torch optimizer takes the place of SGD.
+    With ``update_rule`` any torch optimizer takes the place of SGD.
     """
     return {}
 
@@ -27,15 +27,15 @@ def mezo_momentum(*, momentum: float = 0.9) -> Fields:
 
     State: m, one float32 element per weight.
     """
-    return {"rule_args": {"momentum": momentum}, "rule_state": 1}
+    return {"update_rule_args": {"momentum": momentum}, "update_rule_state": 1}
 
 
 @register(title="MeZO-Adam", arxiv="2305.17333", lr=1e-5)
-def mezo_adam(rule: str = "Adam", *, betas: tuple[float, float] = (0.9, 0.999)) -> Fields:
+def mezo_adam(update_rule: str = "Adam", *, betas: tuple[float, float] = (0.9, 0.999)) -> Fields:
     """MeZO with Adam, or ZO-Adam (2305.17333).
 
     m ← β₁ m + (1 − β₁) ĝ,   v ← β₂ v + (1 − β₂) ĝ²,   θ ← θ − η m̂ / (√v̂ + 1e-8)
 
     State: m and v, two float32 elements per weight.
     """
-    return {"rule": rule, "rule_args": {"betas": tuple(betas)}, "rule_state": 2}
+    return {"update_rule": update_rule, "update_rule_args": {"betas": tuple(betas)}, "update_rule_state": 2}

@@ -30,7 +30,7 @@ def zo_muon(*, rank: int = 64, interval: int = 100) -> Fields:
     Departs from the published code, which redraws P at every evaluation of a redraw step, so that points and update lie in different
     subspaces, and trains vectors at a rate of its own that no option reaches.
     """
-    return {"subspace": Left(rank, interval), "rule": "Orthogonal", "estimates": "descent"}
+    return {"subspace": Left(rank, interval), "update_rule": "Orthogonal", "estimates": "descent"}
 
 
 @register(title="TeZO", arxiv="2501.19057", any_rule=True)

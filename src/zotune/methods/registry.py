@@ -29,7 +29,7 @@ COMMON: dict[str, tuple[str, Any]] = {
     "estimator": ("str", "central"),
 }
 #: Options of a recipe that takes any update rule.
-RULE: dict[str, tuple[str, Any]] = {"rule": ("str", "SGD"), "rule_args": ("dict[str, Any] | None", None)}
+RULE: dict[str, tuple[str, Any]] = {"update_rule": ("str", "SGD"), "update_rule_args": ("dict[str, Any] | None", None)}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Definition:
             values = {each.name: options.get(each.name, each.default) for each in signature.parameters.values()}
             fields = self.fields(*self.fixed, **{option: values.pop(option) for option in own})
             if self.any_rule:
-                values["rule_args"] = values["rule_args"] or {}
+                values["update_rule_args"] = values["update_rule_args"] or {}
             return Method(name=name, title=self.title, arxiv=self.arxiv, **{**values, **fields})
 
         make.__signature__ = signature  # type: ignore[attr-defined]

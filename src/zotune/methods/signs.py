@@ -15,7 +15,7 @@ def zo_sgd_sign() -> Fields:
     Every element changes by η, whatever the size of the loss difference. State: none.
     The published code updates along sign(c) Z instead: that is ``zo-sgd-scalar-sign``.
     """
-    return {"rule": "Sign"}
+    return {"update_rule": "Sign"}
 
 
 @register(title="ZO-SGD-Sign (scalar)", arxiv="2402.11592")

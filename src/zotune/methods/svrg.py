@@ -17,4 +17,4 @@ def mezo_svrg(*, anchor_batches: int = 8, interval: int = 8, anchor_ratio: float
     State: θ̄, one float32 element per weight; g is drawn again from its key and coefficients, where the published code stores a copy.
     Departs from the paper, which takes all training data for g at once: here it comes from M batches of the stream.
     """
-    return {"anchoring": Anchoring(anchor_batches, interval, anchor_ratio), "rule_state": 1}
+    return {"anchoring": Anchoring(anchor_batches, interval, anchor_ratio), "update_rule_state": 1}

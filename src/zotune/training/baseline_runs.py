@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 
 from zotune import linear_probe
 from zotune.commands.run_folder import PROBE_FILE
-from zotune.first_order import Rival
+from zotune.first_order import Baseline
 from zotune.tasks import LanguageModelCollator, PreparedData
 from zotune.whole_file import whole_file
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEMONSTRATIONS = 32
 
 
-def check(method: Rival, scheme: Any, data: PreparedData) -> None:
+def check(method: Baseline, scheme: Any, data: PreparedData) -> None:
     """ValueError where a method that trains nothing is asked to train something, or has nothing to be judged on."""
     if scheme.scheme != "full" or scheme.trainable:
         raise ValueError(f"{method.name} trains none of the model's parameters, so a --scheme has no meaning: leave it out.")
@@ -39,7 +39,7 @@ def check(method: Rival, scheme: Any, data: PreparedData) -> None:
             )
 
 
-def probed(method: Rival, trainer: ZOTrainer, data: PreparedData, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
+def probed(method: Baseline, trainer: ZOTrainer, data: PreparedData, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics of a linear probe fitted on the training examples, and what that took."""
     assert data.train is not None and data.eval is not None and data.task is not None
     model, args = trainer.model, trainer.args

@@ -19,7 +19,7 @@ from zotune.commands.models import ModelPlan, load_model, load_tokenizer, plan_m
 from zotune.commands.stopping import StepClock, StopOnSignal
 from zotune.config import ZOConfig
 from zotune.distributed import Workers, restarted
-from zotune.first_order import Rival
+from zotune.first_order import Baseline
 from zotune.methods import Method
 from zotune.offloading.cap import Needs
 from zotune.run_lock import locked
@@ -34,7 +34,7 @@ from zotune.training.run_config import RunConfig
 from zotune.training.run_record import RunRecord, dtype_of
 
 #: Predicts what computing takes of `--max_memory`; None without that option.
-NeedsPredictor = Callable[[ModelArguments, ModelPlan, ZOConfig, PreparedData, Method | Rival, Scheme], Needs | None]
+NeedsPredictor = Callable[[ModelArguments, ModelPlan, ZOConfig, PreparedData, Method | Baseline, Scheme], Needs | None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Run:
         check_request(config, method)
         plan = plan_model(config.model, "zotune train")
         tokenizer = load_tokenizer(plan, config.model)
-        parts = ("eval",) if isinstance(method, Rival) and method.kind == "evaluate" else ("train", "eval")
+        parts = ("eval",) if isinstance(method, Baseline) and method.kind == "evaluate" else ("train", "eval")
         data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, **dataclasses.asdict(config.data))
         set_seed(training.seed)  # a new head or adapter is drawn from the global generator
         classes = data.label_names if data.train_objective == "classifier" else None
@@ -116,7 +116,7 @@ class _Run:
         model, fresh = load_model(plan, config.model, training.device, classes=classes, needs=needs)
         if fresh and config.scheme.scheme == "scales":
             raise ValueError("the model's head is drawn at random, and under --scheme scales it would stay so: train it first.")
-        if isinstance(method, Rival) and method.kind != "backward":
+        if isinstance(method, Baseline) and method.kind != "backward":
             baseline_runs.check(method, config.scheme, data)
         else:
             model = under_scheme(model, config, method, on_adapter=plan.adapter is not None)
@@ -125,7 +125,7 @@ class _Run:
             with self.workers.on_first(locked(self.folder)):
                 trainer = self._trainer(model, tokenizer, data)
                 record = RunRecord(config, trainer, data, plan.adapter or plan.name, self.workers.size)
-                if isinstance(method, Rival) and method.kind != "backward":
+                if isinstance(method, Baseline) and method.kind != "backward":
                     summary = self._run_without_steps(method, trainer, data, record)
                 else:
                     summary = self._train(trainer, data, resume, fresh, record)
@@ -214,7 +214,7 @@ class _Run:
             self.observer.stopped()
         return time.perf_counter() - started - clock.evaluation_seconds
 
-    def _run_without_steps(self, method: Rival, trainer: ZOTrainer, data: PreparedData, record: RunRecord) -> dict[str, Any]:
+    def _run_without_steps(self, method: Baseline, trainer: ZOTrainer, data: PreparedData, record: RunRecord) -> dict[str, Any]:
         """A method that takes no step: zero-shot, in-context learning, a linear probe."""
         begin = time.perf_counter()
         memory = PeakMemory(self.training.device)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from zotune import schemes
-from zotune.first_order import Rival
+from zotune.first_order import Baseline
 from zotune.methods import Method
 from zotune.offloading.refusing import refusal as not_offloaded
 from zotune.training import baseline_runs
 from zotune.training.run_config import RunConfig
 
 
-def check_request(config: RunConfig, method: Method | Rival) -> None:
+def check_request(config: RunConfig, method: Method | Baseline) -> None:
     """Settles the number of demonstrations; ValueError for options that contradict each other."""
     if method.name == "icl":
         if config.data.num_demonstrations is None:
@@ -28,7 +28,7 @@ def check_request(config: RunConfig, method: Method | Rival) -> None:
         raise ValueError("--scheme scales writes scales that stay in memory with their layers: leave --offload out.")
 
 
-def under_scheme(model: nn.Module, config: RunConfig, method: Method | Rival, *, on_adapter: bool) -> nn.Module:
+def under_scheme(model: nn.Module, config: RunConfig, method: Method | Baseline, *, on_adapter: bool) -> nn.Module:
     """The model with what the scheme trains; a model folder that holds an adapter goes on training that.
 
     Raises:

@@ -9,13 +9,13 @@ from typing import Any
 
 from zotune.commands.arguments import DataArguments, ModelArguments, OutputArguments
 from zotune.config import ZOConfig
-from zotune.methods import recommended
+from zotune.methods import default
 from zotune.schemes import Scheme
 from zotune.training.option_parser import OptionParser
 
 #: Where a run's defaults are others than those of :class:`zotune.ZOConfig`.
 DEFAULTS = {
-    "method": recommended().name,
+    "method": default().name,
     "eval_strategy": "steps",
     "eval_steps": 0.1,
     "disable_tqdm": True,

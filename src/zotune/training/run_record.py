@@ -16,7 +16,7 @@ from torch import nn
 from zotune import checkpoint
 from zotune.commands import run_folder
 from zotune.config import settings
-from zotune.first_order import FirstOrder, Rival
+from zotune.first_order import Baseline, FirstOrder
 from zotune.io.json_files import write_json
 from zotune.quantised import dequantise
 from zotune.tasks import PreparedData
@@ -202,7 +202,7 @@ class RunRecord:
     def trainable(self) -> int:
         """Elements that are trained."""
         method = self.config.training.chosen_method()
-        if isinstance(method, Rival) and method.kind != "backward":
+        if isinstance(method, Baseline) and method.kind != "backward":
             return 0
         return sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
 
