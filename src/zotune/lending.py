@@ -16,7 +16,7 @@ from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions, Key
 from zotune.held_keys import Keys, Source
 from zotune.io.memory_tags import tagged
-from zotune.neighbours import Neighbours, Shown
+from zotune.neighbours import Shown
 from zotune.sending import send_list
 from zotune.stacking import NotStackable, Stack
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
@@ -33,7 +33,7 @@ class Lending:
         hold: bool = False,
     ) -> None:
         self.stack, self.hold = stack, hold
-        self._held: dict[int, tuple[Coordinate | Neighbours, Tensor]] = {}
+        self._held: dict[int, tuple[Coordinate | FlatBuffer, Tensor]] = {}
         self._keys: Keys | None = None
         self.siblings = siblings or {}  # by name: layers that may be given the same input, this one among them
         self._input: tuple[weakref.ref[Tensor] | None, int] = None, 0
@@ -71,7 +71,7 @@ class Lending:
         return z
 
     @tagged("directions")
-    def _drawn(self, whose: Coordinate | Neighbours) -> Tensor:
+    def _drawn(self, whose: Coordinate | FlatBuffer) -> Tensor:
         if id(whose) in self._held:
             return self._held[id(whose)][1]
         z = self._by_group(whose.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))

@@ -68,7 +68,7 @@ def find(model: nn.Module, named: str | Sequence[str] | None = None) -> list[Par
                 raise NotOffloadable(f"the model has no list of blocks {name!r}; its lists of modules are: {lists}.")
             found.append((name, module))
     else:
-        found = longest_lists(model)
+        found = [*longest_lists(model)]
         if not found:
             raise NotOffloadable(
                 f"no repeated blocks are found in {type(model).__name__}: offloading needs an nn.ModuleList of at least two modules of one "
