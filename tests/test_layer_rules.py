@@ -19,8 +19,7 @@ from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
 from zotune.estimators import Point
 from zotune.formed import Formed
-from zotune.forward.layers import RULES, Example, LayerRule, rule_of
-from zotune.forward.layers.rule import register
+from zotune.forward.layers import RULES, Example, LayerRule, register, rule_of
 from zotune.probe import Probe
 from zotune.stacking import own, share_out, shared
 from zotune.subspaces import Full, LowRank, LowRankCoordinate

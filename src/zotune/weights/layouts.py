@@ -31,8 +31,8 @@ _READERS: list[Reader] = []
 
 
 def register_layout(reader: Reader) -> None:
-    """Let :func:`layout_of` ask ``reader``, which returns None for modules of other types."""
-    _READERS.append(reader)
+    """Let :func:`layout_of` ask ``reader``, before those that are registered; it returns None for modules of other types."""
+    _READERS.insert(0, reader)
 
 
 def layout_of(module: nn.Module) -> Layout | None:

@@ -133,8 +133,8 @@ def register(rule: LayerRule) -> None:
 
 
 def rule_of(module: nn.Module) -> LayerRule | None:
-    """The rule of a module's layer type; None for a module that is of none."""
-    return next((rule for rule in RULES.values() if rule.owns(module)), None)
+    """The rule of a module's layer type, the latest registered that owns it; None for a module that is of none."""
+    return next((rule for rule in reversed(RULES.values()) if rule.owns(module)), None)
 
 
 def add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
