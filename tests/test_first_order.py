@@ -18,7 +18,7 @@ from zotune.directions import Key
 from zotune.first_order import FirstOrder, optimizer_class
 from zotune.first_order.galore import random_frame
 from zotune.first_order.mkor import inverse_of_moved
-from zotune.first_order.scale import column_normalised
+from zotune.first_order.scale import column_normalized
 from zotune.weights.structure import last_layer
 
 pytest.importorskip("pytorch_optimizer")
@@ -276,8 +276,8 @@ def test_random_frames_are_orthonormal_and_uniform() -> None:
 
 def test_scale_normalises_outputs_and_an_embeddings_features() -> None:
     gradient = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(column_normalised(gradient).square().mean(dim=1), torch.ones(5), atol=1e-5)
-    assert torch.allclose(column_normalised(gradient, 0).square().mean(dim=0), torch.ones(7), atol=1e-5)
+    assert torch.allclose(column_normalized(gradient).square().mean(dim=1), torch.ones(5), atol=1e-5)
+    assert torch.allclose(column_normalized(gradient, 0).square().mean(dim=0), torch.ones(7), atol=1e-5)
     model = tiny_llama()
     optimizer = FirstOrder(model, "scale")
     by_name = {name: id(p) for name, p in optimizer.moved.items()}

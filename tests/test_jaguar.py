@@ -9,7 +9,7 @@ from torch import nn
 from zotune import ZerothOrder, chosen, methods
 from zotune.chosen import Chosen
 from zotune.directions import Key
-from zotune.rules import orthogonalised, resolve
+from zotune.rules import orthogonalized, resolve
 
 SHAPES = {"w": (6, 8), "v": (5,), "t": (4, 2, 3)}
 CPU = torch.device("cpu")
@@ -79,19 +79,19 @@ def test_jaguar_muon_orthogonalises_matrices_and_takes_the_sign_of_vectors():
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(5, 3, generator=generator)
     u, _, v = torch.linalg.svd(g, full_matrices=False)
-    assert torch.allclose(follow("JaguarMuon", [g], beta=0.0), -0.5 * orthogonalised(g))
-    assert float((orthogonalised(g) - u @ v).abs().max()) < 0.3  # singular values between about 0.7 and 1.2
+    assert torch.allclose(follow("JaguarMuon", [g], beta=0.0), -0.5 * orthogonalized(g))
+    assert float((orthogonalized(g) - u @ v).abs().max()) < 0.3  # singular values between about 0.7 and 1.2
     assert torch.equal(follow("JaguarMuon", [g[:, 0]], beta=0.0), -0.5 * g[:, 0].sign())
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)])
-def test_orthogonalised_has_the_singular_vectors_and_singular_values_near_one(shape):
+def test_orthogonalized_has_the_singular_vectors_and_singular_values_near_one(shape):
     m = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     u, _, v = torch.linalg.svd(m, full_matrices=False)
-    values = u.T @ orthogonalised(m) @ v.T
+    values = u.T @ orthogonalized(m) @ v.T
     assert torch.allclose(values, torch.diag(values.diagonal()), atol=1e-4)
     assert bool(((values.diagonal() > 0.6) & (values.diagonal() < 1.3)).all())
-    assert torch.equal(orthogonalised(torch.zeros(3, 4)), torch.zeros(3, 4))
+    assert torch.equal(orthogonalized(torch.zeros(3, 4)), torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize("choice", ["coordinate", "row", "block:3x2"])

@@ -176,7 +176,7 @@ def sgd_sai(*, lr: float = 1e-4, momentum: float = 0.9) -> Baseline:
 def scale(
     *, lr: float = 1e-4, momentum: float = 0.9, adam_beta1: float = 0.9, adam_beta2: float = 0.999, adam_epsilon: float = 1e-8
 ) -> Baseline:
-    """SCALE: gradients normalised by column, momentum in the last layer alone (2506.16659).
+    """SCALE: gradients normalized by column, momentum in the last layer alone (2506.16659).
 
     C(g)_i = g_i / rms(g_i) over the weights into output i,   last layer: m ← β m + (1 − β) g,  θ ← θ − η C(m);   others: θ ← θ − η C(g)
 
@@ -198,7 +198,7 @@ def scale(
     def refusal(model: nn.Module, trained: Shapes) -> str | None:
         if any(len(shape) >= 2 for shape in trained.values()):
             return None
-        return "it normalises the columns of matrices, and only vectors are trained there (it would be Adam): choose fo-adamw"
+        return "it normalizes the columns of matrices, and only vectors are trained there (it would be Adam): choose fo-adamw"
 
     return Baseline("scale", "SCALE", "2506.16659", lr, build=build, kept=kept, memory="1 × last layer", refusal=refusal)
 

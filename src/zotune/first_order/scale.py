@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 
-def column_normalised(gradient: Tensor, dim: int = 1) -> Tensor:
+def column_normalized(gradient: Tensor, dim: int = 1) -> Tensor:
     """g / rms(g) over ``dim`` of a matrix (all but the first dimension of a larger tensor): every column has a root mean square of 1."""
     if gradient.dim() > 2:
-        return column_normalised(gradient.flatten(1)).view_as(gradient)
+        return column_normalized(gradient.flatten(1)).view_as(gradient)
     return gradient / gradient.square().mean(dim=dim, keepdim=True).sqrt().clamp_min(1e-8)
 
 
 class SCALE(torch.optim.Optimizer):
-    """Column-normalised SGD, momentum in the last layer, Adam for vectors.
+    """Column-normalized SGD, momentum in the last layer, Adam for vectors.
 
     Args:
         params: groups.
@@ -63,4 +63,4 @@ class SCALE(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             gradient = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
-        return column_normalised(gradient, 0 if id(p) in self.tables else 1)
+        return column_normalized(gradient, 0 if id(p) in self.tables else 1)

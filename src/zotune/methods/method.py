@@ -42,7 +42,7 @@ class Method:
         subspace: see ``subspaces``.
         direction: see ``directions`` and ``chosen``.
         estimator: a name of ``estimators.ESTIMATORS``.
-        update_rule: name or class of a torch optimiser, or one of ``rules``.
+        update_rule: name or class of a torch optimizer, or one of ``rules``.
         update_rule_args: its keyword arguments besides lr.
         update_rule_state: float32 numbers the rule keeps for each coordinate.
         fitness: what the points of a step are compared by: ``"loss"``, ``"z-score"`` or ``"ranks"`` (see ``shaping``).

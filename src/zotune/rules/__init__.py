@@ -1,7 +1,7 @@
 """Update rules: any ``torch.optim.Optimizer`` class, fed one parameter's estimate at a time, and the few rules torch lacks.
 
 A rule never sees the model: for each coordinate it gets the value θ (float32) and the estimate ĝ, and leaves the new value behind. Each
-coordinate has an optimiser object of its own with a single parameter, so that no two estimates are ever alive together; rules that couple
+coordinate has an optimizer object of its own with a single parameter, so that no two estimates are ever alive together; rules that couple
 parameters (D-Adaptation, LAMB's global norm) therefore see each parameter alone.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from zotune.rules.jaguar import JaguarMuon, JaguarSign, PersistentSign
 from zotune.rules.moments import EMASGD, RAdaZO
-from zotune.rules.orthogonal import Orthogonal, orthogonalised
+from zotune.rules.orthogonal import Orthogonal, orthogonalized
 from zotune.rules.resolving import OWN_RULES, resolve
 from zotune.rules.rule import FIRST_MOMENTS, Rule, is_plain_sgd
 from zotune.rules.sign import Sign
@@ -26,6 +26,6 @@ __all__ = [
     "Rule",
     "Sign",
     "is_plain_sgd",
-    "orthogonalised",
+    "orthogonalized",
     "resolve",
 ]

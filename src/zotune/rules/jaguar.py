@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.rules.orthogonal import orthogonalised
+from zotune.rules.orthogonal import orthogonalized
 from zotune.rules.own import OwnRule, fraction
 
 
@@ -19,7 +19,7 @@ class JaguarSign(OwnRule):
     """m ← β m + (1 − β) ĝ on the chosen coordinates, others kept; θ ← θ − η sign(m) everywhere (JAGUAR SignSGD, 2506.04430).
 
     Args:
-        params: as in any torch optimiser.
+        params: as in any torch optimizer.
         lr: η, by which every number moves that has ever been chosen.
         beta: β.
     """
@@ -43,7 +43,7 @@ class JaguarMuon(JaguarSign):
     def move(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         memory = self.remember(p, grad, state, group["beta"])
         matrix = memory.dim() == 2 and min(memory.shape) > 1
-        p.add_(orthogonalised(memory) if matrix else memory.sign(), alpha=-group["lr"])
+        p.add_(orthogonalized(memory) if matrix else memory.sign(), alpha=-group["lr"])
 
 
 class PersistentSign(OwnRule):
@@ -52,7 +52,7 @@ class PersistentSign(OwnRule):
     s is kept as one signed byte a number.
 
     Args:
-        params: as in any torch optimiser.
+        params: as in any torch optimizer.
         lr: η, by which every number moves that has ever been chosen.
     """
 

@@ -17,7 +17,7 @@ class EMASGD(torch.optim.Optimizer):
     ``torch.optim.SGD(momentum=β, dampening=β)`` differs in its first step, which it does not dampen.
 
     Args:
-        params: as in any torch optimiser.
+        params: as in any torch optimizer.
         lr: η.
         beta: β, in [0, 1).
     """
@@ -47,7 +47,7 @@ class RAdaZO(OwnRule):
     As in the paper neither moment is corrected for having started at 0.
 
     Args:
-        params: as in any torch optimiser.
+        params: as in any torch optimizer.
         lr: η.
         betas: (β₁, β₂).
         zeta: ζ.

@@ -12,7 +12,7 @@ from zotune.rules.own import OwnRule
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
+def orthogonalized(matrix: Tensor, rounds: int = 5) -> Tensor:
     """A matrix of the same singular vectors whose singular values are all about 1 (Newton–Schulz, as in Muon, 2502.16982).
 
     X ← a X + (b X Xᵀ + c (X Xᵀ)²) X, from X = M / ‖M‖_F; a matrix of zeros stays what it is.
@@ -34,7 +34,7 @@ class Orthogonal(OwnRule):
     """θ ← θ − η NewtonSchulz(ĝ); a vector is a matrix of one row, whose orthogonal factor is ĝ / ‖ĝ‖ (ZO-Muon, 2602.17155).
 
     Args:
-        params: as in any torch optimiser.
+        params: as in any torch optimizer.
         lr: η, the size of every singular value of a move.
     """
 
@@ -43,4 +43,4 @@ class Orthogonal(OwnRule):
 
     def move(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         matrix = grad.dim() == 2 and min(grad.shape) > 1
-        p.add_(orthogonalised(grad) if matrix else grad / grad.norm().clamp_min(1e-30), alpha=-group["lr"])
+        p.add_(orthogonalized(grad) if matrix else grad / grad.norm().clamp_min(1e-30), alpha=-group["lr"])

@@ -13,7 +13,7 @@ class OwnRule(torch.optim.Optimizer):
     """A rule that is one equation: subclasses write :meth:`move`.
 
     Args:
-        params: as in any torch optimiser.
+        params: as in any torch optimizer.
         lr: η.
         weight_decay: λ of θ ← (1 − η λ) θ, before the move (as AdamW).
         options: the rule's own, into every parameter group.

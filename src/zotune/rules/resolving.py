@@ -28,10 +28,10 @@ def _find(name: str, rules: dict[str, Any]) -> Any:
 
 
 def resolve(rule: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The optimiser class for a name: ours, torch's, or pytorch-optimizer's where that is installed (case does not matter).
+    """The optimizer class for a name: ours, torch's, or pytorch-optimizer's where that is installed (case does not matter).
 
     Raises:
-        ValueError: no such rule (with the nearest name), or not an optimiser class.
+        ValueError: no such rule (with the nearest name), or not an optimizer class.
     """
     if isinstance(rule, type):
         if not issubclass(rule, torch.optim.Optimizer):

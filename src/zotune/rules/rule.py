@@ -1,4 +1,4 @@
-"""``Rule``: an optimiser class made to update one coordinate at a time."""
+"""``Rule``: an optimizer class made to update one coordinate at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zotune.rules.resolving import OWN_RULES, resolve
 
 #: State tensors that are averages of estimates, linear in them, and so follow a change of basis M ← M T.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-#: What the parameter group of an optimiser object holds that is given anew at every update.
+#: What the parameter group of an optimizer object holds that is given anew at every update.
 _GIVEN = ("params", "lr", "weight_decay")
 _GROUP = "group:"
 
@@ -40,12 +40,12 @@ def instance(cls: type[torch.optim.Optimizer], parameter: Tensor, lr: float, opt
 
 
 class Rule:
-    """One optimiser object per coordinate, created when that coordinate is first updated.
+    """One optimizer object per coordinate, created when that coordinate is first updated.
 
     Rules for matrices only (Muon) are given the matrices; AdamW at the same rate, with its own defaults, moves everything else.
 
     Args:
-        rule: a name or an optimiser class.
+        rule: a name or an optimizer class.
         options: its keyword arguments besides lr.
 
     Raises:
@@ -103,7 +103,7 @@ class Rule:
     def state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """(tensors by "coordinate/entry", other entries by coordinate), enough for :meth:`load_state`.
 
-        Step counters that an optimiser keeps in its parameter group are entries whose name begins with ``group:``.
+        Step counters that an optimizer keeps in its parameter group are entries whose name begins with ``group:``.
         """
         tensors: dict[str, Tensor] = {}
         others: dict[str, dict[str, Any]] = {}
@@ -206,7 +206,7 @@ def _run(cls: type[torch.optim.Optimizer], options: dict[str, Any], shape: tuple
         tensors, others = halted.state()
         resumed.load_state({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(others)), {"trial": half})
         same = torch.equal(follow(resumed, half, estimates[2:]), expected)
-    except Exception:  # whatever a state that came back otherwise makes of an optimiser
+    except Exception:  # whatever a state that came back otherwise makes of an optimizer
         same = False
     if not same:
         raise ValueError(f"{refused}it keeps a state that cannot be saved and restored exactly; choose another rule.")

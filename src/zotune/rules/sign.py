@@ -13,7 +13,7 @@ class Sign(OwnRule):
     """θ ← θ − η sign(ĝ), number by number (ZO-signSGD, 2402.11592).
 
     Args:
-        params: as in any torch optimiser.
+        params: as in any torch optimizer.
         lr: η, by which every number moves.
     """
 
