@@ -19,6 +19,7 @@ from zotune.anchoring import Anchoring
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Directions
 from zotune.estimators import Estimate, Estimator
+from zotune.io.memory_tags import tagged
 from zotune.probe import Probe
 from zotune.replayed import Past
 
@@ -32,6 +33,7 @@ class _Anchored:
     def moves(self, step: int, direction: int) -> bool:
         return self.coordinate.moves(step, direction)
 
+    @tagged("update")
     def at(self, directions: Directions, offset: Offset) -> Tensor:
         move = directions.combine([(offset.key(self.name), offset.scale)], self.coordinate.shape, self.coordinate.device)
         return move.add_(self.anchor).to(self.coordinate.parameter.dtype)
@@ -51,6 +53,7 @@ class Anchor:
         self.sums: list[float] = []
         self.count = 0
 
+    @tagged("update")
     def difference(
         self, here: Estimate, probe: Probe, estimator: Estimator, evaluate: Callable[[], Tensor], eps: float, seed: int, step: int
     ) -> tuple[Estimate, int]:
@@ -64,6 +67,7 @@ class Anchor:
         difference = (here.coefficients - there.coefficients).masked_fill(torch.tensor(skipped), 0.0)
         return here._replace(coefficients=difference, skipped=skipped), sum(loss.numel() for loss in losses)
 
+    @tagged("update")
     def take(self, past: Past, skipped: bool, coordinates: Iterable[Coordinate]) -> tuple[list[Past], float]:
         """(estimates that a step moves by, factor of its rate); takes in what it saw."""
         place = self.anchoring.place(past.step)

@@ -73,15 +73,18 @@ class Central:
     def points(self, num_directions: int) -> list[Point]:
         return [Point(sign, k) for k in range(num_directions) for sign in (+1, -1)]
 
+    @tagged("activations")
     def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate:
         pairs = [(losses[2 * k], losses[2 * k + 1]) for k in range(num_directions)]
         levels = [0.5 * (_mean(plus) + _mean(minus)) for plus, minus in pairs]
         return _estimate(pairs, levels, 2 * eps)
 
+    @tagged("activations")
     def estimate_own(self, losses: Tensor, owners: Tensor, eps: float, num_directions: int) -> Estimate:
         """Of losses (2, N), rows by sign, where example i belongs to direction ``owners[i]``; see :func:`_estimate_own`."""
         return _estimate_own(losses[0], losses[1], losses.double().mean(dim=0), owners, 2 * eps, num_directions)
 
+    @tagged("activations")
     def singles(self, losses: Tensor, eps: float, num_directions: int) -> Tensor:
         return (losses[0 : 2 * num_directions : 2].double() - losses[1 : 2 * num_directions : 2].double()) / (2 * eps)
 
@@ -95,15 +98,18 @@ class Forward:
     def points(self, num_directions: int) -> list[Point]:
         return [Point(0, 0)] + [Point(+1, k) for k in range(num_directions)]
 
+    @tagged("activations")
     def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate:
         here = losses[0]
         pairs = [(losses[1 + k], here) for k in range(num_directions)]
         return _estimate(pairs, [_mean(here)] * num_directions, eps)
 
+    @tagged("activations")
     def estimate_own(self, losses: Tensor, owners: Tensor, eps: float, num_directions: int) -> Estimate:
         """Of losses (2, N), rows by sign, where example i belongs to direction ``owners[i]``; see :func:`_estimate_own`."""
         return _estimate_own(losses[1], losses[0], losses[0].double(), owners, eps, num_directions)
 
+    @tagged("activations")
     def singles(self, losses: Tensor, eps: float, num_directions: int) -> Tensor:
         return (losses[1:].double() - losses[0].double()) / eps
 
@@ -120,6 +126,7 @@ class Curvature(Central):
     def points(self, num_directions: int) -> list[Point]:
         return [*super().points(num_directions), Point(0, 0)]
 
+    @tagged("activations")
     def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate:
         here = _mean(losses[-1])
         if not math.isfinite(here):
@@ -137,6 +144,7 @@ class Tangent(Central):
     def points(self, num_directions: int) -> list[Point]:
         return [Point(0, k) for k in range(num_directions)]
 
+    @tagged("activations")
     def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate:
         """Of losses and their derivatives in turn, 2K tensors."""
         primals, tangents = losses[0::2], losses[1::2]
@@ -144,6 +152,7 @@ class Tangent(Central):
         kept = [t if math.isfinite(level) else torch.full_like(t, math.nan) for t, level in zip(tangents, levels, strict=True)]
         return _estimate([(t, torch.zeros_like(t)) for t in kept], levels, 1.0)
 
+    @tagged("activations")
     def singles(self, losses: Tensor, eps: float, num_directions: int) -> Tensor:
         return losses[1::2].double()
 

@@ -154,6 +154,7 @@ class Guidance:
         key = Key(context.seed, context.step, 0, "", "loss")
 
         def rows_of(call: Callable[[], Tensor]) -> Tensor:
+            @tagged("activations")
             def work() -> Tensor:
                 with isolated_generators(key, self.probe.devices), watched() as watch:
                     answers = _Answers(watch, layers)
@@ -183,6 +184,7 @@ class Guidance:
 
     # -- how far ----------------------------------------------------------------------------------------------------------------------
 
+    @tagged("activations")
     def measure(self, told: Told, evaluate: Callable[[], Tensor], seed: int, step: int) -> None:
         """Measure the slope and curvature along what is told, where that is due; ``evaluate`` gives the losses of the step's examples."""
         self.forwards = self.sequences = 0

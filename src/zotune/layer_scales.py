@@ -21,6 +21,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from zotune.io.memory_tags import tagged
 from zotune.subspaces import LowRankCoordinate
 
 #: Layers told apart, at most: repeated blocks beyond these are taken together, neighbours with neighbours.
@@ -64,6 +65,7 @@ def due(step: int, interval: int) -> bool:
     return not rest and redraw.bit_count() <= 1 and redraw.bit_length() % 2 == redraw.bit_count()
 
 
+@tagged("activations")
 def measure(layers: Sequence[Sequence[LowRankCoordinate]], coefficients: Coefficients) -> list[float] | None:
     """Scales σ_l of the layers, whatever they are now; None where the losses do not tell.
 

@@ -19,6 +19,7 @@ from zotune.applying import Updater
 from zotune.coordinates import Coordinate, Offset
 from zotune.directions import Key
 from zotune.guidance import Told
+from zotune.io.memory_tags import tagged
 from zotune.rng.isolation import isolated_generators
 from zotune.run_parts import RunParts
 from zotune.stacking import batch_rows, take
@@ -199,6 +200,7 @@ class Preparation:
         state.write(event)
         self.updater.apply_event(event)
 
+    @tagged("temporary")
     def _few(self, part: Any) -> list[Any]:
         """The first examples of a micro-batch, as many as make enough coefficients where examples have directions of their own."""
         method = self.run.method

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zotune.coordinates import Coordinate
 from zotune.directions import Directions, Key
+from zotune.io.memory_tags import tagged
 
 
 class Past(NamedTuple):
@@ -43,6 +44,7 @@ class ReplayedMomentum:
     def __post_init__(self) -> None:
         _check(self.history, self.beta)
 
+    @tagged("update")
     def move(self, coordinate: Coordinate, value: Tensor, past: Sequence[Past], lr: float, directions: Directions, seed: int) -> None:
         """Change ``value`` (θ of a coordinate) in place; ``past`` ends with the step itself."""
         terms: list[tuple[Key, float]] = []
@@ -75,6 +77,7 @@ class ReplayedAdam:
     def __post_init__(self) -> None:
         _check(self.history, *self.betas)
 
+    @tagged("update")
     def move(self, coordinate: Coordinate, value: Tensor, past: Sequence[Past], lr: float, directions: Directions, seed: int) -> None:
         """Change ``value`` (θ of a coordinate) in place; ``past`` ends with the step itself."""
         first, second = self.betas

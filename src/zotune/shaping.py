@@ -21,6 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from zotune.io.memory_tags import tagged
+
 #: Numbers that a shaping carries from step to step, by name.
 State = dict[str, float]
 
@@ -50,6 +52,7 @@ class BySign:
 
     numbers = 0
 
+    @tagged("update")
     def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
         return [math.copysign(1.0, c) if c else 0.0 for c in coefficients]
 
@@ -67,6 +70,7 @@ class ByDeviation:
 
     numbers = 0
 
+    @tagged("update")
     def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
         kept = [c for c, bad in zip(coefficients, skipped, strict=True) if not bad]
         if len(kept) < 2:
@@ -99,6 +103,7 @@ class ByRootMeanSquare:
     def numbers(self) -> int:
         return 2
 
+    @tagged("update")
     def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
         kept = [c for c, bad in zip(coefficients, skipped, strict=True) if not bad]
         square = math.fsum(c * c for c in kept) / len(kept) ** 2
@@ -131,6 +136,7 @@ class Fitness:
     of: Callable[[Tensor], Tensor]
     slope: float
 
+    @tagged("update")
     def coefficients(self, plus: Tensor, minus: Tensor) -> Tensor:
         """c_k = (s(L(θ + εZ_k)) − s(L(θ − εZ_k))) / 2, so that (1/K) Σ c_k Z_k = (1/2K) Σ over the points of s · their direction.
 

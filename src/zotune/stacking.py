@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from zotune.estimators import Point
+from zotune.io.memory_tags import tagged
 from zotune.sending import send
 
 
@@ -67,6 +68,7 @@ class Stack:
         return self.blocks * self.rows
 
 
+@tagged("temporary")
 def shared(points: Sequence[Point], eps: float, rows: int, seed: int, step: int) -> Stack:
     """A stack whose points, in order, each see all ``rows`` of the batch."""
     runs = [(direction, [point.sign * eps for point in run]) for direction, run in groupby(points, lambda point: point.direction)]
@@ -77,6 +79,7 @@ def shared(points: Sequence[Point], eps: float, rows: int, seed: int, step: int)
     return Stack(tuple(d for d, _ in runs), tuple(tuple(scales) for _, scales in runs), rows, source, losses, seed, step)
 
 
+@tagged("temporary")
 def own(signs: Sequence[float], eps: float, owned: Owned, seed: int, step: int) -> Stack:
     """A stack of the pairs (example, direction) of a batch, each at every sign; sign 0 once an example, whatever its directions are."""
     rows = math.gcd(*(len(list(run)) for _, run in groupby(owned.directions)))
@@ -119,6 +122,7 @@ class Owned:
         return self if (start, stop) == (0, len(self)) else Owned(self.examples[start:stop], self.directions[start:stop])
 
 
+@tagged("temporary")
 def share_out(sizes: Sequence[int], parts: int, each: int) -> list[Owned]:
     """For micro-batches of these sizes: their examples cut into ``parts`` runs, ``each`` directions to every run.
 
@@ -159,6 +163,7 @@ def tensors(batch: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors(part)]
 
 
+@tagged("temporary")
 def take(batch: Any, index: Tensor, rows: int) -> Any:
     """The rows ``index`` of a batch of ``rows`` examples, as a batch of the same type.
 
