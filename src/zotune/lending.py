@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zotune.coordinates import Coordinate, Offset
+from zotune.coordinates import Coordinate, FlatBuffer, Offset
 from zotune.directions import Directions, Key
 from zotune.held_keys import Keys, Source
 from zotune.io.memory_tags import tagged
