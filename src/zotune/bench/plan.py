@@ -21,7 +21,7 @@ from zotune.training.option_parser import option_words
 
 #: What `zotune bench` sets where the grid file says nothing: checkpoints now and then, one kept, ten evaluations.
 DEFAULTS: dict[str, Any] = {"eval_steps": 0.1, "save_steps": 0.25, "save_total_limit": 1}
-#: Evaluations that measuring a learning rate takes: on the first batch, and a step after that (docs/learning-rate.md).
+#: Evaluations that measuring a learning rate takes: on the first batch, and per step after that (docs/how-to/learning_rate.md).
 _MEASURING = (25, 3 / 20)
 _BUNDLED = "bundled:"
 

@@ -69,7 +69,7 @@ def _parser() -> CommandParser:
         "Runs a grid of models, tasks, schemes, methods, hyperparameters and seeds, and writes a report. What is done is not repeated, and "
         "what was interrupted goes on: the same command does both.",
     )
-    parser.add_argument("grid", metavar="GRID", help="a YAML file (docs/bench.md; ready ones are in benchmarks/grids)")
+    parser.add_argument("grid", metavar="GRID", help="a YAML file (docs/how-to/bench.md; ready ones are in benchmarks/grids)")
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the runs and the report (default: runs/bench-GRID)")
     parser.add_argument("--data_dir", metavar="DIR", help="folder with <task>/<split>.jsonl[.gz]; without it, the Hugging Face hub")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default 1); several GPUs are dealt out")
