@@ -79,7 +79,7 @@ def run(name: str) -> dict[str, Any]:
         found["losses"].append(optimizer.last.loss)
         found["lr"].append(optimizer.last.lr)
         found["counts"].append([optimizer.forward_passes, optimizer.sequences_evaluated])
-        found["digests"].append(state_digest(optimizer))
+        found["digests"].append(state_digest(optimizer.run))
     found["eps"] = optimizer.eps
     optimizer.detach()
     found["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()

@@ -34,7 +34,7 @@ class Watch(TrainerCallback):
         self.dies = dies
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.digests.append(state_digest(kwargs["optimizer"].optimizer))
+        self.digests.append(state_digest(kwargs["optimizer"].optimizer.run))
         if state.global_step == self.dies:
             os.kill(os.getpid(), signal.SIGKILL)
 

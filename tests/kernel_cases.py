@@ -162,7 +162,7 @@ def check_layers(device: torch.device) -> None:
                 optimizer = zotune.ZerothOrder(twin, zotune.methods.lozo(eps=1e-2), lr=1e-2, seed=3, probe=probe)
                 for _ in range(3):
                     optimizer.step(lambda rows, twin=twin: twin(rows).float().square().mean(dim=(1, 2)), x.to(dtype))
-                low_rank = [c for group in optimizer.coordinates for c in group if len(c.shape) == 2]
+                low_rank = [c for group in optimizer.run.state.coordinates for c in group if len(c.shape) == 2]
                 assert all(zotune.formed.forms(c, 80) == (passes == 1.5) for c in low_rank)
                 found[passes, probe] = optimizer.last.coefficients
         expected = found[math.inf, "sequential"]

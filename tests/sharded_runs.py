@@ -51,7 +51,7 @@ def run(method: str, model: nn.Module, journal: Path | None = None) -> dict[str,
         optimizer.step(loss_fn, toys.batch(8, seed=step))
         assert optimizer.last is not None
         found["losses"].append(optimizer.last.loss)
-        found["digests"].append(state_digest(optimizer))
+        found["digests"].append(state_digest(optimizer.run))
     optimizer.detach()
     with torch.no_grad():
         found["after"] = float(loss_fn(toys.batch(8)).mean())

@@ -28,7 +28,7 @@ def test_nothing_is_recorded_on_a_cpu():
     model = toys.classifier()
     steps = optimizer(model, capture=True)
     steps.step(toys.loss_function(model), toys.batch())
-    assert not steps.evaluations.captures.on
+    assert not steps.evaluator.captures.on
 
 
 @pytest.mark.parametrize("method", ["lozo", "lozo-e", "mezo"])

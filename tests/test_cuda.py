@@ -171,7 +171,7 @@ def test_a_recorded_evaluation_is_the_evaluation(architecture, name, options, pr
             recorded = 4
         if not capture or (architecture == "gpt2" and name == "mezo"):  # whose Conv1D in full space has no kernel
             recorded = 0
-        assert optimizer.evaluations.captures.made == recorded
+        assert optimizer.evaluator.captures.made == recorded
     for one, other in zip(*found.values(), strict=True):
         assert abs(one.loss - other.loss) < 1e-4 * other.loss
         assert torch.allclose(one.coefficients, other.coefficients, rtol=1e-2, atol=1e-2 + 1e-2 * float(other.coefficients.abs().max()))
@@ -191,7 +191,7 @@ def test_what_cannot_be_recorded_is_evaluated_as_ever():
         optimizer = ZerothOrder(model, "lozo", lr=1e-4, probe="batched", capture=True)
         for _ in range(2):
             optimizer.step(loss, toys.tokens(6, 7).cuda())
-        assert not optimizer.evaluations.captures.on
+        assert not optimizer.evaluator.captures.on
         optimizer.detach()
 
 

@@ -256,7 +256,7 @@ def test_the_journal_replays_bit_for_bit(name, dtype, tmp_path):
     rebuilt = toys.classifier(dtype)
     again = replay(rebuilt, tmp_path / "j", method=optimizer.method)
     assert equal(model, rebuilt)
-    assert (again.shaping_state, again.past) == (optimizer.shaping_state, optimizer.past)
+    assert (again.run.state.shaping, again.run.state.past) == (optimizer.run.state.shaping, optimizer.run.state.past)
 
 
 @every_method
@@ -313,15 +313,15 @@ def test_state_stays_within_what_is_declared(name, dtype):
     for _ in range(3):
         optimizer.step(lambda ids: model(ids).float().mean(dim=1), torch.arange(8))
     held = {id(t): t for t in optimizer.rule.state()[0].values() if t.dim()}
-    if optimizer.anchor is not None:
-        held |= {id(t): t for t in optimizer.anchor.weights.values()}
+    if optimizer.run.anchor is not None:
+        held |= {id(t): t for t in optimizer.run.anchor.weights.values()}
     for coordinate in optimizer.probe.coordinates:
         held |= {id(t): t for t in coordinate.kept()}
         assert not coordinate.drawn
     shapes = [tuple(p.shape) for p in model.parameters()]
     declared = method.state_bytes(shapes, half=dtype != torch.float32)
     assert sum(t.numel() * t.element_size() for t in held.values()) == declared
-    numbers = len(optimizer.shaping_state) + sum(len(past.coefficients) for past in optimizer.past)
+    numbers = len(optimizer.run.state.shaping) + sum(len(past.coefficients) for past in optimizer.run.state.past)
     assert numbers <= method.numbers
 
 

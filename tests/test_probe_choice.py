@@ -37,7 +37,7 @@ def events(path) -> list[dict]:
 def test_auto_takes_the_faster_way_and_says_so(sequential_is_faster, tmp_path, num_directions, recwarn):
     optimizer = ZerothOrder(toys.classifier(), methods.lozo(num_directions=num_directions), lr=1e-3, journal=tmp_path / "j")
     run(optimizer, range(2))
-    assert optimizer.evaluations.batched is False
+    assert optimizer.evaluator.batched is False
     apart = {"apart": True} if num_directions == "example" else {}
     assert events(tmp_path / "j") == [{"event": "probe", "batched": False, **apart}]
     assert not recwarn.list
@@ -47,14 +47,14 @@ def test_auto_takes_the_faster_way_and_says_so(sequential_is_faster, tmp_path, n
 def test_what_was_asked_for_is_not_measured(sequential_is_faster, tmp_path, way):
     optimizer = ZerothOrder(toys.classifier(), "lozo", lr=1e-3, probe=way)
     run(optimizer, range(1))
-    assert optimizer.evaluations.batched == (way == "batched")
+    assert optimizer.evaluator.batched == (way == "batched")
 
 
 def test_short_evaluations_are_batched_without_a_measurement():
     """A toy's: so that which of the two is chosen is not left to chance."""
     optimizer = ZerothOrder(toys.classifier(), "lozo", lr=1e-3)
     run(optimizer, range(1))
-    assert optimizer.evaluations.batched
+    assert optimizer.evaluator.batched
 
 
 @pytest.mark.parametrize("from_state", [True, False])
@@ -75,8 +75,8 @@ def test_a_resumed_run_keeps_the_choice_bit_for_bit(sequential_is_faster, monkey
     else:
         for record in records:
             resumed.apply(record)
-        resumed._prepared = True
-    assert resumed.evaluations.batched is False
+        resumed.run.state.prepared = True
+    assert resumed.evaluator.batched is False
     assert all(torch.equal(a, b) for a, b in zip(run(resumed, range(2, 5)), expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), straight.model.state_dict().values(), strict=True))
     replayed = replay(toys.classifier(), tmp_path / "j")
@@ -92,7 +92,7 @@ def test_a_batched_run_stays_batched_when_it_is_resumed_from_its_journal(monkeyp
     for record in Journal.open(tmp_path / "j").records():
         resumed.apply(record)
     assert all(torch.equal(a, b) for a, b in zip(run(resumed, range(2, 4)), run(straight, range(2, 4)), strict=True))
-    assert resumed.evaluations.batched and straight.evaluations.batched
+    assert resumed.evaluator.batched and straight.evaluator.batched
 
 
 def test_another_way_can_be_asked_for_on_resuming(sequential_is_faster):
@@ -101,7 +101,7 @@ def test_another_way_can_be_asked_for_on_resuming(sequential_is_faster):
     second = ZerothOrder(toys.classifier(), "lozo", lr=1e-3, probe="batched")
     second.load_state_dict(first.state_dict())
     run(second, range(1, 2))
-    assert first.evaluations.batched is False and second.evaluations.batched
+    assert first.evaluator.batched is False and second.evaluator.batched
 
 
 @pytest.mark.parametrize("way", ["batched", "sequential"])
@@ -133,10 +133,10 @@ def test_examples_that_cannot_be_told_apart_in_a_forward_are_evaluated_alone(tmp
     model, rows = Mixing(), []
     optimizer = ZerothOrder(model, methods.lozo(num_directions="example", eps=1e-2), lr=1e-3, probe="sequential", journal=tmp_path / "j")
     run(optimizer, range(1))
-    assert optimizer.evaluations.apart is False
+    assert optimizer.evaluator.apart is False
     assert events(tmp_path / "j") == [{"event": "probe", "batched": False, "apart": False}]
     again = ZerothOrder(Mixing(), methods.lozo(num_directions="example", eps=1e-2), lr=1e-3, probe="sequential")
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     again.model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     run(again, range(1, 2))
-    assert again.evaluations.apart is False and rows[-16:] == [1] * 16
+    assert again.evaluator.apart is False and rows[-16:] == [1] * 16

@@ -176,7 +176,7 @@ def test_lora_takes_the_batched_probe_and_a_direction_per_example(tmp_path: Path
     for probe in ("batched", "sequential"):
         run = trainer(tmp_path / probe, apply(tiny_llama(), "lora"), method="lozo-e", probe=probe, learning_rate=1e-2)
         run.train()
-        assert run.zo_optimizer.evaluations.batched is (probe == "batched")
+        assert run.zo_optimizer.evaluator.batched is (probe == "batched")
         losses.append(run.zo_optimizer.last.loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

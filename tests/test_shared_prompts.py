@@ -252,4 +252,4 @@ def test_no_warning_in_an_ordinary_run():
         warnings.simplefilter("error")
         for seed in range(2):
             optimizer.step(ChoiceLoss(model), packed(examples((6, [3, 4]), (11, [2, 5]), seed=seed)))
-    assert optimizer.evaluations.batched
+    assert optimizer.evaluator.batched

@@ -28,7 +28,7 @@ def coefficients(build, loss_of, batches, method: methods.Method, probe: str, st
     for _ in range(steps):
         optimizer.step(loss_of(model), batches)
         found.append(optimizer.last.coefficients)
-    assert optimizer.evaluations.batched is (probe == "batched")
+    assert optimizer.evaluator.batched is (probe == "batched")
     return torch.cat(found)
 
 
@@ -179,14 +179,14 @@ def test_a_scalar_loss_and_a_closure_go_one_point_after_the_other_without_a_word
         optimizer.step(lambda: loss(toys.batch()))
     else:
         optimizer.step(lambda b: loss(b).mean(), batch)
-    assert optimizer.evaluations.batched is False
+    assert optimizer.evaluator.batched is False
 
 
 def test_dense_matrices_go_one_point_after_the_other_unless_asked_otherwise():
     model = nn.Linear(80, 70)
     optimizer = ZerothOrder(model, "mezo", lr=1e-3)
     optimizer.step(lambda x: model(x).mean(dim=1), torch.ones(2, 80))
-    assert optimizer.evaluations.batched is False
+    assert optimizer.evaluator.batched is False
     with pytest.raises(ValueError, match="probe='batched' is not possible for weight, a weight of shape"):
         ZerothOrder(nn.Conv2d(80, 70, 1), "mezo", probe="batched")
     with pytest.raises(ValueError, match="unknown probe 'both'"):
@@ -235,10 +235,10 @@ def test_the_decision_is_part_of_the_state():
     assert state["zotune"]["batched"] is True
     resumed = ZerothOrder(toys.classifier(), "lozo", lr=1e-3)
     resumed.load_state_dict(state)
-    assert resumed.evaluations.batched is True
+    assert resumed.evaluator.batched is True
     asked = ZerothOrder(toys.classifier(), "lozo", lr=1e-3, probe="sequential")
     asked.load_state_dict(state)
-    assert asked.evaluations.batched is False
+    assert asked.evaluator.batched is False
 
 
 # -- batches and stacks -------------------------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_both_points_of_a_dense_step_in_one_forward(architecture, estimator):
         assert optimizer.probe.dense is not None
         for _ in range(3):
             optimizer.step(toys.transformer_loss(model), toys.tokens(6, 9))
-        assert optimizer.evaluations.batched is (probe == "batched")
+        assert optimizer.evaluator.batched is (probe == "batched")
         steps.append((optimizer.last.coefficients, optimizer.last.loss))
     (c, loss), (c2, loss2) = steps
     assert c2 == pytest.approx(c, rel=2e-2) and loss2 == pytest.approx(loss, rel=1e-5)

@@ -91,7 +91,7 @@ def continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str |
     count = followed(optimizer, tail) if follows else 0
     if len(journal) and checkpoint_folder is None:  # how its steps were evaluated may have been chosen by the clock
         last = (ways(tail) or [{"batched": True, "apart": True}])[-1]
-        optimizer.evaluations.restore(last["batched"], last.get("apart", False))
+        optimizer.evaluator.restore(last["batched"], last.get("apart", False))
     journal.drop(len(tail) - count)
     for event in ways(tail[count:]):
         journal.append(event)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from zotune.first_order import BackwardReport
-from zotune.optimizer import StepReport
+from zotune.step_report import StepReport
 
 
 @dataclass

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from zotune import saved_state
+from zotune.errors import WorkersDisagreeError
 from zotune.journal import digest
+from zotune.residence import is_sharded
+from zotune.run_parts import RunParts
 from zotune.stacking import tensors
-from zotune.subspaces.full import is_sharded
-
-if TYPE_CHECKING:
-    from zotune.optimizer import ZerothOrder
 
 #: What is compared, in the order in which a difference is reported, and what it is likely to come from.
 _CAUSES = {
@@ -27,11 +27,7 @@ _CAUSES = {
 }
 
 
-class WorkersDisagreeError(RuntimeError):
-    """Workers of one run are not in the same state."""
-
-
-def settle(optimizer: ZerothOrder, batch: Any) -> None:
+def settle(run: RunParts, batch: Any) -> None:
     """Compare all workers before a step, and find out at the first whether their batches are the same.
 
     Args:
@@ -40,14 +36,14 @@ def settle(optimizer: ZerothOrder, batch: Any) -> None:
     Raises:
         WorkersDisagreeError: names what differs and the ranks that are not as most are.
     """
-    workers = optimizer.workers
-    state = {**_state(optimizer), "batch": None if batch is None else batch_digest(batch)}
+    workers = run.workers
+    state = {**_state(run), "batch": None if batch is None else batch_digest(batch)}
     everybody = workers.exchange(state)
     for name, cure in _CAUSES.items():
         odd = _odd([str(found[name]) for found in everybody])
         if odd:
             ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} differ"
-            raise WorkersDisagreeError(f"{ranks} from the other workers in {name} before step {optimizer.steps}: {cure}.")
+            raise WorkersDisagreeError(f"{ranks} from the other workers in {name} before step {run.state.steps}: {cure}.")
     alike = len({found["batch"] for found in everybody}) == 1
     if workers.batches == "auto":
         workers.batches = "same" if alike and batch is not None and None not in batch else "own"
@@ -59,31 +55,30 @@ def settle(optimizer: ZerothOrder, batch: Any) -> None:
     elif workers.batches == "same" and not alike:
         odd = _odd([str(found["batch"]) for found in everybody])
         raise WorkersDisagreeError(
-            f"ranks {', '.join(map(str, odd))} were given another batch than the other workers at step {optimizer.steps}: shuffle with "
+            f"ranks {', '.join(map(str, odd))} were given another batch than the other workers at step {run.state.steps}: shuffle with "
             "the same seed everywhere, or say Workers(batches='own')."
         )
 
 
-def _state(optimizer: ZerothOrder) -> dict[str, Any]:
-    state = optimizer.state_dict()
-    run = state["zotune"]
+def _state(run: RunParts) -> dict[str, Any]:
+    numbers = saved_state.save(run)["zotune"]
     return {
-        "method": [run["method"], repr(sorted(run["options"].items(), key=str))],
-        "seed": run["seed"],
-        "step": run["steps"],
-        "lr": [float(group["lr"]) for group in optimizer.param_groups],
-        "weights": state_digest(optimizer),
+        "method": [numbers["method"], repr(sorted(numbers["options"].items(), key=str))],
+        "seed": numbers["seed"],
+        "step": numbers["steps"],
+        "lr": run.rates(),
+        "weights": state_digest(run),
     }
 
 
-def state_digest(optimizer: ZerothOrder) -> str:
+def state_digest(run: RunParts) -> str:
     """A digest of the model's weights and of everything else that moves with them: pending updates, moments, anchors.
 
     Residuals of sharded weights, of which every worker has its own, are not in it.
     """
-    own = {f"coordinate/{c.name}/residual" for c in optimizer.probe.coordinates if is_sharded(c.parameter)}
-    state = {name: tensor for name, tensor in optimizer.state_dict()["state"].items() if name not in own}
-    return _hashed({"": digest(optimizer.model), **state})
+    own = {f"coordinate/{c.name}/residual" for c in run.probe.coordinates if is_sharded(c.parameter)}
+    state = {name: tensor for name, tensor in saved_state.save(run)["state"].items() if name not in own}
+    return _hashed({"": digest(run.model), **state})
 
 
 def batch_digest(batch: Any) -> str:

@@ -1,0 +1,11 @@
+"""Exceptions that users catch."""
+
+from __future__ import annotations
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many steps in a row had no finite loss to learn from."""
+
+
+class WorkersDisagreeError(RuntimeError):
+    """Workers of one run are not in the same state."""
