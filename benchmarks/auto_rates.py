@@ -21,7 +21,7 @@ from typing import Any
 
 from learning import sweep
 
-from zotune.class_order import set_size
+from zotune.training.samplers import set_size
 
 #: Combinations of the grid: method, scheme, model, task.
 COMBINATIONS = [

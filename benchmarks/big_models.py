@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from zotune.offloading import cap
+from zotune.weights.offload import budget
 
 #: Width, layers, heads; OPT's own, 175B as published.
 SIZES = {
@@ -40,11 +40,11 @@ def row(size: str) -> list[str]:
     config = OPTConfig(hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, num_hidden_layers=layers, num_attention_heads=heads)
     with torch.device("meta"):
         model = OPTForCausalLM(config).to(torch.bfloat16)
-    whole, base, block, count = cap.sizes(model)
-    bits = [(base + 2 * block * share + cap.CONTEXT) / (1 - cap.SPARE) / 1e9 for share in (1, 0.5)]
+    whole, base, block, count = budget.sizes(model)
+    bits = [(base + 2 * block * share + budget.CONTEXT) / (1 - budget.SPARE) / 1e9 for share in (1, 0.5)]
     away = count * block
     return [
-        size, f"{whole / 1e9:.1f}", f"{whole / 1e9 + cap.CONTEXT / 1e9:.1f}", f"{bits[0]:.1f}", f"{bits[1]:.1f}",
+        size, f"{whole / 1e9:.1f}", f"{whole / 1e9 + budget.CONTEXT / 1e9:.1f}", f"{bits[0]:.1f}", f"{bits[1]:.1f}",
         f"{ZO2[size]:g}", f"{away / 1e9:.0f}",
         f"{away / PCIE:.1f} s", f"{away / DISK:.0f} s",
     ]  # fmt: skip

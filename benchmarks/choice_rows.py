@@ -19,9 +19,9 @@ import torch
 from step_time import CLOCKS, SHAPES, build, peak_bytes, timed
 from torch import Tensor, nn
 
-from zotune.objectives import choice_scores
+from zotune.objectives.losses import choice_scores
+from zotune.objectives.token_logprobs import IGNORE, scored_logits
 from zotune.tasks import ChoicesCollator
-from zotune.token_scores import IGNORE, scored_logits
 
 #: name: examples, tokens of the prompt, options, tokens of an option
 BATCHES = {

@@ -18,8 +18,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from zotune import catalogue
-from zotune.cli import main as zotune
+from zotune.baselines import catalog
+from zotune.cli.main import main as zotune
 
 SCHEMES = ["full", "lora", "prefix", "prompt", "head"]
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--methods", nargs="+", default=catalogue.names())
+    parser.add_argument("--methods", nargs="+", default=catalog.names())
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/methods_grid.jsonl"))
     parser.add_argument("--out", type=Path, required=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from zotune.directions import Directions, Key
 from zotune.kernels import moves_for
+from zotune.rng.directions import Directions, Key
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:

@@ -33,8 +33,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     import zotune
-    from zotune.class_order import Stratified, classes_of
-    from zotune.schedule import DECAY
+    from zotune.training.samplers import Stratified, classes_of
+    from zotune.training.trainer import DECAY
 
     torch.set_num_threads(cell["threads"])
     similarity, scheme = cell["objective"] == "similarity", cell.get("scheme", "full")
@@ -58,10 +58,10 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     model: Any
     if similarity:
         encoder = AutoModel.from_pretrained(cell["model"], dtype=torch.float32, add_pooling_layer=False)
-        model = LabelSimilarity(zotune.schemes.apply(encoder, scheme))
+        model = LabelSimilarity(zotune.training.schemes.apply(encoder, scheme))
         named = Batches(tokenizer, cell["task"])
     else:
-        model = zotune.schemes.apply(AutoModelForCausalLM.from_pretrained(cell["model"], dtype=torch.float32), scheme)
+        model = zotune.training.schemes.apply(AutoModelForCausalLM.from_pretrained(cell["model"], dtype=torch.float32), scheme)
     held_out = data.dev if cell["score"] == HELD_OUT else data.eval
     train = data.train
     assert train is not None and held_out is not None

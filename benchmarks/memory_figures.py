@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from zotune import catalogue
+from zotune.baselines import catalog
 from zotune.memory import Split, Workload, config_of, estimate
 from zotune.memory.formulas import closed_form
 from zotune.memory.workload import elements_of
-from zotune.schemes import Scheme
+from zotune.training.schemes import Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
@@ -77,7 +77,7 @@ def sizes() -> None:
     lines: dict[str, list[float]] = {}
     for name, (method, scheme, dtype) in BY_SIZE.items():
         for model in MODELS:
-            work = Workload(config_of(model), catalogue.get(method), Scheme(scheme), batch_size=1, sequence_length=400, dtype=dtype)
+            work = Workload(config_of(model), catalog.get(method), Scheme(scheme), batch_size=1, sequence_length=400, dtype=dtype)
             lines.setdefault(name, []).append(sum(kept.get(f"{model} {name}", work).values()) / 1e9)
     figure, axis = _axis()
     for (name, line), colour in zip(lines.items(), COLOURS, strict=True):
@@ -100,13 +100,13 @@ def lengths() -> None:
     for (name, (method, scheme, dtype)), colour in zip(BY_LENGTH.items(), COLOURS, strict=True):
         line, theory = [], []
         for length in LENGTHS:
-            work = Workload(config, catalogue.get(method), Scheme(scheme), batch_size=4, sequence_length=length, dtype=dtype)
+            work = Workload(config, catalog.get(method), Scheme(scheme), batch_size=4, sequence_length=length, dtype=dtype)
             kinds = kept.get(f"{length} {name}", work)
             line.append(sum(kinds.values()) / 1e9)
             if scheme == "full" and method in ("fo-adamw", "fo-sgd", "mezo"):
                 total, largest = elements_of(work)
                 # The saved activations are those of FO-SGD, whose peak is at the end of the forward pass.
-                saved = kept.get(f"{length} FO-SGD", work.with_(method=catalogue.get("fo-sgd")))["activations"]
+                saved = kept.get(f"{length} FO-SGD", work.with_(method=catalog.get("fo-sgd")))["activations"]
                 theory.append((closed_form(method, total, largest, saved) or 0) / 1e9)
         axis.plot(LENGTHS, line, "o-", color=colour, label=name)
         if theory:
@@ -118,7 +118,7 @@ def lengths() -> None:
 def roberta() -> None:
     kept = Kept("roberta")
     for method, published in ROBERTA.items():
-        work = Workload(config_of("roberta-large"), catalogue.get(method), batch_size=64, sequence_length=128, probe="sequential")
+        work = Workload(config_of("roberta-large"), catalog.get(method), batch_size=64, sequence_length=128, probe="sequential")
         print(f"{method:<14} predicted {sum(kept.get(method, work).values()) / 1e9:.2f} GB, published {published:.2f}")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from learning import HELD_OUT, sweep
 
 from zotune import methods
-from zotune.calibration import measurable
+from zotune.optim.calibration.gains import measurable
 
 RATES = [1e-5, 1e-4, 1e-3, 1e-2]
 #: What a method needs on a small model. MeZO-SVRG's step at an anchor is a thousand times its others in the paper, where those are 1e-6.
@@ -110,7 +110,7 @@ def refused(args: argparse.Namespace, name: str, scheme: str) -> str | None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from zotune import schemes
+    from zotune.training import schemes
 
     with torch.random.fork_rng():
         model = schemes.apply(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), scheme)
@@ -121,7 +121,7 @@ def memory(args: argparse.Namespace, name: str, scheme: str) -> str:
     from transformers import AutoConfig
 
     from zotune.memory import Workload, estimate
-    from zotune.schemes import Scheme
+    from zotune.training.schemes import Scheme
 
     config = AutoConfig.from_pretrained(args.model)
     plan = Workload(config, methods.get(name), batch_size=16, sequence_length=64, scheme=Scheme(scheme), probe="sequential")

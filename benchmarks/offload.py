@@ -91,8 +91,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from zotune import ZerothOrder, methods
-    from zotune.offloading import stream_of
     from zotune.training.offloaded_loading import load
+    from zotune.weights.offload import stream_of
 
     begin = time.perf_counter()
     if args.what == "disk":
@@ -139,13 +139,13 @@ def accelerate(args: argparse.Namespace) -> dict[str, Any]:
 
 def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes a second of reading the shards past the page cache."""
-    from zotune.offloading import files
+    from zotune.weights.offload import direct_io
 
-    reader, into, seconds, size = files.Files(), files.room(256 << 20), 0.0, 0
+    reader, into, seconds, size = direct_io.Files(), direct_io.room(256 << 20), 0.0, 0
     for path in sorted(args.model.glob("*.safetensors")):
         count = path.stat().st_size
         for first in range(0, count, 256 << 20):
-            segment = files.Segment(str(path), first, files.pages(min(256 << 20, count - first)), 0)
+            segment = direct_io.Segment(str(path), first, direct_io.pages(min(256 << 20, count - first)), 0)
             begin = time.perf_counter()
             reader.read([segment], into)
             seconds += time.perf_counter() - begin

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from zotune import ZerothOrder, methods
-from zotune.offloading import cap, offload
+from zotune.weights.offload import budget, offload
 
 SHAPES = {"opt-1.3b": (2048, 24, 32), "opt-13b": (5120, 40, 40), "opt-30b": (7168, 48, 56), "opt-tiny": (64, 4, 4)}
 
@@ -94,9 +94,9 @@ def row(args: argparse.Namespace, what: str, ids: torch.Tensor) -> dict[str, Any
     model = model_of(args.model)
     stream = None
     if "offload" in what:
-        stream = offload(model, "cpu", device="cuda", max_memory=cap.parse(args.cap))
+        stream = offload(model, "cpu", device="cuda", max_memory=budget.parse(args.cap))
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap.parse(args.cap) / total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget.parse(args.cap) / total))
     elif what == "accelerate":
         from accelerate import cpu_offload
 

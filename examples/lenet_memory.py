@@ -82,9 +82,9 @@ def at_peak(method: str, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
     return {kind: count / MEBIBYTE for kind, count in split.kinds.items() if count}
 
 
-def optimizer_of(method: str, model: nn.Module, lr: float | str = 1e-3) -> zotune.ZerothOrder | zotune.first_order.FirstOrder:
-    if method in zotune.first_order.names():
-        return zotune.first_order.FirstOrder(model, method, lr=float(lr))
+def optimizer_of(method: str, model: nn.Module, lr: float | str = 1e-3) -> zotune.ZerothOrder | zotune.baselines.FirstOrder:
+    if method in zotune.baselines.names():
+        return zotune.baselines.FirstOrder(model, method, lr=float(lr))
     options = {"eps": "auto"} if lr == "auto" else {}
     return zotune.ZerothOrder(model, zotune.methods.get(method, **options), lr=lr)
 

@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 
 import zotune
 from trainer_cases import choice_rows, tiny_llama, trainer
-from zotune.checkpoint import checkpoints
 from zotune.subspaces import LowRankCoordinate
+from zotune.training.checkpoint.folder import checkpoints
 
 PLACES = ("time", "before", "during", "after", "sync", "rename", "fold")
 METHODS = ("lozo-m", "mezo-adam", "lozo-e")

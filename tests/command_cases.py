@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zotune.cli import main
+from zotune.cli.main import main
 
 GOOD = ["fine", "warm", "sharp", "lovely"]
 BAD = ["dull", "flat", "weak", "sour"]

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import toys
 import zotune
 from zotune import methods
-from zotune.distributed import Workers
-from zotune.distributed.agreement import state_digest
+from zotune.optim.distributed import Workers
+from zotune.optim.distributed.agreement import state_digest
 
 STEPS = 3
 ROWS = 8

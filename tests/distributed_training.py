@@ -19,9 +19,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback, default_data_collator
 
 import trainer_cases
-from zotune.distributed import restarted
-from zotune.distributed.agreement import state_digest
-from zotune.journal import digest
+from zotune.optim.distributed import restarted
+from zotune.optim.distributed.agreement import state_digest
+from zotune.weights.digest import digest
 
 BATCH = 8
 

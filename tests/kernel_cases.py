@@ -5,13 +5,13 @@ import math
 
 import torch
 
-import zotune.formed
-from zotune.coordinates import Offset
-from zotune.directions import Directions, Key
-from zotune.held_keys import Keys
+import zotune.forward.materialized
 from zotune.kernels import moves_for, norms_for, products_for
-from zotune.precision import join, split, stochastic_round
+from zotune.rng.device_keys import Keys
+from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Full
+from zotune.subspaces.coordinate import Offset
+from zotune.weights.precision import join, split, stochastic_round
 
 KEY = Key(seed=3, step=4, direction=1, name="w")
 
@@ -156,19 +156,19 @@ def check_layers(device: torch.device) -> None:
             model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.LayerNorm(32), torch.nn.GELU(), torch.nn.Linear(32, 8)).to(dtype)
         found = {}
         for passes in (1.5, math.inf):
-            zotune.formed.PASSES = passes
+            zotune.forward.materialized.PASSES = passes
             for probe in ("batched", "sequential"):
                 twin = copy.deepcopy(model)
-                optimizer = zotune.ZerothOrder(twin, zotune.methods.lozo(eps=1e-2), lr=1e-2, seed=3, probe=probe)
+                optimizer = zotune.ZerothOrder(twin, zotune.methods.recipes.lozo(eps=1e-2), lr=1e-2, seed=3, probe=probe)
                 for _ in range(3):
                     optimizer.step(lambda rows, twin=twin: twin(rows).float().square().mean(dim=(1, 2)), x.to(dtype))
                 low_rank = [c for group in optimizer.run.state.coordinates for c in group if len(c.shape) == 2]
-                assert all(zotune.formed.forms(c, 80) == (passes == 1.5) for c in low_rank)
+                assert all(zotune.forward.materialized.forms(c, 80) == (passes == 1.5) for c in low_rank)
                 found[passes, probe] = optimizer.last.coefficients
         expected = found[math.inf, "sequential"]
         for way, coefficients in found.items():
             assert torch.allclose(coefficients, expected, rtol=close, atol=20 * close), (dtype, way, coefficients, expected)
-    zotune.formed.PASSES = 1.5
+    zotune.forward.materialized.PASSES = 1.5
 
 
 if __name__ == "__main__":

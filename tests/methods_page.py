@@ -6,7 +6,7 @@ import inspect
 
 from docs_pages import DOCS
 from zotune import methods
-from zotune.calibration import measurable
+from zotune.optim.calibration.gains import measurable
 
 PAGE = DOCS / "reference/methods.md"
 BEGIN, END = "<!-- the registry's table -->", "<!-- end of the registry's table -->"

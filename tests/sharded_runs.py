@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 import toys
 import zotune
-from zotune.distributed.agreement import state_digest
+from zotune.optim.distributed.agreement import state_digest
 
 METHODS: dict[str, dict[str, Any]] = {
     "mezo": {},

@@ -10,8 +10,8 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.anchoring import Anchoring
-from zotune.directions import Directions, Key
+from zotune.methods.svrg import Anchoring
+from zotune.rng.directions import Directions, Key
 
 
 def test_periods():

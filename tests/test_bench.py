@@ -18,9 +18,9 @@ import yaml
 from command_cases import run_command, save_data, save_model
 from zotune import bench
 from zotune.bench import figures, grid, runner
-from zotune.bench.choosing import best_of, due, total
 from zotune.bench.document import Paragraph, Table, markdown, page
 from zotune.bench.plan import Run, cells, check
+from zotune.bench.selection import best_of, due, total
 
 READY = sorted((Path(__file__).resolve().parents[1] / "benchmarks/grids").glob("*.yaml"))
 SMALL: dict[str, Any] = {

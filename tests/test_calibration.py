@@ -12,12 +12,14 @@ from torch import nn
 
 import toys
 from zotune import NonFiniteLossError, ZerothOrder, methods, replay
-from zotune.calibration import INTERVAL, LADDER, WIDEST, choose_eps, gain, measurable, rule_gain
-from zotune.estimators import ESTIMATORS
-from zotune.rules import Rule
-from zotune.running_mean import RunningMean
-from zotune.shaping import FITNESS
-from zotune.step_size import CAUTION, LEAP, NOISE_SCALE, REACH, WIDER, StepSize, agreement, in_units
+from zotune.methods.coefficients import FITNESS
+from zotune.methods.estimators import ESTIMATORS
+from zotune.methods.rules import Rule
+from zotune.optim.calibration.calibrator import INTERVAL, WIDEST
+from zotune.optim.calibration.eps import LADDER, choose_eps
+from zotune.optim.calibration.gains import gain, measurable, rule_gain
+from zotune.optim.calibration.running_mean import RunningMean
+from zotune.optim.calibration.step_size import CAUTION, LEAP, NOISE_SCALE, REACH, WIDER, StepSize, agreement, in_units
 
 AUTO = {"eps": "auto"}
 #: Methods whose rate can be measured.

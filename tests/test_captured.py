@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, objectives, stacking
-from zotune.captured import Captures
-from zotune.estimators import Point
-from zotune.lending import Lending
+from zotune import ZerothOrder, objectives
+from zotune.forward import batch_layout
+from zotune.forward.batch_context import Lending
+from zotune.forward.cuda_graphs import Captures
+from zotune.methods.estimators import Point
 
 
 def optimizer(model: nn.Module, method: str = "lozo", **options) -> ZerothOrder:
@@ -40,8 +41,8 @@ def test_directions_that_are_held_are_renewed(method):
     for _ in range(2):
         steps.step(loss, (tokens, classes))
 
-    def stack(step: int) -> stacking.Stack:
-        return stacking.shared([Point(+1, 0), Point(-1, 0), Point(+1, 2)], 1e-2, 6, seed=0, step=step)
+    def stack(step: int) -> batch_layout.Stack:
+        return batch_layout.shared([Point(+1, 0), Point(-1, 0), Point(+1, 2)], 1e-2, 6, seed=0, step=step)
 
     def function() -> torch.Tensor:
         return loss((tokens.repeat(3, 1), classes.repeat(3, 1)))

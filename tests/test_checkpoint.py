@@ -18,7 +18,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer, weights
-from zotune import ZerothOrder, checkpoint
+from zotune import ZerothOrder
+from zotune.training.checkpoint import contents
 
 
 @pytest.mark.parametrize("method", ["mezo-adam", "lozo-m"])
@@ -35,12 +36,12 @@ def test_a_run_folder_holds_no_pickle(method: str, tmp_path: Path, tiny_lm: Path
         "model.safetensors",
         "tokenizer.json",
         "config.json",
-        checkpoint.STATE,
-        checkpoint.STATE_TENSORS,
-        checkpoint.SCHEDULER,
-        checkpoint.RNG,
-        checkpoint.TRAINER_STATE,
-        checkpoint.ARGUMENTS,
+        contents.STATE,
+        contents.STATE_TENSORS,
+        contents.SCHEDULER,
+        contents.RNG,
+        contents.TRAINER_STATE,
+        contents.ARGUMENTS,
     }
     for path in files:
         if path.suffix == ".json":
@@ -64,14 +65,14 @@ def test_a_checkpoint_loads_by_from_pretrained(tmp_path: Path, tiny_lm: Path) ->
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     final = tmp_path / "checkpoint-1"
-    with pytest.raises(OSError, match="disk full"), checkpoint.draft(final) as folder:
+    with pytest.raises(OSError, match="disk full"), contents.draft(final) as folder:
         (folder / "weights").write_text("half")
         raise OSError("disk full")
     assert list(tmp_path.iterdir()) == []
-    with checkpoint.draft(final) as folder:
+    with contents.draft(final) as folder:
         (folder / "weights").write_text("first")
         assert not final.exists()
-    with checkpoint.draft(final) as folder:
+    with contents.draft(final) as folder:
         (folder / "weights").write_text("second")
         assert (final / "weights").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
@@ -93,7 +94,7 @@ def test_a_save_that_fails_leaves_the_run_resumable(tmp_path: Path) -> None:
     run = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 0}
     with pytest.raises(OSError, match="disk full"):
         trainer(tmp_path / "run", processing_class=FullDisk(), **run).train()
-    kept = [folder.name for folder in checkpoint.checkpoints(tmp_path / "run")]
+    kept = [folder.name for folder in contents.checkpoints(tmp_path / "run")]
     assert kept == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
     assert not list((tmp_path / "run").glob(".*"))
     resumed = trainer(tmp_path / "run", **run)
@@ -135,9 +136,9 @@ def test_a_process_killed_in_a_save_leaves_no_checkpoint(tmp_path: Path) -> None
 
 
 def test_generator_states_come_back(tmp_path: Path) -> None:
-    checkpoint.save_rng(tmp_path)
+    contents.save_rng(tmp_path)
     first = torch.rand(3), np.random.rand(3), np.random.randn(), random.random()
-    checkpoint.load_rng(tmp_path)
+    contents.load_rng(tmp_path)
     second = torch.rand(3), np.random.rand(3), np.random.randn(), random.random()
     assert torch.equal(first[0], second[0])
     assert (first[1] == second[1]).all() and first[2:] == second[2:]
@@ -158,14 +159,14 @@ def test_schedules_go_on(make: partial, tmp_path: Path) -> None:
     for _ in range(3):
         optimizer.step(lambda: model.weight.sum())
         scheduler.step()
-    checkpoint.save_scheduler(tmp_path, scheduler)
-    checkpoint.save_optimizer(tmp_path, optimizer, journal=None)
+    contents.save_scheduler(tmp_path, scheduler)
+    contents.save_optimizer(tmp_path, optimizer, journal=None)
 
     again = torch.nn.Linear(2, 2)
     other = ZerothOrder(again, "mezo", lr=0.3)
     schedule = make(other)
-    assert checkpoint.load_optimizer(tmp_path, other) == {"journal": None}
-    checkpoint.load_scheduler(tmp_path, schedule)
+    assert contents.load_optimizer(tmp_path, other) == {"journal": None}
+    contents.load_scheduler(tmp_path, schedule)
     for _ in range(4):
         assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
         for o, m, s in ((optimizer, model, scheduler), (other, again, schedule)):
@@ -180,13 +181,13 @@ def test_a_schedule_that_is_not_plain_data_is_refused(tmp_path: Path) -> None:
 
     optimizer = ZerothOrder(torch.nn.Linear(2, 2), "mezo")
     with pytest.raises(ValueError, match="the state of Odd cannot be written as JSON"):
-        checkpoint.save_scheduler(tmp_path, Odd(optimizer, lambda step: 1.0))
+        contents.save_scheduler(tmp_path, Odd(optimizer, lambda step: 1.0))
 
 
 def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     run = {"save_strategy": "steps", "save_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, callbacks=[StopAt(3)], **run).train()
-    (tmp_path / "checkpoint-2" / checkpoint.SCHEDULER).write_text('{"type": "Lam')
+    (tmp_path / "checkpoint-2" / contents.SCHEDULER).write_text('{"type": "Lam')
     with pytest.raises(ValueError, match=r"checkpoint-2/scheduler.json is damaged"):
         trainer(tmp_path, tiny_llama(), **run).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

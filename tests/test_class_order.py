@@ -8,7 +8,7 @@ from collections import Counter
 import datasets
 import pytest
 
-from zotune.class_order import Stratified, classes_of, set_size
+from zotune.training.samplers import Stratified, classes_of, set_size
 
 CLASSES = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import zotune
 from command_cases import Result, run_command, save_data, save_encoder, save_model, weights_digest
 from zotune import bundled
-from zotune.commands.run_folder import resume_command
+from zotune.training.run_folder import resume_command
 
 Command = Callable[..., Result]
 BASICS = ["--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--max_steps", "6", "--learning_rate", "1e-3"]

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from zotune.counter import PAGE, Key, mix64, multiplier, multipliers, stream, words, words_at, words_many
-from zotune.quantiles import half_normal, normal_pairs, sign_bytes
+from zotune.rng.counter import PAGE, Key, mix64, multiplier, multipliers, stream, words, words_at, words_many
+from zotune.rng.tables import half_normal, normal_pairs, sign_bytes
 
 KEY = Key(seed=7, step=3, direction=1, name="model.layers.0.weight")
 CPU = torch.device("cpu")

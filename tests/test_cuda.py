@@ -12,9 +12,9 @@ from torch import nn
 import kernel_cases
 import toys
 from zotune import ZerothOrder, methods, objectives, replay
-from zotune.coordinates import Offset
-from zotune.directions import Directions, Key
+from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Full
+from zotune.subspaces.coordinate import Offset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from zotune import directions as directions_room
-from zotune.coordinates import Offset
-from zotune.directions import CPU_BLOCK, Directions, Key, for_blocks, uniform_integers
-from zotune.neighbours import draw_together
+from zotune.rng import directions as directions_room
+from zotune.rng.directions import CPU_BLOCK, Directions, Key, for_blocks, uniform_integers
 from zotune.subspaces import Full
+from zotune.subspaces.coordinate import Offset
+from zotune.subspaces.flat_buffer import draw_together
 
 KEY = Key(seed=7, step=3, direction=1, name="model.layers.0.weight")
 LARGE = (3, CPU_BLOCK + 5)

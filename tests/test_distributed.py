@@ -16,6 +16,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from benchmarks import traffic
 
 import command_cases
 import distributed_runs
@@ -24,11 +25,12 @@ import sharded_runs
 import toys
 import trainer_cases
 import zotune
-from zotune import checkpoint
-from zotune.commands import run_folder
-from zotune.distributed import Workers, sharing, traffic
-from zotune.journal import Journal, digest
-from zotune.replaying import replay
+from zotune.optim.distributed import Workers, partition
+from zotune.optim.journal import Journal
+from zotune.optim.replay import replay
+from zotune.training import run_folder
+from zotune.training.checkpoint import contents
+from zotune.weights.digest import digest
 
 HERE = Path(__file__).parent
 
@@ -72,12 +74,12 @@ def written(folder: Path) -> list[dict[str, Any]]:
 # -- who evaluates what ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", sharing.MODES)
+@pytest.mark.parametrize("mode", partition.MODES)
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize(("points", "columns"), [(1, 1), (2, 1), (2, 8), (8, 3), (9, 16), (2, 5)])
 def test_every_pair_is_evaluated_once(mode: str, workers: int, points: int, columns: int) -> None:
     times = torch.zeros(points, columns, dtype=torch.int64)
-    blocks = sharing.blocks(points, columns, workers, mode)
+    blocks = partition.blocks(points, columns, workers, mode)
     for block in blocks:
         times[block.points.start : block.points.stop, block.columns.start : block.columns.stop] += 1
     assert len(blocks) == workers
@@ -87,19 +89,19 @@ def test_every_pair_is_evaluated_once(mode: str, workers: int, points: int, colu
 @pytest.mark.parametrize("workers", [2, 3, 4])
 @pytest.mark.parametrize(("points", "columns"), [(2, 8), (8, 4), (12, 1), (4, 24)])
 def test_auto_keeps_everybody_busy(workers: int, points: int, columns: int) -> None:
-    assert all(len(block) for block in sharing.blocks(points, columns, workers, "auto"))
+    assert all(len(block) for block in partition.blocks(points, columns, workers, "auto"))
 
 
 def test_modes_cut_what_they_say() -> None:
-    assert sharing.grid(8, 16, 4, "data") == (1, 4)
-    assert sharing.grid(8, 16, 4, "directions") == (4, 1)
-    assert sharing.grid(8, 16, 4, "both") == (2, 2)
-    assert sharing.grid(8, 1, 4, "auto") == (4, 1), "a loss of one number a batch cannot be cut up"
+    assert partition.grid(8, 16, 4, "data") == (1, 4)
+    assert partition.grid(8, 16, 4, "directions") == (4, 1)
+    assert partition.grid(8, 16, 4, "both") == (2, 2)
+    assert partition.grid(8, 1, 4, "auto") == (4, 1), "a loss of one number a batch cannot be cut up"
 
 
 def test_examples_of_one_direction_stay_together() -> None:
     edges = [0, 3, 6, 9, 12]
-    for block in sharing.blocks(2, 12, 3, "data", edges):
+    for block in partition.blocks(2, 12, 3, "data", edges):
         assert block.columns.start in edges and block.columns.stop in edges
 
 
@@ -107,7 +109,7 @@ def test_examples_of_one_direction_stay_together() -> None:
 def test_pieces_cover_a_range_of_parts(columns: range) -> None:
     widths = [3, 0, 2, 5]
     starts = [0, 3, 3, 5]
-    found = [starts[part] + place for part, start, stop in sharing.pieces(widths, columns) for place in range(start, stop)]
+    found = [starts[part] + place for part, start, stop in partition.pieces(widths, columns) for place in range(start, stop)]
     assert found == list(columns)
 
 
@@ -264,7 +266,7 @@ def test_torchrun_that_is_told_to_stop_saves_and_one_process_goes_on(
     assert run_folder.resume_command(words) in said, said[-4000:]
     (saved,) = Path("run").glob("checkpoint-*")
     done = int(saved.name.removeprefix("checkpoint-"))
-    assert checkpoint.problem(saved, "run/journal.zo") is None and len(Journal.open("run/journal.zo")) == done >= 3
+    assert contents.problem(saved, "run/journal.zo") is None and len(Journal.open("run/journal.zo")) == done >= 3
     assert not Path("run/model.safetensors").exists()
 
     kept = Path("run/journal.zo").read_bytes()

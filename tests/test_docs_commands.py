@@ -19,7 +19,7 @@ import pytest
 
 from command_cases import run_command, save_data, save_model
 from docs_pages import PAGES, ROOT, name_of, save_files
-from zotune.cli import COMMANDS
+from zotune.cli.main import COMMANDS
 
 BLOCK = re.compile(r"^(?P<mark><!-- runs -->\n)?```(?:console|bash|sh|shell)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE)
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.directions import Directions, Key
-from zotune.estimators import ESTIMATORS
-from zotune.probe import Probe
+from zotune.forward.model import Probe
+from zotune.methods.estimators import ESTIMATORS
+from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Full, LowRankCoordinate, Offset
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods, replay
-from zotune.calibration import measurable
-from zotune.coordinates import Offset
+from zotune.optim.calibration.gains import measurable
+from zotune.subspaces.coordinate import Offset
 
 #: Learning rates for the toy problems, found on the grid 1e-3, 3e-3, 1e-2, 3e-2, 1e-1 (FZOO: two decades below). Others are measured.
 RATES = {

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from zotune import ZerothOrder, methods
-from zotune.directions import Directions, Key
-from zotune.shaping import ByDeviation
+from zotune.methods.coefficients import ByDeviation
+from zotune.rng.directions import Directions, Key
 
 CPU = torch.device("cpu")
 

@@ -13,30 +13,30 @@ from torch import Tensor, nn
 
 import zotune
 from trainer_cases import StopAt, choice_rows, config, losses, same_weights, tiny_llama, trainer, weights
-from zotune import catalogue, first_order
-from zotune.directions import Key
-from zotune.first_order import FirstOrder, optimizer_class
-from zotune.first_order.galore import random_frame
-from zotune.first_order.mkor import inverse_of_moved
-from zotune.first_order.scale import column_normalized
+from zotune import baselines
+from zotune.baselines import FirstOrder, catalog, optimizer_class
+from zotune.baselines.galore import random_frame
+from zotune.baselines.mkor import inverse_of_moved
+from zotune.baselines.scale import column_normalized
+from zotune.rng.directions import Key
 from zotune.weights.structure import last_layer
 
 pytest.importorskip("pytorch_optimizer")
 
-TRAINED = [name for name in first_order.names() if first_order.get(name).kind == "backward"]
+TRAINED = [name for name in baselines.names() if baselines.get(name).kind == "backward"]
 every_baseline = pytest.mark.parametrize("name", TRAINED)
 RATES = {"fo-sgd": 5e-2, "sgd-sai": 2e-3, "adahessian": 2e-2}
 
 
-def baseline(name: str) -> first_order.Baseline:
-    small = {"rank": 2, "interval": 7} if "rank" in first_order.options_of(name) else {}
+def baseline(name: str) -> baselines.Baseline:
+    small = {"rank": 2, "interval": 7} if "rank" in baselines.options_of(name) else {}
     if name.startswith("mkor"):
         small = {"interval": 3}
     if name == "mkor-h":
         small["window"] = 5
     if name == "hybrid":
         small["zo_lr"] = 1e-3
-    return first_order.get(name, **small)
+    return baselines.get(name, **small)
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -56,7 +56,7 @@ def loss_of(model: nn.Module) -> Callable[[Any], Tensor]:
     return lambda batch: (model(batch[0].to(dtype)).float() - batch[1]).square().mean(dim=1)
 
 
-def build(model: nn.Module, method: first_order.Baseline, **options: Any) -> FirstOrder:
+def build(model: nn.Module, method: baselines.Baseline, **options: Any) -> FirstOrder:
     return optimizer_class(method)(model, method, **options)
 
 
@@ -151,7 +151,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(name: str) -> None:
 )
 def test_sgd_and_adamw_are_torchs(name: str, options: dict[str, Any], reference: Callable[[Any], torch.optim.Optimizer]) -> None:
     data, one, two = problem(), net(), net()
-    optimizer = FirstOrder(one, first_order.get(name, **options), lr=1e-2, weight_decay=0.1)
+    optimizer = FirstOrder(one, baselines.get(name, **options), lr=1e-2, weight_decay=0.1)
     matrices = [p for p in two.parameters() if p.dim() > 1]
     vectors = [p for p in two.parameters() if p.dim() == 1]
     torchs = reference([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}])
@@ -187,7 +187,7 @@ def test_mkors_first_step_is_its_equation() -> None:
     (x, y), gamma = problem(8), 0.95
     model = nn.Linear(12, 6, bias=False)
     start = model.weight.detach().clone()
-    optimizer = FirstOrder(model, first_order.mkor(momentum=0.0, threshold=1e9), lr=1.0)
+    optimizer = FirstOrder(model, baselines.mkor(momentum=0.0, threshold=1e9), lr=1.0)
     optimizer.step(lambda batch: (model(batch[0]) - batch[1]).square().sum(dim=1), (x, y))
     outputs = 2 * (x @ start.T - y) / 8  # of the mean loss
     g, a, gradient = outputs.sum(dim=0), x.mean(dim=0), outputs.T @ x
@@ -210,7 +210,7 @@ def test_mkor_h_goes_over_to_first_order_when_the_loss_no_longer_falls() -> None
 
 def weights_of(name: str, steps: int, **options: Any) -> list[Tensor]:
     model = net()
-    run(FirstOrder(model, first_order.get(name, **options), lr=1e-2, max_steps=8, seed=3), steps)
+    run(FirstOrder(model, baselines.get(name, **options), lr=1e-2, max_steps=8, seed=3), steps)
     return [p.detach() for p in model.parameters()]
 
 
@@ -234,7 +234,7 @@ def test_galore_steps_along_its_projection(rows: int, columns: int) -> None:
     """With β = 0 the step is −η α g P Pᵀ-normalised: R / (|R| + ε) carried back by P."""
     model = nn.Linear(columns, rows, bias=False).double()
     start = model.weight.detach().clone()
-    method = first_order.galore(rank=3, scale=0.5, adam_beta1=0.0, adam_beta2=0.0)
+    method = baselines.galore(rank=3, scale=0.5, adam_beta1=0.0, adam_beta2=0.0)
     optimizer = FirstOrder(model, method, lr=0.1)
     x = torch.randn(20, columns, generator=torch.Generator().manual_seed(0)).double()
     optimizer.step(lambda batch: model(batch).square().sum(dim=1), x)
@@ -249,7 +249,7 @@ def test_galore_steps_along_its_projection(rows: int, columns: int) -> None:
 
 def test_golore_projects_at_random_in_its_last_part() -> None:
     model = nn.Linear(12, 16, bias=False)
-    optimizer = FirstOrder(model, first_order.golore(rank=3, interval=1), lr=1e-3, max_steps=6, seed=9)
+    optimizer = FirstOrder(model, baselines.golore(rank=3, interval=1), lr=1e-3, max_steps=6, seed=9)
     projector = optimizer.inner.state[model.weight]["projector"]
     x = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
     for step in range(1, 7):
@@ -335,7 +335,7 @@ def test_activation_checkpointing_changes_no_result(name: str, tmp_path: Path) -
         here.train()
         runs.append(here)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*(run.model.parameters() for run in runs), strict=True))
-    per_step = first_order.get(name).forwards_per_step
+    per_step = baselines.get(name).forwards_per_step
     assert [run.zo_optimizer.forward_passes for run in runs] == [3 * per_step, 3 * (per_step + 1)]
 
 
@@ -344,10 +344,10 @@ def test_activation_checkpointing_changes_no_result(name: str, tmp_path: Path) -
 
 def test_the_config_gives_a_baseline_its_options(tmp_path: Path) -> None:
     made = config(tmp_path, method="fo-adamw", adam_beta2=0.95, learning_rate=None, max_grad_norm=1.0)
-    assert made.chosen_method() == first_order.fo_adamw(adam_beta2=0.95) and made.learning_rate == 5e-5
-    assert config(tmp_path, method="galore", rank=8, interval=50).chosen_method() == first_order.galore(rank=8, interval=50)
-    assert config(tmp_path, method="fo-sgd", momentum=0.5).chosen_method() == first_order.fo_sgd(momentum=0.5)
-    assert config(tmp_path, method="mkor", method_args='{"gamma": 0.9}').chosen_method() == first_order.mkor(gamma=0.9)
+    assert made.chosen_method() == baselines.fo_adamw(adam_beta2=0.95) and made.learning_rate == 5e-5
+    assert config(tmp_path, method="galore", rank=8, interval=50).chosen_method() == baselines.galore(rank=8, interval=50)
+    assert config(tmp_path, method="fo-sgd", momentum=0.5).chosen_method() == baselines.fo_sgd(momentum=0.5)
+    assert config(tmp_path, method="mkor", method_args='{"gamma": 0.9}').chosen_method() == baselines.mkor(gamma=0.9)
 
 
 @pytest.mark.parametrize(
@@ -376,9 +376,9 @@ def test_wrong_settings_name_the_fix(options: dict[str, Any], message: str, tmp_
 
 
 def test_every_name_is_known_once_and_says_where_it_is_from() -> None:
-    assert len(set(catalogue.names())) == len(catalogue.names())
-    for name in first_order.names():
-        method = catalogue.get(name)
-        assert method.options == catalogue.options_of(name) and catalogue.get(name, **method.options) == catalogue.get(name)
-        doc = first_order.recipe(name).__doc__
+    assert len(set(catalog.names())) == len(catalog.names())
+    for name in baselines.names():
+        method = catalog.get(name)
+        assert method.options == catalog.options_of(name) and catalog.get(name, **method.options) == catalog.get(name)
+        doc = baselines.recipe(name).__doc__
         assert doc is not None and "State:" in doc and method.arxiv in doc

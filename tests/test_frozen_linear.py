@@ -12,12 +12,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import toys
-from zotune import ZerothOrder, catalogue, frozen_linear, methods
-from zotune.frozen_linear import FrozenLinear, dense_state, freeze, thaw
-from zotune.held_linear import hold, pieces
-from zotune.journal import Journal
-from zotune.replaying import replay
-from zotune.schemes import Scheme, refusal
+from zotune import ZerothOrder, methods
+from zotune.baselines import catalog
+from zotune.optim.journal import Journal
+from zotune.optim.replay import replay
+from zotune.training.schemes import Scheme, refusal
+from zotune.weights import quantized_linear
+from zotune.weights.external_linear import hold, pieces
+from zotune.weights.quantized_linear import FrozenLinear, dense_state, freeze, thaw
 
 
 def llama() -> nn.Module:
@@ -108,7 +110,7 @@ def test_full_space_is_refused():
 def test_an_adapter_on_a_base_in_few_bits(bits, probe):
     """Its coefficients are those of the dense twin, in memory and streamed; merged it is the twin's merged model."""
     peft = pytest.importorskip("peft")
-    from zotune.offloading import offload
+    from zotune.weights.offload import offload
 
     def trained(model: nn.Module) -> tuple[list[float], nn.Module]:
         torch.manual_seed(0)
@@ -139,7 +141,7 @@ def test_an_adapter_on_weights_that_torchao_holds():
     """Its batched step is that of the dequantised model; such weights stay in memory."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     peft = pytest.importorskip("peft")
-    from zotune.offloading import offload
+    from zotune.weights.offload import offload
 
     def adapted(model: nn.Module) -> list[float]:
         torch.manual_seed(0)
@@ -236,7 +238,7 @@ def test_what_another_library_holds_is_not_trained_by_mistake():
     with pytest.raises(ValueError, match=r"up_proj.weight is held in few bits by another library.*hold\(model\)"):
         ZerothOrder(model, "lozo", lr=1e-3)
     for method in ("lozo", "fo-sgd"):
-        assert "--scheme lora" in (refusal(catalogue.get(method), quantised("stand-in"), Scheme()) or "")
+        assert "--scheme lora" in (refusal(catalog.get(method), quantised("stand-in"), Scheme()) or "")
     with pytest.raises(ValueError, match="nothing is to be done"):
         hold(llama())
 
@@ -256,7 +258,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("probe", ["batched", "sequential"])
 def test_a_step_never_makes_the_weight(monkeypatch, probe):
     """Its largest tensor is that of an inference: a strip of the weight."""
-    monkeypatch.setattr(frozen_linear, "STRIP", 1 << 12)
+    monkeypatch.setattr(quantized_linear, "STRIP", 1 << 12)
     model = freeze(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 32)), 4)
     x = torch.randn(2, 256)
     with Largest() as inference, torch.no_grad():

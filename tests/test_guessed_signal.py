@@ -12,8 +12,8 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.guessed_signal import FIRST, MOST, SHORTEST, GuessedSignal
-from zotune.step_size import StepSize
+from zotune.optim.calibration.signal_prior import FIRST, MOST, SHORTEST, GuessedSignal
+from zotune.optim.calibration.step_size import StepSize
 
 FALL = 1e-3
 

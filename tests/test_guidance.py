@@ -11,10 +11,10 @@ from torch import nn
 from test_guided import INTERVAL, batch, examples, guided_coordinates, optimizer, run
 from trainer_cases import same_weights, tiny_llama, weights
 from zotune import ZerothOrder, methods, objectives
-from zotune.journal import Journal
-from zotune.running_mean import RunningMean
-from zotune.step_context import StepContext
-from zotune.step_size import FORGETTING, StepSize
+from zotune.optim.calibration.running_mean import RunningMean
+from zotune.optim.calibration.step_size import FORGETTING, StepSize
+from zotune.optim.context import StepContext
+from zotune.optim.journal import Journal
 
 
 def begun(model: nn.Module, **options) -> ZerothOrder:
@@ -233,7 +233,7 @@ def test_they_come_half_as_often_while_they_promise_less():
 
 
 def test_each_turn_has_a_rate_of_its_own_and_what_was_known_before_others_moved_counts_for_less(monkeypatch):
-    monkeypatch.setattr("zotune.guidance.PATIENCE", 1)
+    monkeypatch.setattr("zotune.optim.guided.PATIENCE", 1)
     model = tiny_llama()
     steps = optimizer(model, lr="auto", eps="auto")
     run(model, steps, 0, 2 * INTERVAL)

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from trainer_cases import LENGTH, choice_rows, collate_choices, collate_completions, config, same_weights, tiny_llama, trainer, weights
-from zotune import ZerothOrder, ZOTrainer, following, guidance, methods, objectives, output_errors, replay, resuming
-from zotune.journal import Journal, StepRecord
-from zotune.subspaces.guide import RIDGE, Rows, guide
+from zotune import ZerothOrder, ZOTrainer, methods, objectives, replay
+from zotune.objectives import output_gradients
+from zotune.optim import guided, resume
+from zotune.optim.journal import Journal, StepRecord
 from zotune.subspaces.guided import GuidedCoordinate
+from zotune.subspaces.guided_projection import RIDGE, Rows, guide
+from zotune.training import resume as resuming
 
 ROWS = choice_rows(64)
 INTERVAL = 2
@@ -58,7 +61,7 @@ def in_the_hidden_state(model: torch.nn.Module, loss_fn, data) -> torch.Tensor:
 
 def test_an_error_is_the_gradient_in_the_hidden_state_that_the_head_is_given():
     model, data = tiny_llama(), batch(0)
-    with output_errors.watched() as watch, torch.no_grad():
+    with output_gradients.watched() as watch, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
     gradient = in_the_hidden_state(model, objectives.LanguageModelLoss(model), data)  # one token an example is scored
     assert torch.allclose(torch.cat(watch.errors), gradient[:, LENGTH - 1], atol=1e-6)
@@ -67,7 +70,7 @@ def test_an_error_is_the_gradient_in_the_hidden_state_that_the_head_is_given():
 def test_the_error_of_a_choice_is_that_of_its_options_alone():
     model, data = tiny_llama(), collate_choices(ROWS[:8])
     assert "option_ids" in data
-    with output_errors.watched() as watch, torch.no_grad():
+    with output_gradients.watched() as watch, torch.no_grad():
         objectives.ChoiceLoss(model)(data)
     gradients = in_the_hidden_state(model, objectives.ChoiceLoss(model), data)[torch.arange(8), data["positions"][:, 0]]
     assert float(gradients.norm()) > 0
@@ -76,7 +79,7 @@ def test_the_error_of_a_choice_is_that_of_its_options_alone():
 
 def test_scores_that_are_no_loss_tell_nothing():
     model = tiny_llama()
-    with output_errors.watched() as watch, torch.no_grad():
+    with output_gradients.watched() as watch, torch.no_grad():
         objectives.choice_scores(model, collate_choices(ROWS[:8]))
     assert not watch.errors
 
@@ -92,7 +95,7 @@ def two_tokens(size: int = 8) -> dict[str, torch.Tensor]:
 
 def test_a_texts_tokens_share_its_loss():
     model, data = tiny_llama(), two_tokens()
-    with output_errors.watched() as watch, torch.no_grad():
+    with output_gradients.watched() as watch, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
     gradients = in_the_hidden_state(model, objectives.LanguageModelLoss(model), data)
     (texts,), (errors,) = watch.texts, watch.errors
@@ -100,7 +103,7 @@ def test_a_texts_tokens_share_its_loss():
     places = torch.tensor([3, 4] * 8)
     assert torch.allclose(errors, gradients[texts, places], atol=1e-6)
     assert not errors[1::4].any() and bool(errors[3::4].any(dim=1).all())  # every second text has one token
-    with output_errors.watched(100) as watch, torch.no_grad():
+    with output_gradients.watched(100) as watch, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
     assert watch.texts[0].tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
     assert torch.equal(watch.errors[0], errors[[0, 2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15]])
@@ -110,8 +113,8 @@ def test_errors_are_made_a_few_rows_at_a_time(monkeypatch):
     model, data = tiny_llama(), two_tokens()
     found = []
     for elements in (2**24, 300):
-        monkeypatch.setattr(output_errors, "CHUNK_ELEMENTS", elements)
-        with output_errors.watched() as watch, torch.no_grad():
+        monkeypatch.setattr(output_gradients, "CHUNK_ELEMENTS", elements)
+        with output_gradients.watched() as watch, torch.no_grad():
             objectives.LanguageModelLoss(model)(data)
         found.append(watch.errors[0])
     assert torch.allclose(*found, atol=1e-6)
@@ -121,15 +124,15 @@ def test_only_scored_tokens_tell_and_no_more_than_there_is_room_for():
     model, data = tiny_llama(), two_tokens()
     data["targets"][:, 1] = objectives.IGNORE
     data["positions"], data["targets"] = data["positions"][:, :1], data["targets"][:, :1]
-    with output_errors.watched(5) as watch, torch.no_grad():
+    with output_gradients.watched(5) as watch, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
         objectives.LanguageModelLoss(model)(data)
     assert sum(map(len, watch.errors)) == 5
-    with output_errors.watched() as watch, torch.no_grad():
+    with output_gradients.watched() as watch, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
         objectives.LanguageModelLoss(model)(data)
     assert torch.cat(watch.texts).tolist() == list(range(16)) and watch.number == 16
-    assert output_errors.watching() is None
+    assert output_gradients.watching() is None
 
 
 @pytest.mark.parametrize("number", [8, 50])
@@ -161,7 +164,7 @@ def test_errors_that_are_multiples_of_one_vector_have_one_guide_and_no_rounding(
 def test_of_few_texts_more_positions_are_looked_at_until_there_are_enough():
     states, mask, scored = torch.randn(2, 640, 3), torch.ones(2, 640, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)
     found = []
-    with output_errors.watched(256) as watch:
+    with output_gradients.watched(256) as watch:
         for _ in range(10):
             watch.begin(scored, scored == 0, mask)
             found.append(len(watch.some_of(states)))
@@ -262,8 +265,8 @@ def test_a_run_through_guided_turns_replays_without_the_data(tmp_path):
 @pytest.mark.parametrize("at", [INTERVAL, INTERVAL + 1, 2 * INTERVAL, 3 * INTERVAL + 1])
 def test_a_run_goes_on_bit_for_bit_from_any_turn(monkeypatch, at, rate):
     """The optimiser's state and the weights, in the middle of a turn of either kind and at its end; every second is LOZO's."""
-    monkeypatch.setattr(guidance, "PATIENCE", 1)
-    monkeypatch.setattr(guidance, "LONGEST", 1)
+    monkeypatch.setattr(guided, "PATIENCE", 1)
+    monkeypatch.setattr(guided, "LONGEST", 1)
     options = {"lr": rate, "eps": "auto", "layer_scales": False}
     straight = tiny_llama()
     seen, steps = [], optimizer(straight, **options)
@@ -284,7 +287,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_turn(monkeypatch, at, rate):
 
 
 def test_lozo_has_the_first_turns_where_it_is_asked_for_and_a_guide_has_a_rank_of_its_own(monkeypatch):
-    monkeypatch.setattr(guidance, "PATIENCE", 1)
+    monkeypatch.setattr(guided, "PATIENCE", 1)
     model = tiny_llama()
     steps, seen = optimizer(model, begin=2, rank=1, guide=3), []
     for step in range(4 * INTERVAL):
@@ -386,7 +389,7 @@ def test_numbers_that_make_no_sense_are_refused():
 @pytest.mark.parametrize("rate", ["auto", 1e-2])
 def test_a_killed_run_goes_on_from_its_journal_bit_for_bit(monkeypatch, tmp_path, rate):
     """From the last record of all that is known of turns and scales, whatever was written after it."""
-    monkeypatch.setattr(following, "KEPT", 4)
+    monkeypatch.setattr(resume, "KEPT", 4)
     straight = tiny_llama()
     steps = ZerothOrder(
         straight, methods.lozo_g(interval=INTERVAL, guide=2, examples=48, eps="auto"), lr=rate, examples=examples, journal=tmp_path / "j.zo"

@@ -26,17 +26,20 @@ from safetensors import safe_open
 import toys
 from command_cases import Result, run_command, save_data, save_model
 from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer, weights
-from zotune import ZerothOrder, checkpoint, plain_yaml, resuming
+from zotune import ZerothOrder
 from zotune.bench import grid
-from zotune.commands.arguments import DataArguments, ModelArguments
-from zotune.commands.models import load_model, load_tokenizer, plan_model
-from zotune.config import ZOConfig
-from zotune.journal import MOST_GROUPS, Journal, verify
-from zotune.replaying import replay
-from zotune.schemes import Scheme, load_adapter
-from zotune.tasks import sources, task_file
+from zotune.io import safe_yaml
+from zotune.optim.journal import MOST_GROUPS, Journal, verify
+from zotune.optim.replay import replay
+from zotune.tasks import loader, sources
 from zotune.tasks.chat import assistant_parts
+from zotune.training import resume
+from zotune.training.arguments import DataArguments, ModelArguments
+from zotune.training.checkpoint import contents
+from zotune.training.config import ZOConfig
+from zotune.training.loading import load_model, load_tokenizer, plan_model
 from zotune.training.option_parser import OptionParser
+from zotune.training.schemes import Scheme, load_adapter
 
 fuzz = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 EVIL_YAML = [
@@ -181,7 +184,7 @@ def test_an_observation_of_a_terabyte_is_not_allocated(real: bytes, tmp_path: Pa
 @given(text=st.text(max_size=60) | st.text(alphabet="a1:-[]{}&*!|>'\"#, \n\t?%@~<=._", max_size=60))
 def test_any_text_is_yaml_or_a_sentence(text: str) -> None:
     try:
-        plain_yaml.parse(text, "my.yaml")
+        safe_yaml.parse(text, "my.yaml")
     except ValueError as error:
         assert sentence(error).startswith("my.yaml")
 
@@ -190,9 +193,9 @@ def test_yaml_that_runs_code_recurses_or_explodes_is_refused() -> None:
     laughs = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
     for text in (*EVIL_YAML, laughs, "a: &a [*a]", "a: &a {b: *a}", "[" * 5000, "{a: " * 5000, "a: " + "&a " * 3 + "x"):
         with pytest.raises(ValueError, match=r"^my\.yaml") as caught:
-            plain_yaml.parse(text, "my.yaml")
+            safe_yaml.parse(text, "my.yaml")
         sentence(caught.value)
-    assert plain_yaml.parse("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}}", "my.yaml") == {"a": [1, 2], "b": [1, 2], "c": {"d": 1}}
+    assert safe_yaml.parse("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}}", "my.yaml") == {"a": [1, 2], "b": [1, 2], "c": {"d": 1}}
 
 
 junk: st.SearchStrategy[Any] = st.sampled_from(
@@ -221,9 +224,7 @@ def replaced(content: Any, places: list[int], values: list[Any]) -> Any:
     return content
 
 
-TASKS = {
-    name: yaml.safe_load((Path(task_file.__file__).parent / f"{name}.yaml").read_text()) for name in ("sst2", "squad", "copa", "record")
-}
+TASKS = {name: yaml.safe_load((Path(loader.__file__).parent / f"{name}.yaml").read_text()) for name in ("sst2", "squad", "copa", "record")}
 GRID = yaml.safe_load(
     "models: [a/b, {model: c, label: d, options: {dtype: float32}}]\ntasks: [sst2, rte]\n"
     "seeds: [0, 1]\nbudget: {steps: 10}\n"
@@ -237,7 +238,7 @@ GRID = yaml.safe_load(
 def test_a_task_file_of_any_values_is_a_task_or_a_sentence(name: str, places: list[int], values: list[Any], tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(yaml.dump(replaced(TASKS[name], places, values)))
     try:
-        task_file.load(tmp_path / "my.yaml")
+        loader.load(tmp_path / "my.yaml")
     except ValueError as error:
         assert "my.yaml" in sentence(error)
 
@@ -276,7 +277,7 @@ def test_a_task_takes_rows_from_the_data_folder_only(key: str, path: str, tmp_pa
     content = {**TASKS["sst2"], key: path if key == "name" else {"train": path}}
     (tmp_path / "my.yaml").write_text(yaml.dump(content))
     with pytest.raises(ValueError, match=f"{key!r} must be"):
-        task_file.load(tmp_path / "my.yaml")
+        loader.load(tmp_path / "my.yaml")
 
 
 # -- JSON Lines -----------------------------------------------------------------------------------------------------------------------
@@ -428,15 +429,15 @@ def test_pickles_in_a_run_folder_are_never_loaded(tmp_path: Path) -> None:
     for place in (folder, folder / "checkpoint-2"):
         for name in PICKLES:
             (place / name).write_bytes(pickle.dumps(Evil()))
-    checkpoint.write_manifest(folder / "checkpoint-2")
+    contents.write_manifest(folder / "checkpoint-2")
     again = trainer(folder, tiny_llama(), **RUN)
-    assert resuming.checkpoint_of(folder, folder / "journal.zo", True, alone=True) == folder / "checkpoint-2"
+    assert resume.checkpoint_of(folder, folder / "journal.zo", True, alone=True) == folder / "checkpoint-2"
     again.train(resume_from_checkpoint=True)
     assert same_weights(weights(again.model), weights(straight.model))
     # Without its safetensors the checkpoint is none, whatever pickles stand beside.
     (folder / "checkpoint-2/model.safetensors").unlink()
-    checkpoint.write_manifest(folder / "checkpoint-2")
-    fault = checkpoint.problem(folder / "checkpoint-2", folder / "journal.zo")
+    contents.write_manifest(folder / "checkpoint-2")
+    fault = contents.problem(folder / "checkpoint-2", folder / "journal.zo")
     assert fault is not None and "holds no weights" in fault
 
 
@@ -444,10 +445,10 @@ def test_a_link_out_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         trainer(folder, callbacks=[StopAt(3)], **RUN).train()
-    path = folder / "checkpoint-2" / checkpoint.STATE_TENSORS
+    path = folder / "checkpoint-2" / contents.STATE_TENSORS
     path.rename(tmp_path / "away")
     path.symlink_to(tmp_path / "away")
-    fault = checkpoint.problem(path.parent, folder / "journal.zo")
+    fault = contents.problem(path.parent, folder / "journal.zo")
     assert fault is not None and "outside of the checkpoint" in fault
 
 
@@ -480,7 +481,7 @@ RUN_FILES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def trained(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from zotune.cli import main
+    from zotune.cli.main import main
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = ["--model_name_or_path", str(good / "model"), "--task", "sst2", "--data_dir", str(good / "data"), "--output_dir", str(folder)]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import toys
-from zotune import ZerothOrder, first_order, methods
-from zotune.coordinates import Offset
-from zotune.first_order import FirstOrder, Hybrid
+from zotune import ZerothOrder, baselines, methods
+from zotune.baselines import FirstOrder, Hybrid
+from zotune.subspaces.coordinate import Offset
 
 
 def hybrid(model: nn.Module, lr: float, zo_lr: float, weight_decay: float = 0.0, **options) -> Hybrid:
-    return Hybrid(model, first_order.hybrid(zo_lr=zo_lr, **options), lr=lr, weight_decay=weight_decay)
+    return Hybrid(model, baselines.hybrid(zo_lr=zo_lr, **options), lr=lr, weight_decay=weight_decay)
 
 
 def steps(optimizer: Hybrid | ZerothOrder, count: int = 5) -> list[float]:
@@ -136,7 +136,7 @@ def test_a_model_that_has_only_one_of_the_parts_is_refused(trainable: str, block
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable in name)
     with pytest.raises(ValueError, match=message):
-        Hybrid(model, first_order.hybrid(blocks=blocks))
+        Hybrid(model, baselines.hybrid(blocks=blocks))
 
 
 def test_plain_backprop_does_not_pass_for_it() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from zotune import ZerothOrder, chosen, methods
-from zotune.chosen import Chosen
-from zotune.directions import Key
-from zotune.rules import orthogonalized, resolve
+from zotune import ZerothOrder, methods
+from zotune.methods.rules import orthogonalized, resolve
+from zotune.rng import sparse_directions
+from zotune.rng.directions import Key
+from zotune.rng.sparse_directions import Chosen
 
 SHAPES = {"w": (6, 8), "v": (5,), "t": (4, 2, 3)}
 CPU = torch.device("cpu")
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("kind", "numbers"), [("coordinate", {1}), ("row", {8}), ("block:2x3", {1, 2, 3, 4, 6})])
 def test_so_many_coordinates_are_chosen_with_one_sign(kind, numbers):
-    directions = chosen.directions(kind, SHAPES)
+    directions = sparse_directions.directions(kind, SHAPES)
     for step in range(20):
         z = directions.draw(Key(0, step, 0, "w"), (6, 8))
         assert int(z.count_nonzero()) in numbers
@@ -104,7 +105,7 @@ def test_a_step_shifts_the_chosen_by_a_constant_and_remembers_the_derivative(cho
     for step in range(6):
         before = model.weight.detach().clone()
         optimizer.step(lambda x: (model(x).T * slopes).sum(), torch.eye(4))
-        z = chosen.directions(choice, {"weight": (3, 4)}).draw(Key(0, step, 0, "weight"), (3, 4))
+        z = sparse_directions.directions(choice, {"weight": (3, 4)}).draw(Key(0, step, 0, "weight"), (3, 4))
         memory = torch.where(z != 0, (slopes * z.abs()).sum(), memory)
         assert torch.allclose(optimizer.rule.state()[0]["weight/exp_avg"], memory, atol=1e-4)
         assert torch.allclose(model.weight - before, -1e-3 * memory.sign(), atol=1e-6)

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import toys
-from zotune import Journal, ZerothOrder, following, layer_scales, methods, replay
-from zotune.calibration import INTERVAL
-from zotune.journal import StepRecord, digest, verify
+from zotune import Journal, ZerothOrder, methods, replay
+from zotune.optim import resume
+from zotune.optim.calibration import layer_scales
+from zotune.optim.calibration.calibrator import INTERVAL
+from zotune.optim.journal import StepRecord, verify
+from zotune.weights.digest import digest
 
 
 def records(count: int) -> list[StepRecord]:
@@ -124,7 +127,7 @@ def test_twenty_thousand_steps_of_a_direction_per_example_of_sixteen_stay_below_
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     model = toys.classifier()
     optimizer = ZerothOrder(model, methods.get("lozo-e", num_directions="example", eps="auto"), lr="auto", journal=tmp_path / "j")
-    steps = following.KEPT + 1
+    steps = resume.KEPT + 1
     for step in range(steps):
         optimizer.step(toys.loss_function(model), toys.batch(16, seed=step))
     longest, found = {}, {}
@@ -137,7 +140,7 @@ def test_twenty_thousand_steps_of_a_direction_per_example_of_sixteen_stay_below_
 
     def times(count: int) -> dict[str, int]:
         measured = [step for step in range(count) if not (step % INTERVAL and step & (step - 1))]
-        kept = [step for step in measured if step % following.KEPT == 0]
+        kept = [step for step in measured if step % resume.KEPT == 0]
         scaled = [step for step in range(count) if layer_scales.due(step, optimizer.method.subspace.interval)]
         return {"step": count, "eps": 1, "state": len(kept), "measured": len(measured) - len(kept), "scales": len(scaled)}
 

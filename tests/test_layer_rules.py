@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import zotune.forward.layers
-from zotune import formed, unformed
-from zotune.coordinates import Coordinate, Offset
-from zotune.directions import Directions
-from zotune.estimators import Point
-from zotune.formed import Formed
+from zotune.forward import lazy_weight, materialized
+from zotune.forward.batch_layout import own, share_out, shared
 from zotune.forward.layers import RULES, Example, LayerRule, register, rule_of
-from zotune.probe import Probe
-from zotune.stacking import own, share_out, shared
+from zotune.forward.lazy_weight import Unformed
+from zotune.forward.materialized import Formed
+from zotune.forward.model import Probe
+from zotune.methods.estimators import Point
+from zotune.rng.directions import Directions
 from zotune.subspaces import Full, LowRank, LowRankCoordinate
+from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.projected import Left
-from zotune.unformed import Unformed
 
 SEED, STEP, EPS, ROWS = 3, 6, 1.0, 4
 EXAMPLES = {f"{name}: {example.label}": example for name, rule in RULES.items() for example in rule.examples()}
@@ -102,7 +102,7 @@ def test_the_general_way(case, dtype, kind, monkeypatch):
     """Lazy weights too: strips and rows are made from the smallest size on."""
     skip_unless_trainable(case, kind)
     for bound, value in {"LARGE": 100, "STRIP": 1700, "BESIDE": (1700, 1700)}.items():
-        monkeypatch.setattr(unformed, bound, value)
+        monkeypatch.setattr(lazy_weight, bound, value)
     module, x = layer(case, dtype)
     probe = probe_of(module, kind)
     offset = Offset(EPS, SEED, STEP, 0)
@@ -140,8 +140,8 @@ def product_kernel(monkeypatch) -> Callable[[float], None]:
     def plus(weight: Tensor, residual: None, left: Tensor, right: Tensor) -> Tensor:
         return (weight.float() + left.float() @ right.float().T).to(weight.dtype)
 
-    monkeypatch.setattr(formed, "kernel_of", lambda coordinate: SimpleNamespace(plus=plus))
-    return lambda passes: monkeypatch.setattr(formed, "PASSES", passes)
+    monkeypatch.setattr(materialized, "kernel_of", lambda coordinate: SimpleNamespace(plus=plus))
+    return lambda passes: monkeypatch.setattr(materialized, "PASSES", passes)
 
 
 @examples

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from zotune import ZerothOrder, layer_scales, methods
-from zotune.journal import Journal
-from zotune.replaying import replay
+from zotune import ZerothOrder, methods
+from zotune.optim.calibration import layer_scales
+from zotune.optim.journal import Journal
+from zotune.optim.replay import replay
 
 
 class Blocks(nn.Module):

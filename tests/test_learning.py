@@ -10,7 +10,7 @@ import torch
 
 import zotune
 from zotune import bundled
-from zotune.calibration import measurable
+from zotune.optim.calibration.gains import measurable
 
 pytestmark = pytest.mark.slow
 

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig
 
-from zotune import catalogue, directions
-from zotune.directions import Directions, Key
+from zotune.baselines import catalog
 from zotune.io.sizes import parse_size
 from zotune.memory import KINDS, Ledger, Workload, config_of, estimate, measure, shipped
-from zotune.memory.fitting import largest
 from zotune.memory.formulas import closed_form
-from zotune.memory.models import depth_of, shallow
+from zotune.memory.search import largest
+from zotune.memory.shapes import depth_of, shallow
 from zotune.memory.workload import elements_of
-from zotune.schemes import Scheme
+from zotune.rng import directions
+from zotune.rng.directions import Directions, Key
+from zotune.training.schemes import Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -38,7 +39,7 @@ ANYWAY = 2**21
 
 
 def plan(model: str, method: str, **options) -> Workload:
-    return Workload(MODELS[model], catalogue.get(method), **{"batch_size": 6, "sequence_length": 32, **options})
+    return Workload(MODELS[model], catalog.get(method), **{"batch_size": 6, "sequence_length": 32, **options})
 
 
 def test_the_ledger_counts_every_storage_once_and_forgets_what_is_freed():
@@ -90,7 +91,7 @@ def test_kinds_are_what_the_step_keeps():
 
 @pytest.mark.parametrize("method", ["mezo", "fo-adamw"])
 def test_two_shallow_models_continue_to_a_deep_one(method):
-    deep = Workload(shallow(MODELS["opt"], 5), catalogue.get(method), batch_size=3, sequence_length=24)
+    deep = Workload(shallow(MODELS["opt"], 5), catalog.get(method), batch_size=3, sequence_length=24)
     whole, continued = estimate(deep, exact=True), estimate(deep)
     assert continued.total == pytest.approx(whole.total, rel=0.01)
     assert continued.kinds["weights"] == whole.kinds["weights"]
@@ -109,10 +110,10 @@ def test_a_rehearsal_leaves_no_trace():
 @pytest.mark.filterwarnings("ignore:this model's attention kernel has no forward derivative")
 def test_every_method_can_be_rehearsed():
     """No method reads a number that a fake tensor does not have."""
-    small = Workload(shallow(MODELS["llama"], 1), catalogue.get("mezo"), batch_size=4, sequence_length=8)
+    small = Workload(shallow(MODELS["llama"], 1), catalog.get("mezo"), batch_size=4, sequence_length=8)
     numbers, _ = elements_of(small)
-    for name in catalogue.names():
-        split = estimate(small.with_(method=catalogue.get(name)))
+    for name in catalog.names():
+        split = estimate(small.with_(method=catalog.get(name)))
         assert split.total > 4 * numbers, name
 
 
@@ -123,7 +124,7 @@ def test_shipped_shapes_have_the_papers_numbers_of_parameters():
     published = {"opt-125m": 0.125, "opt-1.3b": 1.3, "opt-2.7b": 2.7, "opt-6.7b": 6.7, "opt-13b": 13, "opt-30b": 30, "opt-66b": 66,
                  "roberta-large": 0.355, "Llama-2-7b-hf": 6.7, "Llama-2-13b-hf": 13, "Llama-2-70b-hf": 69}  # fmt: skip
     for name, billions in published.items():
-        work = Workload(config_of(name), catalogue.get("mezo"))
+        work = Workload(config_of(name), catalog.get("mezo"))
         assert elements_of(work)[0] / 1e9 == pytest.approx(billions, rel=0.04), name
     assert set(published) <= {each.rpartition("/")[2] for each in shipped()}
 
@@ -201,29 +202,29 @@ def test_steps_of_low_rank_take_the_memory_of_inference(dtype):
     wide = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 512, "vocab_size": 20_000}
     config = OPTConfig(**{**MODELS["opt"].to_dict(), **wide})
     shape = {"batch_size": 4, "sequence_length": 48, "scored": 1, "dtype": dtype, "probe": "sequential"}
-    inference = measure(Workload(config, catalogue.get("zero-shot"), **shape)).total
+    inference = measure(Workload(config, catalog.get("zero-shot"), **shape)).total
     for interval in (1, 50):
-        split = measure(Workload(config, catalogue.get("lozo", interval=interval), **shape))
+        split = measure(Workload(config, catalog.get("lozo", interval=interval), **shape))
         assert split.total - split.kinds["optimiser state"] <= 1.03 * inference + ANYWAY
 
 
 def test_what_is_kept_of_the_examples_that_a_guided_turn_looks_at_is_a_byte_or_two_a_number():
     """Of a text four positions in a byte a number, for layers that write to the hidden state; those of one layer at a time in four."""
     shape = {"batch_size": 64, "sequence_length": 32, "scored": 1, "probe": "sequential"}
-    few, many = (measure(Workload(MODELS["opt"], catalogue.get("lozo-g", examples=n), **shape)).total for n in (4096, 8192))
+    few, many = (measure(Workload(MODELS["opt"], catalog.get("lozo-g", examples=n), **shape)).total for n in (4096, 8192))
     widths = MODELS["opt"].hidden_size, MODELS["opt"].ffn_dim
     assert many - few == pytest.approx(4096 * 4 * (sum(widths) + 4 * max(widths)), rel=0.25)  # scored ones are 256 at most
 
 
 def test_what_is_kept_on_the_host_is_none_of_an_accelerators():
     shape = {"batch_size": 64, "sequence_length": 32, "scored": 1, "probe": "sequential"}
-    few, many = (Workload(MODELS["opt"], catalogue.get("lozo-g", examples=n), **shape) for n in (4096, 8192))
+    few, many = (Workload(MODELS["opt"], catalog.get("lozo-g", examples=n), **shape) for n in (4096, 8192))
     assert estimate(many, accelerator=True).total == pytest.approx(estimate(few, accelerator=True).total, rel=1e-3)
     assert estimate(many).total > 1.2 * estimate(few).total
 
 
 def test_the_turns_of_a_method_that_come_late_are_rehearsed_too() -> None:
     """LOZO-G's first turns evaluate a batch at one point, LOZO-E's at four at once."""
-    workload = Workload(MODELS["opt"], catalogue.get("lozo-g"), batch_size=4, sequence_length=32, probe="batched")
-    guided, plain = (estimate(workload.with_(method=catalogue.get(name))) for name in ("lozo-g", "lozo-e"))
+    workload = Workload(MODELS["opt"], catalog.get("lozo-g"), batch_size=4, sequence_length=32, probe="batched")
+    guided, plain = (estimate(workload.with_(method=catalog.get(name))) for name in ("lozo-g", "lozo-e"))
     assert guided.total >= 0.99 * plain.total

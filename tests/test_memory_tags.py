@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from test_memory import MODELS
-from zotune import catalogue
+from zotune.baselines import catalog
 from zotune.io.memory_tags import listening, memory_tag, tagged, tags
 from zotune.memory import Ledger, Workload, measure
 from zotune.memory.ledger import UntaggedError
-from zotune.memory.models import shallow
+from zotune.memory.shapes import shallow
 
 
 @tagged("directions")
@@ -81,7 +81,7 @@ def test_a_strict_ledger_names_who_does_not_tag():
 
 
 @pytest.mark.filterwarnings("ignore:this model's attention kernel has no forward derivative")
-@pytest.mark.parametrize("method", catalogue.names())
+@pytest.mark.parametrize("method", catalog.names())
 def test_every_tensor_that_a_step_makes_outside_of_the_model_is_tagged(method):
     """Real steps; the error names the file and line of an allocation without a tag."""
-    measure(Workload(shallow(MODELS["llama"], 1), catalogue.get(method), batch_size=4, sequence_length=8), strict=True)
+    measure(Workload(shallow(MODELS["llama"], 1), catalog.get(method), batch_size=4, sequence_length=8), strict=True)

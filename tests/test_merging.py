@@ -11,7 +11,7 @@ import torch
 import toys
 import zotune
 from command_cases import run_command, save_data, save_model, weights_digest
-from zotune.journal import digest
+from zotune.weights.digest import digest
 
 
 def train(folder: Path, seed: int, method: str = "lozo", steps: int = 5, **options: object) -> tuple[Path, torch.nn.Module]:

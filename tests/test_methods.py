@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from zotune import ZerothOrder, methods
-from zotune.directions import Directions, Key
-from zotune.journal import StepRecord
+from zotune.optim.journal import StepRecord
+from zotune.rng.directions import Directions, Key
 
 
 @pytest.mark.parametrize("rank", [1, 3])

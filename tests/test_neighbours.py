@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.coordinates import Coordinate, Offset
-from zotune.directions import Directions
-from zotune.neighbours import RUN, Neighbours, Shown, draw_together
-from zotune.precision import HALF
+from zotune.optim.update_groups import together
+from zotune.rng.directions import Directions
 from zotune.subspaces import Full, LowRank
-from zotune.updating_groups import together
+from zotune.subspaces.coordinate import Coordinate, Offset
+from zotune.subspaces.flat_buffer import RUN, Neighbours, Shown, draw_together
+from zotune.weights.precision import HALF
 
 SHAPES = {
     "bias": (30,),
@@ -52,7 +52,7 @@ def test_an_update_holds_a_bounded_number_of_directions_and_is_the_same(monkeypa
     """One draws the direction that is asked for, not its group: 16 of them may be more than the forward itself takes."""
     free, bounded = coordinates(), coordinates()
     (unbounded,) = draw_together(free)
-    monkeypatch.setattr("zotune.neighbours.DRAWN", (at_once + 1) * sum(c.numel for c in bounded) - 1)
+    monkeypatch.setattr("zotune.subspaces.flat_buffer.DRAWN", (at_once + 1) * sum(c.numel for c in bounded) - 1)
     (neighbours,) = draw_together(bounded)
     drawn, draw = [], Directions.draw_together
 

@@ -19,8 +19,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from zotune import token_scores
-from zotune.objectives import ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, objective, token_logprobs
+from zotune.objectives import token_logprobs as token_scores
+from zotune.objectives.losses import ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, objective, token_logprobs
 from zotune.tasks import ChoicesCollator, LanguageModelCollator
 
 VOCABULARY = 97

@@ -16,16 +16,19 @@ from torch import nn
 
 import toys
 from command_cases import run_command, save_data, save_model
-from zotune import ZerothOrder, checkpoint, deciding, methods, residence
-from zotune.frozen_linear import dense_state, freeze
+from zotune import ZerothOrder, methods
 from zotune.io.sizes import parse_size
-from zotune.journal import digest
 from zotune.memory import Workload, estimate
-from zotune.memory.offloaded import needs
-from zotune.offloading import blocks, cap, files, offload, stream_of
-from zotune.offloading.refusing import refusal
-from zotune.replaying import replay
+from zotune.memory.offload_needs import needs
+from zotune.optim import evaluation_choice
+from zotune.optim.replay import replay
+from zotune.training.checkpoint import contents
+from zotune.training.compatibility import refusal
 from zotune.training.offloaded_loading import load
+from zotune.weights import placement
+from zotune.weights.digest import digest
+from zotune.weights.offload import blocks, budget, direct_io, offload, stream_of
+from zotune.weights.quantized_linear import dense_state, freeze
 
 NAMES = ("llama", "qwen2", "qwen3", "mistral", "opt", "gpt2", "bert")
 
@@ -90,8 +93,8 @@ def test_a_checkpoint_continues_an_offloaded_run_exactly(method, tmp_path):
     first = model_of("llama", torch.bfloat16)
     offload(first, "disk")
     found, optimizer = train(first, method, steps=5)
-    checkpoint.save_model(tmp_path, first)
-    checkpoint.save_optimizer(tmp_path, optimizer)
+    contents.save_model(tmp_path, first)
+    contents.save_optimizer(tmp_path, optimizer)
     second = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert_equal(weights(second), weights(first))
     third = model_of("llama", torch.bfloat16)
@@ -99,7 +102,7 @@ def test_a_checkpoint_continues_an_offloaded_run_exactly(method, tmp_path):
     missing, unexpected = third.load_state_dict(weights(second))
     assert not missing and not unexpected
     resumed = ZerothOrder(third, toys.method(method, interval=3), lr=1e-3, seed=3)
-    checkpoint.load_optimizer(tmp_path, resumed)
+    contents.load_optimizer(tmp_path, resumed)
     for _ in range(3):
         found.append(float(resumed.step(toys.transformer_loss(third), toys.tokens())))
         found += resumed.last.coefficients.tolist()
@@ -127,7 +130,7 @@ def test_an_adapter_trains_on_a_base_that_is_only_read(to, tmp_path):
     assert_equal(weights(moved), weights(plain))
     stream = stream_of(moved)
     assert stream.traffic.written == 0
-    checkpoint.save_model(tmp_path, moved)
+    contents.save_model(tmp_path, moved)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["adapter_model.safetensors"]
 
 
@@ -152,11 +155,11 @@ def test_one_block_more_than_is_computed_with_is_in_memory():
     train(model, "lozo", steps=2)
     assert len(stream._rooms) == 3
     largest = max(layout.size for layout in stream.store.layouts)
-    assert sum(room.memory.numel() for room in stream._rooms) <= 3 * files.pages(largest)
+    assert sum(room.memory.numel() for room in stream._rooms) <= 3 * direct_io.pages(largest)
     for name, parameter in model.named_parameters():
-        if residence.home(parameter) is not None:
+        if placement.home(parameter) is not None:
             assert parameter.untyped_storage().nbytes() == parameter.element_size(), name
-    assert len([p for p in model.parameters() if residence.home(p) is not None]) == 4 * 7
+    assert len([p for p in model.parameters() if placement.home(p) is not None]) == 4 * 7
 
 
 def test_a_pass_reads_every_block_once_whatever_is_evaluated():
@@ -176,7 +179,7 @@ def test_a_pass_reads_every_block_once_whatever_is_evaluated():
 def test_one_pass_a_step_is_chosen_without_timing_others(adapter, monkeypatch):
     """`auto` reads the model once a step from the second step on, however slow the clock says that is."""
     seconds = iter(range(0, 1 << 20, 7))
-    monkeypatch.setattr(deciding, "clock", lambda: float(next(seconds)))
+    monkeypatch.setattr(evaluation_choice, "clock", lambda: float(next(seconds)))
     model = model_of("llama")
     stream = offload(model, "disk")
     model = lora(model) if adapter else model
@@ -344,13 +347,13 @@ def test_a_cap_keeps_as_many_blocks_as_fit():
     whole = sum(blocks.bytes_of(p) for p in model.parameters()) + sum(blocks.bytes_of(b) for b in model.buffers())
     rest = whole - 4 * block
 
-    def under(resident: int) -> cap.Arrangement:
-        size = (rest + 2 * block + resident * block) / (1 - cap.SPARE)
-        return cap.arrange(model, int(size) + 2, torch.device("cpu"), taken=lambda device: 0)
+    def under(resident: int) -> budget.Arrangement:
+        size = (rest + 2 * block + resident * block) / (1 - budget.SPARE)
+        return budget.arrange(model, int(size) + 2, torch.device("cpu"), taken=lambda device: 0)
 
     assert [under(n).resident for n in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="must be at least"):
-        cap.arrange(model, int((rest + 2 * block) / (1 - cap.SPARE)) - 8, torch.device("cpu"), taken=lambda device: 0)
+        budget.arrange(model, int((rest + 2 * block) / (1 - budget.SPARE)) - 8, torch.device("cpu"), taken=lambda device: 0)
 
 
 def test_a_cap_leaves_a_step_what_the_estimate_says():
@@ -358,7 +361,7 @@ def test_a_cap_leaves_a_step_what_the_estimate_says():
     model = model_of("llama", torch.bfloat16)
     plain = Workload(model.config, methods.lozo(), batch_size=2, sequence_length=8, dtype=torch.bfloat16)
     split = estimate(plain)
-    assert needs([plain], accelerator=False) == cap.Needs(split.total - split.kinds["weights"], 1.0)
+    assert needs([plain], accelerator=False) == budget.Needs(split.total - split.kinds["weights"], 1.0)
     written = needs([plain, plain.with_(method=methods.mezo())], accelerator=False)
     assert written.growth == 2.0
     moved = model_of("llama", torch.bfloat16)
@@ -367,12 +370,12 @@ def test_a_cap_leaves_a_step_what_the_estimate_says():
     train(moved, "mezo", steps=1)
     assert max(layout.size for layout in stream.store.layouts) == pytest.approx(written.growth * before, rel=0.05)
 
-    base = cap.sizes(model)
-    least = int((base[1] + written.step + 2 * 2 * base[2]) / (1 - cap.ROUNDING)) + 2
-    found = cap.arrange(model, least, torch.device("cpu"), taken=lambda device: 0, needs=written)
+    base = budget.sizes(model)
+    least = int((base[1] + written.step + 2 * 2 * base[2]) / (1 - budget.ROUNDING)) + 2
+    found = budget.arrange(model, least, torch.device("cpu"), taken=lambda device: 0, needs=written)
     assert (found.resident, found.prefetch, found.step) == (0, 1, written.step) and found.total <= least
     with pytest.raises(ValueError, match="a step's computing"):
-        cap.arrange(model, least - 64, torch.device("cpu"), taken=lambda device: 0, needs=written)
+        budget.arrange(model, least - 64, torch.device("cpu"), taken=lambda device: 0, needs=written)
 
 
 def test_amounts_of_memory():
@@ -387,17 +390,17 @@ def test_amounts_of_memory():
 
 def test_spans_of_a_file_arrive_where_the_plan_says(tmp_path, monkeypatch):
     """Whatever their offsets, and up to the last byte."""
-    monkeypatch.setattr(files, "CHUNK", 8192)
-    monkeypatch.setattr(files, "GAP", 10_000)
+    monkeypatch.setattr(direct_io, "CHUNK", 8192)
+    monkeypatch.setattr(direct_io, "GAP", 10_000)
     generator = random.Random(0)
     content = {str(tmp_path / name): generator.randbytes(100_001) for name in "ab"}
     for path, data in content.items():
         Path(path).write_bytes(data)
     spans = [(path, at, 3000) for path in content for at in (8, 3008, 40_000, 97_001)]
     generator.shuffle(spans)
-    segments, places, size = files.plan(spans)
+    segments, places, size = direct_io.plan(spans)
     assert len(segments) < len(spans)
-    room, reader = files.room(size), files.Files()
+    room, reader = direct_io.room(size), direct_io.Files()
     reader.read(segments, room)
     for (path, at, count), place in zip(spans, places, strict=True):
         assert bytes(room[place : place + count].tolist()) == content[path][at : at + count]
@@ -479,7 +482,7 @@ def test_the_best_checkpoint_comes_back(tmp_path, capsys, monkeypatch, where):
     ]
     result = run_command(capsys, *words)
     assert result.code == 0, result.err
-    states = {path.name: checkpoint.load_json(path / checkpoint.TRAINER_STATE) for path in checkpoint.checkpoints("a")}
+    states = {path.name: contents.load_json(path / contents.TRAINER_STATE) for path in contents.checkpoints("a")}
     best = Path(states["checkpoint-8"]["best_model_checkpoint"]).name
     assert len(states) == 4 and best != "checkpoint-8", best
     found, expected, last = (
@@ -514,5 +517,5 @@ def test_on_a_card_only_the_rooms_are_taken():
     stream = offload(model, "cpu", device="cuda")
     with torch.no_grad():
         model(toys.tokens().cuda())
-    rooms = 2 * files.pages(max(layout.size for layout in stream.store.layouts))
+    rooms = 2 * direct_io.pages(max(layout.size for layout in stream.store.layouts))
     assert torch.cuda.memory_allocated() - before < 1.2 * rooms + (4 << 20)

@@ -13,7 +13,7 @@ from torch import nn
 
 import toys
 from zotune import NonFiniteLossError, ZerothOrder, methods
-from zotune.directions import Directions, Key
+from zotune.rng.directions import Directions, Key
 
 
 def gaussian(parameter: torch.Tensor, name: str, step: int = 0) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.directions import Directions, Key
-from zotune.rules import resolve
+from zotune.methods.rules import resolve
+from zotune.rng.directions import Directions, Key
 
 tz = pytest.importorskip("torchzero", reason="pip install 'zotune[oracles]'", exc_type=ImportError)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods, replay
-from zotune.directions import Directions, Key
+from zotune.rng.directions import Directions, Key
 from zotune.subspaces import LowRankCoordinate
 
 SPELLINGS = ("example", "example:2", "groups:3")

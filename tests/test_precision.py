@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from zotune.directions import Key
-from zotune.precision import HALF, join, split, stochastic_round
+from zotune.rng.directions import Key
+from zotune.weights.precision import HALF, join, split, stochastic_round
 
 KEY = Key(0, 0, 0, "w", "rounding")
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.directions import Directions
-from zotune.probe import Probe
+from zotune.forward.model import Probe
+from zotune.rng.directions import Directions
 from zotune.subspaces import Full, LowRank, LowRankCoordinate, Offset
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -8,16 +8,17 @@ import pytest
 import torch
 
 import toys
-from zotune import ZerothOrder, deciding, methods
-from zotune.journal import Journal
-from zotune.replaying import replay
+from zotune import ZerothOrder, methods
+from zotune.optim import evaluation_choice
+from zotune.optim.journal import Journal
+from zotune.optim.replay import replay
 
 
 @pytest.fixture
 def sequential_is_faster(monkeypatch):
     """A clock by which a batched evaluation takes a second and a sequential one a tenth."""
     monkeypatch.setattr(
-        deciding, "clock", iter([time for k in range(1000) for time in (2 * k, 2 * k + 1, 2 * k + 1, 2 * k + 1.1)]).__next__
+        evaluation_choice, "clock", iter([time for k in range(1000) for time in (2 * k, 2 * k + 1, 2 * k + 1, 2 * k + 1.1)]).__next__
     )
 
 
@@ -66,7 +67,7 @@ def test_a_resumed_run_keeps_the_choice_bit_for_bit(sequential_is_faster, monkey
     records = list(Journal.open(tmp_path / "j").records())
     expected = run(straight, range(2, 5))
 
-    monkeypatch.setattr(deciding, "clock", lambda: 0.0)
+    monkeypatch.setattr(evaluation_choice, "clock", lambda: 0.0)
     model = toys.classifier()
     resumed = ZerothOrder(model, methods.lozo(eps=1e-2), lr=1e-2)
     if from_state:

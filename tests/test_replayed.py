@@ -9,7 +9,7 @@ import torch
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.directions import Directions, Key
+from zotune.rng.directions import Directions, Key
 
 
 def estimates(optimizer: ZerothOrder, past, model) -> list[dict[str, torch.Tensor]]:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from command_cases import Result, run_command, save_data, save_encoder, save_model, weights_digest
-from zotune import first_order, linear_probe, methods, tasks
-from zotune.quantised import quantise
+from zotune import baselines, methods, tasks
+from zotune.baselines import linear_probe
+from zotune.weights.trainable_scales import quantise
 
 pytest.importorskip("peft")
 pytest.importorskip("pytorch_optimizer")
@@ -200,9 +201,9 @@ def test_a_linear_probe_refuses_an_encoder(workplace: Path, command: Command) ->
 
 def test_zotune_methods_lists_and_describes_all(command: Command) -> None:
     listed = done(command("methods")).out
-    for name in (*methods.names(), *first_order.names()):
+    for name in (*methods.names(), *baselines.names()):
         assert f"\n {name} " in listed or f"\n{name} " in listed, name
-    for name in first_order.names():
+    for name in baselines.names():
         assert "State:" in done(command("methods", name)).out
 
 
@@ -213,17 +214,17 @@ RATES = {"fo-sgd": 1e-2, "adahessian": 1e-3, "galore": 3e-4, "golore": 3e-4, "mk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in first_order.names() if first_order.get(name).kind == "backward"])
+@pytest.mark.parametrize("name", [name for name in baselines.names() if baselines.get(name).kind == "backward"])
 def test_a_baseline_fits_real_sentences(name: str, tiny_lm: Path, data_dir: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from zotune.objectives import objective
+    from zotune.objectives.losses import objective
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     model = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32)
     data = tasks.prepare(tokenizer, model.config, task="sst2", data_dir=data_dir, num_train=32, objective="choices", parts=("train",))
     shortest = sorted(data.train or [], key=lambda example: len(example["prompt_ids"]))[:16]
     batch = data.collate_train(shortest)
-    optimizer = first_order.optimizer_class(first_order.get(name))(model, name, lr=RATES.get(name), max_steps=8)
+    optimizer = baselines.optimizer_class(baselines.get(name))(model, name, lr=RATES.get(name), max_steps=8)
     losses = [float(optimizer.step(objective("choices", model), batch)) for _ in range(8)]
     assert min(losses[-2:]) < 0.9 * losses[0]

@@ -11,8 +11,8 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.directions import Directions, Key
-from zotune.rules import EMASGD, FIRST_MOMENTS, OWN_RULES, Rule, resolve
+from zotune.methods.rules import EMASGD, FIRST_MOMENTS, OWN_RULES, Rule, resolve
+from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Coordinate
 
 RULES = [

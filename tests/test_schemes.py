@@ -11,9 +11,10 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, L
 
 import zotune
 from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer, weights
-from zotune import first_order, methods, schemes
-from zotune.schemes import Scheme, apply, refusal
-from zotune.token_scores import scored_logits
+from zotune import baselines, methods
+from zotune.objectives.token_logprobs import scored_logits
+from zotune.training import schemes
+from zotune.training.schemes import Scheme, apply, refusal
 
 pytest.importorskip("peft")
 
@@ -187,9 +188,9 @@ def test_lora_takes_the_batched_probe_and_a_direction_per_example(tmp_path: Path
         (methods.lozo(), Scheme("bias"), "trains vectors only: choose a method in full space"),
         (methods.lozo(rank=4), Scheme("lora", lora_r=4), "larger than that .* or a smaller --rank"),
         (methods.mezo(), Scheme("lora", lora_dropout=0.1), "lora_dropout acts in training mode"),
-        (first_order.scale(), Scheme("bias"), "normalises the columns of matrices"),
-        (first_order.galore(), Scheme("bias"), "both sides above its rank 4"),
-        (first_order.mkor(), Scheme("prompt"), "no Linear layer"),
+        (baselines.scale(), Scheme("bias"), "normalises the columns of matrices"),
+        (baselines.galore(), Scheme("bias"), "both sides above its rank 4"),
+        (baselines.mkor(), Scheme("prompt"), "no Linear layer"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(method: Any, scheme: Scheme, reason: str) -> None:
@@ -205,9 +206,9 @@ def test_what_makes_sense_is_not_refused() -> None:
         method = methods.get(name, **({"rank": 1} if "rank" in methods.options(name) else {}))  # a model this small has no room for 64
         for scheme in (Scheme(), Scheme("lora"), Scheme("prefix"), Scheme("head")):
             assert refusal(method, apply(llama(), scheme), scheme) is None, (name, scheme)
-    for name in first_order.names():
+    for name in baselines.names():
         for scheme in (Scheme(), Scheme("lora"), Scheme("head")):
-            reason = refusal(first_order.get(name), apply(llama(), scheme), scheme)
+            reason = refusal(baselines.get(name), apply(llama(), scheme), scheme)
             if (name, scheme.scheme) == ("hybrid", "head"):
                 assert reason is not None and "leaves none before them" in reason
             else:

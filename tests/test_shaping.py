@@ -12,8 +12,8 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.directions import Directions, Key
-from zotune.shaping import FITNESS, ByDeviation, ByRootMeanSquare, BySign, State
+from zotune.methods.coefficients import FITNESS, ByDeviation, ByRootMeanSquare, BySign, State
+from zotune.rng.directions import Directions, Key
 from zotune.subspaces import LowRank
 
 

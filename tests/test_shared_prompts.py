@@ -13,9 +13,10 @@ from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import toys
 from test_stacking import agree
-from zotune import ZerothOrder, methods, objectives, shared_prompts
-from zotune.objectives import ChoiceLoss, choice_scores
-from zotune.shared_prompts import is_packed
+from zotune import ZerothOrder, methods, objectives
+from zotune.objectives import packed_choices
+from zotune.objectives.losses import ChoiceLoss, choice_scores
+from zotune.objectives.packed_choices import is_packed
 from zotune.tasks import ChoicesCollator
 
 DECODERS = ("llama", "opt", "gpt2", "qwen2")
@@ -55,7 +56,7 @@ def test_scores_are_those_of_a_row_an_option(name, attention):
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
         normal, other = (choice_scores(model, collate(rows), length_normalize=True) for collate in (packed, apart))
         torch.testing.assert_close(normal, other, rtol=1e-4, atol=1e-4)
-    assert shared_prompts._agrees[model]
+    assert packed_choices._agrees[model]
     assert tokens_seen(model, packed(rows)) == [(3, 16)]  # the second: 11 of the prompt, 1 + 4 of the options
 
 
@@ -69,7 +70,7 @@ def test_in_half_precision_the_scores_agree_as_far_as_it_goes(name, dtype):
         parameter.mul_(0.4 if parameter.dim() > 1 else 1)
     rows = examples(*UNEVEN)
     torch.testing.assert_close(choice_scores(model, packed(rows)), choice_scores(model, apart(rows)), rtol=2e-2, atol=2e-2)
-    assert shared_prompts._agrees[model]
+    assert packed_choices._agrees[model]
 
 
 @pytest.mark.parametrize("num_directions", [1, 3, "example", "groups:3"])
@@ -150,7 +151,7 @@ def test_a_model_that_cannot_is_warned_of_once_and_scores_a_row_an_option(ignore
 
 @torch.no_grad()
 def test_attention_that_takes_no_such_mask_is_not_given_one(monkeypatch):
-    monkeypatch.setattr(shared_prompts, "_MASKS", {})
+    monkeypatch.setattr(packed_choices, "_MASKS", {})
     model, rows = toys.transformer("llama").eval(), examples(*UNEVEN)
     torch.testing.assert_close(choice_scores(model, packed(rows)), choice_scores(model, apart(rows)))
     assert tokens_seen(model, packed(rows)) == [(9, 15)]
@@ -173,14 +174,14 @@ def test_nothing_is_concluded_from_dropout_from_losses_that_are_not_finite_or_wh
     rows = examples(*UNEVEN)
     model = toys.transformer("opt").train()
     choice_scores(model, packed(rows))
-    assert model not in shared_prompts._agrees
+    assert model not in packed_choices._agrees
     model = toys.transformer("opt").eval()
     model.lm_head.weight.fill_(float("inf"))
     assert not choice_scores(model, packed(rows))[0].isfinite().any()
-    assert model not in shared_prompts._agrees
+    assert model not in packed_choices._agrees
     model, rows = toys.transformer("opt").eval(), examples((6, [3, 1]), (8, [2, 1]))
     torch.testing.assert_close(choice_scores(model, packed(rows)), choice_scores(model, apart(rows)), rtol=1e-4, atol=1e-4)
-    assert model not in shared_prompts._agrees
+    assert model not in packed_choices._agrees
 
 
 @torch.no_grad()

@@ -12,11 +12,13 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods, objectives
-from zotune.coordinates import Offset
-from zotune.directions import GROUPED_NUMEL, Directions, Key, group_of
-from zotune.estimators import ESTIMATORS, Point
-from zotune.stacking import NotStackable, Owned, batch_rows, own, share_out, shared, take
+from zotune.errors import NotStackable
+from zotune.forward.batch_layout import Owned, own, share_out, shared
+from zotune.forward.batches import batch_rows, take
+from zotune.methods.estimators import ESTIMATORS, Point
+from zotune.rng.directions import GROUPED_NUMEL, Directions, Key, group_of
 from zotune.subspaces import FullCoordinate
+from zotune.subspaces.coordinate import Offset
 
 OWN = ("example", "groups:2")
 

@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, methods, observing, replay
-from zotune.coordinates import Offset
-from zotune.directions import Directions, Key
-from zotune.journal import Journal
-from zotune.quantised import QuantisedLinear, quantise
-from zotune.step_context import StepContext
+from zotune import ZerothOrder, methods, replay
+from zotune.optim import journal_events
+from zotune.optim.context import StepContext
+from zotune.optim.journal import Journal
+from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Blocks, Full, Inputs, LowRank, Sparse
-from zotune.subspaces.blocks import blocks_of
-from zotune.subspaces.inputs import leading_inputs
+from zotune.subspaces.activation import leading_inputs
+from zotune.subspaces.blockwise import blocks_of
+from zotune.subspaces.coordinate import Offset
 from zotune.subspaces.projected import orthonormal
 from zotune.weights.structure import repeated_layers
+from zotune.weights.trainable_scales import QuantisedLinear, quantise
 
 
 def matrix(rows: int = 7, columns: int = 6) -> nn.Linear:
@@ -373,10 +374,10 @@ def test_v_of_micro_batches_is_that_of_the_batch():
 def test_what_was_observed_is_in_the_journal_and_comes_back(tmp_path):
     tensors = {"a": torch.randn(300, 90).bfloat16(), "b": torch.arange(7, dtype=torch.int32), "c": torch.randn(9000, 4).bfloat16()}
     journal = Journal.create(tmp_path / "j", {"seed": 0})
-    for event in observing.events(3, tensors):
+    for event in journal_events.events(3, tensors):
         journal.append(event)
     assert len(list(journal.records())) > 2
-    gathered, found = observing.Gathered(), {}
+    gathered, found = journal_events.Gathered(), {}
     for event in Journal.open(tmp_path / "j").records():
         found |= gathered.add(event)
     assert found.keys() == tensors.keys()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaConfig, T5Config
 
-from zotune import generation, objectives, tasks
+from zotune import objectives, tasks
+from zotune.training import generation
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rendered_tasks import FOLDER, path_of, rendered
 from zotune import objectives, tasks
-from zotune.config import ZOConfig
 from zotune.tasks.template import columns_of
-from zotune.trainer import ZOTrainer
+from zotune.training.config import ZOConfig
+from zotune.training.trainer import ZOTrainer
 
 NAMES = tasks.names()
 

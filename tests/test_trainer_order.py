@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from trainer_cases import StopAt, choice_rows, journal_of, labelled_rows, losses, same_weights, tiny_llama, trainer, weights
-from zotune.length_order import GroupedByLength, LongestFirst, lengths_of
-from zotune.objectives import choice_scores
+from zotune.objectives.losses import choice_scores
 from zotune.tasks import ChoicesCollator
+from zotune.training.samplers import GroupedByLength, LongestFirst, lengths_of
 
 collate = ChoicesCollator(pad_token_id=0)
 

@@ -24,7 +24,7 @@ from trainer_cases import (
     trainer,
     weights,
 )
-from zotune import checkpoint
+from zotune.training.checkpoint import contents as checkpoint
 
 # 20 steps of 3 batches an epoch; the checkpoint at 7 falls within an epoch, a logging interval and a redraw interval.
 RUN: dict[str, Any] = {

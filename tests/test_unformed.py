@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from zotune import unformed
-from zotune.coordinates import Offset
-from zotune.directions import Directions
-from zotune.probe import Probe
+from zotune.forward import lazy_weight
+from zotune.forward.lazy_weight import Unformed
+from zotune.forward.model import Probe
+from zotune.rng.directions import Directions
 from zotune.subspaces import Full, FullCoordinate, LowRank, LowRankCoordinate
-from zotune.unformed import Unformed
+from zotune.subspaces.coordinate import Offset
 
 OFFSET = Offset(1e-2, seed=3, step=5, direction=1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -97,8 +97,8 @@ def test_a_lookup_is_lent_to_large_embeddings_in_full_space_only():
 
 @pytest.fixture
 def small_strips(monkeypatch):
-    monkeypatch.setattr(unformed, "LARGE", 1000)
-    monkeypatch.setattr(unformed, "STRIP", 700)
+    monkeypatch.setattr(lazy_weight, "LARGE", 1000)
+    monkeypatch.setattr(lazy_weight, "STRIP", 700)
 
 
 @pytest.mark.parametrize("kind", Directions.KINDS)
@@ -144,8 +144,8 @@ def test_a_large_layer_is_never_formed_whole(small_strips, monkeypatch):
 @pytest.mark.parametrize("kind", Directions.KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_layers_that_share_a_room_see_their_own_weights(kind, dtype, monkeypatch):
-    monkeypatch.setattr(unformed, "SMALL", 6000)
-    monkeypatch.setattr(unformed, "PART", 1)
+    monkeypatch.setattr(lazy_weight, "SMALL", 6000)
+    monkeypatch.setattr(lazy_weight, "PART", 1)
     model = nn.Sequential(nn.Linear(90, 100), nn.Linear(100, 80), nn.Linear(80, 100, bias=False), nn.Linear(100, 90)).to(dtype).eval()
     x = torch.randn(2, 5, 90, generator=torch.Generator().manual_seed(2)).to(dtype)
     probe = probe_of(model, kind)
@@ -171,7 +171,7 @@ def test_linear_layers_that_share_a_room_see_their_own_weights(kind, dtype, monk
 
 @pytest.fixture
 def short_strips(monkeypatch):
-    monkeypatch.setattr(unformed, "BESIDE", (1700, 1700))
+    monkeypatch.setattr(lazy_weight, "BESIDE", (1700, 1700))
 
 
 class Tied(nn.Module):

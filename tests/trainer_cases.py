@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import zotune
-from zotune.journal import Journal
+from zotune.optim.journal import Journal
 
 LENGTH = 6
 LOW, HIGH = 98, 99  # the answers' tokens: is the prompt's first token below 45?

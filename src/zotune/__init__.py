@@ -8,46 +8,55 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from zotune import first_order, journal, methods, objectives, offloading, schemes, tasks
-    from zotune.config import ZOConfig
-    from zotune.journal import Journal
-    from zotune.merging import merge
+    from zotune import baselines, methods, objectives, tasks
+    from zotune.errors import NonFiniteLossError, RankMismatchError
     from zotune.methods import Method
-    from zotune.offloading import offload
-    from zotune.optimizer import NonFiniteLossError, StepReport, ZerothOrder
-    from zotune.replaying import replay
-    from zotune.trainer import ZOTrainer
+    from zotune.optim.journal import Journal
+    from zotune.optim.merge import merge
+    from zotune.optim.optimizer import ZerothOrder
+    from zotune.optim.replay import replay
+    from zotune.optim.report import StepReport
+    from zotune.training import schemes
+    from zotune.training.config import ZOConfig
+    from zotune.training.trainer import ZOTrainer
+    from zotune.weights.offload import offload
 
 # Public names are imported when first asked for, so that `zotune --help` need not wait for torch.
-_MODULES = ("first_order", "journal", "methods", "objectives", "offloading", "schemes", "tasks")
+_MODULES = {
+    "baselines": "zotune.baselines",
+    "methods": "zotune.methods",
+    "objectives": "zotune.objectives",
+    "schemes": "zotune.training.schemes",
+    "tasks": "zotune.tasks",
+}
 _NAMES = {
-    "Journal": "journal",
-    "Method": "methods",
-    "NonFiniteLossError": "optimizer",
-    "StepReport": "optimizer",
-    "ZOConfig": "config",
-    "ZOTrainer": "trainer",
-    "ZerothOrder": "optimizer",
-    "merge": "merging",
-    "offload": "offloading",
-    "replay": "replaying",
+    "Journal": "zotune.optim.journal",
+    "Method": "zotune.methods",
+    "NonFiniteLossError": "zotune.errors",
+    "RankMismatchError": "zotune.errors",
+    "StepReport": "zotune.optim.report",
+    "ZOConfig": "zotune.training.config",
+    "ZOTrainer": "zotune.training.trainer",
+    "ZerothOrder": "zotune.optim.optimizer",
+    "merge": "zotune.optim.merge",
+    "offload": "zotune.weights.offload",
+    "replay": "zotune.optim.replay",
 }
 
 __all__ = [
     "Journal",
     "Method",
     "NonFiniteLossError",
+    "RankMismatchError",
     "StepReport",
     "ZOConfig",
     "ZOTrainer",
     "ZerothOrder",
-    "first_order",
-    "journal",
+    "baselines",
     "merge",
     "methods",
     "objectives",
     "offload",
-    "offloading",
     "replay",
     "schemes",
     "tasks",
@@ -56,9 +65,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"zotune.{name}")
+        return importlib.import_module(_MODULES[name])
     if name in _NAMES:
-        return getattr(importlib.import_module(f"zotune.{_NAMES[name]}"), name)
+        return getattr(importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'zotune' has no attribute {name!r}")
 
 

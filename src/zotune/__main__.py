@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from zotune.cli import main
+from zotune.cli.main import main
 
 sys.exit(main())

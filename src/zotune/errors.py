@@ -9,3 +9,7 @@ class NonFiniteLossError(RuntimeError):
 
 class WorkersDisagreeError(RuntimeError):
     """Workers of one run are not in the same state."""
+
+
+class NotStackable(Exception):
+    """Something cannot be evaluated at several points in one forward; the message says what."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zotune import plain_yaml
+from zotune.io import safe_yaml
 from zotune.io.suggest import did_you_mean
 
 #: What the runs of a grid may be limited by.
@@ -127,7 +127,7 @@ def load(path: str | Path) -> Grid:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: this is not a text file.") from error
-    content = plain_yaml.parse(text, path)
+    content = safe_yaml.parse(text, path)
     try:
         return parsed(content, title=path.stem)
     except ValueError as error:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zotune import bundled, catalogue, tasks
+from zotune import bundled, tasks
+from zotune.baselines import Baseline, catalog
 from zotune.bench.grid import Budget, Entry, Grid, MethodEntry
-from zotune.commands.models import plan_model
-from zotune.first_order import Baseline
 from zotune.methods import AUTO, Method
 from zotune.training import run_config
+from zotune.training.loading import plan_model
 from zotune.training.option_parser import option_words
 
 #: What `zotune bench` sets where the grid file says nothing: checkpoints now and then, one kept, ten evaluations.
@@ -89,7 +89,7 @@ def cells(grid: Grid) -> dict[Place, list[Cell]]:
         wanted = ((method.models, model), (method.tasks, task), (method.schemes, scheme))
         if any(only is not None and each.label not in only for only, each in wanted):
             continue
-        trains_nothing = catalogue.is_baseline(method.name) and _recipe(method, {}).kind != "backward"  # type: ignore[union-attr]
+        trains_nothing = catalog.is_baseline(method.name) and _recipe(method, {}).kind != "backward"  # type: ignore[union-attr]
         if trains_nothing and (scheme.name != "full" or scheme.options):
             continue  # the model as it is has one row, that of the full model
         found[place] = list(_cells_of(grid, place, model, task, scheme, method, trains_nothing))
@@ -202,10 +202,10 @@ def _steps(method: MethodEntry, budget: Budget, options: Mapping[str, Any]) -> i
 
 
 def _recipe(method: MethodEntry, options: Mapping[str, Any]) -> Method | Baseline:
-    known = catalogue.options_of(method.name)
+    known = catalog.options_of(method.name)
     given = {name: value for name, value in options.items() if name in known and value is not None}
     extra = options.get("method_args")
-    return catalogue.get(method.name, **{**given, **(extra if isinstance(extra, dict) else {})})
+    return catalog.get(method.name, **{**given, **(extra if isinstance(extra, dict) else {})})
 
 
 def _read(value: Any) -> Any:

@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zotune.bench.choosing import test_score
 from zotune.bench.plan import Run
+from zotune.bench.selection import test_score
 from zotune.io.sizes import size_text
 from zotune.io.text import duration_text, metric_text
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from zotune.bench import figures
-from zotune.bench.choosing import Finder, held_out
 from zotune.bench.document import Block, Figure, Heading, Paragraph, Table, markdown, page
 from zotune.bench.grid import Grid
 from zotune.bench.plan import Cell, Place, runs_of, spelled
 from zotune.bench.rows import Row, percent, rows_of, score_text
+from zotune.bench.selection import Finder, held_out
+from zotune.io.atomic import write_text
 from zotune.io.json_files import write_json
 from zotune.io.text import duration_text
-from zotune.whole_file import write_text
 
 FIGURES = "figures"
 

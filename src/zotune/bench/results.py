@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from zotune import checkpoint
 from zotune.bench.plan import Run
 from zotune.bench.worker import LOG_FILE
-from zotune.commands import run_folder
 from zotune.io.failures import FAILED
 from zotune.io.json_files import write_json
+from zotune.training import run_folder
+from zotune.training.checkpoint import contents
 
 RESULT_FILE = "result.json"
 #: A result that another attempt would only repeat.
@@ -42,7 +42,7 @@ class Results:
     def resumable(self, run: Run) -> bool:
         """Whether there is something that `zotune train --resume_from_checkpoint true` could go on from: a checkpoint, or a journal."""
         place = self.place(run)
-        something = checkpoint.checkpoints(place) or (place / run_folder.JOURNAL_FILE).is_file()
+        something = contents.checkpoints(place) or (place / run_folder.JOURNAL_FILE).is_file()
         return (place / run_folder.RUN_FILE).is_file() and bool(something)
 
     def ended(self, run: Run) -> bool:

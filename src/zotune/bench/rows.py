@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zotune import catalogue
-from zotune.bench.choosing import Finder, best_of, test_score
+from zotune.baselines import Baseline, catalog
 from zotune.bench.grid import Grid
 from zotune.bench.plan import Cell, Place, runs_of
 from zotune.bench.results import FINAL
-from zotune.first_order import Baseline
+from zotune.bench.selection import Finder, best_of, test_score
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Row:
     @property
     def _kind(self) -> str:
         name = str(self.cells[0].options["method"])
-        baseline = catalogue.get(name) if catalogue.is_baseline(name) else None
+        baseline = catalog.get(name) if catalog.is_baseline(name) else None
         return baseline.kind if isinstance(baseline, Baseline) else "zeroth order"
 
     def mean(self, *keys: str) -> float | None:

@@ -10,15 +10,15 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from zotune.bench.choosing import due, total
 from zotune.bench.grid import Grid
 from zotune.bench.plan import Cell, Place, Run, words
 from zotune.bench.progress import Progress
 from zotune.bench.results import FINAL, Results
+from zotune.bench.selection import due, total
 from zotune.bench.worker import Job, work
-from zotune.commands import run_folder
 from zotune.io.failures import WRONG
-from zotune.run_lock import locked
+from zotune.io.lock import locked
+from zotune.training import run_folder
 from zotune.training.observer import RunObserver
 
 _POLL_EVERY = 0.2  # seconds

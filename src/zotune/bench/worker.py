@@ -62,7 +62,7 @@ def work(job: Job) -> None:
 
 def run_words(words: Sequence[str], observer: Callable[[], RunObserver] = RunObserver) -> int:
     """Carries out the run that the words after `zotune train` describe, and returns its exit code; an error is one sentence on stderr."""
-    from zotune.memory.offloaded import needs_of
+    from zotune.memory.offload_needs import needs_of
     from zotune.training import run_config
     from zotune.training.quiet import quiet_environment, quiet_libraries
     from zotune.training.run import run

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zotune.coordinates import Coordinate, Offset
-from zotune.directions import Directions
 from zotune.forward.layers import LayerRule, rule_of
-from zotune.residence import is_sharded
+from zotune.forward.lazy_weight import Room, Unformed
+from zotune.rng.directions import Directions
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
-from zotune.unformed import Room, Unformed
+from zotune.subspaces.coordinate import Coordinate, Offset
+from zotune.weights.placement import is_sharded
 
 #: What makes the parameters of one owner, by their local names.
 Makers = dict[str, Callable[[], Tensor]]

@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from zotune.coordinates import Offset
+from zotune.forward.low_rank_hook import SidePath
 from zotune.forward.overrides import LentParameters
 from zotune.io.memory_tags import tagged
-from zotune.side_path import SidePath
+from zotune.subspaces.coordinate import Offset
 
 #: ``evaluate(offset, hooks, only)``: the losses at θ + offset (None: at θ) and the tables that were read, with hooks or the general way.
 Evaluate = Callable[[Offset | None, bool, Collection[str] | None], tuple[Tensor, list[LentParameters]]]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from zotune.coordinates import Coordinate
 from zotune.forward.layers import rule_of
 from zotune.subspaces import LowRankCoordinate
+from zotune.subspaces.coordinate import Coordinate
 
 #: Projections of one attention or gated layer, and no list of layers that have nothing else in common.
 MOST_SIBLINGS = 4

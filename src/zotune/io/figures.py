@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from zotune.whole_file import whole_file
+from zotune.io.atomic import whole_file
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zotune.whole_file import write_text
+from zotune.io.atomic import write_text
 
 
 def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any]) -> None:

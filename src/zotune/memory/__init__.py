@@ -5,9 +5,9 @@
 - both give a :class:`Split`: bytes at the peak by :data:`KINDS`, from the same :class:`Ledger` of tensors.
 """
 
+from zotune.memory.estimate import estimate, measure
 from zotune.memory.ledger import KINDS, Ledger, Split
-from zotune.memory.models import build, config_of, shipped
-from zotune.memory.step import estimate, measure
+from zotune.memory.shapes import build, config_of, shipped
 from zotune.memory.workload import Workload
 
 __all__ = ["KINDS", "Ledger", "Split", "Workload", "build", "config_of", "estimate", "measure", "shipped"]

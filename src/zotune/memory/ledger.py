@@ -22,9 +22,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from zotune.first_order import FirstOrder
+from zotune.baselines import FirstOrder
 from zotune.io.memory_tags import listening, pop, push, tags
-from zotune.optimizer import ZerothOrder
+from zotune.optim.optimizer import ZerothOrder
 from zotune.weights.structure import output_embeddings
 
 #: What memory is for, in the order of tables and charts.

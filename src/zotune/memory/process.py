@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from zotune.memory.step import measure
+from zotune.memory.estimate import measure
 from zotune.memory.workload import Workload
 from zotune.training.peak_memory import PeakMemory
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import catalogue, schemes
-from zotune.first_order import Baseline
-from zotune.memory.models import build, config_from
+from zotune.baselines import Baseline, catalog
+from zotune.memory.shapes import build, config_from
 from zotune.methods import Method
-from zotune.schemes import Scheme
 from zotune.subspaces import Guided
 from zotune.tasks.preparation import is_encoder
+from zotune.training import schemes
+from zotune.training.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Workload:
 
     Args:
         config: of the model, from :func:`zotune.memory.config_of`.
-        method: from :func:`zotune.catalogue.get`; ``"zero-shot"`` evaluates and trains nothing.
+        method: from :func:`zotune.baselines.catalog.get`; ``"zero-shot"`` evaluates and trains nothing.
         scheme: which parameters move.
         batch_size: examples a step, B.
         sequence_length: tokens an example, T.
@@ -69,7 +69,7 @@ class Workload:
         method = content["method"]
         return cls(
             config=config_from(content["config"], "the workload"),
-            method=catalogue.get(method["name"], **method["options"]),
+            method=catalog.get(method["name"], **method["options"]),
             scheme=Scheme(**content["scheme"]),
             dtype=getattr(torch, content["dtype"]),
             **{name: content[name] for name in _PLAIN_FIELDS},

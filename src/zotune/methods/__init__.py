@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from zotune.methods.adaptive import meazo, r_adazo, zo_adamw, zo_rmsprop
-from zotune.methods.blockwise import zo_block, zo_block_jacobi
-from zotune.methods.forward_grad import forward_grad
-from zotune.methods.hizoo import hizoo, hizoo_l
-from zotune.methods.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
-from zotune.methods.lozo import agzo, lozo, lozo_e, lozo_g, lozo_m
 from zotune.methods.method import AUTO, Method
-from zotune.methods.mezo import mezo, mezo_adam, mezo_momentum
-from zotune.methods.populations import es, es_ranks, fzoo
-from zotune.methods.projected import subzero, tezo, zo_muon
+from zotune.methods.recipes.adaptive import meazo, r_adazo, zo_adamw, zo_rmsprop
+from zotune.methods.recipes.blockwise import zo_block, zo_block_jacobi
+from zotune.methods.recipes.evolution import es, es_ranks, fzoo
+from zotune.methods.recipes.forward_grad import forward_grad
+from zotune.methods.recipes.hizoo import hizoo, hizoo_l
+from zotune.methods.recipes.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
+from zotune.methods.recipes.lozo import agzo, lozo, lozo_e, lozo_g, lozo_m
+from zotune.methods.recipes.mezo import mezo, mezo_adam, mezo_momentum
+from zotune.methods.recipes.projected import subzero, tezo, zo_muon
+from zotune.methods.recipes.replayed import replayed_adam, replayed_momentum
+from zotune.methods.recipes.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
+from zotune.methods.recipes.sparse import sensitive_mezo, sparse_mezo, zo_sparse
+from zotune.methods.recipes.svrg import mezo_svrg
 from zotune.methods.registry import Recipe, get, names, options_of, recipe, register
-from zotune.methods.replayed import replayed_adam, replayed_momentum
-from zotune.methods.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
-from zotune.methods.sparse import sensitive_mezo, sparse_mezo, zo_sparse
-from zotune.methods.svrg import mezo_svrg
 
 options = options_of
 

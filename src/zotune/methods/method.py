@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from zotune import chosen
-from zotune.anchoring import Anchoring
-from zotune.estimators import ESTIMATORS
-from zotune.replayed import Replayed
-from zotune.rules import Rule
-from zotune.shaping import FITNESS, ByDeviation, Shaping
+from zotune.methods.coefficients import FITNESS, ByDeviation, Shaping
+from zotune.methods.estimators import ESTIMATORS
+from zotune.methods.history import Replayed
+from zotune.methods.rules import Rule
+from zotune.methods.svrg import Anchoring
+from zotune.rng import sparse_directions
 from zotune.subspaces import Curved, Full, Guided, Subspace
 
 #: For a learning rate or ε that is measured instead of given.
@@ -96,7 +96,7 @@ class Method:
             )
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
-        chosen.directions(self.direction, {})
+        sparse_directions.directions(self.direction, {})
         Rule(self.update_rule, self.update_rule_args)
         self._check_together()
 

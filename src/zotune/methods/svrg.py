@@ -1,20 +1,44 @@
-"""MeZO-SVRG: variance reduction by a snapshot of the weights."""
+"""The periods of a method with an anchor (see ``anchored``)."""
 
 from __future__ import annotations
 
-from zotune.anchoring import Anchoring
-from zotune.methods.registry import Fields, register
+from dataclasses import dataclass
 
 
-@register(title="MeZO-SVRG", arxiv="2404.08080")
-def mezo_svrg(*, anchor_batches: int = 8, interval: int = 8, anchor_ratio: float = 1000.0) -> Fields:
-    """MeZO-SVRG: the noise of a batch is reduced by evaluating it at a snapshot of the weights too (2404.08080).
+@dataclass(frozen=True)
+class Anchoring:
+    """The periods.
 
-    every period:   θ̄ ← θ,   g ← ĝ(θ̄) over M batches along one direction,   θ ← θ − η₁ g
-    then ν times:   θ ← θ − η₂ (ĝ_B(θ) − ĝ_B(θ̄) + g),   the first two along the same direction
+    Args:
+        batches: batches that g is estimated from.
+        interval: variance-reduced steps until the next anchor.
+        ratio: rate of the move by g over that of the others (η₁ / η₂ in the paper).
 
-    η₂ is ``lr``, η₁ = ``anchor_ratio`` · lr, ν = ``interval``. M = ``anchor_batches`` steps, of which only the last updates the weights.
-    State: θ̄, one float32 element per weight; g is drawn again from its key and coefficients, where the published code stores a copy.
-    Departs from the paper, which takes all training data for g at once: here it comes from M batches of the stream.
+    Raises:
+        ValueError: a number makes no sense.
     """
-    return {"anchoring": Anchoring(anchor_batches, interval, anchor_ratio), "update_rule_state": 1}
+
+    batches: int
+    interval: int
+    ratio: float
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "interval"):
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < 1:
+                label = "anchor_batches" if name == "batches" else name
+                raise ValueError(f"{label} must be a whole number of at least 1, not {number!r}.")
+        if not self.ratio > 0:
+            raise ValueError(f"anchor_ratio must be above 0, not {self.ratio!r}.")
+
+    def place(self, step: int) -> int:
+        """Of a step in its period, from 0."""
+        return step % (self.batches + self.interval)
+
+    def anchors(self, step: int) -> bool:
+        """Whether a step looks at the anchor."""
+        return self.place(step) < self.batches
+
+    def key_step(self, step: int) -> int:
+        """The step whose directions a step looks along: all of an anchor's along those of the first."""
+        return step - self.place(step) if self.anchors(step) else step

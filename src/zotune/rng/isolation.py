@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from zotune.directions import Key, generator_seed
 from zotune.io.execution import current
+from zotune.rng.directions import Key, generator_seed
 
 
 @contextmanager

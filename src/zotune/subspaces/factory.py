@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from zotune.coordinates import Coordinate
-from zotune.residence import is_sharded
+from zotune.subspaces.base import Space
+from zotune.subspaces.coordinate import Coordinate
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.sharded import ShardedCoordinate
-from zotune.subspaces.subspace import Space
+from zotune.weights.placement import is_sharded
 
 
 @dataclass(frozen=True)

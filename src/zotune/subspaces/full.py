@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune import frozen_linear, residence
-from zotune.coordinates import THIN, Coordinate, Offset
-from zotune.directions import Directions, Key, for_blocks
 from zotune.io.execution import walked
 from zotune.io.memory_tags import tagged
 from zotune.kernels import moves_for, products_for
-from zotune.precision import HALF, join, split_into, stochastic_round
+from zotune.rng.directions import Directions, Key, for_blocks
+from zotune.subspaces.coordinate import THIN, Coordinate, Offset
+from zotune.weights import placement, quantized_linear
+from zotune.weights.precision import HALF, join, split_into, stochastic_round
 
 
 class FullCoordinate(Coordinate):
@@ -32,7 +32,7 @@ class FullCoordinate(Coordinate):
         self.residual: Tensor | None = None
         if self.half and keep_residual:
             self.residual = torch.zeros(self.numel, dtype=torch.int16, device=parameter.device)
-            away = residence.home(parameter)
+            away = placement.home(parameter)
             if away is not None:
                 away.take_along(self.residual)
 
@@ -256,14 +256,14 @@ class FullCoordinate(Coordinate):
 
         Where W is away, when it comes back: the factors are kept as they are now.
         """
-        layer = frozen_linear.owner_of(self.parameter)
+        layer = quantized_linear.owner_of(self.parameter)
         if layer is not None:
             layer.add(left, right, keep)
             return
-        if residence.home(self.parameter) is not None:
+        if placement.home(self.parameter) is not None:
             left, right = left.clone(), right.clone()
         work = partial(self._add_product, left, right, seed, step, keep)
-        residence.when_at_hand(self.parameter, work, held=4 * (left.numel() + right.numel()))
+        placement.when_at_hand(self.parameter, work, held=4 * (left.numel() + right.numel()))
 
     @tagged("directions")
     def _add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float) -> None:
@@ -323,7 +323,7 @@ class FullCoordinate(Coordinate):
 
     @property
     def own_store(self) -> Tensor | None:
-        return self.residual if residence.home(self.parameter) is None else None
+        return self.residual if placement.home(self.parameter) is None else None
 
     def rehouse(self, memory: Tensor) -> None:
         self.residual = memory
@@ -334,7 +334,7 @@ class FullCoordinate(Coordinate):
 
     def reset(self) -> None:
         if self.residual is not None:
-            residence.when_at_hand(self.parameter, self.residual.zero_)
+            placement.when_at_hand(self.parameter, self.residual.zero_)
 
     def kept(self) -> list[Tensor]:
         return [] if self.residual is None else [self.residual]
@@ -345,13 +345,13 @@ class FullCoordinate(Coordinate):
 
     @tagged("directions")
     def state(self) -> dict[str, Tensor]:
-        return {} if self.residual is None else {"residual": alone(residence.lasting(self.residual))}
+        return {} if self.residual is None else {"residual": alone(placement.lasting(self.residual))}
 
     @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         if self.residual is not None:
             residual, saved = self.residual, state["residual"]
-            residence.when_at_hand(self.parameter, lambda: residual.copy_(saved.to(self.device)), held=2 * self.numel)
+            placement.when_at_hand(self.parameter, lambda: residual.copy_(saved.to(self.device)), held=2 * self.numel)
 
 
 def alone(tensor: Tensor) -> Tensor:

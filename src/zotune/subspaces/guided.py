@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from zotune.coordinates import Carry, Coordinate
-from zotune.directions import Directions
 from zotune.io.memory_tags import tagged
-from zotune.subspaces.guide import Rows, guide
-from zotune.subspaces.inputs import InputsCoordinate, given
+from zotune.rng.directions import Directions
+from zotune.subspaces.activation import InputsCoordinate, given
+from zotune.subspaces.coordinate import Carry, Coordinate
+from zotune.subspaces.guided_projection import Rows, guide
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 from zotune.weights.layouts import is_outputs_first, residual_width
 from zotune.weights.structure import head_of, trained_layers

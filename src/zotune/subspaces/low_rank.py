@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zotune import frozen_linear, residence
-from zotune.coordinates import Carry, Coordinate, Offset
-from zotune.directions import Directions, Key
 from zotune.io.memory_tags import tagged
+from zotune.rng.directions import Directions, Key
+from zotune.subspaces.base import Space
+from zotune.subspaces.coordinate import Carry, Coordinate, Offset
 from zotune.subspaces.factory import full_coordinate
 from zotune.subspaces.full import alone
-from zotune.subspaces.subspace import Space
+from zotune.weights import placement, quantized_linear
 
 
 class LowRankCoordinate(Coordinate):
@@ -229,11 +229,11 @@ class LowRankCoordinate(Coordinate):
     def merged(self) -> Tensor:
         """What :meth:`fold` would make of W, as a copy; the same tensor for every owner of a shared weight."""
         if not self.pending and self.keep == 1.0:
-            return residence.lasting(self.parameter)
+            return placement.lasting(self.parameter)
         merged = None if self._merged is None else self._merged()
         if merged is not None:
             return merged
-        with residence.at_hand(self.parameter):
+        with placement.at_hand(self.parameter):
             merged = self.parameter.detach().clone()
         copy = full_coordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
         copy.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
@@ -250,21 +250,21 @@ class LowRankCoordinate(Coordinate):
 
     @tagged("directions")
     def state(self) -> dict[str, Tensor]:
-        layer = frozen_linear.owner_of(self.parameter)
+        layer = quantized_linear.owner_of(self.parameter)
         stored = {} if layer is None else {"left": layer.left, "right": layer.right, "factor": layer.factor}
         if not self.pending and self.keep == 1.0:
             return self._weight.state() | stored
         # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
         return {
             "a": alone(self.core),
-            **({"base": residence.lasting(self.parameter)} if layer is None else stored),
+            **({"base": placement.lasting(self.parameter)} if layer is None else stored),
             "keep": torch.tensor(self.keep, dtype=torch.float64),
             "clock": torch.tensor(self.clock[1]),
         }
 
     def _restore(self, base: Tensor) -> None:
         work = lambda: self.parameter.data.copy_(base.to(self.device))  # noqa: E731
-        residence.when_at_hand(self.parameter, work, held=base.numel() * base.element_size())
+        placement.when_at_hand(self.parameter, work, held=base.numel() * base.element_size())
 
     @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
@@ -273,7 +273,7 @@ class LowRankCoordinate(Coordinate):
             self.redraw(seed, self._redraws(step - 1))
         if "residual" in state:
             self._weight.load_state(state, seed, step)
-        layer = frozen_linear.owner_of(self.parameter)
+        layer = quantized_linear.owner_of(self.parameter)
         if layer is not None:
             layer.left, layer.right, layer.factor = (state[name].to(self.device, copy=True) for name in ("left", "right", "factor"))
         if "a" in state:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zotune.coordinates import Carry
 from zotune.io.memory_tags import tagged
+from zotune.subspaces.coordinate import Carry
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 
 

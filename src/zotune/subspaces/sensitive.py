@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.coordinates import Coordinate, Offset
-from zotune.directions import Directions, Key, block_size
 from zotune.io.memory_tags import tagged
-from zotune.precision import HALF, join, split_into
+from zotune.rng.directions import Directions, Key, block_size
+from zotune.subspaces.base import Space
+from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.full import FullCoordinate
-from zotune.subspaces.subspace import Space
+from zotune.weights.precision import HALF, join, split_into
 
 #: ε of the differences.
 EPS = 1e-3

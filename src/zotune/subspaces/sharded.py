@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.coordinates import Offset
-from zotune.directions import Directions, Key, for_blocks
 from zotune.io.memory_tags import tagged
-from zotune.precision import stochastic_round
+from zotune.rng.directions import Directions, Key, for_blocks
+from zotune.subspaces.coordinate import Offset
 from zotune.subspaces.full import FullCoordinate
+from zotune.weights.precision import stochastic_round
 
 
 class ShardedCoordinate(FullCoordinate):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zotune.coordinates import Coordinate
-from zotune.directions import Key, for_blocks, uniform_integers
 from zotune.io.memory_tags import tagged
+from zotune.rng.directions import Key, for_blocks, uniform_integers
+from zotune.subspaces.base import Space
+from zotune.subspaces.coordinate import Coordinate
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.low_rank import at_least_one
-from zotune.subspaces.shaped import Factors, ShapedCoordinate
-from zotune.subspaces.subspace import Space
+from zotune.subspaces.scaled_directions import Factors, ShapedCoordinate
 
 #: What chooses the numbers that move.
 CHOICES = ("uniform", "magnitude", "small")

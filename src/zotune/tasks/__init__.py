@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from zotune.tasks.demonstrations import demonstrated
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
+from zotune.tasks.loader import load, names
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.sources import Rows, load_rows, read_jsonl
 from zotune.tasks.task import Task
-from zotune.tasks.task_file import load, names
 
 if TYPE_CHECKING:
     from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator

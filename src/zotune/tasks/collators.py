@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.objectives import IGNORE
+from zotune.objectives.losses import IGNORE
 
 Example = Mapping[str, Any]
 
@@ -54,7 +54,7 @@ class ChoicesCollator:
     - Every option of the batch a single token and as many options in each example: input_ids (B, T), attention_mask
       (B, T), positions (B, 1), option_ids (B, C).
     - One row an example, the prompt once and the options behind it, where that is less work than the next: what
-      :func:`zotune.shared_prompts.option_logprobs` takes, and option_mask (B, C).
+      :func:`zotune.objectives.packed_choices.option_logprobs` takes, and option_mask (B, C).
     - One row an option: input_ids (B, C, T), attention_mask (B, C, T), positions (B, C, S), targets (B, C, S),
       option_mask (B, C).
 
@@ -173,7 +173,7 @@ class ChoicesCollator:
 
 @dataclass(frozen=True)
 class GenerationCollator:
-    """Batches for ``LanguageModelLoss`` on the right answers and for :func:`zotune.generation.greedy`.
+    """Batches for ``LanguageModelLoss`` on the right answers and for :func:`zotune.training.generation.greedy`.
 
     To those of :class:`LanguageModelCollator` it adds prompt_ids (B, P) and prompt_mask (B, P), padded on the left, max_new_tokens (B,),
     stop_ids (B, E), pad_id (B,) and reference (B,), each example's number among the right answers' texts.

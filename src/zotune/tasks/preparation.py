@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zotune.tasks import task_file
+from zotune.tasks import loader
 from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator
 from zotune.tasks.demonstrations import demonstrated
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
@@ -100,7 +100,7 @@ def prepare(
         if value is not None and value < (0 if name == "num_dev" else 1):
             raise ValueError(f"{name}={value} must be positive; leave it out to use every row.")
     if isinstance(task, (str, Path)):
-        task = task_file.load(task, template=template, options=options)
+        task = loader.load(task, template=template, options=options)
     elif template is not None or options is not None:
         raise ValueError("template and options need the name or path of a task: pass --task.")
     train_objective, eval_objective = _objectives(objective, task, model_config)

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import EvalPrediction
 
-from zotune import linear_probe
-from zotune.commands.run_folder import PROBE_FILE
-from zotune.first_order import Baseline
+from zotune.baselines import Baseline, linear_probe
+from zotune.io.atomic import whole_file
 from zotune.tasks import LanguageModelCollator, PreparedData
-from zotune.whole_file import whole_file
+from zotune.training.run_folder import PROBE_FILE
 
 if TYPE_CHECKING:
-    from zotune.trainer import ZOTrainer
+    from zotune.training.trainer import ZOTrainer
 
 #: As in MeZO's comparison (2305.17333).
 DEMONSTRATIONS = 32

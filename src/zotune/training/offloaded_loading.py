@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.offloading.blocks import NotOffloadable, moving_of
-from zotune.offloading.cap import Needs
-from zotune.offloading.loading import arranged, check_options, form_of, parts_away
-from zotune.offloading.stores import DiskStore, Place
-from zotune.offloading.stream import Stream, stream_of
+from zotune.weights.offload.blocks import NotOffloadable, moving_of
+from zotune.weights.offload.budget import Needs
+from zotune.weights.offload.loading import arranged, check_options, form_of, parts_away
+from zotune.weights.offload.stores import DiskStore, Place
+from zotune.weights.offload.stream import Stream, stream_of
 
 
 def load(

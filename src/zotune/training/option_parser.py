@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from zotune import plain_yaml
+from zotune.io import safe_yaml
 from zotune.io.suggest import did_you_mean
 
 
@@ -86,7 +86,7 @@ class OptionParser(HfArgumentParser):
             text = Path(path).expanduser().read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: this is not a text file.") from error
-        content = plain_yaml.parse(text, path)
+        content = safe_yaml.parse(text, path)
         if content is None:
             return []
         if not isinstance(content, dict):

@@ -12,26 +12,26 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
-from zotune import checkpoint, offloading
-from zotune.commands import run_folder
-from zotune.commands.arguments import ModelArguments
-from zotune.commands.models import ModelPlan, load_model, load_tokenizer, plan_model
-from zotune.commands.stopping import StepClock, StopOnSignal
-from zotune.config import ZOConfig
-from zotune.distributed import Workers, restarted
-from zotune.first_order import Baseline
+from zotune.baselines import Baseline
+from zotune.io.lock import locked
 from zotune.methods import Method
-from zotune.offloading.cap import Needs
-from zotune.run_lock import locked
-from zotune.schemes import Scheme
+from zotune.optim.distributed import Workers, restarted
 from zotune.tasks import PreparedData, prepare
-from zotune.trainer import ZOTrainer
-from zotune.training import baseline_runs
+from zotune.training import baseline_runs, run_folder
+from zotune.training.arguments import ModelArguments
+from zotune.training.callbacks import StepClock, StopOnSignal
+from zotune.training.checkpoint import contents
+from zotune.training.config import ZOConfig
+from zotune.training.loading import ModelPlan, load_model, load_tokenizer, plan_model
 from zotune.training.observer import RunObserver, RunStart
 from zotune.training.peak_memory import PeakMemory
 from zotune.training.run_checks import check_request, under_scheme
 from zotune.training.run_config import RunConfig
 from zotune.training.run_record import RunRecord, dtype_of
+from zotune.training.schemes import Scheme
+from zotune.training.trainer import ZOTrainer
+from zotune.weights import offload
+from zotune.weights.offload.budget import Needs
 
 #: Predicts what computing takes of `--max_memory`; None without that option.
 NeedsPredictor = Callable[[ModelArguments, ModelPlan, ZOConfig, PreparedData, Method | Baseline, Scheme], Needs | None]
@@ -68,7 +68,7 @@ def run(config: RunConfig, observer: RunObserver | None = None, predict_needs: N
     Args:
         config: of the run.
         observer: receives its events; None: nobody does.
-        predict_needs: predicts what a step takes beside the weights under ``max_memory`` (:func:`zotune.memory.offloaded.needs_of`);
+        predict_needs: predicts what a step takes beside the weights under ``max_memory`` (:func:`zotune.memory.offload_needs.needs_of`);
             None: a fixed share of that memory is left to it.
 
     Raises:
@@ -238,7 +238,7 @@ class _Run:
         return summary
 
     def _begin(self, trainer: ZOTrainer, data: PreparedData, title: str, record: RunRecord) -> None:
-        model, stream = trainer.model, offloading.stream_of(trainer.model)
+        model, stream = trainer.model, offload.stream_of(trainer.model)
         sizes = {"to train on": len(data.train or [])}
         sizes |= {name: len(part) for name, part in (("held out", data.dev), ("to evaluate on", data.eval)) if part}
         self.observer.begin(
@@ -273,7 +273,7 @@ class _Run:
         return {name: float(last[f"eval_{name}"]) for name in dict.fromkeys(names) if f"eval_{name}" in last and name not in unwanted}
 
     def _how_to_go_on(self) -> str:
-        found = checkpoint.checkpoints(self.folder)
+        found = contents.checkpoints(self.folder)
         command = run_folder.resume_command(self.config.words)
         if not found:
             return f"Interrupted before the first checkpoint. Begin again with: {command}"

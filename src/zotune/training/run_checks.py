@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from zotune import schemes
-from zotune.first_order import Baseline
+from zotune.baselines import Baseline
 from zotune.methods import Method
-from zotune.offloading.refusing import refusal as not_offloaded
-from zotune.training import baseline_runs
+from zotune.training import baseline_runs, schemes
+from zotune.training.compatibility import refusal as not_offloaded
 from zotune.training.run_config import RunConfig
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zotune.commands.arguments import DataArguments, ModelArguments, OutputArguments
-from zotune.config import ZOConfig
 from zotune.methods import default
-from zotune.schemes import Scheme
+from zotune.training.arguments import DataArguments, ModelArguments, OutputArguments
+from zotune.training.config import ZOConfig
 from zotune.training.option_parser import OptionParser
+from zotune.training.schemes import Scheme
 
 #: Where a run's defaults are others than those of :class:`zotune.ZOConfig`.
 DEFAULTS = {

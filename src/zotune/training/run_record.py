@@ -13,17 +13,17 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from zotune import checkpoint
-from zotune.commands import run_folder
-from zotune.config import settings
-from zotune.first_order import Baseline, FirstOrder
+from zotune.baselines import Baseline, FirstOrder
+from zotune.io.atomic import whole_file
 from zotune.io.json_files import write_json
-from zotune.quantised import dequantise
 from zotune.tasks import PreparedData
-from zotune.trainer import ZOTrainer
+from zotune.training import run_folder
+from zotune.training.checkpoint import contents
+from zotune.training.config import settings
 from zotune.training.curve import curve_of, write_curve
 from zotune.training.run_config import RunConfig
-from zotune.whole_file import whole_file
+from zotune.training.trainer import ZOTrainer
+from zotune.weights.trainable_scales import dequantise
 
 Metrics = Mapping[str, float]
 
@@ -91,7 +91,7 @@ class RunRecord:
     def save_model(self) -> None:
         """Writes the trained model; the folder holds all of its files or none."""
         draft = self.folder / ".model.partial"
-        checkpoint.remove_drafts(self.folder)
+        contents.remove_drafts(self.folder)
         try:
             dequantise(self.trainer.model)  # ordinary weights, which transformers loads
             self.trainer.save_model(str(draft))
@@ -133,7 +133,7 @@ class RunRecord:
             "journal": str(self.folder / run_folder.JOURNAL_FILE),
             "curve": str(self.folder / run_folder.CURVE_FILE),
             "summary": str(self.folder / run_folder.SUMMARY_FILE),
-            "checkpoints": [str(path) for path in checkpoint.checkpoints(self.folder)],
+            "checkpoints": [str(path) for path in contents.checkpoints(self.folder)],
         }
         if isinstance(optimizer, FirstOrder):
             del files["journal"]

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from zotune.forward.batched import Stacked, beside, lending_of, low_rank_of, no_more, stored
 from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
 from zotune.io.memory_tags import tagged
-from zotune.stacked_parameters import Stacked, beside, lending_of, low_rank_of, no_more, stored
 from zotune.weights.layouts import Layout
 
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from zotune.errors import NotStackable
+from zotune.forward.batched import Stacked, by_block
 from zotune.forward.layers.rule import Example, Function, LayerRule, register
 from zotune.io.memory_tags import tagged
-from zotune.stacked_parameters import Stacked, by_block
-from zotune.stacking import NotStackable
 
 
 def _commuting(operation: Callable[[Tensor, Any], Tensor]) -> Callable[..., Tensor]:

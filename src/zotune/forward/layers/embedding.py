@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zotune import unformed
-from zotune.coordinates import Offset
+from zotune.forward import lazy_weight
+from zotune.forward.batched import Stacked, moving_factor, no_more
 from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
+from zotune.forward.lazy_weight import Unformed, rows_looked_up, whole
 from zotune.io.memory_tags import tagged
-from zotune.stacked_parameters import Stacked, moving_factor, no_more
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
-from zotune.unformed import Unformed, rows_looked_up, whole
+from zotune.subspaces.coordinate import Offset
 
 
 @tagged("activations")
@@ -105,7 +105,7 @@ class Embedding(LayerRule):
     def add_low_rank(self, left: Tensor, right: Tensor, x: Tensor, output: Tensor) -> Tensor:
         return add_product(output, F.embedding(x, left), right.T)
 
-    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, room: unformed.Room) -> bool:
+    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, room: lazy_weight.Room) -> bool:
         return True
 
     def is_lazy_low_rank(self, module: nn.Module, coordinate: LowRankCoordinate) -> bool:

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zotune import unformed
-from zotune.directions import Key
-from zotune.formed import Formed, formed, forms, may_form
+from zotune.forward import lazy_weight
+from zotune.forward.batched import Stacked, beside, lending_of, low_rank_of, moving_factor, no_more, stored
 from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
-from zotune.frozen_linear import FrozenLinear, owner_of
+from zotune.forward.lazy_weight import Unformed, in_strips, whole
+from zotune.forward.materialized import Formed, formed, forms, may_form
 from zotune.io.memory_tags import tagged
-from zotune.stacked_parameters import Stacked, beside, lending_of, low_rank_of, moving_factor, no_more, stored
+from zotune.rng.directions import Key
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
-from zotune.unformed import Unformed, in_strips, whole
 from zotune.weights.layouts import Layout
+from zotune.weights.quantized_linear import FrozenLinear, owner_of
 
 #: Most blocks of one forward that a layer forms weights for.
 FORMED = 8
@@ -80,7 +80,7 @@ def _batched_dense(x: Tensor, weight: Stacked, bias: Tensor | None) -> Tensor:
     (height, columns), stack = coordinate.shape, lending.stack
     rows = x.reshape(lending.blocks, -1, columns)
     out = x.new_empty(lending.blocks, rows.shape[1], height)
-    strip = max(1, unformed.STRIP // columns) if coordinate.numel > unformed.LARGE and x.device.type == "cpu" else height
+    strip = max(1, lazy_weight.STRIP // columns) if coordinate.numel > lazy_weight.LARGE and x.device.type == "cpu" else height
     for group, (direction, scales) in enumerate(zip(stack.directions, stack.scales, strict=True)):
         blocks = range(group * len(scales), (group + 1) * len(scales))
         if lending.hold:
@@ -153,7 +153,7 @@ def lazy_linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     rows, columns = weight.shape
     x = input.reshape(-1, columns)
     out = x.new_empty(x.shape[0], rows)
-    few = unformed.STRIP if isinstance(coordinate, FullCoordinate) else unformed.BESIDE[weight.device.type == "cpu"]
+    few = lazy_weight.STRIP if isinstance(coordinate, FullCoordinate) else lazy_weight.BESIDE[weight.device.type == "cpu"]
     for strip, part in coordinate.strips_at(weight.directions, weight.offset, max(1, few // columns)):
         torch.mm(x, part.T, out=out[:, strip])
     if bias is not None:
@@ -177,11 +177,11 @@ class Linear(LayerRule):
     def add_low_rank(self, left: Tensor, right: Tensor, x: Tensor, output: Tensor) -> Tensor:
         return add_product(output, x @ right.to(x.dtype), left.T)
 
-    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, room: unformed.Room) -> bool:
+    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, room: lazy_weight.Room) -> bool:
         return in_strips(coordinate) or room.takes(coordinate)
 
     def is_lazy_low_rank(self, module: nn.Module, coordinate: LowRankCoordinate) -> bool:
-        return coordinate.parameter.numel() > unformed.BESIDE[coordinate.device.type == "cpu"] and self.has_hook(module)
+        return coordinate.parameter.numel() > lazy_weight.BESIDE[coordinate.device.type == "cpu"] and self.has_hook(module)
 
     def materializes(self, module: nn.Module, coordinate: LowRankCoordinate) -> bool:
         return self.has_hook(module) and may_form(coordinate)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zotune.forward.batched import Stacked, by_block, lending_of, no_more
 from zotune.forward.layers.rule import Example, Function, LayerRule, register
 from zotune.io.memory_tags import tagged
 from zotune.kernels import norms_for
-from zotune.stacked_parameters import Stacked, by_block, lending_of, no_more
 
 
 def affine(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from zotune.forward.layers.rule import Example, LayerRule, add_product, register
-from zotune.frozen_linear import FrozenLinear, freeze
 from zotune.subspaces import LowRankCoordinate
+from zotune.weights.quantized_linear import FrozenLinear, freeze
 
 
 class QuantizedLinear(LayerRule):

@@ -22,7 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zotune import formed, stacked_parameters, unformed
+from zotune.forward import batched as stacked_parameters
+from zotune.forward import lazy_weight
+from zotune.forward import materialized as formed
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.weights.layouts import Layout, register_layout
 
@@ -74,7 +76,7 @@ class LayerRule:
         """
         raise NotImplementedError(f"{type(self).__name__} has no low-rank hook")
 
-    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, room: unformed.Room) -> bool:
+    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, room: lazy_weight.Room) -> bool:
         """Whether ``module`` is lent a lazy weight for a matrix in full space that is not thin."""
         return False
 
@@ -120,7 +122,7 @@ def register(rule: LayerRule) -> None:
     """
     tables: tuple[tuple[dict[Any, Function], Mapping[Any, Function]], ...] = (
         (stacked_parameters.FUNCTIONS, rule.batched),
-        (unformed.FUNCTIONS, rule.lazy),
+        (lazy_weight.FUNCTIONS, rule.lazy),
         (formed.FUNCTIONS, rule.materialized),
     )
     for table, functions in tables:

@@ -1,0 +1,92 @@
+"""A run on the console: what it is, its progress, its evaluations, and the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from zotune.cli.progress import RunProgress
+from zotune.cli.table import facts_table
+from zotune.io.sizes import size_text
+from zotune.io.text import duration_text, metric_text
+from zotune.training.observer import RunObserver, RunStart
+from zotune.training.run import RunResult
+
+
+def new_console() -> Console:
+    """Standard output; wide enough for a path where there is no terminal to ask."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+class ConsoleObserver(RunObserver):
+    """Prints a run.
+
+    Args:
+        console: where to; None: standard output.
+        table: whether the run ends with a table of its figures.
+    """
+
+    def __init__(self, console: Console | None = None, *, table: bool = True):
+        self.console, self.table = console or new_console(), table
+        self.progress: RunProgress | None = None
+
+    def begin(self, start: RunStart) -> None:
+        self.console.print(
+            f"{start.method}: {start.model}, {start.trainable / 1e6:.3g} M of {start.parameters / 1e6:.3g} M parameters are trained, "
+            f"{start.dtype} on {start.device}",
+            highlight=False,
+        )
+        sizes = ", ".join(f"{count} {part}" for part, count in start.sizes.items())
+        self.console.print(f"{start.data}: {sizes}", highlight=False)
+        if start.offload is not None:
+            self.console.print(start.offload, highlight=False)
+
+    def evaluated(self, when: str, metric: str, value: float) -> None:
+        self.console.print(f"{when}: {metric} {metric_text(metric, value)}")
+
+    def callbacks(self, metric: str, first: float | None) -> Sequence[TrainerCallback]:
+        self.progress = RunProgress(self.console, metric, first)
+        return (self.progress,)
+
+    def stopped(self) -> None:
+        if self.progress is not None:
+            self.progress.close()
+
+    def finished(self, result: RunResult) -> None:
+        if self.table:
+            self.console.print(closing_table(result.summary))
+
+
+def closing_table(summary: Mapping[str, Any]) -> Any:
+    """The closing table of a run."""
+    metric = summary["metric"]
+    rows = []
+    if summary["before"] and summary["after"]:
+        change = f"{metric_text(metric, summary['before'][metric])} → {metric_text(metric, summary['after'][metric])}"
+        rows.append((metric, change))
+    elif summary["after"]:
+        rows.append((metric, metric_text(metric, summary["after"][metric])))
+    loss, memory = summary["loss"], summary["memory"]
+    if loss["last"] is not None:  # a run shorter than --logging_steps logs none
+        change = " → ".join(metric_text("loss", value) for value in dict.fromkeys((loss["first"], loss["last"])) if value is not None)
+        rows.append(("training loss", change))
+    if summary["steps"]:
+        rows.append(("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {_rate_text(summary)}"))
+    rows += [
+        ("forward passes", f"{summary['forward_passes']} ({summary['sequences_evaluated']} sequences)"),
+        ("time", f"{duration_text(summary['training_seconds'])} of training"),
+        ("peak memory", f"{size_text(memory['training'])} ({memory['of']}; {size_text(memory['loaded'])} before the first forward)"),
+    ]
+    rows += [(name, summary["files"][name]) for name in ("model", "journal", "curve", "summary") if name in summary["files"]]
+    return facts_table(rows, f"{summary['method']} on {summary['data']}")
+
+
+def _rate_text(summary: Mapping[str, Any]) -> str:
+    rate, first = summary["learning_rate"], summary["first_learning_rate"]
+    if not isinstance(rate, str):
+        return f"{rate:g}"
+    return rate if first is None else f"{rate} ({first:.2g} at the first log entry)"

@@ -1,0 +1,145 @@
+"""`zotune eval`: a model on a task, by the log-likelihood of the answer options, or on one's own text, by loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from zotune.cli.console import new_console
+from zotune.cli.parser import help_page
+from zotune.cli.table import facts_table
+from zotune.io.json_files import write_json
+from zotune.io.sizes import size_text
+from zotune.io.text import duration_text, metric_text
+from zotune.memory.offload_needs import needs_of
+from zotune.tasks import prepare
+from zotune.training import run as training
+from zotune.training import run_folder
+from zotune.training.arguments import EvalDataArguments, ModelArguments
+from zotune.training.config import ZOConfig
+from zotune.training.loading import load_model, load_tokenizer, plan_model
+from zotune.training.option_parser import OptionParser
+from zotune.training.peak_memory import PeakMemory
+from zotune.training.quiet import quiet_libraries
+from zotune.training.schemes import Scheme
+from zotune.training.trainer import ZOTrainer
+
+USAGE = "zotune eval --model_name_or_path MODEL --task TASK [--data_dir DIR] [options]"
+ABOUT = (
+    "Evaluates a model: option log-likelihood on a task, the class scores of an encoder, or the loss on your own text. For the "
+    "folder of a `zotune train` run, the run's own data options are the defaults."
+)
+
+
+@dataclasses.dataclass
+class EvaluationArguments:
+    """How to evaluate, and where the result goes."""
+
+    per_device_eval_batch_size: int = dataclasses.field(default=16, metadata={"help": "examples a batch"})
+    seed: int = dataclasses.field(default=42, metadata={"help": "of the subset that --num_eval draws"})
+    use_cpu: bool = dataclasses.field(default=False, metadata={"help": "stay on the CPU where there is a GPU"})
+    output_file: str | None = dataclasses.field(
+        default=None, metadata={"help": "write the result there as JSON; - prints JSON in place of the table"}
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `zotune eval`."""
+    quiet_libraries()
+    parser = OptionParser((ModelArguments, EvalDataArguments, EvaluationArguments), "zotune eval")
+    if {"-h", "--help", "--help-all"} & set(argv):
+        model_options = dict.fromkeys((field.name for field in dataclasses.fields(ModelArguments)), "")
+        data_options = dict.fromkeys((field.name for field in dataclasses.fields(EvalDataArguments)), "")
+        how = dict.fromkeys((field.name for field in dataclasses.fields(EvaluationArguments)), "")
+        print(help_page(parser, USAGE, ABOUT, {"model": model_options, "data": data_options, "evaluation": how | {"config": ""}}))
+        return 0
+    (model, data, how), _ = parser.parse(argv, _data_of_the_run)
+    result = evaluate(model, data, how)
+    if how.output_file == "-":
+        print(json.dumps(result, indent=2))
+        return 0
+    if how.output_file is not None:
+        write_json(Path(how.output_file).expanduser(), result)
+    rows = [(name, metric_text(name, value)) for name, value in result["metrics"].items()]
+    rows += [
+        ("examples", str(result["examples"])),
+        ("time", duration_text(result["seconds"])),
+        ("peak memory", f"{size_text(result['peak_memory_bytes'])} ({result['peak_memory_of']})"),
+    ]
+    new_console().print(facts_table(rows, f"{result['model']} on {result['data']}"))
+    return 0
+
+
+def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArguments) -> dict[str, Any]:
+    """The result of `zotune eval`: metrics, examples, seconds, peak memory and what they are of.
+
+    Raises:
+        ValueError, FileNotFoundError: a wrong request.
+    """
+    if data.task is None and data.eval_file is None:
+        raise ValueError("nothing to evaluate on: pass --task (list them with `zotune tasks`) or --eval_file.")
+    plan = plan_model(model, "zotune eval")
+    tokenizer = load_tokenizer(plan, model)
+    prepared = prepare(tokenizer, plan.config, seed=how.seed, parts=("eval",), **dataclasses.asdict(data))
+    assert prepared.eval is not None, "prepare loads what is asked for"
+    with tempfile.TemporaryDirectory(prefix="zotune-eval-") as scratch:
+        config = ZOConfig(
+            output_dir=scratch,
+            per_device_eval_batch_size=how.per_device_eval_batch_size,
+            seed=how.seed,
+            use_cpu=how.use_cpu,
+            disable_tqdm=True,
+        )
+        classes = prepared.label_names if prepared.train_objective == "classifier" else None
+        set_seed(how.seed)
+        needs = needs_of(model, plan, config, prepared, None, Scheme())
+        network, fresh = load_model(plan, model, config.device, classes=classes, needs=needs)
+        if fresh and plan.adapter is None:
+            raise ValueError(f"{plan.name} has no classification head yet, so there is nothing to evaluate; train it first.")
+        trainer = ZOTrainer(
+            model=network,
+            args=config,
+            objective=prepared.train_objective,
+            eval_objective=prepared.eval_objective,
+            eval_dataset=prepared.eval,
+            eval_data_collator=prepared.collate_eval,
+            compute_metrics=prepared.compute_metrics,
+        )
+        memory = PeakMemory(config.device)
+        begin = time.perf_counter()
+        metrics = training.evaluate(trainer, prepared.eval)
+        return {
+            "model": model.model_name_or_path,
+            "data": data.task or Path(data.eval_file or "").name,
+            "template": prepared.task.template if prepared.task else None,
+            "prompt": prepared.task.prompt if prepared.task else None,
+            "metrics": metrics,
+            "examples": len(prepared.eval),
+            "seconds": time.perf_counter() - begin,
+            "peak_memory_bytes": memory.peak(),
+            "peak_memory_of": memory.kind,
+            "versions": run_folder.versions(),
+        }
+
+
+def _data_of_the_run(values: dict[str, Any], given: set[str]) -> None:
+    """For the folder of a run (or its checkpoint), what the user leaves out is as in that run."""
+    if not values["model_name_or_path"] or {"task", "eval_file"} & given:
+        return
+    folder = Path(values["model_name_or_path"]).expanduser()
+    for place in (folder, folder.parent):
+        if (place / run_folder.RUN_FILE).is_file():
+            options = run_folder.read_run(place).get("data_arguments")
+            if not isinstance(options, dict):
+                raise ValueError(f"{place / run_folder.RUN_FILE} is damaged: it does not say what the run's data were.")
+            for field in dataclasses.fields(EvalDataArguments):
+                if field.name not in given and field.name in options:
+                    values[field.name] = options[field.name]
+            return

@@ -1,0 +1,134 @@
+"""`zotune replay`: base model + journal = the trained model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from zotune.cli.parser import CommandParser
+from zotune.optim.journal import Journal, verify
+from zotune.optim.replay import checked_header, replay
+from zotune.training import run_folder, schemes
+from zotune.training.arguments import ModelArguments
+from zotune.training.checkpoint import contents
+from zotune.training.loading import load_model, load_tokenizer, plan_model
+from zotune.training.quiet import quiet_libraries
+from zotune.training.schemes import Scheme
+from zotune.weights.offload import stream_of
+from zotune.weights.offload.loading import PLACES
+from zotune.weights.quantized_linear import thaw
+from zotune.weights.trainable_scales import dequantise
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `zotune replay`."""
+    parser = CommandParser(
+        "zotune replay",
+        "Rebuilds the trained weights of a run from its base model and its journal, and saves a model that transformers loads. "
+        "Exact, bit for bit, on the kind of device that the run was on.",
+    )
+    parser.add_argument("base", nargs="?", help="the base model: a folder or a hub id (not needed with --verify)")
+    parser.add_argument("journal", help="the run's journal, or its folder")
+    parser.add_argument("--output_dir", help="folder for the rebuilt model; must not exist or be empty")
+    parser.add_argument("--step", type=int, help="stop after so many steps (default: all)")
+    parser.add_argument("--merge", action="store_true", help="merge a trained LoRA adapter into the base model's weights")
+    parser.add_argument("--verify", action="store_true", help="only check the journal's checksums and order; writes nothing")
+    parser.add_argument("--offload", choices=PLACES, help="keep the model's blocks in host memory (cpu) or in its own files (disk)")
+    parser.add_argument("--max_memory", metavar="SIZE", help="with --offload: memory (18GiB) that decides how many blocks stay")
+    parser.add_argument("--offload_blocks", nargs="+", metavar="NAME", help="with --offload: name of the model's list of blocks")
+    parser.add_argument("--offload_dir", metavar="DIR", help="with --offload disk: folder for a scratch file of the trained weights")
+    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
+    args = parser.parse(argv)
+    path = Path(args.journal).expanduser()
+    path = path / run_folder.JOURNAL_FILE if path.is_dir() else path
+    if not path.is_file() and (path.parent / run_folder.RUN_FILE).is_file():
+        raise ValueError(f"{path.parent} has no journal: a run of a first-order method, or of one without steps, cannot be replayed.")
+    if args.verify:
+        found = verify(path)
+        if not found.ok:
+            raise ValueError(found.message)
+        print(f"{path}: {found.message}")
+        return 0
+    if args.base is None:
+        raise ValueError("zotune replay takes the base model and the journal: zotune replay BASE JOURNAL --output_dir DIR.")
+    if args.output_dir is None:
+        raise ValueError("zotune replay needs --output_dir: the folder for the rebuilt model.")
+    output = Path(args.output_dir).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is not empty; choose another --output_dir.")
+    if args.merge and args.offload is not None:
+        raise ValueError("--merge writes every weight of the model at once, wherever it is: leave --offload out.")
+    quiet_libraries()
+    journal = Journal.open(path)
+    where = {name: getattr(args, name) for name in ("max_memory", "offload_blocks", "offload_dir")}
+    model, tokenizer = base_model(args, journal, path.parent, offload=args.offload or "no", **where)
+    optimizer = replay(model, journal, until=args.step)
+    steps = optimizer.steps
+    optimizer.detach()
+    model = dequantise(model)
+    if args.merge:
+        model = merged(model)
+    with contents.draft(output) as folder:
+        contents.save_model(folder, model if stream_of(model) is not None else model.cpu())
+        tokenizer.save_pretrained(folder)
+    print(f"{output}: {args.base} after {steps} of {len(journal)} steps of {journal.header['method']}.")
+    return 0
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model with its adapter in its weights, to be loaded without PEFT; a model without adapter as it is.
+
+    Raises:
+        ValueError: an adapter that is no change of weights (prefix, prompt).
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError("--merge puts a LoRA adapter into the weights; a prefix or prompt is none: leave --merge out.")
+    merge: Any = thaw(model).merge_and_unload
+    return merge()
+
+
+def base_model(args: argparse.Namespace, journal: Journal, folder: Path, **where: Any) -> tuple[nn.Module, Any]:
+    """The base model as it was before the first step: in the run's dtype and bits, with the head or adapter that the run began with.
+
+    ``where`` are options of :class:`ModelArguments` about where its weights are.
+    """
+    run = run_folder.read_run(folder) if (folder / run_folder.RUN_FILE).is_file() else {}
+    header = checked_header(journal)
+    stored = {dtype for group in header["groups"] for _, _, dtype in group["parameters"]}
+    dtype: Any = run.get("dtype") or next(iter(stored), None)
+    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"{folder} says that the run's weights were {dtype!r}, which is no dtype.")
+    given = run.get("model_arguments")
+    bits = given.get("quantize") if isinstance(given, dict) else None
+    options = ModelArguments(args.base, dtype=dtype, trust_remote_code=args.trust_remote_code, quantize=bits, **where)
+    on_gpu = torch.cuda.is_available() and not args.use_cpu and "cpu" not in header["device"]
+    device = torch.device("cuda" if on_gpu else "cpu")
+    plan = plan_model(options, "zotune replay")
+    tokenizer = load_tokenizer(plan, options)
+    adapter = folder / run_folder.ADAPTER_FOLDER
+    if adapter.is_dir():
+        plan = dataclasses.replace(plan, adapter=str(adapter))
+    classes = run.get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
+        raise ValueError(f"{folder / run_folder.RUN_FILE} is damaged: its classes are no list of names.")
+    model, _ = load_model(plan, options, device, classes=classes)
+    if run and plan.adapter is None:
+        try:
+            scheme = Scheme(**run.get("scheme", {}))
+        except TypeError as error:
+            raise ValueError(f"{folder / run_folder.RUN_FILE} is damaged: its scheme is none ({error}).") from error
+        schemes.apply(model, scheme)  # a head that was untied
+    head = folder / run_folder.HEAD_FILE
+    if head.is_file():
+        model.load_state_dict(load_file(head), strict=False)
+    return (model if stream_of(model) is not None else model.to(device)), tokenizer

@@ -1,0 +1,63 @@
+"""What loss functions return, as one tensor of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zotune.io.memory_tags import tagged
+from zotune.methods.estimators import Estimate, Estimator
+
+LossFunction = Callable[..., Any]
+
+
+def evaluation(loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[], Tensor]:
+    """A function without arguments that gives the losses of all micro-batches, float32, shape (n,)."""
+    if parts is None:
+        return lambda: as_losses([loss_fn()])
+    return lambda: as_losses([loss_fn(part) for part in parts])
+
+
+def losses_of(loss_fn: LossFunction, rows: Any) -> Tensor:
+    return as_losses([loss_fn(rows)])
+
+
+@tagged("activations")
+def as_losses(parts: list[Any]) -> Tensor:
+    """What a loss function returned for each micro-batch, as one float32 tensor of shape (n,).
+
+    Raises:
+        ValueError: one of them is neither a scalar nor one loss per example.
+    """
+    losses = []
+    for part in parts:
+        loss = part if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float32)
+        if loss.dim() > 1:
+            raise ValueError(f"the loss function returned shape {tuple(loss.shape)}; return one loss per example, shape (B,), or a scalar.")
+        losses.append(loss.detach().float().reshape(-1))
+    return torch.cat(losses)
+
+
+class Losses(NamedTuple):
+    """Losses of a step's examples, points × examples.
+
+    Attributes:
+        values: (P, N): by point of the estimator; with own directions by sign, an example once for each direction it has.
+        owners: with own directions the direction of each column, (N,).
+        num_directions: K.
+        evaluated: sequences that went through the model for them.
+    """
+
+    values: Tensor
+    owners: Tensor | None
+    num_directions: int
+    evaluated: int
+
+    def estimate(self, estimator: Estimator, eps: float) -> Estimate:
+        values = self.values.cpu()  # the step's one wait for the device
+        if self.owners is None:
+            return estimator.estimate(list(values), eps, self.num_directions)
+        return estimator.estimate_own(values, self.owners, eps, self.num_directions)

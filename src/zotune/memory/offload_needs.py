@@ -1,0 +1,102 @@
+"""What computing takes of the memory that `--max_memory` caps, predicted before any weight is read: of a run, and of given workloads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from zotune.baselines import Baseline, catalog
+from zotune.memory.estimate import estimate
+from zotune.memory.shapes import build
+from zotune.memory.workload import Workload
+from zotune.methods import Method
+from zotune.subspaces import Full
+from zotune.tasks import PreparedData
+from zotune.training.arguments import ModelArguments
+from zotune.training.config import ZOConfig
+from zotune.training.loading import ModelPlan, resolve_dtype
+from zotune.training.schemes import Scheme
+from zotune.weights.offload import budget
+from zotune.weights.offload.budget import Needs
+from zotune.weights.precision import HALF
+
+
+def needs(workloads: Sequence[Workload], *, accelerator: bool, blocks: str | Sequence[str] | None = None) -> Needs:
+    """The most that any of these takes beside weights, from :func:`zotune.memory.estimate`; no weight is read or made.
+
+    Args:
+        workloads: what is to run with the same model and weights: training, evaluation.
+        accelerator: as on a GPU; otherwise as on a CPU.
+        blocks: the list of blocks, as in :func:`zotune.offload`.
+
+    Raises:
+        ValueError: no blocks are found, or a method makes no sense on the model.
+    """
+    growth = max((_growth(workload) for workload in workloads), default=1.0)
+    most = 0
+    for workload in workloads:
+        split = estimate(workload, accelerator=accelerator)
+        with torch.device("meta"):
+            whole, rest, _, _ = budget.sizes(build(workload.config, workload.dtype), blocks)
+        travels = (_growth(workload) - 1) * (whole - rest)  # residuals, of which only those of the blocks that are here are in memory
+        most = max(most, split.total - split.kinds["weights"] - int(travels))
+    return Needs(most, growth)
+
+
+def _growth(workload: Workload) -> float:
+    """How much larger a block is than its weights: in half precision a weight that is written every step has 16 bits more."""
+    method = workload.method
+    written = isinstance(method, Method) and type(method.subspace) is Full and workload.scheme.scheme == "full"
+    return 2.0 if written and workload.dtype in HALF else 1.0
+
+
+def needs_of(
+    model: ModelArguments, plan: ModelPlan, config: ZOConfig, data: PreparedData, method: Method | Baseline | None, scheme: Scheme
+) -> Needs | None:
+    """What `zotune estimate` predicts for the longest batches of training and of evaluation; None without `--max_memory`.
+
+    Args:
+        model: the user's options.
+        plan: of the model.
+        config: batch sizes and device.
+        data: encoded.
+        method: None where nothing is trained.
+        scheme: which parameters are trained.
+    """
+    if model.max_memory is None:
+        return None
+    dtype = resolve_dtype(model.dtype, config.device)
+    if dtype == "auto":
+        dtype = plan.config.dtype or torch.float32
+    zero_shot = catalog.get("zero-shot")
+    workloads = []
+    if isinstance(method, Method) and data.train:
+        shape = _longest(data.train, data.collate_train, config.per_device_train_batch_size)
+        workloads.append(Workload(plan.config, method, scheme, *shape[:2], dtype, shape[2], config.probe))
+    held_out = data.dev or data.eval
+    if held_out:
+        shape = _longest(held_out, data.collate_eval, config.per_device_eval_batch_size)
+        workloads.append(Workload(plan.config, zero_shot, Scheme(), *shape[:2], dtype, shape[2]))
+    return needs(workloads, accelerator=config.device.type == "cuda", blocks=model.offload_blocks)
+
+
+def _longest(
+    examples: Sequence[Mapping[str, Any]], collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]], size: int
+) -> tuple[int, int, int | None]:
+    """Rows, tokens and scored tokens (None: all) of the largest batch."""
+    batch = collate(sorted(examples, key=_tokens)[-size:])
+    rows, length = batch["input_ids"].shape
+    scored = batch["positions"].shape[1] if "positions" in batch else None
+    return int(rows), max(2, int(length)), scored if scored is None or scored < length else None
+
+
+def _tokens(example: Mapping[str, Any]) -> int:
+    return sum(_count(value) for value in example.values())
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, (list, tuple)):
+        return sum(_count(entry) for entry in value)
+    return int(value.numel()) if isinstance(value, torch.Tensor) else 1

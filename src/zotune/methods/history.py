@@ -1,0 +1,112 @@
+"""Momentum and Adam without their memory: the moments of an update are made again from the last h steps' coefficients.
+
+A step's estimate ĝ_j is a pure function of its key and its K coefficients, so moments over the last h steps need h·K numbers and no
+tensor between steps; in exchange an update draws the directions of h steps instead of one (MeZO, 2305.17333, appendix B.2; AdaMeZO,
+2605.00650). What is older than h steps counts as if it had never been: the update is that of the plain rule started afresh h steps ago.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zotune.io.memory_tags import tagged
+from zotune.rng.directions import Directions, Key
+from zotune.subspaces.coordinate import Coordinate
+
+
+class Past(NamedTuple):
+    """A step that moved something: its number, and its coefficients as they were applied."""
+
+    step: int
+    coefficients: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ReplayedMomentum:
+    """θ ← θ − η Σ_j β^(t−j) ĝ_j over the last h steps j.
+
+    Args:
+        history: h.
+        beta: β.
+
+    Raises:
+        ValueError: a number makes no sense.
+    """
+
+    history: int = 10
+    beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check(self.history, self.beta)
+
+    @tagged("update")
+    def move(self, coordinate: Coordinate, value: Tensor, past: Sequence[Past], lr: float, directions: Directions, seed: int) -> None:
+        """Change ``value`` (θ of a coordinate) in place; ``past`` ends with the step itself."""
+        terms: list[tuple[Key, float]] = []
+        for age, step in enumerate(reversed(past)):
+            terms += _terms(coordinate, step, seed, self.beta**age)
+        value.add_(directions.combine(terms, coordinate.shape, coordinate.device).to(value.dtype), alpha=-lr)
+
+    def gain(self, moment: float, directions: int) -> float:
+        """What to multiply plain SGD's η by: the weights of the history add up to this much."""
+        return (1 - self.beta) / (1 - self.beta**self.history)
+
+
+@dataclass(frozen=True)
+class ReplayedAdam:
+    """θ ← θ − η m̂ / (√v̂ + ζ), m and v over the last h steps, corrected for having started at 0 h steps ago.
+
+    Args:
+        history: h.
+        betas: (β₁, β₂).
+        zeta: ζ.
+
+    Raises:
+        ValueError: a number makes no sense.
+    """
+
+    history: int = 10
+    betas: tuple[float, float] = (0.7, 0.9)
+    zeta: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check(self.history, *self.betas)
+
+    @tagged("update")
+    def move(self, coordinate: Coordinate, value: Tensor, past: Sequence[Past], lr: float, directions: Directions, seed: int) -> None:
+        """Change ``value`` (θ of a coordinate) in place; ``past`` ends with the step itself."""
+        first, second = self.betas
+        mean = torch.zeros(coordinate.shape, device=coordinate.device)
+        square = torch.zeros_like(mean)
+        for step in past:
+            estimate = directions.combine(_terms(coordinate, step, seed, 1.0), coordinate.shape, coordinate.device)
+            mean.lerp_(estimate, 1 - first)
+            square.mul_(second).addcmul_(estimate, estimate, value=1 - second)
+        mean.div_(1 - first ** len(past))
+        root = square.div_(1 - second ** len(past)).sqrt_().add_(self.zeta)
+        value.add_(mean.div_(root).to(value.dtype), alpha=-lr)
+
+    def gain(self, moment: float, directions: int) -> float:
+        """What to multiply plain SGD's η by: the step is η whatever the size of ĝ."""
+        return (moment / directions) ** 0.5
+
+
+Replayed = ReplayedMomentum | ReplayedAdam
+
+
+def _terms(coordinate: Coordinate, past: Past, seed: int, weight: float) -> list[tuple[Key, float]]:
+    share = weight / len(past.coefficients)
+    return [(Key(seed, past.step, k, coordinate.name), share * c) for k, c in enumerate(past.coefficients) if c]
+
+
+def _check(history: int, *betas: float) -> None:
+    if not isinstance(history, int) or history < 1:
+        raise ValueError(f"history must be a whole number of at least 1, not {history!r}.")
+    for beta in betas:
+        if not 0 <= beta < 1:
+            raise ValueError(f"a decay rate must lie in [0, 1), not {beta!r}.")

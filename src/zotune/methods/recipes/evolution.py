@@ -1,0 +1,42 @@
+"""Methods that compare several points of a step: FZOO, and evolution strategies."""
+
+from __future__ import annotations
+
+from zotune.methods.coefficients import ByDeviation
+from zotune.methods.registry import Fields, register, variant
+
+
+@register(title="FZOO", arxiv="2506.09034", lr=5e-5, eps=1e-4, num_directions=8, direction="rademacher", estimator="forward")
+def fzoo() -> Fields:
+    """FZOO: one-sided differences, and a step normalized by the deviation of the losses (2506.09034).
+
+    c_k = (L(θ + εZ_k) − L(θ)) / ε,   σ = std of the K losses L(θ + εZ_k),   θ ← θ − (η/σ) (1/K) Σ c_k Z_k,   Z_k = ±1
+
+    σ ≈ ε‖∇L‖: the length of a step is about η √(d/K) / ε whatever the loss's unit. State: none.
+    Departs from the published code, which evaluates one direction after the other at some 24 passes over the weights, and leaves out the
+    division by ε (its η is ours divided by ε).
+    """
+    return {"shaping": ByDeviation(), "estimates": "direction"}
+
+
+@register(title="ES (z-scores)", arxiv="2509.24372", without=("estimator",), lr=5e-4, num_directions=15)
+def es(fitness: str = "z-score") -> Fields:
+    """Evolution strategies with z-scored fitness, in antithetic pairs (2509.24372).
+
+    s_i = (L_i − mean) / std over the 2K points θ ± εZ_k,   θ ← θ − η (1/2K) Σ_k (s_k₊ − s_k₋) Z_k
+
+    A population of 30 is K = 15 pairs. To maximize a reward, return its negative as the loss. The unit of the loss, and monotone drifts
+    of it, do not matter. State: none.
+    Departs from the published code: every parameter draws from its own key (there layers share a seed), and points come in pairs.
+    """
+    return {"fitness": fitness, "estimates": "direction"}
+
+
+@variant(es, "ranks", title="ES (ranks)", arxiv="1703.03864")
+def es_ranks() -> None:
+    """Evolution strategies with centered ranks as fitness, in antithetic pairs (1703.03864).
+
+    s_i = rank of L_i among the 2K points, evenly over [−½, ½],   θ ← θ − η (1/2K) Σ_k (s_k₊ − s_k₋) Z_k
+
+    Only the order of the losses counts: one outlier cannot determine a step. State: none.
+    """

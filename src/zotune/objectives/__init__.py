@@ -1,0 +1,17 @@
+"""Losses per example of a batch, token log-probabilities, packed answer choices, and output gradients."""
+
+from __future__ import annotations
+
+from zotune.objectives.losses import ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, class_scores, objective
+from zotune.objectives.token_logprobs import IGNORE, token_logprobs
+
+__all__ = [
+    "IGNORE",
+    "ChoiceLoss",
+    "ClassifierLoss",
+    "LanguageModelLoss",
+    "choice_scores",
+    "class_scores",
+    "objective",
+    "token_logprobs",
+]

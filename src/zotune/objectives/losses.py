@@ -1,0 +1,148 @@
+"""Per-example losses of a batch: language-model loss, choice scoring, classification.
+
+Every batch is a mapping of tensors with the examples along dimension 0 and every loss has shape (B,), so a caller may
+stack k copies of a batch and read k * B losses. Only the hidden states that predict a scored token go through the
+language-model head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zotune.io.memory_tags import tagged
+from zotune.objectives import output_gradients, packed_choices
+from zotune.objectives.token_logprobs import IGNORE, at_least_float32, cross_entropy, logits_of, scored_logits, token_logprobs
+from zotune.weights.structure import head_of
+
+__all__ = [
+    "IGNORE",
+    "ChoiceLoss",
+    "ClassifierLoss",
+    "LanguageModelLoss",
+    "choice_scores",
+    "class_scores",
+    "objective",
+    "token_logprobs",
+]
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class LanguageModelLoss:
+    """Mean negative log-likelihood in nats of each example's scored tokens, ``loss(batch) -> (B,)``.
+
+    The batch holds input_ids (B, T), attention_mask (B, T), positions (B, S) and targets (B, S).
+    """
+
+    model: nn.Module
+    capturable = True
+
+    @tagged("activations")
+    def __call__(self, batch: Batch) -> Tensor:
+        targets = batch["targets"]
+        scored = (targets != IGNORE).sum(dim=1).clamp(min=1)
+        logprobs = token_logprobs(self.model, batch["input_ids"], batch["attention_mask"], batch["positions"], targets, shares=1 / scored)
+        return -logprobs.sum(dim=1) / scored
+
+
+@tagged("activations")
+def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False, *, answers: Tensor | None = None) -> Tensor:
+    """Log-likelihood of each answer option given its prompt, summed over the option's tokens: (B, C) in float32.
+
+    Args:
+        model: a causal language model.
+        batch: one row an example, where every option is a single token (input_ids (B, T), attention_mask,
+            positions (B, 1), option_ids (B, C)); or one row an example that holds the prompt once and all options (see
+            :func:`zotune.objectives.packed_choices.option_logprobs`) with option_mask (B, C); or one row an option (input_ids
+            (B, C, T), attention_mask, positions (B, C, S), targets (B, C, S), option_mask (B, C)). Options outside the
+            mask score -inf.
+        length_normalize: divide each score by the option's number of tokens. A batch with option_lengths (B, C) asks for it itself.
+        answers: for a loss that is :class:`ChoiceLoss`'s at these answers, (B,): where every option is a single token whoever watches is
+            told the errors (``output_errors``).
+    """
+    if "option_ids" in batch:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        watch = output_gradients.watching() if answers is not None else None
+        if watch is not None:
+            watch.begin(batch["positions"], torch.ones_like(batch["positions"], dtype=torch.bool), batch["attention_mask"])
+        logits = at_least_float32(scored_logits(model, inputs, batch["positions"])[:, 0])
+        if watch is not None and answers is not None:
+            watch.end_options(logits, batch["option_ids"], answers, head_of(model))
+        return logits.gather(1, batch["option_ids"]) - logits.logsumexp(dim=1, keepdim=True)
+    targets = batch["targets"]
+    if packed_choices.is_packed(batch):
+        logprobs = packed_choices.option_logprobs(model, batch)
+    else:
+        rows = (batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "positions", "targets"))
+        logprobs = token_logprobs(model, *rows).view(targets.shape)
+    scores = logprobs.sum(dim=2)
+    if "option_lengths" in batch:
+        scores = scores / batch["option_lengths"]
+    elif length_normalize:
+        scores = scores / (targets != IGNORE).sum(dim=2).clamp(min=1)
+    return scores.masked_fill(~batch["option_mask"], float("-inf"))
+
+
+@dataclass
+class ChoiceLoss:
+    """Cross-entropy in nats of the right answer under the softmax of the options' scores, ``loss(batch) -> (B,)``.
+
+    The batch is one that :func:`choice_scores` takes, with ``answer`` (B,), the index of the right option.
+    """
+
+    model: nn.Module
+    length_normalize: bool = False
+    capturable = True
+
+    @tagged("activations")
+    def __call__(self, batch: Batch) -> Tensor:
+        scores = choice_scores(self.model, batch, self.length_normalize, answers=batch["answer"])
+        return F.cross_entropy(scores, batch["answer"], reduction="none")
+
+
+@dataclass
+class ClassifierLoss:
+    """Cross-entropy in nats of a sequence-classification head, ``loss(batch) -> (B,)``.
+
+    The batch holds input_ids (B, T), attention_mask (B, T), token_type_ids (B, T) where the model has them, and
+    labels (B,).
+    """
+
+    model: nn.Module
+    capturable = True
+
+    @tagged("activations")
+    def __call__(self, batch: Batch) -> Tensor:
+        return cross_entropy(class_scores(self.model, batch), batch["labels"])
+
+
+@tagged("activations")
+def class_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (B, number of classes) of a sequence-classification model, in float32."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    return at_least_float32(logits_of(model(**inputs)))
+
+
+_OBJECTIVES: dict[str, Callable[[nn.Module], Callable[[Batch], Tensor]]] = {
+    "lm": LanguageModelLoss,
+    "choices": ChoiceLoss,
+    "classifier": ClassifierLoss,
+    "generation": LanguageModelLoss,
+}
+
+
+def objective(name: str, model: nn.Module) -> Callable[[Batch], Tensor]:
+    """The loss function of a name: ``"lm"``, ``"choices"``, ``"classifier"``, or ``"generation"`` (that of the right answer).
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if name not in _OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}: choose one of {', '.join(_OBJECTIVES)}.")
+    return _OBJECTIVES[name](model)

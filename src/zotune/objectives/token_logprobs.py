@@ -1,0 +1,150 @@
+"""Log-probabilities of scored tokens: a causal language model's forward in which its head sees scored positions only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zotune.io.memory_tags import tagged
+from zotune.objectives import output_gradients
+from zotune.weights.structure import head_of
+
+#: Target value of a position that is not scored.
+IGNORE = -100
+
+# The float32 copy of the logits is made this many elements at a time (64 MiB), never for the whole batch at once.
+CHUNK_ELEMENTS = 2**24
+
+
+@tagged("logits")
+def token_logprobs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, *, shares: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities of the scored tokens: log p(targets[r, s] | input_ids[r, : positions[r, s] + 1]).
+
+    Args:
+        model: a causal language model whose output has ``logits`` (R, T, vocabulary) (or a tuple with them first).
+        input_ids: token ids, (R, T).
+        attention_mask: 1 for real tokens, 0 for padding, (R, T).
+        positions: index along T of the hidden state that predicts each scored token, (R, S).
+        targets: ids of the scored tokens, (R, S); -100 where there is none.
+        shares: for losses that are −shares[r] Σ_s of these log-probabilities, (R,): whoever watches is told the errors (``output_errors``).
+
+    Returns:
+        Natural-log probabilities in float32 (float64 for a float64 model), (R, S); 0 where the target is -100.
+    """
+    watch = output_gradients.watching() if shares is not None else None
+    if watch is not None:
+        watch.begin(positions, targets != IGNORE, attention_mask)
+    logits = scored_logits(model, {"input_ids": input_ids, "attention_mask": attention_mask}, positions)
+    if watch is not None and shares is not None:
+        watch.end(logits, targets, head_of(model), shares)
+    return -cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
+
+
+@tagged("activations")
+def scored_logits(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    """Logits (R, S, vocabulary) at `positions` (R, S), as the model's own forward makes them of ``input_ids`` (R, T) and other inputs."""
+    arguments: dict[str, Tensor | bool] = dict(inputs)
+    if takes(model, "use_cache"):
+        arguments["use_cache"] = False
+    with _gather_before_head(model, positions, inputs["input_ids"].shape) as gathered:
+        logits = logits_of(model(**arguments))
+    if not gathered:
+        logits = _select(logits, _behind_own_tokens(logits, positions, inputs["input_ids"].shape[1]))
+    return logits
+
+
+@contextmanager
+def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) -> Iterator[list[bool]]:
+    """For the length of the block the head sees only the hidden states at `positions`.
+
+    Yields a list that is non-empty once the head was given gathered states. What the model does to the logits after
+    its head (soft-capping, scaling) is its own code and acts on the gathered ones.
+    """
+    gathered: list[bool] = []
+    head = head_of(model)
+    if head is None:
+        yield gathered
+        return
+
+    def gather(_module: nn.Module, args: tuple) -> tuple | None:
+        states = args[0] if args else None
+        if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[0] != shape[0] or states.shape[1] < shape[1]:
+            return None  # a head that is fed something else: the logits are gathered afterwards instead
+        gathered.append(True)
+        return (_select(states, _behind_own_tokens(states, positions, shape[1])), *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield gathered
+    finally:
+        handle.remove()
+
+
+@tagged("activations")
+def _behind_own_tokens(states: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Positions where a model has put tokens of its own before the text, as prompt tuning does."""
+    return positions + (states.shape[1] - length)
+
+
+@tagged("activations")
+def _select(states: Tensor, positions: Tensor) -> Tensor:
+    """(R, T, d) at positions (R, S) -> (R, S, d)."""
+    rows = torch.arange(states.shape[0], device=states.device).unsqueeze(1)
+    return states[rows, positions]
+
+
+@tagged("logits")
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[targets] in float32, 0 where the target is -100: (N, V), (N,) -> (N,)."""
+    rows = _rows_at_once(logits)
+    chunks = [
+        F.cross_entropy(at_least_float32(part), target, reduction="none", ignore_index=IGNORE)
+        for part, target in zip(logits.split(rows), targets.split(rows), strict=True)
+    ]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+@tagged("logits")
+def log_normalizers(logits: Tensor) -> Tensor:
+    """log Σ exp(logits) over the last dimension in float32: (N, V) -> (N,)."""
+    chunks = [at_least_float32(part).logsumexp(dim=-1) for part in logits.split(_rows_at_once(logits))]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // logits.shape[-1])
+
+
+@tagged("logits")
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits of what a model returned.
+
+    Raises:
+        ValueError: it has none.
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__} without logits: load it with its head, e.g. "
+            "AutoModelForCausalLM or AutoModelForSequenceClassification."
+        )
+    return logits
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,0 +1,1 @@
+"""The zeroth-order optimizer: a step, its state, its journal, replay and merge."""

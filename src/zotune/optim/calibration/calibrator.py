@@ -1,0 +1,201 @@
+"""ε and η from the loss itself: what ``eps="auto"`` and ``lr="auto"`` do, in forward passes only.
+
+**ε.** Along a few directions the coefficients are measured at a ladder of ε. Below the right range they are rounding noise, above it they
+bend with the loss; in between neighbours agree. The largest ε that still agrees with its neighbour is taken.
+
+**η.** Measurements of curvature and signal (see ``step_size``) are made on the first batch, after 1, 2, 4, ... steps, and every
+:data:`INTERVAL` steps, since curvature grows and signal falls while a model learns. Curvature is measured as far from θ as a step goes: an
+adapter's B = 0 is a saddle with walls around it, and a loss that is flat within ε may be anything there. What a step's own losses tell is
+taken in too; of directions that examples have of their own that is little, and how far sets of examples agree is looked at under
+directions that all of them share. A loss that rises all the same halves the rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.forward.batch_layout import SHARED
+from zotune.forward.losses import Losses
+from zotune.forward.model import Probe
+from zotune.io.memory_tags import tagged
+from zotune.methods.coefficients import State
+from zotune.methods.estimators import ESTIMATORS, Estimate
+from zotune.methods.method import Method
+from zotune.methods.rules import Rule
+from zotune.optim.calibration.eps import DIRECTION, FIRST_DIRECTIONS, At, choose_eps
+from zotune.optim.calibration.gains import gain
+from zotune.optim.calibration.step_size import WIDER, StepSize, in_units
+from zotune.subspaces import Guided
+from zotune.subspaces.coordinate import Offset
+
+#: Times that every part of the first batch is looked at, under an own direction each time.
+FIRST_DRAWS = 4
+#: The same when coordinates have their turn again.
+FADED_DRAWS = 3
+#: Steps between two measurements, each three evaluations of the batch, once the first steps are over.
+INTERVAL = 20
+#: Number of the first step whose own directions measurements use, beyond those of any run and of ``layer_scales``.
+STEP = 1 << 50
+
+#: The largest distance from θ at which curvature is measured; how many times as far as before a measurement is repeated, and how often,
+#: at most: losses far from θ are bad and level, and the walls between are what counts.
+WIDEST, FARTHER, LOOKS = 1.0, 10.0, 6
+
+#: How many times as far as curvature was last measured a step may go before it is measured again.
+LONGER = 2.0
+
+#: Losses (3, n) at θ and θ ± radius · Z of a draw, and the direction that owns each example, if any has one of its own.
+Look = Callable[[int, float], tuple[Tensor, Tensor | None]]
+#: Losses at θ and θ ± scale · εZ, under the directions of a step.
+Around = Callable[[int, float], Losses]
+
+
+class Calibrator:
+    """Makes the measurements of a run, and knows what has come of them.
+
+    Args:
+        probe: evaluates the model.
+        method, rule: what is calibrated.
+        lr_scale: what low-rank coordinates multiply a learning rate by.
+        chooses_eps, chooses_lr: what is to be chosen.
+
+    Raises:
+        ValueError: a learning rate is to be chosen for a rule of which no scale is known.
+    """
+
+    def __init__(self, probe: Probe, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool) -> None:
+        if chooses_lr:
+            gain(method, rule, 1.0, 1, 1.0)
+        self.probe, self.method, self.rule, self.lr_scale = probe, method, rule, lr_scale
+        self.estimator = ESTIMATORS[method.estimator]
+        self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
+        #: steps of a turn, where coordinates have theirs by turns (see ``guidance``)
+        self.interval = method.subspace.interval if isinstance(method.subspace, Guided) else None
+        self.step_size = StepSize(few=method.own)
+        self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
+
+    def state(self) -> dict[str, Any]:
+        """Plain data; :meth:`restore` takes it back exactly."""
+        return self.step_size.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step_size = StepSize.restored(state)
+
+    def eps(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> float:
+        """ε for the run, of the losses that ``evaluate`` gives on its first batch."""
+        self.forwards = self.sequences = 0
+        found = choose_eps(self._at(evaluate, seed, step), self.estimator)
+        self.probe.forget_directions()
+        return found
+
+    @tagged("activations")
+    def measure(self, evaluate: Callable[[], Tensor], around: Around | None, eps: float, seed: int, step: int) -> None:
+        """Measure what a learning rate is made of, where that is due.
+
+        Args:
+            evaluate: losses of the step's examples at the model's weights.
+            around: for methods with own directions, losses at θ and θ ± scale · εZ under the directions of a step of the given number.
+        """
+        self.forwards = self.sequences = 0
+        if not (self.chooses_lr and self._due(step)):
+            return
+        at = self._at(evaluate, seed, step)
+        here = at(0.0, DIRECTION) if around is None else None
+
+        def look(draw: int, radius: float) -> tuple[Tensor, Tensor | None]:
+            """Losses (3, n) at θ and θ ± radius · Z, and whose direction Z is."""
+            if here is not None:
+                return torch.stack([here, at(radius, DIRECTION + draw), at(-radius, DIRECTION + draw)]).cpu(), None
+            assert around is not None
+            losses = around(STEP + step * FIRST_DRAWS + draw, radius / eps)
+            self.forwards += 3
+            self.sequences += losses.evaluated
+            return losses.values.cpu(), losses.owners
+
+        radius = max(eps, min(self.step_size.stride, WIDEST, FARTHER * self.step_size.radius))
+        for _ in range(LOOKS):
+            if not self._look(look, at, radius, eps):
+                break
+            radius = min(self.step_size.stride, WIDEST, FARTHER * radius)
+        self.probe.forget_directions()
+
+    def _due(self, step: int) -> bool:
+        """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at.
+
+        And when a turn begins; of coordinates that have theirs by turns only their own steps count.
+        """
+        size = self.step_size
+        if self.interval is not None:
+            if not step % self.interval:
+                return True
+            step = size.taken  # what is new to move is looked at as often as at the beginning of a run
+        return not step % INTERVAL or not step & (step - 1) or size.leapt or min(size.stride, WIDEST) > LONGER * size.radius
+
+    def _look(self, look: Look, at: At, radius: float, eps: float) -> bool:
+        """Measure at ``radius``; whether the rate that comes of it is one whose steps go so much farther that this has to be done there."""
+        size = self.step_size
+        draws = 1
+        if size.waited:
+            size.fade()
+            draws = FADED_DRAWS
+        first, anew = not size.moment.count, size.look(radius)
+        if anew:
+            draws = FIRST_DRAWS if self.method.own else FIRST_DIRECTIONS
+        own, shared = [], []
+        for draw in range(draws):
+            losses, owners = look(draw, radius)
+            if not bool(losses.isfinite().all()):
+                size.stride = radius / WIDER  # no step may go there
+                return True
+            size.measure(losses, radius, owners)
+            slopes = (losses[1:2] - losses[2:]).double() / (2 * radius)
+            units = slopes.mean(dim=1, keepdim=True) if owners is None else in_units(slopes, owners)
+            if first:
+                size.moment.add(float(units.square().mean()))
+            if owners is not None:
+                own.append(units)
+                shared.append(self._shared(at, losses[0], DIRECTION + draw, eps))
+        if own:
+            size.units = 1
+            size.compare(torch.cat(own), torch.cat(shared), looks=draws)
+        each = self.method.each
+        number = self.method.num_directions if owners is None else each * SHARED * (int(owners.max()) + 1)
+        assert isinstance(number, int)
+        size.rate(number, losses.shape[1] * (1 if owners is None else each))
+        return size.stride > WIDER * radius and radius < WIDEST
+
+    def _shared(self, at: At, here: Tensor, direction: int, eps: float) -> Tensor:
+        """Coefficients (1, U) of the parts of a batch that have directions of their own in steps, under one direction for all of them.
+
+        That is what tells how far parts agree: under directions of their own only neighbours can be compared.
+        """
+        low, high = min(self.estimator.signs), max(self.estimator.signs)
+        plus, minus = (at(sign * eps, direction).cpu() if sign else here for sign in (high, low))
+        slopes = (plus - minus).double().unsqueeze(0) / (eps * (high - low))
+        return in_units(slopes, number=max(2, self.method.parts(len(here))))
+
+    def tell(self, losses: Losses, estimate: Estimate, eps: float) -> None:
+        """Take in a step's losses and what was made of them."""
+        if losses.owners is None:
+            self.step_size.tell(self.estimator.singles(losses.values.cpu(), eps, losses.num_directions))
+        self.step_size.step(estimate.coefficients.tolist(), estimate.loss)
+
+    def rate(self, directions: int, examples: int, eps: float, step: int, shaping: State | None = None) -> float:
+        """η for step ``step``, of K directions on N examples; ``shaping``: what the method's has kept so far."""
+        size = self.step_size
+        plain = size.within_reach(size.rate(directions, examples), directions)
+        size.promise = 0.5 * plain * size.signal * size.moment.mean
+        return plain * gain(self.method, self.rule, size.moment.mean, directions, eps, step, shaping) / self.lr_scale
+
+    def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:
+        def at(scale: float, direction: int) -> Tensor:
+            losses = self.probe.evaluate(evaluate, Offset(scale, seed, step, direction))
+            self.forwards += 1
+            self.sequences += losses.numel()
+            return losses
+
+        return at

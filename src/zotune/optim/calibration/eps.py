@@ -1,0 +1,84 @@
+"""TODO: eps."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zotune.errors import NonFiniteLossError
+from zotune.io.memory_tags import tagged
+from zotune.methods.estimators import Estimator
+
+#: The values of ε that are tried; where climbing begins, and in well-behaved single precision goes on from.
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+FIRST_RUNG = 2
+
+
+#: Directions that the ladder is measured along, and those that the first learning rate is made of.
+LADDER_DIRECTIONS, FIRST_DIRECTIONS = 2, 8
+
+
+#: Number of the first direction that measurements use, beyond those of any step.
+DIRECTION = 1 << 24
+
+
+#: Relative error of the coefficients that a larger ε may bring: small beside that of a random direction, which is 100%.
+TOLERANCE = 0.03
+
+
+#: Losses of the batch at θ + scale · Z_direction, (n,).
+At = Callable[[float, int], Tensor]
+
+
+@tagged("activations")
+def choose_eps(at: At, estimator: Estimator) -> float:
+    """The largest ε of :data:`LADDER` at which coefficients do not depend on ε.
+
+    Args:
+        at: losses at a point; scale 0 is θ itself.
+        estimator: whose coefficients count.
+
+    Raises:
+        NonFiniteLossError: losses on the ladder are not finite.
+    """
+    here = at(0.0, DIRECTION).double()
+    low, high = min(estimator.signs), max(estimator.signs)
+
+    @functools.cache
+    def coefficients(rung: int) -> Tensor:
+        eps, columns = LADDER[rung], []
+        for k in range(LADDER_DIRECTIONS):
+            plus, minus = (here if sign == 0 else at(sign * eps, DIRECTION + k).double() for sign in (high, low))
+            columns.append((plus - minus) / (eps * (high - low)))
+        return torch.cat(columns)
+
+    @functools.cache
+    def distance(rung: int) -> float:
+        """Between a rung and the next."""
+        return _distance(coefficients(rung), coefficients(rung + 1))
+
+    steps = range(len(LADDER) - 1)
+    best = FIRST_RUNG if distance(FIRST_RUNG) <= TOLERANCE else min(steps, key=distance)
+    if not math.isfinite(distance(best)):
+        if all(bool(coefficients(rung).isfinite().all()) for rung in range(len(LADDER))):
+            return LADDER[-1]  # a loss that does not move, or by rounding only
+        raise NonFiniteLossError(
+            "the loss is not finite near the model's weights, so no eps can be chosen; look at the model and the first batch."
+        )
+    rung = best
+    while rung in steps and distance(rung) <= max(TOLERANCE, 2 * distance(best)):
+        rung += 1
+    return LADDER[rung]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ over the root of ‖a‖ ‖b‖; infinite where that says nothing."""
+    size = float((a.norm() * b.norm()).sqrt())
+    distance = float((a - b).norm()) / size if size > 0 else math.inf
+    return distance if math.isfinite(distance) else math.inf

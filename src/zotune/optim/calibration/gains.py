@@ -1,0 +1,69 @@
+"""TODO: gains."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from zotune.methods.coefficients import FITNESS, State
+from zotune.methods.method import Method
+from zotune.methods.rules import EMASGD, Rule, Sign
+
+
+def rule_gain(rule: Rule, moment: float, directions: int, step: int = 1 << 20) -> float:
+    """What to multiply plain SGD's η by for another rule: 1 − β under momentum; Adam's step is η whatever the size of ĝ.
+
+    RMSprop's does not either, once its average, which starts at 0, has taken in enough of the ``step`` steps so far. The sign of ĝ moves
+    every number by η too, and for a noisy ĝ, whose numbers are normal with the variance M/K, has the mean √(2/π) ∇ over their standard
+    deviation.
+
+    Raises:
+        ValueError: a rule of which that is not known.
+    """
+    names = {cls.__name__ for cls in rule.cls.__mro__}
+    if rule.cls is EMASGD:
+        return 1.0
+    if rule.cls is torch.optim.SGD:
+        return (1 - rule.options.get("momentum", 0.0)) / (1 - rule.options.get("dampening", 0.0))
+    if names & {"Adam", "AdamW", "NAdam", "RAdam", "Adamax"}:
+        return math.sqrt(moment / directions)
+    if rule.cls is torch.optim.RMSprop:
+        return math.sqrt(moment / directions * (1 - rule.options.get("alpha", 0.99) ** (step + 1)))
+    if rule.cls is Sign:
+        return math.sqrt(2 / math.pi * moment / directions)
+    raise ValueError(
+        f"learning rate 'auto' is not known for the update rule {rule.cls.__name__}; give a number, or use a method on SGD or Adam."
+    )
+
+
+def gain(
+    method: Method, rule: Rule, moment: float, directions: int, eps: float, step: int = 1 << 20, shaping: State | None = None
+) -> float:
+    """What to multiply plain SGD's η by in a method's step number ``step``, of coefficients with the mean square ``moment``, K directions.
+
+    Args:
+        shaping: what the method's shaping has kept so far.
+
+    Raises:
+        ValueError: its update rule is one of which that is not known.
+    """
+    if method.anchoring is not None:
+        raise ValueError(f"learning rate 'auto' is not known for {method.name}, which has two; give a number.")
+    if method.replayed is not None:
+        return method.replayed.gain(moment, directions)
+    fitness = FITNESS[method.fitness]
+    if fitness is not None or method.shaping is not None:  # from here on M is that of other coefficients, 1 or so
+        scale = fitness.gain(moment) if fitness is not None else 1.0
+        scale *= method.shaping.gain(moment, directions, eps, shaping or {}) if method.shaping is not None else 1.0
+        return scale * rule_gain(rule, 1.0, 1, step)
+    return rule_gain(rule, moment, directions, step)
+
+
+def measurable(method: Method) -> bool:
+    """Whether ``lr="auto"`` is known for a method."""
+    try:
+        gain(method, Rule(method.update_rule, method.update_rule_args), 1.0, 1, 1.0)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""That all workers are in the same state, and know it: digests of weights, settings and batches, compared now and then."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from zotune.errors import WorkersDisagreeError
+from zotune.forward.batches import tensors
+from zotune.optim import saved_state
+from zotune.optim.run_parts import RunParts
+from zotune.weights.digest import _hashed, digest
+from zotune.weights.placement import is_sharded
+
+#: What is compared, in the order in which a difference is reported, and what it is likely to come from.
+_CAUSES = {
+    "method": "start every worker with the same method and options",
+    "seed": "start every worker with the same seed",
+    "step": "resume every worker from the same checkpoint",
+    "lr": "give every worker the same learning rate and schedule",
+    "weights": "load the same model on every worker, with the same versions, on the same type of device",
+}
+
+
+def settle(run: RunParts, batch: Any) -> None:
+    """Compare all workers before a step, and find out at the first whether their batches are the same.
+
+    Args:
+        batch: the step's micro-batches; None for a closure.
+
+    Raises:
+        WorkersDisagreeError: names what differs and the ranks that are not as most are.
+    """
+    workers = run.workers
+    state = {**_state(run), "batch": None if batch is None else batch_digest(batch)}
+    everybody = workers.exchange(state)
+    for name, cure in _CAUSES.items():
+        odd = _odd([str(found[name]) for found in everybody])
+        if odd:
+            ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} differ"
+            raise WorkersDisagreeError(f"{ranks} from the other workers in {name} before step {run.state.steps}: {cure}.")
+    alike = len({found["batch"] for found in everybody}) == 1
+    if workers.batches == "auto":
+        workers.batches = "same" if alike and batch is not None and None not in batch else "own"
+        if workers.batches == "own" and workers.share_mode in ("directions", "both"):
+            raise WorkersDisagreeError(
+                f"share={workers.share_mode!r} needs workers with the same batch, and theirs differ: give all of them the whole batch, or "
+                "set share='data'."
+            )
+    elif workers.batches == "same" and not alike:
+        odd = _odd([str(found["batch"]) for found in everybody])
+        raise WorkersDisagreeError(
+            f"ranks {', '.join(map(str, odd))} were given another batch than the other workers at step {run.state.steps}: shuffle with "
+            "the same seed everywhere, or say Workers(batches='own')."
+        )
+
+
+def _state(run: RunParts) -> dict[str, Any]:
+    numbers = saved_state.save(run)["zotune"]
+    return {
+        "method": [numbers["method"], repr(sorted(numbers["options"].items(), key=str))],
+        "seed": numbers["seed"],
+        "step": numbers["steps"],
+        "lr": run.rates(),
+        "weights": state_digest(run),
+    }
+
+
+def state_digest(run: RunParts) -> str:
+    """A digest of the model's weights and of everything else that moves with them: pending updates, moments, anchors.
+
+    Residuals of sharded weights, of which every worker has its own, are not in it.
+    """
+    own = {f"coordinate/{c.name}/residual" for c in run.probe.coordinates if is_sharded(c.parameter)}
+    state = {name: tensor for name, tensor in saved_state.save(run)["state"].items() if name not in own}
+    return _hashed({"": digest(run.model), **state})
+
+
+def batch_digest(batch: Any) -> str:
+    """A digest of the tensors in a batch."""
+    return _hashed({str(place): tensor for place, tensor in enumerate(tensors(batch))})
+
+
+def _odd(values: list[str]) -> list[int]:
+    """Ranks that do not say what most say."""
+    usual, _ = Counter(values).most_common(1)[0]
+    return [rank for rank, value in enumerate(values) if value != usual]

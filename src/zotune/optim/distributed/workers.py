@@ -1,0 +1,220 @@
+"""The workers of a run: the processes of a ``torch.distributed`` group that train one model together.
+
+Each holds the whole model, draws the same directions, and evaluates its share of a step's (direction, example) pairs. What they tell each
+other is the losses, in one all-gather a step: every worker then has the table of losses that one process would have, makes the same
+coefficients of it, and takes the same update. No gradient, no weight, and no wrapping of the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zotune.optim.distributed.partition import BATCHES, MODES, Block, blocks, pieces
+
+#: Steps between two comparisons of all workers' weights, as a rule; a comparison reads every weight once.
+CHECK_EVERY = 200
+
+
+def restarted() -> bool:
+    """Whether ``torchrun --max-restarts`` has started this process again, after one of its workers died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this worker evaluates of a step, and what everybody does.
+
+    Attributes:
+        points: numbers of the points.
+        pieces: (part, start, stop): columns of this worker's micro-batches.
+        blocks: everybody's.
+        shape: of the table of losses, (P, N).
+    """
+
+    points: range
+    pieces: tuple[tuple[int, int, int], ...]
+    blocks: tuple[Block, ...]
+    shape: tuple[int, int]
+
+
+class Workers:
+    """The processes that take a run's steps together; one alone where ``torch.distributed`` is not initialised.
+
+    Args:
+        share: ``"data"``: each evaluates every direction on its share of the examples; ``"directions"``: each evaluates its share of the
+            directions on all examples, for losses in which examples depend on each other; ``"both"``; ``"auto"``: examples as far as they
+            go, then directions.
+        batches: ``"same"``: every worker gives ``step`` the same batch and evaluates its share of it; ``"own"``: every worker gives a
+            batch of its own, and a step is all of them, in the order of the ranks; ``"auto"``: found out at the first step.
+        check_every: steps between two comparisons of everybody's weights; 0: at the first step only.
+        group: the process group; None: the default one.
+
+    Raises:
+        ValueError: an unknown word, or directions to be shared of batches that differ.
+
+    Example:
+        >>> workers = Workers()
+        >>> workers.size, workers.rank
+        (1, 0)
+    """
+
+    def __init__(self, share: str = "auto", batches: str = "auto", check_every: int = CHECK_EVERY, group: Any = None) -> None:
+        for name, value, known in (("share", share, MODES), ("batches", batches, BATCHES)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}.")
+        if check_every < 0:
+            raise ValueError(f"check_every must be at least 0 steps, not {check_every}.")
+        if batches == "own" and share in ("directions", "both"):
+            raise ValueError(f"share={share!r} needs workers with the same batch: set batches='same', or share='data'.")
+        self.share_mode, self.batches, self.check_every, self.group = share, batches, check_every, group
+        joined = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size(group) if joined else 1
+        self.rank = dist.get_rank(group) if joined else 0
+        self.first = self.rank == 0
+        self.several = self.size > 1
+        #: Whether this worker was asked to stop, and whether anybody was: all know it after the same step, since it goes with the losses.
+        self.asked = self.told = False
+        #: bytes this worker has sent to each of the others
+        self.bytes_sent = 0
+
+    # -- the table of losses -------------------------------------------------------------------------------------------------------------
+
+    def share(self, points: int, widths: Sequence[int], edges: Sequence[int] | None = None) -> Share:
+        """What this worker evaluates of ``points`` points on micro-batches of so many columns.
+
+        Args:
+            edges: where columns are best cut; see :func:`~zotune.optim.distributed.partition.blocks`.
+        """
+        columns, begin = sum(widths), 0
+        if not self.several or self.batches != "own":
+            everybody = blocks(points, columns, self.size, self.share_mode, edges)
+        else:
+            ends = list(itertools.accumulate(int(count) for count in self.exchange(columns)))
+            everybody = [Block(range(points), range(start, stop)) for start, stop in itertools.pairwise([0, *ends])]
+            columns, begin = ends[-1], everybody[self.rank].columns.start
+        mine = everybody[self.rank]
+        here = range(mine.columns.start - begin, mine.columns.stop - begin) if len(mine.points) else range(0)
+        return Share(mine.points, tuple(pieces(widths, here)), tuple(everybody), (points, columns))
+
+    def gather(self, share: Share, values: Tensor | None, evaluated: int = 0, each: int = 1) -> tuple[Tensor, int]:
+        """The whole table of losses, float32, and the sequences evaluated for it, from everybody's block.
+
+        Args:
+            values: losses of the share, (points · each, columns); None where there is nothing to evaluate.
+            evaluated: sequences that went through the model for them.
+            each: rows of the table that a point has.
+        """
+        if not self.several:
+            assert values is not None, "who is alone evaluates everything"
+            return values, evaluated
+        sent = torch.zeros(max(map(len, share.blocks)) * each + 1)
+        if values is not None:
+            sent[: values.numel()] = values.detach().float().cpu().reshape(-1)
+        sent[-1] = -1 - evaluated if self.asked else evaluated
+        found = self._all_gather(sent)
+        table = torch.empty(share.shape[0] * each, share.shape[1])
+        for block, row in zip(share.blocks, found, strict=True):
+            part = row[: len(block) * each].view(len(block.points) * each, len(block.columns))
+            table[block.points.start * each : block.points.stop * each, block.columns.start : block.columns.stop] = part
+        counts = found[:, -1].long()
+        self.told = self.told or bool((counts < 0).any())
+        return table, int(torch.where(counts < 0, -1 - counts, counts).sum())
+
+    def sizes(self, sizes: Sequence[int]) -> tuple[list[int], int]:
+        """Rows of all micro-batches of a step, and which of them is this worker's first."""
+        if not self.several or self.batches != "own":
+            return list(sizes), 0
+        everybody = [list(map(int, found)) for found in self.exchange(list(sizes))]
+        return list(itertools.chain(*everybody)), sum(map(len, everybody[: self.rank]))
+
+    def chunk(self, rows: int) -> range:
+        """Rows of a batch that this worker tries things out on: never none, and together all of them."""
+        if not self.several or self.batches == "own":
+            return range(rows)
+        ways = min(self.size, rows)
+        i = self.rank % ways
+        return range(rows * i // ways, rows * (i + 1) // ways)
+
+    # -- words ---------------------------------------------------------------------------------------------------------------------------
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What every worker says, by rank; anything JSON has words for."""
+        if not self.several:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = self._all_gather(torch.tensor([len(text)]))[:, 0].tolist()
+        sent = torch.zeros(max(lengths), dtype=torch.uint8)
+        sent[: len(text)] = text
+        return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(self._all_gather(sent), lengths, strict=True)]
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What the first worker makes; it alone calls ``make``, whose result has to have words in JSON.
+
+        Raises:
+            ValueError: what the first raised, everywhere else too if it was a ValueError or an OSError; what else it was is a RuntimeError
+                elsewhere.
+        """
+        if not self.several:
+            return make()
+        said: dict[str, Any] = {}
+        error: Exception | None = None
+        if self.first:
+            try:
+                said["value"] = make()
+            except Exception as caught:
+                error, said["error"], said["wrong"] = caught, str(caught), isinstance(caught, (ValueError, OSError))
+        said = self._broadcast(said)
+        if error is not None:
+            raise error
+        if "error" in said:
+            raise (ValueError if said["wrong"] else RuntimeError)(said["error"])
+        return said.get("value")
+
+    @contextmanager
+    def on_first(self, held: AbstractContextManager[Any]) -> Iterator[None]:
+        """A context that the first worker alone enters; what that raises is raised everywhere, as by :meth:`from_first`."""
+        with ExitStack() as stack:
+
+            def enter() -> None:
+                stack.enter_context(held)
+
+            self.from_first(enter)
+            yield
+
+    def wait(self) -> None:
+        """Until everybody is here."""
+        self.exchange(None)
+
+    # -- the wire ------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        backend = dist.get_backend(self.group)
+        return torch.device("cpu") if "gloo" in backend or "mpi" in backend else torch.device("cuda", torch.cuda.current_device())
+
+    def _all_gather(self, sent: Tensor) -> Tensor:
+        """Everybody's tensor of one shape, on the CPU, (workers, ...)."""
+        sent = sent.to(self._device)
+        found = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(found, sent, group=self.group)
+        self.bytes_sent += sent.numel() * sent.element_size()
+        return torch.stack(found).cpu()
+
+    def _broadcast(self, value: Any) -> Any:
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._device)
+        length = torch.tensor([len(text)], device=self._device)
+        dist.broadcast(length, group=self.group, group_src=0)
+        if not self.first:
+            text = torch.empty(int(length), dtype=torch.uint8, device=self._device)
+        dist.broadcast(text, group=self.group, group_src=0)
+        return json.loads(text.cpu().numpy().tobytes())

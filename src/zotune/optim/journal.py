@@ -1,0 +1,308 @@
+"""The journal: an append-only file of a run's coefficients, from which the run can be replayed.
+
+    header   b"ZOJ1", u32 length, JSON, u32 CRC-32
+    record   u8 type, u16 length, payload, u32 CRC-32 of the type, length and payload
+
+A *step* record (type 1) holds what the update of one step was made of: step, learning rates, mean loss, coefficients, skipped flags;
+about 30 bytes with one direction. An *event* record (type 2) is a JSON object: something else that changed the state (a fold asked for
+by the user), or, as type 3 where that is shorter, the same deflated. Numbers are little-endian.
+
+Appending syncs to disk. A torn last record, the trace of a crash, is dropped on opening; damage anywhere else is an error that names the
+record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MAGIC = b"ZOJ1"
+_STEP, _EVENT, _DEFLATED = 1, 2, 3
+_HEAD = struct.Struct("<BH")
+_CRC = struct.Struct("<I")
+_LONGEST = _HEAD.size + 0xFFFF + _CRC.size
+_STEP_HEAD = struct.Struct("<IfBH?")
+#: What events are deflated against; journals that are written can be read with this text only.
+_PHRASES = (
+    b'"]]}{"event":"observed","step":,"pieces":[["{"event":"general_path","names":["{"event":"probe","batched":false}'
+    b'"spread":{"forgetting":0.25,"agreement":{"forgetting":0.15,"single":{"forgetting":0.1,"moment":{"forgetting":0.1,'
+    b'"recent":{"forgetting":0.2,"count":0,"mean":0.0,"square":0.0},"units":1,"lowest":null,"brake":1.0}}'
+    b'"state":{"curvature":{"forgetting":0.25,"count":,"mean":,"square":{"event":"eps","value":0.00'
+    b'{"event":"scales","values":[0.,1.],"forwards":20,"sequences":{"event":"measured","curvature":,"signal":0.0,"moment":0.,'
+    b'"brake":1.0,"forwards":3,"sequences":'
+)
+#: Parameter groups of a run, at most: in memory a step of a few bytes has a learning rate for each.
+MOST_GROUPS = 1024
+
+
+class StepRecord(NamedTuple):
+    """Step number from 0; learning rate per parameter group; mean loss; coefficients c_k; skipped flags per direction."""
+
+    step: int
+    lrs: tuple[float, ...]
+    loss: float
+    coefficients: tuple[float, ...]
+    skipped: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> StepRecord:
+        """A record that has been through JSON."""
+        step, lrs, loss, coefficients, skipped = values
+        return cls(step, tuple(lrs), loss, tuple(coefficients), tuple(skipped))
+
+
+Record = StepRecord | dict[str, Any]
+
+
+def _pack(record: Record) -> bytes:
+    if isinstance(record, dict):
+        kind, payload = _EVENT, json.dumps(record, separators=(",", ":")).encode()
+        if len(payload) <= 0xFFFF:
+            deflater = zlib.compressobj(9, wbits=-15, zdict=_PHRASES)
+            deflated = deflater.compress(payload) + deflater.flush()
+            kind, payload = (_DEFLATED, deflated) if len(deflated) < len(payload) else (kind, payload)
+    else:
+        count, lrs = len(record.coefficients), record.lrs
+        if len(set(lrs)) == 1:
+            lrs = lrs[:1]  # groups share a rate as a rule
+        if len(lrs) > 0xFF:
+            raise ValueError(f"a journal record holds at most {0xFF} learning rates not {len(lrs)}; use fewer parameter groups.")
+        kind = _STEP
+        payload = _STEP_HEAD.pack(record.step, record.loss, len(lrs), count, any(record.skipped))
+        payload += struct.pack(f"<{len(lrs)}d{count}f", *lrs, *record.coefficients)
+        if any(record.skipped):
+            payload += bytes(record.skipped)
+    if len(payload) > 0xFFFF:
+        raise ValueError(f"a journal record holds at most {0xFFFF} bytes and this one has {len(payload)}; use fewer directions.")
+    body = _HEAD.pack(kind, len(payload)) + payload
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def _unpack(kind: int, payload: bytes, groups: int) -> Record:
+    if kind == _DEFLATED:
+        inflater = zlib.decompressobj(-15, zdict=_PHRASES)
+        payload = inflater.decompress(payload, 0xFFFF)
+        if not inflater.eof or inflater.unused_data:
+            raise ValueError("an event that does not unpack")
+    if kind in (_EVENT, _DEFLATED):
+        event = json.loads(payload)
+        if not isinstance(event, dict):
+            raise ValueError("an event that is not an object")
+        return event
+    step, loss, num_lrs, count, any_skipped = _STEP_HEAD.unpack_from(payload)
+    numbers = struct.unpack_from(f"<{num_lrs}d{count}f", payload, _STEP_HEAD.size)
+    lrs = numbers[:num_lrs] * (groups if num_lrs == 1 else 1)
+    skipped = tuple(map(bool, payload[-count:])) if any_skipped else (False,) * count
+    return StepRecord(step, lrs, loss, numbers[num_lrs:], skipped)
+
+
+def _parse(data: bytes, position: int) -> tuple[int, bytes, int] | None:
+    """(type, payload, end) of the intact record at ``position``, None if there is none."""
+    if position + _HEAD.size + _CRC.size > len(data):
+        return None
+    kind, length = _HEAD.unpack_from(data, position)
+    end = position + _HEAD.size + length + _CRC.size
+    if kind not in (_STEP, _EVENT, _DEFLATED) or end > len(data):
+        return None
+    body = data[position : end - _CRC.size]
+    if zlib.crc32(body) != _CRC.unpack_from(data, end - _CRC.size)[0]:
+        return None
+    return kind, body[_HEAD.size :], end
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Journal:
+    """A journal open for appending.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "journal.zo"
+        >>> journal = Journal.create(path, {"seed": 0})
+        >>> journal.append(StepRecord(0, (1e-3,), 0.5, (0.25,), (False,)))
+        >>> [record.coefficients for record in Journal.open(path).records()]
+        [(0.25,)]
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], records: list[Record], ends: list[int], start: int) -> None:
+        self.path = path
+        self.header = header
+        self._records = records
+        self._ends = ends
+        self._start = start
+        self._file: int | None = None  # a descriptor, open from the first append on
+        self._closer: weakref.finalize[..., Any] | None = None
+
+    @classmethod
+    def create(cls, path: str | Path, header: dict[str, Any]) -> Journal:
+        """Start a journal.
+
+        Raises:
+            FileExistsError: there is one already.
+            OSError: it could not be written; nothing is left behind.
+            ValueError: the run has too many parameter groups.
+        """
+        path = Path(path)
+        if len(header.get("groups", ())) > MOST_GROUPS:
+            raise ValueError(f"a journal is for at most {MOST_GROUPS} parameter groups; put parameters of one rate and decay in one group.")
+        text = json.dumps(header, separators=(",", ":")).encode()
+        blob = MAGIC + _CRC.pack(len(text)) + text + _CRC.pack(zlib.crc32(text))
+        if path.exists():
+            raise FileExistsError(f"{path} exists already; resume that run or choose another folder.")
+        draft = path.with_name(f".{path.name}.partial")  # a kill leaves a whole header or none
+        try:
+            with open(draft, "wb") as file:
+                file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+        return cls(path, json.loads(text), [], [], len(blob))
+
+    @classmethod
+    def open(cls, path: str | Path) -> Journal:
+        """Open a journal; nothing is written until the first append, which also cuts off a torn last record.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a journal, or damaged before its last record; names the record.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no journal at {path}.")
+        data = path.read_bytes()
+        start = len(MAGIC) + _CRC.size
+        if data[: len(MAGIC)] != MAGIC or len(data) < start:
+            raise ValueError(f"{path} is not a zotune journal.")
+        length = _CRC.unpack_from(data, len(MAGIC))[0]
+        text = data[start : start + length]
+        start += length + _CRC.size
+        if len(data) < start or zlib.crc32(text) != _CRC.unpack_from(data, start - _CRC.size)[0]:
+            raise ValueError(f"{path}: the journal's header is damaged; this run cannot be resumed or replayed.")
+        try:
+            header = json.loads(text)
+            groups = len(header.get("groups", [None]))
+            if groups > MOST_GROUPS:
+                raise ValueError
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise ValueError(f"{path}: the journal's header does not parse; this is not a journal of this version of zotune.") from None
+        records: list[Record] = []
+        ends: list[int] = []
+        position, steps = start, 0
+        while position < len(data):
+            parsed = _parse(data, position)
+            if parsed is None:
+                # What one append can have left is no longer than one record.
+                if len(data) - position > _LONGEST or any(_parse(data, later) for later in range(position + 1, len(data))):
+                    raise ValueError(f"{path}: record {len(records)} (after step {steps}) is damaged; restore the file from a copy.")
+                break  # torn: the last append did not finish
+            kind, payload, position = parsed
+            try:
+                record = _unpack(kind, payload, groups)
+            except (ValueError, struct.error, zlib.error, RecursionError) as error:
+                raise ValueError(f"{path}: record {len(records)} does not parse ({error}).") from None
+            if isinstance(record, StepRecord):
+                if record.step != steps:
+                    raise ValueError(f"{path}: record {len(records)} is step {record.step} where step {steps} was due.")
+                steps += 1
+            records.append(record)
+            ends.append(position)
+        return cls(path, header, records, ends, start)
+
+    def append(self, record: Record) -> None:
+        """Write a record through to the disk.
+
+        Raises:
+            OSError: it could not be written; the file is then as before, or ends in a torn record that opening drops.
+        """
+        blob = _pack(record)
+        end = self._ends[-1] if self._ends else self._start
+        if self._file is None:
+            self._file = os.open(self.path, os.O_WRONLY)
+            self._closer = weakref.finalize(self, os.close, self._file)
+        os.ftruncate(self._file, end)  # whatever an append that failed has left
+        if os.pwrite(self._file, blob, end) != len(blob):
+            raise OSError(f"{self.path}: the disk took only part of a record; free some space and resume.")
+        os.fsync(self._file)
+        self._records.append(record)
+        self._ends.append(end + len(blob))
+
+    def records(self) -> Iterator[Record]:
+        """All records in order: :class:`StepRecord` or, for events, a dict."""
+        return iter(tuple(self._records))
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return sum(isinstance(record, StepRecord) for record in self._records)
+
+    def after(self, size: int) -> list[Record]:
+        """The records beyond the first ``size`` bytes of the file."""
+        return [record for record, end in zip(self._records, self._ends, strict=True) if end > size]
+
+    def drop(self, count: int) -> None:
+        """Cut off the last ``count`` records."""
+        if count:
+            self._keep(len(self._records) - count)
+
+    def truncate(self, steps: int) -> None:
+        """Keep the first ``steps`` steps, and the events before them.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if steps > len(self):
+            raise ValueError(f"{self.path} holds {len(self)} steps, fewer than the {steps} it is to be cut to.")
+        keep = done = 0
+        while done < steps:
+            done += isinstance(self._records[keep], StepRecord)
+            keep += 1
+        self._keep(keep)
+
+    def _keep(self, keep: int) -> None:
+        del self._records[keep:], self._ends[keep:]
+        self.close()
+        with open(self.path, "r+b") as file:
+            file.truncate(self._ends[-1] if self._ends else self._start)
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        if self._closer is not None:
+            self._closer()
+        self._file = self._closer = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`verify` found."""
+
+    ok: bool
+    steps: int
+    message: str
+
+
+def verify(path: str | Path) -> Summary:
+    """Check a journal's checksums, order and end, without a model."""
+    try:
+        journal = Journal.open(path)
+    except (ValueError, FileNotFoundError) as error:
+        return Summary(False, 0, str(error))
+    torn = Path(path).stat().st_size - (journal._ends[-1] if journal._ends else journal._start)
+    tail = f", then {torn} bytes of a record that was not finished (dropped on resuming)" if torn else ""
+    return Summary(True, len(journal), f"{len(journal)} steps intact{tail}.")

@@ -1,0 +1,278 @@
+"""``ZerothOrder``: a ``torch.optim.Optimizer`` whose step evaluates losses, journals and applies coefficients, and never calls backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune import methods
+from zotune.errors import NonFiniteLossError
+from zotune.forward.losses import LossFunction
+from zotune.io.memory_tags import memory_tag, tagged
+from zotune.methods import AUTO, Method
+from zotune.methods.estimators import Estimate
+from zotune.methods.rules import Rule
+from zotune.optim import saved_state
+from zotune.optim.construction import build, parameter_groups
+from zotune.optim.context import NO_BATCH, Examples, StepContext, micro_batches
+from zotune.optim.distributed.agreement import settle
+from zotune.optim.distributed.workers import Workers
+from zotune.optim.journal import Journal, Record, StepRecord
+from zotune.optim.preparation import Preparation
+from zotune.optim.report import StepReport
+from zotune.optim.resume import Resume
+from zotune.optim.step_estimate import DrawnEstimate, GuidedEstimate
+from zotune.optim.update import Updater
+
+
+def _state(name: str, doc: str) -> Any:
+    """A property of the run's state."""
+
+    def get(self: ZerothOrder) -> Any:
+        return getattr(self.run.state, name)
+
+    def put(self: ZerothOrder, value: Any) -> None:
+        setattr(self.run.state, name, value)
+
+    return property(get, put, doc=doc)
+
+
+class ZerothOrder(torch.optim.Optimizer):
+    """Optimizes any module from loss values alone.
+
+    One step evaluates the loss at points θ ± ε Z_k, makes coefficients c_k of the differences, writes them to the journal, and gives
+    ĝ = (1/K) Σ c_k Z_k to the method's update rule. Evaluation writes no weight; ``.grad`` stays None; the global generators and every
+    module's training flag are as found afterwards. Between steps the model computes with the trained weights, and its ``state_dict()``
+    holds them.
+
+    Args:
+        model: the module to train. Parameters with ``requires_grad`` move, whatever they are (full model, PEFT adapter, ...).
+        method: a name from ``zotune.methods.names()`` or a :class:`~zotune.methods.Method`.
+        lr: learning rate η. ``"auto"`` measures it (see ``calibration``); schedulers and the groups' ``lr`` then multiply what is found.
+            None takes the method's default, which suits models of a billion parameters.
+        params: parameters or parameter groups (as in torch, each with its own ``lr`` and ``weight_decay``) to train instead of all.
+        weight_decay: λ in θ ← θ − η (ĝ + λθ); not on vectors (bias, norm), unless you pass groups of your own.
+        seed: the run's seed, from which every direction follows.
+        max_nonfinite_steps: stop after so many steps in a row without a finite loss.
+        probe: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``, one
+            after the other (least memory); ``"auto"``, batched where parameters, batch and loss allow it and sequential is not clearly
+            faster on the first batch. Losses are equal up to rounding; the journal and checkpoints keep the choice.
+        capture: whether batched evaluations on a CUDA device are recorded once a shape of batch and replayed, which saves the host's time
+            (see ``captured``): ``"auto"``, small batches of loss functions with ``capturable = True``, as those of ``zotune.objectives``
+            have; True, whatever the loss function is: it is then called with tensors to be read no more than once; False, never.
+        journal: where to keep the run's record: a path for a new file, a :class:`~zotune.optim.journal.Journal`, or None. Of several workers
+            the first keeps it.
+        workers: with whom the steps are taken (see :class:`~zotune.optim.distributed.Workers`); None: with all processes of the default group of
+            ``torch.distributed``, where there is one.
+        examples: ``examples(step, count)`` gives micro-batches of about ``count`` training examples, the same ones whenever it is asked
+            for a step, to a method that looks at more than a step's batch now and then (``lozo-g``); None: it makes do with the batch.
+
+    Raises:
+        ValueError: an argument makes no sense, or the model is being trained by another ZerothOrder.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> x, y = torch.ones(8, 4), torch.zeros(8, 1)
+        >>> optimizer = ZerothOrder(model, "mezo", lr=1e-2)
+        >>> loss = optimizer.step(lambda batch: (model(batch[0]) - batch[1]).square().mean(dim=1), (x, y))
+    """
+
+    steps = _state("steps", "Steps done so far.")
+    forward_passes = _state("forward_passes", "Evaluations of the batch so far.")
+    sequences_evaluated = _state("sequences_evaluated", "Examples that went through the model so far.")
+    eps = _state("eps", "ε; NaN until it is measured.")
+    journal = _state("journal", "Where steps are recorded; None: nowhere.")
+    tail = _state("tail", "Records of an earlier run that the next steps are taken from.")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str | Method = "lozo",
+        lr: float | str | None = None,
+        *,
+        params: Iterable[Any] | None = None,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        max_nonfinite_steps: int = 10,
+        probe: str = "auto",
+        capture: bool | str = "auto",
+        journal: str | Path | Journal | None = None,
+        workers: Workers | None = None,
+        examples: Examples | None = None,
+    ) -> None:
+        method = methods.get(method) if isinstance(method, str) else method
+        lr = method.lr if lr is None else lr
+        measured = lr == AUTO
+        lr = 1.0 if measured else lr
+        for label, number in (("learning rate", lr), ("weight_decay", weight_decay)):
+            if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
+                auto = " or 'auto'" if label == "learning rate" else ""
+                raise ValueError(f"the {label} must be a number of at least 0{auto}, not {number!r}.")
+        if max_nonfinite_steps < 1:
+            raise ValueError(f"max_nonfinite_steps must be at least 1, not {max_nonfinite_steps}.")
+        self.model, self.seed, self.max_nonfinite_steps = model, int(seed), max_nonfinite_steps
+        self.workers = workers or Workers()
+        self.rule = Rule(method.update_rule, method.update_rule_args)
+        super().__init__(parameter_groups(model, params, weight_decay), {"lr": lr, "weight_decay": 0.0})
+        self.run = run = build(
+            model,
+            method,
+            self.rule,
+            self.param_groups,
+            seed=self.seed,
+            probe=probe,
+            capture=capture,
+            workers=self.workers,
+            examples=examples,
+            measured=measured,
+        )
+        self.method, self.estimator, self.directions, self.layers = run.method, run.estimator, run.directions, run.layers
+        self.probe, self.evaluator, self.calibrator, self.guidance = run.probe, run.evaluator, run.calibrator, run.guidance
+        self.updater = Updater(run)
+        self.resume = Resume(run, self.updater)
+        self.preparation = Preparation(run, self.updater)
+        self.drawn, self.guided_estimate = DrawnEstimate(run), GuidedEstimate(run, self.preparation)
+        self.last: StepReport | None = None
+        self.journal = journal if isinstance(journal, Journal) and self.workers.first else None
+        if journal is not None and not isinstance(journal, Journal):
+            header = self.header()  # on every worker: of sharded weights each has a part to tell
+            self.journal = Journal.create(journal, header) if self.workers.first else None
+
+    @torch.no_grad()
+    def step(self, loss_fn: LossFunction | Callable[[], Tensor], batch: Any = NO_BATCH) -> Tensor:  # type: ignore[override]
+        """One zeroth-order step.
+
+        Args:
+            loss_fn: ``loss_fn(batch)`` returns losses per example, shape (B,), or a scalar; without ``batch`` a closure.
+            batch: whatever ``loss_fn`` takes. A *list* is a list of micro-batches, evaluated under the same directions. Of several workers
+                all give the same, or each a batch of its own.
+
+        Returns:
+            The batch's mean loss over the evaluated points, a scalar float32 tensor.
+
+        Raises:
+            NonFiniteLossError: ``max_nonfinite_steps`` steps in a row had no finite loss.
+            WorkersDisagreeError: workers were found to hold different weights, settings or batches; names the ranks.
+            ValueError: the loss has another shape; whatever ``loss_fn`` raises passes through, the weights untouched.
+        """
+        if not callable(loss_fn):
+            raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
+        run, state = self.run, self.run.state
+        context = StepContext(self.seed, state.steps, loss_fn, micro_batches(batch))
+        self._settle(context.parts)
+        followed, ready = self.resume.step(context.parts)
+        if followed is not None:
+            self.last = followed
+            with memory_tag("activations"):
+                return torch.tensor(followed.loss)
+        if ready:
+            self.updater.begin(context.step)
+        else:
+            self.preparation.prepare(context)
+        estimate, rates = self.guided_estimate.measure(context, ready) if run.guided else self.drawn.measure(context)
+        record = _record(context.step, estimate, rates)
+        state.write(record)
+        self.apply(record)
+        gap = estimate.gap if math.isfinite(estimate.gap) else None
+        self.last = StepReport(
+            state.steps, record.loss, estimate.coefficients, gap, estimate.gap_noise, estimate.skipped, rates, state.terms
+        )
+        self._check_finite(context.step)
+        with memory_tag("activations"):
+            return torch.tensor(record.loss)
+
+    def _settle(self, parts: list[Any] | None) -> None:
+        """See that all workers are in the same state, at the first step and every so often."""
+        workers, state = self.workers, self.run.state
+        due = not state.settled or bool(workers.check_every and state.steps % workers.check_every == 0)
+        if workers.several and due:
+            settle(self.run, parts)
+        state.settled = True
+
+    def _check_finite(self, step: int) -> None:
+        count = self.run.state.nonfinite_in_a_row
+        if count >= self.max_nonfinite_steps:
+            raise NonFiniteLossError(
+                f"the loss was not finite for {count} steps in a row, the last being step {step} (batch {step} of "
+                "the run); the weights are those of before. Lower the learning rate or eps, or look at these batches."
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Whether output gradients give the next step's coefficients, or gave the last one's (see ``guidance``)."""
+        return self.run.guided
+
+    @torch.no_grad()
+    def apply(self, record: Record) -> None:
+        """Take the update a journal record describes; replaying a run is nothing else.
+
+        Raises:
+            ValueError: the record is not the next one of this run.
+        """
+        self.updater.apply(record)
+
+    def follow(self, records: Sequence[Record]) -> None:
+        """Take the steps to come from records of an earlier run of the same kind, and go on by oneself after them.
+
+        As many calls of :meth:`step` as ``records`` holds steps evaluate nothing, write nothing to the journal and end in the weights,
+        bit for bit, that the run had then; the next one goes on from there. So does a run of measured rates, from the last record
+        that holds what was measured.
+        """
+        self.tail = list(records)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write pending low-rank updates A Vᵀ into the weights now, for code that reads parameters directly.
+
+        The model's forward and ``state_dict()`` hold the trained weights without it. The fold is an event of the journal.
+        """
+        if not self.tail:
+            self.run.state.write({"event": "fold"})
+        self.updater.fold()
+
+    def detach(self) -> None:
+        """Leave the model as a plain module with the trained weights: fold, and remove every hook. The optimizer is done then."""
+        with torch.no_grad():
+            self.updater.fold()
+        self.probe.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that, with the model's weights, continues the run bit for bit.
+
+        Returns:
+            ``state``: tensors by name; ``param_groups``: without the parameters; ``zotune``: numbers and strings, fit for JSON.
+        """
+        return saved_state.save(self.run)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Continue from :meth:`state_dict`; load the model's weights first.
+
+        Raises:
+            ValueError: the state is another method's, seed's or model's.
+        """
+        saved_state.restore(self.run, state_dict)
+
+    def header(self, *, base: bool = True) -> dict[str, Any]:
+        """What a journal's header says: enough to rebuild this optimizer over the same base weights.
+
+        ``base=False`` leaves out the digest of the weights, which reads all of them.
+        """
+        return saved_state.header(self.run, base=base)
+
+
+@tagged("activations")
+def _record(step: int, estimate: Estimate, rates: tuple[float, ...]) -> StepRecord:
+    """What the journal holds of a step."""
+    return StepRecord(
+        step=step,
+        lrs=rates,
+        loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
+        coefficients=(*estimate.coefficients.tolist(), *estimate.curvatures.tolist()),
+        skipped=estimate.skipped + estimate.skipped[: len(estimate.curvatures)],
+    )

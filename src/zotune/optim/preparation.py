@@ -1,0 +1,217 @@
+"""Preparation of a step's evaluations: what the subspace observes, redraws, and what is measured now and then.
+
+What is found out is recorded in the run's journal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.forward.batches import batch_rows, take
+from zotune.io.memory_tags import tagged
+from zotune.optim import journal_events, resume
+from zotune.optim.calibration import layer_scales
+from zotune.optim.context import StepContext
+from zotune.optim.guided import Told
+from zotune.optim.run_parts import RunParts
+from zotune.optim.update import Updater
+from zotune.rng.directions import Key
+from zotune.rng.isolation import isolated_generators
+from zotune.subspaces.coordinate import Coordinate, Offset
+
+#: ε that side paths are compared with where none is known yet.
+EPS = 1e-3
+
+
+class Preparation:
+    """Does what is due before a step's evaluations."""
+
+    def __init__(self, run: RunParts, updater: Updater) -> None:
+        self.run, self.updater, self.state = run, updater, run.state
+
+    def prepare(self, context: StepContext) -> None:
+        """Everything that is due before a step."""
+        run, state, step = self.run, self.state, context.step
+        guidance, fresh = run.guidance, state.begun != step
+        self.observe(context)
+        self.updater.begin(step)
+        begins = fresh and (not step or run.method.subspace.observes(step))
+        if guidance is not None and begins:
+            guidance.turned()
+            if not guidance.on and run.calibrator is not None:
+                run.calibrator.step_size.waited = guidance.waited
+        guided = run.guided
+        if run.calibrator is not None and math.isnan(state.eps) and not guided:
+            self._choose_eps(context)
+        if not state.prepared:
+            self._compare_paths(context)
+        if guided:
+            return
+        if run.layers and self._scales_due(step, begins):
+            self._scale_layers(context)
+        if run.calibrator is not None:
+            self._calibrate(context)
+        elif guidance is not None:
+            self._measured({}, 0, 0, step)
+
+    def observe(self, context: StepContext) -> None:
+        """Let the subspace observe the step's data, where it has to."""
+        run, state, step = self.run, self.state, context.step
+        subspace, guidance = run.method.subspace, run.guidance
+        if state.begun == step or not subspace.observes(step):
+            return
+        if guidance is not None:
+            plain = run.calibrator.step_size if run.calibrator is not None and guidance.measured else None
+            if not guidance.next(plain, run.method.forwards(step)):
+                return
+        found, events, forwards, sequences = self._observed(context)
+        state.count(forwards, sequences)
+        for place, event in enumerate(events):
+            state.write(event | (_cost(forwards, sequences) if place == 0 else {}))
+        self.updater.observed(found)
+
+    def _observed(self, context: StepContext) -> tuple[dict[str, Tensor], list[dict[str, Any]], int, int]:
+        """(what the subspace observes, its journal events, forward passes, sequences evaluated)."""
+        run, step, probe = self.run, context.step, self.run.probe
+        subspace = run.method.subspace
+        loss_fn, parts = context.loss_fn, context.parts
+        wanted, whole = subspace.looks_at(step), True
+        if wanted and run.examples is not None and parts is not None:
+            parts, whole = run.examples(step, wanted), False
+        forwards = counted = 0
+        common = Key(context.seed, step, 0, "", "loss")
+
+        def losses(offset: Offset | None = None, moved: Mapping[str, Coordinate] | None = None) -> Iterator[Tensor]:
+            nonlocal forwards, counted
+            forwards += whole
+            for call in [loss_fn] if parts is None else [partial(loss_fn, part) for part in parts]:
+                forwards += not whole
+                found = torch.as_tensor(call() if offset is None else at(offset, moved or {}, call))
+                counted += found.numel()
+                yield found
+
+        def at(offset: Offset, moved: Mapping[str, Coordinate], call: Callable[[], Any]) -> Any:
+            with probe.instead(moved), probe.at(offset, only=moved), isolated_generators(common, probe.devices):
+                return call()
+
+        def work() -> dict[str, Tensor]:
+            with isolated_generators(common, probe.devices):
+                return subspace.observe(run.model, probe.coordinates, losses, context.seed, step)
+
+        if run.workers.several:
+            # Where it came from does not matter, as long as it is the same to the last bit: one worker observes for all.
+            first = run.workers.from_first(lambda: [list(journal_events.events(step, probe.evaluate(work, None))), forwards, counted])
+            events, forwards, counted = first
+            gathered = journal_events.Gathered()
+            return {name: tensor for event in events for name, tensor in gathered.add(event).items()}, events, forwards, counted
+        found = probe.evaluate(work, None)
+        events = [] if self.state.journal is None else list(journal_events.events(step, found))
+        return found, events, forwards, counted
+
+    def _compare_paths(self, context: StepContext) -> None:
+        """Take the general path of the forward for layers whose fast path differs from it."""
+        run, state = self.run, self.state
+        eps = EPS if math.isnan(state.eps) else state.eps
+        distrusted = run.probe.prepare(run.evaluator.trial(context), Offset(eps, context.seed, context.step, 0))
+        if run.workers.several:
+            distrusted = sorted({name for names in run.workers.exchange(distrusted) for name in names})
+            run.probe.distrust(distrusted)
+        state.prepared = True
+        if distrusted:
+            state.write({"event": "general_path", "names": distrusted})
+
+    # -- measurements ----------------------------------------------------------------------------------------------------------------
+
+    def _choose_eps(self, context: StepContext) -> None:
+        calibrator, state = self.run.calibrator, self.state
+        assert calibrator is not None
+        state.eps = calibrator.eps(self.run.evaluator.function(context), context.seed, context.step)
+        state.count(calibrator.forwards, calibrator.sequences)
+        state.write({"event": "eps", "value": state.eps, **_cost(calibrator.forwards, calibrator.sequences)})
+
+    def _calibrate(self, context: StepContext) -> None:
+        calibrator, evaluator = self.run.calibrator, self.run.evaluator
+        assert calibrator is not None
+
+        def evaluate() -> Tensor:
+            return evaluator.function(context)()
+
+        def around(step: int, scale: float) -> Any:
+            return evaluator.around(context.at(step), scale)
+
+        calibrator.measure(evaluate, around if self.run.method.own else None, self.state.eps, context.seed, context.step)
+        self._measured(calibrator.step_size.summary(), calibrator.forwards, calibrator.sequences, context.step)
+
+    def measure_guided(self, told: Told, context: StepContext) -> None:
+        """Measure along output gradients, where that is due."""
+        guidance = self.run.guidance
+        assert guidance is not None
+        guidance.measure(told, self.run.evaluator.function(context), context.seed, context.step)
+        self._measured(guidance.summary(), guidance.forwards, guidance.sequences, context.step)
+
+    def _measured(self, found: Mapping[str, float], forwards: int, sequences: int, step: int) -> None:
+        """Count and record what a measurement took and gave, and all that is known every so often, for a run to go on from."""
+        run, state = self.run, self.state
+        state.count(forwards, sequences)
+        kept = step % resume.KEPT == 0
+        if not (forwards or (kept and run.guidance is not None)):
+            return
+        event: dict[str, Any] = {"event": "measured", **{name: float(f"{number:.6g}") for name, number in found.items()}}
+        event |= _cost(forwards, sequences)
+        if kept and run.calibrator is not None:
+            event["state"] = run.calibrator.state()
+        if kept and run.guidance is not None:
+            event["guidance"] = run.guidance.state()
+        state.write(event)
+
+    # -- scales of layers ------------------------------------------------------------------------------------------------------------
+
+    def _scales_due(self, step: int, begins: bool) -> bool:
+        """Whether layers' scales are to be measured: at redraws number 0, 1, 4, 16, ... of LOZO's; ``begins``: whether a phase begins."""
+        interval = getattr(self.run.method.subspace, "interval", 1)
+        if self.run.guidance is not None:
+            return begins and layer_scales.due((self.run.guidance.others - 1) * interval, interval)
+        return layer_scales.due(step, interval)
+
+    def _scale_layers(self, context: StepContext) -> None:
+        run, state = self.run, self.state
+        before = state.forward_passes, state.sequences_evaluated
+        few = replace(context, parts=None if context.parts is None else self._few(context.parts[0]))
+
+        def coefficients(draw: int) -> Tensor:
+            losses = run.evaluator.evaluate(few.at(layer_scales.STEP + context.step * layer_scales.SAMPLES + draw))
+            state.count(run.method.forwards_per_step, losses.evaluated)
+            return losses.estimate(run.estimator, state.eps).coefficients
+
+        if run.evaluator.undecided:
+            coefficients(0)  # finds out how this model can be evaluated, while all of it is perturbed
+        found = layer_scales.measure(run.layers, coefficients)
+        run.probe.forget_directions()
+        if found is None:
+            return
+        event: dict[str, Any] = {"event": "scales", "values": found}
+        event |= _cost(state.forward_passes - before[0], state.sequences_evaluated - before[1])
+        state.write(event)
+        self.updater.apply_event(event)
+
+    @tagged("temporary")
+    def _few(self, part: Any) -> list[Any]:
+        """The first examples of a micro-batch, as many as make enough coefficients where examples have directions of their own."""
+        method = self.run.method
+        rows = batch_rows(part) if method.own else 0
+        enough = math.ceil(layer_scales.SAMPLES / method.each) * math.ceil(rows / method.parts(rows)) if rows else 0
+        if enough >= rows or method.parts(enough) >= method.parts(rows):
+            return [part]
+        return [take(part, torch.arange(enough), rows)]
+
+
+def _cost(forwards: int, sequences: int) -> dict[str, int]:
+    """What an event cost, for a run that resumes along its journal."""
+    return {"forwards": forwards, "sequences": sequences}

@@ -1,0 +1,34 @@
+"""What a step reports: :class:`StepReport`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from zotune.methods.history import Past
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the last step saw.
+
+    Attributes:
+        step: steps done so far, this one included.
+        loss: mean loss of the batch.
+        coefficients: c_k, float32, shape (K,).
+        gap: mean absolute loss difference behind the coefficients; None where they come from output gradients.
+        gap_noise: its standard error over the batch's examples; None for scalar losses.
+        skipped: per direction, whether a loss was not finite.
+        lr: learning rate of each parameter group.
+        terms: the steps whose directions, with these coefficients, the step's estimate was made of; as a rule itself alone.
+    """
+
+    step: int
+    loss: float
+    coefficients: Tensor
+    gap: float | None
+    gap_noise: float | None
+    skipped: tuple[bool, ...]
+    lr: tuple[float, ...]
+    terms: tuple[Past, ...] = ()

@@ -1,0 +1,84 @@
+"""Resuming along a journal: a run that was cut off takes its first steps from the journal it left, and evaluates nothing for them.
+
+The loop around the optimizer (data order, schedule, log) goes through the same motions as in the run that was cut off, so nothing of it
+has to be restored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from zotune.errors import NotStackable
+from zotune.forward.batches import batch_rows
+from zotune.optim.journal import Record, StepRecord
+from zotune.optim.report import StepReport
+from zotune.optim.run_parts import RunParts
+from zotune.optim.update import Updater
+
+#: Steps between two records of everything that is known about the rate, where it is measured: a run goes on from one of them.
+KEPT = 200
+
+
+def usable(records: Sequence[Record], measured: bool) -> int:
+    """How many of these records a run can resume along: whole steps, and where steps go by what was ``measured``, a rate or the scale of
+    output gradients, up to the last record that says all that was known."""
+    for count in range(len(records), 0, -1):
+        last = records[count - 1]
+        if measured and isinstance(last, dict) and ("state" in last or "guidance" in last):
+            return count
+        if not measured and isinstance(last, StepRecord):
+            return count
+    return 0
+
+
+class Resume:
+    """Takes steps from the records that the state holds as its tail."""
+
+    def __init__(self, run: RunParts, updater: Updater) -> None:
+        self.run, self.updater = run, updater
+
+    def step(self, parts: list[Any] | None) -> tuple[StepReport | None, bool]:
+        """Take the next step from the records that are left.
+
+        Returns:
+            The step's report, None if no record of it is left; and then whether what comes before its evaluations has been done.
+        """
+        ready = False
+        run, state = self.run, self.run.state
+        while state.tail:
+            record = state.tail.pop(0)
+            if isinstance(record, StepRecord):
+                return self._take(record, parts), True
+            state.count(record.get("forwards", 0), record.get("sequences", 0))
+            if "state" in record and run.calibrator is not None:
+                run.calibrator.restore(record["state"])
+            if "guidance" in record and run.guidance is not None:
+                run.guidance.restore(record["guidance"])
+            self.updater.apply_event(record)
+            # A fold is the user's, between two steps; whatever else was written was written on the way to a step.
+            ready = record.get("event") != "fold"
+            state.prepared = state.prepared or ready
+        return None, ready
+
+    def _take(self, record: StepRecord, parts: list[Any] | None) -> StepReport:
+        run, state = self.run, self.run.state
+        self.updater.apply(record)
+        forwards = 1 if run.guided else run.method.forwards(record.step)
+        state.count(forwards, forwards * _rows(parts))
+        state.prepared = True
+        k = len(record.coefficients) // (2 if run.method.estimator == "curvature" else 1)
+        coefficients = torch.tensor(record.coefficients[:k], dtype=torch.float32)
+        signs = run.estimator.signs
+        width = state.eps * (max(signs) - min(signs))
+        gap = None if run.guided else float(coefficients.abs().mean()) * width
+        return StepReport(state.steps, record.loss, coefficients, gap, None, record.skipped[:k], record.lrs, state.terms)
+
+
+def _rows(parts: list[Any] | None) -> int:
+    try:
+        return sum(batch_rows(part) for part in parts or ())
+    except NotStackable:
+        return len(parts or ())

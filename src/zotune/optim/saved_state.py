@@ -1,0 +1,149 @@
+"""What a run is beside its weights: its state for a checkpoint, and its header for a journal."""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.methods import AUTO
+from zotune.methods.history import Past
+from zotune.optim.run_parts import RunParts
+from zotune.subspaces import LowRankCoordinate
+from zotune.weights.digest import digest
+
+
+def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
+    """See :meth:`ZerothOrder.state_dict`; ``without`` the tensors of the named coordinates."""
+    state = run.state
+    tensors = coordinate_tensors(run, [name for name in run.state.by_name() if name not in without])
+    rule_tensors, rule_others = run.rule.state()
+    tensors |= {f"rule/{path}": tensor for path, tensor in rule_tensors.items()}
+    if run.anchor is not None:
+        tensors |= {f"anchor/{name}": tensor for name, tensor in run.anchor.weights.items()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in run.param_groups]
+    numbers = {
+        "method": run.method.name,
+        "options": _plain(run.method.options),
+        "seed": state.seed,
+        "steps": state.steps,
+        "forward_passes": state.forward_passes,
+        "sequences_evaluated": state.sequences_evaluated,
+        "nonfinite_in_a_row": state.nonfinite_in_a_row,
+        "prepared": state.prepared,
+        "eps": None if math.isnan(state.eps) else state.eps,
+        "step_size": None if run.calibrator is None else run.calibrator.state(),
+        "guidance": None if run.guidance is None else run.guidance.state(),
+        "scales": [layer[0].scale for layer in run.layers],
+        "probe": run.evaluator.choice,
+        "batched": run.evaluator.batched,
+        "apart": run.evaluator.apart,
+        "general_path": [n for n, c in run.state.by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path],
+        "rule": rule_others,
+        "shaping": dict(state.shaping),
+        "anchor": None if run.anchor is None else run.anchor.numbers(),
+        "past": [[past.step, list(past.coefficients)] for past in state.past],
+    }
+    return {"state": tensors, "param_groups": groups, "zotune": numbers}
+
+
+def coordinate_tensors(run: RunParts, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of some coordinates, by the names that they have in a state."""
+    coordinates = run.state.by_name()
+    return {f"coordinate/{name}/{entry}": tensor for name in names for entry, tensor in coordinates[name].state().items()}
+
+
+def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
+    """See :meth:`ZerothOrder.load_state_dict`."""
+    numbers, state = state_dict.get("zotune"), run.state
+    if numbers is None:
+        raise ValueError("this is not the state of a ZerothOrder optimizer; load the one that was saved with the model.")
+    here: dict[str, Any] = {"method": run.method.name, "options": _plain(run.method.options), "seed": state.seed}
+    for key, value in here.items():
+        if numbers[key] != value:
+            raise ValueError(f"the saved run has {key} {numbers[key]!r} and this one {value!r}; continue with the saved one's.")
+    if len(state_dict["param_groups"]) != len(run.param_groups):
+        raise ValueError("the saved run has another number of parameter groups; construct the optimizer as it was then.")
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in run.state.by_name()}
+    rule_tensors = {}
+    for path, tensor in state_dict["state"].items():
+        kind, _, rest = path.partition("/")
+        if kind == "rule":
+            rule_tensors[rest] = tensor
+            continue
+        if kind == "anchor" and run.anchor is not None:
+            run.anchor.weights[rest] = tensor.to(run.state.by_name()[rest].device, copy=True)
+            continue
+        name, _, entry = rest.rpartition("/")
+        if name not in states:
+            raise ValueError(f"the saved run trains {name!r}, which this one does not; construct the optimizer as it was then.")
+        states[name][entry] = tensor
+    for group, saved in zip(run.param_groups, state_dict["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
+    state.steps = numbers["steps"]
+    state.forward_passes = numbers["forward_passes"]
+    state.sequences_evaluated = numbers["sequences_evaluated"]
+    state.nonfinite_in_a_row = numbers["nonfinite_in_a_row"]
+    state.prepared = numbers["prepared"]
+    if run.method.eps == AUTO and numbers["eps"] is not None:
+        state.eps = numbers["eps"]
+    if run.calibrator is not None and numbers["step_size"] is not None:
+        run.calibrator.restore(numbers["step_size"])
+    if run.guidance is not None and numbers.get("guidance"):
+        run.guidance.restore(numbers["guidance"])
+    if run.evaluator.choice in ("auto", numbers.get("probe")):
+        run.evaluator.restore(numbers.get("batched"), numbers.get("apart"))
+    state.shaping = dict(numbers.get("shaping", {}))
+    state.past = [Past(step, tuple(coefficients)) for step, coefficients in numbers.get("past", [])]
+    if run.anchor is not None and numbers.get("anchor"):
+        run.anchor.sums, run.anchor.count = list(numbers["anchor"]["sums"]), numbers["anchor"]["count"]
+    state.begun = state.steps - 1
+    run.probe.distrust(numbers["general_path"])
+    for layer, scale in zip(run.layers, numbers.get("scales", ()), strict=True):
+        for member in layer:
+            member.scale = float(scale)
+    for name, coordinate in run.state.by_name().items():
+        coordinate.load_state(states[name], state.seed, state.steps)
+    run.rule.load_state(rule_tensors, numbers["rule"], {name: c.value() for name, c in run.state.by_name().items()})
+
+
+def header(run: RunParts, *, base: bool) -> dict[str, Any]:
+    """See :meth:`ZerothOrder.header`."""
+    versions = {"zotune": _version(), "torch": torch.__version__, "python": platform.python_version()}
+    versions |= {n: sys.modules[n].__version__ for n in ("transformers", "peft") if n in sys.modules}
+    return {
+        "format": 1,
+        "versions": versions,
+        "device": sorted({device.type for device in run.probe.devices}),
+        **({"base": digest(run.model)} if base else {}),
+        "seed": run.state.seed,
+        "method": run.method.name,
+        "options": _plain(run.method.options),
+        "eps": run.method.eps,
+        "groups": [
+            {
+                "weight_decay": group["weight_decay"],
+                "parameters": [[c.name, list(c.parameter.shape), str(c.parameter.dtype).removeprefix("torch.")] for c in coordinates],
+            }
+            for group, coordinates in zip(run.param_groups, run.state.coordinates, strict=True)
+        ],
+    }
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as JSON gives them back."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value.__name__ if isinstance(value, type) else value
+        for key, value in options.items()
+    }
+
+
+def _version() -> str:
+    from zotune import __version__
+
+    return __version__

@@ -1,0 +1,86 @@
+"""Full space with shaped directions: every number of Z is multiplied by a factor of its own before it moves a weight."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from zotune.io.memory_tags import tagged
+from zotune.rng.directions import Directions, Key
+from zotune.subspaces.coordinate import Offset
+from zotune.subspaces.full import FullCoordinate
+
+#: The factors (or a mask) of a block of elements, flat.
+Factors = Callable[[slice], Tensor]
+
+
+class Shaped(Directions):
+    """The numbers of other directions times ``factors``; for one parameter."""
+
+    dense = False
+
+    def __init__(self, inner: Directions, factors: Factors) -> None:
+        super().__init__(inner.kind if inner.kind in self.KINDS else "gaussian")
+        self.inner, self.factors = inner, factors
+
+    def scale(self, key: Key, numel: int, device: torch.device) -> float:
+        return self.inner.scale(key, numel, device)
+
+    @tagged("directions")
+    def block(self, key: Key, part: slice, device: torch.device, scale: float = 1.0) -> Tensor:
+        return self.inner.block(key, part, device, scale).mul_(self.factors(part))
+
+    @tagged("directions")
+    def rows(self, key: Key, rows: Tensor, columns: int) -> Tensor:
+        found = self.inner.rows(key, rows, columns)
+        for place, row in enumerate(rows.tolist()):
+            found[place].mul_(self.factors(slice(row * columns, (row + 1) * columns)))
+        return found
+
+    @tagged("directions")
+    def draw_many(self, key: Key, count: int, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
+        z = self.inner.draw_many(key, count, shape, device)
+        return z.mul_(self.factors(slice(0, z[0].numel())).view(shape))
+
+
+class ShapedCoordinate(FullCoordinate, abc.ABC):
+    """θ = W with directions s ⊙ Z, s the :meth:`factors` of the step. Evaluations and the update see the same ones."""
+
+    draws_alone = True
+
+    @abc.abstractmethod
+    def factors(self, seed: int, step: int) -> Factors:
+        """The factors of a step, while W is what it is."""
+
+    def fixed_factors(self, seed: int, step: int) -> Factors:
+        """The factors of a step as they are now, whatever happens to W."""
+        return self.factors(seed, step)
+
+    def _shaped(self, directions: Directions, seed: int, step: int) -> Directions:
+        return directions if isinstance(directions, Shaped) else Shaped(directions, self.factors(seed, step))
+
+    def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
+        return super().many(self._shaped(directions, seed, step), seed, step, first, count, alone)
+
+    @tagged("directions")
+    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
+        return super().at(directions if offset is None else self._shaped(directions, offset.seed, offset.step), offset)
+
+    def at_in(self, out: Tensor, directions: Directions, offset: Offset) -> Tensor:
+        return super().at_in(out, self._shaped(directions, offset.seed, offset.step), offset)
+
+    def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
+        return super().strips_at(self._shaped(directions, offset.seed, offset.step), offset, height)
+
+    def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
+        return super().rows_at(self._shaped(directions, offset.seed, offset.step), offset, rows)
+
+    def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
+        return super().weighted(self._shaped(directions, seed, step), weights, seed, step)
+
+    @tagged("directions")
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        super().descend(Shaped(directions, self.fixed_factors(seed, step)), weights, keep, seed, step)

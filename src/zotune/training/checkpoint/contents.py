@@ -1,0 +1,153 @@
+"""Checkpoint folders of a run: safetensors and JSON only, complete or absent.
+
+A checkpoint is written beside its final place, synced to disk and renamed last, so a save that is killed half-way
+leaves no ``checkpoint-N``. Its manifest holds the size and digest of every file in it, and it names the journal it
+belongs to by length and digest; one that is damaged, that the journal does not reach, or that was written by another
+run, is not resumed from.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from safetensors.torch import save_model as save_bare_model
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from zotune.baselines import FirstOrder
+from zotune.optim import saved_state
+from zotune.optim.optimizer import ZerothOrder
+from zotune.training.checkpoint import offloaded
+from zotune.training.checkpoint.folder import BLOCK_TENSORS, RNG, SCHEDULER, STATE, STATE_TENSORS, load_json, save_json
+from zotune.weights.offload import stream_of
+from zotune.weights.quantized_linear import any_frozen, dense_state
+
+# --- folders ---
+
+
+# --- contents ---
+
+
+def save_model(folder: Path, model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the trained weights and the model's config: `save_pretrained`, or the bare weights of another module."""
+    if stream_of(model) is not None:
+        offloaded.save_model(model, folder)
+        return
+    if state_dict is None and any_frozen(model) and not hasattr(model, "peft_config"):
+        state_dict = dense_state(model)
+    save_pretrained: Any = getattr(model, "save_pretrained", None)
+    if save_pretrained is None:
+        save_bare_model(model, str(folder / "model.safetensors"))
+        return
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # one bar a checkpoint would cut up the bar of the run
+    try:
+        save_pretrained(folder, **({} if state_dict is None else {"state_dict": state_dict}))
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def truly_missing(model: nn.Module, missing: list[str]) -> list[str]:
+    """Of the names missing from loaded weights, those that are not tied to a parameter that was there."""
+    owner = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    loaded = {key for name, key in owner.items() if name not in set(missing)}
+    return [name for name in missing if owner.get(name) not in loaded]
+
+
+def save_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder, **extra: Any) -> None:
+    """Write the optimizer's state: tensors as safetensors, the rest and `extra` as JSON."""
+    run = optimizer.run if isinstance(optimizer, ZerothOrder) else None
+    blocks = [] if run is None else offloaded.coordinates_by_block(run.model, run.probe.coordinates)
+    away = {name for names in blocks for name in names}
+    state = optimizer.state_dict() if run is None else saved_state.save(run, without=away)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.pop("state").items()}
+    save_file(tensors, folder / STATE_TENSORS)
+    if run is not None:
+        for number, names in enumerate(blocks):  # of an offloaded model, of which no more is in memory at a time
+            tensors = saved_state.coordinate_tensors(run, names)
+            if tensors:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / BLOCK_TENSORS.format(number))
+    save_json(folder / STATE, {"format": 1, "optimizer": state, **extra})
+
+
+def load_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder) -> dict[str, Any]:
+    """Restore what :func:`save_optimizer` wrote; returns the extra entries."""
+    content = load_json(folder / STATE)
+    if content.pop("format", None) != 1:
+        raise ValueError(f"{folder / STATE} was written by another version of zotune: resume with that version.")
+    tensors = load_file(folder / STATE_TENSORS)
+    for path in sorted(folder.glob(BLOCK_TENSORS.format("*"))):
+        tensors |= load_file(path)
+    optimizer.load_state_dict({"state": tensors, **content.pop("optimizer")})
+    return content
+
+
+def save_scheduler(folder: Path, scheduler: Any) -> None:
+    """Write a learning-rate scheduler's state as JSON.
+
+    Raises:
+        ValueError: the scheduler's state holds something that is not plain data.
+    """
+    state = scheduler.state_dict()
+    try:
+        save_json(folder / SCHEDULER, {"type": type(scheduler).__name__, "state": state})
+    except TypeError as error:
+        raise ValueError(
+            f"the state of {type(scheduler).__name__} cannot be written as JSON ({error}): use a scheduler whose "
+            "state_dict() holds plain numbers, or save_strategy='no'."
+        ) from None
+
+
+def load_scheduler(folder: Path, scheduler: Any) -> None:
+    """Restore what :func:`save_scheduler` wrote.
+
+    Raises:
+        ValueError: no scheduler state there, or that of another kind of scheduler.
+    """
+    content = load_json(folder / SCHEDULER)
+    if content["type"] != type(scheduler).__name__:
+        raise ValueError(
+            f"{folder} was written with the scheduler {content['type']}, not {type(scheduler).__name__}: "
+            "resume with the lr_scheduler_type of the run."
+        )
+    scheduler.load_state_dict(content["state"])
+
+
+def save_rng(folder: Path) -> None:
+    """Write the states of the global generators (python, numpy, torch, CUDA) as JSON."""
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "torch": _hex(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = [_hex(s) for s in torch.cuda.get_rng_state_all()]
+    save_json(folder / RNG, state)
+
+
+def load_rng(folder: Path) -> None:
+    """Restore what :func:`save_rng` wrote; generators of absent GPUs are passed over."""
+    state = load_json(folder / RNG)
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    for device, saved in zip(range(torch.cuda.device_count()), state.get("cuda", []), strict=False):
+        torch.cuda.set_rng_state(_bytes(saved), device)
+
+
+def _hex(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,0 +1,184 @@
+"""The files of a run under Hugging Face's loop: :class:`CheckpointedTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+
+from zotune.baselines import FirstOrder
+from zotune.optim.distributed import Workers
+from zotune.optim.optimizer import ZerothOrder
+from zotune.training.checkpoint import contents, offloaded
+from zotune.training.config import settings
+from zotune.training.log_sums import StepSums
+from zotune.training.run_folder import JOURNAL_FILE
+from zotune.weights.offload import stream_of
+from zotune.weights.quantized_linear import any_frozen
+
+
+class CheckpointedTrainer(Trainer):
+    """`transformers.Trainer` of a :class:`ZerothOrder` or :class:`FirstOrder`; its checkpoints are safetensors and JSON, whole or absent.
+
+    Hugging Face's own write optimizer, scheduler, generators and arguments by pickle, appear before they are complete,
+    and go on silently where a file is missing. What a checkpoint holds is in :mod:`zotune.training.checkpoint.contents`.
+    """
+
+    optimizer: Any  # the ZerothOrder or FirstOrder; within an AcceleratedOptimizer from the start of training
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._since_log = StepSums()
+        super().__init__(*args, **kwargs)
+        if self.args.load_best_model_at_end and self.args.save_only_model and keeps_factors(self.model):
+            raise ValueError(
+                "the best of several checkpoints of a model in few bits is found in their optimizer states: leave save_only_model or "
+                "load_best_model_at_end out."
+            )
+        self._run_folder = Path(self.args.output_dir)
+        self.workers = Workers(self.args.share, "same", self.args.check_workers_steps)
+        self._train_batch_size *= self.workers.size  # every process is given the whole batch of a step
+
+    @property
+    def zo_optimizer(self) -> ZerothOrder | FirstOrder:
+        """The optimizer (a :class:`FirstOrder` for a first-order method) that takes the steps, with its counts and its last report.
+
+        Raises:
+            ValueError: training has not begun, so there is none yet.
+        """
+        if self.optimizer is None:
+            raise ValueError("the optimizer is built when training starts: call train() first.")
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+
+    @property
+    def _journal_path(self) -> Path:
+        journal = None if self.optimizer is None else self.zo_optimizer.journal
+        return self._run_folder / JOURNAL_FILE if journal is None else journal.path
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        contents.save_model(folder, self.model, state_dict)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        contents.save_json(folder / contents.ARGUMENTS, settings(self.args))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_folder = Path(self._get_output_dir(trial))
+        final = run_folder / f"checkpoint-{self.state.global_step}"
+        if trial is None:
+            self.store_flos()
+        if self.workers.first:
+            self._write_checkpoint(run_folder, final)
+        self.workers.wait()
+        if not self.workers.first:
+            self._note_state(run_folder, final)
+
+    def _write_checkpoint(self, run_folder: Path, final: Path) -> None:
+        with contents.draft(final) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_rng_state(str(folder))
+            self._note_state(run_folder, final)
+            self.state.save_to_json(str(folder / contents.TRAINER_STATE))
+            contents.write_manifest(folder)
+        rotate_checkpoints(
+            output_dir=str(run_folder),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,  # after going back to an earlier checkpoint a larger number need not be the newer one
+        )
+
+    def _note_state(self, run_folder: Path, final: Path) -> None:
+        """Bring the trainer's state up to date with the best checkpoint and the callbacks, as Hugging Face does."""
+        if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step:
+            best = run_folder / f"checkpoint-{self.state.best_global_step}"
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, saved = type(callback).__name__, callback.state()
+                if isinstance(self.state.stateful_callbacks[name], list):
+                    self.state.stateful_callbacks[name].append(saved)
+                else:
+                    self.state.stateful_callbacks[name] = saved
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = self.zo_optimizer
+        mark = contents.journal_mark(self._journal_path, optimizer.steps) if optimizer.journal is not None else None
+        contents.save_optimizer(Path(output_dir), optimizer, journal=mark, since_log=self._since_log.to_dict())
+        contents.save_scheduler(Path(output_dir), self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        extra = contents.load_optimizer(Path(checkpoint_folder), self.zo_optimizer)
+        self._since_log = StepSums(**extra["since_log"])
+        contents.load_scheduler(Path(checkpoint_folder), self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        contents.save_rng(Path(output_dir))
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            contents.load_rng(Path(checkpoint_folder))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Hugging Face's would load a pickle if there is one; nothing here scales gradients."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with training_flags_kept(self.model):
+            if not self._load_block_by_block(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best, optimizer = Path(self.state.best_model_checkpoint or ""), self.zo_optimizer
+        with training_flags_kept(self.model):
+            if not self._load_block_by_block(best):
+                super()._load_best_model()
+        if isinstance(optimizer, ZerothOrder) and keeps_factors(self.model):  # which are in no file of weights
+            spent = optimizer.forward_passes, optimizer.sequences_evaluated
+            contents.load_optimizer(best, optimizer)
+            optimizer.forward_passes, optimizer.sequences_evaluated = spent
+
+    def _load_block_by_block(self, folder: Path) -> bool:
+        """Load the weights of an offloaded model a shard at a time, which Hugging Face would gather whole; whether these are such."""
+        if stream_of(self.model) is None or not (folder / offloaded.INDEX).is_file():
+            return False
+        self._issue_warnings_after_load(offloaded.load_model(self.model, folder))
+        return True
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint that does not fit is an error: nothing is restored in part."""
+        missing = contents.truly_missing(self.model, load_result.missing_keys)
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint does not fit the model: it lacks {missing or 'nothing'} and has "
+                f"{load_result.unexpected_keys or 'nothing'} that the model does not have; load the model of this run."
+            )
+
+
+def keeps_factors(model: nn.Module) -> bool:
+    """Whether what training adds to a model is beside weights that are never written."""
+    return any_frozen(model) and not hasattr(model, "peft_config")
+
+
+@contextmanager
+def training_flags_kept(model: nn.Module) -> Iterator[None]:
+    """Every module's training flag after the block is what it was before."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

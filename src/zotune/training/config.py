@@ -1,0 +1,329 @@
+"""Settings of a training run: :class:`ZOConfig`, the counterpart of ``transformers.TrainingArguments`` for every method there is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from zotune import baselines, methods
+from zotune.baselines import Baseline, catalog
+from zotune.methods.rules import Rule
+from zotune.optim.calibration.gains import gain, measurable
+from zotune.optim.distributed import MODES
+from zotune.optim.distributed.workers import CHECK_EVERY
+from zotune.optim.evaluator import PROBES
+
+logger = logging.getLogger(__name__)
+
+#: A learning rate that nobody has given: measured where that is known for the method, else the method's own.
+_NOT_GIVEN = "auto where known"
+
+_METHOD_FIELDS = (
+    "eps",
+    "num_directions",
+    "direction",
+    "estimator",
+    "rank",
+    "interval",
+    "momentum",
+    "update_rule",
+    "update_rule_args",
+)
+
+_BACKWARD_OPTIM = "an update rule is part of the method: choose it with method=..., update_rule=... and update_rule_args=..."
+_IN_DTYPE = "forward-only training needs no mixed precision: load the model in that dtype (dtype=torch.{}) instead"
+
+# Options of TrainingArguments that say something about a backward pass or about a machine we do not drive yet.
+_REFUSED = {
+    "activation_checkpointing": "forward passes store no activations, so there is nothing to checkpoint; leave it out",
+    "gradient_checkpointing": "forward passes store no activations, so there is nothing to checkpoint; leave it out",
+    "bf16": _IN_DTYPE.format("bfloat16"),
+    "fp16": _IN_DTYPE.format("float16"),
+    "bf16_full_eval": "evaluation would cast the weights in place; load the model with dtype=torch.bfloat16 instead",
+    "fp16_full_eval": "evaluation would cast the weights in place; load the model with dtype=torch.float16 instead",
+    "max_grad_norm": "no gradient is ever formed, so none can be clipped; leave it at 0",
+    "neftune_noise_alpha": "its noise acts in training mode and forwards run in evaluation mode; leave it out",
+    "deepspeed": "DeepSpeed shards gradients and optimizer states that do not exist here; run without it",
+    "fsdp": "sharded models are not supported yet; every process holds the model, or one process spreads it with device_map='auto'",
+    "parallelism_config": "sharded models are not supported yet; run in one process",
+    "torch_compile": "compiled models are not supported yet: the probe attaches to the model's modules; leave it out",
+    "auto_find_batch_size": "a step of inference memory has one batch size; set per_device_train_batch_size",
+    "push_to_hub": "checkpoints are not pushed while training; call trainer.model.push_to_hub(...) afterwards",
+    "optim_args": _BACKWARD_OPTIM,
+    "optim_target_modules": _BACKWARD_OPTIM,
+}
+# Those that mean something to a first-order method.
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+_OF_BACKWARD = (*_CHECKPOINTING, "max_grad_norm")
+# Options that are refused once they differ from the value they have when nobody touches them.
+_FIXED = {
+    "optim": (TrainingArguments.default_optim, _BACKWARD_OPTIM),
+    "adam_beta1": (0.9, "pass method='mezo-adam' with update_rule_args={'betas': [..., ...]}"),
+    "adam_beta2": (0.999, "pass method='mezo-adam' with update_rule_args={'betas': [..., ...]}"),
+    "adam_epsilon": (1e-8, "pass method='mezo-adam' with update_rule_args={'eps': ...}"),
+}
+# Fields that are options of a first-order method where it has them, beside those of `_METHOD_FIELDS`.
+_ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+@dataclass
+class ZOConfig(TrainingArguments):
+    """Settings of a run: `transformers.TrainingArguments` with the method's options beside them.
+
+    Every field of `TrainingArguments` keeps its name and meaning; the defaults below differ. `learning_rate` and `eps`
+    are measured (``"auto"``; see :mod:`zotune.optim.calibration.calibrator`) unless they are numbers; None takes the method's own (the
+    paper's), as it does for all other options of the method. Where nothing is given and the method's rate cannot be
+    measured (JAGUAR), it is the method's own too, and the log says so. Training lasts `max_steps` steps, 1000 when neither it nor
+    `num_train_epochs` is given.
+
+    `method` may also name a first-order baseline (:mod:`zotune.baselines`): its learning rate is a number (the method's own when
+    not given), and `max_grad_norm` and gradient checkpointing then mean what they mean to `transformers`.
+
+    Raises:
+        ValueError: an unknown method, an option the method does not take, a value that makes no sense, or an option
+            that has no meaning without a backward pass. The message names the fix.
+
+    Example:
+        >>> config = ZOConfig(output_dir="run", method="lozo", rank=2, interval=50, eps=1e-3, learning_rate=1e-6)
+        >>> config.zo_method().name
+        'lozo'
+    """
+
+    method: str = field(default="lozo", metadata={"help": "The method; `zotune methods` lists them."})
+    eps: float | str | None = field(
+        default=methods.AUTO, metadata={"help": "Size of the perturbation, or auto: measured on the first batch."}
+    )
+    num_directions: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Directions of a step: a number, all examples under each; example: each under its own (example:4: under 4); sets:S, "
+            "groups:G: every S examples, or G parts of the batch."
+        },
+    )
+    probe: str = field(
+        default="auto",
+        metadata={"help": "batched: all evaluations of a step in one forward; sequential: one by one; auto: what is faster."},
+    )
+    direction: str | None = field(default=None, metadata={"help": "Distribution of the directions, e.g. gaussian."})
+    estimator: str | None = field(default=None, metadata={"help": "Estimator of the gradient: central or forward."})
+    rank: int | None = field(default=None, metadata={"help": "Rank of a low-rank subspace."})
+    interval: int | None = field(default=None, metadata={"help": "Steps between redraws of a low-rank subspace."})
+    momentum: float | None = field(default=None, metadata={"help": "Momentum of the method, in [0, 1)."})
+    update_rule: str | None = field(default=None, metadata={"help": "Update rule: a torch optimizer's name, e.g. SGD."})
+    update_rule_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the update rule, as JSON."})
+    method_args: dict | str | None = field(default=None, metadata={"help": "Any further options of the method's recipe, as JSON."})
+    max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps in a row with a non-finite loss after which training stops."})
+
+    share: str = field(
+        default="auto",
+        metadata={
+            "help": "What several processes (torchrun, accelerate launch) share out: data, the examples of a step; directions; both; or "
+            "auto: examples as far as they go."
+        },
+    )
+    check_workers_steps: int = field(
+        default=CHECK_EVERY, metadata={"help": "Steps between two comparisons of all processes' weights; 0: at the start only."}
+    )
+    learning_rate: float | str | None = field(
+        default=_NOT_GIVEN,
+        metadata={"help": "The learning rate, or auto: measured now and then, times the schedule (the default where it is known)."},
+    )
+    lr_scheduler_type: str = field(
+        default="warmup_stable_decay",
+        metadata={"help": "The schedule of the learning rate; the default falls linearly in the last 30% of the steps only."},
+    )
+    max_steps: int = field(default=-1, metadata={"help": "Steps to train; 1000 when num_train_epochs is not given either."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the training data to make, unless max_steps is given."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step (and micro-batch)."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a batch at evaluation."})
+    train_sampling_strategy: str = field(
+        default="stratified",
+        metadata={
+            "help": "Order of the training examples: stratified (random, every stretch with its share of each class, where there "
+            "are classes), random, sequential or group_by_length.",
+            "choices": ["stratified", "random", "sequential", "group_by_length"],
+        },
+    )
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "First-order methods clip gradients to this norm; 0: they do not. Must stay 0 for all others."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
+    eval_steps: float | None = field(default=100, metadata={"help": "Steps between evaluations (eval_strategy=steps)."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints (save_strategy=steps)."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep (the best is always kept); 0 keeps all."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay False: steps without a finite loss are logged as skipped."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Drop data columns the model does not take; by default only for tokenised data (with input_ids) "
+            "trained on the model's own loss."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_directions, str) and self.num_directions.isdecimal():  # a number from the command line
+            self.num_directions = int(self.num_directions)
+        for name in ("learning_rate", "eps"):
+            setattr(self, name, _number_or_auto(name, getattr(self, name)))
+        self._check_settings()
+        if self.max_steps == -1 and self.num_train_epochs is None:
+            self.max_steps = 1000
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0  # never read: max_steps takes precedence
+        for name in ("update_rule_args", "method_args"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, _parsed_json(name, value))
+        chosen = self.chosen_method()
+        self._settle_learning_rate(chosen)
+        super().__post_init__()
+        if self.world_size > 1 and isinstance(chosen, Baseline):
+            raise ValueError(
+                f"{self.world_size} processes were launched, and {chosen.name} runs in one: start it without torchrun or accelerate launch."
+            )
+        if self.mixed_precision != "no":  # asked for by `accelerate launch`
+            raise ValueError(f"mixed precision ({self.mixed_precision}) cannot be used: load the model in that dtype.")
+        self._n_gpu: int = min(self._n_gpu, 1)  # several visible GPUs would wrap the model in DataParallel
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+
+    def chosen_method(self, **options: Any) -> methods.Method | Baseline:
+        """The method these fields describe, zeroth-order or a baseline, some of its options replaced.
+
+        Raises:
+            ValueError: an unknown method, or an option or value it does not take.
+        """
+        baseline = catalog.is_baseline(self.method)
+        given = {name: getattr(self, name) for name in _METHOD_FIELDS if getattr(self, name) is not None}
+        if baseline:
+            if given.get("eps") == methods.AUTO:  # nobody touched it
+                del given["eps"]
+            known = baselines.options_of(self.method)
+            untouched = {name: _FIXED[name][0] for name in _ADAM_FIELDS}
+            given |= {name: getattr(self, name) for name in _ADAM_FIELDS if name in known and getattr(self, name) != untouched[name]}
+        extra: dict[str, Any] = self.method_args if isinstance(self.method_args, dict) else {}
+        twice = sorted(given.keys() & extra.keys())
+        if twice:
+            raise ValueError(f"{twice[0]} is given both as a field and in method_args: give it once.")
+        return catalog.get(self.method, **{**given, **extra, **options})
+
+    def zo_method(self, **options: Any) -> methods.Method:
+        """The zeroth-order method these fields describe, some of its options replaced.
+
+        Raises:
+            ValueError: an unknown method, one that is not zeroth-order, or an option or value it does not take.
+        """
+        chosen = self.chosen_method(**options)
+        if isinstance(chosen, Baseline):
+            raise ValueError(f"{chosen.name} is not a zeroth-order method: there are {', '.join(methods.names())}.")
+        return chosen
+
+    def _settle_learning_rate(self, chosen: methods.Method | Baseline) -> None:
+        if isinstance(chosen, Baseline):
+            if chosen.package is not None and importlib.util.find_spec(chosen.package) is None:
+                raise ModuleNotFoundError(f"{chosen.name} needs the package {chosen.package!r}: install it first.", name=chosen.package)
+            if self.learning_rate == methods.AUTO:
+                raise ValueError(f"the learning rate of {chosen.name} is not measured: give a number, or leave it out.")
+            if self.learning_rate in (None, _NOT_GIVEN):
+                self.learning_rate = chosen.lr or 0.0
+            return
+        if self.learning_rate == _NOT_GIVEN:
+            self.learning_rate = methods.AUTO if measurable(chosen) else chosen.lr
+            if self.learning_rate != methods.AUTO:
+                logger.warning(
+                    f"no learning rate was given, and for method {chosen.name!r} it cannot be measured: taking the method's own, "
+                    f"{chosen.lr:g}, which is for models of a billion parameters; small models want a far larger one (--learning_rate)."
+                )
+        if self.learning_rate is None:
+            self.learning_rate = chosen.lr
+        if self.learning_rate == methods.AUTO:
+            gain(chosen, Rule(chosen.update_rule, chosen.update_rule_args), 1.0, 1, 1.0)  # refuses rules it knows no scale for
+
+    def _check_settings(self) -> None:
+        baseline = catalog.is_baseline(self.method)
+        usual = baselines.recipe(self.method)() if baseline else None
+        trains = usual is not None and usual.kind == "backward"
+        for name, reason in _REFUSED.items():
+            value = getattr(self, name)
+            if trains and name in _OF_BACKWARD:
+                if usual is None or not usual.blocks or name not in _CHECKPOINTING:
+                    continue
+                reason = f"{self.method} keeps the activations of its last blocks alone, in forwards in evaluation mode; leave it out"
+            if value not in (None, False, "", 0, 0.0, {}, []):
+                raise ValueError(f"{name}={value!r} cannot be used: {reason}.")
+        own = baselines.options_of(self.method) if baseline else {}
+        for name, (untouched, reason) in _FIXED.items():
+            if name in own:
+                continue
+            if baseline and name in _ADAM_FIELDS:
+                reason = f"{self.method} has no such option"
+            if getattr(self, name) != untouched:
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be used: {reason}.")
+        if self.logging_nan_inf_filter:
+            raise ValueError("logging_nan_inf_filter=True would hide diverged steps: leave it False, they are logged as skipped.")
+        for name, lowest in _LOWEST.items():
+            value = getattr(self, name)
+            if value not in (None, methods.AUTO, _NOT_GIVEN) and not value >= lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}.")
+        for name in ("eps", "num_train_epochs"):
+            value = getattr(self, name)
+            if value not in (None, methods.AUTO) and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        if self.probe not in PROBES:
+            raise ValueError(f"unknown probe {self.probe!r}: choose one of {', '.join(PROBES)}.")
+        if self.share not in MODES:
+            raise ValueError(f"unknown share {self.share!r}: choose one of {', '.join(MODES)}.")
+        if baseline and self.probe != "auto":
+            why = "evaluates one point after the other" if usual is not None and usual.blocks else "evaluates no perturbed weights"
+            raise ValueError(f"probe={self.probe!r} cannot be used: {self.method} {why}; leave it out.")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1 (or -1 to count epochs instead), got {self.max_steps}.")
+
+
+_LOWEST = {
+    "rank": 1,
+    "interval": 1,
+    "max_nonfinite_steps": 1,
+    "check_workers_steps": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+}
+
+
+def _number_or_auto(name: str, value: float | str | None) -> float | str | None:
+    if not isinstance(value, str) or value in (methods.AUTO, _NOT_GIVEN):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name} must be a number or 'auto', got {value!r}.") from None
+
+
+def _parsed_json(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{name} must be JSON such as {{"nesterov": true}}, got {text!r} ({error}).') from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} must be a JSON object such as {{"nesterov": true}}, got {text!r}.')
+    return value
+
+
+def settings(config: TrainingArguments) -> dict[str, Any]:
+    """All fields of a config as JSON-able values; tokens are masked."""
+    return json.loads(json.dumps(config.to_dict(), default=str))

@@ -1,0 +1,208 @@
+"""Loading what a command works on: the model with its head, its adapter, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import nn
+
+from zotune.io.sizes import parse_size
+from zotune.training import offloaded_loading
+from zotune.training.arguments import ModelArguments
+from zotune.training.schemes import load_adapter
+from zotune.weights import offload
+from zotune.weights.offload.budget import Needs
+from zotune.weights.quantized_linear import freeze
+
+
+@dataclass
+class ModelPlan:
+    """What is known of a model before any weight is read.
+
+    Attributes:
+        name: folder (absolute) or hub id of the base model.
+        adapter: folder of a trained adapter that comes on top, or None.
+        config: its transformers configuration.
+    """
+
+    name: str
+    adapter: str | None
+    config: Any
+
+
+def plan_model(args: ModelArguments, command: str) -> ModelPlan:
+    """Reads the model's configuration.
+
+    Args:
+        args: the user's options.
+        command: for messages.
+
+    Raises:
+        FileNotFoundError: there is no such folder or hub id. ValueError: the folder holds no model.
+    """
+    from transformers import AutoConfig
+
+    name, adapter = _located(args.require(command)), None
+    if (Path(name) / "adapter_config.json").is_file():
+        adapter = name
+        name = _located(_base_of(Path(adapter)))
+    _check_index(Path(name))
+    config = explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
+    return ModelPlan(name, adapter, config)
+
+
+def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
+    """The base model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return explained(plan.name, lambda: AutoTokenizer.from_pretrained(plan.name, trust_remote_code=args.trust_remote_code))
+
+
+def load_model(
+    plan: ModelPlan,
+    args: ModelArguments,
+    device: torch.device,
+    *,
+    classes: Sequence[str] | None = None,
+    needs: Needs | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """The model on the CPU, and the names of the parameters that its files lack and that were drawn at random.
+
+    Only a classifier's new head may be missing.
+
+    Args:
+        plan: from `plan_model`.
+        args: the user's options.
+        device: where it will run; decides what dtype "auto" means.
+        classes: names of a classifier's classes; None for a language model.
+        needs: what computing takes of `--max_memory` (:func:`zotune.memory.offload_needs.needs_of`).
+
+    Raises:
+        ValueError: the head has another number of classes, or a language model's files are incomplete.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if args.offload == "cpu" and device.type == "cpu":
+        raise ValueError("--offload cpu is for a model that computes on a GPU; on a CPU, --offload disk keeps blocks in the model's files.")
+    options: dict[str, Any] = {"dtype": resolve_dtype(args.dtype, device), "trust_remote_code": args.trust_remote_code}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    config, kind = plan.config, AutoModelForCausalLM
+    if classes is not None:
+        kind = AutoModelForSequenceClassification
+        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        if has_head and config.num_labels != len(classes):
+            raise ValueError(f"{plan.name} has a classification head for {config.num_labels} classes, and the task has {len(classes)}.")
+        if not has_head:
+            config.num_labels = len(classes)
+            config.id2label = dict(enumerate(classes))
+            config.label2id = {name: index for index, name in enumerate(classes)}
+    model, info = explained(
+        plan.name, lambda: _read(plan.name, kind, args, device, needs, config=config, output_loading_info=True, **options)
+    )
+    missing = sorted(info["missing_keys"])
+    if missing and classes is None:
+        raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
+    if args.quantize is not None:
+        freeze(model, int(args.quantize.removeprefix("int")))
+        stream = offload.stream_of(model)
+        if stream is not None:
+            stream.bring_back()
+    if args.offload == "cpu" or (args.offload == "disk" and args.quantize is not None):
+        offload.offload(model, args.offload, device=device, **_how(args, needs))
+    if plan.adapter is not None:
+        base, adapter = model, plan.adapter
+        model = explained(adapter, lambda: load_adapter(base, adapter))
+    return model, missing
+
+
+def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, needs: Needs | None, **options: Any) -> Any:
+    if args.offload == "disk" and args.quantize is None:
+        return offloaded_loading.load(name, kind, device=device, **_how(args, needs), **options)
+    if args.quantize is not None:  # a block at a time, so that the model need never fit whole
+        return offloaded_loading.load(name, kind, blocks=args.offload_blocks, **options)
+    return kind.from_pretrained(name, **options)
+
+
+def _how(args: ModelArguments, needs: Needs | None) -> dict[str, Any]:
+    return {
+        "blocks": args.offload_blocks,
+        "max_memory": None if args.max_memory is None else parse_size(args.max_memory),
+        "needs": needs,
+        "scratch": None if args.offload_dir is None else str(Path(args.offload_dir).expanduser()),
+    }
+
+
+def resolve_dtype(name: str, device: torch.device) -> Any:
+    """The torch dtype of a name; "auto" is float32 on a CPU and the stored one elsewhere.
+
+    Half precision has no fast kernels on many CPUs, and a model small enough for one fits in float32.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, name)
+
+
+def _located(name: str) -> str:
+    """The absolute path of a model folder, or the hub id as it is; FileNotFoundError for a path that is no folder."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.exists():
+        raise ValueError(f"{name} is a file; --model_name_or_path takes a model folder or a Hugging Face hub id.")
+    if not re.fullmatch(r"[\w\-][\w.\-]*(/[\w.\-]+)?", name):  # nothing that the hub could know
+        raise FileNotFoundError(f"there is no model folder {name!r}.")
+    return name
+
+
+def _base_of(adapter: Path) -> str:
+    """The base model's name in an adapter's configuration; ValueError where it names none."""
+    path = adapter / "adapter_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{path} is damaged: it names no base model (base_model_name_or_path).")
+    return name
+
+
+def _check_index(folder: Path) -> None:
+    """ValueError if a model folder's index takes weights from elsewhere."""
+    for path in folder.glob("*.index.json") if folder.is_dir() else ():
+        try:
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{path} is damaged: it does not say which file holds which weight.") from None
+        for name in sorted(map(str, names)):
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise ValueError(f"{path} is damaged: it names {name!r}, which is outside of the folder.")
+
+
+def explained(name: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns; its long-winded errors as one sentence."""
+    try:
+        return load()
+    except (offload.NotOffloadable, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{name} holds weights as a pickle of more than tensors, which could run code; use safetensors.") from error
+    except Exception as error:  # a damaged or hostile file ends in any exception of the libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            raise ValueError(f"{name} needs code of its own: add --trust_remote_code if you trust its authors.") from error
+        if Path(name).is_dir():
+            raise ValueError(f"cannot load a model from the folder {name}: {reason}") from error
+        if not isinstance(error, OSError | ValueError | KeyError):
+            raise
+        raise FileNotFoundError(
+            f"there is no model folder {name!r}, and the Hugging Face hub gave none of that name "
+            "(no such model, no network, or HF_HUB_OFFLINE is set)."
+        ) from error

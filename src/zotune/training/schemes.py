@@ -1,0 +1,327 @@
+"""Schemes: which parameters of a model move. All of them, an adapter's, the head's, the biases, or those whose names match a pattern.
+
+Adapters are PEFT's and are saved as such. What is added to them: a prefix starts from the keys and values that the model itself makes of
+real tokens (MeZO, 2305.17333), and a soft prompt from the embeddings of real tokens (2104.08691).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zotune.weights.external_linear import held_layers
+from zotune.weights.structure import classifier_of, output_embeddings
+from zotune.weights.trainable_scales import quantise
+
+if TYPE_CHECKING:
+    from zotune.methods import Method
+
+SCHEMES = ("full", "lora", "prefix", "prompt", "head", "bias", "scales")
+#: The schemes that put a PEFT adapter on the model.
+ADAPTERS = ("lora", "prefix", "prompt")
+
+# A matrix that every method with a subspace for matrices moves in it.
+_LARGE = (1 << 20, 1 << 20)
+
+# Names of a sequence classifier's head, as PEFT knows them.
+
+
+@dataclass
+class Scheme:
+    """Which parameters move.
+
+    Args:
+        scheme: ``"full"``, ``"lora"``, ``"prefix"``, ``"prompt"``, ``"head"``, ``"bias"`` or ``"scales"``.
+        lora_r, lora_alpha, lora_dropout, lora_target_modules: as in ``peft.LoraConfig``.
+        num_virtual_tokens: length of a prefix or soft prompt, as in ``peft``.
+        trainable: regular expressions; with ``"full"``, only parameters whose name one of them is found in move.
+
+    Raises:
+        ValueError: a value that makes no sense, or an option of another scheme.
+    """
+
+    scheme: Literal["full", "lora", "prefix", "prompt", "head", "bias", "scales"] = field(
+        default="full",
+        metadata={
+            "help": "what moves: all weights; an adapter: lora, prefix (keys and values before the text) or prompt (embeddings "
+            "before it); the head; the biases; the scales of layers held in int8"
+        },
+    )
+    lora_r: int = field(default=8, metadata={"help": "rank of the adapter"})
+    lora_alpha: float = field(default=16.0, metadata={"help": "scale of the adapter: alpha / r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter; acts in first-order training only"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "names of the layers that get an adapter; peft's choice when not given"}
+    )
+    num_virtual_tokens: int = field(default=5, metadata={"help": "length of a prefix or soft prompt, in tokens"})
+    trainable: list[str] | None = field(
+        default=None, metadata={"help": r"with full: only parameters with a match in their name move, such as 'layers\.(2[0-3])\.'"}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trainable, str):
+            self.trainable = [self.trainable]
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"unknown scheme {self.scheme!r}: choose one of {', '.join(SCHEMES)}.")
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r must be at least 1, not {self.lora_r}.")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"--lora_alpha must be above 0, not {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout must be in [0, 1), not {self.lora_dropout}.")
+        if self.num_virtual_tokens < 1:
+            raise ValueError(f"--num_virtual_tokens must be at least 1, not {self.num_virtual_tokens}.")
+        for pattern in self.trainable or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"--trainable {pattern!r} is not a regular expression: {error}.") from None
+        self._refuse_idle_options()
+
+    def _refuse_idle_options(self) -> None:
+        """An option of another scheme would do nothing."""
+        owners = {
+            name: ("lora",) if name.startswith("lora_") else ("prefix", "prompt") if name == "num_virtual_tokens" else ("full",)
+            for name in (each.name for each in dataclasses.fields(self))
+            if name != "scheme"
+        }
+        for each in dataclasses.fields(self):
+            if each.name in owners and getattr(self, each.name) != each.default and self.scheme not in owners[each.name]:
+                raise ValueError(f"--{each.name} is an option of --scheme {' or '.join(owners[each.name])}, not of {self.scheme}.")
+
+
+def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **options: Any) -> nn.Module:
+    """The model with the parameters of a scheme trainable and all others frozen; under an adapter, a PEFT model around it.
+
+    Args:
+        model: a ``transformers`` model, or any module for ``"full"``, ``"bias"`` and ``"scales"``.
+        scheme: a :class:`Scheme`, or its name with the rest as keywords.
+        seed: of an adapter's random start; the global generators are left as they were.
+        options: fields of :class:`Scheme`.
+
+    Returns:
+        The model itself, changed in place, or the PEFT model. ``"head"`` unties a head from the embeddings it shares its weight with;
+        ``"scales"`` puts the Linear layers in 8 bits (QZO, 2505.13430; see :mod:`zotune.weights.trainable_scales`).
+
+    Raises:
+        ValueError: an unknown scheme or option, or the model has nothing that the scheme could train.
+
+    Example:
+        >>> model = apply(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), "bias")
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.bias', '1.bias']
+    """
+    if isinstance(scheme, str):
+        known = [each.name for each in dataclasses.fields(Scheme) if each.name != "scheme"]
+        unknown = sorted(options.keys() - set(known))
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r} of a scheme: there are {', '.join(known)}.")
+        scheme = Scheme(scheme, **options)  # type: ignore[arg-type]
+    elif options:
+        raise ValueError("options go into the Scheme, or beside the name of one.")
+    if scheme.scheme in ADAPTERS:
+        device = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        with torch.random.fork_rng(devices=device):
+            torch.manual_seed(seed)
+            return _adapted(model, scheme)
+    if scheme.scheme == "head":
+        return _only(model, set(_head_names(model)))
+    if scheme.scheme == "scales":
+        return quantise(model)
+    names = [name for name, _ in model.named_parameters()]
+    if scheme.scheme == "bias":
+        chosen = {name for name in names if name.rpartition(".")[2].endswith("bias")}
+        if not chosen:
+            raise ValueError("this model has no bias, so --scheme bias would train nothing: choose another scheme.")
+        return _only(model, chosen)
+    if scheme.trainable is None:
+        return _only(model, set(names))
+    chosen = {name for name in names if any(re.search(pattern, name) for pattern in scheme.trainable)}
+    if not chosen:
+        examples = names[len(names) // 2 :][:3]
+        raise ValueError(f"--trainable {' '.join(scheme.trainable)} matches no parameter; names are such as {', '.join(examples)}.")
+    return _only(model, chosen)
+
+
+def refusal(method: Method | Any, model: nn.Module, scheme: Scheme) -> str | None:
+    """Why a method makes no sense on what a scheme trains, in one sentence with the fix; None when it does.
+
+    Args:
+        method: a zeroth-order method, or one of :mod:`zotune.baselines`.
+        model: as :func:`apply` returned it.
+        scheme: what it was made by.
+    """
+    trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    where = f"--scheme {scheme.scheme}" + (" with --trainable" if scheme.trainable else "")
+    if scheme.scheme == "full" and held_layers(model):
+        return (
+            "another library holds the model's weights in few bits, which cannot be written: train an adapter on them (--scheme lora), or "
+            "in Python factors beside them (zotune.weights.external_linear.hold and a low-rank method)."
+        )
+    if hasattr(method, "refusal"):
+        reason = method.refusal(model, trained)
+        return None if reason is None else f"{method.name} makes no sense with {where}: {reason}."
+    if scheme.lora_dropout:
+        return f"lora_dropout acts in training mode, and the forwards of {method.name} run in evaluation mode: leave it at 0."
+
+    def in_full(shape: tuple[int, ...]) -> bool:
+        return method.subspace.elements(shape) == (_numel(shape), 0)
+
+    if not in_full(_LARGE) and all(map(in_full, trained.values())):
+        matrices = [shape for shape in trained.values() if len(shape) == 2]
+        what = f"none of the matrices it trains is larger than that ({max(matrices, key=min)})" if matrices else "it trains vectors only"
+        return (
+            f"{method.name} moves matrices in a smaller subspace, and with {where} {what}: choose a method in full space, such as mezo"
+            + (", or a smaller --rank." if matrices else ".")
+        )
+    return None
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _only(model: nn.Module, chosen: set[str]) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen and parameter.is_floating_point())
+    return model
+
+
+# -- the head -----------------------------------------------------------------------------------------------------------------------
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    """Names of the head's parameters; a head that shares its weight with the embeddings gets one of its own first."""
+    classifier = classifier_of(model)
+    if classifier is not None:
+        return [key for key, _ in model.named_parameters() if key.startswith(f"{classifier[0]}.")]
+    head = output_embeddings(model)
+    if head is None or not hasattr(head, "weight"):
+        raise ValueError("this model has no head that could be trained alone: choose another scheme, or name it with --trainable.")
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    if head is embeddings:
+        raise ValueError("this model's head is its embedding layer itself, so it cannot be trained alone: choose another scheme.")
+    if head.weight is getattr(embeddings, "weight", None):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        config: Any = model.config
+        for each in (config, config.get_text_config() if hasattr(config, "get_text_config") else config):
+            each.tie_word_embeddings = False
+        if hasattr(model, "all_tied_weights_keys"):
+            model.all_tied_weights_keys = {}  # type: ignore[assignment]
+    own = {id(parameter) for parameter in head.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in own]
+
+
+# -- adapters -----------------------------------------------------------------------------------------------------------------------
+
+
+def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
+    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
+
+    classifier = classifier_of(model) is not None
+    causal = not classifier and hasattr(model, "prepare_inputs_for_generation")
+    task = TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM if causal else None
+    if scheme.scheme == "lora":
+        config = LoraConfig(
+            r=scheme.lora_r,
+            lora_alpha=scheme.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=scheme.lora_dropout,
+            target_modules=scheme.lora_target_modules,
+            task_type=task,
+        )
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ValueError(f"--scheme lora: {' '.join(str(error).split())} Name layers with --lora_target_modules.") from error
+    if classifier:
+        raise ValueError(
+            f"--scheme {scheme.scheme} is for causal language models: tokens put before a classifier's text move the token that it reads. "
+            "Choose lora, head or full."
+        )
+    if not causal:
+        raise ValueError(
+            f"--scheme {scheme.scheme} is for causal language models, and this is a {type(model).__name__}: choose lora or full."
+        )
+    tokens = _real_tokens(model, scheme.num_virtual_tokens)
+    if scheme.scheme == "prompt":
+        adapted = get_peft_model(model, PromptTuningConfig(task_type=task, num_virtual_tokens=scheme.num_virtual_tokens))
+        start = model.get_input_embeddings().weight.detach()[tokens[0]]  # type: ignore[operator]
+    else:
+        layers = real_activations(model, tokens)
+        shapes = {tuple(part.shape) for layer in layers for part in layer}
+        if len(shapes) != 1:
+            raise ValueError("--scheme prefix: the keys of this model's layers differ in shape: choose lora or prompt.")
+        heads, _, width = next(iter(shapes))
+        config = PrefixTuningConfig(
+            task_type=task,
+            num_virtual_tokens=scheme.num_virtual_tokens,
+            num_layers=len(layers),
+            num_attention_heads=heads,
+            token_dim=heads * width,
+            num_transformer_submodules=1,
+        )
+        adapted = get_peft_model(model, config)
+        # PEFT reads a row of its table as key, value of layer 0, key, value of layer 1, ...
+        start = torch.cat([part.transpose(0, 1).flatten(1) for layer in layers for part in layer], dim=1)
+    table = adapted.prompt_encoder[adapted.active_adapter].embedding.weight
+    with torch.no_grad():
+        table.copy_(start)
+    return adapted
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """The model under a saved adapter, ready to go on training it.
+
+    PEFT loads a prefix or soft prompt for inference only; one without a projection is the same numbers either way.
+
+    Raises:
+        ValueError: its weights are not in safetensors.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder} has no adapter_model.safetensors: adapters are loaded from safetensors only.")
+    for_text = PeftConfig.from_pretrained(str(folder)).is_prompt_learning
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=not for_text)
+    if for_text:
+        adapted.active_peft_config.inference_mode = False
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_("prompt_encoder" in name)
+    return adapted
+
+
+def _real_tokens(model: nn.Module, count: int) -> Tensor:
+    """Tokens of the vocabulary, drawn evenly, none of the special ones: (1, count)."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
+    special = {token for each in special for token in (each if isinstance(each, list) else [each])}
+    ordinary = torch.tensor([token for token in range(text.vocab_size) if token not in special])
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    return ordinary[torch.randint(len(ordinary), (1, count))].to(device)
+
+
+@torch.no_grad()
+def real_activations(model: nn.Module, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values, each (heads, n, head width), that every layer of a causal language model makes of ``tokens``, int64 (1, n).
+
+    Raises:
+        ValueError: the model keeps none.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
+    finally:
+        for module, flag in flags:
+            module.training = flag
+    layers = [(layer.keys[0], layer.values[0]) for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
+    if not layers:
+        raise ValueError("--scheme prefix: this model keeps no keys and values of what it has read: choose lora or prompt.")
+    return layers

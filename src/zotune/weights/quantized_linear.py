@@ -1,0 +1,226 @@
+"""Linear layers held in 8 or 4 bits that are never written, and move by factors beside them.
+
+W (m, n) is kept as Q ⊙ s: signed whole numbers of 8 bits with a scale a row, or of 4 bits (two a byte) with a scale for each 32 numbers of
+a row. What training adds to W is a sum of products L Rᵀ, which stay factors (float32): rounding Q again at every fold would lose them. So a
+run of T steps that folds every ν keeps rank · T / ν columns; a long run wants a long interval.
+
+``weight`` is what moves: zeros of W's shape that take no memory. Low-rank coordinates of it (``subspaces``) and PEFT adapters need no more
+than that and a side path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zotune.weights import placement
+
+#: Attribute of a weight that names its layer.
+_OWNER = "_zotune_frozen"
+
+#: Numbers that share a scale in 4 bits.
+GROUP = 32
+#: Weights that are unpacked at a time on a CPU.
+STRIP = 1 << 20
+
+
+class FrozenLinear(nn.Linear):
+    """y = f x (Q ⊙ s)ᵀ + (x R) Lᵀ + b, f what weight decay has left of 1, and whatever ``weight`` is lent (see ``probe``).
+
+    Args:
+        linear: the layer to take over; its weight is rounded to the nearest of the numbers that can be had. Its bias is shared.
+        bits: 8 or 4.
+
+    Raises:
+        ValueError: other bits, or 4 bits of rows that are no multiple of 32.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    factor: Tensor
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, linear: nn.Linear, bits: int) -> None:
+        nn.Module.__init__(self)
+        if bits not in (8, 4):
+            raise ValueError(f"weights can be held in 8 or 4 bits, not {bits!r}.")
+        self.bits = bits
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        if bits == 4 and self.in_features % GROUP:
+            raise ValueError(f"4 bits need inputs in multiples of {GROUP}, and this layer has {self.in_features}: use int8.")
+        with placement.at_hand(linear.weight):
+            self._pack(linear.weight.detach())
+        self.weight = nn.Parameter(self._nothing(linear.weight.dtype, linear.weight.device), requires_grad=linear.weight.requires_grad)
+        self.bias = linear.bias
+
+    def _pack(self, weight: Tensor) -> None:
+        bits = self.bits
+        group = GROUP if bits == 4 else self.in_features
+        most = 127 if bits == 8 else 7
+        grouped = weight.float().view(self.out_features, -1, group)
+        scales = grouped.abs().amax(dim=2, keepdim=True).clamp_min(1e-12) / most
+        codes = (grouped / scales).round().to(torch.int8).view(self.out_features, -1)
+        if bits == 4:
+            codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales.squeeze(2))
+        self.register_buffer("factor", torch.ones((), device=weight.device))
+        self.register_buffer("left", torch.zeros(self.out_features, 0, device=weight.device))
+        self.register_buffer("right", torch.zeros(self.in_features, 0, device=weight.device))
+
+    def _nothing(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros((), dtype=dtype, device=device).expand(self.out_features, self.in_features)
+
+    def unpacked(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of f Q ⊙ s, in ``dtype``."""
+        codes = self.codes[rows]
+        if self.bits == 4:
+            codes = torch.stack([(codes << 4) >> 4, codes >> 4], dim=2)  # the shifts of signed bytes keep the sign
+        scales = (self.scales[rows] * self.factor).unsqueeze(2)
+        return codes.reshape(*scales.shape[:2], -1).to(torch.float32).mul_(scales).view(len(codes), -1).to(dtype)
+
+    def dense(self) -> Tensor:
+        """The weight that all this stands for, in the layer's dtype."""
+        return self.with_factors(self.left, self.right)
+
+    def with_factors(self, left: Tensor, right: Tensor) -> Tensor:
+        """f Q ⊙ s + left · rightᵀ in the layer's dtype."""
+        with placement.at_hand(self.codes):
+            whole = self.unpacked(slice(0, self.out_features), torch.float32)
+        return whole.addmm_(left, right.T).to(self.weight.dtype)
+
+    def add(self, left: Tensor, right: Tensor, keep: float) -> None:
+        """W ← keep · W + left · rightᵀ."""
+        if keep != 1.0:
+            self.factor = self.factor * keep
+        self.left = torch.cat([self.left * keep, left], dim=1)
+        self.right = torch.cat([self.right, right], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out = flat.new_empty(len(flat), self.out_features)
+        height = max(1, STRIP // self.in_features) if x.device.type == "cpu" else self.out_features
+        if torch.is_grad_enabled() and x.requires_grad:
+            out = flat @ self.unpacked(slice(0, self.out_features), x.dtype).T
+        else:
+            for top in range(0, self.out_features, height):
+                rows = slice(top, min(top + height, self.out_features))
+                torch.mm(flat, self.unpacked(rows, x.dtype).T, out=out[:, rows])
+        if self.left.shape[1]:
+            out = out + (flat @ self.right.to(x.dtype)) @ self.left.T.to(x.dtype)
+        bias, moves = self.bias, self.weight
+        out = out.view(*x.shape[:-1], self.out_features)
+        if type(moves) is not nn.Parameter:  # lent: what it adds
+            return out + F.linear(x, moves, bias)
+        return out if bias is None else out + bias
+
+    # -- state ----------------------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
+        stored = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            if getattr(self, name).dtype != before.dtype:  # a model that is made half precision keeps its scales
+                self._buffers[name] = before.to(self.weight.device)
+        self.weight.data = self._nothing(self.weight.dtype, self.weight.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "weight"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("left", "right"):
+            if prefix + name in state_dict:  # as many columns as there are
+                self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.codes.device)
+        # A checkpoint of ordinary layers has nothing that could be written here: what training added comes with the optimiser's state.
+        own = {prefix + name: buffer for name, buffer in self._buffers.items()} if prefix + "weight" in state_dict else {}
+        super()._load_from_state_dict({**own, **state_dict, prefix + "weight": self.weight}, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def own(layer: FrozenLinear) -> None:
+    """Have :func:`owner_of` find the layer by its weight."""
+    setattr(layer.weight, _OWNER, layer)
+
+
+def owner_of(parameter: Tensor) -> FrozenLinear | None:
+    """The layer whose ``weight`` a parameter is, if it is one that is never written."""
+    return getattr(parameter, _OWNER, None)
+
+
+def freeze(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
+    """Hold the Linear layers of a model in few bits, in place, one after the other.
+
+    Args:
+        model: any module.
+        bits: 8 or 4.
+        skip: last names of layers to leave as they are; a layer whose weight is another module's too (a tied head) is left anyway.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: it has no Linear layer to hold in few bits.
+
+    Example:
+        >>> model = freeze(nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 2)), 8)
+        >>> model[0].codes.dtype
+        torch.int8
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    chosen = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and name not in skip and owners[id(child.weight)] == 1
+    ]
+    if not chosen:
+        raise ValueError("the model has no Linear layer of its own to hold in few bits.")
+    for parent, name, child in chosen:
+        layer = FrozenLinear(child, bits)
+        own(layer)
+        layer.train(child.training)
+        setattr(parent, name, layer)
+    return model
+
+
+@torch.no_grad()
+def thaw(model: nn.Module) -> nn.Module:
+    """Give a model ordinary Linear layers of what :func:`freeze` and training have made of them, in place; the model."""
+    layers = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    for parent, name, child in layers:
+        if isinstance(child, FrozenLinear):
+            linear = nn.Linear(1, 1, device="meta")
+            linear.in_features, linear.out_features = child.in_features, child.out_features
+            linear.weight = nn.Parameter(child.dense(), requires_grad=child.weight.requires_grad)
+            linear.bias = child.bias  # type: ignore[assignment]
+            linear.train(child.training)
+            setattr(parent, name, linear)
+    return model
+
+
+def any_frozen(model: nn.Module) -> bool:
+    """Whether a model has layers of this kind."""
+    return any(isinstance(module, FrozenLinear) for module in model.modules())
+
+
+def dense_state(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of a module as if it had ordinary Linear layers, weights in full; ``prefix`` stands before the names."""
+    state = model.state_dict(prefix=prefix)
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            here = f"{prefix}{name}." if name else prefix
+            parts = {part: state.pop(here + part) for part in module._buffers}
+            state[here + "weight"] = module.with_factors(parts["left"], parts["right"])  # with what is pending
+    return state
