@@ -40,6 +40,7 @@ test: setup $(ENCODER)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 check: lint
@@ -49,7 +50,7 @@ check: lint
 ROUNDS ?= 200
 SEED ?= 0
 chaos: setup
-	$(TEST_ENV) $(BIN)/python tests/chaos.py --rounds $(ROUNDS) --seed $(SEED)
+	$(TEST_ENV) $(BIN)/python tests/integration/chaos.py --rounds $(ROUNDS) --seed $(SEED)
 
 quickstart: setup
 	$(BIN)/zotune quickstart

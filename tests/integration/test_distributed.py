@@ -21,6 +21,7 @@ from benchmarks import traffic
 import command_cases
 import distributed_runs
 import distributed_training
+import paths
 import sharded_runs
 import toys
 import trainer_cases
@@ -32,7 +33,7 @@ from zotune.training import run_folder
 from zotune.training.checkpoint import contents
 from zotune.weights.digest import digest
 
-HERE = Path(__file__).parent
+HERE = paths.HELPERS
 
 
 def accelerate_launch(script: str, processes: int, out: Path, *words: str, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:

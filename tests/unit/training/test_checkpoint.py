@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+import paths
 from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder
 from zotune.training.checkpoint import contents
@@ -122,7 +123,7 @@ def test_a_process_killed_in_a_save_leaves_no_checkpoint(tmp_path: Path) -> None
         trainer(Path(sys.argv[1]), processing_class=Killed(), save_strategy="steps", save_steps=2).train()
         """
     )
-    command = [sys.executable, "-c", program, str(tmp_path / "run"), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", program, str(tmp_path / "run"), str(paths.HELPERS)]
     killed = subprocess.run(command, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     names = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}

@@ -1,4 +1,4 @@
-"""The table of docs/reference/methods.md, made from the registry: ``python tests/methods_page.py`` writes it anew."""
+"""The table of docs/reference/methods.md, made from the registry: ``python tests/helpers/methods_page.py`` writes it anew."""
 
 from __future__ import annotations
 

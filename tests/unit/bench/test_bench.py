@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+import paths
 from command_cases import run_command, save_data, save_model
 from zotune import bench
 from zotune.bench import figures, grid, runner
@@ -22,7 +23,7 @@ from zotune.bench.document import Paragraph, Table, markdown, page
 from zotune.bench.plan import Run, cells, check
 from zotune.bench.selection import best_of, due, total
 
-READY = sorted((Path(__file__).resolve().parents[1] / "benchmarks/grids").glob("*.yaml"))
+READY = sorted((paths.ROOT / "benchmarks/grids").glob("*.yaml"))
 SMALL: dict[str, Any] = {
     "models": ["my-model"],
     "tasks": ["sst2"],

@@ -11,7 +11,7 @@ from zotune import methods
 @pytest.mark.parametrize("name", methods.names())
 def test_ten_steps_are_those_on_file(name):
     if not (golden_runs.FOLDER / f"{name}.csv").is_file():
-        pytest.fail(f"no trajectory of {name} on file; run: python tests/golden_runs.py {name}")
+        pytest.fail(f"no trajectory of {name} on file; run: python tests/helpers/golden_runs.py {name}")
     for found, expected in zip(golden_runs.trajectory(name), golden_runs.read(name), strict=True):
         assert found == pytest.approx(expected, rel=2e-3, abs=2e-3)
 

@@ -6,18 +6,18 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import paths
 from zotune.kernels import moves_for
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install zotune[kernels])")
 def test_the_kernel_equals_the_reference():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when a kernel is made, so it needs a process of its own
-    command = [sys.executable, "-W", "error", str(Path(__file__).parent / "kernel_cases.py")]
+    command = [sys.executable, "-W", "error", str(paths.HELPERS / "kernel_cases.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "kernel equals reference" in done.stdout

@@ -1,4 +1,4 @@
-"""Every template of every task on real rows, pinned in tests/rendered, and every task from its rows to its metrics."""
+"""Every template of every task on real rows, pinned in tests/data/rendered, and every task from its rows to its metrics."""
 
 from __future__ import annotations
 

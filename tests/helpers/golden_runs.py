@@ -1,6 +1,6 @@
-"""Golden trajectories: ten steps of every method on a toy, kept in tests/golden/METHOD.csv.
+"""Golden trajectories: ten steps of every method on a toy, kept in tests/data/golden/METHOD.csv.
 
-They change when the numbers of a method change, which is to be on purpose: ``python tests/golden_runs.py`` writes them anew, for all
+They change when the numbers of a method change, which is to be on purpose: ``python tests/helpers/golden_runs.py`` writes them anew, for all
 methods or for those that are named.
 """
 
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import csv
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+import paths
 import toys
 import zotune
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = paths.TESTS / "data/golden"
 STEPS = 10
 
 

@@ -1,4 +1,4 @@
-"""What real rows become under every template, as short JSON in tests/rendered.
+"""What real rows become under every template, as short JSON in tests/data/rendered.
 
 Run as a program, with ZOTUNE_DATA set, it writes the files.
 """
@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import paths
 from zotune import tasks
 
-FOLDER = Path(__file__).with_name("rendered")
+FOLDER = paths.TESTS / "data/rendered"
 #: Places among the evaluation rows.
 ROWS = (0, 41)
 #: A longer prompt is kept as its two ends and a digest of all of it.

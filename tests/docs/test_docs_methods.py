@@ -9,7 +9,7 @@ from zotune import methods
 
 def test_the_table_is_the_registrys():
     _, found, _ = methods_page.split()
-    assert found == methods_page.table(), "run: python tests/methods_page.py"
+    assert found == methods_page.table(), "run: python tests/helpers/methods_page.py"
 
 
 def test_the_readme_names_every_method():

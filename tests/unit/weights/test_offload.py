@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+import paths
 import toys
 from command_cases import run_command, save_data, save_model
 from zotune import ZerothOrder, methods
@@ -250,7 +251,7 @@ os.kill(os.getpid(), signal.SIGKILL)  # the last step's update of every block is
 
 
 def test_a_run_killed_with_updates_waiting_is_in_its_journal(tmp_path):
-    where = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    where = os.pathsep.join(filter(None, [str(paths.HELPERS), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "j")], env={**os.environ, "PYTHONPATH": where}, check=False)
     assert done.returncode == -signal.SIGKILL
     plain = model_of("llama", torch.bfloat16)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig
 
+import paths
 from zotune.baselines import catalog
 from zotune.io.sizes import parse_size
 from zotune.memory import KINDS, Ledger, Workload, config_of, estimate, measure, shipped
@@ -21,7 +21,7 @@ from zotune.rng import directions
 from zotune.rng.directions import Directions, Key
 from zotune.training.schemes import Scheme
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = paths.ROOT
 SMALL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MODELS = {
     "gpt2": GPT2Config(n_layer=1, n_embd=96, n_head=2, vocab_size=1900, n_positions=64, **SMALL),
