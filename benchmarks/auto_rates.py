@@ -64,7 +64,7 @@ def cell(args: argparse.Namespace, method: str, scheme: str, model: str, task: s
         "stratified": True,
         "scheme": scheme,
         "method": method,
-        "options": {"num_directions": f"sets:{size}:3"} if size else {},
+        "options": {"num_directions": 3, "directions_per": "group", "group_size": size} if size else {},
         "batch_size": batch,
         "seed": 0,
         "score": "held out",

@@ -47,7 +47,7 @@ def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, se
         "stratified": True,
         "scheme": scheme,
         "method": method,
-        "options": {"num_directions": f"sets:{args.classes}:3"} if sets else OPTIONS.get(method, {}),
+        "options": {"num_directions": 3, "directions_per": "group", "group_size": args.classes} if sets else OPTIONS.get(method, {}),
         "batch_size": 16,
         "seed": seed,
         "end_only": True,

@@ -10,6 +10,7 @@ OPT-30B (MeZO in full space).
 """
 
 from __future__ import annotations
+from zotune.io.sizes import parse_size
 
 import argparse
 import json
@@ -94,9 +95,9 @@ def row(args: argparse.Namespace, what: str, ids: torch.Tensor) -> dict[str, Any
     model = model_of(args.model)
     stream = None
     if "offload" in what:
-        stream = offload(model, "cpu", device="cuda", max_memory=budget.parse(args.cap))
+        stream = offload(model, "cpu", device="cuda", max_memory=parse_size(args.cap))
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget.parse(args.cap) / total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, parse_size(args.cap) / total))
     elif what == "accelerate":
         from accelerate import cpu_offload
 

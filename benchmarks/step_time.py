@@ -79,15 +79,15 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lozo, 4 directions": ("lozo", {"num_directions": 4}, "batched"),
     "lozo-e": ("lozo-e", {}, "batched"),
     "lozo-e, sequential": ("lozo-e", {}, "sequential"),
-    "lozo-e, two forwards": ("lozo-e", {"num_directions": "example", "estimator": "central"}, "batched"),
+    "lozo-e, two forwards": ("lozo-e", {"num_directions": 1, "estimator": "central"}, "batched"),
     "lozo-g, guided": ("lozo-g", {}, "sequential"),
-    "lozo-m, one an example": ("lozo-m", {"num_directions": "example", "rank": 1}, "batched"),
+    "lozo-m, one an example": ("lozo-m", {"directions_per": "example", "rank": 1}, "batched"),
     "mezo": ("mezo", {}, "sequential"),
     "mezo, rademacher": ("mezo", {"direction": "rademacher"}, "sequential"),
     "mezo, batched": ("mezo", {}, "batched"),
     "mezo, rademacher, batched": ("mezo", {"direction": "rademacher"}, "batched"),
     "mezo on LoRA": ("mezo", {}, "batched"),
-    "mezo on LoRA, one an example": ("mezo", {"num_directions": "example"}, "batched"),
+    "mezo on LoRA, one an example": ("mezo", {"directions_per": "example"}, "batched"),
 }
 
 

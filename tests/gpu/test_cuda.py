@@ -24,7 +24,7 @@ RUNS = [
     ("lozo", {}, "batched"),
     ("lozo", {}, "sequential"),
     ("lozo-e", {}, "batched"),
-    ("lozo-m", {"num_directions": "example", "rank": 1}, "batched"),
+    ("lozo-m", {"directions_per": "example", "rank": 1}, "batched"),
     ("mezo", {}, "sequential"),
     ("mezo", {"direction": "rademacher"}, "batched"),
     ("mezo-adam", {}, "sequential"),

@@ -31,12 +31,12 @@ OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "a scalar loss, four directions": ("lozo", {"num_directions": 4}, {}, "scalar"),
     "a closure": ("lozo", {}, {}, "closure"),
     "micro-batches": ("lozo", {}, {}, "parts"),
-    "uneven micro-batches": ("lozo", {"num_directions": "example"}, {}, "uneven"),
-    "sets": ("lozo", {"num_directions": "sets:2"}, {}, "each"),
-    "groups": ("lozo", {"num_directions": "groups:3"}, {}, "each"),
-    "two directions an example": ("lozo", {"num_directions": "example:2", "estimator": "forward"}, {}, "each"),
+    "uneven micro-batches": ("lozo", {"directions_per": "example"}, {}, "uneven"),
+    "groups": ("lozo", {"directions_per": "group", "group_size": 2}, {}, "each"),
+    "three groups": ("lozo", {"directions_per": "group", "group_size": ROWS // 3}, {}, "each"),
+    "two directions an example": ("lozo", {"num_directions": 2, "directions_per": "example", "estimator": "forward"}, {}, "each"),
     "batches of their own": ("lozo", {}, {}, "own"),
-    "batches of their own, a direction an example": ("lozo", {"num_directions": "example"}, {}, "own"),
+    "batches of their own, a direction an example": ("lozo", {"directions_per": "example"}, {}, "own"),
     "more workers than examples": ("lozo", {"num_directions": 2}, {}, "few"),
     "measured": ("lozo", {"eps": "auto", "lr": "auto"}, {}, "each"),
     "measured, a direction an example": ("lozo-e", {"eps": "auto", "lr": "auto"}, {}, "each"),
@@ -123,7 +123,7 @@ def traffic() -> dict[str, int]:
         model = toys.classifier()
         workers = Workers(batches="same", check_every=0)
         optimizer = zotune.ZerothOrder(
-            model, toys.method(method, num_directions=1 if method == "lozo" else "example:2"), lr=1e-2, workers=workers
+            model, toys.method(method, num_directions=1 if method == "lozo" else 2), lr=1e-2, workers=workers
         )
         for step in range(2):
             before = workers.bytes_sent

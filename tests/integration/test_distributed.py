@@ -30,7 +30,7 @@ from zotune.optim.distributed import Workers, partition
 from zotune.optim.journal import Journal
 from zotune.optim.replay import replay
 from zotune.training import run_folder
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import storage
 from zotune.weights.digest import digest
 
 HERE = paths.HELPERS
@@ -267,7 +267,7 @@ def test_torchrun_that_is_told_to_stop_saves_and_one_process_goes_on(
     assert run_folder.resume_command(words) in said, said[-4000:]
     (saved,) = Path("run").glob("checkpoint-*")
     done = int(saved.name.removeprefix("checkpoint-"))
-    assert contents.problem(saved, "run/journal.zo") is None and len(Journal.open("run/journal.zo")) == done >= 3
+    assert storage.problem(saved, "run/journal.zo") is None and len(Journal.open("run/journal.zo")) == done >= 3
     assert not Path("run/model.safetensors").exists()
 
     kept = Path("run/journal.zo").read_bytes()

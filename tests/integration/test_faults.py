@@ -36,7 +36,7 @@ from zotune.memory.ledger import Split
 from zotune.optim.journal import Journal, StepRecord
 from zotune.optim.replay import replay
 from zotune.training import resume as resuming
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import contents, storage
 from zotune.training.curve import Curve, write_curve
 
 RUN: dict[str, Any] = {"max_steps": 6, "train_dataset": choice_rows(40), "probe": "batched", "method": "lozo", "interval": 2}
@@ -116,7 +116,7 @@ def test_a_run_cut_off_before_its_first_checkpoint_begins_again(tmp_path: Path, 
 
 CHECKPOINT_FILES = [
     "config.json", "generation_config.json", "model.safetensors", contents.STATE, contents.STATE_TENSORS, contents.SCHEDULER,
-    contents.RNG, contents.TRAINER_STATE, contents.ARGUMENTS, contents.MANIFEST,
+    contents.RNG, storage.TRAINER_STATE, storage.ARGUMENTS, storage.MANIFEST,
 ]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_these_are_the_files_of_a_checkpoint(stopped_once: Path) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name: str, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, journal = stopped / "checkpoint-4" / name, stopped / "journal.zo"
     whole = path.read_bytes()
-    assert contents.problem(path.parent, journal) is None
+    assert storage.problem(path.parent, journal) is None
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for content in (whole[:-2], whole[: len(whole) // 2], b"", bytes(flipped), None):
@@ -136,11 +136,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name: str, st
             path.unlink()
         else:
             path.write_bytes(content)
-        fault = contents.problem(path.parent, journal)
+        fault = storage.problem(path.parent, journal)
         assert fault is not None and "resume from another checkpoint" in fault
-        assert (
-            name in fault or name == contents.MANIFEST or (content is None and name == "model.safetensors" and "holds no weights" in fault)
-        )
+        assert name in fault or name == storage.MANIFEST or (content is None and name == "model.safetensors" and "holds no weights" in fault)
         assert resuming.checkpoint_of(stopped, stopped / "journal.zo", True, alone=True) == stopped / "checkpoint-2"
         assert verify([str(stopped)]) == 1
         said = capsys.readouterr().out
@@ -177,12 +175,12 @@ def test_a_damaged_journal_stops_a_resumption_and_is_left_as_it_is(content: Any,
 
 
 def test_a_manifest_cannot_point_out_of_its_folder(stopped: Path) -> None:
-    path = stopped / "checkpoint-4" / contents.MANIFEST
+    path = stopped / "checkpoint-4" / storage.MANIFEST
     for name in ("../checkpoint-2/config.json", "/etc/passwd"):
         content = json.loads(path.read_text())
         content["files"][name] = {"bytes": 1, "sha256": ""}
         path.write_text(json.dumps(content))
-        fault = contents.problem(path.parent, stopped / "journal.zo")
+        fault = storage.problem(path.parent, stopped / "journal.zo")
         assert fault is not None and "outside of the checkpoint" in fault
         del content["files"][name]
         path.write_text(json.dumps(content))
@@ -215,7 +213,7 @@ def test_a_disk_that_is_full_at_any_sync_loses_nothing(tmp_path: Path, straight:
             assert error.errno == errno.ENOSPC
             failures += 1
             assert not list(folder.glob("checkpoint-*/*.tmp")) and failures < 60
-            assert all(contents.problem(saved, folder / "journal.zo") is None for saved in contents.checkpoints(folder))
+            assert all(storage.problem(saved, folder / "journal.zo") is None for saved in storage.checkpoints(folder))
     assert failures >= 5
     assert same_weights(weights(run.model), straight["weights"])
     assert (folder / "journal.zo").read_bytes() == straight["journal"]

@@ -429,15 +429,15 @@ def test_pickles_in_a_run_folder_are_never_loaded(tmp_path: Path) -> None:
     for place in (folder, folder / "checkpoint-2"):
         for name in PICKLES:
             (place / name).write_bytes(pickle.dumps(Evil()))
-    contents.write_manifest(folder / "checkpoint-2")
+    folder.write_manifest(folder / "checkpoint-2")
     again = trainer(folder, tiny_llama(), **RUN)
     assert resume.checkpoint_of(folder, folder / "journal.zo", True, alone=True) == folder / "checkpoint-2"
     again.train(resume_from_checkpoint=True)
     assert same_weights(weights(again.model), weights(straight.model))
     # Without its safetensors the checkpoint is none, whatever pickles stand beside.
     (folder / "checkpoint-2/model.safetensors").unlink()
-    contents.write_manifest(folder / "checkpoint-2")
-    fault = contents.problem(folder / "checkpoint-2", folder / "journal.zo")
+    folder.write_manifest(folder / "checkpoint-2")
+    fault = folder.problem(folder / "checkpoint-2", folder / "journal.zo")
     assert fault is not None and "holds no weights" in fault
 
 
@@ -448,7 +448,7 @@ def test_a_link_out_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     path = folder / "checkpoint-2" / contents.STATE_TENSORS
     path.rename(tmp_path / "away")
     path.symlink_to(tmp_path / "away")
-    fault = contents.problem(path.parent, folder / "journal.zo")
+    fault = folder.problem(path.parent, folder / "journal.zo")
     assert fault is not None and "outside of the checkpoint" in fault
 
 

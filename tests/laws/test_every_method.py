@@ -83,7 +83,7 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 
 @every_method
 def test_converges_on_a_quadratic(name):
-    method = toys.method(name, num_directions=4)
+    method = toys.method(name, num_directions=4, directions_per="batch")
     target = torch.linspace(-1, 1, 60).view(10, 6)
     if method.reach == "rows":
         target = target.mean(dim=1, keepdim=True).expand(10, 6)
@@ -113,7 +113,7 @@ def test_converges_on_a_quadratic(name):
 @every_method
 def test_learns_a_small_classification_problem(name):
     model = toys.classifier()
-    method = toys.method(name, num_directions=4)
+    method = toys.method(name, num_directions=4, directions_per="batch")
     optimizer = ZerothOrder(model, method, lr=rate(name))
     losses = run(model, optimizer, 0, 200)
     assert sum(losses[-20:]) < (0.8 if method.reach == "all" else 0.95) * sum(losses[:20])
@@ -126,7 +126,7 @@ def test_models_of_vectors_only_and_of_matrices_only_learn(name, build):
         torch.manual_seed(0)
         model = build()
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
-    optimizer = ZerothOrder(model, toys.method(name, num_directions=4), lr=rate(name))
+    optimizer = ZerothOrder(model, toys.method(name, num_directions=4, directions_per="batch"), lr=rate(name))
 
     def loss(x):
         return (model(x) - 2 * x.flip(1)).square().mean(dim=1)
@@ -138,8 +138,8 @@ def test_models_of_vectors_only_and_of_matrices_only_learn(name, build):
 @every_method
 def test_the_estimate_is_of_the_gradient_what_the_method_says(name):
     """On a linear loss, over many keys, to 5 standard errors: its mean is the gradient, a multiple of it, or at least points downhill."""
-    method = toys.method(name, num_directions=16, interval=1)
-    shared = isinstance(method.num_directions, int) and method.num_directions > 1
+    method = toys.method(name, num_directions=16, directions_per="batch", interval=1)
+    shared = not method.own and method.num_directions > 1
     model = nn.Linear(4, 3)
     slopes = [torch.linspace(-1, 2, 12).view(3, 4), torch.tensor([0.5, -1.0, 1.5])]
     parameters = list(model.parameters())
@@ -308,7 +308,7 @@ def test_loading_weights_forgets_what_was_pending(name):
 @every_dtype
 def test_state_stays_within_what_is_declared(name, dtype):
     model = nn.Sequential(nn.Embedding(60, 32), nn.Linear(32, 40), nn.LayerNorm(40), nn.Linear(40, 60)).to(dtype)
-    method = toys.method(name, num_directions=4, rank=2)
+    method = toys.method(name, num_directions=4, directions_per="batch", rank=2)
     optimizer = ZerothOrder(model, method, lr=1e-4)
     for _ in range(3):
         optimizer.step(lambda ids: model(ids).float().mean(dim=1), torch.arange(8))

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zotune import errors
 from zotune.baselines import registry
 from zotune.baselines.baseline import Baseline, Setting
 from zotune.errors import NonFiniteLossError
-from zotune.forward import batch_layout
+from zotune.forward import batches
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key
 from zotune.weights.precision import HALF
@@ -367,8 +368,8 @@ def _checkpoints(model: nn.Module) -> bool:
 
 def _rows(part: Any) -> int:
     try:
-        return batch_layout.batch_rows(part)
-    except batch_layout.NotStackable:
+        return batches.batch_rows(part)
+    except errors.NotStackable:
         return 0
 
 

@@ -12,7 +12,7 @@ from zotune.bench.worker import LOG_FILE
 from zotune.io.failures import FAILED
 from zotune.io.json_files import write_json
 from zotune.training import run_folder
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import storage
 
 RESULT_FILE = "result.json"
 #: A result that another attempt would only repeat.
@@ -42,7 +42,7 @@ class Results:
     def resumable(self, run: Run) -> bool:
         """Whether there is something that `zotune train --resume_from_checkpoint true` could go on from: a checkpoint, or a journal."""
         place = self.place(run)
-        something = contents.checkpoints(place) or (place / run_folder.JOURNAL_FILE).is_file()
+        something = storage.checkpoints(place) or (place / run_folder.JOURNAL_FILE).is_file()
         return (place / run_folder.RUN_FILE).is_file() and bool(something)
 
     def ended(self, run: Run) -> bool:

@@ -11,7 +11,7 @@ from zotune.optim.journal import Journal
 from zotune.optim.merge import merge
 from zotune.optim.replay import checked_header
 from zotune.training import run_folder
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import contents, storage
 from zotune.training.quiet import quiet_libraries
 from zotune.weights.trainable_scales import dequantise
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     model, tokenizer = base_model(args, journals[0], journals[0].path.parent)
     merge(model, journals, args.weights)
     model = dequantise(model)
-    with contents.draft(output) as folder:
+    with storage.draft(output) as folder:
         contents.save_model(folder, model.cpu())
         tokenizer.save_pretrained(folder)
     steps = ", ".join(f"{len(journal)} of {journal.header['method']}" for journal in journals)

@@ -17,7 +17,7 @@ from zotune.optim.journal import Journal, verify
 from zotune.optim.replay import checked_header, replay
 from zotune.training import run_folder, schemes
 from zotune.training.arguments import ModelArguments
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import contents, storage
 from zotune.training.loading import load_model, load_tokenizer, plan_model
 from zotune.training.quiet import quiet_libraries
 from zotune.training.schemes import Scheme
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     model = dequantise(model)
     if args.merge:
         model = merged(model)
-    with contents.draft(output) as folder:
+    with storage.draft(output) as folder:
         contents.save_model(folder, model if stream_of(model) is not None else model.cpu())
         tokenizer.save_pretrained(folder)
     print(f"{output}: {args.base} after {steps} of {len(journal)} steps of {journal.header['method']}.")

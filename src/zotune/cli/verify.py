@@ -8,7 +8,7 @@ from pathlib import Path
 from zotune.cli.parser import CommandParser
 from zotune.optim.journal import verify
 from zotune.training import run_folder
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import contents, storage
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,8 +47,8 @@ def findings(folder: Path) -> list[str]:
             except ValueError:
                 faults.append(f"{folder / name} is not JSON.")
     newest = None
-    for saved in contents.checkpoints(folder):
-        fault = contents.problem(saved, journal)
+    for saved in storage.checkpoints(folder):
+        fault = storage.problem(saved, journal)
         if fault is None:
             newest = newest or saved
             print(f"{saved}: whole")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zotune.errors import NotStackable
-from zotune.forward import batch_layout
+from zotune.forward import batches
 from zotune.forward.batch_context import Lending
 from zotune.forward.batch_layout import Stack
 from zotune.forward.model import Probe
@@ -55,7 +55,7 @@ class Recording:
             self.losses = probe.evaluate_lent(lambda: function(self.rows), self.lending)
 
     def replay(self, rows: Any, stack: Stack) -> Tensor:
-        for held, new in zip(batch_layout.tensors(self.rows), batch_layout.tensors(rows), strict=True):
+        for held, new in zip(batches.tensors(self.rows), batches.tensors(rows), strict=True):
             held.copy_(new)
         self.lending.renew(stack)
         self.graph.replay()
@@ -120,7 +120,7 @@ class Captures:
     def _takes(self, loss_fn: Callable[..., Any], rows: Any) -> bool:
         if not (self.choice is True or getattr(loss_fn, "capturable", False)) or not _of_tensors(rows):
             return False
-        tokens = max((tensor.numel() for tensor in batch_layout.tensors(rows)), default=0)
+        tokens = max((tensor.numel() for tensor in batches.tensors(rows)), default=0)
         return self.choice is True or 2.0 * self._weights * tokens < BUSY
 
 
@@ -144,9 +144,9 @@ def _of_tensors(batch: Any) -> bool:
 
 def _twin(batch: Any) -> Any:
     """A batch of the same things with tensors of its own."""
-    rows = batch_layout.batch_rows(batch)
-    return batch_layout.take(batch, torch.arange(rows), rows)
+    rows = batches.batch_rows(batch)
+    return batches.take(batch, torch.arange(rows), rows)
 
 
 def _shape(batch: Any) -> tuple[Any, ...]:
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in batch_layout.tensors(batch))
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in batches.tensors(batch))

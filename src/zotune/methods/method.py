@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zotune.io.suggest import did_you_mean_or
 from zotune.methods.coefficients import FITNESS, ByDeviation, Shaping
 from zotune.methods.estimators import ESTIMATORS
 from zotune.methods.history import Replayed
@@ -22,8 +23,8 @@ AUTO = "auto"
 #: What a method's estimate may be of the gradient.
 ESTIMATES = ("gradient", "direction", "descent")
 
-#: Spellings of ``num_directions`` that give parts of a batch directions of their own.
-OWN = ("example", "sets:S", "groups:G")
+#: What shares a direction: the whole batch, a group of neighboring examples, or one example.
+DIRECTIONS_PER = ("batch", "group", "example")
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Method:
         arxiv: id of the paper.
         lr: default learning rate η (the paper's, for models of a billion parameters; small models want far larger ones).
         eps: perturbation scale ε, or ``"auto"`` (see ``calibration``).
-        num_directions: K, all examples of a step under each; or directions of their own: ``"example"`` for each example, ``"sets:S"``
-            for every S neighbouring ones, ``"groups:G"`` for G parts of the batch; ``"example:m"``, ``"sets:S:m"``, ``"groups:G:m"`` for m
-            directions in place of one.
+        num_directions: directions for each batch, group or example (see ``directions_per``).
+        directions_per: what has directions of its own: the ``"batch"`` (all examples of a step share them), every ``"group"`` of
+            neighboring examples, or every ``"example"``.
+        group_size: examples per group; 1 unless ``directions_per`` is ``"group"``.
         subspace: see ``subspaces``.
         direction: see ``directions`` and ``chosen``.
         estimator: a name of ``estimators.ESTIMATORS``.
@@ -67,7 +69,9 @@ class Method:
     arxiv: str
     lr: float
     eps: float | str = 1e-3
-    num_directions: int | str = 1
+    num_directions: int = 1
+    directions_per: str = "batch"
+    group_size: int = 1
     subspace: Subspace = field(default_factory=Full)
     direction: str = "gaussian"
     estimator: str = "central"
@@ -88,41 +92,53 @@ class Method:
         number = isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps > 0
         if not (number or self.eps == AUTO):
             raise ValueError(f"eps must be a positive number or 'auto', not {self.eps!r}.")
-        shared = isinstance(self.num_directions, int) and self.num_directions >= 1
-        if not (shared or _own_directions(self.num_directions)):
-            raise ValueError(
-                f"num_directions must be a whole number of at least 1, {' or '.join(map(repr, OWN))} (m directions each with :m behind), "
-                f"not {self.num_directions!r}."
-            )
+        self._check_directions()
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
         sparse_directions.directions(self.direction, {})
         Rule(self.update_rule, self.update_rule_args)
         self._check_together()
 
+    def _check_directions(self) -> None:
+        if not _whole(self.num_directions):
+            raise ValueError(
+                f"num_directions must be a whole number of at least 1, not {self.num_directions!r}; "
+                "directions_per gives every example or group directions of its own."
+            )
+        if self.directions_per not in DIRECTIONS_PER:
+            raise ValueError(
+                f"unknown directions_per {self.directions_per!r}{did_you_mean_or(self.directions_per, DIRECTIONS_PER, 'choose one of')}"
+            )
+        if not _whole(self.group_size):
+            raise ValueError(f"group_size must be a whole number of at least 1, not {self.group_size!r}.")
+        if self.directions_per == "group" and self.group_size == 1:
+            raise ValueError("directions_per='group' needs group_size, the examples per group: at least 2 (1 is directions_per='example').")
+        if self.directions_per != "group" and self.group_size != 1:
+            raise ValueError(f"group_size={self.group_size} needs directions_per='group', not {self.directions_per!r}.")
+
     def _check_together(self) -> None:
         assert self.estimates in ESTIMATES and self.reach in ("all", "rows", "span", "part"), (self.estimates, self.reach)
-        shared = isinstance(self.num_directions, int)
+        shared = not self.own
         if self.fitness not in FITNESS:
             raise ValueError(f"unknown fitness {self.fitness!r}; choose one of {', '.join(FITNESS)}.")
         if self.fitness != "loss" and not (shared and self.estimator == "central"):
             raise ValueError(
-                "fitness compares pairs of points on the same examples: set num_directions to a number, estimator to 'central'."
+                "fitness compares pairs of points on the same examples: set directions_per to 'batch', estimator to 'central'."
             )
-        if isinstance(self.shaping, ByDeviation) and self.num_directions == 1:
+        if isinstance(self.shaping, ByDeviation) and shared and self.num_directions == 1:
             raise ValueError(f"{self.name} divides by the deviation of its directions' losses: set num_directions to at least 2.")
         if self.blocks > 1 and not shared:
-            raise ValueError(f"{self.name} gives each block directions of its own: set num_directions to a number.")
+            raise ValueError(f"{self.name} gives each block directions of its own: set directions_per to 'batch'.")
         if self.estimator == "curvature" and not (shared and isinstance(self.subspace, Curved)):
-            raise ValueError("the estimator 'curvature' is HiZOO's: take method 'hizoo', with num_directions a number.")
+            raise ValueError("the estimator 'curvature' is HiZOO's: take method 'hizoo', with directions_per 'batch'.")
         if isinstance(self.subspace, Curved) and self.estimator != "curvature":
             raise ValueError(f"{self.name} learns from curvature: leave its estimator at 'curvature'.")
         if self.estimator == "tangent" and not (shared and isinstance(self.subspace, Full)):
             raise ValueError("the estimator 'tangent' differentiates along one direction in full space: take method 'forward-grad'.")
-        if self.conservative and self.num_directions != 1:
-            raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1.")
+        if self.conservative and not (shared and self.num_directions == 1):
+            raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1, directions_per to 'batch'.")
         if self.anchoring and not shared:
-            raise ValueError(f"{self.name} looks along the same directions at two points: set num_directions to a number.")
+            raise ValueError(f"{self.name} evaluates the same directions at two points: set directions_per to 'batch'.")
         if (self.replayed or self.anchoring) and not Rule(self.update_rule, self.update_rule_args).plain:
             raise ValueError(f"{self.name} is an update of its own; leave the rule at SGD.")
         if (self.replayed or self.conservative or self.anchoring) and not isinstance(self.subspace, Full):
@@ -130,34 +146,23 @@ class Method:
 
     @property
     def own(self) -> bool:
-        """Whether parts of a step's examples, or every example, have directions of their own."""
-        return isinstance(self.num_directions, str)
-
-    @property
-    def each(self) -> int:
-        """Directions that each such part has."""
-        parsed = _own_directions(self.num_directions)
-        return 1 if parsed is None else parsed[2]
+        """Whether groups or examples have directions of their own."""
+        return self.directions_per != "batch"
 
     def parts(self, rows: int) -> int:
-        """Parts of a step of ``rows`` examples that have directions of their own."""
-        parsed = _own_directions(self.num_directions)
-        assert parsed is not None
-        word, number, _ = parsed
-        return min(rows, number) if word == "groups" else max(1, rows // number)
+        """Groups of a step of ``rows`` examples, where groups (of one example or more) have directions of their own."""
+        assert self.own
+        return max(1, rows // self.group_size)
 
     def directions_of(self, rows: int) -> int:
         """K in a step of ``rows`` examples."""
-        if isinstance(self.num_directions, int):
-            return self.num_directions * self.blocks
-        return self.parts(rows) * self.each
+        return self.num_directions * (self.parts(rows) if self.own else self.blocks)
 
     def forwards(self, step: int) -> int:
         """Evaluations of the batch that step number ``step`` makes."""
-        estimator = ESTIMATORS[self.estimator]
-        count = self.num_directions * self.blocks if isinstance(self.num_directions, int) else self.each
+        points = ESTIMATORS[self.estimator].points(self.num_directions * (1 if self.own else self.blocks))
         twice = self.anchoring is not None and not self.anchoring.anchors(step)
-        return len(estimator.points(count)) * (2 if twice else 1) + (3 if self.conservative else 0)
+        return len(points) * (2 if twice else 1) + (3 if self.conservative else 0)
 
     @property
     def forwards_per_step(self) -> int:
@@ -173,7 +178,7 @@ class Method:
     @property
     def numbers(self) -> int:
         """Single numbers kept between steps, whatever the size of the model."""
-        past = self.replayed.history * (self.num_directions if isinstance(self.num_directions, int) else 1) if self.replayed else 0
+        past = self.replayed.history * (1 if self.own else self.num_directions) if self.replayed else 0
         if self.anchoring:
             past += self.directions_of(0) + 1
         return past + (self.shaping.numbers if self.shaping else 0)
@@ -204,14 +209,5 @@ class Method:
         return f"{kept} (half precision: {half:.3g} × W)"
 
 
-def _own_directions(spelled: int | str) -> tuple[str, int, int] | None:
-    """("sets", S, m) or ("groups", G, m): a part for every S examples or G parts, m directions each; None for what is not spelled so."""
-    if not isinstance(spelled, str):
-        return None
-    word, *texts = spelled.split(":")
-    numbers = [int(text) if text.isdecimal() else 0 for text in texts]
-    if word == "example":
-        word, numbers = "sets", [1, *numbers]
-    if word not in ("sets", "groups") or not all(numbers) or len(numbers) not in (1, 2):
-        return None
-    return word, numbers[0], numbers[1] if len(numbers) == 2 else 1
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and value >= 1

@@ -24,10 +24,14 @@ options_of, names, recipe, get = METHODS.options_of, METHODS.names, METHODS.reci
 COMMON: dict[str, tuple[str, Any]] = {
     "lr": ("float", 1e-6),
     "eps": ("float | str", 1e-3),
-    "num_directions": ("int | str", 1),
+    "num_directions": ("int", 1),
+    "directions_per": ("str", "batch"),
+    "group_size": ("int", 1),
     "direction": ("str", "gaussian"),
     "estimator": ("str", "central"),
 }
+#: The common options of methods whose estimates can be of groups or single examples.
+PER = ("directions_per", "group_size")
 #: Options of a recipe that takes any update rule.
 RULE: dict[str, tuple[str, Any]] = {"update_rule": ("str", "SGD"), "update_rule_args": ("dict[str, Any] | None", None)}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zotune.errors import NotStackable
-from zotune.forward import batch_layout
+from zotune.forward import batch_layout, batches
 from zotune.forward.batch_layout import Owned, Stack
 from zotune.forward.cuda_graphs import Captures
 from zotune.forward.losses import LossFunction, evaluation, losses_of
@@ -36,7 +36,7 @@ class BatchedForward:
 
     def stack(self, part: Any, points: Sequence[Point], seed: int, step: int) -> Stack:
         """All examples of a micro-batch at each of these points."""
-        return batch_layout.shared(points, self.state.eps, batch_layout.batch_rows(part), seed, step)
+        return batch_layout.shared(points, self.state.eps, batches.batch_rows(part), seed, step)
 
     @tagged("activations")
     def losses(self, loss_fn: LossFunction, part: Any, stack: Stack) -> Tensor:
@@ -45,7 +45,7 @@ class BatchedForward:
         Raises:
             NotStackable: the loss is not one number for each row.
         """
-        rows = batch_layout.take(part, stack.source, batch_layout.batch_rows(part))
+        rows = batches.take(part, stack.source, batches.batch_rows(part))
         losses = self.captures.losses(loss_fn, partial(losses_of, loss_fn), rows, stack)
         if losses is None:
             losses = self.probe.evaluate_stacked(partial(losses_of, loss_fn, rows), stack)
@@ -84,7 +84,7 @@ class BatchedForward:
         if together:
             stack = batch_layout.own(signs, eps, owned, seed, step)
             return self.losses(loss_fn, part, stack), stack.total
-        rows, size, evaluated = [], batch_layout.batch_rows(part), 0
+        rows, size, evaluated = [], batches.batch_rows(part), 0
         for sign in signs:
             if not sign:
                 here = self.probe.evaluate(evaluation(loss_fn, [part]), Offset(0.0, seed, step, 0))
@@ -109,10 +109,10 @@ class BatchedForward:
         only: Sequence[int] | None = None,
     ) -> Tensor:
         """Losses (S, pairs) of the examples of each direction (of ``only``), evaluated by themselves under it."""
-        columns, size, eps = [], batch_layout.batch_rows(part), self.state.eps
+        columns, size, eps = [], batches.batch_rows(part), self.state.eps
         for direction in sorted(set(owned.directions)) if only is None else only:
             index = torch.tensor([row for row, owner in zip(owned.examples, owned.directions, strict=True) if owner == direction])
-            group = batch_layout.take(part, index, size)
+            group = batches.take(part, index, size)
             offsets = [Offset(sign * eps, seed, step, direction) for sign in signs]
             losses = [self.probe.evaluate(evaluation(loss_fn, [group]), offset) for offset in offsets]
             columns.append(torch.stack(losses))

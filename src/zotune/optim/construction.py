@@ -133,7 +133,7 @@ def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, 
         if placement.is_sharded(parameter) and not _takes_shards(method, rule):
             raise ValueError(
                 f"{name} is sharded, and {method.name} cannot train shards: take a method that moves full weights or low-rank "
-                "ones by plain SGD, with num_directions a number (mezo, lozo)."
+                "ones by plain SGD, with directions_per 'batch' (mezo, lozo)."
             )
         if held_elsewhere(parameter):
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zotune.errors import NotStackable
-from zotune.forward import batch_layout
+from zotune.forward import batches
 from zotune.forward.batch_layout import Owned
 from zotune.forward.losses import LossFunction, as_losses, evaluation
 from zotune.io.execution import clock
@@ -59,7 +59,7 @@ class EvaluationChoice:
 def chunk(workers: Workers, part: Any, owned: Owned | None = None) -> tuple[Any, Owned | None]:
     """The examples of a micro-batch that this worker tries things out on, and the directions that they have of their own."""
     try:
-        rows = batch_layout.batch_rows(part)
+        rows = batches.batch_rows(part)
     except NotStackable:
         return part, owned
     chunk = workers.chunk(rows)
@@ -68,7 +68,7 @@ def chunk(workers: Workers, part: Any, owned: Owned | None = None) -> tuple[Any,
     if owned is not None:
         pairs = [(e - chunk.start, d) for e, d in zip(owned.examples, owned.directions, strict=True) if e in chunk]
         owned = Owned(tuple(e for e, _ in pairs), tuple(d for _, d in pairs))
-    return batch_layout.take(part, torch.arange(chunk.start, chunk.stop), rows), owned
+    return batches.take(part, torch.arange(chunk.start, chunk.stop), rows), owned
 
 
 class Chooser:
@@ -107,7 +107,7 @@ class Chooser:
     def sample(self, loss_fn: LossFunction, part: Any) -> tuple[Tensor, tuple[int, ...], int | None]:
         """The losses of a micro-batch at θ, their shape, and how many examples it has, if that can be told."""
         try:
-            rows = batch_layout.batch_rows(part)
+            rows = batches.batch_rows(part)
         except NotStackable:
             rows = None
         shapes = []
@@ -124,15 +124,15 @@ class Chooser:
         self, before: EvaluationChoice, loss_fn: LossFunction, part: Any, seed: int, step: int, owned: Owned | None
     ) -> EvaluationChoice:
         try:
-            batch_layout.batch_rows(part)
+            batches.batch_rows(part)
         except NotStackable:
             return replace(before, batched=False)
         here, shape, rows = self.sample(loss_fn, part)
         if shape != (rows,):
             if owned is not None:
                 raise ValueError(
-                    f"num_directions={self.method.num_directions!r} needs one loss per example, and the loss function returned shape "
-                    f"{shape} for {rows} examples; return losses of shape (B,), or set num_directions to a number."
+                    f"directions_per={self.method.directions_per!r} needs one loss per example, and the loss function returned shape "
+                    f"{shape} for {rows} examples; return losses of shape (B,), or set directions_per to 'batch'."
                 )
             return replace(before, per_example=False, batched=False)
         known = replace(before, per_example=True, checked=True)

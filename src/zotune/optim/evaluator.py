@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from zotune.errors import NotStackable
-from zotune.forward import batch_layout
+from zotune.forward import batch_layout, batches
 from zotune.forward.batch_layout import SHARED, Owned
 from zotune.forward.cuda_graphs import Captures
 from zotune.forward.losses import Losses, LossFunction, as_losses, evaluation
@@ -219,7 +219,7 @@ class Evaluator:
         try:
             if parts is None:
                 raise NotStackable("a closure has no batch")
-            sizes = [batch_layout.batch_rows(part) for part in parts]
+            sizes = [batches.batch_rows(part) for part in parts]
         except NotStackable as error:
             raise ValueError(
                 f"num_directions={self.method.num_directions!r} needs a batch of tensors with the examples along dimension 0, but {error}; "
@@ -299,7 +299,7 @@ class Evaluator:
         return mean
 
     def _width(self, part: Any) -> int:
-        return batch_layout.batch_rows(part) if self.found.per_example else 1
+        return batches.batch_rows(part) if self.found.per_example else 1
 
     def _pieces(self, parts: Sequence[Any] | None, share: Share) -> list[Any] | None:
         if parts is None or not self.workers.several:
@@ -308,7 +308,7 @@ class Evaluator:
 
     def _piece(self, part: Any, start: int, stop: int) -> Any:
         width = self._width(part)
-        return part if (start, stop) == (0, width) else batch_layout.take(part, torch.arange(start, stop), width)
+        return part if (start, stop) == (0, width) else batches.take(part, torch.arange(start, stop), width)
 
     def _gathered(self, share: Share, values: Tensor | None, each: int = 1) -> tuple[Tensor, int]:
         return self.workers.gather(share, values, 0 if values is None else values.numel(), each)

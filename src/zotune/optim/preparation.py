@@ -206,7 +206,7 @@ class Preparation:
         """The first examples of a micro-batch, as many as make enough coefficients where examples have directions of their own."""
         method = self.run.method
         rows = batch_rows(part) if method.own else 0
-        enough = math.ceil(layer_scales.SAMPLES / method.each) * math.ceil(rows / method.parts(rows)) if rows else 0
+        enough = math.ceil(layer_scales.SAMPLES / method.num_directions) * math.ceil(rows / method.parts(rows)) if rows else 0
         if enough >= rows or method.parts(enough) >= method.parts(rows):
             return [part]
         return [take(part, torch.arange(enough), rows)]

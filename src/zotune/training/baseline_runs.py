@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import EvalPrediction
 
-from zotune.baselines import Baseline, linear_probe
+from zotune.baselines import Baseline
+from zotune.baselines.linear_probe import features_of, fit
 from zotune.io.atomic import whole_file
 from zotune.tasks import LanguageModelCollator, PreparedData
 from zotune.training.run_folder import PROBE_FILE
@@ -45,12 +46,12 @@ def probed(method: Baseline, trainer: ZOTrainer, data: PreparedData, folder: Pat
     collate = LanguageModelCollator(data.collate_eval.pad_token_id)  # type: ignore[attr-defined]
     begin = time.perf_counter()
     size = args.per_device_train_batch_size
-    features = linear_probe.features_of(model, data.train, collate, size, args.device)
+    features = features_of(model, data.train, collate, size, args.device)
     answers = torch.tensor([example["answer"] for example in data.train], device=args.device)
-    probe = linear_probe.fit(features, answers, len(data.task.labels), method.options["l2"])
+    probe = fit(features, answers, len(data.task.labels), method.options["l2"])
     loss = float(torch.nn.functional.nll_loss(probe.scores(features), answers))
     seconds = time.perf_counter() - begin
-    scores = probe.scores(linear_probe.features_of(model, data.eval, collate, args.per_device_eval_batch_size, args.device))
+    scores = probe.scores(features_of(model, data.eval, collate, args.per_device_eval_batch_size, args.device))
     right = torch.tensor([example["answer"] for example in data.eval], device=args.device)
     metrics = {"loss": float(torch.nn.functional.nll_loss(scores, right))}
     if data.compute_metrics is not None:

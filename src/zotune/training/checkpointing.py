@@ -16,7 +16,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from zotune.baselines import FirstOrder
 from zotune.optim.distributed import Workers
 from zotune.optim.optimizer import ZerothOrder
-from zotune.training.checkpoint import contents, offloaded
+from zotune.training.checkpoint import contents, offloaded, storage
 from zotune.training.config import settings
 from zotune.training.log_sums import StepSums
 from zotune.training.run_folder import JOURNAL_FILE
@@ -70,7 +70,7 @@ class CheckpointedTrainer(Trainer):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        contents.save_json(folder / contents.ARGUMENTS, settings(self.args))
+        contents.save_json(folder / storage.ARGUMENTS, settings(self.args))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = Path(self._get_output_dir(trial))
@@ -84,14 +84,14 @@ class CheckpointedTrainer(Trainer):
             self._note_state(run_folder, final)
 
     def _write_checkpoint(self, run_folder: Path, final: Path) -> None:
-        with contents.draft(final) as folder:
+        with storage.draft(final) as folder:
             self.save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_rng_state(str(folder))
             self._note_state(run_folder, final)
-            self.state.save_to_json(str(folder / contents.TRAINER_STATE))
-            contents.write_manifest(folder)
+            self.state.save_to_json(str(folder / storage.TRAINER_STATE))
+            storage.write_manifest(folder)
         rotate_checkpoints(
             output_dir=str(run_folder),
             save_total_limit=self.args.save_total_limit,
@@ -115,7 +115,7 @@ class CheckpointedTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = self.zo_optimizer
-        mark = contents.journal_mark(self._journal_path, optimizer.steps) if optimizer.journal is not None else None
+        mark = storage.journal_mark(self._journal_path, optimizer.steps) if optimizer.journal is not None else None
         contents.save_optimizer(Path(output_dir), optimizer, journal=mark, since_log=self._since_log.to_dict())
         contents.save_scheduler(Path(output_dir), self.lr_scheduler)
 

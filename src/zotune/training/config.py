@@ -26,6 +26,8 @@ _NOT_GIVEN = "auto where known"
 _METHOD_FIELDS = (
     "eps",
     "num_directions",
+    "directions_per",
+    "group_size",
     "direction",
     "estimator",
     "rank",
@@ -98,13 +100,14 @@ class ZOConfig(TrainingArguments):
     eps: float | str | None = field(
         default=methods.AUTO, metadata={"help": "Size of the perturbation, or auto: measured on the first batch."}
     )
-    num_directions: int | str | None = field(
+    num_directions: int | None = field(default=None, metadata={"help": "Directions for each batch, group or example (see directions_per)."})
+    directions_per: str | None = field(
         default=None,
         metadata={
-            "help": "Directions of a step: a number, all examples under each; example: each under its own (example:4: under 4); sets:S, "
-            "groups:G: every S examples, or G parts of the batch."
+            "help": "What has directions of its own: the batch, every group of neighboring examples (see group_size), every example."
         },
     )
+    group_size: int | None = field(default=None, metadata={"help": "Examples per group, with directions_per group."})
     probe: str = field(
         default="auto",
         metadata={"help": "batched: all evaluations of a step in one forward; sequential: one by one; auto: what is faster."},
@@ -170,8 +173,6 @@ class ZOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_directions, str) and self.num_directions.isdecimal():  # a number from the command line
-            self.num_directions = int(self.num_directions)
         for name in ("learning_rate", "eps"):
             setattr(self, name, _number_or_auto(name, getattr(self, name)))
         self._check_settings()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from zotune.optim import resume
 from zotune.optim.journal import Journal, Record
 from zotune.optim.optimizer import ZerothOrder
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import contents, storage
 from zotune.training.run_folder import JOURNAL_FILE
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def refuse_used(folder: Path) -> None:
     Raises:
         ValueError: a folder for a new run holds one.
     """
-    if (folder / JOURNAL_FILE).exists() or contents.checkpoints(folder):
+    if (folder / JOURNAL_FILE).exists() or storage.checkpoints(folder):
         raise ValueError(f"{folder} already holds a run: continue it with resume_from_checkpoint=True, or choose another output_dir.")
 
 
@@ -39,13 +39,13 @@ def checkpoint_of(run: Path, journal: Path, wanted: str | os.PathLike[str] | Lit
         ValueError: there is none, or the wanted one is damaged.
     """
     if wanted is not True:
-        fault = contents.problem(wanted, journal)
+        fault = storage.problem(wanted, journal)
         if fault is not None:
             raise ValueError(fault)
         return Path(wanted)
     faults = []
-    for folder in contents.checkpoints(run):
-        fault = contents.problem(folder, journal)
+    for folder in storage.checkpoints(run):
+        fault = storage.problem(folder, journal)
         if fault is None:
             return folder
         faults.append(fault)
@@ -58,11 +58,11 @@ def checkpoint_of(run: Path, journal: Path, wanted: str | os.PathLike[str] | Lit
 
 def batch_size(folder: Path, usual: int, per_device: int) -> int:
     """Examples a micro-batch of the run that goes on from a checkpoint, which another number of processes does not change."""
-    settings = folder / contents.ARGUMENTS
+    settings = folder / storage.ARGUMENTS
     if not settings.is_file():
         return usual
     then = contents.load_json(settings).get("per_device_train_batch_size")
-    saved = contents.load_json(folder / contents.TRAINER_STATE).get("train_batch_size")
+    saved = contents.load_json(folder / storage.TRAINER_STATE).get("train_batch_size")
     return saved if saved and then == per_device else usual
 
 
@@ -88,7 +88,7 @@ def continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str |
             f"the journal {journal.path} was written with another {', '.join(different)}: resume with the settings of "
             "that run, or start a new one in another output_dir."
         )
-    tail = journal.after(0 if checkpoint_folder is None else contents.journal_bytes(checkpoint_folder))
+    tail = journal.after(0 if checkpoint_folder is None else storage.journal_bytes(checkpoint_folder))
     count = followed(optimizer, tail) if follows else 0
     if len(journal) and checkpoint_folder is None:  # how its steps were evaluated may have been chosen by the clock
         last = (ways(tail) or [{"batched": True, "apart": True}])[-1]

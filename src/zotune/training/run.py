@@ -20,7 +20,7 @@ from zotune.tasks import PreparedData, prepare
 from zotune.training import baseline_runs, run_folder
 from zotune.training.arguments import ModelArguments
 from zotune.training.callbacks import StepClock, StopOnSignal
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import storage
 from zotune.training.config import ZOConfig
 from zotune.training.loading import ModelPlan, load_model, load_tokenizer, plan_model
 from zotune.training.observer import RunObserver, RunStart
@@ -273,7 +273,7 @@ class _Run:
         return {name: float(last[f"eval_{name}"]) for name in dict.fromkeys(names) if f"eval_{name}" in last and name not in unwanted}
 
     def _how_to_go_on(self) -> str:
-        found = contents.checkpoints(self.folder)
+        found = storage.checkpoints(self.folder)
         command = run_folder.resume_command(self.config.words)
         if not found:
             return f"Interrupted before the first checkpoint. Begin again with: {command}"

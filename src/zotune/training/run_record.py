@@ -18,7 +18,7 @@ from zotune.io.atomic import whole_file
 from zotune.io.json_files import write_json
 from zotune.tasks import PreparedData
 from zotune.training import run_folder
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import storage
 from zotune.training.config import settings
 from zotune.training.curve import curve_of, write_curve
 from zotune.training.run_config import RunConfig
@@ -91,7 +91,7 @@ class RunRecord:
     def save_model(self) -> None:
         """Writes the trained model; the folder holds all of its files or none."""
         draft = self.folder / ".model.partial"
-        contents.remove_drafts(self.folder)
+        storage.remove_drafts(self.folder)
         try:
             dequantise(self.trainer.model)  # ordinary weights, which transformers loads
             self.trainer.save_model(str(draft))
@@ -133,7 +133,7 @@ class RunRecord:
             "journal": str(self.folder / run_folder.JOURNAL_FILE),
             "curve": str(self.folder / run_folder.CURVE_FILE),
             "summary": str(self.folder / run_folder.SUMMARY_FILE),
-            "checkpoints": [str(path) for path in contents.checkpoints(self.folder)],
+            "checkpoints": [str(path) for path in storage.checkpoints(self.folder)],
         }
         if isinstance(optimizer, FirstOrder):
             del files["journal"]

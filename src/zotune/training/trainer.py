@@ -30,7 +30,7 @@ from zotune.optim.journal import Journal, StepRecord
 from zotune.optim.optimizer import ZerothOrder
 from zotune.subspaces import Guided
 from zotune.training import resume, trainer
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import storage
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
@@ -152,7 +152,7 @@ class ZOTrainer(EvaluatedTrainer):
                 usual = self.args.train_batch_size
                 self._train_batch_size = resume.batch_size(folder, usual, self.args.per_device_train_batch_size)
         if self.workers.first:
-            contents.remove_drafts(self._run_folder)
+            storage.remove_drafts(self._run_folder)
         self._micro_batches = []
         self._since_log, self._since_train = StepSums(), StepSums()
         try:
@@ -221,7 +221,7 @@ class ZOTrainer(EvaluatedTrainer):
     def _save_initial_adapter(self) -> None:
         """A fresh adapter is random: without it the journal could not be replayed."""
         if hasattr(self.model, "peft_config"):
-            with contents.draft(self._run_folder / ADAPTER_FOLDER) as folder:
+            with storage.draft(self._run_folder / ADAPTER_FOLDER) as folder:
                 self.model.save_pretrained(folder)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -274,10 +274,10 @@ class ZOTrainer(EvaluatedTrainer):
         args, method = self.args, self.args.zo_method()
         extra = args.method_args if isinstance(args.method_args, dict) else {}
         examples, found = self._train_batch_size * args.gradient_accumulation_steps, dict[str, Any]()
-        if method.own and args.num_directions is None and "num_directions" not in extra:
+        if method.own and args.directions_per is None and "directions_per" not in extra:
             stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
             size = set_size(len(set(classes_of(self.train_dataset) or ())) if stratified else 0, examples)
-            found |= {} if size is None else {"num_directions": f"sets:{size}:{method.each}"}
+            found |= {} if size is None else {"directions_per": "group", "group_size": size}
         tells = head_of(self.model) is not None and self.objective in (None, "lm", "generation", "choices")
         if tells and isinstance(method.subspace, Guided) and args.interval is None and "interval" not in extra:
             found["interval"] = method.subspace.interval_for(examples)

@@ -20,7 +20,7 @@ from zotune.rng.directions import GROUPED_NUMEL, Directions, Key, group_of
 from zotune.subspaces import FullCoordinate
 from zotune.subspaces.coordinate import Offset
 
-OWN = ("example", "groups:2")
+OWN = ({"directions_per": "example"}, {"directions_per": "group", "group_size": 2})
 
 
 def coefficients(build, loss_of, batches, method: methods.Method, probe: str, steps: int = 2) -> torch.Tensor:
@@ -43,28 +43,28 @@ def agree(build, loss_of, batches, method: methods.Method, tolerance: float = 1e
 
 
 @pytest.mark.parametrize("name", toys.ARCHITECTURES)
-@pytest.mark.parametrize("num_directions", [1, 3, *OWN])
-def test_batched_and_sequential_coefficients_are_equal(name, num_directions):
-    method = methods.lozo(num_directions=num_directions, eps=1e-2)
+@pytest.mark.parametrize("directions", [{"num_directions": 1}, {"num_directions": 3}, *OWN])
+def test_batched_and_sequential_coefficients_are_equal(name, directions):
+    method = methods.lozo(eps=1e-2, **directions)
     assert agree(lambda: toys.transformer(name), toys.transformer_loss, toys.tokens(4), method)
 
 
-@pytest.mark.parametrize("num_directions", [1, 3, "example"])
+@pytest.mark.parametrize("directions", [{"num_directions": 1}, {"num_directions": 3}, OWN[0]])
 @pytest.mark.parametrize("direction", Directions.KINDS)
-def test_forward_differences_and_other_distributions_too(num_directions, direction):
-    method = methods.lozo(num_directions=num_directions, eps=1e-2, estimator="forward", direction=direction, rank=3)
+def test_forward_differences_and_other_distributions_too(directions, direction):
+    method = methods.lozo(eps=1e-2, estimator="forward", direction=direction, rank=3, **directions)
     assert agree(toys.classifier, toys.loss_function, toys.batch(6), method)
 
 
-@pytest.mark.parametrize("num_directions", [2, *OWN])
-def test_bfloat16_agrees_as_far_as_its_losses_are_exact(num_directions):
-    method = methods.lozo_m(num_directions=num_directions, eps=1e-1)
+@pytest.mark.parametrize("directions", [{"num_directions": 2}, *OWN])
+def test_bfloat16_agrees_as_far_as_its_losses_are_exact(directions):
+    method = methods.lozo_m(eps=1e-1, **directions)
     assert agree(lambda: toys.classifier(torch.bfloat16), toys.loss_function, toys.batch(6), method, tolerance=5e-2)
 
 
-@pytest.mark.parametrize("num_directions", [1, "example"])
+@pytest.mark.parametrize("directions", [{"num_directions": 1}, OWN[0]])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_adapters_in_full_space(name, num_directions):
+def test_adapters_in_full_space(name, directions):
     peft = pytest.importorskip("peft")
 
     def build() -> nn.Module:
@@ -78,8 +78,8 @@ def test_adapters_in_full_space(name, num_directions):
                 nn.init.normal_(parameter, std=0.3)
         return model
 
-    assert agree(build, toys.transformer_loss, toys.tokens(4), methods.mezo(num_directions=num_directions, eps=1e-2))
-    assert agree(build, toys.transformer_loss, toys.tokens(4), methods.lozo(num_directions=num_directions, eps=1e-2, rank=2))
+    assert agree(build, toys.transformer_loss, toys.tokens(4), methods.mezo(eps=1e-2, **directions))
+    assert agree(build, toys.transformer_loss, toys.tokens(4), methods.lozo(eps=1e-2, rank=2, **directions))
 
 
 def choice_batch(options: int) -> dict[str, torch.Tensor]:
@@ -95,16 +95,16 @@ def choice_batch(options: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("num_directions", [1, "example"])
+@pytest.mark.parametrize("directions", [{"num_directions": 1}, OWN[0]])
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
-def test_losses_of_answer_options_which_flatten_into_the_rows(name, num_directions):
-    method = methods.lozo(num_directions=num_directions, eps=1e-2)
+def test_losses_of_answer_options_which_flatten_into_the_rows(name, directions):
+    method = methods.lozo(eps=1e-2, **directions)
     assert agree(lambda: toys.transformer(name), lambda model: objectives.objective("choices", model), choice_batch(2), method)
 
 
-@pytest.mark.parametrize("num_directions", [1, "example"])
+@pytest.mark.parametrize("directions", [{"num_directions": 1}, OWN[0]])
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_losses_of_a_classifier(name, num_directions):
+def test_losses_of_a_classifier(name, directions):
     import transformers
 
     def build() -> nn.Module:
@@ -119,7 +119,7 @@ def test_losses_of_a_classifier(name, num_directions):
 
     ids = toys.tokens(4)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1])}
-    method = methods.lozo(num_directions=num_directions, eps=1e-2)
+    method = methods.lozo(eps=1e-2, **directions)
     assert agree(build, lambda model: objectives.objective("classifier", model), batch, method)
 
 
@@ -139,7 +139,7 @@ def test_norms_written_in_python():
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 def test_a_batched_forward_that_raises_leaves_every_bit_and_every_table(error):
     model = toys.transformer("gpt2")
-    optimizer = ZerothOrder(model, methods.lozo(num_directions="example"), lr=1e-3, probe="batched")
+    optimizer = ZerothOrder(model, methods.lozo(directions_per="example"), lr=1e-3, probe="batched")
     loss, ids = toys.transformer_loss(model), toys.tokens(4)
     optimizer.step(loss, ids)
     before, stored = copy.deepcopy(model.state_dict()), {n: p.detach().clone() for n, p in model.named_parameters()}

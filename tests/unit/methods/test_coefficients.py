@@ -130,7 +130,7 @@ def test_the_conservative_step_is_the_best_of_three(tmp_path):
     ("call", "message"),
     [
         (lambda: methods.fzoo(num_directions=1), "set num_directions to at least 2"),
-        (lambda: methods.es(num_directions="example"), "set num_directions to a number"),
+        (lambda: methods.es(directions_per="example"), "method 'es' has no option 'directions_per'"),
         (lambda: methods.meazo(beta=1.0), r"beta must lie in \[0, 1\)"),
         (lambda: methods.replayed_adam(history=0), "history must be a whole number of at least 1"),
         (lambda: methods.replayed_momentum(momentum=1.0), "a decay rate must lie in"),

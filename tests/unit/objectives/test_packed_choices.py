@@ -73,11 +73,11 @@ def test_in_half_precision_the_scores_agree_as_far_as_it_goes(name, dtype):
     assert packed_choices._agrees[model]
 
 
-@pytest.mark.parametrize("num_directions", [1, 3, "example", "groups:3"])
+@pytest.mark.parametrize("per", [{}, {"num_directions": 3}, {"directions_per": "example"}, {"directions_per": "group", "group_size": 2}])
 @pytest.mark.parametrize("name", DECODERS)
-def test_batched_and_sequential_coefficients_are_equal(name, num_directions):
+def test_batched_and_sequential_coefficients_are_equal(name, per):
     batch = packed(examples((6, [3, 1, 4]), (11, [2, 5]), (5, [4, 2, 2])))
-    method = methods.lozo(num_directions=num_directions, eps=1e-2)
+    method = methods.lozo(eps=1e-2, **per)
     assert is_packed(batch)
     assert agree(lambda: toys.transformer(name), lambda model: objectives.objective("choices", model), batch, method)
 
@@ -86,7 +86,7 @@ def test_a_steps_coefficients_do_not_depend_on_the_form():
     found = []
     for collate in (packed, apart):
         model = toys.transformer("llama")
-        optimizer = ZerothOrder(model, methods.lozo(num_directions="example", eps=1e-2), lr=1e-3)
+        optimizer = ZerothOrder(model, methods.lozo(directions_per="example", eps=1e-2), lr=1e-3)
         optimizer.step(ChoiceLoss(model), collate(examples((6, [3, 4]), (11, [2, 5]))))
         found.append(optimizer.last.coefficients)
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
@@ -248,7 +248,7 @@ def test_a_packed_batch_is_never_more_tokens(lengths):
 
 def test_no_warning_in_an_ordinary_run():
     model = toys.transformer("opt")
-    optimizer = ZerothOrder(model, methods.lozo(num_directions="example"), lr=1e-3)
+    optimizer = ZerothOrder(model, methods.lozo(directions_per="example"), lr=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for seed in range(2):

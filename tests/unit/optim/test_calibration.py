@@ -304,15 +304,15 @@ def test_what_was_found_is_in_the_journal_and_its_forwards_are_counted(tmp_path)
     assert [set(event) - found for event in events[1:]] == [{"state"}] + [set()] * 6, "all that is known, at the first, and now and then"
 
 
-@pytest.mark.parametrize(("num_directions", "expected"), [("sets:2:3", 1.0), ("example:3", 0.0)])
-def test_the_signal_of_directions_of_their_own_is_what_their_sets_agree_in(num_directions, expected):
+@pytest.mark.parametrize(("directions", "expected"), [({"directions_per": "group", "group_size": 2}, 1.0), ({}, 0.0)])
+def test_the_signal_of_directions_of_their_own_is_what_their_sets_agree_in(directions, expected):
     """ℓ_b(w) = (g ± a)ᵀw, the sign by turns: pairs have the same gradient, single examples hardly anything in common."""
     generator = torch.Generator().manual_seed(0)
     g, a = torch.randn(2, 40, generator=generator)
     rows = g + 10 * a * torch.tensor([1.0, -1.0]).repeat(8).unsqueeze(1)
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros(40))
-    optimizer = ZerothOrder(model, methods.lozo_e(num_directions=num_directions, **AUTO), lr="auto", probe="sequential")
+    optimizer = ZerothOrder(model, methods.lozo_e(**directions, **AUTO), lr="auto", probe="sequential")
     for _ in range(20):
         optimizer.step(lambda x: x @ model.w + 0.5 * model.w.square().sum(), rows)
     assert optimizer.calibrator.step_size.signal == pytest.approx(expected, abs=0.1)

@@ -14,11 +14,15 @@ from zotune import ZerothOrder, methods, replay
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import LowRankCoordinate
 
-SPELLINGS = ("example", "example:2", "groups:3")
+#: Options, and how many directions they make for a number of examples.
+EXAMPLE = {"directions_per": "example"}
+TWO = {"num_directions": 2, "directions_per": "example"}
+GROUP = {"directions_per": "group", "group_size": 3}
+EACH = pytest.mark.parametrize("options", [EXAMPLE, TWO, GROUP], ids=["example", "two an example", "group"])
 
 
-def directions(spelled: str, examples: int) -> int:
-    return {"example": examples, "example:2": 2 * examples, "groups:3": 3}[spelled]
+def directions(options: dict, examples: int) -> int:
+    return options.get("num_directions", 1) * examples // options.get("group_size", 1)
 
 
 def perturbed(model: nn.Module, optimizer: ZerothOrder, step: int, direction: int, scale: float) -> nn.Module:
@@ -38,8 +42,8 @@ def perturbed(model: nn.Module, optimizer: ZerothOrder, step: int, direction: in
 def test_a_coefficient_is_that_of_its_example_alone_under_its_direction(method, estimator, probe, each):
     model, (tokens, labels), eps = toys.classifier(), toys.batch(6), 1e-2
     plain = copy.deepcopy(model)
-    spelled = "example" if each == 1 else f"example:{each}"
-    optimizer = ZerothOrder(model, methods.get(method, num_directions=spelled, estimator=estimator, eps=eps), lr=0.0, probe=probe)
+    options = {"num_directions": each, "directions_per": "example", "estimator": estimator, "eps": eps}
+    optimizer = ZerothOrder(model, methods.get(method, **options), lr=0.0, probe=probe)
     optimizer.step(toys.loss_function(model), (tokens, labels))
     found = optimizer.last.coefficients
     assert found.shape == (6 * each,) and len(found.unique()) == 6 * each
@@ -55,7 +59,7 @@ def test_a_lozo_step_is_its_equation():
     """W ← W − η (1/B) Σ_b c_b U_b Vᵀ / r."""
     model, batch, lr = toys.classifier(), toys.batch(5), 1e-1
     before = copy.deepcopy(model)
-    optimizer = ZerothOrder(model, methods.lozo(num_directions="example", rank=2, eps=1e-2), lr=lr)
+    optimizer = ZerothOrder(model, methods.lozo(directions_per="example", rank=2, eps=1e-2), lr=lr)
     optimizer.step(toys.loss_function(model), batch)
     expected = copy.deepcopy(before)
     with torch.no_grad():
@@ -75,7 +79,7 @@ def test_the_second_moment_falls_with_the_number_of_examples(examples):
     torch.manual_seed(0)
     d = 12
     model, x = nn.Linear(d, 1, bias=False), torch.randn(examples, d)
-    optimizer = ZerothOrder(model, methods.mezo(num_directions="example", eps=1e-2), lr=0.0)
+    optimizer = ZerothOrder(model, methods.mezo(directions_per="example", eps=1e-2), lr=0.0)
     squares = []
     for step in range(1500):
         optimizer.step(lambda x: model(x)[:, 0], x)
@@ -86,18 +90,18 @@ def test_the_second_moment_falls_with_the_number_of_examples(examples):
     assert abs(float(found.mean()) - expected) < 5 * float(found.std()) / math.sqrt(len(found))
 
 
-@pytest.mark.parametrize("num_directions", SPELLINGS)
+@EACH
 @pytest.mark.parametrize("probe", ["batched", "sequential"])
-def test_micro_batches_are_the_batch(num_directions, probe):
+def test_micro_batches_are_the_batch(options, probe):
     tokens, labels = toys.batch(16)
     whole, parts = toys.classifier(), toys.classifier()
-    method = methods.lozo_m(num_directions=num_directions, eps=1e-2)
+    method = methods.lozo_m(eps=1e-2, **options)
     first, second = (ZerothOrder(model, method, lr=1e-3, probe=probe) for model in (whole, parts))
     pieces = [(tokens[:4], labels[:4]), (tokens[4:10], labels[4:10]), (tokens[10:], labels[10:])]
     for _ in range(3):
         first.step(toys.loss_function(whole), (tokens, labels))
         second.step(toys.loss_function(parts), pieces)
-        assert len(first.last.coefficients) == directions(num_directions, 16)
+        assert len(first.last.coefficients) == directions(options, 16)
         assert torch.allclose(first.last.coefficients, second.last.coefficients, atol=1e-3)
     for name, value in whole.state_dict().items():
         assert torch.allclose(value, parts.state_dict()[name], atol=1e-6)
@@ -107,7 +111,7 @@ def test_groups_of_unequal_size_weigh_as_their_examples_do():
     """With c_k = K n_k / N times the group's mean the mean over k is the mean over examples."""
     model = nn.Linear(3, 1, bias=False)
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    optimizer = ZerothOrder(model, methods.mezo(num_directions="groups:2", eps=1e-2), lr=0.0)
+    optimizer = ZerothOrder(model, methods.mezo(directions_per="group", group_size=2, eps=1e-2), lr=0.0)
     optimizer.step(lambda x: model(x)[:, 0], x)
     z = Directions("gaussian").draw_many(Key(0, 0, 0, "weight"), 2, (3,))
     owners = torch.tensor([row * 2 // 5 for row in range(5)])
@@ -116,14 +120,14 @@ def test_groups_of_unequal_size_weigh_as_their_examples_do():
     assert optimizer.last.gap_noise is not None
 
 
-@pytest.mark.parametrize("num_directions", SPELLINGS)
+@EACH
 @pytest.mark.parametrize("method", ["lozo", "lozo-m", "mezo-adam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_and_replay_are_bit_for_bit(method, dtype, num_directions, tmp_path):
-    def build(**options) -> tuple[nn.Module, ZerothOrder]:
+def test_resume_and_replay_are_bit_for_bit(method, dtype, options, tmp_path):
+    def build(**others) -> tuple[nn.Module, ZerothOrder]:
         model = toys.classifier(dtype)
         interval = {} if method == "mezo-adam" else {"interval": 4}
-        return model, ZerothOrder(model, methods.get(method, num_directions=num_directions, **interval), lr=1e-2, **options)
+        return model, ZerothOrder(model, methods.get(method, **options, **interval), lr=1e-2, **others)
 
     def run(model: nn.Module, optimizer: ZerothOrder, first: int, last: int) -> None:
         for step in range(first, last):
@@ -140,7 +144,7 @@ def test_resume_and_replay_are_bit_for_bit(method, dtype, num_directions, tmp_pa
     run(resumed, second, 6, 10)
     rebuilt = toys.classifier(dtype)
     replay(rebuilt, tmp_path / "journal")
-    assert all(len(record.coefficients) == directions(num_directions, 7) for record in optimizer.journal.records())
+    assert all(len(record.coefficients) == directions(options, 7) for record in optimizer.journal.records())
     for other in (resumed, rebuilt):
         assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), other.state_dict().values(), strict=True))
 
@@ -150,7 +154,7 @@ def test_an_example_whose_loss_is_not_finite_is_skipped_alone(probe):
     def run(poison: float) -> ZerothOrder:
         model = toys.classifier()
         loss = toys.loss_function(model)
-        optimizer = ZerothOrder(model, methods.lozo(num_directions="example"), lr=1e-3, probe=probe)
+        optimizer = ZerothOrder(model, methods.lozo(directions_per="example"), lr=1e-3, probe=probe)
         tokens, labels = toys.batch(4)
         factor = torch.ones(4)
         optimizer.step(lambda b: loss(b[:2]) * b[2], (tokens, labels, factor))
@@ -165,23 +169,23 @@ def test_an_example_whose_loss_is_not_finite_is_skipped_alone(probe):
     assert torch.allclose(poisoned.coefficients[kept], clean.coefficients[kept])
 
 
-@pytest.mark.parametrize("num_directions", SPELLINGS)
+@EACH
 @pytest.mark.parametrize("estimator", ["central", "forward"])
-def test_the_evaluations_of_a_batch_that_a_step_makes(num_directions, estimator):
+def test_the_evaluations_of_a_batch_that_a_step_makes(options, estimator):
     """Two, whatever the number of directions, if an example has one; m directions cost 2m, or m + 1 where they share that at θ."""
     model = toys.classifier()
-    method = methods.lozo(num_directions=num_directions, estimator=estimator)
+    method = methods.lozo(estimator=estimator, **options)
     optimizer = ZerothOrder(model, method, lr=1e-3)
     optimizer.step(toys.loss_function(model), toys.batch(6))
-    count = 2 if num_directions != "example:2" else 4 if estimator == "central" else 3
+    count = 2 if options is not TWO else 4 if estimator == "central" else 3
     assert method.forwards_per_step == optimizer.forward_passes == count and optimizer.sequences_evaluated == 6 * count
     assert all(not coordinate.drawn for coordinate in optimizer.probe.coordinates)
 
 
 def test_the_last_batch_may_be_smaller():
     model = toys.classifier()
-    optimizer = ZerothOrder(model, methods.lozo(num_directions="groups:4"), lr=1e-3)
-    for size, directions in ((8, 4), (5, 4), (2, 2), (1, 1)):
+    optimizer = ZerothOrder(model, methods.lozo(directions_per="group", group_size=2), lr=1e-3)
+    for size, directions in ((8, 4), (5, 2), (2, 1), (1, 1)):
         optimizer.step(toys.loss_function(model), toys.batch(size))
         assert len(optimizer.last.coefficients) == directions
 
@@ -190,7 +194,7 @@ def test_the_last_batch_may_be_smaller():
 def test_learns(name):
     rate = {"mezo": 3e-2, "mezo-momentum": 3e-3, "mezo-adam": 1e-2}.get(name, 3e-2)
     model = toys.classifier()
-    optimizer = ZerothOrder(model, methods.get(name, num_directions="example"), lr=rate)
+    optimizer = ZerothOrder(model, methods.get(name, num_directions=1, directions_per="example"), lr=rate)
     losses = [float(optimizer.step(toys.loss_function(model), toys.batch(seed=step))) for step in range(300)]
     assert sum(losses[-20:]) < 0.75 * sum(losses[:20])
 
@@ -198,14 +202,17 @@ def test_learns(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: ZerothOrder(nn.Linear(80, 70), methods.mezo(num_directions="example")), "moves in full space; use one direction a step"),
-        (lambda m: methods.lozo(num_directions="examples"), "m directions each with :m behind.*, not 'examples'"),
-        (lambda m: methods.lozo(num_directions="groups:0"), "m directions each with :m behind.*, not 'groups:0'"),
+        (lambda m: ZerothOrder(nn.Linear(80, 70), methods.mezo(directions_per="example")), "in full space"),
+        (lambda m: methods.lozo(num_directions="example"), "num_directions must be a whole number of at least 1, not 'example'"),
+        (lambda m: methods.lozo(directions_per="exmaple"), "unknown directions_per 'exmaple'; did you mean 'example'?"),
+        (lambda m: methods.lozo(directions_per="group"), "needs group_size, the examples per group: at least 2"),
+        (lambda m: methods.lozo(directions_per="group", group_size=0), "group_size must be a whole number of at least 1, not 0"),
+        (lambda m: methods.lozo(group_size=4), "group_size=4 needs directions_per='group', not 'batch'"),
         (
-            lambda m: ZerothOrder(m, methods.lozo(num_directions="example")).step(lambda b: toys.loss_function(m)(b).mean(), toys.batch()),
+            lambda m: ZerothOrder(m, methods.lozo(directions_per="example")).step(lambda b: toys.loss_function(m)(b).mean(), toys.batch()),
             "needs one loss per example, and the loss function returned shape",
         ),
-        (lambda m: ZerothOrder(m, methods.lozo(num_directions="example")).step(lambda: torch.zeros(3)), "a closure has no batch"),
+        (lambda m: ZerothOrder(m, methods.lozo(directions_per="example")).step(lambda: torch.zeros(3)), "a closure has no batch"),
     ],
 )
 def test_where_it_is_impossible_one_sentence_says_so(call, message):

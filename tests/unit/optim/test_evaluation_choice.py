@@ -34,12 +34,12 @@ def events(path) -> list[dict]:
     return [record for record in Journal.open(path).records() if isinstance(record, dict)]
 
 
-@pytest.mark.parametrize("num_directions", [1, 8, "example"])
-def test_auto_takes_the_faster_way_and_says_so(sequential_is_faster, tmp_path, num_directions, recwarn):
-    optimizer = ZerothOrder(toys.classifier(), methods.lozo(num_directions=num_directions), lr=1e-3, journal=tmp_path / "j")
+@pytest.mark.parametrize("directions", [{"num_directions": 1}, {"num_directions": 8}, {"directions_per": "example"}])
+def test_auto_takes_the_faster_way_and_says_so(sequential_is_faster, tmp_path, directions, recwarn):
+    optimizer = ZerothOrder(toys.classifier(), methods.lozo(**directions), lr=1e-3, journal=tmp_path / "j")
     run(optimizer, range(2))
     assert optimizer.evaluator.batched is False
-    apart = {"apart": True} if num_directions == "example" else {}
+    apart = {"apart": True} if "directions_per" in directions else {}
     assert events(tmp_path / "j") == [{"event": "probe", "batched": False, **apart}]
     assert not recwarn.list
 
@@ -106,11 +106,14 @@ def test_another_way_can_be_asked_for_on_resuming(sequential_is_faster):
 
 
 @pytest.mark.parametrize("way", ["batched", "sequential"])
-@pytest.mark.parametrize(("num_directions", "estimator", "forwards"), [("example", "central", 2), ("sets:2:3", "forward", 4)])
-def test_own_directions_in_turn_take_a_forward_of_the_batch_each(way, num_directions, estimator, forwards):
+@pytest.mark.parametrize(
+    ("directions", "estimator", "forwards"),
+    [({"directions_per": "example"}, "central", 2), ({"num_directions": 3, "directions_per": "group", "group_size": 2}, "forward", 4)],
+)
+def test_own_directions_in_turn_take_a_forward_of_the_batch_each(way, directions, estimator, forwards):
     """No forward of a sequential step has more rows than the batch, and no more of them than the evaluations there are."""
     model, rows = toys.classifier(), []
-    optimizer = ZerothOrder(model, methods.lozo(num_directions=num_directions, estimator=estimator), lr=1e-3, probe=way)
+    optimizer = ZerothOrder(model, methods.lozo(estimator=estimator, **directions), lr=1e-3, probe=way)
     run(optimizer, range(1))
     model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     before = optimizer.sequences_evaluated
@@ -132,11 +135,11 @@ def test_examples_that_cannot_be_told_apart_in_a_forward_are_evaluated_alone(tmp
             return out - 0.5 * out.mean(dim=0, keepdim=True)
 
     model, rows = Mixing(), []
-    optimizer = ZerothOrder(model, methods.lozo(num_directions="example", eps=1e-2), lr=1e-3, probe="sequential", journal=tmp_path / "j")
+    optimizer = ZerothOrder(model, methods.lozo(directions_per="example", eps=1e-2), lr=1e-3, probe="sequential", journal=tmp_path / "j")
     run(optimizer, range(1))
     assert optimizer.evaluator.apart is False
     assert events(tmp_path / "j") == [{"event": "probe", "batched": False, "apart": False}]
-    again = ZerothOrder(Mixing(), methods.lozo(num_directions="example", eps=1e-2), lr=1e-3, probe="sequential")
+    again = ZerothOrder(Mixing(), methods.lozo(directions_per="example", eps=1e-2), lr=1e-3, probe="sequential")
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     again.model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     run(again, range(1, 2))

@@ -13,7 +13,7 @@ import zotune
 from trainer_cases import StopAt, choice_rows, losses, same_weights, tiny_llama, trainer, weights
 from zotune.optim.journal import StepRecord
 from zotune.optim.resume import usable
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import storage
 
 RUN: dict[str, Any] = {"max_steps": 12, "logging_steps": 4, "train_dataset": choice_rows(40), "method": "lozo-m", "interval": 5}
 SAVING = {**RUN, "save_strategy": "steps", "save_steps": 4}
@@ -74,7 +74,7 @@ def test_steps_after_a_checkpoint_are_taken_from_the_journal(options: dict[str, 
 def test_without_any_checkpoint_the_journal_is_enough(straight: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, callbacks=[StopAt(10)], **RUN).train()
-    assert not contents.checkpoints(tmp_path)
+    assert not storage.checkpoints(tmp_path)
     check_goes_on(tmp_path, straight)
 
 

@@ -126,7 +126,7 @@ def test_twenty_thousand_steps_of_a_direction_per_example_of_sixteen_stay_below_
     """From a real run with measured rates: as many records of each kind as 20,000 steps write, each as long as the longest of its kind."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     model = toys.classifier()
-    optimizer = ZerothOrder(model, methods.get("lozo-e", num_directions="example", eps="auto"), lr="auto", journal=tmp_path / "j")
+    optimizer = ZerothOrder(model, methods.get("lozo-e", num_directions=1, eps="auto"), lr="auto", journal=tmp_path / "j")
     steps = resume.KEPT + 1
     for step in range(steps):
         optimizer.step(toys.loss_function(model), toys.batch(16, seed=step))

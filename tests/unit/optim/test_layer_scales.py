@@ -54,8 +54,12 @@ def test_layers_are_blocks_and_matrices_outside_of_them():
     assert layer_scales.layers(coordinates[:1]) == []
 
 
-@pytest.mark.parametrize("num_directions", ["example", "sets:2:3", 4])
-def test_scaled_layers_have_like_shares_a_coordinate(num_directions):
+@pytest.mark.parametrize(
+    "directions",
+    [{"num_directions": 1}, {"directions_per": "group", "group_size": 2}, {"num_directions": 4, "directions_per": "batch"}],
+    ids=["example", "group", "batch"],
+)
+def test_scaled_layers_have_like_shares_a_coordinate(directions):
     """σ_l² n_l / d_l, with n_l from autograd, is far apart before and within sampling error of one number after."""
     model = Blocks()
     examples, weights = batch(), dict(model.named_parameters())
@@ -63,7 +67,7 @@ def test_scaled_layers_have_like_shares_a_coordinate(num_directions):
     for loss in loss_of(model)(examples):
         for name, gradient in zip(squares, torch.autograd.grad(loss, [weights[n] for n in squares], retain_graph=True), strict=True):
             squares[name] += float(gradient.square().sum())
-    optimizer = optimizer_of(model, num_directions=num_directions)
+    optimizer = optimizer_of(model, **directions)
     assert {layer[0].scale for layer in optimizer.layers} == {1.0}
     optimizer.step(loss_of(model), examples)
     n = [sum(squares[c.name] for c in layer) / sum(c.parameter.numel() for c in layer) for layer in optimizer.layers]

@@ -88,7 +88,7 @@ def test_what_is_peculiar_to_a_batch_cancels():
         ({"anchor_batches": 0}, "anchor_batches must be a whole number of at least 1"),
         ({"interval": 0}, "interval must be a whole number of at least 1"),
         ({"anchor_ratio": 0.0}, "anchor_ratio must be above 0"),
-        ({"num_directions": "example"}, "set num_directions to a number"),
+        ({"directions_per": "example"}, "method 'mezo-svrg' has no option 'directions_per'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):

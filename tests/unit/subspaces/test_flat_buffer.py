@@ -141,7 +141,7 @@ def test_siblings_share_an_input_only_while_it_is_the_same(given, rank):
     for probe in ("batched", "sequential"):
         torch.manual_seed(0)
         model = Projections(given)
-        optimizer = ZerothOrder(model, methods.lozo(num_directions="example", rank=rank, eps=1e-2), lr=1e-2, probe=probe)
+        optimizer = ZerothOrder(model, methods.lozo(directions_per="example", rank=rank, eps=1e-2), lr=1e-2, probe=probe)
         for _ in range(3):
             optimizer.step(toys.loss_function(model), toys.batch())
         assert optimizer.evaluator.batched == (probe == "batched")

@@ -435,7 +435,7 @@ def test_a_loss_that_is_cut_off_has_no_derivative(loss, message):
         (lambda: methods.hizoo(smoothing=1.0), "smoothing must lie in"),
         (lambda: methods.mezo(estimator="curvature"), "take method 'hizoo'"),
         (lambda: methods.lozo(estimator="tangent"), "take method 'forward-grad'"),
-        (lambda: methods.hizoo(num_directions="example"), "num_directions"),
+        (lambda: methods.hizoo(directions_per="example"), "method 'hizoo' has no option 'directions_per'"),
         (lambda: Sparse(choice="large"), "unknown choice of a mask"),
         (lambda: Blocks(order="random"), "unknown order of blocks"),
         (lambda: LowRank(interval=0), "interval must be a whole number"),

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import paths
 from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import contents, storage
 
 
 @pytest.mark.parametrize("method", ["mezo-adam", "lozo-m"])
@@ -41,8 +41,8 @@ def test_a_run_folder_holds_no_pickle(method: str, tmp_path: Path, tiny_lm: Path
         contents.STATE_TENSORS,
         contents.SCHEDULER,
         contents.RNG,
-        contents.TRAINER_STATE,
-        contents.ARGUMENTS,
+        storage.TRAINER_STATE,
+        storage.ARGUMENTS,
     }
     for path in files:
         if path.suffix == ".json":
@@ -66,14 +66,14 @@ def test_a_checkpoint_loads_by_from_pretrained(tmp_path: Path, tiny_lm: Path) ->
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     final = tmp_path / "checkpoint-1"
-    with pytest.raises(OSError, match="disk full"), contents.draft(final) as folder:
+    with pytest.raises(OSError, match="disk full"), storage.draft(final) as folder:
         (folder / "weights").write_text("half")
         raise OSError("disk full")
     assert list(tmp_path.iterdir()) == []
-    with contents.draft(final) as folder:
+    with storage.draft(final) as folder:
         (folder / "weights").write_text("first")
         assert not final.exists()
-    with contents.draft(final) as folder:
+    with storage.draft(final) as folder:
         (folder / "weights").write_text("second")
         assert (final / "weights").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
@@ -95,7 +95,7 @@ def test_a_save_that_fails_leaves_the_run_resumable(tmp_path: Path) -> None:
     run = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 0}
     with pytest.raises(OSError, match="disk full"):
         trainer(tmp_path / "run", processing_class=FullDisk(), **run).train()
-    kept = [folder.name for folder in contents.checkpoints(tmp_path / "run")]
+    kept = [folder.name for folder in storage.checkpoints(tmp_path / "run")]
     assert kept == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
     assert not list((tmp_path / "run").glob(".*"))
     resumed = trainer(tmp_path / "run", **run)

@@ -176,17 +176,19 @@ def test_batches_hold_every_class_by_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "directions"),
     [
-        ({}, "sets:2:3"),
-        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, "sets:2:3"),
-        ({"per_device_train_batch_size": 4}, "example:3"),  # fewer than four sets
-        ({"num_directions": "example"}, "example"),
-        ({"method_args": {"num_directions": "example"}}, "example"),
-        ({"train_sampling_strategy": "random"}, "example:3"),
-        ({"method": "lozo"}, 1),
+        ({}, (3, "group", 2)),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, (3, "group", 2)),
+        ({"per_device_train_batch_size": 4}, (3, "example", 1)),  # fewer than four groups
+        ({"directions_per": "example", "num_directions": 1}, (1, "example", 1)),
+        ({"num_directions": 2}, (2, "group", 2)),
+        ({"method_args": {"directions_per": "example"}}, (3, "example", 1)),
+        ({"train_sampling_strategy": "random"}, (3, "example", 1)),
+        ({"method": "lozo"}, (1, "batch", 1)),
     ],
 )
-def test_sets_of_different_classes_have_directions_unless_said_otherwise(tmp_path: Path, options: dict, directions: str | int) -> None:
+def test_sets_of_different_classes_have_directions_unless_said_otherwise(tmp_path: Path, options: dict, directions: tuple[int, str, int]) -> None:
     settings = {"method": "lozo-e", "per_device_train_batch_size": 8, **options}
     run = trainer(tmp_path, train_dataset=uneven_rows(), data_collator=collate, **settings)
     run.create_optimizer()
-    assert run.zo_optimizer.method.num_directions == directions
+    method = run.zo_optimizer.method
+    assert (method.num_directions, method.directions_per, method.group_size) == directions

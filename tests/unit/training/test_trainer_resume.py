@@ -25,6 +25,7 @@ from trainer_cases import (
     weights,
 )
 from zotune.training.checkpoint import contents as checkpoint
+from zotune.training.checkpoint import storage
 
 # 20 steps of 3 batches an epoch; the checkpoint at 7 falls within an epoch, a logging interval and a redraw interval.
 RUN: dict[str, Any] = {
@@ -170,7 +171,7 @@ def stopped(stopped_run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [checkpoint.SCHEDULER, checkpoint.RNG, checkpoint.STATE, checkpoint.STATE_TENSORS, checkpoint.TRAINER_STATE],
+    [checkpoint.SCHEDULER, checkpoint.RNG, checkpoint.STATE, checkpoint.STATE_TENSORS, storage.TRAINER_STATE],
 )
 def test_a_checkpoint_without_one_of_its_files_is_an_error_that_names_it(stopped: Path, name: str) -> None:
     (stopped / "checkpoint-7" / name).unlink()

@@ -23,7 +23,7 @@ from zotune.memory import Workload, estimate
 from zotune.memory.offload_needs import needs
 from zotune.optim import evaluation_choice
 from zotune.optim.replay import replay
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import contents, storage
 from zotune.training.compatibility import refusal
 from zotune.training.offloaded_loading import load
 from zotune.weights import placement
@@ -483,7 +483,7 @@ def test_the_best_checkpoint_comes_back(tmp_path, capsys, monkeypatch, where):
     ]
     result = run_command(capsys, *words)
     assert result.code == 0, result.err
-    states = {path.name: contents.load_json(path / contents.TRAINER_STATE) for path in contents.checkpoints("a")}
+    states = {path.name: contents.load_json(path / storage.TRAINER_STATE) for path in storage.checkpoints("a")}
     best = Path(states["checkpoint-8"]["best_model_checkpoint"]).name
     assert len(states) == 4 and best != "checkpoint-8", best
     found, expected, last = (

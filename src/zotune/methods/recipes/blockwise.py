@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zotune.methods.registry import Fields, register
+from zotune.methods.registry import PER, Fields, register
 from zotune.subspaces import Blocks
 
 
@@ -20,7 +20,7 @@ def zo_block(*, unit: str = "layer") -> Fields:
     return {"subspace": Blocks(unit, "gauss-seidel"), "estimates": "direction"}
 
 
-@register(title="ZO-SGD by blocks, Jacobi", arxiv="2402.11592")
+@register(title="ZO-SGD by blocks, Jacobi", arxiv="2402.11592", without=PER)
 def zo_block_jacobi(*, unit: str = "layer") -> Fields:
     """Block-wise ZO-SGD, Jacobi: every block has a loss difference of its own, then all are updated at once (2402.11592).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zotune.methods.coefficients import ByDeviation
-from zotune.methods.registry import Fields, register, variant
+from zotune.methods.registry import PER, Fields, register, variant
 
 
 @register(title="FZOO", arxiv="2506.09034", lr=5e-5, eps=1e-4, num_directions=8, direction="rademacher", estimator="forward")
@@ -19,7 +19,7 @@ def fzoo() -> Fields:
     return {"shaping": ByDeviation(), "estimates": "direction"}
 
 
-@register(title="ES (z-scores)", arxiv="2509.24372", without=("estimator",), lr=5e-4, num_directions=15)
+@register(title="ES (z-scores)", arxiv="2509.24372", without=(*PER, "estimator"), lr=5e-4, num_directions=15)
 def es(fitness: str = "z-score") -> Fields:
     """Evolution strategies with z-scored fitness, in antithetic pairs (2509.24372).
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from zotune.methods.registry import Fields, register, variant
+from zotune.methods.registry import PER, Fields, register, variant
 from zotune.subspaces import Curved
 
 
-@register(title="HiZOO", arxiv="2402.15173", without=("estimator",))
+@register(title="HiZOO", arxiv="2402.15173", without=(*PER, "estimator"))
 def hizoo(factored: bool = False, *, smoothing: float = 1e-8) -> Fields:
     """HiZOO: directions scaled by an estimate of the Hessian's diagonal (2402.15173).
 

@@ -30,7 +30,7 @@ def lozo_m(*, rank: int = 2, interval: int = 50, momentum: float = 0.9) -> Field
     return {"subspace": LowRank(rank, interval), "update_rule": "EMASGD", "update_rule_args": {"beta": momentum}, "update_rule_state": 1}
 
 
-@register(title="LOZO-E", arxiv="2410.07698", any_rule=True, num_directions="example:3", estimator="forward")
+@register(title="LOZO-E", arxiv="2410.07698", any_rule=True, num_directions=3, directions_per="example", estimator="forward")
 def lozo_e(*, rank: int = 1, interval: int = 50, layer_scales: bool = True) -> Fields:
     """LOZO-E: LOZO with directions per example and a scale per layer, zotune's own choice (LOZO 2410.07698; GRZO 2606.02857).
 
@@ -45,7 +45,7 @@ def lozo_e(*, rank: int = 1, interval: int = 50, layer_scales: bool = True) -> F
     return {"subspace": LowRank(rank, interval, layer_scales)}
 
 
-@register(title="LOZO-G", arxiv="1609.01596", any_rule=True, num_directions="example:3", estimator="forward")
+@register(title="LOZO-G", arxiv="1609.01596", any_rule=True, num_directions=3, directions_per="example", estimator="forward")
 def lozo_g(*, rank: int = 1, interval: int = 30, layer_scales: bool = True, guide: int = 8, begin: int = 0, examples: int = 128) -> Fields:
     """LOZO-G: feedback alignment for the layers that write to the hidden state, with phases of LOZO-E; zotune's own (1609.01596).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zotune.methods.coefficients import BySign
-from zotune.methods.registry import Fields, register
+from zotune.methods.registry import PER, Fields, register
 
 
 @register(title="ZO-SGD-Sign", arxiv="2402.11592")
@@ -30,7 +30,7 @@ def zo_sgd_scalar_sign() -> Fields:
     return {"shaping": BySign(), "estimates": "direction"}
 
 
-@register(title="ZO-SGD-Cons", arxiv="2402.11592", without=("num_directions",))
+@register(title="ZO-SGD-Cons", arxiv="2402.11592", without=("num_directions", *PER))
 def zo_sgd_cons() -> Fields:
     """ZO-SGD-Cons, conservative: of a step forward, none and one back, the one of the lowest loss (2402.11592).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zotune.methods.registry import Fields, register
+from zotune.methods.registry import PER, Fields, register
 from zotune.subspaces import Sensitive, Sparse
 
 
@@ -33,7 +33,7 @@ def sparse_mezo(*, density: float = 0.25) -> Fields:
     return {"subspace": Sparse(density, "small"), "estimates": "descent", "reach": "part"}
 
 
-@register(title="Sensitive MeZO", arxiv="2406.02913")
+@register(title="Sensitive MeZO", arxiv="2406.02913", without=PER)
 def sensitive_mezo(*, density: float = 1e-3, mask_directions: int = 0) -> Fields:
     """SensZOQ's sparse training: only the weights of every matrix to which the loss is most sensitive are trained (2406.02913).
 

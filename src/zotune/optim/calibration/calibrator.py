@@ -162,9 +162,8 @@ class Calibrator:
         if own:
             size.units = 1
             size.compare(torch.cat(own), torch.cat(shared), looks=draws)
-        each = self.method.each
-        number = self.method.num_directions if owners is None else each * SHARED * (int(owners.max()) + 1)
-        assert isinstance(number, int)
+        each = self.method.num_directions
+        number = each if owners is None else each * SHARED * (int(owners.max()) + 1)
         size.rate(number, losses.shape[1] * (1 if owners is None else each))
         return size.stride > WIDER * radius and radius < WIDEST
 

@@ -23,7 +23,7 @@ from zotune.baselines import FirstOrder
 from zotune.optim import saved_state
 from zotune.optim.optimizer import ZerothOrder
 from zotune.training.checkpoint import offloaded
-from zotune.training.checkpoint.folder import BLOCK_TENSORS, RNG, SCHEDULER, STATE, STATE_TENSORS, load_json, save_json
+from zotune.training.checkpoint.storage import BLOCK_TENSORS, RNG, SCHEDULER, STATE, STATE_TENSORS, load_json, save_json
 from zotune.weights.offload import stream_of
 from zotune.weights.quantized_linear import any_frozen, dense_state
 
