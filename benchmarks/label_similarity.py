@@ -1,6 +1,6 @@
 """A sentence encoder that classifies by the names of the classes: cosine of the sentence's embedding with each name's embedding.
 
-Mean-pooled, normalised embeddings, as such encoders are trained; the scores are 20 times the cosines. There is no new head, so the
+Mean-pooled, normalized embeddings, as such encoders are trained; the scores are 20 times the cosines. There is no new head, so the
 untrained encoder already classifies, and the whole of it is what is trained.
 """
 

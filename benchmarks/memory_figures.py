@@ -80,12 +80,12 @@ def sizes() -> None:
             work = Workload(config_of(model), catalog.get(method), Scheme(scheme), batch_size=1, sequence_length=400, dtype=dtype)
             lines.setdefault(name, []).append(sum(kept.get(f"{model} {name}", work).values()) / 1e9)
     figure, axis = _axis()
-    for (name, line), colour in zip(lines.items(), COLOURS, strict=True):
-        axis.plot(list(MODELS.values()), line, "-", color=colour, label=f"{name}, predicted")
+    for (name, line), color in zip(lines.items(), COLOURS, strict=True):
+        axis.plot(list(MODELS.values()), line, "-", color=color, label=f"{name}, predicted")
         points = [(size, value) for size, value in zip(MODELS.values(), PUBLISHED.get(name, ()), strict=False) if value]
         if points:
             axis.plot(
-                *zip(*points, strict=True), "o", color=colour, mfc="none" if name == "zero-shot" else colour, label=f"{name}, published"
+                *zip(*points, strict=True), "o", color=color, mfc="none" if name == "zero-shot" else color, label=f"{name}, published"
             )
     axis.set(xscale="log", yscale="log", xlabel="parameters, 10⁹", ylabel="peak memory, GB", title="OPT, batch 1, 400 tokens")
     axis.set_xticks(list(MODELS.values()), [f"{size:g}" for size in MODELS.values()])
@@ -97,7 +97,7 @@ def lengths() -> None:
     kept = Kept("lengths")
     config = config_of("opt-13b")
     figure, axis = _axis()
-    for (name, (method, scheme, dtype)), colour in zip(BY_LENGTH.items(), COLOURS, strict=True):
+    for (name, (method, scheme, dtype)), color in zip(BY_LENGTH.items(), COLOURS, strict=True):
         line, theory = [], []
         for length in LENGTHS:
             work = Workload(config, catalog.get(method), Scheme(scheme), batch_size=4, sequence_length=length, dtype=dtype)
@@ -108,9 +108,9 @@ def lengths() -> None:
                 # The saved activations are those of FO-SGD, whose peak is at the end of the forward pass.
                 saved = kept.get(f"{length} FO-SGD", work.with_(method=catalog.get("fo-sgd")))["activations"]
                 theory.append((closed_form(method, total, largest, saved) or 0) / 1e9)
-        axis.plot(LENGTHS, line, "o-", color=colour, label=name)
+        axis.plot(LENGTHS, line, "o-", color=color, label=name)
         if theory:
-            axis.plot(LENGTHS, theory, "--", color=colour, label=f"{name}, ZO-Bench's formula", linewidth=1)
+            axis.plot(LENGTHS, theory, "--", color=color, label=f"{name}, ZO-Bench's formula", linewidth=1)
     axis.set(xlabel="tokens", ylabel="peak memory, GB", title="OPT-13B, bfloat16, batch 4", ylim=(0, None))
     _save(figure, axis, "memory_lengths.png")
 

@@ -78,9 +78,9 @@ def draw(path: Path, counts: list[int]) -> None:
     left.plot(counts[1:], [received(POINTS, EXAMPLES * w, w) for w in counts[1:]], color="#1f4e8c", label="losses, all workers'")
     left.set(xscale="log", yscale="log", xlabel="workers", ylabel="bytes a worker receives in a step", title="on the wire, 13B weights")
     left.legend(frameon=False, loc="center right")
-    for name, (step, colour, style) in RIVALS.items():
+    for name, (step, color, style) in RIVALS.items():
         own = step(1).compute
-        right.plot(counts, [own / step(w).total for w in counts], color=colour, linestyle=style, label=name)
+        right.plot(counts, [own / step(w).total for w in counts], color=color, linestyle=style, label=name)
     right.set(xscale="log", xlabel="workers", title="time spent on examples, predicted", ylim=(0, 1.05))
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -143,11 +143,11 @@ def draw_memory(book: dict[str, float], peaks: dict[str, dict[str, float]], path
     left.set(title=f"One AdamW step, batch {BATCH}", ylabel="MB (2²⁰ bytes)")
     left.tick_params(axis="x", labelrotation=20)
     kinds = sorted({kind for split in peaks.values() for kind in split})
-    colours = dict(zip(kinds, plt.get_cmap("tab10").colors, strict=False))
+    colors = dict(zip(kinds, plt.get_cmap("tab10").colors, strict=False))
     before = dict.fromkeys(peaks, 0.0)
     for kind in kinds:
         values = [split.get(kind, 0.0) for split in peaks.values()]
-        right.bar([NAMES.get(m, m) for m in peaks], values, bottom=list(before.values()), label=kind, color=colours[kind])
+        right.bar([NAMES.get(m, m) for m in peaks], values, bottom=list(before.values()), label=kind, color=colors[kind])
         before = {m: before[m] + value for m, value in zip(peaks, values, strict=True)}
     right.set(title="All tensors alive at the peak of a step")
     right.set_ylim(0, max(before.values()) * 1.1)

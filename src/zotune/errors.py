@@ -7,9 +7,9 @@ class NonFiniteLossError(RuntimeError):
     """Too many steps in a row had no finite loss to learn from."""
 
 
-class WorkersDisagreeError(RuntimeError):
+class RankMismatchError(RuntimeError):
     """Workers of one run are not in the same state."""
 
 
-class NotStackable(Exception):
+class NotBatchableError(Exception):
     """Something cannot be evaluated at several points in one forward; the message says what."""

@@ -33,7 +33,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "micro-batches": ("lozo", {}, {}, "parts"),
     "uneven micro-batches": ("lozo", {"directions_per": "example"}, {}, "uneven"),
     "groups": ("lozo", {"directions_per": "group", "group_size": 2}, {}, "each"),
-    "three groups": ("lozo", {"directions_per": "group", "group_size": ROWS // 3}, {}, "each"),
+    "groups of uneven size": ("lozo", {"directions_per": "group", "group_size": 3}, {}, "each"),
     "two directions an example": ("lozo", {"num_directions": 2, "directions_per": "example", "estimator": "forward"}, {}, "each"),
     "batches of their own": ("lozo", {}, {}, "own"),
     "batches of their own, a direction an example": ("lozo", {"directions_per": "example"}, {}, "own"),

@@ -173,7 +173,7 @@ def test_a_mistake_names_what_and_who(ranks: list[dict[str, Any]]) -> None:
         told = rank["mistakes"]
         assert told["none"] == told["batches of their own"] == "nothing"
         for name in ("seed", "method", "lr", "weights", "batch"):
-            assert told[name].startswith("WorkersDisagreeError: "), told[name]
+            assert told[name].startswith("RankMismatchError: "), told[name]
             if len(ranks) > 2:  # of two, nobody can say who is right
                 assert f"rank {last} " in told[name] or f"ranks {last} " in told[name], told[name]
             assert name in told[name]

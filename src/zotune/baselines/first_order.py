@@ -369,7 +369,7 @@ def _checkpoints(model: nn.Module) -> bool:
 def _rows(part: Any) -> int:
     try:
         return batches.batch_rows(part)
-    except errors.NotStackable:
+    except errors.NotBatchableError:
         return 0
 
 

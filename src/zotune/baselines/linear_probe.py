@@ -30,7 +30,7 @@ class LinearProbe:
 
 
 def fit(features: Tensor, answers: Tensor, classes: int, l2: float) -> LinearProbe:
-    """The minimum of (1/N) Σ −log softmax(A h_i + b)[y_i] + λ ‖A‖² / 2 over standardised features, by L-BFGS in float64.
+    """The minimum of (1/N) Σ −log softmax(A h_i + b)[y_i] + λ ‖A‖² / 2 over standardized features, by L-BFGS in float64.
 
     Args:
         features: (N, d).

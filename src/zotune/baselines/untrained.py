@@ -29,7 +29,7 @@ def icl() -> Baseline:
 def linear_probe(*, l2: float = 1e-3) -> Baseline:
     """A linear probe: logistic regression on the frozen model's last hidden state at the end of the prompt (1610.01644).
 
-    min over A, b of  (1/N) Σ −log softmax(A h_i + b)[y_i] + λ ‖A‖² / 2,   h standardised by the training examples, by L-BFGS
+    min over A, b of  (1/N) Σ −log softmax(A h_i + b)[y_i] + λ ‖A‖² / 2,   h standardized by the training examples, by L-BFGS
 
     One forward pass of every training example and no step of the model. State: h, one vector an example.
     """

@@ -13,7 +13,7 @@ from zotune.optim.replay import checked_header
 from zotune.training import run_folder
 from zotune.training.checkpoint import contents, storage
 from zotune.training.quiet import quiet_libraries
-from zotune.weights.trainable_scales import dequantise
+from zotune.weights.trainable_scales import dequantize
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     quiet_libraries()
     model, tokenizer = base_model(args, journals[0], journals[0].path.parent)
     merge(model, journals, args.weights)
-    model = dequantise(model)
+    model = dequantize(model)
     with storage.draft(output) as folder:
         contents.save_model(folder, model.cpu())
         tokenizer.save_pretrained(folder)

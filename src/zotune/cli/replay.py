@@ -24,7 +24,7 @@ from zotune.training.schemes import Scheme
 from zotune.weights.offload import stream_of
 from zotune.weights.offload.loading import PLACES
 from zotune.weights.quantized_linear import thaw
-from zotune.weights.trainable_scales import dequantise
+from zotune.weights.trainable_scales import dequantize
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     optimizer = replay(model, journal, until=args.step)
     steps = optimizer.steps
     optimizer.detach()
-    model = dequantise(model)
+    model = dequantize(model)
     if args.merge:
         model = merged(model)
     with storage.draft(output) as folder:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.forward.batch_layout import Stack
 from zotune.io.memory_tags import tagged
 from zotune.rng.device_keys import Keys, Source
@@ -97,7 +97,7 @@ class Lending:
         source = self._source(coordinate, direction, scales[0])
         found = coordinate.both_at(self.directions, key, scales, source)
         if found is None:
-            raise NotStackable(f"nothing makes the weights of {coordinate.name} from a key that is held")
+            raise NotBatchableError(f"nothing makes the weights of {coordinate.name} from a key that is held")
         return found
 
     @tagged("directions")
@@ -108,7 +108,7 @@ class Lending:
         source = self._source(coordinate, offset.direction, offset.scale)
         found = coordinate.rows_from(self.directions, offset, ids.reshape(-1).long(), source)
         if found is None:
-            raise NotStackable(f"nothing makes the rows of {coordinate.name} from a key that is held")
+            raise NotBatchableError(f"nothing makes the rows of {coordinate.name} from a key that is held")
         return found.view(*ids.shape, -1)
 
     def _source(self, coordinate: FullCoordinate, direction: int, scale: float) -> Source:
@@ -124,12 +124,12 @@ class Lending:
     @tagged("directions")
     def values(self, coordinate: Coordinate, dtype: torch.dtype) -> Tensor:
         """θ + s Z_g of every block in ``dtype``, (B, *shape)."""
-        neighbours = coordinate.neighbours
-        if neighbours is not None and neighbours.stored:
-            shown = self._shown.get((id(neighbours), dtype))
+        neighbors = coordinate.neighbors
+        if neighbors is not None and neighbors.stored:
+            shown = self._shown.get((id(neighbors), dtype))
             if shown is None:
-                z = self._drawn(neighbours)
-                shown = self._shown[id(neighbours), dtype] = Shown(neighbours, z, self.scales(z, 0), dtype)
+                z = self._drawn(neighbors)
+                shown = self._shown[id(neighbors), dtype] = Shown(neighbors, z, self.scales(z, 0), dtype)
             return shown.of(coordinate.name).view(self.blocks, *coordinate.shape)
         z, value = self._own_z(coordinate), coordinate.value()
         return torch.addcmul(value, z.unsqueeze(1).to(value.dtype), self.scales(value, z.dim() - 1)).flatten(0, 1).to(dtype)
@@ -166,4 +166,4 @@ class Lending:
                 return x
             if x.shape[0] == 1 and x.dim() > dims + 1:  # positions (1, T), the same for every row
                 return x.expand(self.lead, *x.shape[1:])
-        raise NotStackable(f"an input of shape {tuple(x.shape)} does not consist of the batch's rows")
+        raise NotBatchableError(f"an input of shape {tuple(x.shape)} does not consist of the batch's rows")

@@ -135,5 +135,5 @@ def share_out(sizes: Sequence[int], parts: int, each: int) -> list[Owned]:
 # -- batches ----------------------------------------------------------------------------------------------------------------------------
 
 
-#: Neighbouring parts of a batch that have a direction in common where curvature is measured.
+#: Neighboring parts of a batch that have a direction in common where curvature is measured.
 SHARED = 2

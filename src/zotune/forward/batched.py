@@ -4,7 +4,7 @@ A :class:`Stacked` is a tensor with the parameter's shape and dtype that knows i
 to ``__torch_function__`` here, which finds in :data:`FUNCTIONS` what computes that function with W as it is stored, once for all rows,
 plus what each block adds. The layer types enter their functions there (``forward.layers``, one file each).
 
-Whatever else is done with one raises :class:`~zotune.errors.NotStackable`: no function silently sees unperturbed weights.
+Whatever else is done with one raises :class:`~zotune.errors.NotBatchableError`: no function silently sees unperturbed weights.
 Shapes: B = G · S blocks of q rows (of tokens, after flattening); x (B·q, n), V (n, r), U (G, m, r).
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.forward.batch_context import Lending
 from zotune.io.execution import make_subclass
 from zotune.io.memory_tags import tagged
@@ -53,7 +53,7 @@ class Stacked(torch.Tensor):
             return self.blockwise
         if not self.coordinate.thin:
             if self.lending.hold:
-                raise NotStackable(f"{self.coordinate.name} is read as a whole")
+                raise NotBatchableError(f"{self.coordinate.name} is read as a whole")
             return torch.stack([self.coordinate.at(self.lending.directions, offset) for offset in self.offsets()])
         return self.lending.values(self.coordinate, self.plain.dtype)
 
@@ -79,7 +79,7 @@ class Stacked(torch.Tensor):
                 if not isinstance(found, Tensor):
                     return found
         names = [arg.coordinate.name for arg in [*args, *kwargs.values()] if isinstance(arg, Stacked)]
-        raise NotStackable(f"the model uses {names[0] if names else 'a parameter'} in {name!r}, which has no batched form")
+        raise NotBatchableError(f"the model uses {names[0] if names else 'a parameter'} in {name!r}, which has no batched form")
 
 
 _QUESTIONS = {"dim", "size", "numel", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex", "get_device", "__len__"}
@@ -105,18 +105,18 @@ def lending_of(*tensors: Any) -> Lending:
     """The lending of the first batched parameter among ``tensors``.
 
     Raises:
-        NotStackable: none is batched.
+        NotBatchableError: none is batched.
     """
     for tensor in tensors:
         if isinstance(tensor, Stacked):
             return tensor.lending
-    raise NotStackable("a layer is called in a way that has no batched form")
+    raise NotBatchableError("a layer is called in a way that has no batched form")
 
 
 def no_more(x: Any, **options: Any) -> None:
-    """Raises NotStackable if a layer's input is a batched parameter itself, or an option is set that has no batched form."""
+    """Raises NotBatchableError if a layer's input is a batched parameter itself, or an option is set that has no batched form."""
     if isinstance(x, Stacked) or any(options.values()):
-        raise NotStackable("a layer is called in a way that has no batched form")
+        raise NotBatchableError("a layer is called in a way that has no batched form")
 
 
 @tagged("activations")
@@ -124,10 +124,10 @@ def by_block(x: Tensor, lending: Lending, size: int) -> Tensor:
     """x (..., n) as (B, q, n), for a vector of ``size`` = n numbers.
 
     Raises:
-        NotStackable: the sizes differ.
+        NotBatchableError: the sizes differ.
     """
     if x.shape[-1] != size:
-        raise NotStackable(f"a vector of {size} numbers meets rows of {x.shape[-1]}")
+        raise NotBatchableError(f"a vector of {size} numbers meets rows of {x.shape[-1]}")
     return lending.spread(x, 1).reshape(lending.blocks, -1, size)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.io.memory_tags import tagged
 from zotune.rng.transfer import send
 
@@ -17,12 +17,12 @@ def batch_rows(batch: Any) -> int:
     """Examples of a batch: the size of dimension 0 that all its tensors share.
 
     Raises:
-        NotStackable: it holds no tensors, or they differ in it.
+        NotBatchableError: it holds no tensors, or they differ in it.
     """
     sizes = {tensor.shape[0] for tensor in tensors(batch)}
     if len(sizes) != 1:
         what = "holds no tensor" if not sizes else f"holds tensors of {', '.join(map(str, sorted(sizes)))} rows"
-        raise NotStackable(f"the batch {what}, so its examples cannot be told apart")
+        raise NotBatchableError(f"the batch {what}, so its examples cannot be told apart")
     return sizes.pop()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.forward import batches
 from zotune.forward.batch_context import Lending
 from zotune.forward.batch_layout import Stack
@@ -49,7 +49,7 @@ class Recording:
             probe.evaluate_lent(lambda: function(self.rows), self.lending)
         current.wait_stream(aside)
         if any(not torch.equal(a, b) for a, b in zip(states, _states(probe.devices), strict=True)):
-            raise NotStackable("the loss draws random numbers")
+            raise NotBatchableError("the loss draws random numbers")
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
             self.losses = probe.evaluate_lent(lambda: function(self.rows), self.lending)

@@ -67,7 +67,7 @@ class Probe:
         self.directions = directions
         self.coordinates = list(coordinates)
         self._low_rank = [c for c in self.coordinates if isinstance(c, LowRankCoordinate)]
-        self._neighbours = draw_together(self.coordinates)
+        self._neighbors = draw_together(self.coordinates)
         gather(self.coordinates, directions)
         self._names = [c.name for c in self.coordinates]
         self.devices = sorted({c.device for c in self.coordinates}, key=str)
@@ -123,7 +123,7 @@ class Probe:
         """``function()`` on stacked rows, each block of rows at its own point.
 
         Raises:
-            NotStackable: the model does something with a parameter that has no batched form.
+            NotBatchableError: the model does something with a parameter that has no batched form.
         """
         with isolated_generators(Key(stack.seed, stack.step, 0, "", "loss"), self.devices):
             return self.evaluate_lent(function, Lending(stack, self.directions, self.siblings))
@@ -228,8 +228,8 @@ class Probe:
         """While a device is busy: what the directions of ``step`` will need of the host."""
         if len(self.devices) == 1 and self.devices[0].type != "cpu":
             foresee(seed, step, self._names, self.devices[0])
-            for neighbours in self._neighbours:
-                neighbours.foresee(self.directions, seed, step)
+            for neighbors in self._neighbors:
+                neighbors.foresee(self.directions, seed, step)
 
     def forget_directions(self) -> None:
         """Let go of directions that are kept between a step's evaluations and its update."""

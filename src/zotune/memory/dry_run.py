@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.io.caches import clear_tensor_caches
 from zotune.io.execution import Execution, executing
 from zotune.rng.directions import ACCELERATOR_BLOCK, CPU_BLOCK
@@ -73,7 +73,7 @@ def _over_fake(kind: type[torch.Tensor]) -> type[torch.Tensor]:
     class OverFake(kind):  # type: ignore[misc, valid-type]
         @classmethod
         def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            raise NotStackable(f"{func} has no form for such a weight")
+            raise NotBatchableError(f"{func} has no form for such a weight")
 
     return OverFake
 

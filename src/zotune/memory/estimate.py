@@ -108,7 +108,7 @@ def _steps(
             model.eval()
             loss(batch)
         return None
-    with counted.phase("optimiser state"):
+    with counted.phase("optimizer state"):
         rate = 1e-6
         optimizer: Any
         if isinstance(method, Baseline):

@@ -28,7 +28,7 @@ from zotune.optim.optimizer import ZerothOrder
 from zotune.weights.structure import output_embeddings
 
 #: What memory is for, in the order of tables and charts.
-KINDS = ("weights", "gradients", "optimiser state", "activations", "directions", "logits", "temporary")
+KINDS = ("weights", "gradients", "optimizer state", "activations", "directions", "logits", "temporary")
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Ledger(TorchDispatchMode):
         pop()
 
     def _first_order_update(self, optimizer: Any, *unused: Any) -> None:
-        """From here to the end of the step, what survives is a first-order optimiser's state."""
+        """From here to the end of the step, what survives is a first-order optimizer's state."""
         if not isinstance(optimizer, FirstOrder | ZerothOrder):  # those hold the optimizer whose step it is
             self._updating = True
 
@@ -209,7 +209,7 @@ class Ledger(TorchDispatchMode):
             elif in_model:  # of the modules within the head
                 return tag if tag == "logits" else "activations"
             elif tag == "update" or (tag == "backward update" and self._updating):
-                return "optimiser state if kept"
+                return "optimizer state if kept"
             else:
                 return "gradients if kept" if tag == "backward update" else tag
         if self.strict and self._stepping and not in_model:

@@ -158,12 +158,12 @@ class Fitness:
 
 def _z_scores(losses: Tensor) -> Tensor:
     """(L − mean) / standard deviation; 0 where all are equal."""
-    centred = losses - losses.mean()
-    deviation = centred.square().mean().sqrt()
-    return centred / deviation if float(deviation) > 0 else torch.zeros_like(losses)
+    centered = losses - losses.mean()
+    deviation = centered.square().mean().sqrt()
+    return centered / deviation if float(deviation) > 0 else torch.zeros_like(losses)
 
 
-def _centred_ranks(losses: Tensor) -> Tensor:
+def _centered_ranks(losses: Tensor) -> Tensor:
     """Ranks spread evenly over [−½, ½]; equal losses share their mean rank."""
     _, place, count = losses.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
@@ -175,5 +175,5 @@ def _centred_ranks(losses: Tensor) -> Tensor:
 FITNESS: dict[str, Fitness | None] = {
     "loss": None,
     "z-score": Fitness(_z_scores, 1.0),
-    "ranks": Fitness(_centred_ranks, math.sqrt(1 / 12)),
+    "ranks": Fitness(_centered_ranks, math.sqrt(1 / 12)),
 }

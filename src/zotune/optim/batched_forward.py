@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.forward import batch_layout, batches
 from zotune.forward.batch_layout import Owned, Stack
 from zotune.forward.cuda_graphs import Captures
@@ -43,14 +43,14 @@ class BatchedForward:
         """The losses of a stack, in one forward.
 
         Raises:
-            NotStackable: the loss is not one number for each row.
+            NotBatchableError: the loss is not one number for each row.
         """
         rows = batches.take(part, stack.source, batches.batch_rows(part))
         losses = self.captures.losses(loss_fn, partial(losses_of, loss_fn), rows, stack)
         if losses is None:
             losses = self.probe.evaluate_stacked(partial(losses_of, loss_fn, rows), stack)
         if losses.numel() != stack.total:
-            raise NotStackable(f"the loss of {stack.total} stacked examples is {losses.numel()} numbers")
+            raise NotBatchableError(f"the loss of {stack.total} stacked examples is {losses.numel()} numbers")
         return losses[send(stack.losses, losses.device)]
 
     @tagged("activations")
@@ -67,7 +67,7 @@ class BatchedForward:
                         return None
                     losses.append(found)
                 rows.append(torch.cat(losses))
-        except NotStackable:
+        except NotBatchableError:
             return None
         return torch.stack(rows)
 

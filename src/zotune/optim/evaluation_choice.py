@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.forward import batches
 from zotune.forward.batch_layout import Owned
 from zotune.forward.losses import LossFunction, as_losses, evaluation
@@ -60,7 +60,7 @@ def chunk(workers: Workers, part: Any, owned: Owned | None = None) -> tuple[Any,
     """The examples of a micro-batch that this worker tries things out on, and the directions that they have of their own."""
     try:
         rows = batches.batch_rows(part)
-    except NotStackable:
+    except NotBatchableError:
         return part, owned
     chunk = workers.chunk(rows)
     if len(chunk) == rows:
@@ -108,7 +108,7 @@ class Chooser:
         """The losses of a micro-batch at θ, their shape, and how many examples it has, if that can be told."""
         try:
             rows = batches.batch_rows(part)
-        except NotStackable:
+        except NotBatchableError:
             rows = None
         shapes = []
 
@@ -125,7 +125,7 @@ class Chooser:
     ) -> EvaluationChoice:
         try:
             batches.batch_rows(part)
-        except NotStackable:
+        except NotBatchableError:
             return replace(before, batched=False)
         here, shape, rows = self.sample(loss_fn, part)
         if shape != (rows,):

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.forward import batch_layout, batches
 from zotune.forward.batch_layout import SHARED, Owned
 from zotune.forward.cuda_graphs import Captures
@@ -151,7 +151,7 @@ class Evaluator:
             try:
                 stacks = [(piece, self.forward.stack(piece, mine, seed, step)) for piece in self._pieces(parts, share) or ()]
                 values = torch.cat([self.forward.losses(loss_fn, piece, stack) for piece, stack in stacks], dim=1)
-            except NotStackable as error:
+            except NotBatchableError as error:
                 self._give_up(str(error))
         if share.pieces and values is None and parts is not None and self.captures.on:
             values = self.forward.replayed(loss_fn, self._pieces(parts, share) or (), mine, seed, step)
@@ -195,7 +195,7 @@ class Evaluator:
         return evaluation(context.loss_fn, None if parts is None else [chunk(self.workers, part)[0] for part in parts])
 
     def around(self, context: StepContext, scale: float = 1) -> Losses:
-        """The losses at θ and θ ± scale · εZ, (3, N), one direction Z to every :data:`SHARED` neighbouring parts of the examples."""
+        """The losses at θ and θ ± scale · εZ, (3, N), one direction Z to every :data:`SHARED` neighboring parts of the examples."""
         return self._own(context, (0, +scale, -scale), 1, shared=SHARED)
 
     @tagged("activations")
@@ -218,9 +218,9 @@ class Evaluator:
         loss_fn, parts, seed, step = context.loss_fn, context.parts, context.seed, context.step
         try:
             if parts is None:
-                raise NotStackable("a closure has no batch")
+                raise NotBatchableError("a closure has no batch")
             sizes = [batches.batch_rows(part) for part in parts]
-        except NotStackable as error:
+        except NotBatchableError as error:
             raise ValueError(
                 f"num_directions={self.method.num_directions!r} needs a batch of tensors with the examples along dimension 0, but {error}; "
                 "call step(loss_fn, batch), or set num_directions to a number."
@@ -239,7 +239,7 @@ class Evaluator:
                 found = [self.forward.own(loss_fn, part, pairs, seed, step, signs, bool(self.batched)) for part, pairs in work]
                 values = torch.cat([losses for losses, _ in found], dim=1)
                 evaluated = sum(count for _, count in found)
-            except NotStackable as error:
+            except NotBatchableError as error:
                 self._give_up(str(error))
         if work and values is None:
             values = torch.cat([self.forward.alone(loss_fn, part, pairs, seed, step, signs) for part, pairs in work], dim=1)

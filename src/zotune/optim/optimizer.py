@@ -157,7 +157,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Raises:
             NonFiniteLossError: ``max_nonfinite_steps`` steps in a row had no finite loss.
-            WorkersDisagreeError: workers were found to hold different weights, settings or batches; names the ranks.
+            RankMismatchError: workers were found to hold different weights, settings or batches; names the ranks.
             ValueError: the loss has another shape; whatever ``loss_fn`` raises passes through, the weights untouched.
         """
         if not callable(loss_fn):

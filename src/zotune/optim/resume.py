@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.forward.batches import batch_rows
 from zotune.optim.journal import Record, StepRecord
 from zotune.optim.report import StepReport
@@ -80,5 +80,5 @@ class Resume:
 def _rows(parts: list[Any] | None) -> int:
     try:
         return sum(batch_rows(part) for part in parts or ())
-    except NotStackable:
+    except NotBatchableError:
         return len(parts or ())

@@ -12,8 +12,8 @@ UpdateGroup = Coordinate | Joint
 
 
 def together(coordinates: Sequence[Coordinate]) -> Iterator[UpdateGroup]:
-    """The same coordinates, those whose neighbours, or whose fleet, are all among them as one."""
-    companies = [c.fleet or (c.neighbours if c.neighbours and c.neighbours.stored else None) for c in coordinates]
+    """The same coordinates, those whose neighbors, or whose fleet, are all among them as one."""
+    companies = [c.fleet or (c.neighbors if c.neighbors and c.neighbors.stored else None) for c in coordinates]
     here = Counter(id(company) for company in companies)
     seen: set[int] = set()
     for coordinate, company in zip(coordinates, companies, strict=True):

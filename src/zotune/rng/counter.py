@@ -6,7 +6,7 @@ in any order; and 64-bit integer arithmetic is the same everywhere, so a CPU and
 With i = 2¹⁴ p + j ("word j of page p"), all arithmetic modulo 2⁶⁴:
 
 - B_j is the splitmix64 sequence of a hash of (run seed, step): 2¹⁴ words, made once a step and shared by all streams of it;
-- M_p is an odd number, two splitmix64 finalisers of a hash of the whole key, the direction and the page entering one each;
+- M_p is an odd number, two splitmix64 finalizers of a hash of the whole key, the direction and the page entering one each;
 - x = B_j · M_p,  y = x ⊕ (x ≫ 32) with the arithmetic shift (torch has no logical one),  word = y · 0x9E3779B97F4A7C15.
 
 The product is a multiplicative hash of two words that are random already: pairs are as good as independent in their upper halves, the
@@ -66,7 +66,7 @@ def generator_seed(key: Key) -> int:
 
 
 def mix64(x: int) -> int:
-    """splitmix64's finaliser, a bijection of the 64-bit numbers (Steele, Lea and Flood, OOPSLA 2014)."""
+    """splitmix64's finalizer, a bijection of the 64-bit numbers (Steele, Lea and Flood, OOPSLA 2014)."""
     x &= _MASK
     x = (x ^ (x >> 30)) * _FIRST & _MASK
     x = (x ^ (x >> 27)) * _SECOND & _MASK
@@ -87,7 +87,7 @@ def _origin(seed: int, step: int, name: str, purpose: str) -> int:
 
 
 def stream(key: Key, direction: int | None = None) -> int:
-    """The 64 bits that the pages of a key (or of its neighbour, another ``direction``) are derived from."""
+    """The 64 bits that the pages of a key (or of its neighbor, another ``direction``) are derived from."""
     return mix64(_origin(key.seed, key.step, key.name, key.purpose) + (key.direction if direction is None else direction) * GOLDEN)
 
 

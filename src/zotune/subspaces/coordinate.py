@@ -131,7 +131,7 @@ class Coordinate(abc.ABC):
         self.lr_scale = lr_scale
         self.observed: Tensor | None = None  # what the next redraw is to go by, where that is data's to say
         self.turn: Turn | None = None  # None: moves in every step, along every direction
-        self.neighbours: FlatBuffer | None = None  # the small coordinates that this one is drawn, shown and moved together with
+        self.neighbors: FlatBuffer | None = None  # the small coordinates that this one is drawn, shown and moved together with
         self.fleet: Joint | None = None
         self._drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
 
@@ -143,12 +143,12 @@ class Coordinate(abc.ABC):
     def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
         """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape).
 
-        Its neighbours' are drawn along unless it is to be ``alone``: who walks through many directions of one coordinate after another
+        Its neighbors' are drawn along unless it is to be ``alone``: who walks through many directions of one coordinate after another
         would make each forget what the other needs next.
         """
-        neighbours = self.neighbours
-        if neighbours is not None and not alone:
-            return neighbours.many(directions, seed, step, first, count)[:, neighbours.places[self.name]].view(count, *self.shape)
+        neighbors = self.neighbors
+        if neighbors is not None and not alone:
+            return neighbors.many(directions, seed, step, first, count)[:, neighbors.places[self.name]].view(count, *self.shape)
         if self._drawn is not None:
             kept, z = self._drawn
             start, size = first - kept.direction, z.shape[0]
@@ -156,7 +156,7 @@ class Coordinate(abc.ABC):
                 return z if count == size else z[start : start + count]
         key = Key(seed, step, first, self.name)
         begin, size = group_of(first, self.numel)
-        if count == 1 and size > 1:  # the neighbours come at no cost, and are wanted next
+        if count == 1 and size > 1:  # the neighbors come at no cost, and are wanted next
             self._drawn = key._replace(direction=begin), directions.draw_many(key._replace(direction=begin), size, self.shape, self.device)
             return self._drawn[1][first - begin : first - begin + 1]
         self._drawn = key, directions.draw_many(key, count, self.shape, self.device)
@@ -165,20 +165,20 @@ class Coordinate(abc.ABC):
     @property
     def drawn(self) -> bool:
         """Whether directions are kept that this coordinate may still ask for."""
-        return self._drawn is not None or (self.neighbours is not None and self.neighbours.holds(self.name))
+        return self._drawn is not None or (self.neighbors is not None and self.neighbors.holds(self.name))
 
     def drop(self) -> None:
         """Forget the directions that are kept between a step's evaluations and its update."""
         self._drawn = None
-        if self.neighbours is not None:
-            self.neighbours.done(self.name)
+        if self.neighbors is not None:
+            self.neighbors.done(self.name)
 
     @tagged("gradients")
     def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
         """Σ_k weights[k] · Z_k over the directions of a step, float32, of shape ``shape``."""
-        neighbours = self.neighbours
-        if neighbours is not None:
-            return neighbours.weighted(directions, weights, seed, step)[neighbours.places[self.name]].view(self.shape).clone()
+        neighbors = self.neighbors
+        if neighbors is not None:
+            return neighbors.weighted(directions, weights, seed, step)[neighbors.places[self.name]].view(self.shape).clone()
         if self.thin:
             return self._add_weighted(torch.zeros(self.shape, device=self.device), directions, weights, seed, step)
         keys = [Key(seed, step, direction, self.name) for direction in range(len(weights))]
@@ -228,7 +228,7 @@ class Coordinate(abc.ABC):
         """θ ← keep · θ + Σ_k weights[k] · Z_k, Z_k direction k of ``step``; in full space no large Z is ever whole."""
 
     def store(self) -> Tensor | None:
-        """The contiguous tensor that holds θ, or the upper half of it, if neighbours may read and write θ there."""
+        """The contiguous tensor that holds θ, or the upper half of it, if neighbors may read and write θ there."""
         return None
 
     @property
@@ -245,7 +245,7 @@ class Coordinate(abc.ABC):
         raise NotImplementedError
 
     def descended(self, keep: float, seed: int, step: int) -> None:  # noqa: B027 - as a rule there is nothing to note
-        """Take note that neighbours have written θ after step ``step``, with decay ``keep``."""
+        """Take note that neighbors have written θ after step ``step``, with decay ``keep``."""
 
     def decay(self, keep: float) -> None:  # noqa: B027 - a coordinate whose rule sees the weights themselves has nothing to do
         """Multiply the *weights* by ``keep`` where the rule, which sees coordinates only, cannot do it."""

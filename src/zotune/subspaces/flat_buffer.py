@@ -1,4 +1,4 @@
-"""Neighbours: a model's small coordinates side by side in one flat vector, drawn, shown and moved by few calls.
+"""Neighbors: a model's small coordinates side by side in one flat vector, drawn, shown and moved by few calls.
 
 A call costs more than the numbers of a bias do. So vectors and thin matrices of one kind (same device, same dtype of what stores θ, same
 learning-rate scale) share one flat vector of ``total`` numbers, in which each has its place:
@@ -8,7 +8,7 @@ learning-rate scale) share one flat vector of ``total`` numbers, in which each h
 - their update under plain SGD is one sum over the flat vector.
 
 Numbers belong to a coordinate's own key and to its elements, and every sum is made of elementwise products and additions, so nothing
-depends on who the neighbours are.
+depends on who the neighbors are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AHEAD = 1 << 23
 DRAWN = 1 << 19
 
 
-def draw_together(coordinates: Sequence[Coordinate]) -> list[Neighbours]:
+def draw_together(coordinates: Sequence[Coordinate]) -> list[Neighbors]:
     """From now on, whoever asks for a direction of one of the small coordinates among these draws it for all of its kind."""
     kinds: dict[tuple[torch.device, torch.dtype | None, float, bool], list[Coordinate]] = {}
     for coordinate in coordinates:
@@ -45,10 +45,10 @@ def draw_together(coordinates: Sequence[Coordinate]) -> list[Neighbours]:
             store = coordinate.store() if coordinate.turn is None else None
             dtype = None if store is None else store.dtype
             kinds.setdefault((coordinate.device, dtype, coordinate.lr_scale, coordinate.own_store is None), []).append(coordinate)
-    return [Neighbours(members) for members in kinds.values()]
+    return [Neighbors(members) for members in kinds.values()]
 
 
-class Neighbours:
+class Neighbors:
     """Small coordinates of one kind.
 
     Attributes:
@@ -80,7 +80,7 @@ class Neighbours:
                 self.runs.append(place)
                 self.members_of.append([coordinate])
             self.run_of[coordinate.name] = len(self.runs) - 1
-            coordinate.neighbours = self
+            coordinate.neighbors = self
         self.total = end
         #: θ of all members, or where it is stored in half precision the lower half of it, if that is theirs to keep anywhere
         self.owned: Tensor | None = None
@@ -204,10 +204,10 @@ class Neighbours:
 
 
 class Shown:
-    """Values of neighbours at several points at once, for one evaluation: run by run, the last few kept.
+    """Values of neighbors at several points at once, for one evaluation: run by run, the last few kept.
 
     Args:
-        neighbours: whose values.
+        neighbors: whose values.
         z: their directions, (G, total).
         scales: (G, S).
         dtype: of the values.
@@ -216,21 +216,21 @@ class Shown:
     KEPT = 2
 
     @tagged("directions")
-    def __init__(self, neighbours: FlatBuffer, z: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
-        self.neighbours, self.z, self.scales, self.dtype = neighbours, z, scales, dtype
-        self.base = neighbours.values()
+    def __init__(self, neighbors: FlatBuffer, z: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+        self.neighbors, self.z, self.scales, self.dtype = neighbors, z, scales, dtype
+        self.base = neighbors.values()
         self._runs: dict[int, dict[str, Tensor]] = {}
 
     @tagged("directions")
     def of(self, name: str) -> Tensor:
         """θ + s Z_g of one member, (G · S, numel)."""
-        neighbours = self.neighbours
-        index = neighbours.run_of[name]
+        neighbors = self.neighbors
+        index = neighbors.run_of[name]
         values = self._runs.get(index)
         if values is None:
             if len(self._runs) >= self.KEPT:
                 del self._runs[next(iter(self._runs))]
-            run, members = neighbours.runs[index], neighbours.members_of[index]
+            run, members = neighbors.runs[index], neighbors.members_of[index]
             moved = torch.addcmul(self.base[run], self.z[:, run].unsqueeze(1).to(self.base.dtype), self.scales.unsqueeze(2))
             parts = moved.flatten(0, 1).to(self.dtype).split([c.numel for c in members], dim=1)
             values = self._runs[index] = {c.name: part for c, part in zip(members, parts, strict=True)}

@@ -165,7 +165,7 @@ class Encoder:
     def _continuation(self, prompt: str, text: str) -> list[int]:
         """Tokens of a text that follows a prompt, as the tokenizer makes them in the middle of a line.
 
-        The text is tokenised by itself, after the prompt's last character where that changes nothing of it:
+        The text is tokenized by itself, after the prompt's last character where that changes nothing of it:
         SentencePiece tokenizers would otherwise put a blank of their own in front.
         """
         anchor = prompt[-1:]

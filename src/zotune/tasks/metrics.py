@@ -55,12 +55,12 @@ def normalized(text: str) -> str:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 where the normalised answer is one of the references', else 0."""
+    """1 where the normalized answer is one of the references', else 0."""
     return float(any(normalized(answer) == normalized(reference) for reference in references))
 
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
-    """F1 of the answer's words and a reference's, as bags of normalised words, for the reference it is best for.
+    """F1 of the answer's words and a reference's, as bags of normalized words, for the reference it is best for.
 
     Where one of the two has no words left, 1 if neither has, else 0.
     """

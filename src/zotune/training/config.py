@@ -167,7 +167,7 @@ class ZOConfig(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=None,
         metadata={
-            "help": "Drop data columns the model does not take; by default only for tokenised data (with input_ids) "
+            "help": "Drop data columns the model does not take; by default only for tokenized data (with input_ids) "
             "trained on the model's own loss."
         },
     )

@@ -84,8 +84,8 @@ class EvaluatedTrainer(OrderedTrainer):
             return bound(objective, model)(batch).float().mean(), None, None
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        tokenised = "input_ids" in dataset.column_names
-        if self.args.remove_unused_columns is None and self.objective is None and tokenised:
+        tokenized = "input_ids" in dataset.column_names
+        if self.args.remove_unused_columns is None and self.objective is None and tokenized:
             self._set_signature_columns_if_needed()
             return dataset.remove_columns([c for c in dataset.column_names if c not in self._signature_columns])
         return super()._remove_unused_columns(dataset, description)

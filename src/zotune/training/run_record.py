@@ -23,7 +23,7 @@ from zotune.training.config import settings
 from zotune.training.curve import curve_of, write_curve
 from zotune.training.run_config import RunConfig
 from zotune.training.trainer import ZOTrainer
-from zotune.weights.trainable_scales import dequantise
+from zotune.weights.trainable_scales import dequantize
 
 Metrics = Mapping[str, float]
 
@@ -93,7 +93,7 @@ class RunRecord:
         draft = self.folder / ".model.partial"
         storage.remove_drafts(self.folder)
         try:
-            dequantise(self.trainer.model)  # ordinary weights, which transformers loads
+            dequantize(self.trainer.model)  # ordinary weights, which transformers loads
             self.trainer.save_model(str(draft))
             run_folder.publish(draft, self.folder)
         except BaseException:  # a full disk: no half model, and space for what is saved next

@@ -15,7 +15,7 @@ LEAST_SETS = 4
 
 
 def set_size(classes: int, examples: int) -> int | None:
-    """Neighbours in a stratified order that share directions of their own in a step of so many examples; None: each has its own.
+    """Neighbors in a stratified order that share directions of their own in a step of so many examples; None: each has its own.
 
     What the examples of a class have in common cancels within a set that has every class once, and it is most of what their gradients
     differ by. More sets mean more directions, so that where many classes would leave few sets, pairs of two classes it is.
@@ -81,7 +81,7 @@ def _columns(dataset: Any) -> Sequence[str]:
 
 
 class GroupedByLength(Sampler[int]):
-    """A random order in which neighbours are of like length (that of transformers' ``group_by_length``), another one every epoch.
+    """A random order in which neighbors are of like length (that of transformers' ``group_by_length``), another one every epoch.
 
     It depends on seed and epoch alone, so that a resumed epoch is the one that was interrupted.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zotune.weights.external_linear import held_layers
 from zotune.weights.structure import classifier_of, output_embeddings
-from zotune.weights.trainable_scales import quantise
+from zotune.weights.trainable_scales import quantize
 
 if TYPE_CHECKING:
     from zotune.methods import Method
@@ -133,7 +133,7 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **o
     if scheme.scheme == "head":
         return _only(model, set(_head_names(model)))
     if scheme.scheme == "scales":
-        return quantise(model)
+        return quantize(model)
     names = [name for name, _ in model.named_parameters()]
     if scheme.scheme == "bias":
         chosen = {name for name in names if name.rpartition(".")[2].endswith("bias")}

@@ -50,7 +50,7 @@ class ZOTrainer(EvaluatedTrainer):
     Args:
         model: any `transformers` model, PEFT model or module; its parameters with `requires_grad` are trained.
         args: a :class:`ZOConfig`.
-        objective: what is minimised. ``"lm"``, ``"choices"`` or ``"classifier"`` (see :mod:`zotune.objectives`), or a
+        objective: what is minimized. ``"lm"``, ``"choices"`` or ``"classifier"`` (see :mod:`zotune.objectives`), or a
             callable ``(model, batch) -> losses`` with one loss an example, shape (B,) (a scalar works too; it need
             not be differentiable). None: batches that hold `positions` say by their keys whether they are "choices"
             or "lm"; any others get the loss the model computes from their labels (`compute_loss`).
@@ -393,7 +393,7 @@ class _SteppedOptimizer(AcceleratedOptimizer):
 
 
 def _cut(batch: Batch, ways: int) -> list[Batch]:
-    """A batch in so many neighbouring pieces, or one an example."""
+    """A batch in so many neighboring pieces, or one an example."""
     rows = batch_rows(batch)
     return [take(batch, torch.arange(piece.start, piece.stop), rows) for piece in partition.cut(rows, min(ways, rows))]
 

@@ -28,7 +28,7 @@ def digest(model: nn.Module) -> str:
         whole = ((name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor) for name, tensor in model.named_parameters())
         return hashlib.blake2b(b"".join(map(one, whole)), digest_size=16).hexdigest()
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock
-        packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales", "quantised")]
+        packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales", "quantized")]
         packed += pieces(model)
         return hashlib.blake2b(b"".join(pool.map(one, [*model.named_parameters(), *packed])), digest_size=16).hexdigest()
 

@@ -1,6 +1,6 @@
 """Linear layers whose weights another library holds in few bits, trained by factors beside them.
 
-torchao keeps a quantised weight as a tensor subclass in an ordinary Linear, bitsandbytes as packed numbers in a Linear of its own. Either
+torchao keeps a quantized weight as a tensor subclass in an ordinary Linear, bitsandbytes as packed numbers in a Linear of its own. Either
 way the layer computes y = x Wᵀ, and that is all that is asked of it: such layers are found by what their weight is, not by their class, W
 itself where it is needed is what the layer makes of unit vectors, and nothing is ever written to it.
 """
@@ -100,7 +100,7 @@ def hold(model: nn.Module) -> nn.Module:
     What is learnt stays beside the weights, as factors (see :func:`zotune.weights.quantized_linear.freeze`). Adapters (PEFT) need none of this.
 
     Args:
-        model: any module, after it has been quantised.
+        model: any module, after it has been quantized.
 
     Returns:
         The model.

@@ -5,7 +5,7 @@ away. Two cures:
 
 - **residual**: the float32 value x is split into the model's own half-precision weight and 16 more bits beside it. For bfloat16 the
   pair is x bit for bit; for float16 it is x to 2^-25 of its size. No update is lost, at 2 bytes a weight.
-- **stochastic rounding** to one of the two neighbours with probabilities that make the result right on average, its random bits keyed
+- **stochastic rounding** to one of the two neighbors with probabilities that make the result right on average, its random bits keyed
   like everything else. No memory, unbiased, but noisy: for updates that are rare and large, such as folding A Vᵀ once an interval.
 """
 
@@ -25,7 +25,7 @@ _EXPONENT = 0x7F800000
 
 
 def _float16_spacing(x: Tensor, fraction: float = 1.0) -> Tensor:
-    """``fraction`` of the distance between neighbouring float16 numbers at x (float32): 2^(e - 10), never below the subnormal 2^-24."""
+    """``fraction`` of the distance between neighboring float16 numbers at x (float32): 2^(e - 10), never below the subnormal 2^-24."""
     power = (x.view(torch.int32) & _EXPONENT).view(torch.float32)
     return power.clamp_(min=2.0**-14).mul_(2.0**-10 * fraction)
 
@@ -66,7 +66,7 @@ def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @tagged("directions")
 def stochastic_round(x: Tensor, dtype: torch.dtype, key: Key, first: int = 0) -> Tensor:
-    """x (float32, flat) rounded to a neighbour in ``dtype``, up with probability (x - lower) / spacing, so E[result] = x.
+    """x (float32, flat) rounded to a neighbor in ``dtype``, up with probability (x - lower) / spacing, so E[result] = x.
 
     A number that ``dtype`` represents stays what it is. Float32 comes back unchanged. ``first``: number of x's first element in the
     parameter, to which the random bits belong.

@@ -137,7 +137,7 @@ class FrozenLinear(nn.Linear):
         for name in ("left", "right"):
             if prefix + name in state_dict:  # as many columns as there are
                 self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.codes.device)
-        # A checkpoint of ordinary layers has nothing that could be written here: what training added comes with the optimiser's state.
+        # A checkpoint of ordinary layers has nothing that could be written here: what training added comes with the optimizer's state.
         own = {prefix + name: buffer for name, buffer in self._buffers.items()} if prefix + "weight" in state_dict else {}
         super()._load_from_state_dict({**own, **state_dict, prefix + "weight": self.weight}, prefix, *rest)
 

@@ -25,7 +25,7 @@ class QuantisedLinear(nn.Module):
         ValueError: the layer is held in 4 bits, or has factors beside it.
     """
 
-    quantised: Tensor
+    quantized: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -36,17 +36,17 @@ class QuantisedLinear(nn.Module):
             scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
             codes = (weight / scale.unsqueeze(1)).round().to(torch.int8)
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
-        self.register_buffer("quantised", codes)
+        self.register_buffer("quantized", codes)
         self.scale = nn.Parameter(scale)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.quantised.to(x.dtype)) * self.scale.to(x.dtype)
+        out = F.linear(x, self.quantized.to(x.dtype)) * self.scale.to(x.dtype)
         return out if self.bias is None else out + self.bias
 
     def dense(self) -> Tensor:
         """diag(s) Q, in the dtype that the weight had."""
-        return (self.quantised.float() * self.scale.detach().float().unsqueeze(1)).to(self.dtype)
+        return (self.quantized.float() * self.scale.detach().float().unsqueeze(1)).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -63,7 +63,7 @@ def _held(layer: FrozenLinear) -> tuple[Tensor, Tensor]:
     return layer.codes, layer.scales.squeeze(1) * layer.factor
 
 
-def quantise(model: nn.Module, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
+def quantize(model: nn.Module, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
     """Put the Linear layers of a model in 8 bits, in place, and leave their scales as all that trains.
 
     Args:
@@ -74,11 +74,11 @@ def quantise(model: nn.Module, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Mo
         The model.
 
     Raises:
-        ValueError: it has no Linear layer to quantise, or one that is held in 4 bits.
+        ValueError: it has no Linear layer to quantize, or one that is held in 4 bits.
 
     Example:
         >>> from zotune import ZerothOrder
-        >>> model = quantise(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)))
+        >>> model = quantize(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)))
         >>> optimizer = ZerothOrder(model, "mezo", lr=1e-3)
         >>> loss = optimizer.step(lambda x: model(x).square().mean(dim=1), torch.ones(3, 4))
     """
@@ -94,7 +94,7 @@ def quantise(model: nn.Module, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Mo
         if isinstance(child, nn.Linear) and type(child) in (nn.Linear, FrozenLinear) and name not in skip and owners[id(child.weight)] == 1
     ]
     if not chosen:
-        raise ValueError("the model has no Linear layer of its own to quantise.")
+        raise ValueError("the model has no Linear layer of its own to quantize.")
     model.requires_grad_(False)
     for parent, name, child in chosen:
         layer = QuantisedLinear(child)
@@ -104,8 +104,8 @@ def quantise(model: nn.Module, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Mo
 
 
 @torch.no_grad()
-def dequantise(model: nn.Module) -> nn.Module:
-    """Give a model ordinary Linear layers of what :func:`quantise` and training have made of them, in place; the model."""
+def dequantize(model: nn.Module) -> nn.Module:
+    """Give a model ordinary Linear layers of what :func:`quantize` and training have made of them, in place; the model."""
     layers = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     for parent, name, child in layers:
         if isinstance(child, QuantisedLinear):

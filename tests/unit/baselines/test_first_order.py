@@ -231,7 +231,7 @@ def test_mkor_h_is_mkor_until_the_loss_falls_by_less_than_asked() -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 12), (12, 16)])
 def test_galore_steps_along_its_projection(rows: int, columns: int) -> None:
-    """With β = 0 the step is −η α g P Pᵀ-normalised: R / (|R| + ε) carried back by P."""
+    """With β = 0 the step is −η α g P Pᵀ-normalized: R / (|R| + ε) carried back by P."""
     model = nn.Linear(columns, rows, bias=False).double()
     start = model.weight.detach().clone()
     method = baselines.galore(rank=3, scale=0.5, adam_beta1=0.0, adam_beta2=0.0)

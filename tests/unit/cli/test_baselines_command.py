@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from command_cases import Result, run_command, save_data, save_encoder, save_model, weights_digest
 from zotune import baselines, methods, tasks
 from zotune.baselines import linear_probe
-from zotune.weights.trainable_scales import quantise
+from zotune.weights.trainable_scales import quantize
 
 pytest.importorskip("peft")
 pytest.importorskip("pytorch_optimizer")
@@ -152,10 +152,10 @@ def test_scales_train_resume_replay_and_are_saved_as_ordinary_weights(workplace:
     done(command("eval", "--model_name_or_path", "whole", "--output_file", "result.json"))
     assert json.loads(Path("result.json").read_text())["metrics"]["loss"] == pytest.approx(summary("whole")["after"]["loss"], rel=1e-5)
     base, trained = load_file("my-model/model.safetensors"), load_file("whole/model.safetensors")
-    held = quantise(LlamaForCausalLM.from_pretrained("my-model")).state_dict()
+    held = quantize(LlamaForCausalLM.from_pretrained("my-model")).state_dict()
     assert base.keys() == trained.keys()
     for name, weight in trained.items():
-        codes = held.get(name.removesuffix("weight") + "quantised")
+        codes = held.get(name.removesuffix("weight") + "quantized")
         if codes is None:
             assert torch.equal(weight, base[name])
             continue

@@ -12,7 +12,7 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods, objectives
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.forward.batch_layout import Owned, own, share_out, shared
 from zotune.forward.batches import batch_rows, take
 from zotune.methods.estimators import ESTIMATORS, Point
@@ -263,7 +263,7 @@ def test_a_batch_keeps_its_type_and_what_is_no_tensor_of_rows():
 
 @pytest.mark.parametrize("batch", ["text", {"x": torch.ones(2, 3), "y": torch.ones(1, 3)}])
 def test_a_batch_without_a_common_first_dimension_is_not_stackable(batch):
-    with pytest.raises(NotStackable):
+    with pytest.raises(NotBatchableError):
         batch_rows(batch)
 
 

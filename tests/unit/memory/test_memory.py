@@ -79,14 +79,14 @@ def test_kinds_are_what_the_step_keeps():
     numbers, _ = elements_of(plan("llama", "fo-adamw"))
     kinds = measure(plan("llama", "fo-adamw", batch_size=1, sequence_length=4)).kinds
     assert kinds["weights"] == pytest.approx(4 * numbers, rel=0.01)  # and a buffer of rotations
-    assert kinds["optimiser state"] == pytest.approx(8 * numbers, rel=0.01)
+    assert kinds["optimizer state"] == pytest.approx(8 * numbers, rel=0.01)
     assert kinds["gradients"] >= 4 * numbers
     assert kinds["directions"] == 0
     inference = measure(plan("llama", "zero-shot")).kinds
-    assert inference["gradients"] == inference["optimiser state"] == inference["directions"] == 0
+    assert inference["gradients"] == inference["optimizer state"] == inference["directions"] == 0
     assert inference["logits"] >= 6 * 31 * 1800 * 4
     momentum = measure(plan("llama", "mezo-momentum")).kinds
-    assert momentum["optimiser state"] == pytest.approx(4 * numbers, rel=0.02)
+    assert momentum["optimizer state"] == pytest.approx(4 * numbers, rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["mezo", "fo-adamw"])
@@ -192,8 +192,8 @@ def test_lenets_five_published_figures():
     assert found == {"parameters": "0.169", "gradients": "0.169", "activations": "2.292", "data": "0.384", "optimizer state": "0.339"}
     peak = lenet_memory.at_peak("mezo", (images, labels))
     adam = lenet_memory.at_peak("fo-adamw", (images, labels))
-    assert "gradients" not in peak and "optimiser state" not in peak
-    assert adam["optimiser state"] == pytest.approx(0.339, abs=1e-3) and adam["activations"] > 1
+    assert "gradients" not in peak and "optimizer state" not in peak
+    assert adam["optimizer state"] == pytest.approx(0.339, abs=1e-3) and adam["activations"] > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -205,7 +205,7 @@ def test_steps_of_low_rank_take_the_memory_of_inference(dtype):
     inference = measure(Workload(config, catalog.get("zero-shot"), **shape)).total
     for interval in (1, 50):
         split = measure(Workload(config, catalog.get("lozo", interval=interval), **shape))
-        assert split.total - split.kinds["optimiser state"] <= 1.03 * inference + ANYWAY
+        assert split.total - split.kinds["optimizer state"] <= 1.03 * inference + ANYWAY
 
 
 def test_what_is_kept_of_the_examples_that_a_guided_turn_looks_at_is_a_byte_or_two_a_number():

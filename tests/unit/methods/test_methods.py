@@ -108,7 +108,7 @@ def test_without_a_residual_those_updates_are_lost():
 def test_the_core_imports_torch_alone():
     """Law 7."""
     core = "directions precision coordinates subspaces side_path stacking stacked_parameters estimators rules probe journal methods"
-    core += " forward_mode observing quantised chosen anchored shaping replayed rules evaluating deciding guidance"
+    core += " forward_mode observing quantized chosen anchored shaping replayed rules evaluating deciding guidance"
     core += " lending captured fleets formed held_keys sending step_size calibration run_state applying optimizer replaying"
     code = "import sys; " + "; ".join(f"import zotune.{name}" for name in core.split())
     code += "; sys.exit(any(name in sys.modules for name in ('transformers', 'peft', 'accelerate', 'datasets')))"

@@ -1,4 +1,4 @@
-"""Any torch optimiser is a rule, and does to the coordinates what it does to weights."""
+"""Any torch optimizer is a rule, and does to the coordinates what it does to weights."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_a_straight_loss_takes_the_largest_eps():
 
 
 def test_eps_stays_below_where_the_loss_bends():
-    """Neighbours differ by cubic · (ε'² − ε²): 3% of the slope at ε' ≈ 0.01 for a cubic coefficient of 300."""
+    """Neighbors differ by cubic · (ε'² − ε²): 3% of the slope at ε' ≈ 0.01 for a cubic coefficient of 300."""
     assert choose_eps(line(0.0, 300.0), ESTIMATORS["central"]) == 0.01
     assert choose_eps(line(0.0, 30_000.0), ESTIMATORS["central"]) == 1e-3
 
@@ -119,7 +119,7 @@ def test_agreement_is_the_correlation_of_units():
     assert agreement(x[:, :1]) is None and agreement(torch.zeros(2, 2)) is None
 
 
-def test_units_are_neighbours():
+def test_units_are_neighbors():
     each = torch.arange(8.0).unsqueeze(0)
     assert in_units(each, None).tolist() == [[0.5, 2.5, 4.5, 6.5]]
     assert in_units(each, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])).tolist() == [[0.5, 2.5], [4.5, 6.5]]

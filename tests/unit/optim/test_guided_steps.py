@@ -264,7 +264,7 @@ def test_a_run_through_guided_turns_replays_without_the_data(tmp_path):
 @pytest.mark.parametrize("rate", ["auto", 1e-2])
 @pytest.mark.parametrize("at", [INTERVAL, INTERVAL + 1, 2 * INTERVAL, 3 * INTERVAL + 1])
 def test_a_run_goes_on_bit_for_bit_from_any_turn(monkeypatch, at, rate):
-    """The optimiser's state and the weights, in the middle of a turn of either kind and at its end; every second is LOZO's."""
+    """The optimizer's state and the weights, in the middle of a turn of either kind and at its end; every second is LOZO's."""
     monkeypatch.setattr(guided, "PATIENCE", 1)
     monkeypatch.setattr(guided, "LONGEST", 1)
     options = {"lr": rate, "eps": "auto", "layer_scales": False}

@@ -18,7 +18,7 @@ from zotune.optim.journal import Journal
 
 
 def begun(model: nn.Module, **options) -> ZerothOrder:
-    """An optimiser at the start of a guided turn, nothing moved."""
+    """An optimizer at the start of a guided turn, nothing moved."""
     steps = optimizer(model, **{"lr": 0.0, **options})
     run(model, steps, 0, 1)
     assert steps.guided

@@ -85,7 +85,7 @@ def test_every_16_bits_of_a_word_are_uniform(sample, chunk):
 
 @pytest.mark.parametrize("distance", [0, 1, PAGE])
 def test_pairs_of_bytes_are_uniform(sample, distance):
-    """Inside a word, of neighbouring words, of the same place in neighbouring pages (which share B)."""
+    """Inside a word, of neighboring words, of the same place in neighboring pages (which share B)."""
     octets = sample.view(torch.uint8).int().view(-1, 8)
     later = octets[distance:]
     for i in range(8):
@@ -95,7 +95,7 @@ def test_pairs_of_bytes_are_uniform(sample, distance):
 
 
 @pytest.mark.parametrize("change", [{"seed": 8}, {"step": 4}, {"direction": 2}, {"name": "b"}, {"purpose": "rounding"}])
-def test_streams_of_neighbouring_keys_share_nothing(sample, change):
+def test_streams_of_neighboring_keys_share_nothing(sample, change):
     other = pages(KEY._replace(**change), 8)
     mixed = (sample[: other.numel()] ^ other).view(torch.uint16).int()
     for chunk in range(4):

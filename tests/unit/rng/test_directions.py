@@ -80,7 +80,7 @@ def test_elements_are_uncorrelated_at_any_distance_and_so_are_their_powers(kind,
 
 
 @pytest.mark.parametrize("kind", Directions.KINDS)
-def test_directions_of_neighbouring_keys_are_orthogonal_as_independent_ones_are(kind):
+def test_directions_of_neighboring_keys_are_orthogonal_as_independent_ones_are(kind):
     count, numel = 48, 4096
     keys = [KEY._replace(seed=s, step=t, direction=k, name=n) for s in (0, 1) for t in range(4) for k in range(3) for n in ("a", "b")]
     z = torch.stack([Directions(kind).draw(key, (numel,)) for key in keys]).double()
@@ -143,7 +143,7 @@ def test_parameters_drawn_together_are_those_drawn_alone(kind, count):
 
 @pytest.mark.parametrize("kind", Directions.KINDS)
 @pytest.mark.parametrize("k", [1, 4, 40])
-def test_a_coordinate_has_the_same_directions_with_neighbours_and_without(kind, k):
+def test_a_coordinate_has_the_same_directions_with_neighbors_and_without(kind, k):
     directions = Directions(kind)
     shapes = {"a": (30,), "b": (7, 3), "c": (100, 20), "large": (100, 100, 1)}
     alone = [Full().coordinate(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]

@@ -1,4 +1,4 @@
-"""Small coordinates lie side by side, and nothing about one depends on who its neighbours are."""
+"""Small coordinates lie side by side, and nothing about one depends on who its neighbors are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zotune.optim.update_groups import together
 from zotune.rng.directions import Directions
 from zotune.subspaces import Full, LowRank
 from zotune.subspaces.coordinate import Coordinate, Offset
-from zotune.subspaces.flat_buffer import RUN, Neighbours, Shown, draw_together
+from zotune.subspaces.flat_buffer import RUN, Neighbors, Shown, draw_together
 from zotune.weights.precision import HALF
 
 SHAPES = {
@@ -34,12 +34,12 @@ def coordinates(dtype: torch.dtype = torch.float32) -> list[Coordinate]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", Directions.KINDS)
-def test_neighbours_descend_bit_for_bit_as_each_does_alone(dtype, kind):
+def test_neighbors_descend_bit_for_bit_as_each_does_alone(dtype, kind):
     alone, beside = coordinates(dtype), coordinates(dtype)
-    (neighbours,) = draw_together(beside)
+    (neighbors,) = draw_together(beside)
     directions = Directions(kind)
     for step, weights in enumerate([[1e-3], [1e-3, 0.0, -2e-4], [1e-4 * k for k in range(20)]]):
-        neighbours.descend(directions, weights, 0.999, 0, step)
+        neighbors.descend(directions, weights, 0.999, 0, step)
         for coordinate in alone:
             coordinate.descend(directions, weights, 0.999, 0, step)
     for a, b in zip(alone, beside, strict=True):
@@ -53,7 +53,7 @@ def test_an_update_holds_a_bounded_number_of_directions_and_is_the_same(monkeypa
     free, bounded = coordinates(), coordinates()
     (unbounded,) = draw_together(free)
     monkeypatch.setattr("zotune.subspaces.flat_buffer.DRAWN", (at_once + 1) * sum(c.numel for c in bounded) - 1)
-    (neighbours,) = draw_together(bounded)
+    (neighbors,) = draw_together(bounded)
     drawn, draw = [], Directions.draw_together
 
     def counted(self, key, count, *rest):
@@ -63,8 +63,8 @@ def test_an_update_holds_a_bounded_number_of_directions_and_is_the_same(monkeypa
     directions = Directions("gaussian")
     unbounded.descend(directions, [1e-4 * k for k in range(20)], 1.0, 0, 0)
     monkeypatch.setattr(Directions, "draw_together", counted)
-    neighbours.many(directions, 0, 0, 5, 1)
-    neighbours.descend(directions, [1e-4 * k for k in range(20)], 1.0, 0, 0)
+    neighbors.many(directions, 0, 0, 5, 1)
+    neighbors.descend(directions, [1e-4 * k for k in range(20)], 1.0, 0, 0)
     assert max(drawn) == at_once
     for a, b in zip(free, bounded, strict=True):
         assert torch.equal(a.parameter, b.parameter)
@@ -73,11 +73,11 @@ def test_an_update_holds_a_bounded_number_of_directions_and_is_the_same(monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_shown_is_theta_plus_each_offset(dtype):
     members = coordinates(dtype)
-    (neighbours,) = draw_together(members)
-    assert len(neighbours.runs) > Shown.KEPT and all(run.stop - run.start <= RUN for run in neighbours.runs)
+    (neighbors,) = draw_together(members)
+    assert len(neighbors.runs) > Shown.KEPT and all(run.stop - run.start <= RUN for run in neighbors.runs)
     directions = Directions("gaussian")
-    z = neighbours.many(directions, 0, 3, 0, 2)
-    shown = Shown(neighbours, z, torch.tensor([[0.1, -0.1], [0.2, 0.0]]), dtype)
+    z = neighbors.many(directions, 0, 3, 0, 2)
+    shown = Shown(neighbors, z, torch.tensor([[0.1, -0.1], [0.2, 0.0]]), dtype)
     for coordinate in [*members, *members]:  # runs that were let go of come again
         values = shown.of(coordinate.name).view(4, *coordinate.shape)
         for value, (scale, direction) in zip(values, [(0.1, 0), (-0.1, 0), (0.2, 1), (0.0, 1)], strict=True):
@@ -85,7 +85,7 @@ def test_what_is_shown_is_theta_plus_each_offset(dtype):
             assert torch.allclose(value.float(), expected.float(), rtol=2e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
-def test_estimates_of_neighbours_are_those_of_each_alone():
+def test_estimates_of_neighbors_are_those_of_each_alone():
     alone, beside = coordinates(), coordinates()
     draw_together(beside)
     directions = Directions("gaussian")
@@ -96,24 +96,24 @@ def test_estimates_of_neighbours_are_those_of_each_alone():
 
 def test_directions_are_forgotten_once_nobody_needs_them():
     members = coordinates()
-    (neighbours,) = draw_together(members)
+    (neighbors,) = draw_together(members)
     members[0].many(Directions("gaussian"), 0, 0, 0, 2)
     for coordinate in members:
-        assert neighbours.drawn is not None and coordinate.drawn
+        assert neighbors.drawn is not None and coordinate.drawn
         coordinate.drop()
         assert not coordinate.drawn
-    assert neighbours.drawn is None
+    assert neighbors.drawn is None
 
 
-def test_only_coordinates_of_one_kind_are_neighbours():
+def test_only_coordinates_of_one_kind_are_neighbors():
     model = toys.classifier()
     low = [LowRank(2, 50).coordinate(name, p) for name, p in model.named_parameters()]
     half = Full().coordinate("half", nn.Parameter(torch.ones(4, dtype=torch.bfloat16)))
     large = Full().coordinate("large", nn.Parameter(torch.ones(100, 100)))
     found = draw_together([*low, half, large])
     assert sorted(len(n.members) for n in found) == [1, 3, 4]  # half; matrices at rate 1/2; vectors
-    assert large.neighbours is None
-    assert {type(one) for one in together([*low, half])} == {Neighbours}
+    assert large.neighbors is None
+    assert {type(one) for one in together([*low, half])} == {Neighbors}
     apart = [one for one in together([*low[1:], large]) if isinstance(one, Coordinate)]
     assert apart == [c for c in low[1:] if c.parameter.dim() == 2] + [large]  # without one of them, those of its kind move alone
 

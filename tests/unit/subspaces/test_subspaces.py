@@ -20,7 +20,7 @@ from zotune.subspaces.blockwise import blocks_of
 from zotune.subspaces.coordinate import Offset
 from zotune.subspaces.projected import orthonormal
 from zotune.weights.structure import repeated_layers
-from zotune.weights.trainable_scales import QuantisedLinear, quantise
+from zotune.weights.trainable_scales import QuantisedLinear, quantize
 
 
 def matrix(rows: int = 7, columns: int = 6) -> nn.Linear:
@@ -446,7 +446,7 @@ def test_bad_options_get_one_sentence_with_the_fix(call, message):
         call()
 
 
-# -- scales of quantised weights ---------------------------------------------------------------------------------------------------------
+# -- scales of quantized weights ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
@@ -454,7 +454,7 @@ def test_of_a_quantised_model_the_scales_move_and_nothing_else(architecture):
     model = toys.transformer(architecture).eval()
     losses, ids = toys.transformer_loss(model), toys.tokens()
     exact = losses(ids).detach()
-    quantise(model)
+    quantize(model)
     assert torch.allclose(losses(ids), exact, rtol=2e-2)
     optimizer = ZerothOrder(model, methods.mezo(num_directions=2), lr=1e-4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -469,11 +469,11 @@ def test_of_a_quantised_model_the_scales_move_and_nothing_else(architecture):
 def test_a_quantised_layer_is_its_rounded_weight():
     linear = nn.Linear(6, 5)
     layer, x = QuantisedLinear(linear), torch.randn(4, 6)
-    weight = layer.quantised.float() * layer.scale.unsqueeze(1)
+    weight = layer.quantized.float() * layer.scale.unsqueeze(1)
     assert float((weight - linear.weight).abs().max()) <= 0.5001 * float(layer.scale.max())
     assert torch.allclose(layer(x), x @ weight.T + linear.bias, atol=1e-6)
 
 
 def test_a_model_without_linear_layers_is_not_quantised():
     with pytest.raises(ValueError, match="no Linear layer"):
-        quantise(nn.LayerNorm(4))
+        quantize(nn.LayerNorm(4))

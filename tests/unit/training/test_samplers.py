@@ -23,7 +23,7 @@ def test_every_stretch_holds_each_class_as_often_as_the_whole_to_within_one():
                 assert abs(counts[name] - share * length) <= 1 + 1e-9
 
 
-def test_neighbours_of_two_equal_classes_alternate():
+def test_neighbors_of_two_equal_classes_alternate():
     order = [i % 2 for i in Stratified([i % 2 for i in range(50)], seed=0)]
     assert all(a != b for a, b in itertools.pairwise(order))
 

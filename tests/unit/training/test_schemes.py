@@ -188,7 +188,7 @@ def test_lora_takes_the_batched_probe_and_a_direction_per_example(tmp_path: Path
         (methods.lozo(), Scheme("bias"), "trains vectors only: choose a method in full space"),
         (methods.lozo(rank=4), Scheme("lora", lora_r=4), "larger than that .* or a smaller --rank"),
         (methods.mezo(), Scheme("lora", lora_dropout=0.1), "lora_dropout acts in training mode"),
-        (baselines.scale(), Scheme("bias"), "normalises the columns of matrices"),
+        (baselines.scale(), Scheme("bias"), "normalizes the columns of matrices"),
         (baselines.galore(), Scheme("bias"), "both sides above its rank 4"),
         (baselines.mkor(), Scheme("prompt"), "no Linear layer"),
     ],

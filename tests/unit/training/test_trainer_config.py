@@ -80,7 +80,7 @@ def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Pa
         ({"update_rule": "Adamm"}, "unknown update rule 'Adamm'"),
         ({"update_rule_args": {"betas": 1}}, "does not take the options"),
         ({"direction": "gausian"}, "gaussian"),
-        ({"estimator": "centre"}, "unknown estimator 'centre'"),
+        ({"estimator": "center"}, "unknown estimator 'center'"),
         ({"eps": 0.0}, "eps must be positive, got 0.0"),
         ({"eps": float("nan")}, "eps must be positive, got nan"),
         ({"probe": "batch"}, "unknown probe 'batch'"),

@@ -186,7 +186,7 @@ def test_batches_hold_every_class_by_default(tmp_path: Path) -> None:
         ({"method": "lozo"}, (1, "batch", 1)),
     ],
 )
-def test_sets_of_different_classes_have_directions_unless_said_otherwise(tmp_path: Path, options: dict, directions: tuple[int, str, int]) -> None:
+def test_groups_of_different_classes_have_directions_unless_said_otherwise(tmp_path: Path, options: dict, directions: tuple) -> None:
     settings = {"method": "lozo-e", "per_device_train_batch_size": 8, **options}
     run = trainer(tmp_path, train_dataset=uneven_rows(), data_collator=collate, **settings)
     run.create_optimizer()

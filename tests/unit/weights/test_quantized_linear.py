@@ -138,7 +138,7 @@ def test_an_adapter_on_a_base_in_few_bits(bits, probe):
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear:UserWarning")
 def test_an_adapter_on_weights_that_torchao_holds():
-    """Its batched step is that of the dequantised model; such weights stay in memory."""
+    """Its batched step is that of the dequantized model; such weights stay in memory."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     peft = pytest.importorskip("peft")
     from zotune.weights.offload import offload
@@ -161,7 +161,7 @@ def test_an_adapter_on_weights_that_torchao_holds():
     assert adapted(model) == pytest.approx(adapted(twin), rel=1e-4)
 
 
-def quantised(library: str) -> nn.Module:
+def quantized(library: str) -> nn.Module:
     """A model whose Linear layers a library holds; "stand-in": a packed Linear of our own, in the way of bitsandbytes."""
     model = llama().requires_grad_(False)
     chosen = [(p, n, c) for p in model.modules() for n, c in p.named_children() if isinstance(c, nn.Linear) and n != "lm_head"]
@@ -208,9 +208,9 @@ HELD = [("stand-in", 1e-3), ("torchao int8", 1e-3), ("torchao int4", 1e-3), ("bi
 @pytest.mark.parametrize(("library", "tolerance"), HELD)
 def test_low_rank_on_weights_that_another_library_holds(library, tolerance, tmp_path):
     """Factors beside a layer that is only called: coefficients and weights of the dense twin, nothing of the library's written."""
-    model = quantised(library)
+    model = quantized(library)
     with pytest.raises(ValueError, match="held in few bits"):
-        ZerothOrder(hold(quantised(library)), "mezo", lr=1e-3)
+        ZerothOrder(hold(quantized(library)), "mezo", lr=1e-3)
     hold(model)
     before = {name: tensor.clone() for name, tensor in pieces(model)}
     assert before
@@ -226,7 +226,7 @@ def test_low_rank_on_weights_that_another_library_holds(library, tolerance, tmp_
     if tolerance < 0.01:
         for name, tensor in twin.state_dict().items():
             assert torch.allclose(trained[name], tensor, rtol=1e-4, atol=1e-5), name
-    again = hold(quantised(library))
+    again = hold(quantized(library))
     replay(again, tmp_path / "j")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in dense_state(again).items())
     optimizer.detach()
@@ -238,7 +238,7 @@ def test_what_another_library_holds_is_not_trained_by_mistake():
     with pytest.raises(ValueError, match=r"up_proj.weight is held in few bits by another library.*hold\(model\)"):
         ZerothOrder(model, "lozo", lr=1e-3)
     for method in ("lozo", "fo-sgd"):
-        assert "--scheme lora" in (refusal(catalog.get(method), quantised("stand-in"), Scheme()) or "")
+        assert "--scheme lora" in (refusal(catalog.get(method), quantized("stand-in"), Scheme()) or "")
     with pytest.raises(ValueError, match="nothing is to be done"):
         hold(llama())
 

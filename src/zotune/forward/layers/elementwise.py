@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zotune.errors import NotStackable
+from zotune.errors import NotBatchableError
 from zotune.forward.batched import Stacked, by_block
 from zotune.forward.layers.rule import Example, Function, LayerRule, register
 from zotune.io.memory_tags import tagged
@@ -24,7 +24,7 @@ def _commuting(operation: Callable[[Tensor, Any], Tensor]) -> Callable[..., Tens
     def elementwise(one: Any, other: Any) -> Tensor:
         vector, x = (one, other) if isinstance(one, Stacked) else (other, one)
         if vector.plain.dim() != 1 or isinstance(x, Stacked):
-            raise NotStackable(f"the model computes with {vector.coordinate.name}, which has no batched form")
+            raise NotBatchableError(f"the model computes with {vector.coordinate.name}, which has no batched form")
         if not isinstance(x, Tensor) or x.dim() == 0:
             return Stacked.of(operation(vector.plain, x), vector.coordinate, vector.lending, operation(vector.full(), x))
         rows = by_block(x, vector.lending, vector.plain.shape[0])
@@ -41,7 +41,7 @@ def _cast(method: str) -> Callable[..., Tensor]:
         if plain is vector.plain:
             return vector
         if plain.dim() != 1:
-            raise NotStackable(f"the model converts {vector.coordinate.name} to {plain.dtype}")
+            raise NotBatchableError(f"the model converts {vector.coordinate.name} to {plain.dtype}")
         return Stacked.of(plain, vector.coordinate, vector.lending, vector.full().to(plain.dtype))
 
     return elementwise

@@ -1,7 +1,7 @@
 """ε and η from the loss itself: what ``eps="auto"`` and ``lr="auto"`` do, in forward passes only.
 
 **ε.** Along a few directions the coefficients are measured at a ladder of ε. Below the right range they are rounding noise, above it they
-bend with the loss; in between neighbours agree. The largest ε that still agrees with its neighbour is taken.
+bend with the loss; in between neighbors agree. The largest ε that still agrees with its neighbor is taken.
 
 **η.** Measurements of curvature and signal (see ``step_size``) are made on the first batch, after 1, 2, 4, ... steps, and every
 :data:`INTERVAL` steps, since curvature grows and signal falls while a model learns. Curvature is measured as far from θ as a step goes: an
@@ -170,7 +170,7 @@ class Calibrator:
     def _shared(self, at: At, here: Tensor, direction: int, eps: float) -> Tensor:
         """Coefficients (1, U) of the parts of a batch that have directions of their own in steps, under one direction for all of them.
 
-        That is what tells how far parts agree: under directions of their own only neighbours can be compared.
+        That is what tells how far parts agree: under directions of their own only neighbors can be compared.
         """
         low, high = min(self.estimator.signs), max(self.estimator.signs)
         plus, minus = (at(sign * eps, direction).cpu() if sign else here for sign in (high, low))

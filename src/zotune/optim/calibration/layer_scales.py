@@ -24,7 +24,7 @@ from torch import Tensor
 from zotune.io.memory_tags import tagged
 from zotune.subspaces import LowRankCoordinate
 
-#: Layers told apart, at most: repeated blocks beyond these are taken together, neighbours with neighbours.
+#: Layers told apart, at most: repeated blocks beyond these are taken together, neighbors with neighbors.
 LAYERS = 8
 #: Coefficients that a layer's n_l is the mean square of, at least.
 SAMPLES = 8
@@ -39,7 +39,7 @@ Coefficients = Callable[[int], Tensor]
 
 
 def layers(coordinates: Sequence[LowRankCoordinate]) -> list[list[LowRankCoordinate]]:
-    """Coordinates that share a scale: a repeated block's, or several neighbouring blocks'; any other matrix (an embedding) is by itself.
+    """Coordinates that share a scale: a repeated block's, or several neighboring blocks'; any other matrix (an embedding) is by itself.
 
     Empty where there are not two of them to compare.
     """

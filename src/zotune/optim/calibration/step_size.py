@@ -242,9 +242,9 @@ class StepSize:
 
 
 def in_units(each: Tensor, owners: Tensor | None = None, number: int = UNITS) -> Tensor:
-    """Means (m, U) over units of neighbouring examples, of numbers (K, n), or (1, n) with a direction that owns each.
+    """Means (m, U) over units of neighboring examples, of numbers (K, n), or (1, n) with a direction that owns each.
 
-    A shared direction's examples make ``number`` units, an owner's two, where there are as many. Neighbours, because an order by class
+    A shared direction's examples make ``number`` units, an owner's two, where there are as many. Neighbors, because an order by class
     puts one of each class side by side: single examples of different classes would disagree where their sum does not.
     """
     if owners is None:

@@ -1,7 +1,7 @@
 """Several processes that train one model and tell each other losses alone."""
 
-from zotune.errors import WorkersDisagreeError
+from zotune.errors import RankMismatchError
 from zotune.optim.distributed.partition import BATCHES, MODES
 from zotune.optim.distributed.workers import Share, Workers, restarted
 
-__all__ = ["BATCHES", "MODES", "Share", "Workers", "WorkersDisagreeError", "restarted"]
+__all__ = ["BATCHES", "MODES", "Share", "Workers", "RankMismatchError", "restarted"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from zotune.errors import WorkersDisagreeError
+from zotune.errors import RankMismatchError
 from zotune.forward.batches import tensors
 from zotune.optim import saved_state
 from zotune.optim.run_parts import RunParts
@@ -29,7 +29,7 @@ def settle(run: RunParts, batch: Any) -> None:
         batch: the step's micro-batches; None for a closure.
 
     Raises:
-        WorkersDisagreeError: names what differs and the ranks that are not as most are.
+        RankMismatchError: names what differs and the ranks that are not as most are.
     """
     workers = run.workers
     state = {**_state(run), "batch": None if batch is None else batch_digest(batch)}
@@ -38,18 +38,18 @@ def settle(run: RunParts, batch: Any) -> None:
         odd = _odd([str(found[name]) for found in everybody])
         if odd:
             ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} differ"
-            raise WorkersDisagreeError(f"{ranks} from the other workers in {name} before step {run.state.steps}: {cure}.")
+            raise RankMismatchError(f"{ranks} from the other workers in {name} before step {run.state.steps}: {cure}.")
     alike = len({found["batch"] for found in everybody}) == 1
     if workers.batches == "auto":
         workers.batches = "same" if alike and batch is not None and None not in batch else "own"
         if workers.batches == "own" and workers.share_mode in ("directions", "both"):
-            raise WorkersDisagreeError(
+            raise RankMismatchError(
                 f"share={workers.share_mode!r} needs workers with the same batch, and theirs differ: give all of them the whole batch, or "
                 "set share='data'."
             )
     elif workers.batches == "same" and not alike:
         odd = _odd([str(found["batch"]) for found in everybody])
-        raise WorkersDisagreeError(
+        raise RankMismatchError(
             f"ranks {', '.join(map(str, odd))} were given another batch than the other workers at step {run.state.steps}: shuffle with "
             "the same seed everywhere, or say Workers(batches='own')."
         )

@@ -67,7 +67,7 @@ def blocks(points: int, columns: int, workers: int, mode: str, edges: Sequence[i
 
 
 def cut(count: int, ways: int) -> list[range]:
-    """``range(count)`` in so many neighbouring ranges of as equal length as can be."""
+    """``range(count)`` in so many neighboring ranges of as equal length as can be."""
     return [range(count * i // ways, count * (i + 1) // ways) for i in range(ways)]
 
 

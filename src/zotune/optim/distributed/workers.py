@@ -48,7 +48,7 @@ class Share:
 
 
 class Workers:
-    """The processes that take a run's steps together; one alone where ``torch.distributed`` is not initialised.
+    """The processes that take a run's steps together; one alone where ``torch.distributed`` is not initialized.
 
     Args:
         share: ``"data"``: each evaluates every direction on its share of the examples; ``"directions"``: each evaluates its share of the

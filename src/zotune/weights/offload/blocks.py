@@ -117,7 +117,7 @@ def moving_of(parts: Sequence[Part], model: nn.Module, device: torch.device) -> 
     if not all(found):
         name = parts[found.index([])].names[0]
         raise NotOffloadable(
-            f"{name} holds no matrix of its own that could be away (what another library has quantised cannot): name the lists of blocks."
+            f"{name} holds no matrix of its own that could be away (what another library has quantized cannot): name the lists of blocks."
         )
     return found
 
@@ -127,7 +127,7 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one piece of memory. Others (weights quantised by torchao or bitsandbytes) stay where they are."""
+    """Whether a tensor is one piece of memory. Others (weights quantized by torchao or bitsandbytes) stay where they are."""
     return type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor and owner_of(tensor) is None
 
 
