@@ -74,10 +74,10 @@ class Evaluator:
         if choice not in PROBES:
             raise ValueError(f"unknown probe {choice!r}; choose one of {', '.join(PROBES)}.")
         dense = probe.dense
-        together = dense is None or (choice == "batched" and method.num_directions == 1 and probe.dense_together)
+        together = dense is None or (choice == "batched" and not method.own and method.num_directions == 1 and probe.dense_together)
         if not together and (method.own or choice == "batched"):
             assert dense is not None
-            what = f"num_directions={method.num_directions!r}" if method.own else "probe='batched'"
+            what = f"directions_per={method.directions_per!r}" if method.own else "probe='batched'"
             raise ValueError(
                 f"{what} is not possible for {dense.name}, a weight of shape {tuple(dense.parameter.shape)} that moves in full space; "
                 "use one direction a step, a low-rank method (lozo, lozo-m) or an adapter (PEFT)."
@@ -137,7 +137,7 @@ class Evaluator:
     @tagged("activations")
     def _evaluate(self, context: StepContext) -> Losses:
         if self.method.own:
-            return self._own(context, self.estimator.signs, self.method.each)
+            return self._own(context, self.estimator.signs, self.method.num_directions)
         if self.method.estimator == "tangent":
             return self._tangents(context)
         loss_fn, parts, seed, step = context.loss_fn, context.parts, context.seed, context.step
@@ -222,8 +222,8 @@ class Evaluator:
             sizes = [batches.batch_rows(part) for part in parts]
         except NotBatchableError as error:
             raise ValueError(
-                f"num_directions={self.method.num_directions!r} needs a batch of tensors with the examples along dimension 0, but {error}; "
-                "call step(loss_fn, batch), or set num_directions to a number."
+                f"directions_per={self.method.directions_per!r} needs a batch of tensors with the examples along dimension 0, but {error}; "
+                "call step(loss_fn, batch), or set directions_per to 'batch'."
             ) from None
         sizes, first = self.workers.sizes(sizes)
         number = max(1, self.method.parts(sum(sizes)) // shared)
