@@ -89,7 +89,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1_000_003 * cell["seed"] + step))[:count].tolist()
         return [data.collate_train([train[i] for i in order[at : at + 16]]) for at in range(0, len(order), 16)]
 
-    optimizer = zotune.ZerothOrder(model, method, lr=cell["lr"], seed=cell["seed"], examples=examples)
+    optimizer = zotune.ZerothOrder(model, method, lr=cell["lr"], seed=cell["seed"], sample_batches=examples)
     steps, budget = cell["steps"], cell.get("budget")
 
     def left(step: int) -> float:

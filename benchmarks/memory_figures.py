@@ -118,7 +118,7 @@ def lengths() -> None:
 def roberta() -> None:
     kept = Kept("roberta")
     for method, published in ROBERTA.items():
-        work = Workload(config_of("roberta-large"), catalog.get(method), batch_size=64, sequence_length=128, probe="sequential")
+        work = Workload(config_of("roberta-large"), catalog.get(method), batch_size=64, sequence_length=128, forward_batching="sequential")
         print(f"{method:<14} predicted {sum(kept.get(method, work).values()) / 1e9:.2f} GB, published {published:.2f}")
 
 

@@ -124,7 +124,7 @@ def memory(args: argparse.Namespace, name: str, scheme: str) -> str:
     from zotune.training.schemes import Scheme
 
     config = AutoConfig.from_pretrained(args.model)
-    plan = Workload(config, methods.get(name), batch_size=16, sequence_length=64, scheme=Scheme(scheme), probe="sequential")
+    plan = Workload(config, methods.get(name), batch_size=16, sequence_length=64, scheme=Scheme(scheme), forward_batching="sequential")
     return f"{estimate(plan).total / 1e6:.0f} MB"
 
 

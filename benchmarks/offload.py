@@ -101,7 +101,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model = with_scheme(model, args.scheme)
     method = methods.lozo(rank=2, interval=args.interval, eps=1e-3) if args.scheme == "lozo" else methods.mezo(eps=1e-2)
-    optimizer = ZerothOrder(model, method, lr=1e-6 if args.scheme == "lozo" else 1e-4, seed=0, probe="batched")
+    optimizer = ZerothOrder(model, method, lr=1e-6 if args.scheme == "lozo" else 1e-4, seed=0, forward_batching="batched")
     loading, ids, loss_fn = time.perf_counter() - begin, rows(args), loss_of(model)
     found: dict[str, Any] = {"loading": loading, "seconds": [], "losses": [], "coefficients": []}
     stream = stream_of(model)
@@ -109,7 +109,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         begin = time.perf_counter()
         found["losses"].append(float(optimizer.step(loss_fn, ids)))
         found["seconds"].append(time.perf_counter() - begin)
-        found["coefficients"] += optimizer.last.coefficients.tolist()
+        found["coefficients"] += optimizer.last_report.coefficients.tolist()
         print(f"{args.what} {args.scheme} {found['seconds'][-1]:.2f} s  {found['losses'][-1]:.6f}", file=sys.stderr, flush=True)
     if stream is not None:
         found["stream"] = vars(stream.traffic)

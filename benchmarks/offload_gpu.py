@@ -110,7 +110,7 @@ def row(args: argparse.Namespace, what: str, ids: torch.Tensor) -> dict[str, Any
     if "lora" in what:
         model = with_lora(model)
     method = methods.lozo(interval=50, eps=1e-3) if "lozo" in what else methods.mezo(eps=1e-3)
-    optimizer = ZerothOrder(model, method, lr=1e-6, seed=0, probe="sequential" if what.startswith("mezo ") else "batched")
+    optimizer = ZerothOrder(model, method, lr=1e-6, seed=0, forward_batching="sequential" if what.startswith("mezo ") else "batched")
     loss = loss_of(model)
     optimizer.step(loss, ids)
     before = None if stream is None else stream.traffic.bytes

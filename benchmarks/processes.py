@@ -58,7 +58,7 @@ def worker(args: argparse.Namespace) -> None:
                 cpu.append(time.process_time() - start_cpu)
                 sent = optimizer.workers.bytes_sent - before
         found[method] = {"wall": statistics.median(wall), "cpu": statistics.median(cpu), "bytes": sent}
-        optimizer.detach()
+        optimizer.remove_hooks()
     Path(args.out, f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -3,7 +3,7 @@
     python benchmarks/step_time.py --shapes tiny-llama opt-125m gpt2 --batches 4x32 16x64 --dtypes float32 bfloat16
 
 For every model shape (random weights), batch × tokens, dtype and method: milliseconds of a step, over milliseconds of the bare forwards it
-needs (eval mode, no grad, the same loss; one forward of the stacked rows for a batched probe, one forward of the batch for each point of a
+needs (eval mode, no grad, the same loss; one forward of the stacked rows for a batched forward_batching, one forward of the batch for each point of a
 sequential one), the speed over a plain implementation of published MeZO, and the peak of tensor bytes alive during the step over that of
 one bare forward of the batch, weights and state counted in both. Beside them AdamW with backprop. Times are medians over repeats in which
 all contenders take turns, "step / bare" the median of the repeats' ratios; "least / least" is what a busy machine disturbs least, "mean /
@@ -72,7 +72,7 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 PUBLISHED = "published MeZO"
-#: name: (method, its options, probe); "on LoRA": of adapters on a frozen model
+#: name: (method, its options, forward_batching); "on LoRA": of adapters on a frozen model
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lozo": ("lozo", {}, "batched"),
     "lozo, sequential": ("lozo", {}, "sequential"),
@@ -205,7 +205,7 @@ def measure(
     device: torch.device,
     clock: Callable[[], float],
     alone: bool = False,
-    capture: bool | str = "auto",
+    cuda_graphs: bool | str = "auto",
 ) -> list[dict]:
     """A row for each of ``names``; ``alone``: one name, whose optimizer trains the model that the bare forwards are of."""
     assert not alone or len(names) == 1
@@ -250,12 +250,12 @@ def measure(
             published = PublishedMeZO(model)
             contenders[name], states[name] = partial(published.step, zotune.objectives.LanguageModelLoss(model), batch), lambda: 0
             continue
-        method_name, options, probe = METHODS[name]
+        method_name, options, forward_batching = METHODS[name]
         method = zotune.methods.get(method_name, **options)
         if "on LoRA" in name:
             model = with_adapters(model)
         points = 1 if name == "lozo-g, guided" else method.forwards_per_step
-        together = probe == "batched"
+        together = forward_batching == "batched"
         own = f"{name}'s own " if "on LoRA" in name else ""  # an adapter's two products are part of its forward
         what = own + (f"1 forward of {points} × {rows} rows" if together else f"{points} forwards of {rows} rows")
         loss = zotune.objectives.LanguageModelLoss(model) if own else plain_loss
@@ -263,7 +263,12 @@ def measure(
         examples = make_batch(128, tokens, plain.config.vocab_size, device)
         pieces = [{key: value[at : at + rows] for key, value in examples.items()} for at in range(0, 128, rows)]
         optimizer = zotune.ZerothOrder(
-            model, method, lr=1e-7, probe=probe, capture=capture, examples=lambda step, count, pieces=pieces: pieces
+            model,
+            method,
+            lr=1e-7,
+            forward_batching=forward_batching,
+            cuda_graphs=cuda_graphs,
+            examples=lambda step, count, pieces=pieces: pieces,
         )
         contenders[name] = partial(optimizer.step, zotune.objectives.LanguageModelLoss(model), batch)
         shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
@@ -328,7 +333,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--alone", action="store_true", help="a method after the other, each on a model made for it: for large models")
-    parser.add_argument("--capture", choices=CAPTURE, default="auto", help="which batched evaluations are replayed as CUDA graphs")
+    parser.add_argument("--cuda_graphs", choices=CAPTURE, default="auto", help="which batched evaluations are replayed as CUDA graphs")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: time on the processor, for a machine that others use too")
     parser.add_argument("--out", type=Path, help="also write the results as JSON")
     args = parser.parse_args()
@@ -345,7 +350,7 @@ def main() -> None:
                 place, clock = torch.device(args.device), CLOCKS[args.clock]
                 sizes = (shape, int(rows), int(tokens), dtype)
                 turns = [[name] for name in args.methods] if args.alone else [args.methods]
-                how = (args.repeats, place, clock, args.alone, CAPTURE[args.capture])
+                how = (args.repeats, place, clock, args.alone, CAPTURE[args.cuda_graphs])
                 found = [r for names in turns for r in measure(*sizes, names, *how)]
                 print(table(found), flush=True)
                 results += found

@@ -127,7 +127,7 @@ def train(method: str, lr: float | str, data: tuple[Tensor, Tensor], test: tuple
             for name, value in (("step", step), ("loss", sum(recent) / len(recent)), ("accuracy", accuracy(model, test))):
                 curve[name].append(round(value, 4))
             recent.clear()
-    optimizer.detach()
+    optimizer.remove_hooks()
     return curve
 
 

@@ -19,7 +19,7 @@ from zotune.subspaces.coordinate import Offset
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DTYPES = [torch.float32, torch.bfloat16]
-#: name, options, probe
+#: name, options, forward_batching
 RUNS = [
     ("lozo", {}, "batched"),
     ("lozo", {}, "sequential"),
@@ -47,8 +47,10 @@ def model_of(architecture: str = "opt", dtype: torch.dtype = torch.float32) -> n
     return plain(architecture, dtype).cuda()
 
 
-def trained(model: nn.Module, name: str, options: dict, probe: str, steps: int = 8, journal=None, seed: int = 5) -> ZerothOrder:
-    optimizer = ZerothOrder(model, toys.method(name, interval=3, **options), lr=1e-4, seed=seed, probe=probe, journal=journal)
+def trained(model: nn.Module, name: str, options: dict, forward_batching: str, steps: int = 8, journal=None, seed: int = 5) -> ZerothOrder:
+    optimizer = ZerothOrder(
+        model, toys.method(name, interval=3, **options), lr=1e-4, seed=seed, forward_batching=forward_batching, journal=journal
+    )
     loss = toys.transformer_loss(model)
     for step in range(steps):
         optimizer.step(loss, toys.tokens(6, 7).cuda().roll(step, 0))
@@ -85,13 +87,13 @@ def test_both_points_at_once_are_the_two_points(dtype, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name, options, probe", RUNS)
+@pytest.mark.parametrize("name, options, forward_batching", RUNS)
 @pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
-def test_the_journal_replays_bit_for_bit(tmp_path, architecture, name, options, probe, dtype):
+def test_the_journal_replays_bit_for_bit(tmp_path, architecture, name, options, forward_batching, dtype):
     model = model_of(architecture, dtype)
     fresh = copy.deepcopy(model)
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
-    optimizer = trained(model, name, options, probe, journal=tmp_path / "journal.zo")
+    optimizer = trained(model, name, options, forward_batching, journal=tmp_path / "journal.zo")
     optimizer.journal.close()
     assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(torch.cuda.get_rng_state(), states[1])
     replay(fresh, tmp_path / "journal.zo")
@@ -101,13 +103,13 @@ def test_the_journal_replays_bit_for_bit(tmp_path, architecture, name, options, 
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
-@pytest.mark.parametrize("name, options, probe", RUNS)
-def test_a_step_is_that_of_a_cpu(architecture, name, options, probe):
+@pytest.mark.parametrize("name, options, forward_batching", RUNS)
+def test_a_step_is_that_of_a_cpu(architecture, name, options, forward_batching):
     on_card, on_cpu = model_of(architecture), plain(architecture)
-    first = trained(on_card, name, options, probe, steps=1).last
-    second = ZerothOrder(on_cpu, toys.method(name, interval=3, **options), lr=1e-4, seed=5, probe=probe)
+    first = trained(on_card, name, options, forward_batching, steps=1).last
+    second = ZerothOrder(on_cpu, toys.method(name, interval=3, **options), lr=1e-4, seed=5, forward_batching=forward_batching)
     second.step(toys.transformer_loss(on_cpu), toys.tokens(6, 7))
-    assert torch.allclose(first.coefficients, second.last.coefficients, rtol=2e-2, atol=2e-2)
+    assert torch.allclose(first.coefficients, second.last_report.coefficients, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,22 +117,22 @@ def test_a_step_is_that_of_a_cpu(architecture, name, options, probe):
 def test_batched_and_sequential_agree(name, dtype):
     """Also where a layer forms its weights because a block has many rows."""
     found = []
-    for probe in ("batched", "sequential"):
+    for forward_batching in ("batched", "sequential"):
         wide = {"hidden_size": 256, "ffn_dim": 1024, "word_embed_proj_dim": 256, "max_position_embeddings": 512}
         model = toys.transformer("opt", dtype, **wide).eval().cuda()
-        optimizer = ZerothOrder(model, methods.get(name, eps=1e-2), lr=1e-4, seed=5, probe=probe)
+        optimizer = ZerothOrder(model, methods.get(name, eps=1e-2), lr=1e-4, seed=5, forward_batching=forward_batching)
         for _ in range(2):
             optimizer.step(toys.transformer_loss(model), toys.tokens(8, 500).cuda())
-        found.append(optimizer.last)
-    gap = max(found[0].gap, found[1].gap)
+        found.append(optimizer.last_report)
+    gap = max(found[0].loss_diff, found[1].loss_diff)
     assert abs(found[0].loss - found[1].loss) < (2e-2 if dtype == torch.bfloat16 else 1e-4) * found[0].loss
     assert abs(abs(float(found[0].coefficients[0])) - abs(float(found[1].coefficients[0]))) < 0.1 * gap / 1e-2 + 1
 
 
-@pytest.mark.parametrize("name, options, probe", RUNS)
-def test_a_step_waits_for_the_device_no_more_than_once(name, options, probe):
+@pytest.mark.parametrize("name, options, forward_batching", RUNS)
+def test_a_step_waits_for_the_device_no_more_than_once(name, options, forward_batching):
     model = model_of()
-    optimizer = trained(model, name, options, probe, steps=4)
+    optimizer = trained(model, name, options, forward_batching, steps=4)
     loss, batch = toys.transformer_loss(model), toys.tokens(6, 7).cuda()
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -152,24 +154,26 @@ def language_batch(step: int, length: int = 12) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
-@pytest.mark.parametrize("name, options, probe", RUNS[:6])
-def test_a_recorded_evaluation_is_the_evaluation(architecture, name, options, probe):
+@pytest.mark.parametrize("name, options, forward_batching", RUNS[:6])
+def test_a_recorded_evaluation_is_the_evaluation(architecture, name, options, forward_batching):
     """Across redraws, shapes of batches, and weights that are loaded in between."""
     found = {}
-    for capture in ("auto", False):
+    for cuda_graphs in ("auto", False):
         model = model_of(architecture)
-        optimizer = ZerothOrder(model, toys.method(name, interval=3, **options), lr=1e-4, seed=5, probe=probe, capture=capture)
+        optimizer = ZerothOrder(
+            model, toys.method(name, interval=3, **options), lr=1e-4, seed=5, forward_batching=forward_batching, cuda_graphs=cuda_graphs
+        )
         loss, seen = objectives.LanguageModelLoss(model), []
         for step in range(8):
             if step == 5:
                 model.load_state_dict({key: 0.9 * value for key, value in model.state_dict().items()})
             optimizer.step(loss, language_batch(step, 12 if step % 2 else 9))
-            seen.append(optimizer.last)
-        found[capture] = seen
-        recorded = 2 if probe == "batched" else 4  # a point each
+            seen.append(optimizer.last_report)
+        found[cuda_graphs] = seen
+        recorded = 2 if forward_batching == "batched" else 4  # a point each
         if name == "lozo-e":  # measures its layers' scales on fewer examples, twice
             recorded = 4
-        if not capture or (architecture == "gpt2" and name == "mezo"):  # whose Conv1D in full space has no kernel
+        if not cuda_graphs or (architecture == "gpt2" and name == "mezo"):  # whose Conv1D in full space has no kernel
             recorded = 0
         assert optimizer.evaluator.captures.made == recorded
     for one, other in zip(*found.values(), strict=True):
@@ -188,11 +192,11 @@ def test_what_cannot_be_recorded_is_evaluated_as_ever():
         return loss_of(batch) + 0 * torch.rand(len(batch), device="cuda")
 
     for loss in (waits, draws):
-        optimizer = ZerothOrder(model, "lozo", lr=1e-4, probe="batched", capture=True)
+        optimizer = ZerothOrder(model, "lozo", lr=1e-4, forward_batching="batched", cuda_graphs=True)
         for _ in range(2):
             optimizer.step(loss, toys.tokens(6, 7).cuda())
         assert not optimizer.evaluator.captures.on
-        optimizer.detach()
+        optimizer.remove_hooks()
 
 
 @pytest.mark.parametrize("name", ["lozo", "mezo"])
@@ -201,7 +205,7 @@ def test_recorded_runs_are_equal_bit_for_bit(tmp_path, name, dtype):
     model = model_of(dtype=dtype)
     fresh, twin = copy.deepcopy(model), copy.deepcopy(model)
     for one, path in ((model, tmp_path / "journal.zo"), (twin, None)):
-        optimizer = ZerothOrder(one, toys.method(name, interval=3), lr=1e-4, seed=5, probe="batched", journal=path)
+        optimizer = ZerothOrder(one, toys.method(name, interval=3), lr=1e-4, seed=5, forward_batching="batched", journal=path)
         loss = objectives.LanguageModelLoss(one)
         for step in range(8):
             optimizer.step(loss, language_batch(step))

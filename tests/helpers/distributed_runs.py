@@ -25,8 +25,8 @@ ROWS = 8
 
 #: Runs beside those of every method: name -> (method, options, workers, kind of loss)
 OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "four directions, by directions": ("lozo", {"num_directions": 4}, {"share": "directions"}, "each"),
-    "four directions, by both": ("mezo", {"num_directions": 4}, {"share": "both"}, "each"),
+    "four directions, by directions": ("lozo", {"num_directions": 4}, {"parallelism": "directions"}, "each"),
+    "four directions, by both": ("mezo", {"num_directions": 4}, {"parallelism": "both"}, "each"),
     "a scalar loss": ("mezo", {}, {}, "scalar"),
     "a scalar loss, four directions": ("lozo", {"num_directions": 4}, {}, "scalar"),
     "a closure": ("lozo", {}, {}, "closure"),
@@ -74,14 +74,14 @@ def run(name: str) -> dict[str, Any]:
             optimizer.step(each, tuple(x[mine] for x in batch))
         else:
             optimizer.step(each, batch)
-        assert optimizer.last is not None
-        found["coefficients"].append(optimizer.last.coefficients.tolist())
-        found["losses"].append(optimizer.last.loss)
-        found["lr"].append(optimizer.last.lr)
+        assert optimizer.last_report is not None
+        found["coefficients"].append(optimizer.last_report.coefficients.tolist())
+        found["losses"].append(optimizer.last_report.loss)
+        found["lr"].append(optimizer.last_report.lr)
         found["counts"].append([optimizer.forward_passes, optimizer.sequences_evaluated])
         found["digests"].append(state_digest(optimizer.run))
     found["eps"] = optimizer.eps
-    optimizer.detach()
+    optimizer.remove_hooks()
     found["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
     return found
 
@@ -103,7 +103,7 @@ def mistakes() -> dict[str, str]:
             told[name] = "nothing"
         except RuntimeError as error:
             told[name] = f"{type(error).__name__}: {error}"
-        optimizer.detach()
+        optimizer.remove_hooks()
 
     wrong = rank == last
     attempt("none")
@@ -122,14 +122,12 @@ def traffic() -> dict[str, int]:
     for method in ("lozo", "lozo-e"):
         model = toys.classifier()
         workers = Workers(batches="same", check_every=0)
-        optimizer = zotune.ZerothOrder(
-            model, toys.method(method, num_directions=1 if method == "lozo" else 2), lr=1e-2, workers=workers
-        )
+        optimizer = zotune.ZerothOrder(model, toys.method(method, num_directions=1 if method == "lozo" else 2), lr=1e-2, workers=workers)
         for step in range(2):
             before = workers.bytes_sent
             optimizer.step(toys.loss_function(model), toys.batch(ROWS, seed=step))
         found[method] = workers.bytes_sent - before
-        optimizer.detach()
+        optimizer.remove_hooks()
     return found
 
 

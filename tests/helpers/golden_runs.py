@@ -39,7 +39,7 @@ def trajectory(name: str, seed: int = 7) -> list[Row]:
         optimizer.step(toys.loss_function(model), toys.batch(seed=step))
         weights = torch.cat([tensor.flatten() for tensor in model.state_dict().values()]).double()
         product = float(weights @ torch.arange(len(weights)).double().cos())
-        rows.append(Row(step, optimizer.last.loss, float(optimizer.last.coefficients[0]), product))
+        rows.append(Row(step, optimizer.last_report.loss, float(optimizer.last_report.coefficients[0]), product))
     return rows
 
 

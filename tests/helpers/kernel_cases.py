@@ -157,14 +157,16 @@ def check_layers(device: torch.device) -> None:
         found = {}
         for passes in (1.5, math.inf):
             zotune.forward.materialized.PASSES = passes
-            for probe in ("batched", "sequential"):
+            for forward_batching in ("batched", "sequential"):
                 twin = copy.deepcopy(model)
-                optimizer = zotune.ZerothOrder(twin, zotune.methods.recipes.lozo(eps=1e-2), lr=1e-2, seed=3, probe=probe)
+                optimizer = zotune.ZerothOrder(
+                    twin, zotune.methods.recipes.lozo(eps=1e-2), lr=1e-2, seed=3, forward_batching=forward_batching
+                )
                 for _ in range(3):
                     optimizer.step(lambda rows, twin=twin: twin(rows).float().square().mean(dim=(1, 2)), x.to(dtype))
                 low_rank = [c for group in optimizer.run.state.coordinates for c in group if len(c.shape) == 2]
                 assert all(zotune.forward.materialized.forms(c, 80) == (passes == 1.5) for c in low_rank)
-                found[passes, probe] = optimizer.last.coefficients
+                found[passes, forward_batching] = optimizer.last_report.coefficients
         expected = found[math.inf, "sequential"]
         for way, coefficients in found.items():
             assert torch.allclose(coefficients, expected, rtol=close, atol=20 * close), (dtype, way, coefficients, expected)

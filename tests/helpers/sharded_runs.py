@@ -49,10 +49,10 @@ def run(method: str, model: nn.Module, journal: Path | None = None) -> dict[str,
     loss_fn = toys.loss_function(model)
     for step in range(STEPS):
         optimizer.step(loss_fn, toys.batch(8, seed=step))
-        assert optimizer.last is not None
-        found["losses"].append(optimizer.last.loss)
+        assert optimizer.last_report is not None
+        found["losses"].append(optimizer.last_report.loss)
         found["digests"].append(state_digest(optimizer.run))
-    optimizer.detach()
+    optimizer.remove_hooks()
     with torch.no_grad():
         found["after"] = float(loss_fn(toys.batch(8)).mean())
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]

@@ -40,7 +40,13 @@ def run(folder: Path, method: str, *, steps: int, resume: bool) -> None:
     if "interval" in zotune.methods.options(method):
         options["interval"] = 4
     job = trainer(
-        folder, probe="batched", lr_scheduler_type="linear", warmup_steps=3, train_dataset=choice_rows(40), logging_steps=1000, **options
+        folder,
+        forward_batching="batched",
+        lr_scheduler_type="linear",
+        warmup_steps=3,
+        train_dataset=choice_rows(40),
+        logging_steps=1000,
+        **options,
     )
     job.train(resume_from_checkpoint=resume or None)
     job.save_model()

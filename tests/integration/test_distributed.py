@@ -116,11 +116,11 @@ def test_pieces_cover_a_range_of_parts(columns: range) -> None:
 
 def test_wrong_words_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown share 'dada'"):
-        Workers(share="dada")
+        Workers(parallelism="dada")
     with pytest.raises(ValueError, match="needs workers with the same batch"):
-        Workers(share="directions", batches="own")
+        Workers(parallelism="directions", batches="own")
     with pytest.raises(ValueError, match="unknown share"):
-        zotune.ZOConfig(output_dir="x", share="dada")
+        zotune.ZOConfig(output_dir="x", parallelism="dada")
 
 
 # -- several processes ------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_training_in_two_processes(two_processes: tuple[Path, list[dict[str, Any
     assert (found["accuracy"], found["epoch"]) == (alone["accuracy"], alone["epoch"])
     assert found["wrapped"] == "LlamaForCausalLM", "no DistributedDataParallel"
     optimizer = replay(trainer_cases.tiny_llama(), folder / "choices" / "journal.zo")
-    optimizer.detach()
+    optimizer.remove_hooks()
     assert digest(optimizer.model) == found["weights"]
     own = one_process["labels"]
     assert ranks[0]["labels"]["losses"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in own["losses"]]
@@ -254,7 +254,18 @@ def test_torchrun_that_is_told_to_stop_saves_and_one_process_goes_on(
     command_cases.save_data(tmp_path)
     (tmp_path / "stopped.py").write_text(STOPPED)
     words = ["--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--learning_rate", "1e-3", "--use_cpu", "true"]
-    words += ["--save_steps", "100000", "--eval_strategy", "no", "--max_steps", "100000", "--probe", "batched", "--output_dir", "run"]
+    words += [
+        "--save_steps",
+        "100000",
+        "--eval_strategy",
+        "no",
+        "--max_steps",
+        "100000",
+        "--forward_batching",
+        "batched",
+        "--output_dir",
+        "run",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "stopped.py", "train", *words]
     with subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -291,13 +302,15 @@ def test_a_model_that_accelerate_has_dispatched_trains_as_the_plain_one(tmp_path
             model = accelerate.dispatch_model(model, device_map=device_map, main_device="cpu", force_hooks=True)
             assert all(hasattr(layer, "_hf_hook") for layer in model.model.layers) and model.hf_device_map == device_map
         folder = tmp_path / str(dispatched)
-        run = trainer_cases.trainer(folder, model, train_dataset=trainer_cases.choice_rows(20), max_steps=3, method="lozo", probe="batched")
+        run = trainer_cases.trainer(
+            folder, model, train_dataset=trainer_cases.choice_rows(20), max_steps=3, method="lozo", forward_batching="batched"
+        )
         run.train()
         found.append(({name: p.detach().clone() for name, p in model.named_parameters()}, (folder / "journal.zo").read_bytes()))
     assert found[0][1] == found[1][1]
     assert trainer_cases.same_weights(found[0][0], found[1][0])
     optimizer = replay(trainer_cases.tiny_llama(), tmp_path / "True" / "journal.zo")
-    optimizer.detach()
+    optimizer.remove_hooks()
     assert trainer_cases.same_weights(dict(optimizer.model.named_parameters()), found[1][0])
 
 
@@ -316,7 +329,7 @@ def test_sharded_weights_move_as_whole_ones_do(worlds: Path) -> None:
             assert found["rows"]["0.0.weight"] == [10, 16], "half of 20 rows"
             # The journal is that of the whole model, and rebuilds it.
             optimizer = replay(sharded_runs.blocks(toys.classifier(dtype)), worlds / "shards" / f"{name}.zo")
-            optimizer.detach()
+            optimizer.remove_hooks()
             replayed = torch.cat([p.detach().float().flatten() for p in optimizer.model.parameters()]).tolist()
             if method == "lozo":  # products of fewer rows round differently
                 assert replayed == pytest.approx(found["weights"], abs=1e-5 if dtype == torch.float32 else 2e-2), name

@@ -39,7 +39,7 @@ from zotune.training import resume as resuming
 from zotune.training.checkpoint import contents, storage
 from zotune.training.curve import Curve, write_curve
 
-RUN: dict[str, Any] = {"max_steps": 6, "train_dataset": choice_rows(40), "probe": "batched", "method": "lozo", "interval": 2}
+RUN: dict[str, Any] = {"max_steps": 6, "train_dataset": choice_rows(40), "forward_batching": "batched", "method": "lozo", "interval": 2}
 SAVING = {**RUN, "save_strategy": "steps", "save_steps": 2}
 
 
@@ -138,7 +138,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name: str, st
             path.write_bytes(content)
         fault = storage.problem(path.parent, journal)
         assert fault is not None and "resume from another checkpoint" in fault
-        assert name in fault or name == storage.MANIFEST or (content is None and name == "model.safetensors" and "holds no weights" in fault)
+        assert (
+            name in fault or name == storage.MANIFEST or (content is None and name == "model.safetensors" and "holds no weights" in fault)
+        )
         assert resuming.checkpoint_of(stopped, stopped / "journal.zo", True, alone=True) == stopped / "checkpoint-2"
         assert verify([str(stopped)]) == 1
         said = capsys.readouterr().out
@@ -221,7 +223,7 @@ def test_a_disk_that_is_full_at_any_sync_loses_nothing(tmp_path: Path, straight:
 
 def test_a_record_that_the_disk_takes_in_part_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = toys.classifier()
-    optimizer = ZerothOrder(model, "mezo", lr=1e-2, journal=tmp_path / "j", probe="sequential")
+    optimizer = ZerothOrder(model, "mezo", lr=1e-2, journal=tmp_path / "j", forward_batching="sequential")
     optimizer.step(toys.loss_function(model), toys.batch())
     before, kept = weights(model), (tmp_path / "j").read_bytes()
     genuine = os.pwrite
@@ -279,7 +281,7 @@ def test_a_disk_without_room_for_the_model_keeps_the_journal_which_brings_it_bac
     save_small_model(tmp_path / "my-model")
     save_data(tmp_path)
     words = ["--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--max_steps", "4", "--learning_rate", "1e-3"]
-    words += ["--save_strategy", saving, "--save_steps", "2", "--probe", "batched"]
+    words += ["--save_strategy", saving, "--save_steps", "2", "--forward_batching", "batched"]
     assert run_command(capsys, "train", *words, "--output_dir", "straight").code == 0
     size = (tmp_path / "my-model/model.safetensors").stat().st_size
     full_disk(size - 100)
@@ -398,7 +400,7 @@ def test_a_loader_that_raises_leaves_a_run_that_goes_on(tmp_path: Path, straight
 def test_either_loss_of_a_direction_may_be_no_number(which: int, bad: float, tmp_path: Path) -> None:
     """θ + εZ and θ − εZ of two directions in turn: that direction counts for nothing, the other as ever, and the journal replays."""
     model = toys.classifier()
-    optimizer = ZerothOrder(model, toys.method("mezo", num_directions=2), lr=1e-2, journal=tmp_path / "j", probe="sequential")
+    optimizer = ZerothOrder(model, toys.method("mezo", num_directions=2), lr=1e-2, journal=tmp_path / "j", forward_batching="sequential")
     usual, calls = toys.loss_function(model), 0
     optimizer.step(usual, toys.batch())  # the first compares ways of evaluating
 
@@ -421,7 +423,7 @@ def test_either_loss_of_a_direction_may_be_no_number(which: int, bad: float, tmp
 
 def test_a_loss_spike_is_a_step_like_others_and_replays(tmp_path: Path) -> None:
     model = toys.classifier()
-    optimizer = ZerothOrder(model, "mezo", lr=1e-4, journal=tmp_path / "j", probe="sequential")
+    optimizer = ZerothOrder(model, "mezo", lr=1e-4, journal=tmp_path / "j", forward_batching="sequential")
     usual = toys.loss_function(model)
     for step in range(4):
         optimizer.step(lambda batch, step=step: usual(batch) * (1e6 if step == 2 else 1.0), toys.batch(seed=step))

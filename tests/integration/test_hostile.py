@@ -99,7 +99,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-EVENTS = ["fold", "eps", "observed", "scales", "measured", "probe", "general_path", "?"]
+EVENTS = ["fold", "eps", "observed", "scales", "measured", "forward_batching", "general_path", "?"]
 events = st.fixed_dictionaries(
     {"event": st.sampled_from(EVENTS)},
     optional={"value": json_values, "values": json_values, "batched": json_values, "names": json_values, "pieces": json_values},
@@ -416,7 +416,13 @@ def test_an_adapter_of_pickles_is_refused(model_folder: Path, tmp_path: Path) ->
 
 PICKLES = ["pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth",
            "rng_state_0.pth", "scaler.pt", "pytorch_model.bin.index.json"]  # fmt: skip
-RUN: dict[str, Any] = {"max_steps": 4, "train_dataset": choice_rows(20), "probe": "batched", "save_strategy": "steps", "save_steps": 2}
+RUN: dict[str, Any] = {
+    "max_steps": 4,
+    "train_dataset": choice_rows(20),
+    "forward_batching": "batched",
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
 
 
 def test_pickles_in_a_run_folder_are_never_loaded(tmp_path: Path) -> None:

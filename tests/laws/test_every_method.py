@@ -153,13 +153,13 @@ def test_the_estimate_is_of_the_gradient_what_the_method_says(name):
     estimates = []
     for _step in range(60 if shared else 800):
         optimizer.step(loss)
-        if not optimizer.last.terms:  # looked, and did not move
+        if not optimizer.last_report.terms:  # looked, and did not move
             continue
         estimate = []
         for parameter in parameters:
             (coordinate,) = (c for c in optimizer.probe.coordinates if c.parameter is parameter)
             here, total = coordinate.at(optimizer.directions, None), torch.zeros_like(parameter)
-            for term in optimizer.last.terms:
+            for term in optimizer.last_report.terms:
                 for k, c in enumerate(term.coefficients):
                     move = coordinate.at(optimizer.directions, Offset(1.0, 0, term.step, k)) - here
                     total += c / len(term.coefficients) * move
@@ -289,7 +289,7 @@ def test_between_steps_the_model_computes_with_what_state_dict_holds(name):
     x = toys.batch()[0]
     live = model(x)
     assert torch.allclose(live, plain(x), atol=1e-5)
-    optimizer.detach()
+    optimizer.remove_hooks()
     assert torch.allclose(live, model(x), atol=1e-5) and equal(model, plain)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -331,7 +331,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_said(name, tmp_path):
     run(model, optimizer, 0, 3)
     before = copy.deepcopy(model.state_dict())
     optimizer.step(lambda batch: toys.loss_function(model)(batch) * math.nan, toys.batch())
-    assert all(optimizer.last.skipped) and not optimizer.last.coefficients.any()
+    assert all(optimizer.last_report.skipped) and not optimizer.last_report.coefficients.any()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert [set(r.skipped) for r in optimizer.journal.records() if not isinstance(r, dict)] == [{False}] * 3 + [{True}]
     run(model, optimizer, 4, 6)
@@ -343,7 +343,7 @@ def test_bfloat16_steps_at_rate_zero_leave_every_weight_unchanged(name):
     model, optimizer = build(name, torch.bfloat16, lr=0.0)
     before = copy.deepcopy(model)
     run(model, optimizer, 0, 30)
-    optimizer.detach()
+    optimizer.remove_hooks()
     assert equal(model, before)
 
 
@@ -385,10 +385,10 @@ def test_the_table_of_rates_names_methods_only():
 
 
 @every_method
-@pytest.mark.parametrize("probe", ["auto", "sequential"])
-def test_a_step_leaves_no_tensors_to_the_garbage_collector(name, probe):
+@pytest.mark.parametrize("forward_batching", ["auto", "sequential"])
+def test_a_step_leaves_no_tensors_to_the_garbage_collector(name, forward_batching):
     """Tensors in circles of references stay until Python happens to look for them: memory that nobody has asked for."""
-    model, optimizer = build(name, probe=probe)
+    model, optimizer = build(name, forward_batching=forward_batching)
     run(model, optimizer, 0, 3)
     gc.collect()
     gc.disable()

@@ -30,7 +30,7 @@ def test_a_run_is_torchzeros_along_the_same_directions(case, num_directions):
     options, formula, rule = CASES[case]
     method = methods.get(case.removesuffix("-forward"), eps=EPS, num_directions=num_directions, **options)
     ours, theirs = toys.classifier(), toys.classifier()
-    optimizer = ZerothOrder(ours, method, lr=LR, probe="sequential")
+    optimizer = ZerothOrder(ours, method, lr=LR, forward_batching="sequential")
     names = {id(p): name for name, p in theirs.named_parameters()}
 
     class Given(tz.m.RandomizedFDM):

@@ -42,8 +42,8 @@ class BackwardReport:
     grad_norm: float
     skipped: tuple[bool, ...]
     lr: tuple[float, ...]
-    gap: None = None
-    gap_noise: None = None
+    loss_diff: None = None
+    loss_diff_stderr: None = None
 
 
 class FirstOrder(torch.optim.Optimizer):
@@ -111,7 +111,7 @@ class FirstOrder(torch.optim.Optimizer):
         self.forward_passes = 0
         self.backward_passes = 0
         self.sequences_evaluated = 0
-        self.last: BackwardReport | None = None
+        self.last_report: BackwardReport | None = None
         self._nonfinite_in_a_row = 0
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -193,7 +193,7 @@ class FirstOrder(torch.optim.Optimizer):
             moved.grad = None
         self.steps += 1
         rates = tuple(float(group["lr"]) for group in self.param_groups)
-        self.last = BackwardReport(self.steps, loss, norm, (not finite,), rates)
+        self.last_report = BackwardReport(self.steps, loss, norm, (not finite,), rates)
         if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteLossError(
                 f"the loss or its gradient was not finite for {self._nonfinite_in_a_row} steps in a row, up to step {self.steps}: lower "
@@ -258,7 +258,7 @@ class FirstOrder(torch.optim.Optimizer):
         """What a step costs in forward passes; a checkpointed forward runs again."""
         return self.method.forwards_per_step + int(_checkpoints(self.model))
 
-    def detach(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove what the method has attached to the model."""
         release = getattr(self.inner, "detach", None)
         if release is not None:

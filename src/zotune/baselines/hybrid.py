@@ -56,7 +56,7 @@ class Hybrid(FirstOrder):
             self.method.zo_lr,
             params=[group for group in groups if group["params"]],
             seed=self.seed,
-            probe="sequential",
+            forward_batching="sequential",
         )
         self.eps = self.method.eps
         self._found: StepRecord | None = None
@@ -115,9 +115,9 @@ class Hybrid(FirstOrder):
         self.shallow.steps = self.steps  # a step that was skipped took no record
         self.shallow.apply(self._found)
 
-    def detach(self) -> None:
-        super().detach()
-        self.shallow.detach()
+    def remove_hooks(self) -> None:
+        super().remove_hooks()
+        self.shallow.remove_hooks()
 
     # -- state ----------------------------------------------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ def forward_only(folder: Path, seed: int, steps: int) -> dict[str, Any]:
         seed=seed,
         use_cpu=True,
         disable_tqdm=True,
-        probe="sequential",  # the memory of one batch is what is shown here
+        forward_batching="sequential",  # the memory of one batch is what is shown here
     )
     model = ModelArguments(str(bundled.path("tiny-lm")))
     data = DataArguments(task="sst2", train_file=_reviews("train"), eval_file=_reviews("test"), objective="choices")

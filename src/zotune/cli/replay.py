@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     model, tokenizer = base_model(args, journal, path.parent, offload=args.offload or "no", **where)
     optimizer = replay(model, journal, until=args.step)
     steps = optimizer.steps
-    optimizer.detach()
+    optimizer.remove_hooks()
     model = dequantize(model)
     if args.merge:
         model = merged(model)

@@ -26,7 +26,13 @@ def add_options(parser: CommandParser) -> None:
     add("--sequence_length", type=int, default=256, metavar="N", help="tokens an example (default 256)")
     add("--scored_tokens", type=int, metavar="N", help="tokens of an example that the loss scores (default all)")
     add("--dtype", choices=DTYPES, metavar="NAME", help=f"of the weights: {', '.join(DTYPES)}")
-    add("--probe", default="auto", choices=("auto", "batched", "sequential"), metavar="NAME", help="as in train: batched or sequential")
+    add(
+        "--forward_batching",
+        default="auto",
+        choices=("auto", "batched", "sequential"),
+        metavar="NAME",
+        help="as in train: batched or sequential",
+    )
     add("--activation_checkpointing", action="store_true", help="first-order methods run forwards again and keep no activations")
 
 
@@ -89,6 +95,6 @@ def workload(args: argparse.Namespace, method: Any, dtype: str) -> Any:
         sequence_length=args.sequence_length,
         dtype=getattr(torch, dtype),
         scored=args.scored_tokens,
-        probe=args.probe,
+        forward_batching=args.forward_batching,
         activation_checkpointing=args.activation_checkpointing,
     )

@@ -72,7 +72,7 @@ class Captures:
 
     def __init__(self, probe: Probe, choice: bool | str) -> None:
         if choice not in CHOICES:
-            raise ValueError(f"capture must be True, False or 'auto', not {choice!r}.")
+            raise ValueError(f"cuda_graphs must be True, False or 'auto', not {choice!r}.")
         self.probe, self.choice = probe, choice
         possible = [device.type for device in probe.devices] == ["cuda"] and not probe.sharded and not probe.streams
         #: Whether evaluations are recorded, as far as is known.

@@ -75,10 +75,10 @@ def measure(
     batch = {name: tensor.to(device) for name, tensor in batch_of(workload).items()}
     peaks, optimizer = run(model, workload, batch, ledger=ledger, host=host, strict=strict)
     if optimizer is not None:
-        optimizer.detach()
+        optimizer.remove_hooks()
     for place, other in enumerate(other_phases(workload)):
         more, optimizer = run(model, other, batch, ledger=ledger, host=host, strict=strict)
-        optimizer.detach()
+        optimizer.remove_hooks()
         peaks = peaks | {f"{moment} {place}": split for moment, split in more.items()}
     return _highest(peaks)
 
@@ -117,7 +117,7 @@ def _steps(
             rows = len(next(iter(batch.values())))
             # Examples sampled beyond a batch are kept on the host: elsewhere they cost no more than their forwards.
             examples = (lambda _, count: [batch] * -(-count // rows)) if counted.host else None
-            optimizer = ZerothOrder(model, method, lr=rate, probe=workload.probe, examples=examples)
+            optimizer = ZerothOrder(model, method, lr=rate, forward_batching=workload.forward_batching, sample_batches=examples)
     for _ in range(STEPS):
         counted.begin_step()
         optimizer.step(loss, batch)

@@ -74,7 +74,7 @@ def needs_of(
     workloads = []
     if isinstance(method, Method) and data.train:
         shape = _longest(data.train, data.collate_train, config.per_device_train_batch_size)
-        workloads.append(Workload(plan.config, method, scheme, *shape[:2], dtype, shape[2], config.probe))
+        workloads.append(Workload(plan.config, method, scheme, *shape[:2], dtype, shape[2], config.forward_batching))
     held_out = data.dev or data.eval
     if held_out:
         shape = _longest(held_out, data.collate_eval, config.per_device_eval_batch_size)

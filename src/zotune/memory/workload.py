@@ -30,7 +30,7 @@ class Workload:
         sequence_length: tokens an example, T.
         dtype: of the weights.
         scored: tokens of an example whose logits the loss needs; None: T − 1, all that can be predicted.
-        probe: as in :class:`zotune.ZerothOrder`.
+        forward_batching: as in :class:`zotune.ZerothOrder`.
         activation_checkpointing: first-order methods run forwards again in place of keeping activations.
     """
 
@@ -41,7 +41,7 @@ class Workload:
     sequence_length: int = 256
     dtype: torch.dtype = torch.float32
     scored: int | None = None
-    probe: str = "auto"
+    forward_batching: str = "auto"
     activation_checkpointing: bool = False
 
     def with_(self, **changes: Any) -> Workload:
@@ -76,7 +76,7 @@ class Workload:
         )
 
 
-_PLAIN_FIELDS = ("batch_size", "sequence_length", "scored", "probe", "activation_checkpointing")
+_PLAIN_FIELDS = ("batch_size", "sequence_length", "scored", "forward_batching", "activation_checkpointing")
 
 
 def prepared(model: nn.Module, workload: Workload) -> nn.Module:

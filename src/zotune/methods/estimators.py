@@ -31,16 +31,16 @@ class Estimate(NamedTuple):
         loss: mean loss of the batch (float).
         coefficients: c_k, float32 on the CPU, shape (K,); 0 where skipped.
         skipped: per direction, whether a loss was not finite.
-        gap: mean over k of the absolute loss difference that c_k is made of.
-        gap_noise: its standard error over the examples of the batch; None if the loss is a scalar or the batch one example.
+        loss_diff: mean over k of the absolute loss difference that c_k is made of.
+        loss_diff_stderr: its standard error over the examples of the batch; None if the loss is a scalar or the batch one example.
         curvatures: q_k, float32 on the CPU, shape (K,), 0 where skipped; empty for estimators that do not look at it.
     """
 
     loss: float
     coefficients: Tensor
     skipped: tuple[bool, ...]
-    gap: float
-    gap_noise: float | None
+    loss_diff: float
+    loss_diff_stderr: float | None
     curvatures: Tensor = torch.empty(0)
 
 
@@ -170,12 +170,12 @@ def _estimate(pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[float], w
     coefficients, skipped, gaps, noises = [], [], [], []
     for high, low in pairs:
         difference = high.double() - low.double()
-        gap = float(difference.mean())
-        bad = not math.isfinite(gap)
+        loss_diff = float(difference.mean())
+        bad = not math.isfinite(loss_diff)
         skipped.append(bad)
-        coefficients.append(0.0 if bad else gap / width)
+        coefficients.append(0.0 if bad else loss_diff / width)
         if not bad:
-            gaps.append(abs(gap))
+            gaps.append(abs(loss_diff))
             if difference.numel() > 1:
                 noises.append(float(difference.std()) / math.sqrt(difference.numel()))
     finite = [level for level in levels if math.isfinite(level)]
@@ -183,8 +183,8 @@ def _estimate(pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[float], w
         loss=sum(finite) / len(finite) if finite else math.nan,
         coefficients=torch.tensor(coefficients, dtype=torch.float32),
         skipped=tuple(skipped),
-        gap=sum(gaps) / len(gaps) if gaps else math.nan,
-        gap_noise=sum(noises) / len(noises) if noises else None,
+        loss_diff=sum(gaps) / len(gaps) if gaps else math.nan,
+        loss_diff_stderr=sum(noises) / len(noises) if noises else None,
     )
 
 
@@ -216,6 +216,6 @@ def _estimate_own(high: Tensor, low: Tensor, levels: Tensor, owners: Tensor, wid
         loss=float(finite.mean()) if len(finite) else math.nan,
         coefficients=(sums * (k / (n * width))).float(),
         skipped=tuple(skipped.tolist()),
-        gap=float(gaps.mean()) if len(gaps) else math.nan,
-        gap_noise=noise,
+        loss_diff=float(gaps.mean()) if len(gaps) else math.nan,
+        loss_diff_stderr=noise,
     )

@@ -15,7 +15,7 @@ from zotune.methods.estimators import ESTIMATORS
 from zotune.methods.rules import Rule
 from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.calibrator import Calibrator
-from zotune.optim.context import Examples
+from zotune.optim.context import SampleBatches
 from zotune.optim.distributed.workers import Workers
 from zotune.optim.evaluator import Evaluator
 from zotune.optim.guided import Guidance
@@ -60,10 +60,10 @@ def build(
     param_groups: list[dict[str, Any]],
     *,
     seed: int,
-    probe: str,
-    capture: bool | str,
+    forward_batching: str,
+    cuda_graphs: bool | str,
     workers: Workers,
-    examples: Examples | None,
+    sample_batches: SampleBatches | None,
     measured: bool,
 ) -> RunParts:
     """The parts of a run; ``measured``: the learning rate is.
@@ -81,7 +81,7 @@ def build(
     state = RunState(seed, groups, math.nan if isinstance(method.eps, str) else method.eps)
     model_probe = Probe(model, coordinates, directions)
     try:
-        evaluator = Evaluator(model_probe, method, estimator, probe, state, workers, capture)
+        evaluator = Evaluator(model_probe, method, estimator, forward_batching, state, workers, cuda_graphs)
         unknown_eps = math.isnan(state.eps)
         scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
         calibrator = Calibrator(model_probe, method, rule, scale, unknown_eps, measured) if measured or unknown_eps else None
@@ -106,7 +106,7 @@ def build(
         calibrator=calibrator,
         guidance=guidance,
         anchor=anchor,
-        examples=examples,
+        sample_batches=sample_batches,
         state=state,
     )
 

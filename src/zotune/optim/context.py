@@ -11,7 +11,7 @@ from zotune.forward.losses import LossFunction
 #: In place of a batch: the loss function is a closure.
 NO_BATCH: Any = object()
 #: Micro-batches of about so many training examples, the same ones for a step whenever asked: examples(step, count).
-Examples = Callable[[int, int], list[Any]]
+SampleBatches = Callable[[int, int], list[Any]]
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Evaluator:
         choice: ``"auto"``, ``"batched"`` or ``"sequential"``.
         state: of the run, for ε.
         workers: who evaluates with us; None: nobody.
-        capture: what is recorded and replayed (see ``captured``).
+        cuda_graphs: what is recorded and replayed (see ``captured``).
 
     Raises:
         ValueError: another choice; ``"batched"``, or a method with own directions, where a parameter cannot be evaluated at several points
@@ -69,22 +69,22 @@ class Evaluator:
         choice: str,
         state: RunState,
         workers: Workers | None = None,
-        capture: bool | str = "auto",
+        cuda_graphs: bool | str = "auto",
     ) -> None:
         if choice not in PROBES:
-            raise ValueError(f"unknown probe {choice!r}; choose one of {', '.join(PROBES)}.")
+            raise ValueError(f"unknown forward_batching {choice!r}; choose one of {', '.join(PROBES)}.")
         dense = probe.dense
         together = dense is None or (choice == "batched" and not method.own and method.num_directions == 1 and probe.dense_together)
         if not together and (method.own or choice == "batched"):
             assert dense is not None
-            what = f"directions_per={method.directions_per!r}" if method.own else "probe='batched'"
+            what = f"directions_per={method.directions_per!r}" if method.own else "forward_batching='batched'"
             raise ValueError(
                 f"{what} is not possible for {dense.name}, a weight of shape {tuple(dense.parameter.shape)} that moves in full space; "
                 "use one direction a step, a low-rank method (lozo, lozo-m) or an adapter (PEFT)."
             )
         self.probe, self.method, self.estimator, self.choice, self.state = probe, method, estimator, choice, state
         self.workers = workers or Workers()
-        self.captures = Captures(probe, capture)
+        self.captures = Captures(probe, cuda_graphs)
         self.forward = BatchedForward(probe, self.captures, state)
         self.chooser = Chooser(self.forward, method, estimator, self.workers, choice)
         self.found = EvaluationChoice(
@@ -118,7 +118,7 @@ class Evaluator:
 
     def event(self) -> dict[str, Any]:
         """How the run is evaluated, for its journal, where that is not batched."""
-        return {"event": "probe", "batched": bool(self.batched), **({"apart": bool(self.apart)} if self.method.own else {})}
+        return {"event": "forward_batching", "batched": bool(self.batched), **({"apart": bool(self.apart)} if self.method.own else {})}
 
     # -- a step ---------------------------------------------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ class Evaluator:
             return
         warnings.warn(
             f"no batched evaluation of this model and loss: {found.reason}. Evaluating one point after the other instead: results are "
-            "right, steps are slower; probe='sequential' avoids this warning.",
+            "right, steps are slower; forward_batching='sequential' avoids this warning.",
             stacklevel=5,
         )
 
@@ -283,7 +283,7 @@ class Evaluator:
             if not together or parts is None or len(parts) > 1:
                 raise ValueError(
                     "of sharded weights all processes evaluate the same points together: give step() one batch, of at least an example for "
-                    "each process, a loss function with one loss an example, and share='data'."
+                    "each process, a loss function with one loss an example, and parallelism='data'."
                 )
         return share
 

@@ -31,7 +31,7 @@ _LONGEST = _HEAD.size + 0xFFFF + _CRC.size
 _STEP_HEAD = struct.Struct("<IfBH?")
 #: What events are deflated against; journals that are written can be read with this text only.
 _PHRASES = (
-    b'"]]}{"event":"observed","step":,"pieces":[["{"event":"general_path","names":["{"event":"probe","batched":false}'
+    b'"]]}{"event":"observed","step":,"pieces":[["{"event":"general_path","names":["{"event":"forward_batching","batched":false}'
     b'"spread":{"forgetting":0.25,"agreement":{"forgetting":0.15,"single":{"forgetting":0.1,"moment":{"forgetting":0.1,'
     b'"recent":{"forgetting":0.2,"count":0,"mean":0.0,"square":0.0},"units":1,"lowest":null,"brake":1.0}}'
     b'"state":{"curvature":{"forgetting":0.25,"count":,"mean":,"square":{"event":"eps","value":0.00'

@@ -56,7 +56,7 @@ def merge(model: nn.Module, journals: Sequence[str | Path | Journal], weights: S
             optimizer = replay(twin, journal)
         except ValueError as error:
             raise (error if str(journal.path) in str(error) else ValueError(f"{journal.path}: {error}")) from None
-        optimizer.detach()
+        optimizer.remove_hooks()
         for name, parameter in twin.named_parameters():
             if name in trained:
                 part = parameter.detach().double().mul_(share)

@@ -19,7 +19,7 @@ from zotune.methods.estimators import Estimate
 from zotune.methods.rules import Rule
 from zotune.optim import saved_state
 from zotune.optim.construction import build, parameter_groups
-from zotune.optim.context import NO_BATCH, Examples, StepContext, micro_batches
+from zotune.optim.context import NO_BATCH, SampleBatches, StepContext, micro_batches
 from zotune.optim.distributed.agreement import settle
 from zotune.optim.distributed.workers import Workers
 from zotune.optim.journal import Journal, Record, StepRecord
@@ -59,17 +59,17 @@ class ZerothOrder(torch.optim.Optimizer):
         weight_decay: λ in θ ← θ − η (ĝ + λθ); not on vectors (bias, norm), unless you pass groups of your own.
         seed: the run's seed, from which every direction follows.
         max_nonfinite_steps: stop after so many steps in a row without a finite loss.
-        probe: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``, one
+        forward_batching: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``, one
             after the other (least memory); ``"auto"``, batched where parameters, batch and loss allow it and sequential is not clearly
             faster on the first batch. Losses are equal up to rounding; the journal and checkpoints keep the choice.
-        capture: whether batched evaluations on a CUDA device are recorded once a shape of batch and replayed, which saves the host's time
+        cuda_graphs: whether batched evaluations on a CUDA device are recorded once a shape of batch and replayed, which saves the host's time
             (see ``captured``): ``"auto"``, small batches of loss functions with ``capturable = True``, as those of ``zotune.objectives``
             have; True, whatever the loss function is: it is then called with tensors to be read no more than once; False, never.
         journal: where to keep the run's record: a path for a new file, a :class:`~zotune.optim.journal.Journal`, or None. Of several workers
             the first keeps it.
         workers: with whom the steps are taken (see :class:`~zotune.optim.distributed.Workers`); None: with all processes of the default group of
             ``torch.distributed``, where there is one.
-        examples: ``examples(step, count)`` gives micro-batches of about ``count`` training examples, the same ones whenever it is asked
+        sample_batches: ``sample_batches(step, count)`` gives micro-batches of about ``count`` training examples, the same ones whenever it is asked
             for a step, to a method that looks at more than a step's batch now and then (``lozo-g``); None: it makes do with the batch.
 
     Raises:
@@ -99,11 +99,11 @@ class ZerothOrder(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         max_nonfinite_steps: int = 10,
-        probe: str = "auto",
-        capture: bool | str = "auto",
+        forward_batching: str = "auto",
+        cuda_graphs: bool | str = "auto",
         journal: str | Path | Journal | None = None,
         workers: Workers | None = None,
-        examples: Examples | None = None,
+        sample_batches: SampleBatches | None = None,
     ) -> None:
         method = methods.get(method) if isinstance(method, str) else method
         lr = method.lr if lr is None else lr
@@ -125,10 +125,10 @@ class ZerothOrder(torch.optim.Optimizer):
             self.rule,
             self.param_groups,
             seed=self.seed,
-            probe=probe,
-            capture=capture,
+            forward_batching=forward_batching,
+            cuda_graphs=cuda_graphs,
             workers=self.workers,
-            examples=examples,
+            sample_batches=sample_batches,
             measured=measured,
         )
         self.method, self.estimator, self.directions, self.layers = run.method, run.estimator, run.directions, run.layers
@@ -137,7 +137,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.resume = Resume(run, self.updater)
         self.preparation = Preparation(run, self.updater)
         self.drawn, self.guided_estimate = DrawnEstimate(run), GuidedEstimate(run, self.preparation)
-        self.last: StepReport | None = None
+        self.last_report: StepReport | None = None
         self.journal = journal if isinstance(journal, Journal) and self.workers.first else None
         if journal is not None and not isinstance(journal, Journal):
             header = self.header()  # on every worker: of sharded weights each has a part to tell
@@ -167,7 +167,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._settle(context.parts)
         followed, ready = self.resume.step(context.parts)
         if followed is not None:
-            self.last = followed
+            self.last_report = followed
             with memory_tag("activations"):
                 return torch.tensor(followed.loss)
         if ready:
@@ -178,9 +178,9 @@ class ZerothOrder(torch.optim.Optimizer):
         record = _record(context.step, estimate, rates)
         state.write(record)
         self.apply(record)
-        gap = estimate.gap if math.isfinite(estimate.gap) else None
-        self.last = StepReport(
-            state.steps, record.loss, estimate.coefficients, gap, estimate.gap_noise, estimate.skipped, rates, state.terms
+        loss_diff = estimate.loss_diff if math.isfinite(estimate.loss_diff) else None
+        self.last_report = StepReport(
+            state.steps, record.loss, estimate.coefficients, loss_diff, estimate.loss_diff_stderr, estimate.skipped, rates, state.terms
         )
         self._check_finite(context.step)
         with memory_tag("activations"):
@@ -216,7 +216,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         self.updater.apply(record)
 
-    def follow(self, records: Sequence[Record]) -> None:
+    def fast_forward(self, records: Sequence[Record]) -> None:
         """Take the steps to come from records of an earlier run of the same kind, and go on by oneself after them.
 
         As many calls of :meth:`step` as ``records`` holds steps evaluate nothing, write nothing to the journal and end in the weights,
@@ -226,7 +226,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.tail = list(records)
 
     @torch.no_grad()
-    def fold(self) -> None:
+    def flush_updates(self) -> None:
         """Write pending low-rank updates A Vᵀ into the weights now, for code that reads parameters directly.
 
         The model's forward and ``state_dict()`` hold the trained weights without it. The fold is an event of the journal.
@@ -235,7 +235,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self.run.state.write({"event": "fold"})
         self.updater.fold()
 
-    def detach(self) -> None:
+    def remove_hooks(self) -> None:
         """Leave the model as a plain module with the trained weights: fold, and remove every hook. The optimizer is done then."""
         with torch.no_grad():
             self.updater.fold()

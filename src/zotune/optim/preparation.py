@@ -83,8 +83,8 @@ class Preparation:
         subspace = run.method.subspace
         loss_fn, parts = context.loss_fn, context.parts
         wanted, whole = subspace.looks_at(step), True
-        if wanted and run.examples is not None and parts is not None:
-            parts, whole = run.examples(step, wanted), False
+        if wanted and run.sample_batches is not None and parts is not None:
+            parts, whole = run.sample_batches(step, wanted), False
         forwards = counted = 0
         common = Key(context.seed, step, 0, "", "loss")
 

@@ -25,7 +25,7 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
         method: the run's method, where it is not one of the registry.
 
     Returns:
-        The optimizer in the state of that step; call its ``detach()`` to be left with a plain model.
+        The optimizer in the state of that step; call its ``remove_hooks()`` to be left with a plain model.
 
     Raises:
         ValueError: the model is not the journal's base, its parameters are named otherwise, or the journal is shorter than ``until``.

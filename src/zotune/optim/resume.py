@@ -73,8 +73,8 @@ class Resume:
         coefficients = torch.tensor(record.coefficients[:k], dtype=torch.float32)
         signs = run.estimator.signs
         width = state.eps * (max(signs) - min(signs))
-        gap = None if run.guided else float(coefficients.abs().mean()) * width
-        return StepReport(state.steps, record.loss, coefficients, gap, None, record.skipped[:k], record.lrs, state.terms)
+        loss_diff = None if run.guided else float(coefficients.abs().mean()) * width
+        return StepReport(state.steps, record.loss, coefficients, loss_diff, None, record.skipped[:k], record.lrs, state.terms)
 
 
 def _rows(parts: list[Any] | None) -> int:

@@ -12,7 +12,7 @@ from zotune.methods import Method
 from zotune.methods.estimators import Estimator
 from zotune.methods.rules import Rule
 from zotune.optim.calibration.calibrator import Calibrator
-from zotune.optim.context import Examples
+from zotune.optim.context import SampleBatches
 from zotune.optim.distributed.workers import Workers
 from zotune.optim.evaluator import Evaluator
 from zotune.optim.guided import Guidance
@@ -39,7 +39,7 @@ class RunParts:
         calibrator: chooses ε or η, where one is measured.
         guidance: takes the steps along output gradients, where the method has some.
         anchor: the SVRG snapshot, where the method has one.
-        examples: more examples than a step's, where there are.
+        sample_batches: more examples than a step's, where there are.
         state: what steps change.
     """
 
@@ -57,7 +57,7 @@ class RunParts:
     calibrator: Calibrator | None
     guidance: Guidance | None
     anchor: Anchor | None
-    examples: Examples | None
+    sample_batches: SampleBatches | None
     state: RunState
 
     @property

@@ -40,7 +40,7 @@ def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
         "step_size": None if run.calibrator is None else run.calibrator.state(),
         "guidance": None if run.guidance is None else run.guidance.state(),
         "scales": [layer[0].scale for layer in run.layers],
-        "probe": run.evaluator.choice,
+        "forward_batching": run.evaluator.choice,
         "batched": run.evaluator.batched,
         "apart": run.evaluator.apart,
         "general_path": [n for n, c in run.state.by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path],
@@ -96,7 +96,7 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
         run.calibrator.restore(numbers["step_size"])
     if run.guidance is not None and numbers.get("guidance"):
         run.guidance.restore(numbers["guidance"])
-    if run.evaluator.choice in ("auto", numbers.get("probe")):
+    if run.evaluator.choice in ("auto", numbers.get("forward_batching")):
         run.evaluator.restore(numbers.get("batched"), numbers.get("apart"))
     state.shaping = dict(numbers.get("shaping", {}))
     state.past = [Past(step, tuple(coefficients)) for step, coefficients in numbers.get("past", [])]

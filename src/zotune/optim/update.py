@@ -169,7 +169,7 @@ class Updater:
                     run.rule.transport(coordinate.name, coordinate.rescale(float(scale), state.seed, state.steps))
         elif event.get("event") == "measured":
             pass  # what came of it is in the steps' learning rates
-        elif event.get("event") == "probe":
+        elif event.get("event") == "forward_batching":
             run.evaluator.restore(event["batched"], event.get("apart", False))
         elif event.get("event") == "general_path":
             run.probe.distrust(event["names"])

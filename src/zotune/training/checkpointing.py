@@ -42,7 +42,7 @@ class CheckpointedTrainer(Trainer):
                 "load_best_model_at_end out."
             )
         self._run_folder = Path(self.args.output_dir)
-        self.workers = Workers(self.args.share, "same", self.args.check_workers_steps)
+        self.workers = Workers(self.args.parallelism, "same", self.args.check_workers_steps)
         self._train_batch_size *= self.workers.size  # every process is given the whole batch of a step
 
     @property

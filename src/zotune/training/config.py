@@ -53,7 +53,7 @@ _REFUSED = {
     "deepspeed": "DeepSpeed shards gradients and optimizer states that do not exist here; run without it",
     "fsdp": "sharded models are not supported yet; every process holds the model, or one process spreads it with device_map='auto'",
     "parallelism_config": "sharded models are not supported yet; run in one process",
-    "torch_compile": "compiled models are not supported yet: the probe attaches to the model's modules; leave it out",
+    "torch_compile": "compiled models are not supported yet: zotune attaches to the model's modules; leave it out",
     "auto_find_batch_size": "a step of inference memory has one batch size; set per_device_train_batch_size",
     "push_to_hub": "checkpoints are not pushed while training; call trainer.model.push_to_hub(...) afterwards",
     "optim_args": _BACKWARD_OPTIM,
@@ -108,7 +108,7 @@ class ZOConfig(TrainingArguments):
         },
     )
     group_size: int | None = field(default=None, metadata={"help": "Examples per group, with directions_per group."})
-    probe: str = field(
+    forward_batching: str = field(
         default="auto",
         metadata={"help": "batched: all evaluations of a step in one forward; sequential: one by one; auto: what is faster."},
     )
@@ -122,7 +122,7 @@ class ZOConfig(TrainingArguments):
     method_args: dict | str | None = field(default=None, metadata={"help": "Any further options of the method's recipe, as JSON."})
     max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps in a row with a non-finite loss after which training stops."})
 
-    share: str = field(
+    parallelism: str = field(
         default="auto",
         metadata={
             "help": "What several processes (torchrun, accelerate launch) share out: data, the examples of a step; directions; both; or "
@@ -279,13 +279,13 @@ class ZOConfig(TrainingArguments):
             value = getattr(self, name)
             if value not in (None, methods.AUTO) and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
-        if self.probe not in PROBES:
-            raise ValueError(f"unknown probe {self.probe!r}: choose one of {', '.join(PROBES)}.")
-        if self.share not in MODES:
-            raise ValueError(f"unknown share {self.share!r}: choose one of {', '.join(MODES)}.")
-        if baseline and self.probe != "auto":
+        if self.forward_batching not in PROBES:
+            raise ValueError(f"unknown forward_batching {self.forward_batching!r}: choose one of {', '.join(PROBES)}.")
+        if self.parallelism not in MODES:
+            raise ValueError(f"unknown parallelism {self.parallelism!r}: choose one of {', '.join(MODES)}.")
+        if baseline and self.forward_batching != "auto":
             why = "evaluates one point after the other" if usual is not None and usual.blocks else "evaluates no perturbed weights"
-            raise ValueError(f"probe={self.probe!r} cannot be used: {self.method} {why}; leave it out.")
+            raise ValueError(f"forward_batching={self.forward_batching!r} cannot be used: {self.method} {why}; leave it out.")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         if self.max_steps != -1 and self.max_steps < 1:

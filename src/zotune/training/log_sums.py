@@ -21,8 +21,8 @@ class StepSums:
     skipped: int = 0
     noisy: int = 0
     loss: float = 0.0
-    gap: float = 0.0
-    gap_noise: float = 0.0
+    loss_diff: float = 0.0
+    loss_diff_stderr: float = 0.0
     seconds: float = 0.0
     gapped: int = 0
 
@@ -35,12 +35,12 @@ class StepSums:
             self.skipped += 1
             return
         self.loss += loss
-        if report.gap is not None:
+        if report.loss_diff is not None:
             self.gapped += 1
-            self.gap += float(report.gap)
-        if report.gap_noise is not None:
+            self.loss_diff += float(report.loss_diff)
+        if report.loss_diff_stderr is not None:
             self.noisy += 1
-            self.gap_noise += float(report.gap_noise)
+            self.loss_diff_stderr += float(report.loss_diff_stderr)
 
     def mean_loss(self) -> float:
         """Mean loss of the steps that were not skipped; NaN when all were, 0 when there were none."""
@@ -50,15 +50,15 @@ class StepSums:
         return self.loss / taken if taken else math.nan
 
     def entries(self) -> dict[str, Any]:
-        """The means to log: loss and gap (absent when every step was skipped; a first-order step has no gap), skipped_steps (or absent)."""
+        """The means to log: loss and loss_diff (absent when every step was skipped; a first-order step has no loss_diff), skipped_steps (or absent)."""
         entries: dict[str, Any] = {}
         taken = self.steps - self.skipped
         if taken:
             entries = {"loss": self.loss / taken}
         if self.gapped:
-            entries["gap"] = self.gap / self.gapped
+            entries["loss_diff"] = self.loss_diff / self.gapped
         if self.noisy:
-            entries["gap_noise"] = self.gap_noise / self.noisy
+            entries["loss_diff_stderr"] = self.loss_diff_stderr / self.noisy
         if self.skipped:
             entries["skipped_steps"] = self.skipped
         if self.seconds:

@@ -96,7 +96,7 @@ def continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str |
     journal.drop(len(tail) - count)
     for event in ways(tail[count:]):
         journal.append(event)
-    optimizer.follow(tail[:count])
+    optimizer.fast_forward(tail[:count])
     return journal
 
 
@@ -108,4 +108,4 @@ def followed(optimizer: ZerothOrder, records: Sequence[Record]) -> int:
 
 def ways(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The events among them that say how the run is evaluated, where that is not batched."""
-    return [record for record in records if isinstance(record, dict) and record.get("event") == "probe"]
+    return [record for record in records if isinstance(record, dict) and record.get("event") == "forward_batching"]

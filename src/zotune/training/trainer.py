@@ -166,7 +166,7 @@ class ZOTrainer(EvaluatedTrainer):
             return
         optimizer = self.zo_optimizer
         if self._own_optimizer:
-            optimizer.detach()
+            optimizer.remove_hooks()
         if isinstance(optimizer, ZerothOrder) and optimizer.journal is not None:
             optimizer.journal.close()
 
@@ -202,7 +202,7 @@ class ZOTrainer(EvaluatedTrainer):
         tail, batched, apart = self.workers.from_first(lambda: [optimizer.tail, evaluations.batched, evaluations.apart])
         if not self.workers.first:
             evaluations.restore(batched, apart)
-            optimizer.follow([record if isinstance(record, dict) else StepRecord.of(record) for record in tail])
+            optimizer.fast_forward([record if isinstance(record, dict) else StepRecord.of(record) for record in tail])
 
     def _begin_journal(self, optimizer: ZerothOrder, resume_from_checkpoint: str | None) -> None:
         if resume_from_checkpoint is not None or self._from_the_start:
@@ -255,7 +255,9 @@ class ZOTrainer(EvaluatedTrainer):
             common |= {"max_grad_norm": args.max_grad_norm, "max_steps": self.state.max_steps or None}
             return optimizer_class(method)(self.model, method, **common)
         examples = self._examples if has_length(self.train_dataset) else None
-        return ZerothOrder(self.model, self._method(), probe=args.probe, workers=self.workers, examples=examples, **common)
+        return ZerothOrder(
+            self.model, self._method(), forward_batching=args.forward_batching, workers=self.workers, sample_batches=examples, **common
+        )
 
     def _examples(self, step: int, count: int) -> list[Batch]:
         """Micro-batches of ``count`` training examples for a method to look at, drawn by the run's seed and the step alone."""
@@ -303,7 +305,7 @@ class ZOTrainer(EvaluatedTrainer):
                 raise
             raise MemoryError(self._what_needs_less_memory()) from error
         seconds = time.perf_counter() - start
-        report = self.zo_optimizer.last
+        report = self.zo_optimizer.last_report
         assert report is not None
         self._since_log.add(report, seconds)
         self._since_train.add(report, seconds)
@@ -318,8 +320,8 @@ class ZOTrainer(EvaluatedTrainer):
             advice = f"try per_device_train_batch_size={smaller}"
             if size % 2 == 0:
                 advice += f" with gradient_accumulation_steps={2 * accumulated}, which is the same batch in more pieces"
-        elif self.args.probe == "batched":
-            advice = "try probe='sequential', which evaluates one point at a time"
+        elif self.args.forward_batching == "batched":
+            advice = "try forward_batching='sequential', which evaluates one point at a time"
         return (
             f"out of memory in step {self.zo_optimizer.steps}, with {size} example{'s' * (size > 1)} in a forward; {advice}. "
             "The weights are those before the step, and the run can be resumed from its last checkpoint."
@@ -348,7 +350,7 @@ class ZOTrainer(EvaluatedTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
         """The last step's, before clipping; a zeroth-order step has none."""
-        return getattr(self.zo_optimizer.last, "grad_norm", None)
+        return getattr(self.zo_optimizer.last_report, "grad_norm", None)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations a micro-batch costs: a third of a forward and backward pass, once for each evaluation."""
@@ -360,8 +362,8 @@ class ZOTrainer(EvaluatedTrainer):
         if self._since_log.steps and {"loss", "learning_rate"} <= logs.keys():
             del logs["loss"]  # Hugging Face's mean counts a skipped step as a loss of 0
             rate = logs.pop("learning_rate")
-            if self.args.learning_rate == AUTO and self.zo_optimizer.last is not None:
-                rate = self.zo_optimizer.last.lr[0]  # the scheduler knows a factor only
+            if self.args.learning_rate == AUTO and self.zo_optimizer.last_report is not None:
+                rate = self.zo_optimizer.last_report.lr[0]  # the scheduler knows a factor only
             logs.update(self._since_log.entries(), learning_rate=rate)
             logs["forward_passes"] = self.zo_optimizer.forward_passes
             self._since_log = StepSums()

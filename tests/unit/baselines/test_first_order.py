@@ -120,7 +120,7 @@ def test_a_trainers_run_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=True)
     assert same_weights(weights(straight.model), weights(resumed.model))
     assert losses(straight) == losses(resumed)
-    assert straight.state.log_history[0]["grad_norm"] > 0 and "gap" not in straight.state.log_history[0]
+    assert straight.state.log_history[0]["grad_norm"] > 0 and "loss_diff" not in straight.state.log_history[0]
     assert not (tmp_path / "straight/journal.zo").exists()
 
 
@@ -171,7 +171,7 @@ def test_gradients_are_clipped_as_torch_clips_them() -> None:
     loss_of(two)(data).mean().backward()
     norm = nn.utils.clip_grad_norm_(two.parameters(), 0.5)
     torch.optim.SGD(two.parameters(), lr=1e-2).step()
-    assert optimizer.last is not None and optimizer.last.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    assert optimizer.last_report is not None and optimizer.last_report.grad_norm == pytest.approx(float(norm), rel=1e-5)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
@@ -311,7 +311,7 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run() -> None:
     before = weights(model)
     optimizer = FirstOrder(model, "fo-adamw", max_nonfinite_steps=2)
     optimizer.step(lambda batch: loss_of(model)(batch) * torch.nan, problem())
-    assert optimizer.last is not None and optimizer.last.skipped == (True,)
+    assert optimizer.last_report is not None and optimizer.last_report.skipped == (True,)
     with pytest.raises(zotune.NonFiniteLossError, match="2 steps in a row"):
         optimizer.step(lambda batch: loss_of(model)(batch) * torch.inf, problem())
     assert same_weights(weights(model), before)
@@ -358,12 +358,12 @@ def test_the_config_gives_a_baseline_its_options(tmp_path: Path) -> None:
         ({"method": "fo-sgd", "rank": 3}, "method 'fo-sgd' has no option 'rank'"),
         ({"method": "fo-sgd", "eps": 1e-3}, "method 'fo-sgd' has no option 'eps'"),
         ({"method": "fo-sgd", "adam_beta1": 0.8}, "fo-sgd has no such option"),
-        ({"method": "fo-sgd", "probe": "batched"}, "evaluates no perturbed weights"),
+        ({"method": "fo-sgd", "forward_batching": "batched"}, "evaluates no perturbed weights"),
         ({"method": "fo-sgd", "bf16": True}, "load the model in that dtype"),
         ({"method": "mezo", "max_grad_norm": 1.0}, "no gradient is ever formed"),
         ({"method": "fo-sgd", "max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
         ({"method": "hybrid", "activation_checkpointing": True}, "keeps the activations of its last blocks alone"),
-        ({"method": "hybrid", "probe": "batched"}, "hybrid evaluates one point after the other"),
+        ({"method": "hybrid", "forward_batching": "batched"}, "hybrid evaluates one point after the other"),
         ({"method": "hybrid", "update_rule": "Adam"}, "update_rule must be 'AdamW' or 'SGD'"),
         ({"method": "hybrid", "method_args": {"blocks": 0}}, "blocks must be a whole number of at least 1"),
         ({"method": "zero-shot", "max_grad_norm": 1.0}, "no gradient is ever formed"),

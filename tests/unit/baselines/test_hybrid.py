@@ -31,7 +31,7 @@ def test_before_the_last_blocks_it_is_mezo_bit_for_bit(dtype: torch.dtype) -> No
     assert names[-2:] == ["4.weight", "4.bias"]
     for name, parameter in other.named_parameters():
         parameter.requires_grad_(not name.startswith("4."))
-    mezo = ZerothOrder(other, methods.mezo(eps=1e-3), lr=1e-2, weight_decay=0.1, probe="sequential")
+    mezo = ZerothOrder(other, methods.mezo(eps=1e-3), lr=1e-2, weight_decay=0.1, forward_batching="sequential")
     steps(mezo)
     mezo.detach()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -106,7 +106,7 @@ def test_a_step_that_raises_or_is_not_finite_moves_nothing() -> None:
         optimizer.step(failing, toys.batch())
     calls = iter((1.0, torch.inf))  # the second point alone
     optimizer.step(lambda batch: toys.loss_function(model)(batch) * next(calls), toys.batch())
-    assert optimizer.last is not None and optimizer.last.skipped == (True,)
+    assert optimizer.last_report is not None and optimizer.last_report.skipped == (True,)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert steps(optimizer, 2) and not torch.equal(before["0.weight"], model.state_dict()["0.weight"])
@@ -119,7 +119,7 @@ def test_a_scheduler_scales_both_rates() -> None:
     schedule.step()
     schedule.step()
     steps(optimizer, 1)
-    assert optimizer.last is not None and optimizer.last.lr == pytest.approx((5e-3, 5e-3, 5e-4))
+    assert optimizer.last_report is not None and optimizer.last_report.lr == pytest.approx((5e-3, 5e-3, 5e-4))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The batched probe: one forward of stacked rows gives the losses of one point after the other."""
+"""The batched forward_batching: one forward of stacked rows gives the losses of one point after the other."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from zotune.subspaces.coordinate import Offset
 OWN = ({"directions_per": "example"}, {"directions_per": "group", "group_size": 2})
 
 
-def coefficients(build, loss_of, batches, method: methods.Method, probe: str, steps: int = 2) -> torch.Tensor:
+def coefficients(build, loss_of, batches, method: methods.Method, forward_batching: str, steps: int = 2) -> torch.Tensor:
     model = build()
-    optimizer = ZerothOrder(model, method, lr=1e-3, probe=probe)
+    optimizer = ZerothOrder(model, method, lr=1e-3, forward_batching=forward_batching)
     found = []
     for _ in range(steps):
         optimizer.step(loss_of(model), batches)
-        found.append(optimizer.last.coefficients)
-    assert optimizer.evaluator.batched is (probe == "batched")
+        found.append(optimizer.last_report.coefficients)
+    assert optimizer.evaluator.batched is (forward_batching == "batched")
     return torch.cat(found)
 
 
@@ -38,7 +38,7 @@ def agree(build, loss_of, batches, method: methods.Method, tolerance: float = 1e
     """Coefficients of both probes; ``tolerance`` relative to the largest (ε = 1e-2: rounding of the loss over 2ε)."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one, other = (coefficients(build, loss_of, batches, method, probe) for probe in ("sequential", "batched"))
+        one, other = (coefficients(build, loss_of, batches, method, forward_batching) for forward_batching in ("sequential", "batched"))
     return float((one - other).abs().max()) <= tolerance * max(1.0, float(one.abs().max()))
 
 
@@ -139,7 +139,7 @@ def test_norms_written_in_python():
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 def test_a_batched_forward_that_raises_leaves_every_bit_and_every_table(error):
     model = toys.transformer("gpt2")
-    optimizer = ZerothOrder(model, methods.lozo(directions_per="example"), lr=1e-3, probe="batched")
+    optimizer = ZerothOrder(model, methods.lozo(directions_per="example"), lr=1e-3, forward_batching="batched")
     loss, ids = toys.transformer_loss(model), toys.tokens(4)
     optimizer.step(loss, ids)
     before, stored = copy.deepcopy(model.state_dict()), {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -189,10 +189,10 @@ def test_dense_matrices_go_one_point_after_the_other_unless_asked_otherwise():
     optimizer = ZerothOrder(model, "mezo", lr=1e-3)
     optimizer.step(lambda x: model(x).mean(dim=1), torch.ones(2, 80))
     assert optimizer.evaluator.batched is False
-    with pytest.raises(ValueError, match="probe='batched' is not possible for weight, a weight of shape"):
-        ZerothOrder(nn.Conv2d(80, 70, 1), "mezo", probe="batched")
-    with pytest.raises(ValueError, match="unknown probe 'both'"):
-        ZerothOrder(nn.Linear(80, 70), "mezo", probe="both")
+    with pytest.raises(ValueError, match="forward_batching='batched' is not possible for weight, a weight of shape"):
+        ZerothOrder(nn.Conv2d(80, 70, 1), "mezo", forward_batching="batched")
+    with pytest.raises(ValueError, match="unknown forward_batching 'both'"):
+        ZerothOrder(nn.Linear(80, 70), "mezo", forward_batching="both")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,8 @@ def test_what_cannot_be_stacked_falls_back_with_one_warning(build, reason):
         return loss
 
     optimizers = [
-        ZerothOrder(model, methods.lozo(eps=1e-2), lr=1e-3, probe=p) for model, p in zip(models, ("auto", "sequential"), strict=True)
+        ZerothOrder(model, methods.lozo(eps=1e-2), lr=1e-3, forward_batching=p)
+        for model, p in zip(models, ("auto", "sequential"), strict=True)
     ]
     with pytest.warns(UserWarning, match=reason) as caught:
         optimizers[0].step(loss_of(models[0]), x)
@@ -225,7 +226,7 @@ def test_what_cannot_be_stacked_falls_back_with_one_warning(build, reason):
     optimizers[0].step(loss_of(models[0]), x)
     for _ in range(2):
         optimizers[1].step(loss_of(models[1]), x)
-    assert torch.equal(optimizers[0].last.coefficients, optimizers[1].last.coefficients)
+    assert torch.equal(optimizers[0].last.coefficients, optimizers[1].last_report.coefficients)
 
 
 def test_the_decision_is_part_of_the_state():
@@ -238,7 +239,7 @@ def test_the_decision_is_part_of_the_state():
     resumed = ZerothOrder(toys.classifier(), "lozo", lr=1e-3)
     resumed.load_state_dict(state)
     assert resumed.evaluator.batched is True
-    asked = ZerothOrder(toys.classifier(), "lozo", lr=1e-3, probe="sequential")
+    asked = ZerothOrder(toys.classifier(), "lozo", lr=1e-3, forward_batching="sequential")
     asked.load_state_dict(state)
     assert asked.evaluator.batched is False
 
@@ -359,18 +360,18 @@ WIDE = {
 @pytest.mark.parametrize("estimator", ["central", "forward"])
 def test_both_points_of_a_dense_step_in_one_forward(architecture, estimator):
     steps = []
-    for probe in ("sequential", "batched"):
+    for forward_batching in ("sequential", "batched"):
         model = toys.transformer(architecture, **WIDE[architecture])
-        optimizer = ZerothOrder(model, methods.mezo(estimator=estimator, eps=1e-2), lr=1e-3, probe=probe)
+        optimizer = ZerothOrder(model, methods.mezo(estimator=estimator, eps=1e-2), lr=1e-3, forward_batching=forward_batching)
         assert optimizer.probe.dense is not None
         for _ in range(3):
             optimizer.step(toys.transformer_loss(model), toys.tokens(6, 9))
-        assert optimizer.evaluator.batched is (probe == "batched")
-        steps.append((optimizer.last.coefficients, optimizer.last.loss))
+        assert optimizer.evaluator.batched is (forward_batching == "batched")
+        steps.append((optimizer.last_report.coefficients, optimizer.last_report.loss))
     (c, loss), (c2, loss2) = steps
     assert c2 == pytest.approx(c, rel=2e-2) and loss2 == pytest.approx(loss, rel=1e-5)
 
 
 def test_several_dense_directions_are_not_evaluated_together():
     with pytest.raises(ValueError, match="use one direction a step"):
-        ZerothOrder(toys.transformer("llama", **WIDE["llama"]), methods.mezo(num_directions=2), lr=1e-3, probe="batched")
+        ZerothOrder(toys.transformer("llama", **WIDE["llama"]), methods.mezo(num_directions=2), lr=1e-3, forward_batching="batched")

@@ -17,17 +17,17 @@ from zotune.methods.estimators import Point
 
 
 def optimizer(model: nn.Module, method: str = "lozo", **options) -> ZerothOrder:
-    return ZerothOrder(model, toys.method(method, interval=3), lr=1e-3, probe="batched", **options)
+    return ZerothOrder(model, toys.method(method, interval=3), lr=1e-3, forward_batching="batched", **options)
 
 
 def test_a_choice_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="capture must be True, False or 'auto', not 'always'"):
-        optimizer(toys.classifier(), capture="always")
+    with pytest.raises(ValueError, match="cuda_graphs must be True, False or 'auto', not 'always'"):
+        optimizer(toys.classifier(), cuda_graphs="always")
 
 
 def test_nothing_is_recorded_on_a_cpu():
     model = toys.classifier()
-    steps = optimizer(model, capture=True)
+    steps = optimizer(model, cuda_graphs=True)
     steps.step(toys.loss_function(model), toys.batch())
     assert not steps.evaluator.captures.on
 
@@ -47,11 +47,11 @@ def test_directions_that_are_held_are_renewed(method):
     def function() -> torch.Tensor:
         return loss((tokens.repeat(3, 1), classes.repeat(3, 1)))
 
-    probe = steps.probe
+    forward_batching = steps.probe
     lending = Lending(stack(3), probe.directions, probe.siblings, hold=True)
     first = probe.evaluate_lent(function, lending)
     assert torch.equal(first, probe.evaluate_stacked(function, stack(3)))
-    steps.fold()
+    steps.flush_updates()
     lending.renew(stack(7))
     second = probe.evaluate_lent(function, lending)
     assert torch.equal(second, probe.evaluate_stacked(function, stack(7)))
@@ -60,10 +60,10 @@ def test_directions_that_are_held_are_renewed(method):
 
 def test_only_batches_of_tensors_and_losses_that_say_so_are_recorded():
     model = toys.transformer("opt")
-    probe = optimizer(model).probe
+    forward_batching = optimizer(model).probe
     ours, own = objectives.LanguageModelLoss(model), toys.transformer_loss(model)
     rows = {"input_ids": toys.tokens()}
-    auto, always = Captures(probe, "auto"), Captures(probe, True)
+    auto, always = Captures(forward_batching, "auto"), Captures(forward_batching, True)
     assert auto._takes(ours, rows) and not auto._takes(own, rows) and always._takes(own, rows)
     for more in ("text", 3, None, torch.tensor(1.0)):
         assert not auto._takes(ours, rows | {"more": more}) and not always._takes(ours, rows | {"more": more})

@@ -63,7 +63,7 @@ def test_a_forward_that_raises_leaves_every_bit_and_every_table_as_it_was(method
     assert [module.training for module in model.modules()] == flags
     assert all(module._parameters is table for module, table in zip(model.modules(), tables, strict=True))
     assert torch.equal(torch.get_rng_state(), rng)
-    optimizer.detach()
+    optimizer.remove_hooks()
     assert unchanged(model, before)
 
 

@@ -201,7 +201,7 @@ def test_steps_of_low_rank_take_the_memory_of_inference(dtype):
     """The first one, which compares side paths with whole weights, and a fold too, however large the vocabulary."""
     wide = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 512, "vocab_size": 20_000}
     config = OPTConfig(**{**MODELS["opt"].to_dict(), **wide})
-    shape = {"batch_size": 4, "sequence_length": 48, "scored": 1, "dtype": dtype, "probe": "sequential"}
+    shape = {"batch_size": 4, "sequence_length": 48, "scored": 1, "dtype": dtype, "forward_batching": "sequential"}
     inference = measure(Workload(config, catalog.get("zero-shot"), **shape)).total
     for interval in (1, 50):
         split = measure(Workload(config, catalog.get("lozo", interval=interval), **shape))
@@ -210,14 +210,14 @@ def test_steps_of_low_rank_take_the_memory_of_inference(dtype):
 
 def test_what_is_kept_of_the_examples_that_a_guided_turn_looks_at_is_a_byte_or_two_a_number():
     """Of a text four positions in a byte a number, for layers that write to the hidden state; those of one layer at a time in four."""
-    shape = {"batch_size": 64, "sequence_length": 32, "scored": 1, "probe": "sequential"}
+    shape = {"batch_size": 64, "sequence_length": 32, "scored": 1, "forward_batching": "sequential"}
     few, many = (measure(Workload(MODELS["opt"], catalog.get("lozo-g", examples=n), **shape)).total for n in (4096, 8192))
     widths = MODELS["opt"].hidden_size, MODELS["opt"].ffn_dim
     assert many - few == pytest.approx(4096 * 4 * (sum(widths) + 4 * max(widths)), rel=0.25)  # scored ones are 256 at most
 
 
 def test_what_is_kept_on_the_host_is_none_of_an_accelerators():
-    shape = {"batch_size": 64, "sequence_length": 32, "scored": 1, "probe": "sequential"}
+    shape = {"batch_size": 64, "sequence_length": 32, "scored": 1, "forward_batching": "sequential"}
     few, many = (Workload(MODELS["opt"], catalog.get("lozo-g", examples=n), **shape) for n in (4096, 8192))
     assert estimate(many, accelerator=True).total == pytest.approx(estimate(few, accelerator=True).total, rel=1e-3)
     assert estimate(many).total > 1.2 * estimate(few).total
@@ -225,6 +225,6 @@ def test_what_is_kept_on_the_host_is_none_of_an_accelerators():
 
 def test_the_turns_of_a_method_that_come_late_are_rehearsed_too() -> None:
     """LOZO-G's first turns evaluate a batch at one point, LOZO-E's at four at once."""
-    workload = Workload(MODELS["opt"], catalog.get("lozo-g"), batch_size=4, sequence_length=32, probe="batched")
+    workload = Workload(MODELS["opt"], catalog.get("lozo-g"), batch_size=4, sequence_length=32, forward_batching="batched")
     guided, plain = (estimate(workload.with_(method=catalog.get(name))) for name in ("lozo-g", "lozo-e"))
     assert guided.total >= 0.99 * plain.total

@@ -112,8 +112,8 @@ def test_the_conservative_step_is_the_best_of_three(tmp_path):
     for step in range(40):
         x, before = toys.batch(seed=step), copy.deepcopy(model)
         optimizer.step(toys.loss_function(model), x)
-        c = float(optimizer.last.coefficients)
-        raw = optimizer.last.gap / (2 * optimizer.eps)
+        c = float(optimizer.last_report.coefficients)
+        raw = optimizer.last_report.loss_diff / (2 * optimizer.eps)
         z = {n: Directions("gaussian").draw(Key(0, step, 0, n), p.shape) for n, p in before.named_parameters()}
         losses = {}
         for sign in (1, 0, -1):

@@ -20,7 +20,7 @@ def estimates(method: methods.Method, model: nn.Module, loss, x, keys: int) -> t
     """One ĝ per key, as a matrix (keys, d) in the space of the weights."""
     coordinates = [method.subspace.coordinate(n, p) for n, p in model.named_parameters()]
     directions, estimator, k = Directions(method.direction), ESTIMATORS[method.estimator], method.num_directions
-    probe, rows = Probe(model, coordinates, directions), []
+    forward_batching, rows = Probe(model, coordinates, directions), []
     for step in range(keys):
         for coordinate in coordinates:
             coordinate.begin_step(0, step * getattr(method.subspace, "interval", 1))  # a new V for every key
@@ -77,7 +77,7 @@ def test_on_a_quadratic_the_central_difference_is_the_directional_derivative():
         return (w @ h @ h.T @ w)[None]
 
     coordinate = Full().coordinate("weight", model.weight)
-    probe, directions = Probe(model, [coordinate], Directions("gaussian")), Directions("gaussian")
+    forward_batching, directions = Probe(model, [coordinate], Directions("gaussian")), Directions("gaussian")
     g = gradient(model, loss, None)
     for step in range(20):
         z = directions.draw(Key(0, step, 0, "weight"), (6,)).double()
@@ -131,18 +131,18 @@ def test_gap_noise_is_the_standard_error_of_the_gap():
     plus, minus = torch.randn(50, generator=generator), torch.randn(50, generator=generator)
     found = ESTIMATORS["central"].estimate([plus, minus], 1e-3, 1)
     difference = (plus - minus).double()
-    assert found.gap == pytest.approx(abs(float(difference.mean())))
-    assert found.gap_noise == pytest.approx(float(difference.std()) / math.sqrt(50))
-    assert ESTIMATORS["central"].estimate([plus[:1], minus[:1]], 1e-3, 1).gap_noise is None
+    assert found.loss_diff == pytest.approx(abs(float(difference.mean())))
+    assert found.loss_diff_stderr == pytest.approx(float(difference.std()) / math.sqrt(50))
+    assert ESTIMATORS["central"].estimate([plus[:1], minus[:1]], 1e-3, 1).loss_diff_stderr is None
 
 
-@pytest.mark.parametrize("probe", ["sequential", "auto"])
+@pytest.mark.parametrize("forward_batching", ["sequential", "auto"])
 @pytest.mark.parametrize("name", ["mezo", "mezo-adam", "lozo", "lozo-m"])
-def test_forward_passes_are_counted_as_declared(name, probe):
+def test_forward_passes_are_counted_as_declared(name, forward_batching):
     calls = []
     model = toys.classifier()
     method = methods.get(name, num_directions=3)
-    optimizer = ZerothOrder(model, method, lr=0.0, probe=probe)
+    optimizer = ZerothOrder(model, method, lr=0.0, forward_batching=forward_batching)
     loss = toys.loss_function(model)
 
     def counted(batch):
@@ -154,4 +154,4 @@ def test_forward_passes_are_counted_as_declared(name, probe):
     before = optimizer.forward_passes
     optimizer.step(counted, toys.batch())
     assert sum(calls) == method.forwards_per_step == optimizer.forward_passes - before == 6
-    assert len(calls) == (6 if probe == "sequential" else 1)  # one forward of six times the rows
+    assert len(calls) == (6 if forward_batching == "sequential" else 1)  # one forward of six times the rows

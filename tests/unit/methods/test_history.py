@@ -32,7 +32,7 @@ def test_an_update_is_that_of_the_plain_rule_started_afresh_h_steps_ago(name, nu
     for step in range(9):
         before = copy.deepcopy(model)
         optimizer.step(toys.loss_function(model), toys.batch(seed=step))
-        past = [*past, (step, optimizer.last.coefficients.tolist())][-h:]
+        past = [*past, (step, optimizer.last_report.coefficients.tolist())][-h:]
         scratch = copy.deepcopy(before)
         if name == "replayed-adam":
             rule = torch.optim.Adam(scratch.parameters(), lr=lr, betas=(0.7, 0.9))

@@ -27,7 +27,9 @@ def test_lozo_updates_along_the_direction_it_perturbed_on_every_step(rank, num_d
         return model(x).square().mean(dim=1)
 
     eps, lr, x = 1e-1, 1e-2, torch.ones(4, 6)
-    optimizer = ZerothOrder(model, methods.lozo(rank=rank, interval=4, eps=eps, num_directions=num_directions), lr=lr, probe="sequential")
+    optimizer = ZerothOrder(
+        model, methods.lozo(rank=rank, interval=4, eps=eps, num_directions=num_directions), lr=lr, forward_batching="sequential"
+    )
     optimizer.step(loss, x)
     for _ in range(1, 14):
         before = model.state_dict()["weight"].clone()
@@ -35,7 +37,7 @@ def test_lozo_updates_along_the_direction_it_perturbed_on_every_step(rank, num_d
         optimizer.step(loss, x)
         change = model.state_dict()["weight"] - before
         expected = torch.zeros_like(change)
-        for k, c in enumerate(optimizer.last.coefficients.tolist()):
+        for k, c in enumerate(optimizer.last_report.coefficients.tolist()):
             direction = (seen[2 * k] - seen[2 * k + 1]) / (2 * eps)  # U_k Vᵀ as it was evaluated
             assert torch.linalg.matrix_rank(direction, rtol=1e-4) <= rank
             expected -= lr * c / num_directions * direction / rank
@@ -57,7 +59,7 @@ def test_lozo_m_transports_its_momentum_at_a_redraw():
     optimizer.step(loss, torch.ones(4, 6))
     assert not torch.equal(coordinate.v, v_old)
     u = Directions("gaussian").draw(Key(0, 3, 0, "weight"), (5, 2))
-    expected = 0.9 * old @ v_old.T @ coordinate.v / 6 + 0.1 * float(optimizer.last.coefficients) * u
+    expected = 0.9 * old @ v_old.T @ coordinate.v / 6 + 0.1 * float(optimizer.last_report.coefficients) * u
     assert torch.allclose(optimizer.rule.state()[0]["weight/exp_avg"], expected, atol=1e-6)
 
 
@@ -68,7 +70,7 @@ def test_1000_bfloat16_steps_at_rate_zero_leave_every_weight_unchanged(name):
     optimizer = ZerothOrder(model, methods.get(name), lr=0.0)
     for _ in range(1000):
         optimizer.step(lambda x: model(x).float().mean(dim=1), torch.ones(2, 8, dtype=torch.bfloat16))
-    optimizer.detach()
+    optimizer.remove_hooks()
     assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), before.state_dict().values(), strict=True))
 
 
@@ -107,7 +109,9 @@ def test_without_a_residual_those_updates_are_lost():
 
 def test_the_core_imports_torch_alone():
     """Law 7."""
-    core = "directions precision coordinates subspaces side_path stacking stacked_parameters estimators rules probe journal methods"
+    core = (
+        "directions precision coordinates subspaces side_path stacking stacked_parameters estimators rules forward_batching journal methods"
+    )
     core += " forward_mode observing quantized chosen anchored shaping replayed rules evaluating deciding guidance"
     core += " lending captured fleets formed held_keys sending step_size calibration run_state applying optimizer replaying"
     code = "import sys; " + "; ".join(f"import zotune.{name}" for name in core.split())

@@ -38,7 +38,7 @@ def test_a_rule_does_what_its_optimizer_does_with_the_same_estimates(rule, optio
     directions = Directions("gaussian")
     for step in range(5):
         optimizer.step(toys.loss_function(model), x)
-        c = float(optimizer.last.coefficients[0])
+        c = float(optimizer.last_report.coefficients[0])
         for name, parameter in reference.named_parameters():
             parameter.grad = c * directions.draw(Key(0, step, 0, name), parameter.shape)
         for expected in each:
@@ -81,7 +81,7 @@ def test_a_rule_for_matrices_leaves_the_rest_to_adamw_at_the_same_rate():
     optimizer = ZerothOrder(model, methods.mezo(update_rule="Muon"), lr=1e-2)
     assert optimizer.rule.matrices_only
     optimizer.step(toys.loss_function(model), toys.batch())
-    c = float(optimizer.last.coefficients[0])
+    c = float(optimizer.last_report.coefficients[0])
     for name, parameter in before.named_parameters():
         cls, options = (torch.optim.Muon, {"weight_decay": 0.0}) if parameter.dim() == 2 else (torch.optim.AdamW, {"weight_decay": 0.0})
         parameter.grad = c * Directions("gaussian").draw(Key(0, 0, 0, name), parameter.shape)
@@ -178,7 +178,7 @@ def test_weight_decay_means_what_it_means_to_the_optimizer_and_spares_vectors(ru
     expected = resolve(rule)(groups, lr=1e-2)
     for name, parameter in reference.named_parameters():
         z = Directions("gaussian").draw(Key(0, 0, 0, name), parameter.shape)
-        parameter.grad = float(optimizer.last.coefficients[0]) * z
+        parameter.grad = float(optimizer.last_report.coefficients[0]) * z
     expected.step()
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)

@@ -88,7 +88,7 @@ def test_a_steps_coefficients_do_not_depend_on_the_form():
         model = toys.transformer("llama")
         optimizer = ZerothOrder(model, methods.lozo(directions_per="example", eps=1e-2), lr=1e-3)
         optimizer.step(ChoiceLoss(model), collate(examples((6, [3, 4]), (11, [2, 5]))))
-        found.append(optimizer.last.coefficients)
+        found.append(optimizer.last_report.coefficients)
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 

@@ -289,7 +289,7 @@ def test_what_was_found_is_in_the_journal_and_its_forwards_are_counted(tmp_path)
         nonlocal forwards
         forwards += 1
 
-    optimizer = ZerothOrder(model, methods.lozo(**AUTO), lr="auto", journal=tmp_path / "j", probe="sequential")
+    optimizer = ZerothOrder(model, methods.lozo(**AUTO), lr="auto", journal=tmp_path / "j", forward_batching="sequential")
     run(model, optimizer, 0, 1)
     model.register_forward_hook(counted)
     before = optimizer.forward_passes
@@ -312,7 +312,7 @@ def test_the_signal_of_directions_of_their_own_is_what_their_sets_agree_in(direc
     rows = g + 10 * a * torch.tensor([1.0, -1.0]).repeat(8).unsqueeze(1)
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros(40))
-    optimizer = ZerothOrder(model, methods.lozo_e(**directions, **AUTO), lr="auto", probe="sequential")
+    optimizer = ZerothOrder(model, methods.lozo_e(**directions, **AUTO), lr="auto", forward_batching="sequential")
     for _ in range(20):
         optimizer.step(lambda x: x @ model.w + 0.5 * model.w.square().sum(), rows)
     assert optimizer.calibrator.step_size.signal == pytest.approx(expected, abs=0.1)
@@ -339,7 +339,7 @@ def test_schedules_and_groups_multiply_what_is_measured():
     for step in range(4):
         run(model, optimizer, step, step + 1)
         schedule.step()
-        first, second = optimizer.last.lr
+        first, second = optimizer.last_report.lr
         assert second == pytest.approx(0.25 * first) and (first > 0) == (step < 2)
 
 
@@ -373,7 +373,7 @@ class Quartic(nn.Module):
 @pytest.mark.parametrize("name", ["mezo", "lozo-e"])
 def test_curvature_is_measured_as_far_away_as_a_step_goes(name):
     model = Quartic()
-    optimizer = ZerothOrder(model, methods.get(name, eps=1e-3), lr="auto", probe="sequential")
+    optimizer = ZerothOrder(model, methods.get(name, eps=1e-3), lr="auto", forward_batching="sequential")
     farthest, losses = 0.0, []
     for step in range(100):
         g = 1 + 0.1 * torch.randn(16, 10, generator=torch.Generator().manual_seed(step))
@@ -390,7 +390,7 @@ def test_curvature_is_measured_as_far_away_as_a_step_goes(name):
 
 def test_a_distance_where_losses_are_not_finite_is_not_gone_to():
     model = Quartic()
-    optimizer = ZerothOrder(model, methods.mezo(eps=1e-3), lr="auto", probe="sequential")
+    optimizer = ZerothOrder(model, methods.mezo(eps=1e-3), lr="auto", forward_batching="sequential")
 
     def walled(g):
         loss = model(g)
@@ -418,7 +418,7 @@ def test_a_step_goes_no_farther_than_curvature_has_been_looked_at_allows():
 def test_after_a_gradient_that_is_suddenly_large_curvature_is_looked_at_again():
     weights = nn.Parameter(torch.zeros(20))
     model = nn.ParameterList([weights])
-    optimizer = ZerothOrder(model, methods.get("mezo", eps="auto"), lr="auto", seed=0, probe="sequential")
+    optimizer = ZerothOrder(model, methods.get("mezo", eps="auto"), lr="auto", seed=0, forward_batching="sequential")
 
     def loss(slope):
         return (slope * model[0].sum() + model[0].square().sum()).expand(4)
@@ -428,8 +428,8 @@ def test_after_a_gradient_that_is_suddenly_large_curvature_is_looked_at_again():
         before, leapt = optimizer.forward_passes, optimizer.calibrator.step_size.leapt
         optimizer.step(loss, 1.0 if step < 25 else 100.0)
         size = optimizer.calibrator.step_size
-        c = abs(float(optimizer.last.coefficients[0]))
-        assert optimizer.last.lr[0] * c <= REACH * size.radius * (1 + 1e-6)
+        c = abs(float(optimizer.last_report.coefficients[0]))
+        assert optimizer.last_report.lr[0] * c <= REACH * size.radius * (1 + 1e-6)
         assert optimizer.forward_passes > before + 2 or not leapt
         leaps += size.leapt
     assert leaps

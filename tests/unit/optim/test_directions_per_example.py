@@ -35,17 +35,17 @@ def perturbed(model: nn.Module, optimizer: ZerothOrder, step: int, direction: in
     return hand
 
 
-@pytest.mark.parametrize("probe", ["batched", "sequential"])
+@pytest.mark.parametrize("forward_batching", ["batched", "sequential"])
 @pytest.mark.parametrize("estimator", ["central", "forward"])
 @pytest.mark.parametrize("method", ["lozo", "lozo-m", "mezo"])
 @pytest.mark.parametrize("each", [1, 3])
-def test_a_coefficient_is_that_of_its_example_alone_under_its_direction(method, estimator, probe, each):
+def test_a_coefficient_is_that_of_its_example_alone_under_its_direction(method, estimator, forward_batching, each):
     model, (tokens, labels), eps = toys.classifier(), toys.batch(6), 1e-2
     plain = copy.deepcopy(model)
     options = {"num_directions": each, "directions_per": "example", "estimator": estimator, "eps": eps}
-    optimizer = ZerothOrder(model, methods.get(method, **options), lr=0.0, probe=probe)
+    optimizer = ZerothOrder(model, methods.get(method, **options), lr=0.0, forward_batching=forward_batching)
     optimizer.step(toys.loss_function(model), (tokens, labels))
-    found = optimizer.last.coefficients
+    found = optimizer.last_report.coefficients
     assert found.shape == (6 * each,) and len(found.unique()) == 6 * each
     low, width = (-eps, 2 * eps) if estimator == "central" else (0.0, eps)
     for direction in range(6 * each):
@@ -64,7 +64,7 @@ def test_a_lozo_step_is_its_equation():
     expected = copy.deepcopy(before)
     with torch.no_grad():
         for coordinate, parameter in zip(optimizer.probe.coordinates, expected.parameters(), strict=True):
-            for example, c in enumerate(optimizer.last.coefficients.tolist()):
+            for example, c in enumerate(optimizer.last_report.coefficients.tolist()):
                 z = Directions("gaussian").draw(Key(0, 0, example, coordinate.name), coordinate.shape)
                 z = z @ coordinate.v.T / 2 if isinstance(coordinate, LowRankCoordinate) else z
                 parameter.sub_(z, alpha=lr * c / 5)
@@ -84,25 +84,25 @@ def test_the_second_moment_falls_with_the_number_of_examples(examples):
     for step in range(1500):
         optimizer.step(lambda x: model(x)[:, 0], x)
         z = Directions("gaussian").draw_many(Key(0, step, 0, "weight"), examples, (d,))
-        squares.append(float((optimizer.last.coefficients @ z / examples).square().sum()))
+        squares.append(float((optimizer.last_report.coefficients @ z / examples).square().sum()))
     found = torch.tensor(squares)
     expected = (d + 1) / examples * float(x.square().sum(dim=1).mean()) + float(x.mean(dim=0).square().sum())
     assert abs(float(found.mean()) - expected) < 5 * float(found.std()) / math.sqrt(len(found))
 
 
 @EACH
-@pytest.mark.parametrize("probe", ["batched", "sequential"])
-def test_micro_batches_are_the_batch(options, probe):
+@pytest.mark.parametrize("forward_batching", ["batched", "sequential"])
+def test_micro_batches_are_the_batch(options, forward_batching):
     tokens, labels = toys.batch(16)
     whole, parts = toys.classifier(), toys.classifier()
     method = methods.lozo_m(eps=1e-2, **options)
-    first, second = (ZerothOrder(model, method, lr=1e-3, probe=probe) for model in (whole, parts))
+    first, second = (ZerothOrder(model, method, lr=1e-3, forward_batching=forward_batching) for model in (whole, parts))
     pieces = [(tokens[:4], labels[:4]), (tokens[4:10], labels[4:10]), (tokens[10:], labels[10:])]
     for _ in range(3):
         first.step(toys.loss_function(whole), (tokens, labels))
         second.step(toys.loss_function(parts), pieces)
-        assert len(first.last.coefficients) == directions(options, 16)
-        assert torch.allclose(first.last.coefficients, second.last.coefficients, atol=1e-3)
+        assert len(first.last_report.coefficients) == directions(options, 16)
+        assert torch.allclose(first.last_report.coefficients, second.last_report.coefficients, atol=1e-3)
     for name, value in whole.state_dict().items():
         assert torch.allclose(value, parts.state_dict()[name], atol=1e-6)
 
@@ -116,8 +116,8 @@ def test_groups_of_unequal_size_weigh_as_their_examples_do():
     z = Directions("gaussian").draw_many(Key(0, 0, 0, "weight"), 2, (3,))
     owners = torch.tensor([row * 2 // 5 for row in range(5)])
     expected = torch.stack([(x[owners == k] @ z[k]).sum() * 2 / 5 for k in range(2)])
-    assert torch.allclose(optimizer.last.coefficients, expected, atol=1e-3)
-    assert optimizer.last.gap_noise is not None
+    assert torch.allclose(optimizer.last_report.coefficients, expected, atol=1e-3)
+    assert optimizer.last_report.loss_diff_stderr is not None
 
 
 @EACH
@@ -149,12 +149,12 @@ def test_resume_and_replay_are_bit_for_bit(method, dtype, options, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("probe", ["batched", "sequential"])
-def test_an_example_whose_loss_is_not_finite_is_skipped_alone(probe):
+@pytest.mark.parametrize("forward_batching", ["batched", "sequential"])
+def test_an_example_whose_loss_is_not_finite_is_skipped_alone(forward_batching):
     def run(poison: float) -> ZerothOrder:
         model = toys.classifier()
         loss = toys.loss_function(model)
-        optimizer = ZerothOrder(model, methods.lozo(directions_per="example"), lr=1e-3, probe=probe)
+        optimizer = ZerothOrder(model, methods.lozo(directions_per="example"), lr=1e-3, forward_batching=forward_batching)
         tokens, labels = toys.batch(4)
         factor = torch.ones(4)
         optimizer.step(lambda b: loss(b[:2]) * b[2], (tokens, labels, factor))
@@ -162,7 +162,7 @@ def test_an_example_whose_loss_is_not_finite_is_skipped_alone(probe):
         optimizer.step(lambda b: loss(b[:2]) * b[2], (tokens, labels, factor))
         return optimizer
 
-    clean, poisoned = run(1.0).last, run(math.nan).last
+    clean, poisoned = run(1.0).last_report, run(math.nan).last_report
     assert poisoned.skipped == (False, False, True, False)
     assert float(poisoned.coefficients[2]) == 0 and math.isfinite(poisoned.loss)
     kept = [0, 1, 3]
@@ -187,7 +187,7 @@ def test_the_last_batch_may_be_smaller():
     optimizer = ZerothOrder(model, methods.lozo(directions_per="group", group_size=2), lr=1e-3)
     for size, directions in ((8, 4), (5, 2), (2, 1), (1, 1)):
         optimizer.step(toys.loss_function(model), toys.batch(size))
-        assert len(optimizer.last.coefficients) == directions
+        assert len(optimizer.last_report.coefficients) == directions
 
 
 @pytest.mark.parametrize("name", ["mezo", "mezo-adam", "mezo-momentum", "lozo", "lozo-m", "lozo-e"])

@@ -1,4 +1,4 @@
-"""``probe="auto"`` measures once which way is faster, and a run keeps what was found."""
+"""``forward_batching="auto"`` measures once which way is faster, and a run keeps what was found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(optimizer: ZerothOrder, steps: range) -> list[torch.Tensor]:
     found = []
     for step in steps:
         optimizer.step(toys.loss_function(optimizer.model), toys.batch(8, seed=step))
-        found.append(optimizer.last.coefficients)
+        found.append(optimizer.last_report.coefficients)
     return found
 
 
@@ -40,13 +40,13 @@ def test_auto_takes_the_faster_way_and_says_so(sequential_is_faster, tmp_path, d
     run(optimizer, range(2))
     assert optimizer.evaluator.batched is False
     apart = {"apart": True} if "directions_per" in directions else {}
-    assert events(tmp_path / "j") == [{"event": "probe", "batched": False, **apart}]
+    assert events(tmp_path / "j") == [{"event": "forward_batching", "batched": False, **apart}]
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("way", ["batched", "sequential"])
 def test_what_was_asked_for_is_not_measured(sequential_is_faster, tmp_path, way):
-    optimizer = ZerothOrder(toys.classifier(), "lozo", lr=1e-3, probe=way)
+    optimizer = ZerothOrder(toys.classifier(), "lozo", lr=1e-3, forward_batching=way)
     run(optimizer, range(1))
     assert optimizer.evaluator.batched == (way == "batched")
 
@@ -99,7 +99,7 @@ def test_a_batched_run_stays_batched_when_it_is_resumed_from_its_journal(monkeyp
 def test_another_way_can_be_asked_for_on_resuming(sequential_is_faster):
     first = ZerothOrder(toys.classifier(), "lozo", lr=1e-3)
     run(first, range(1))
-    second = ZerothOrder(toys.classifier(), "lozo", lr=1e-3, probe="batched")
+    second = ZerothOrder(toys.classifier(), "lozo", lr=1e-3, forward_batching="batched")
     second.load_state_dict(first.state_dict())
     run(second, range(1, 2))
     assert first.evaluator.batched is False and second.evaluator.batched
@@ -113,7 +113,7 @@ def test_another_way_can_be_asked_for_on_resuming(sequential_is_faster):
 def test_own_directions_in_turn_take_a_forward_of_the_batch_each(way, directions, estimator, forwards):
     """No forward of a sequential step has more rows than the batch, and no more of them than the evaluations there are."""
     model, rows = toys.classifier(), []
-    optimizer = ZerothOrder(model, methods.lozo(estimator=estimator, **directions), lr=1e-3, probe=way)
+    optimizer = ZerothOrder(model, methods.lozo(estimator=estimator, **directions), lr=1e-3, forward_batching=way)
     run(optimizer, range(1))
     model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     before = optimizer.sequences_evaluated
@@ -135,11 +135,13 @@ def test_examples_that_cannot_be_told_apart_in_a_forward_are_evaluated_alone(tmp
             return out - 0.5 * out.mean(dim=0, keepdim=True)
 
     model, rows = Mixing(), []
-    optimizer = ZerothOrder(model, methods.lozo(directions_per="example", eps=1e-2), lr=1e-3, probe="sequential", journal=tmp_path / "j")
+    optimizer = ZerothOrder(
+        model, methods.lozo(directions_per="example", eps=1e-2), lr=1e-3, forward_batching="sequential", journal=tmp_path / "j"
+    )
     run(optimizer, range(1))
     assert optimizer.evaluator.apart is False
-    assert events(tmp_path / "j") == [{"event": "probe", "batched": False, "apart": False}]
-    again = ZerothOrder(Mixing(), methods.lozo(directions_per="example", eps=1e-2), lr=1e-3, probe="sequential")
+    assert events(tmp_path / "j") == [{"event": "forward_batching", "batched": False, "apart": False}]
+    again = ZerothOrder(Mixing(), methods.lozo(directions_per="example", eps=1e-2), lr=1e-3, forward_batching="sequential")
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     again.model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     run(again, range(1, 2))

@@ -32,7 +32,7 @@ def examples(step: int, count: int) -> list[dict[str, torch.Tensor]]:
 
 def optimizer(model: torch.nn.Module, lr: float | str = 1e-2, **options) -> ZerothOrder:
     method = methods.lozo_g(**{"interval": INTERVAL, "rank": 2, "guide": 2, "examples": 48, **options})
-    return ZerothOrder(model, method, lr=lr, examples=examples)
+    return ZerothOrder(model, method, lr=lr, sample_batches=examples)
 
 
 def guided_coordinates(steps: ZerothOrder) -> list[GuidedCoordinate]:
@@ -236,7 +236,7 @@ def test_a_guided_turn_moves_its_layers_within_the_guide_and_leaves_everything_e
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     run(model, steps, 0, INTERVAL)
     guides = {c.name: (c.p.clone(), c.v.clone()) for c in guided_coordinates(steps)}
-    steps.fold()
+    steps.flush_updates()
     assert len(guides) == 4
     for name, parameter in model.named_parameters():
         moved = parameter.detach() - before[name]
@@ -253,7 +253,7 @@ def test_a_guided_turn_moves_its_layers_within_the_guide_and_leaves_everything_e
 def test_a_run_through_guided_turns_replays_without_the_data(tmp_path):
     model = tiny_llama()
     method = methods.lozo_g(interval=INTERVAL, examples=48, eps="auto")
-    steps = ZerothOrder(model, method, lr="auto", examples=examples, journal=tmp_path / "journal.zo")
+    steps = ZerothOrder(model, method, lr="auto", sample_batches=examples, journal=tmp_path / "journal.zo")
     run(model, steps, 0, 3 * INTERVAL + 1)
     steps.journal.close()
     fresh = tiny_llama()
@@ -392,14 +392,18 @@ def test_a_killed_run_goes_on_from_its_journal_bit_for_bit(monkeypatch, tmp_path
     monkeypatch.setattr(resume, "KEPT", 4)
     straight = tiny_llama()
     steps = ZerothOrder(
-        straight, methods.lozo_g(interval=INTERVAL, guide=2, examples=48, eps="auto"), lr=rate, examples=examples, journal=tmp_path / "j.zo"
+        straight,
+        methods.lozo_g(interval=INTERVAL, guide=2, examples=48, eps="auto"),
+        lr=rate,
+        sample_batches=examples,
+        journal=tmp_path / "j.zo",
     )
     run(straight, steps, 0, 9)
     steps.journal.close()
     records = list(Journal.open(tmp_path / "j.zo").records())
     cut = next(place for place, record in enumerate(records) if isinstance(record, StepRecord) and record.step == 6) + 1
     model = tiny_llama()
-    resumed = ZerothOrder(model, methods.lozo_g(interval=INTERVAL, guide=2, examples=48, eps="auto"), lr=rate, examples=examples)
-    resumed.follow(records[: resuming.followed(resumed, records[:cut])])
+    resumed = ZerothOrder(model, methods.lozo_g(interval=INTERVAL, guide=2, examples=48, eps="auto"), lr=rate, sample_batches=examples)
+    resumed.fast_forward(records[: resuming.followed(resumed, records[:cut])])
     run(model, resumed, 0, 9)
     assert same_weights(weights(model), weights(straight))

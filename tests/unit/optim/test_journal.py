@@ -185,7 +185,7 @@ def trained(method: methods.Method, dtype: torch.dtype, path, steps: int, weight
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
     for step in range(steps):
         if step == 9:
-            optimizer.fold()
+            optimizer.flush_updates()
         optimizer.step(toys.loss_function(model), toys.batch(seed=step))
         schedule.step()
     return base, model, optimizer
@@ -201,7 +201,7 @@ def test_base_and_journal_are_the_trained_weights_bit_for_bit(name, dtype, weigh
     optimizer = replay(base, tmp_path / "j")
     live, again = model.state_dict(), base.state_dict()
     assert all(torch.equal(live[key], again[key]) for key in live)
-    optimizer.detach()
+    optimizer.remove_hooks()
     assert all(torch.equal(live[key], value) for key, value in base.state_dict().items())
     assert all(not torch.equal(a, b) for a, b in zip(first, base.parameters(), strict=True))
 

@@ -81,7 +81,7 @@ def test_measuring_writes_no_weight_and_touches_no_generator():
     optimizer = ZerothOrder(model, methods.lozo_e(interval=4, eps=1e-3), lr=0.0)
     for step in range(6):
         optimizer.step(loss_of(model), batch(step))
-    optimizer.detach()
+    optimizer.remove_hooks()
     assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
 
@@ -107,7 +107,7 @@ def test_a_run_with_scales_replays_and_resumes(tmp_path, rule):
 
     straight, optimizer = new(tmp_path / "j")
     go_on(straight, optimizer, 0, 20)
-    optimizer.detach()
+    optimizer.remove_hooks()
     events = [r["event"] for r in Journal.open(tmp_path / "j").records() if isinstance(r, dict)]
     assert events.count("scales") == 3
     replayed = Blocks()
@@ -121,7 +121,7 @@ def test_a_run_with_scales_replays_and_resumes(tmp_path, rule):
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
         go_on(model, optimizer, stop, 20)
-        optimizer.detach()
+        optimizer.remove_hooks()
         ends.append(model)
     for end in ends:
         assert all(torch.equal(end.state_dict()[name], weight) for name, weight in straight.state_dict().items())

@@ -20,7 +20,7 @@ def train(folder: Path, seed: int, method: str = "lozo", steps: int = 5, **optio
     optimizer = zotune.ZerothOrder(model, method, lr=1e-2, seed=seed, journal=path, **options)
     for step in range(steps):
         optimizer.step(toys.loss_function(model), toys.batch(8, seed=10 * seed + step))
-    optimizer.detach()
+    optimizer.remove_hooks()
     return path, model
 
 
@@ -48,7 +48,7 @@ def test_what_no_run_trained_stays(tmp_path: Path) -> None:
     path = tmp_path / "head.zo"
     optimizer = zotune.ZerothOrder(model, "mezo", lr=1e-2, params=head, journal=path)
     optimizer.step(toys.loss_function(model), toys.batch())
-    optimizer.detach()
+    optimizer.remove_hooks()
     merged = zotune.merge(copy.deepcopy(base), [path, train(tmp_path, 3)[0]])
     assert not torch.equal(merged[4].weight, base[4].weight)
     alone = zotune.merge(copy.deepcopy(base), [path])

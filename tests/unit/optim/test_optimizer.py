@@ -35,9 +35,9 @@ def test_a_mezo_step_is_its_equation():
                 parameter.add_(gaussian(parameter, name), alpha=sign * eps)
             sides.append(float(toys.loss_function(moved)(x).mean()))
     c = (sides[0] - sides[1]) / (2 * eps)
-    assert float(optimizer.last.coefficients) == pytest.approx(c, rel=1e-4)
-    assert float(loss) == pytest.approx(sum(sides) / 2, rel=1e-6) and optimizer.last.loss == float(loss)
-    assert optimizer.last.gap == pytest.approx(abs(sides[0] - sides[1]), rel=1e-4)
+    assert float(optimizer.last_report.coefficients) == pytest.approx(c, rel=1e-4)
+    assert float(loss) == pytest.approx(sum(sides) / 2, rel=1e-6) and optimizer.last_report.loss == float(loss)
+    assert optimizer.last_report.loss_diff == pytest.approx(abs(sides[0] - sides[1]), rel=1e-4)
     for name, parameter in hand.named_parameters():
         expected = parameter - lr * c * gaussian(parameter, name)
         assert torch.allclose(dict(model.named_parameters())[name], expected, atol=1e-5)
@@ -53,9 +53,9 @@ def test_micro_batches_are_the_batch(name):
         a = first.step(toys.loss_function(whole), (tokens, labels))
         b = second.step(toys.loss_function(parts), pieces)
         assert torch.allclose(a, b, atol=1e-6)
-        assert torch.allclose(first.last.coefficients, second.last.coefficients, atol=1e-3)
+        assert torch.allclose(first.last_report.coefficients, second.last_report.coefficients, atol=1e-3)
         if not first.method.own:  # an example alone does not tell its noise
-            assert first.last.gap_noise == pytest.approx(second.last.gap_noise, rel=1e-3)
+            assert first.last_report.loss_diff_stderr == pytest.approx(second.last_report.loss_diff_stderr, rel=1e-3)
 
 
 def test_a_closure_and_a_scalar_loss_do():
@@ -68,7 +68,7 @@ def test_a_closure_and_a_scalar_loss_do():
         optimizers[2].step(lambda batch: toys.loss_function(models[2])(batch).mean().item(), x),
     ]
     assert torch.allclose(torch.stack(losses), losses[0].expand(3))
-    assert optimizers[1].last.gap_noise is None
+    assert optimizers[1].last_report.loss_diff_stderr is None
 
 
 def test_an_objective_without_a_gradient_is_as_good_as_any():
@@ -92,7 +92,7 @@ def test_schedulers_of_torch_and_transformers_drive_the_rate():
     rates = []
     for _ in range(4):
         optimizer.step(toys.loss_function(model), toys.batch())
-        rates.append(optimizer.last.lr[0])
+        rates.append(optimizer.last_report.lr[0])
         schedule.step()
     assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
@@ -109,7 +109,7 @@ def test_parameter_groups_have_rates_of_their_own_and_the_rest_stays():
     assert not torch.equal(model[1].weight, before[1].weight)
     assert torch.equal(model[4].bias, before[4].bias) and torch.equal(model[0].weight, before[0].weight)
     change = model[1].weight - before[1].weight
-    expected = -1e-2 * float(optimizer.last.coefficients) * gaussian(change, "1.weight")
+    expected = -1e-2 * float(optimizer.last_report.coefficients) * gaussian(change, "1.weight")
     assert torch.allclose(change, expected, atol=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_weight_decay_shrinks_matrices_and_spares_bias_and_norm(name):
     optimizer = ZerothOrder(model, methods.get(name, **options), lr=1e-2, weight_decay=0.5)
     for _ in range(10):
         optimizer.step(lambda batch: torch.ones(len(batch)), toys.batch()[0])  # a flat loss: nothing but decay
-    optimizer.detach()
+    optimizer.remove_hooks()
     for key, parameter in before.named_parameters():
         factor = (1 - 1e-2 * 0.5) ** 10 if parameter.dim() > 1 else 1.0
         assert torch.allclose(dict(model.named_parameters())[key], factor * parameter, rtol=1e-5), key
@@ -212,10 +212,10 @@ def test_one_direction_of_several_may_be_skipped():
         calls.append(1)
         return toys.loss_function(model)(batch) * (math.nan if len(calls) == 3 else 1.0)
 
-    optimizer = ZerothOrder(model, methods.mezo(num_directions=3), lr=1e-3, probe="sequential")
+    optimizer = ZerothOrder(model, methods.mezo(num_directions=3), lr=1e-3, forward_batching="sequential")
     before = copy.deepcopy(model.state_dict())
     optimizer.step(sometimes, toys.batch())
-    assert optimizer.last.skipped == (False, True, False) and math.isfinite(optimizer.last.loss)
+    assert optimizer.last_report.skipped == (False, True, False) and math.isfinite(optimizer.last_report.loss)
     assert not all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
@@ -254,7 +254,7 @@ def test_misuse_gets_one_sentence(call, message):
 
 def test_a_detached_model_may_be_trained_again():
     model = toys.classifier()
-    ZerothOrder(model, "lozo").detach()
+    ZerothOrder(model, "lozo").remove_hooks()
     ZerothOrder(model, "lozo").step(toys.loss_function(model), toys.batch())
 
 

@@ -121,12 +121,12 @@ def test_a_step_moves_s_by_the_scaled_mean_of_what_was_told():
         group["lr"] = 0.3
     run(model, steps, 1, 2)
     wanted = steps.guidance.alpha * found.slopes.mean(dim=1)
-    assert torch.allclose(steps.last.coefficients, wanted, rtol=1e-3, atol=1e-7)
+    assert torch.allclose(steps.last_report.coefficients, wanted, rtol=1e-3, atol=1e-7)
     parts = wanted.split([c.guides for c in guided_coordinates(steps)])
     for coordinate, part in zip(guided_coordinates(steps), parts, strict=True):
         assert torch.allclose(coordinate.core.flatten()[: coordinate.guides], -0.3 * part, rtol=1e-3, atol=1e-8)
         assert not coordinate.core.flatten()[coordinate.guides :].any()
-    assert steps.last.gap is None
+    assert steps.last_report.loss_diff is None
 
 
 @pytest.mark.parametrize("rule", ["SGD", "Adam"])
@@ -142,7 +142,9 @@ def test_measured_rates_lower_the_loss_under_any_rule_that_has_a_scale(rule):
 
 def test_measuring_looks_where_steps_go_and_says_so(tmp_path):
     model = tiny_llama()
-    steps = ZerothOrder(model, methods.lozo_g(interval=8, guide=2, examples=48), lr="auto", examples=examples, journal=tmp_path / "j.zo")
+    steps = ZerothOrder(
+        model, methods.lozo_g(interval=8, guide=2, examples=48), lr="auto", sample_batches=examples, journal=tmp_path / "j.zo"
+    )
     run(model, steps, 0, 6)
     size = steps.guidance.size
     assert size.stride / 8 <= size.radius * 1.0001 or size.leapt
@@ -191,15 +193,15 @@ def test_losses_that_are_not_finite_skip_the_step():
     before = weights(model)
     bad = lambda data: objectives.LanguageModelLoss(model)(data) * math.nan  # noqa: E731
     assert math.isnan(float(steps.step(bad, batch(1))))
-    assert all(steps.last.skipped) and same_weights(weights(model), before)
+    assert all(steps.last_report.skipped) and same_weights(weights(model), before)
 
 
 def test_weight_decay_goes_on_in_guided_turns():
     model = tiny_llama()
-    steps = ZerothOrder(model, methods.lozo_g(interval=2, guide=2, examples=48), lr=0.1, weight_decay=0.5, examples=examples)
+    steps = ZerothOrder(model, methods.lozo_g(interval=2, guide=2, examples=48), lr=0.1, weight_decay=0.5, sample_batches=examples)
     before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
     run(model, steps, 0, 2)
-    steps.fold()
+    steps.flush_updates()
     assert torch.allclose(model.model.layers[0].self_attn.q_proj.weight, before * (1 - 0.05) ** 2, atol=1e-6)
 
 

@@ -78,7 +78,7 @@ def test_what_is_peculiar_to_a_batch_cancels():
     sizes = []
     for step in range(10):
         optimizer.step(loss, torch.randn(1, 3, generator=torch.Generator().manual_seed(step)))
-        sizes.append(abs(float(optimizer.last.coefficients)))
+        sizes.append(abs(float(optimizer.last_report.coefficients)))
     assert max(sizes[1:5] + sizes[6:10]) < 1 < 10 < min(sizes[0], sizes[5])
 
 

@@ -138,12 +138,14 @@ class Projections(nn.Module):
 @pytest.mark.parametrize("rank", [1, 2])
 def test_siblings_share_an_input_only_while_it_is_the_same(given, rank):
     losses = []
-    for probe in ("batched", "sequential"):
+    for forward_batching in ("batched", "sequential"):
         torch.manual_seed(0)
         model = Projections(given)
-        optimizer = ZerothOrder(model, methods.lozo(directions_per="example", rank=rank, eps=1e-2), lr=1e-2, probe=probe)
+        optimizer = ZerothOrder(
+            model, methods.lozo(directions_per="example", rank=rank, eps=1e-2), lr=1e-2, forward_batching=forward_batching
+        )
         for _ in range(3):
             optimizer.step(toys.loss_function(model), toys.batch())
-        assert optimizer.evaluator.batched == (probe == "batched")
-        losses.append(optimizer.last.coefficients)
+        assert optimizer.evaluator.batched == (forward_batching == "batched")
+        losses.append(optimizer.last_report.coefficients)
     assert torch.allclose(*losses, atol=1e-3)

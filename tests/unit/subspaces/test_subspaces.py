@@ -45,15 +45,15 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("probe", ["sequential", "auto"])
+@pytest.mark.parametrize("forward_batching", ["sequential", "auto"])
 @pytest.mark.parametrize("num_directions", [1, 3])
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_update_is_along_the_direction_that_was_evaluated_redraw_steps_included(name, num_directions, probe):
+def test_the_update_is_along_the_direction_that_was_evaluated_redraw_steps_included(name, num_directions, forward_batching):
     """ΔW = −η s (1/K) Σ c_k (W₊ − W₋) / 2ε with the weights that the evaluations computed with, s = 1 or 1/r."""
     model, eps, lr = matrix(), 1e-2, 1e-2
     method = methods.get(name, eps=eps, num_directions=num_directions, **PLAIN[name])
     seen: dict[int, list[torch.Tensor]] = {}
-    optimizer = ZerothOrder(model, method, lr=lr, probe=probe)
+    optimizer = ZerothOrder(model, method, lr=lr, forward_batching=forward_batching)
     (coordinate,) = optimizer.probe.coordinates
     x = torch.linspace(-1, 1, 24).view(4, 6)
     for step in range(9):
@@ -64,7 +64,7 @@ def test_the_update_is_along_the_direction_that_was_evaluated_redraw_steps_inclu
             seen[k] = [optimizer.probe.evaluate(lambda: model(torch.eye(6)).T.clone(), Offset(s * eps, 0, step, k)) for s in (1, -1)]
         optimizer.step(lambda x: model(x).square().mean(dim=1), x)
         expected = before.clone()
-        for k, c in enumerate(optimizer.last.coefficients.tolist()):
+        for k, c in enumerate(optimizer.last_report.coefficients.tolist()):
             expected -= lr * coordinate.lr_scale * c / num_directions * (seen[k][0] - seen[k][1]) / (2 * eps)
             # and c is the difference of the losses there
             losses = [(x @ weight.T).square().mean() for weight in seen[k]]
@@ -82,13 +82,13 @@ def test_batched_and_sequential_losses_are_equal(name, kind):
     x = torch.randint(0, 9, (4, 3)) if kind == "embedding" else torch.randn(4, 3, 6)
     losses = {}
     start = build().state_dict()
-    for probe in ("batched", "sequential"):
+    for forward_batching in ("batched", "sequential"):
         model = build()
         model.load_state_dict(start)
-        optimizer = ZerothOrder(model, methods.get(name, rank=3, eps=1e-2, num_directions=2), lr=1e-2, probe=probe)
-        losses[probe] = [optimizer.step(lambda x, model=model: model(x).square().mean(dim=(1, 2)), x) for _ in range(4)]
-        assert optimizer.evaluator.batched is (probe == "batched")
-        losses[probe] += [optimizer.last.coefficients]
+        optimizer = ZerothOrder(model, methods.get(name, rank=3, eps=1e-2, num_directions=2), lr=1e-2, forward_batching=forward_batching)
+        losses[forward_batching] = [optimizer.step(lambda x, model=model: model(x).square().mean(dim=(1, 2)), x) for _ in range(4)]
+        assert optimizer.evaluator.batched is (forward_batching == "batched")
+        losses[forward_batching] += [optimizer.last_report.coefficients]
     for a, b in zip(losses["batched"], losses["sequential"], strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
@@ -265,7 +265,7 @@ def test_forward_passes_find_the_weights_that_carry_the_gradient(tmp_path):
         return ((weight * strong).sum() * (1 + 0.1 * x[:, 0]) + 1e-3 * weight.sum()).detach()
 
     method = methods.sensitive_mezo(density=3 / 200, mask_directions=128)
-    optimizer = ZerothOrder(model, method, lr=1e-2, journal=tmp_path / "j", probe="sequential")
+    optimizer = ZerothOrder(model, method, lr=1e-2, journal=tmp_path / "j", forward_batching="sequential")
     x = torch.randn(5, 20, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         optimizer.step(losses, x)
@@ -319,8 +319,8 @@ def test_only_the_block_whose_turn_it_is_moves(order):
         if order == "gauss-seidel":
             assert moved == {f"{2 * (step % 2)}.weight", f"{2 * (step % 2)}.bias"}
             continue
-        assert moved == set(before) and len(optimizer.last.coefficients) == 2
-        for block, c in enumerate(optimizer.last.coefficients.tolist()):  # each by its own difference, the other at rest
+        assert moved == set(before) and len(optimizer.last_report.coefficients) == 2
+        for block, c in enumerate(optimizer.last_report.coefficients.tolist()):  # each by its own difference, the other at rest
             names = [f"{2 * block}.weight", f"{2 * block}.bias"]
             z = {n: Directions("gaussian").draw(Key(0, step, block, n), before[n].shape) for n in names}
             found = []
@@ -337,10 +337,10 @@ def test_blocks_of_adapters_are_evaluated_in_one_forward():
     models[1].load_state_dict(models[0].state_dict())
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     found = []
-    for model, probe in zip(models, ("batched", "sequential"), strict=True):
-        optimizer = ZerothOrder(model, methods.zo_block_jacobi(num_directions=2), lr=1e-2, probe=probe)
+    for model, forward_batching in zip(models, ("batched", "sequential"), strict=True):
+        optimizer = ZerothOrder(model, methods.zo_block_jacobi(num_directions=2), lr=1e-2, forward_batching=forward_batching)
         optimizer.step(lambda x, model=model: model(x).square().mean(dim=1), x)
-        found.append(optimizer.last.coefficients)
+        found.append(optimizer.last_report.coefficients)
     assert len(found[0]) == 4 and torch.allclose(*found, rtol=1e-3, atol=1e-3)
 
 
@@ -398,7 +398,7 @@ def test_forward_grad_is_the_directional_derivative(architecture):
     optimizer = ZerothOrder(model, "forward-grad", lr=0.0)
     with pytest.warns(UserWarning, match="attention kernel has no forward derivative"):
         optimizer.step(losses, ids)
-    assert float(optimizer.last.coefficients) == pytest.approx(expected, rel=1e-3)
+    assert float(optimizer.last_report.coefficients) == pytest.approx(expected, rel=1e-3)
     optimizer.step(losses, ids)  # says it once
     assert all(p.grad is None for p in model.parameters())
 

@@ -174,11 +174,13 @@ def test_a_run_resumes_bit_for_bit_and_its_adapter_loads(scheme: str, method: st
 
 def test_lora_takes_the_batched_probe_and_a_direction_per_example(tmp_path: Path) -> None:
     losses = []
-    for probe in ("batched", "sequential"):
-        run = trainer(tmp_path / probe, apply(tiny_llama(), "lora"), method="lozo-e", probe=probe, learning_rate=1e-2)
+    for forward_batching in ("batched", "sequential"):
+        run = trainer(
+            tmp_path / forward_batching, apply(tiny_llama(), "lora"), method="lozo-e", forward_batching=forward_batching, learning_rate=1e-2
+        )
         run.train()
-        assert run.zo_optimizer.evaluator.batched is (probe == "batched")
-        losses.append(run.zo_optimizer.last.loss)
+        assert run.zo_optimizer.evaluator.batched is (forward_batching == "batched")
+        losses.append(run.zo_optimizer.last_report.loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

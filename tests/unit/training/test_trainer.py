@@ -65,7 +65,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(sum(record.loss for record in records[:3]) / 3)
     assert second["loss"] == pytest.approx(sum(record.loss for record in records[3:]) / 3)
     assert second["forward_passes"] == 6 * 4
-    assert second["gap"] > 0 and second["gap_noise"] > 0 and second["steps_per_second"] > 0
+    assert second["loss_diff"] > 0 and second["loss_diff_stderr"] > 0 and second["steps_per_second"] > 0
     assert second["learning_rate"] == 1e-2
     assert not any("grad_norm" in entry for entry in run.state.log_history)
     assert run.state.log_history[-1]["train_loss"] == pytest.approx(sum(record.loss for record in records) / 6)
@@ -187,7 +187,7 @@ def test_skipped_steps_are_logged_as_skipped_not_as_zero(tmp_path: Path) -> None
     assert [entry.get("skipped_steps") for entry in entries] == [1, None, 2]
     assert entries[0]["loss"] == pytest.approx(records[0])
     assert entries[1]["loss"] == pytest.approx((records[2] + records[3]) / 2)
-    assert "loss" not in entries[2] and "gap" not in entries[2]
+    assert "loss" not in entries[2] and "loss_diff" not in entries[2]
     finite = [loss for loss in records if math.isfinite(loss)]
     assert run.state.log_history[-1]["train_loss"] == pytest.approx(sum(finite) / 3)
 
@@ -263,7 +263,7 @@ def test_a_model_with_labels_trains_as_under_trainer(tmp_path: Path) -> None:
     before = run.evaluate()
     run.train()
     assert run.evaluate()["eval_loss"] < before["eval_loss"] - 0.05
-    assert "gap_noise" not in run.state.log_history[1]  # the model's own loss is a scalar: no spread over examples
+    assert "loss_diff_stderr" not in run.state.log_history[1]  # the model's own loss is a scalar: no spread over examples
 
 
 def test_a_sequence_classifier_with_a_padding_collator(tmp_path: Path, tiny_lm: Path) -> None:
@@ -297,7 +297,7 @@ def test_tensorboard_gets_its_event_file(tmp_path: Path) -> None:
     trainer(tmp_path, report_to="tensorboard").train()
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file)).Reload()
-    assert {"train/loss", "train/gap", "train/forward_passes", "train/learning_rate"} <= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/loss_diff", "train/forward_passes", "train/learning_rate"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
 
 

@@ -83,7 +83,7 @@ def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Pa
         ({"estimator": "center"}, "unknown estimator 'center'"),
         ({"eps": 0.0}, "eps must be positive, got 0.0"),
         ({"eps": float("nan")}, "eps must be positive, got nan"),
-        ({"probe": "batch"}, "unknown probe 'batch'"),
+        ({"forward_batching": "batch"}, "unknown forward_batching 'batch'"),
         ({"directions_per": "exmaple"}, "unknown directions_per 'exmaple'; did you mean 'example'?"),
         ({"learning_rate": "automatic"}, "learning_rate must be a number or 'auto', got 'automatic'"),
         ({"method": "mezo", "update_rule": "Rprop", "learning_rate": "auto"}, "not known for the update rule Rprop; give a number"),

@@ -37,7 +37,7 @@ GROUPED: dict[str, Any] = {
     "max_steps": 26,  # of 10 an epoch
     "logging_steps": 5,
     "learning_rate": 1e-3,
-    "probe": "batched",  # "auto" chooses by the clock, and two runs may choose otherwise
+    "forward_batching": "batched",  # "auto" chooses by the clock, and two runs may choose otherwise
 }
 
 

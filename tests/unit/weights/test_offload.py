@@ -43,7 +43,7 @@ def train(model: nn.Module, method: str, steps: int = 6, journal=None, **options
     losses = []
     for _ in range(steps):
         losses.append(float(optimizer.step(toys.transformer_loss(model), toys.tokens())))
-        losses += optimizer.last.coefficients.tolist()
+        losses += optimizer.last_report.coefficients.tolist()
     return losses, optimizer
 
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_continues_an_offloaded_run_exactly(method, tmp_path):
     contents.load_optimizer(tmp_path, resumed)
     for _ in range(3):
         found.append(float(resumed.step(toys.transformer_loss(third), toys.tokens())))
-        found += resumed.last.coefficients.tolist()
+        found += resumed.last_report.coefficients.tolist()
     assert found == expected
     assert_equal(weights(third), weights(plain))
 
@@ -167,7 +167,7 @@ def test_a_pass_reads_every_block_once_whatever_is_evaluated():
     """Both points and all directions ride in one forward."""
     model = model_of("llama")
     stream = offload(model, "disk")
-    optimizer = ZerothOrder(model, methods.lozo(num_directions=3, interval=50), lr=1e-3, probe="batched")
+    optimizer = ZerothOrder(model, methods.lozo(num_directions=3, interval=50), lr=1e-3, forward_batching="batched")
     optimizer.step(toys.transformer_loss(model), toys.tokens())
     stream.flush()
     before = stream.traffic.blocks

@@ -33,12 +33,14 @@ def dense_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def train(model: nn.Module, steps: int = 7, probe: str = "batched", journal: Path | None = None) -> tuple[list[float], ZerothOrder]:
-    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=3), lr=1e-3, seed=1, probe=probe, journal=journal)
+def train(
+    model: nn.Module, steps: int = 7, forward_batching: str = "batched", journal: Path | None = None
+) -> tuple[list[float], ZerothOrder]:
+    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=3), lr=1e-3, seed=1, forward_batching=forward_batching, journal=journal)
     found = []
     for _ in range(steps):
         optimizer.step(toys.transformer_loss(model), toys.tokens())
-        found += optimizer.last.coefficients.tolist()
+        found += optimizer.last_report.coefficients.tolist()
     return found, optimizer
 
 
@@ -57,15 +59,15 @@ def test_a_weight_is_the_nearest_that_can_be_had(bits, worst):
     assert layer.weight.untyped_storage().nbytes() == 4
 
 
-@pytest.mark.parametrize("probe", ["batched", "sequential"])
+@pytest.mark.parametrize("forward_batching", ["batched", "sequential"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_frozen_base_trains_as_its_dense_twin(bits, probe):
+def test_a_frozen_base_trains_as_its_dense_twin(bits, forward_batching):
     """Coefficients to 1e-3 of their size over two folds, and the weights that come of it, without one of the codes changed."""
     model = freeze(llama(), bits)
     twin = dense_twin(model)
     codes = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("codes")}
-    expected, _ = train(twin, probe=probe)
-    found, optimizer = train(model, probe=probe)
+    expected, _ = train(twin, forward_batching=forward_batching)
+    found, optimizer = train(model, forward_batching=forward_batching)
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-3 * max(map(abs, expected)))
     trained, dense = dense_state(model), twin.state_dict()
     assert trained.keys() == dense.keys()
@@ -73,7 +75,7 @@ def test_a_frozen_base_trains_as_its_dense_twin(bits, probe):
         assert torch.allclose(trained[name], tensor, rtol=1e-4, atol=1e-5), name
     assert all(torch.equal(buffer, codes[name]) for name, buffer in model.named_buffers() if name in codes)
     assert model.model.layers[0].mlp.up_proj.left.shape[1] == 2 * 2
-    optimizer.detach()
+    optimizer.remove_hooks()
     assert model.model.layers[0].mlp.up_proj.left.shape[1] == 3 * 2
 
 
@@ -105,9 +107,9 @@ def test_full_space_is_refused():
         freeze(nn.Sequential(nn.Linear(20, 4)), 4)
 
 
-@pytest.mark.parametrize("probe", ["batched", "sequential"])
+@pytest.mark.parametrize("forward_batching", ["batched", "sequential"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_an_adapter_on_a_base_in_few_bits(bits, probe):
+def test_an_adapter_on_a_base_in_few_bits(bits, forward_batching):
     """Its coefficients are those of the dense twin, in memory and streamed; merged it is the twin's merged model."""
     peft = pytest.importorskip("peft")
     from zotune.weights.offload import offload
@@ -115,11 +117,11 @@ def test_an_adapter_on_a_base_in_few_bits(bits, probe):
     def trained(model: nn.Module) -> tuple[list[float], nn.Module]:
         torch.manual_seed(0)
         model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
-        optimizer = ZerothOrder(model, "mezo", lr=1e-2, seed=1, probe=probe)
+        optimizer = ZerothOrder(model, "mezo", lr=1e-2, seed=1, forward_batching=forward_batching)
         found = []
         for _ in range(3):
             optimizer.step(toys.transformer_loss(model), toys.tokens())
-            found += optimizer.last.coefficients.tolist()
+            found += optimizer.last_report.coefficients.tolist()
         return found, model
 
     base, away = freeze(llama(), bits), freeze(llama(), bits)
@@ -229,7 +231,7 @@ def test_low_rank_on_weights_that_another_library_holds(library, tolerance, tmp_
     again = hold(quantized(library))
     replay(again, tmp_path / "j")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in dense_state(again).items())
-    optimizer.detach()
+    optimizer.remove_hooks()
 
 
 def test_what_another_library_holds_is_not_trained_by_mistake():
@@ -255,15 +257,15 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("probe", ["batched", "sequential"])
-def test_a_step_never_makes_the_weight(monkeypatch, probe):
+@pytest.mark.parametrize("forward_batching", ["batched", "sequential"])
+def test_a_step_never_makes_the_weight(monkeypatch, forward_batching):
     """Its largest tensor is that of an inference: a strip of the weight."""
     monkeypatch.setattr(quantized_linear, "STRIP", 1 << 12)
     model = freeze(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 32)), 4)
     x = torch.randn(2, 256)
     with Largest() as inference, torch.no_grad():
         model(x)
-    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=2), lr=1e-3, probe=probe)
+    optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=2), lr=1e-3, forward_batching=forward_batching)
     optimizer.step(lambda rows: model(rows).square().mean(dim=1), x)  # the first compares ways to evaluate
     with Largest() as step:
         for _ in range(4):

@@ -42,10 +42,10 @@ def settle(run: RunParts, batch: Any) -> None:
     alike = len({found["batch"] for found in everybody}) == 1
     if workers.batches == "auto":
         workers.batches = "same" if alike and batch is not None and None not in batch else "own"
-        if workers.batches == "own" and workers.share_mode in ("directions", "both"):
+        if workers.batches == "own" and workers.parallelism in ("directions", "both"):
             raise RankMismatchError(
-                f"share={workers.share_mode!r} needs workers with the same batch, and theirs differ: give all of them the whole batch, or "
-                "set share='data'."
+                f"parallelism={workers.parallelism!r} needs workers with the same batch, and theirs differ: give all of them the whole batch, or "
+                "set parallelism='data'."
             )
     elif workers.batches == "same" and not alike:
         odd = _odd([str(found["batch"]) for found in everybody])

@@ -51,7 +51,7 @@ class Workers:
     """The processes that take a run's steps together; one alone where ``torch.distributed`` is not initialized.
 
     Args:
-        share: ``"data"``: each evaluates every direction on its share of the examples; ``"directions"``: each evaluates its share of the
+        parallelism: ``"data"``: each evaluates every direction on its share of the examples; ``"directions"``: each evaluates its share of the
             directions on all examples, for losses in which examples depend on each other; ``"both"``; ``"auto"``: examples as far as they
             go, then directions.
         batches: ``"same"``: every worker gives ``step`` the same batch and evaluates its share of it; ``"own"``: every worker gives a
@@ -68,15 +68,15 @@ class Workers:
         (1, 0)
     """
 
-    def __init__(self, share: str = "auto", batches: str = "auto", check_every: int = CHECK_EVERY, group: Any = None) -> None:
-        for name, value, known in (("share", share, MODES), ("batches", batches, BATCHES)):
+    def __init__(self, parallelism: str = "auto", batches: str = "auto", check_every: int = CHECK_EVERY, group: Any = None) -> None:
+        for name, value, known in (("parallelism", parallelism, MODES), ("batches", batches, BATCHES)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}.")
         if check_every < 0:
             raise ValueError(f"check_every must be at least 0 steps, not {check_every}.")
-        if batches == "own" and share in ("directions", "both"):
-            raise ValueError(f"share={share!r} needs workers with the same batch: set batches='same', or share='data'.")
-        self.share_mode, self.batches, self.check_every, self.group = share, batches, check_every, group
+        if batches == "own" and parallelism in ("directions", "both"):
+            raise ValueError(f"parallelism={parallelism!r} needs workers with the same batch: set batches='same', or parallelism='data'.")
+        self.parallelism, self.batches, self.check_every, self.group = parallelism, batches, check_every, group
         joined = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size(group) if joined else 1
         self.rank = dist.get_rank(group) if joined else 0
@@ -97,7 +97,7 @@ class Workers:
         """
         columns, begin = sum(widths), 0
         if not self.several or self.batches != "own":
-            everybody = blocks(points, columns, self.size, self.share_mode, edges)
+            everybody = blocks(points, columns, self.size, self.parallelism, edges)
         else:
             ends = list(itertools.accumulate(int(count) for count in self.exchange(columns)))
             everybody = [Block(range(points), range(start, stop)) for start, stop in itertools.pairwise([0, *ends])]
