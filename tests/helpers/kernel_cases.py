@@ -160,7 +160,7 @@ def check_layers(device: torch.device) -> None:
             for forward_batching in ("batched", "sequential"):
                 twin = copy.deepcopy(model)
                 optimizer = zotune.ZerothOrder(
-                    twin, zotune.methods.recipes.lozo(eps=1e-2), lr=1e-2, seed=3, forward_batching=forward_batching
+                    twin, zotune.methods.lozo(eps=1e-2), lr=1e-2, seed=3, forward_batching=forward_batching
                 )
                 for _ in range(3):
                     optimizer.step(lambda rows, twin=twin: twin(rows).float().square().mean(dim=(1, 2)), x.to(dtype))

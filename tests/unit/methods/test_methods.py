@@ -109,13 +109,11 @@ def test_without_a_residual_those_updates_are_lost():
 
 def test_the_core_imports_torch_alone():
     """Law 7."""
-    core = (
-        "directions precision coordinates subspaces side_path stacking stacked_parameters estimators rules forward_batching journal methods"
-    )
-    core += " forward_mode observing quantized chosen anchored shaping replayed rules evaluating deciding guidance"
-    core += " lending captured fleets formed held_keys sending step_size calibration run_state applying optimizer replaying"
-    code = "import sys; " + "; ".join(f"import zotune.{name}" for name in core.split())
-    code += "; sys.exit(any(name in sys.modules for name in ('transformers', 'peft', 'accelerate', 'datasets')))"
+    code = "import importlib, pkgutil, sys, zotune\n"
+    code += "for package in 'rng weights subspaces methods forward optim'.split():\n"
+    code += "    module = importlib.import_module('zotune.' + package)\n"
+    code += "    for found in pkgutil.walk_packages(module.__path__, module.__name__ + '.'): importlib.import_module(found.name)\n"
+    code += "sys.exit(any(name in sys.modules for name in ('transformers', 'peft', 'accelerate', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

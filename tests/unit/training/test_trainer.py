@@ -342,7 +342,7 @@ def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
         {"params": [model.lm_head.weight], "lr": 1e-1},
         {"params": [p for name, p in model.named_parameters() if "mlp" in name], "lr": 1e-3},
     ]
-    optimizer = zotune.ZerothOrder(model, zotune.methods.recipes.mezo(eps=1e-2), params=groups, seed=5)
+    optimizer = zotune.ZerothOrder(model, zotune.methods.mezo(eps=1e-2), params=groups, seed=5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     before = weights(model)
     run = trainer(tmp_path, model, optimizers=(optimizer, scheduler), max_steps=3)

@@ -20,7 +20,7 @@ def config(tmp_path: Path, **options: Any) -> ZOConfig:
 
 def test_rate_and_eps_are_measured_unless_they_are_given(tmp_path: Path) -> None:
     default = config(tmp_path)
-    assert default.zo_method() == zotune.methods.recipes.lozo(eps="auto")
+    assert default.zo_method() == zotune.methods.lozo(eps="auto")
     assert default.learning_rate == "auto" and default.lr_scheduler_type == "warmup_stable_decay"
     assert config(tmp_path, learning_rate="1e-3", eps="0.01").zo_method().eps == 0.01
 
