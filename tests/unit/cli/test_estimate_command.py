@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_memory import MODELS
 from transformers import GPT2Config
 
 from command_cases import run_command
+from memory_models import MODELS
 
 
 @pytest.fixture

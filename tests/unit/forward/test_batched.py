@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import toys
+from batching import agree
 from zotune import ZerothOrder, methods, objectives
 from zotune.errors import NotBatchableError
 from zotune.forward.batch_layout import Owned, own, share_out, shared
@@ -21,25 +22,6 @@ from zotune.subspaces import FullCoordinate
 from zotune.subspaces.coordinate import Offset
 
 OWN = ({"directions_per": "example"}, {"directions_per": "group", "group_size": 2})
-
-
-def coefficients(build, loss_of, batches, method: methods.Method, forward_batching: str, steps: int = 2) -> torch.Tensor:
-    model = build()
-    optimizer = ZerothOrder(model, method, lr=1e-3, forward_batching=forward_batching)
-    found = []
-    for _ in range(steps):
-        optimizer.step(loss_of(model), batches)
-        found.append(optimizer.last_report.coefficients)
-    assert optimizer.evaluator.batched is (forward_batching == "batched")
-    return torch.cat(found)
-
-
-def agree(build, loss_of, batches, method: methods.Method, tolerance: float = 1e-4) -> bool:
-    """Coefficients of both probes; ``tolerance`` relative to the largest (ε = 1e-2: rounding of the loss over 2ε)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        one, other = (coefficients(build, loss_of, batches, method, forward_batching) for forward_batching in ("sequential", "batched"))
-    return float((one - other).abs().max()) <= tolerance * max(1.0, float(one.abs().max()))
 
 
 @pytest.mark.parametrize("name", toys.ARCHITECTURES)
@@ -363,7 +345,7 @@ def test_both_points_of_a_dense_step_in_one_forward(architecture, estimator):
     for forward_batching in ("sequential", "batched"):
         model = toys.transformer(architecture, **WIDE[architecture])
         optimizer = ZerothOrder(model, methods.mezo(estimator=estimator, eps=1e-2), lr=1e-3, forward_batching=forward_batching)
-        assert optimizer.probe.dense is not None
+        assert optimizer.forward.dense is not None
         for _ in range(3):
             optimizer.step(toys.transformer_loss(model), toys.tokens(6, 9))
         assert optimizer.evaluator.batched is (forward_batching == "batched")

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig
+from transformers import OPTConfig
 
 import paths
+from memory_models import MODELS
 from zotune.baselines import catalog
 from zotune.io.sizes import parse_size
 from zotune.memory import KINDS, Ledger, Workload, config_of, estimate, measure, shipped
@@ -22,17 +23,6 @@ from zotune.rng.directions import Directions, Key
 from zotune.training.schemes import Scheme
 
 ROOT = paths.ROOT
-SMALL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-MODELS = {
-    "gpt2": GPT2Config(n_layer=1, n_embd=96, n_head=2, vocab_size=1900, n_positions=64, **SMALL),
-    "opt": OPTConfig(hidden_size=96, num_hidden_layers=1, num_attention_heads=2, ffn_dim=192, vocab_size=1700, word_embed_proj_dim=96,
-                     max_position_embeddings=64, **SMALL),
-    "llama": LlamaConfig(hidden_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=192,
-                         vocab_size=1800, max_position_embeddings=64, **SMALL),
-    "bert": BertConfig(hidden_size=96, num_hidden_layers=1, num_attention_heads=2, intermediate_size=192, vocab_size=1900,
-                       max_position_embeddings=64, architectures=["BertForMaskedLM"]),
-}  # fmt: skip
-
 
 #: Bytes that a step takes whatever the model: the tables that directions are made of, and a few strips of a weight.
 ANYWAY = 2**21

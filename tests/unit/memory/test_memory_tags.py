@@ -6,9 +6,9 @@ import threading
 
 import pytest
 import torch
-from test_memory import MODELS
 from torch import nn
 
+from memory_models import MODELS
 from zotune.baselines import catalog
 from zotune.io.memory_tags import listening, memory_tag, tagged, tags
 from zotune.memory import Ledger, Workload, measure

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stacking import agree
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import toys
+from batching import agree
 from zotune import ZerothOrder, methods, objectives
 from zotune.objectives import packed_choices
 from zotune.objectives.losses import ChoiceLoss, choice_scores

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer_cases import LENGTH, choice_rows, collate_choices, collate_completions, config, same_weights, tiny_llama, trainer, weights
+from guided_runs import INTERVAL, ROWS, batch, examples, guided_coordinates, optimizer, run
+from trainer_cases import LENGTH, collate_choices, collate_completions, config, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder, ZOTrainer, methods, objectives, replay
 from zotune.objectives import output_gradients
 from zotune.optim import guided, resume
@@ -16,33 +17,6 @@ from zotune.optim.journal import Journal, StepRecord
 from zotune.subspaces.guided import GuidedCoordinate
 from zotune.subspaces.guided_projection import RIDGE, Rows, guide
 from zotune.training import resume as resuming
-
-ROWS = choice_rows(64)
-INTERVAL = 2
-
-
-def batch(step: int, size: int = 8) -> dict[str, torch.Tensor]:
-    start = step * size % len(ROWS)
-    return collate_completions(ROWS[start : start + size])
-
-
-def examples(step: int, count: int) -> list[dict[str, torch.Tensor]]:
-    return [collate_completions(ROWS[start : start + 16]) for start in range(0, min(count, len(ROWS)), 16)]
-
-
-def optimizer(model: torch.nn.Module, lr: float | str = 1e-2, **options) -> ZerothOrder:
-    method = methods.lozo_g(**{"interval": INTERVAL, "rank": 2, "guide": 2, "examples": 48, **options})
-    return ZerothOrder(model, method, lr=lr, sample_batches=examples)
-
-
-def guided_coordinates(steps: ZerothOrder) -> list[GuidedCoordinate]:
-    return [c for c in steps.probe.coordinates if isinstance(c, GuidedCoordinate) and c.guided]
-
-
-def run(model: torch.nn.Module, steps: ZerothOrder, first: int, last: int) -> None:
-    loss_fn = objectives.LanguageModelLoss(model)
-    for step in range(first, last):
-        steps.step(loss_fn, batch(step))
 
 
 def in_the_hidden_state(model: torch.nn.Module, loss_fn, data) -> torch.Tensor:
@@ -294,7 +268,7 @@ def test_lozo_has_the_first_turns_where_it_is_asked_for_and_a_guide_has_a_rank_o
         run(model, steps, step, step + 1)
         seen.append({tuple(c.p.shape[1:]) + tuple(c.v.shape[1:]) for c in guided_coordinates(steps)})
     assert seen == [set()] * 2 * INTERVAL + [{(3, 3)}] * INTERVAL + [set()] * INTERVAL
-    assert all(c.v.shape[1] == 1 and not c.guided for c in steps.probe.coordinates if isinstance(c, GuidedCoordinate))
+    assert all(c.v.shape[1] == 1 and not c.guided for c in steps.forward.coordinates if isinstance(c, GuidedCoordinate))
 
 
 def test_a_loss_that_tells_no_errors_has_lozos_turns_only():
@@ -303,7 +277,7 @@ def test_a_loss_that_tells_no_errors_has_lozos_turns_only():
     for _ in range(2 * INTERVAL):
         steps.step(lambda data: model(data["input_ids"]).logits.square().mean(dim=(1, 2)), batch(0))
         assert not steps.guided
-        assert all(bool(c.v.any()) for c in steps.probe.coordinates if isinstance(c, GuidedCoordinate))
+        assert all(bool(c.v.any()) for c in steps.forward.coordinates if isinstance(c, GuidedCoordinate))
     assert steps.sequences_evaluated == 2 * INTERVAL * 4 * 8 + 2 * 16  # it was asked once a turn, for the first of the examples
 
 

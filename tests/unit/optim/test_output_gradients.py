@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from test_guided import INTERVAL, batch, examples, guided_coordinates, optimizer, run
 from torch import nn
 
+from guided_runs import INTERVAL, batch, examples, guided_coordinates, optimizer, run
 from trainer_cases import same_weights, tiny_llama, weights
 from zotune import ZerothOrder, methods, objectives
 from zotune.optim.calibration.running_mean import RunningMean
