@@ -95,7 +95,7 @@ def test_converges_on_a_quadratic(name):
         target = torch.where(start.abs() < 0.65, -start, start)
     optimizer = ZerothOrder(model, method, lr=rate(name))
     if method.reach == "span":  # the subspace that the run will move in
-        (coordinate,) = optimizer.probe.coordinates
+        (coordinate,) = optimizer.forward.coordinates
         coordinate.begin_step(optimizer.seed, 0)
         target = coordinate.expand(torch.tensor([0.1, -0.1, 0.2])) @ coordinate.v.T
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
@@ -157,7 +157,7 @@ def test_the_estimate_is_of_the_gradient_what_the_method_says(name):
             continue
         estimate = []
         for parameter in parameters:
-            (coordinate,) = (c for c in optimizer.probe.coordinates if c.parameter is parameter)
+            (coordinate,) = (c for c in optimizer.forward.coordinates if c.parameter is parameter)
             here, total = coordinate.at(optimizer.directions, None), torch.zeros_like(parameter)
             for term in optimizer.last_report.terms:
                 for k, c in enumerate(term.coefficients):
@@ -315,7 +315,7 @@ def test_state_stays_within_what_is_declared(name, dtype):
     held = {id(t): t for t in optimizer.rule.state()[0].values() if t.dim()}
     if optimizer.run.anchor is not None:
         held |= {id(t): t for t in optimizer.run.anchor.weights.values()}
-    for coordinate in optimizer.probe.coordinates:
+    for coordinate in optimizer.forward.coordinates:
         held |= {id(t): t for t in coordinate.kept()}
         assert not coordinate.drawn
     shapes = [tuple(p.shape) for p in model.parameters()]

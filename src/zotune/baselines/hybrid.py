@@ -20,7 +20,7 @@ from zotune.optim.optimizer import ZerothOrder
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.subspaces.coordinate import Offset
-from zotune.weights.structure import blocks_of, last_blocks
+from zotune.weights.structure import blocks_of, last_blocks, module_mode
 
 
 class Hybrid(FirstOrder):
@@ -28,13 +28,13 @@ class Hybrid(FirstOrder):
 
     c = (L(θ + εZ, φ) − L(θ − εZ, φ)) / 2ε,   θ ← θ − η_θ c Z,   g = ½ (∇_φ L(θ + εZ, φ) + ∇_φ L(θ − εZ, φ)) to the update rule of φ
 
-    φ: the trained weights of the last ``method.blocks`` blocks and of a head of its own; θ: all others. The weights of θ are lent, so
-    autograd sees nothing before the first weight of φ and keeps no activations there. Forwards run in evaluation mode: both points
-    must see the same function. A gradient is no handful of numbers, so there is no journal; a run resumes from its checkpoint.
+    φ: the trained weights of the last ``method.blocks`` blocks and of a head of its own; θ: all others. The weights of θ are overridden, so
+    autograd sees nothing before the first weight of φ and stores no activations there. Forwards run in evaluation mode: both points
+    must evaluate the same function. A gradient is not a few coefficients, so there is no journal; a run resumes from its checkpoint.
 
     Args:
         model, method, ...: as for :class:`FirstOrder`; ``lr`` and ``max_grad_norm`` are those of φ. θ has a parameter group of its own,
-            the last one, with the rate ``method.zo_lr``, which schedulers scale as they do the others.
+            the last one, with the rate ``method.zo_lr``; schedulers scale it like the others.
 
     Raises:
         ValueError: nothing is trained in the last blocks, or nothing before them.
@@ -95,7 +95,7 @@ class Hybrid(FirstOrder):
             loss = math.nan if any(estimate.skipped) else estimate.loss
             return self._move(gradients, [None] * len(parameters), loss, 2 * points[0].numel())
         finally:
-            self.shallow.probe.forget_directions()
+            self.shallow.forward.drop_directions()
 
     @property
     def passes(self) -> int:
@@ -103,15 +103,15 @@ class Hybrid(FirstOrder):
         return 2 + math.ceil(2 * BACKWARD * self.method.blocks / self._blocks)
 
     def _at(self, offset: Offset, loss_fn: LossFunction, part: Any) -> Tensor:
-        """Losses at θ ± εZ with the graph of φ; randomness of the loss's own is the same at both."""
-        probe = self.shallow.probe
-        generators = isolated_generators(Key(self.seed, self.steps, 0, "", "loss"), probe.devices)
-        with torch.enable_grad(), probe.evaluation_mode(), probe.at(offset), generators:
+        """Losses at θ ± εZ with the graph of φ; random draws of the loss are the same at both."""
+        forward = self.shallow.forward
+        generators = isolated_generators(Key(self.seed, self.steps, 0, "", "loss"), forward.devices)
+        with torch.enable_grad(), module_mode(forward.model, training=False), forward.at(offset), generators:
             return checked(loss_fn(part))
 
     def _inner_step(self, loss: float, curvatures: Sequence[Tensor | None], count: int) -> None:
         super()._inner_step(loss, curvatures, count)
-        assert self._found is not None, "a step has looked before it moves"
+        assert self._found is not None, "a step evaluates before it updates"
         self.shallow.steps = self.steps  # a step that was skipped took no record
         self.shallow.apply(self._found)
 
@@ -140,5 +140,5 @@ _SHALLOW = "shallow/"
 
 
 def optimizer_class(method: Baseline) -> type[FirstOrder]:
-    """What takes the steps of a method: :class:`Hybrid` where backprop goes through its last blocks only."""
+    """The optimizer class of a method: :class:`Hybrid` where backprop goes through the last blocks only."""
     return Hybrid if method.blocks else FirstOrder

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from zotune.errors import NotBatchableError
-from zotune.forward import batch_layout, batches
-from zotune.forward.batch_layout import Owned, Stack
-from zotune.forward.cuda_graphs import Captures
+from zotune.forward import batches
+from zotune.forward.batches import Owned, Stack
+from zotune.forward.cuda_graphs import CudaGraphs
 from zotune.forward.losses import LossFunction, evaluation, losses_of
-from zotune.forward.model import Probe
+from zotune.forward.model import PerturbedForward
 from zotune.io.memory_tags import tagged
 from zotune.methods.estimators import Point
 from zotune.optim.state import RunState
@@ -26,17 +26,17 @@ class BatchedForward:
     """Evaluates micro-batches at θ + sign · εZ.
 
     Args:
-        probe: evaluates the model.
+        forward: evaluates the model.
         captures: forwards that are recorded and replayed.
         state: of the run, for ε.
     """
 
-    def __init__(self, probe: Probe, captures: Captures, state: RunState) -> None:
-        self.probe, self.captures, self.state = probe, captures, state
+    def __init__(self, forward: PerturbedForward, captures: CudaGraphs, state: RunState) -> None:
+        self.forward, self.captures, self.state = forward, captures, state
 
     def stack(self, part: Any, points: Sequence[Point], seed: int, step: int) -> Stack:
         """All examples of a micro-batch at each of these points."""
-        return batch_layout.shared(points, self.state.eps, batches.batch_rows(part), seed, step)
+        return batches.shared(points, self.state.eps, batches.batch_rows(part), seed, step)
 
     @tagged("activations")
     def losses(self, loss_fn: LossFunction, part: Any, stack: Stack) -> Tensor:
@@ -48,7 +48,7 @@ class BatchedForward:
         rows = batches.take(part, stack.source, batches.batch_rows(part))
         losses = self.captures.losses(loss_fn, partial(losses_of, loss_fn), rows, stack)
         if losses is None:
-            losses = self.probe.evaluate_stacked(partial(losses_of, loss_fn, rows), stack)
+            losses = self.forward.evaluate_batched(partial(losses_of, loss_fn, rows), stack)
         if losses.numel() != stack.total:
             raise NotBatchableError(f"the loss of {stack.total} stacked examples is {losses.numel()} numbers")
         return losses[send(stack.losses, losses.device)]
@@ -82,17 +82,17 @@ class BatchedForward:
         """
         eps = self.state.eps
         if together:
-            stack = batch_layout.own(signs, eps, owned, seed, step)
+            stack = batches.own(signs, eps, owned, seed, step)
             return self.losses(loss_fn, part, stack), stack.total
         rows, size, evaluated = [], batches.batch_rows(part), 0
         for sign in signs:
             if not sign:
-                here = self.probe.evaluate(evaluation(loss_fn, [part]), Offset(0.0, seed, step, 0))
+                here = self.forward.evaluate(evaluation(loss_fn, [part]), Offset(0.0, seed, step, 0))
                 rows.append(here[send_list(owned.examples, here.device)])
                 evaluated += size
                 continue
             pieces = [owned.between(start, min(start + size, len(owned))) for start in range(0, len(owned), size)]
-            stacks = [batch_layout.own((sign,), eps, piece, seed, step) for piece in pieces]
+            stacks = [batches.own((sign,), eps, piece, seed, step) for piece in pieces]
             rows.append(torch.cat([self.losses(loss_fn, part, stack)[0] for stack in stacks]))
             evaluated += sum(stack.total for stack in stacks)
         return torch.stack(rows), evaluated
@@ -114,6 +114,6 @@ class BatchedForward:
             index = torch.tensor([row for row, owner in zip(owned.examples, owned.directions, strict=True) if owner == direction])
             group = batches.take(part, index, size)
             offsets = [Offset(sign * eps, seed, step, direction) for sign in signs]
-            losses = [self.probe.evaluate(evaluation(loss_fn, [group]), offset) for offset in offsets]
+            losses = [self.forward.evaluate(evaluation(loss_fn, [group]), offset) for offset in offsets]
             columns.append(torch.stack(losses))
         return torch.cat(columns, dim=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from zotune.forward.model import Probe
+from zotune.forward.model import PerturbedForward
 from zotune.methods import Method
 from zotune.methods.estimators import ESTIMATORS
 from zotune.methods.rules import Rule
@@ -79,16 +79,16 @@ def build(
     directions = sparse_directions.directions(method.direction, {c.name: c.shape for c in coordinates})
     anchor = Anchor(method.anchoring) if method.anchoring else None
     state = RunState(seed, groups, math.nan if isinstance(method.eps, str) else method.eps)
-    model_probe = Probe(model, coordinates, directions)
+    forward = PerturbedForward(model, coordinates, directions)
     try:
-        evaluator = Evaluator(model_probe, method, estimator, forward_batching, state, workers, cuda_graphs)
+        evaluator = Evaluator(forward, method, estimator, forward_batching, state, workers, cuda_graphs)
         unknown_eps = math.isnan(state.eps)
         scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
-        calibrator = Calibrator(model_probe, method, rule, scale, unknown_eps, measured) if measured or unknown_eps else None
+        calibrator = Calibrator(forward, method, rule, scale, unknown_eps, measured) if measured or unknown_eps else None
         subspace = method.subspace
-        guidance = Guidance(model_probe, evaluator, rule, subspace.interval, measured) if isinstance(subspace, Guided) else None
+        guidance = Guidance(forward, evaluator, rule, subspace.interval, measured) if isinstance(subspace, Guided) else None
     except ValueError:
-        model_probe.detach()
+        forward.detach()
         raise
     transforms = transforms_of(method, evaluator, estimator, anchor, state)
     return RunParts(
@@ -99,7 +99,7 @@ def build(
         estimator=estimator,
         directions=directions,
         layers=layers,
-        probe=model_probe,
+        forward=forward,
         evaluator=evaluator,
         transforms=transforms,
         workers=workers,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zotune.errors import NotBatchableError
 from zotune.forward import batches
-from zotune.forward.batch_layout import Owned
+from zotune.forward.batches import Owned
 from zotune.forward.losses import LossFunction, as_losses, evaluation
 from zotune.io.execution import clock
 from zotune.io.memory_tags import tagged
@@ -75,14 +75,14 @@ class Chooser:
     """Tries a batched evaluation of a micro-batch and compares some of its points with sequential ones.
 
     Args:
-        forward: evaluates micro-batches.
+        batched_forward: evaluates micro-batches.
         method, estimator: what a step evaluates.
         workers: all choose alike.
         asked: ``"auto"``, ``"batched"`` or ``"sequential"``.
     """
 
-    def __init__(self, forward: BatchedForward, method: Method, estimator: Estimator, workers: Workers, asked: str) -> None:
-        self.forward, self.method, self.estimator, self.workers, self.asked = forward, method, estimator, workers, asked
+    def __init__(self, batched_forward: BatchedForward, method: Method, estimator: Estimator, workers: Workers, asked: str) -> None:
+        self.batched_forward, self.method, self.estimator, self.workers, self.asked = batched_forward, method, estimator, workers, asked
 
     @tagged("activations")
     def choose(
@@ -117,7 +117,7 @@ class Chooser:
             shapes.append(tuple(getattr(loss, "shape", ())))
             return as_losses([loss])
 
-        here = self.forward.probe.evaluate(noting, Offset(0.0, 0, 0, 0))
+        here = self.batched_forward.forward.evaluate(noting, Offset(0.0, 0, 0, 0))
         return here, shapes[0], rows
 
     def _try(
@@ -145,38 +145,38 @@ class Chooser:
     def _compare_points(
         self, known: EvaluationChoice, loss_fn: LossFunction, part: Any, seed: int, step: int, here: Tensor
     ) -> EvaluationChoice:
-        forward, eps = self.forward, self.forward.state.eps
+        batched, eps = self.batched_forward, self.batched_forward.state.eps
         points = self.estimator.points(self.method.directions_of(0))
         chosen = [i for i, point in enumerate(points) if point.direction in (0, points[-1].direction)]
         evaluate = evaluation(loss_fn, [part])
         offsets = [Offset(points[i].sign * eps, seed, step, points[i].direction) for i in chosen]
 
         def sequentially() -> Tensor:
-            return torch.stack([forward.probe.evaluate(evaluate, offset) for offset in offsets])
+            return torch.stack([batched.forward.evaluate(evaluate, offset) for offset in offsets])
 
         slow = sequentially()
-        stack = forward.stack(part, points, seed, step)
-        reason = self._difference(lambda: forward.losses(loss_fn, part, stack)[chosen], slow, here)
+        stack = batched.stack(part, points, seed, step)
+        reason = self._difference(lambda: batched.losses(loss_fn, part, stack)[chosen], slow, here)
         if reason is not None:
             return known.give_up(reason)
         known = replace(known, apart=False)
         if self._need_not_time:
             return replace(known, batched=known.batched is not False)
         share = slow.numel() / stack.losses.numel()
-        slower = _sequential_is_faster(lambda: forward.losses(loss_fn, part, stack), sequentially, share)
+        slower = _sequential_is_faster(lambda: batched.losses(loss_fn, part, stack), sequentially, share)
         return replace(known, batched=not slower)
 
     def _compare_own(
         self, known: EvaluationChoice, loss_fn: LossFunction, part: Any, seed: int, step: int, owned: Owned, here: Tensor
     ) -> EvaluationChoice:
-        forward, signs = self.forward, self.estimator.signs
+        batched, signs = self.batched_forward, self.estimator.signs
         ends = sorted({owned.directions[0], owned.directions[-1]})
         columns = [pair for direction in ends for pair, owner in enumerate(owned.directions) if owner == direction]
-        slow = forward.alone(loss_fn, part, owned, seed, step, signs, only=ends)
+        slow = batched.alone(loss_fn, part, owned, seed, step, signs, only=ends)
         here = here[[owned.examples[pair] for pair in columns]]
 
         def at_own(together: bool) -> Tensor:
-            return forward.own(loss_fn, part, owned, seed, step, signs, together)[0]
+            return batched.own(loss_fn, part, owned, seed, step, signs, together)[0]
 
         together = known.batched is not False
         reason = self._difference(lambda: at_own(together)[:, columns], slow, here)
@@ -189,7 +189,7 @@ class Chooser:
 
     @property
     def _need_not_time(self) -> bool:
-        return self.asked == "batched" or self.forward.probe.streams
+        return self.asked == "batched" or self.batched_forward.forward.streams
 
     def _difference(self, batched: Callable[[], Tensor], slow: Tensor, here: Tensor) -> str | None:
         """Why batched losses cannot be taken for the sequential ones; None: they can."""
@@ -197,7 +197,7 @@ class Chooser:
             quick = batched()
         except Exception as error:  # whatever a model or a loss does with rows it did not expect
             return str(error)
-        if self.forward.probe.agree(quick, slow, here):
+        if self.batched_forward.forward.agree(quick, slow, here):
             return None
         return f"its losses are {quick.mean():.6g} on average, those of one point after the other {slow.mean():.6g}"
 

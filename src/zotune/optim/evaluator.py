@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from zotune.errors import NotBatchableError
-from zotune.forward import batch_layout, batches
-from zotune.forward.batch_layout import SHARED, Owned
-from zotune.forward.cuda_graphs import Captures
+from zotune.forward import batches
+from zotune.forward.batches import SHARED, Owned
+from zotune.forward.cuda_graphs import CudaGraphs
 from zotune.forward.losses import Losses, LossFunction, as_losses, evaluation
-from zotune.forward.model import Probe
+from zotune.forward.model import PerturbedForward
 from zotune.io.memory_tags import tagged
 from zotune.methods import Method
 from zotune.methods.estimators import Estimator
@@ -48,7 +48,7 @@ class Evaluator:
     """Evaluates the losses of steps.
 
     Args:
-        probe: evaluates the model.
+        forward: evaluates the model.
         method: says which points.
         estimator: the method's.
         choice: ``"auto"``, ``"batched"`` or ``"sequential"``.
@@ -63,7 +63,7 @@ class Evaluator:
 
     def __init__(
         self,
-        probe: Probe,
+        forward: PerturbedForward,
         method: Method,
         estimator: Estimator,
         choice: str,
@@ -73,8 +73,8 @@ class Evaluator:
     ) -> None:
         if choice not in PROBES:
             raise ValueError(f"unknown forward_batching {choice!r}; choose one of {', '.join(PROBES)}.")
-        dense = probe.dense
-        together = dense is None or (choice == "batched" and not method.own and method.num_directions == 1 and probe.dense_together)
+        dense = forward.dense
+        together = dense is None or (choice == "batched" and not method.own and method.num_directions == 1 and forward.batches_dense)
         if not together and (method.own or choice == "batched"):
             assert dense is not None
             what = f"directions_per={method.directions_per!r}" if method.own else "forward_batching='batched'"
@@ -82,14 +82,14 @@ class Evaluator:
                 f"{what} is not possible for {dense.name}, a weight of shape {tuple(dense.parameter.shape)} that moves in full space; "
                 "use one direction a step, a low-rank method (lozo, lozo-m) or an adapter (PEFT)."
             )
-        self.probe, self.method, self.estimator, self.choice, self.state = probe, method, estimator, choice, state
+        self.forward, self.method, self.estimator, self.choice, self.state = forward, method, estimator, choice, state
         self.workers = workers or Workers()
-        self.captures = Captures(probe, cuda_graphs)
-        self.forward = BatchedForward(probe, self.captures, state)
-        self.chooser = Chooser(self.forward, method, estimator, self.workers, choice)
+        self.captures = CudaGraphs(forward, cuda_graphs)
+        self.batched_forward = BatchedForward(forward, self.captures, state)
+        self.chooser = Chooser(self.batched_forward, method, estimator, self.workers, choice)
         self.found = EvaluationChoice(
-            batched=None if choice != "sequential" and together and not probe.sharded else False,
-            apart=None if method.own and not probe.sharded else False,
+            batched=None if choice != "sequential" and together and not forward.sharded else False,
+            apart=None if method.own and not forward.sharded else False,
         )
 
     @property
@@ -109,9 +109,9 @@ class Evaluator:
 
     def restore(self, batched: bool | None, apart: bool | None) -> None:
         """Go on as the run did so far, where this one was not asked to do otherwise."""
-        if self.probe.sharded:
+        if self.forward.sharded:
             return
-        if self.choice != "sequential" and (self.probe.dense is None or self.choice == "batched"):
+        if self.choice != "sequential" and (self.forward.dense is None or self.choice == "batched"):
             self.found = replace(self.found, batched=batched)
         if self.method.own:
             self.found = replace(self.found, apart=apart)
@@ -149,15 +149,15 @@ class Evaluator:
         values = None
         if share.pieces and self.batched and parts is not None:
             try:
-                stacks = [(piece, self.forward.stack(piece, mine, seed, step)) for piece in self._pieces(parts, share) or ()]
-                values = torch.cat([self.forward.losses(loss_fn, piece, stack) for piece, stack in stacks], dim=1)
+                stacks = [(piece, self.batched_forward.stack(piece, mine, seed, step)) for piece in self._pieces(parts, share) or ()]
+                values = torch.cat([self.batched_forward.losses(loss_fn, piece, stack) for piece, stack in stacks], dim=1)
             except NotBatchableError as error:
                 self._give_up(str(error))
         if share.pieces and values is None and parts is not None and self.captures.on:
-            values = self.forward.replayed(loss_fn, self._pieces(parts, share) or (), mine, seed, step)
+            values = self.batched_forward.replayed(loss_fn, self._pieces(parts, share) or (), mine, seed, step)
         if share.pieces and values is None:
             evaluate = evaluation(self._reduced(loss_fn), self._pieces(parts, share))
-            rows = [self.probe.evaluate(evaluate, Offset(point.sign * eps, seed, step, point.direction)) for point in mine]
+            rows = [self.forward.evaluate(evaluate, Offset(point.sign * eps, seed, step, point.direction)) for point in mine]
             values = torch.stack(rows)
         values, evaluated = self._gathered(share, values)
         return Losses(values, None, self.method.directions_of(0), evaluated)
@@ -207,7 +207,7 @@ class Evaluator:
         calls = [loss_fn] if pieces is None else [partial(loss_fn, piece) for piece in pieces]
         rows: list[Tensor] = []
         for direction in share.points if calls else ():
-            found = [self.probe.tangent(call, Offset(0.0, context.seed, context.step, direction)) for call in calls]
+            found = [self.forward.tangent(call, Offset(0.0, context.seed, context.step, direction)) for call in calls]
             rows += [as_losses([loss for loss, _ in found]), as_losses([tangent for _, tangent in found])]
         values, evaluated = self._gathered(share, torch.stack(rows) if rows else None, each=2)
         return Losses(values, None, self.method.directions_of(0), evaluated // 2)
@@ -227,7 +227,7 @@ class Evaluator:
             ) from None
         sizes, first = self.workers.sizes(sizes)
         number = max(1, self.method.parts(sum(sizes)) // shared)
-        count, everybody = number * each, batch_layout.share_out(sizes, number, each)
+        count, everybody = number * each, batches.assign_directions(sizes, number, each)
         owned = everybody[first : first + len(parts)]
         if self.undecided or not self.found.checked:
             self._choose(context, owned[0])
@@ -236,13 +236,13 @@ class Evaluator:
         values, evaluated = None, 0
         if self.apart and work:
             try:
-                found = [self.forward.own(loss_fn, part, pairs, seed, step, signs, bool(self.batched)) for part, pairs in work]
+                found = [self.batched_forward.own(loss_fn, part, pairs, seed, step, signs, bool(self.batched)) for part, pairs in work]
                 values = torch.cat([losses for losses, _ in found], dim=1)
                 evaluated = sum(count for _, count in found)
             except NotBatchableError as error:
                 self._give_up(str(error))
         if work and values is None:
-            values = torch.cat([self.forward.alone(loss_fn, part, pairs, seed, step, signs) for part, pairs in work], dim=1)
+            values = torch.cat([self.batched_forward.alone(loss_fn, part, pairs, seed, step, signs) for part, pairs in work], dim=1)
             evaluated = values.numel()
         values, evaluated = self.workers.gather(share, values, evaluated, each=len(signs))
         owners = torch.tensor([direction for one in everybody for direction in one.directions])
@@ -278,7 +278,7 @@ class Evaluator:
                 per_example = shape == (rows,)
             self.found = replace(self.found, per_example=all(self.workers.exchange(per_example)))
         share = self.workers.share(points, [1] if parts is None else [self._width(part) for part in parts])
-        if self.probe.sharded:
+        if self.forward.sharded:
             together = all(len(block.points) == points and len(block.columns) for block in share.blocks)
             if not together or parts is None or len(parts) > 1:
                 raise ValueError(

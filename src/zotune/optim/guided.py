@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zotune.forward.model import Probe
+from zotune.forward.model import PerturbedForward
 from zotune.io.memory_tags import tagged
 from zotune.methods.estimators import Estimate
 from zotune.methods.rules import Rule
@@ -85,19 +85,19 @@ class Guidance:
     """Takes the measurements of guided turns, and knows whose turn it is.
 
     Args:
-        probe: evaluates the model.
+        forward: evaluates the model.
         evaluator: for what its workers share.
         rule: the update rule.
         interval: steps of a turn.
         measured: whether rates are measured; else scales alone are.
     """
 
-    def __init__(self, probe: Probe, evaluator: Evaluator, rule: Rule, interval: int, measured: bool) -> None:
-        self.probe, self.evaluator, self.rule = probe, evaluator, rule
+    def __init__(self, forward: PerturbedForward, evaluator: Evaluator, rule: Rule, interval: int, measured: bool) -> None:
+        self.forward, self.evaluator, self.rule = forward, evaluator, rule
         self.interval, self.measured = interval, measured
-        self.coordinates = [c for c in probe.coordinates if isinstance(c, GuidedCoordinate)]
+        self.coordinates = [c for c in forward.coordinates if isinstance(c, GuidedCoordinate)]
         owned = {id(c.parameter): c for c in self.coordinates}
-        self.layers = trained_layers(probe.model, owned)
+        self.layers = trained_layers(forward.model, owned)
         self.size = StepSize(guess=GuessedSignal(ALONE, held=False))
         self.scale = RunningMean(FORGETTING)  # α
         self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
@@ -156,13 +156,13 @@ class Guidance:
         def rows_of(call: Callable[[], Tensor]) -> Tensor:
             @tagged("activations")
             def work() -> Tensor:
-                with isolated_generators(key, self.probe.devices), watched() as watch:
+                with isolated_generators(key, self.forward.devices), watched() as watch:
                     answers = _Answers(watch, layers)
                     with given(layers, answers.look):
                         losses = call()
                 return torch.cat([losses.unsqueeze(0), answers.slopes(guided, losses.numel()).to(losses.device)])
 
-            return self.probe.evaluate(work, None)
+            return self.forward.evaluate(work, None)
 
         values, evaluated = self.evaluator.table(context, 1 + numbers, rows_of)
         values = values.cpu()
@@ -234,7 +234,7 @@ class Guidance:
 
     def _at(self, evaluate: Callable[[], Tensor], scale: float, seed: int, step: int) -> Tensor:
         offset = Offset(scale, seed, step, 0)
-        losses = self.probe.evaluate(evaluate, offset, only={c.name for c in self.guided})
+        losses = self.forward.evaluate(evaluate, offset, only={c.name for c in self.guided})
         self.forwards += 1
         self.sequences += losses.numel()
         return losses.cpu()

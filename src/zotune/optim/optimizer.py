@@ -132,7 +132,7 @@ class ZerothOrder(torch.optim.Optimizer):
             measured=measured,
         )
         self.method, self.estimator, self.directions, self.layers = run.method, run.estimator, run.directions, run.layers
-        self.probe, self.evaluator, self.calibrator, self.guidance = run.probe, run.evaluator, run.calibrator, run.guidance
+        self.forward, self.evaluator, self.calibrator, self.guidance = run.forward, run.evaluator, run.calibrator, run.guidance
         self.updater = Updater(run)
         self.resume = Resume(run, self.updater)
         self.preparation = Preparation(run, self.updater)
@@ -239,7 +239,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """Leave the model as a plain module with the trained weights: fold, and remove every hook. The optimizer is done then."""
         with torch.no_grad():
             self.updater.fold()
-        self.probe.detach()
+        self.forward.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that, with the model's weights, continues the run bit for bit.

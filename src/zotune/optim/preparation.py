@@ -79,7 +79,7 @@ class Preparation:
 
     def _observed(self, context: StepContext) -> tuple[dict[str, Tensor], list[dict[str, Any]], int, int]:
         """(what the subspace observes, its journal events, forward passes, sequences evaluated)."""
-        run, step, probe = self.run, context.step, self.run.probe
+        run, step, forward = self.run, context.step, self.run.forward
         subspace = run.method.subspace
         loss_fn, parts = context.loss_fn, context.parts
         wanted, whole = subspace.looks_at(step), True
@@ -98,20 +98,20 @@ class Preparation:
                 yield found
 
         def at(offset: Offset, moved: Mapping[str, Coordinate], call: Callable[[], Any]) -> Any:
-            with probe.instead(moved), probe.at(offset, only=moved), isolated_generators(common, probe.devices):
+            with forward.instead(moved), forward.at(offset, only=moved), isolated_generators(common, forward.devices):
                 return call()
 
         def work() -> dict[str, Tensor]:
-            with isolated_generators(common, probe.devices):
-                return subspace.observe(run.model, probe.coordinates, losses, context.seed, step)
+            with isolated_generators(common, forward.devices):
+                return subspace.observe(run.model, forward.coordinates, losses, context.seed, step)
 
         if run.workers.several:
             # Where it came from does not matter, as long as it is the same to the last bit: one worker observes for all.
-            first = run.workers.from_first(lambda: [list(journal_events.events(step, probe.evaluate(work, None))), forwards, counted])
+            first = run.workers.from_first(lambda: [list(journal_events.events(step, forward.evaluate(work, None))), forwards, counted])
             events, forwards, counted = first
             gathered = journal_events.Gathered()
             return {name: tensor for event in events for name, tensor in gathered.add(event).items()}, events, forwards, counted
-        found = probe.evaluate(work, None)
+        found = forward.evaluate(work, None)
         events = [] if self.state.journal is None else list(journal_events.events(step, found))
         return found, events, forwards, counted
 
@@ -119,10 +119,10 @@ class Preparation:
         """Take the general path of the forward for layers whose fast path differs from it."""
         run, state = self.run, self.state
         eps = EPS if math.isnan(state.eps) else state.eps
-        distrusted = run.probe.prepare(run.evaluator.trial(context), Offset(eps, context.seed, context.step, 0))
+        distrusted = run.forward.prepare(run.evaluator.trial(context), Offset(eps, context.seed, context.step, 0))
         if run.workers.several:
             distrusted = sorted({name for names in run.workers.exchange(distrusted) for name in names})
-            run.probe.distrust(distrusted)
+            run.forward.distrust(distrusted)
         state.prepared = True
         if distrusted:
             state.write({"event": "general_path", "names": distrusted})
@@ -193,7 +193,7 @@ class Preparation:
         if run.evaluator.undecided:
             coefficients(0)  # finds out how this model can be evaluated, while all of it is perturbed
         found = layer_scales.measure(run.layers, coefficients)
-        run.probe.forget_directions()
+        run.forward.forget_directions()
         if found is None:
             return
         event: dict[str, Any] = {"event": "scales", "values": found}

@@ -32,7 +32,7 @@ class RunParts:
         param_groups: the optimizer's, with the learning rates and weight decays of the moment.
         method, rule, estimator, directions: the four choices of a step.
         layers: low-rank coordinates whose scales are measured, by layer.
-        probe: evaluates the model at a point.
+        forward: evaluates the model at a point.
         evaluator: evaluates a step's points.
         transforms: what is done to a step's coefficients, in this order.
         workers: who takes the steps together.
@@ -50,7 +50,7 @@ class RunParts:
     estimator: Estimator
     directions: Directions
     layers: list[list[LowRankCoordinate]]
-    probe: Probe
+    forward: Probe
     evaluator: Evaluator
     transforms: list[StepTransform]
     workers: Workers

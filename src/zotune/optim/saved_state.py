@@ -103,7 +103,7 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
     if run.anchor is not None and numbers.get("anchor"):
         run.anchor.sums, run.anchor.count = list(numbers["anchor"]["sums"]), numbers["anchor"]["count"]
     state.begun = state.steps - 1
-    run.probe.distrust(numbers["general_path"])
+    run.forward.distrust(numbers["general_path"])
     for layer, scale in zip(run.layers, numbers.get("scales", ()), strict=True):
         for member in layer:
             member.scale = float(scale)
@@ -119,7 +119,7 @@ def header(run: RunParts, *, base: bool) -> dict[str, Any]:
     return {
         "format": 1,
         "versions": versions,
-        "device": sorted({device.type for device in run.probe.devices}),
+        "device": sorted({device.type for device in run.forward.devices}),
         **({"base": digest(run.model)} if base else {}),
         "seed": run.state.seed,
         "method": run.method.name,

@@ -21,7 +21,7 @@ class DrawnEstimate:
         at = context if run.anchor is None else context.at(run.anchor.anchoring.key_step(context.step))
         losses = run.evaluator.evaluate(at)
         state.count(run.method.forwards(context.step), losses.evaluated)
-        run.probe.foresee(context.seed, at.step + 1)
+        run.forward.foresee(context.seed, at.step + 1)
         estimate = losses.estimate(run.estimator, state.eps)
         rates = self._rates(estimate, losses)
         for transform in run.transforms:

@@ -72,13 +72,13 @@ class SnapshotCorrection(StepTransform):
     def measured(self, estimate: Estimate, losses: Losses, context: StepContext, rates: tuple[float, ...]) -> Estimate:
         if self.anchor.anchoring.anchors(context.step):
             return estimate
-        evaluate, probe = self.evaluator.function(context), self.evaluator.probe
-        found, evaluated = self.anchor.difference(estimate, probe, self.estimator, evaluate, self.state.eps, context.seed, context.step)
+        evaluate, forward = self.evaluator.function(context), self.evaluator.forward
+        found, evaluated = self.anchor.difference(estimate, forward, self.estimator, evaluate, self.state.eps, context.seed, context.step)
         self.state.sequences_evaluated += evaluated
         return found
 
     def applied(self, terms: Terms, record: StepRecord, skipped: bool) -> Terms:
-        past, factor = self.anchor.take(terms.terms[0], skipped, self.evaluator.probe.coordinates)
+        past, factor = self.anchor.take(terms.terms[0], skipped, self.evaluator.forward.coordinates)
         return Terms(tuple(past), factor)
 
 
@@ -103,7 +103,7 @@ class ConservativeChoice(StepTransform):
 
     @tagged("activations")
     def _loss(self, evaluate: Callable[[], Tensor], offset: Offset) -> float:
-        losses = self.evaluator.probe.evaluate(evaluate, offset)
+        losses = self.evaluator.forward.evaluate(evaluate, offset)
         self.state.sequences_evaluated += losses.numel()
         return float(losses.double().mean())
 

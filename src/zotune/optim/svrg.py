@@ -55,13 +55,13 @@ class Anchor:
 
     @tagged("update")
     def difference(
-        self, here: Estimate, probe: Probe, estimator: Estimator, evaluate: Callable[[], Tensor], eps: float, seed: int, step: int
+        self, here: Estimate, forward: Probe, estimator: Estimator, evaluate: Callable[[], Tensor], eps: float, seed: int, step: int
     ) -> tuple[Estimate, int]:
         """(``here`` less the estimate at the anchor on the same batch along the same directions, sequences evaluated)."""
-        coordinates = {c.name: _Anchored(c, self.weights[c.name]) for c in probe.coordinates}
+        coordinates = {c.name: _Anchored(c, self.weights[c.name]) for c in forward.coordinates}
         count = len(here.coefficients)
-        with probe.instead(coordinates):
-            losses = [probe.evaluate(evaluate, Offset(p.sign * eps, seed, step, p.direction)) for p in estimator.points(count)]
+        with forward.instead(coordinates):
+            losses = [forward.evaluate(evaluate, Offset(p.sign * eps, seed, step, p.direction)) for p in estimator.points(count)]
         there = estimator.estimate([loss.cpu() for loss in losses], eps, count)
         skipped = tuple(a or b for a, b in zip(here.skipped, there.skipped, strict=True))
         difference = (here.coefficients - there.coefficients).masked_fill(torch.tensor(skipped), 0.0)

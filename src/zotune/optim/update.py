@@ -55,7 +55,7 @@ class Updater:
         state.terms = ()
         if skipped:  # nothing was learned, so nothing is updated, momentum included
             state.nonfinite_in_a_row += 1
-            run.probe.forget_directions()
+            run.forward.forget_directions()
             return
         state.nonfinite_in_a_row = 0
         if guided:
@@ -76,7 +76,7 @@ class Updater:
                     if isinstance(coordinate, CurvedCoordinate):
                         coordinate.learn(run.directions, record.coefficients[k:], self.state.seed, record.step)
         if not terms.terms:
-            run.probe.forget_directions()
+            run.forward.forget_directions()
 
     def _apply_guided(self, record: StepRecord) -> None:
         """A step along output gradients: coefficients are derivatives along the elements of S, layer by layer; nothing else is trained."""
@@ -172,7 +172,7 @@ class Updater:
         elif event.get("event") == "forward_batching":
             run.evaluator.restore(event["batched"], event.get("apart", False))
         elif event.get("event") == "general_path":
-            run.probe.distrust(event["names"])
+            run.forward.distrust(event["names"])
             state.prepared = True
         else:
             raise ValueError(f"this version of zotune does not know the journal event {event.get('event')!r}.")
@@ -197,6 +197,6 @@ class Updater:
 
     def observed(self, tensors: Mapping[str, Tensor]) -> None:
         """Give coordinates what the subspace has observed of them, for their next redraw."""
-        for coordinate in self.run.probe.coordinates:
+        for coordinate in self.run.forward.coordinates:
             if coordinate.name in tensors:
                 coordinate.observed = tensors[coordinate.name]

@@ -42,7 +42,7 @@ def test_the_last_blocks_move_along_the_mean_of_both_points_gradients() -> None:
     model = toys.classifier()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = hybrid(model, lr=0.5, zo_lr=0.0, update_rule="SGD", eps=0.1)
-    coordinates, directions = optimizer.shallow.probe.coordinates, optimizer.shallow.directions
+    coordinates, directions = optimizer.shallow.forward.coordinates, optimizer.shallow.directions
     found = {name: torch.zeros_like(before[name]) for name in ("4.weight", "4.bias")}
     for sign in (+1, -1):
         moved = toys.classifier()
@@ -140,5 +140,5 @@ def test_a_model_that_has_only_one_of_the_parts_is_refused(trainable: str, block
 
 
 def test_plain_backprop_does_not_pass_for_it() -> None:
-    with pytest.raises(ValueError, match=r"step with zotune\.first_order\.Hybrid"):
+    with pytest.raises(ValueError, match=r"step with zotune\.baselines\.Hybrid"):
         FirstOrder(toys.classifier(), "hybrid")

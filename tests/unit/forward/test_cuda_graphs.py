@@ -47,23 +47,23 @@ def test_directions_that_are_held_are_renewed(method):
     def function() -> torch.Tensor:
         return loss((tokens.repeat(3, 1), classes.repeat(3, 1)))
 
-    forward_batching = steps.probe
-    lending = Lending(stack(3), probe.directions, probe.siblings, hold=True)
-    first = probe.evaluate_lent(function, lending)
-    assert torch.equal(first, probe.evaluate_stacked(function, stack(3)))
+    forward = steps.forward
+    lending = Lending(stack(3), forward.directions, forward.siblings, hold=True)
+    first = forward.evaluate_lent(function, lending)
+    assert torch.equal(first, forward.evaluate_stacked(function, stack(3)))
     steps.flush_updates()
     lending.renew(stack(7))
-    second = probe.evaluate_lent(function, lending)
-    assert torch.equal(second, probe.evaluate_stacked(function, stack(7)))
+    second = forward.evaluate_lent(function, lending)
+    assert torch.equal(second, forward.evaluate_stacked(function, stack(7)))
     assert not torch.allclose(first, second, rtol=1e-6)
 
 
 def test_only_batches_of_tensors_and_losses_that_say_so_are_recorded():
     model = toys.transformer("opt")
-    forward_batching = optimizer(model).probe
+    forward = optimizer(model).forward
     ours, own = objectives.LanguageModelLoss(model), toys.transformer_loss(model)
     rows = {"input_ids": toys.tokens()}
-    auto, always = Captures(forward_batching, "auto"), Captures(forward_batching, True)
+    auto, always = Captures(forward, "auto"), Captures(forward, True)
     assert auto._takes(ours, rows) and not auto._takes(own, rows) and always._takes(own, rows)
     for more in ("text", 3, None, torch.tensor(1.0)):
         assert not auto._takes(ours, rows | {"more": more}) and not always._takes(ours, rows | {"more": more})

@@ -48,7 +48,7 @@ def test_lozo_m_transports_its_momentum_at_a_redraw():
     """N ← N V_oldᵀ V_new / n at the redraw, then N ← βN + (1 − β) c U."""
     model = nn.Linear(6, 5, bias=False)
     optimizer = ZerothOrder(model, methods.lozo_m(rank=2, interval=3, momentum=0.9), lr=1e-2)
-    coordinate = optimizer.probe.coordinates[0]
+    coordinate = optimizer.forward.coordinates[0]
 
     def loss(x):
         return model(x).square().mean(dim=1)
@@ -83,7 +83,7 @@ def test_200_updates_far_below_the_spacing_add_up(name, dtype):
     model.to(dtype)
     interval = {"interval": 1000} if name == "lozo" else {}
     optimizer = ZerothOrder(model, methods.get(name, **interval), lr=1e-6)
-    coordinate = optimizer.probe.coordinates[0]
+    coordinate = optimizer.forward.coordinates[0]
     truth = torch.zeros(coordinate.shape)
     for step in range(200):
         optimizer.apply(StepRecord(step, (1e-6,), 0.0, (1.0,), (False,)))

@@ -29,7 +29,7 @@ def perturbed(model: nn.Module, optimizer: ZerothOrder, step: int, direction: in
     """A copy of the plain model whose weights are at θ + scale · Z_direction, by hand."""
     hand = copy.deepcopy(model)
     with torch.no_grad():
-        for coordinate, parameter in zip(optimizer.probe.coordinates, hand.parameters(), strict=True):
+        for coordinate, parameter in zip(optimizer.forward.coordinates, hand.parameters(), strict=True):
             z = optimizer.directions.draw(Key(0, step, direction, coordinate.name), coordinate.shape)
             parameter.add_(z @ coordinate.v.T if isinstance(coordinate, LowRankCoordinate) else z, alpha=scale)
     return hand
@@ -63,7 +63,7 @@ def test_a_lozo_step_is_its_equation():
     optimizer.step(toys.loss_function(model), batch)
     expected = copy.deepcopy(before)
     with torch.no_grad():
-        for coordinate, parameter in zip(optimizer.probe.coordinates, expected.parameters(), strict=True):
+        for coordinate, parameter in zip(optimizer.forward.coordinates, expected.parameters(), strict=True):
             for example, c in enumerate(optimizer.last_report.coefficients.tolist()):
                 z = Directions("gaussian").draw(Key(0, 0, example, coordinate.name), coordinate.shape)
                 z = z @ coordinate.v.T / 2 if isinstance(coordinate, LowRankCoordinate) else z
@@ -179,7 +179,7 @@ def test_the_evaluations_of_a_batch_that_a_step_makes(options, estimator):
     optimizer.step(toys.loss_function(model), toys.batch(6))
     count = 2 if options is not TWO else 4 if estimator == "central" else 3
     assert method.forwards_per_step == optimizer.forward_passes == count and optimizer.sequences_evaluated == 6 * count
-    assert all(not coordinate.drawn for coordinate in optimizer.probe.coordinates)
+    assert all(not coordinate.drawn for coordinate in optimizer.forward.coordinates)
 
 
 def test_the_last_batch_may_be_smaller():

@@ -41,7 +41,7 @@ def test_every_step_of_a_period_is_its_equation(dtype):
     eps, lr, ratio = 5e-2, 1e-3, 20.0
     model = toys.classifier(dtype)
     optimizer = ZerothOrder(model, methods.mezo_svrg(eps=eps, anchor_batches=2, interval=3, anchor_ratio=ratio), lr=lr)
-    exact = {c.name: c for c in optimizer.probe.coordinates}
+    exact = {c.name: c for c in optimizer.forward.coordinates}
     anchor, g = None, 0.0
 
     def now() -> nn.Module:

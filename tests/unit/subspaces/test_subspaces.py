@@ -54,14 +54,14 @@ def test_the_update_is_along_the_direction_that_was_evaluated_redraw_steps_inclu
     method = methods.get(name, eps=eps, num_directions=num_directions, **PLAIN[name])
     seen: dict[int, list[torch.Tensor]] = {}
     optimizer = ZerothOrder(model, method, lr=lr, forward_batching=forward_batching)
-    (coordinate,) = optimizer.probe.coordinates
+    (coordinate,) = optimizer.forward.coordinates
     x = torch.linspace(-1, 1, 24).view(4, 6)
     for step in range(9):
         before = model.state_dict()["weight"].clone()
         optimizer.preparation.observe(StepContext(optimizer.seed, step, lambda x: model(x).square().mean(dim=1), [x]))
         optimizer.updater.begin(step)
         for k in range(num_directions):
-            seen[k] = [optimizer.probe.evaluate(lambda: model(torch.eye(6)).T.clone(), Offset(s * eps, 0, step, k)) for s in (1, -1)]
+            seen[k] = [optimizer.forward.evaluate(lambda: model(torch.eye(6)).T.clone(), Offset(s * eps, 0, step, k)) for s in (1, -1)]
         optimizer.step(lambda x: model(x).square().mean(dim=1), x)
         expected = before.clone()
         for k, c in enumerate(optimizer.last_report.coefficients.tolist()):
@@ -98,7 +98,7 @@ def test_batched_and_sequential_losses_are_equal(name, kind):
 
 def test_bases_are_orthonormal_and_as_large_as_declared():
     optimizer = ZerothOrder(matrix(), methods.subzero(rank=3), lr=0.0)
-    (coordinate,) = optimizer.probe.coordinates
+    (coordinate,) = optimizer.forward.coordinates
     coordinate.begin_step(0, 0)
     sigma = math.sqrt(7 * 6) / 3
     assert torch.allclose(coordinate.p.T @ coordinate.p, sigma**2 * torch.eye(3), atol=1e-5)
@@ -121,7 +121,7 @@ def test_subzero_carries_momentum_over_a_redraw():
     method = methods.subzero(rank=5, interval=3, update_rule="SGD", update_rule_args={"momentum": 0.9})
     model = nn.Linear(6, 6, bias=False)
     optimizer = ZerothOrder(model, method, lr=1e-2)
-    (coordinate,) = optimizer.probe.coordinates
+    (coordinate,) = optimizer.forward.coordinates
     for _ in range(3):
         optimizer.step(lambda x: model(x).square().mean(dim=1), torch.eye(6))
     p, q, m = coordinate.p.clone(), coordinate.v.clone(), optimizer.rule.state()[0]["weight/momentum_buffer"].clone()
@@ -151,7 +151,7 @@ def test_hizoo_learns_the_curvature_after_the_update():
     """H ← (1 − α) H + α q H ⊙ Z², and q = |l₊ + l₋ − 2l₀| / 2ε² is in the journal."""
     model = matrix()
     optimizer = ZerothOrder(model, methods.hizoo(smoothing=0.1, eps=1e-2), lr=1e-3)
-    (coordinate,) = optimizer.probe.coordinates
+    (coordinate,) = optimizer.forward.coordinates
     h = torch.ones(7, 6)
     x = torch.eye(6)
     for step in range(4):
@@ -173,7 +173,7 @@ def test_hizoo_l_keeps_means_of_rows_and_columns():
     """H = r cᵀ / mean r; r and c take in the row and column means of q H ⊙ Z²."""
     model = matrix()
     optimizer = ZerothOrder(model, methods.hizoo_l(smoothing=0.1, eps=1e-2), lr=1e-3)
-    (coordinate,) = optimizer.probe.coordinates
+    (coordinate,) = optimizer.forward.coordinates
     r, c, x = torch.ones(7), torch.ones(6), torch.eye(6)
     for step in range(4):
         h = torch.outer(r, c) / r.mean()
@@ -195,7 +195,7 @@ def test_hizoo_l_keeps_means_of_rows_and_columns():
 def test_small_weights_are_those_that_move(dtype, density):
     model = matrix(40, 50).to(dtype)
     optimizer = ZerothOrder(model, methods.sparse_mezo(density=density, eps=1e-3), lr=1e-4)
-    (coordinate,) = optimizer.probe.coordinates
+    (coordinate,) = optimizer.forward.coordinates
     start = model.weight.detach().clone()
     small = start.float().abs() <= coordinate.threshold
     assert float(small.float().mean()) == pytest.approx(density, abs=0.01)
@@ -207,7 +207,7 @@ def test_small_weights_are_those_that_move(dtype, density):
 def test_random_masks_have_their_density_and_change_when_they_are_due():
     model = matrix(60, 50)
     optimizer = ZerothOrder(model, methods.zo_sparse(density=0.3, interval=3), lr=0.0)
-    (coordinate,) = optimizer.probe.coordinates
+    (coordinate,) = optimizer.forward.coordinates
     masks = [coordinate.factors(0, step)(slice(0, 3000)).float() for step in range(6)]
     assert all(torch.equal(masks[0], mask) for mask in masks[1:3]) and torch.equal(masks[3], masks[5])
     assert float((masks[0] != masks[3]).float().mean()) == pytest.approx(2 * 0.3 * 0.7, abs=0.05)
@@ -224,7 +224,7 @@ def test_global_magnitude_gives_large_layers_their_share():
     optimizer = ZerothOrder(model, methods.zo_sparse(density=0.4, layers="magnitude"), lr=0.0)
     magnitudes = torch.cat([layer.weight.detach().abs().flatten() for layer in model])
     threshold = magnitudes.sort().values[int(0.6 * 5000)]
-    for coordinate, layer in zip(optimizer.probe.coordinates, model, strict=True):
+    for coordinate, layer in zip(optimizer.forward.coordinates, model, strict=True):
         assert coordinate.share == pytest.approx(float((layer.weight.abs() > threshold).float().mean()), abs=0.01)
 
 

@@ -271,12 +271,12 @@ def test_a_run_killed_with_updates_waiting_is_in_its_journal(tmp_path):
 CUT_OFF = """
 import os, signal, sys
 from zotune.cli import main
-from zotune.evaluating import Evaluator
-from zotune.offloading import stream_of
+from zotune.optim.evaluator import Evaluator
+from zotune.weights.offload import stream_of
 evaluate = Evaluator.evaluate
 def cut_off(self, context):
     if context.step == 5:  # the update of the step before, or the fold of the steps before, is still to be done
-        assert any(block.waiting for block in stream_of(self.probe.model)._blocks), "nothing waits"
+        assert any(block.waiting for block in stream_of(self.forward.model)._blocks), "nothing waits"
         os.kill(os.getpid(), signal.SIGKILL)
     return evaluate(self, context)
 Evaluator.evaluate = cut_off

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.forward.batch_layout import SHARED
+from zotune.forward.batches import SHARED
 from zotune.forward.losses import Losses
-from zotune.forward.model import Probe
+from zotune.forward.model import PerturbedForward
 from zotune.io.memory_tags import tagged
 from zotune.methods.coefficients import State
 from zotune.methods.estimators import ESTIMATORS, Estimate
@@ -58,7 +58,7 @@ class Calibrator:
     """Makes the measurements of a run, and knows what has come of them.
 
     Args:
-        probe: evaluates the model.
+        forward: evaluates the model.
         method, rule: what is calibrated.
         lr_scale: what low-rank coordinates multiply a learning rate by.
         chooses_eps, chooses_lr: what is to be chosen.
@@ -67,10 +67,10 @@ class Calibrator:
         ValueError: a learning rate is to be chosen for a rule of which no scale is known.
     """
 
-    def __init__(self, probe: Probe, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool) -> None:
+    def __init__(self, forward: PerturbedForward, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool) -> None:
         if chooses_lr:
             gain(method, rule, 1.0, 1, 1.0)
-        self.probe, self.method, self.rule, self.lr_scale = probe, method, rule, lr_scale
+        self.forward, self.method, self.rule, self.lr_scale = forward, method, rule, lr_scale
         self.estimator = ESTIMATORS[method.estimator]
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
         #: steps of a turn, where coordinates have theirs by turns (see ``guidance``)
@@ -89,7 +89,7 @@ class Calibrator:
         """ε for the run, of the losses that ``evaluate`` gives on its first batch."""
         self.forwards = self.sequences = 0
         found = choose_eps(self._at(evaluate, seed, step), self.estimator)
-        self.probe.forget_directions()
+        self.forward.drop_directions()
         return found
 
     @tagged("activations")
@@ -121,7 +121,7 @@ class Calibrator:
             if not self._look(look, at, radius, eps):
                 break
             radius = min(self.step_size.stride, WIDEST, FARTHER * radius)
-        self.probe.forget_directions()
+        self.forward.drop_directions()
 
     def _due(self, step: int) -> bool:
         """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at.
@@ -192,7 +192,7 @@ class Calibrator:
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:
         def at(scale: float, direction: int) -> Tensor:
-            losses = self.probe.evaluate(evaluate, Offset(scale, seed, step, direction))
+            losses = self.forward.evaluate(evaluate, Offset(scale, seed, step, direction))
             self.forwards += 1
             self.sequences += losses.numel()
             return losses

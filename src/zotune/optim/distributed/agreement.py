@@ -71,7 +71,7 @@ def state_digest(run: RunParts) -> str:
 
     Residuals of sharded weights, of which every worker has its own, are not in it.
     """
-    own = {f"coordinate/{c.name}/residual" for c in run.probe.coordinates if is_sharded(c.parameter)}
+    own = {f"coordinate/{c.name}/residual" for c in run.forward.coordinates if is_sharded(c.parameter)}
     state = {name: tensor for name, tensor in saved_state.save(run)["state"].items() if name not in own}
     return _hashed({"": digest(run.model), **state})
 

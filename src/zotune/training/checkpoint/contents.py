@@ -63,7 +63,7 @@ def truly_missing(model: nn.Module, missing: list[str]) -> list[str]:
 def save_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder, **extra: Any) -> None:
     """Write the optimizer's state: tensors as safetensors, the rest and `extra` as JSON."""
     run = optimizer.run if isinstance(optimizer, ZerothOrder) else None
-    blocks = [] if run is None else offloaded.coordinates_by_block(run.model, run.probe.coordinates)
+    blocks = [] if run is None else offloaded.coordinates_by_block(run.model, run.forward.coordinates)
     away = {name for names in blocks for name in names}
     state = optimizer.state_dict() if run is None else saved_state.save(run, without=away)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.pop("state").items()}
