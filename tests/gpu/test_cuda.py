@@ -106,7 +106,7 @@ def test_the_journal_replays_bit_for_bit(tmp_path, architecture, name, options, 
 @pytest.mark.parametrize("name, options, forward_batching", RUNS)
 def test_a_step_is_that_of_a_cpu(architecture, name, options, forward_batching):
     on_card, on_cpu = model_of(architecture), plain(architecture)
-    first = trained(on_card, name, options, forward_batching, steps=1).last
+    first = trained(on_card, name, options, forward_batching, steps=1).last_report
     second = ZerothOrder(on_cpu, toys.method(name, interval=3, **options), lr=1e-4, seed=5, forward_batching=forward_batching)
     second.step(toys.transformer_loss(on_cpu), toys.tokens(6, 7))
     assert torch.allclose(first.coefficients, second.last_report.coefficients, rtol=2e-2, atol=2e-2)

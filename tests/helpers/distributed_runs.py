@@ -1,4 +1,4 @@
-"""Runs that the tests of several processes take: in one process, and in several by `torchrun tests/helpers/distributed_runs.py OUT all|some`.
+"""Runs in one process and, by `torchrun tests/helpers/distributed_runs.py OUT all|some`, in several.
 
 Every process writes what its runs were like to OUT/rank-N.json: coefficients, digests of its state after each step, weights.
 """

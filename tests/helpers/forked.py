@@ -1,7 +1,7 @@
 """The processes of `torchrun --nproc-per-node N tests/SCRIPT OUT ...` at the cost of one start.
 
-`python tests/helpers/forked.py SCRIPT N OUT ... -- SCRIPT N OUT ...` runs one after the other. Torch and the rest are imported once, and the
-processes fork from that before any of them has computed anything.
+`python tests/helpers/forked.py SCRIPT N OUT ... -- SCRIPT N OUT ...` runs one after the other. Torch and the rest are imported once, and
+the processes fork from that before any of them has computed anything.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Golden trajectories: ten steps of every method on a toy, kept in tests/data/golden/METHOD.csv.
 
-They change when the numbers of a method change, which is to be on purpose: ``python tests/helpers/golden_runs.py`` writes them anew, for all
-methods or for those that are named.
+They change only when the numbers of a method change on purpose: ``python tests/helpers/golden_runs.py [METHOD ...]`` writes them anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs over sharded weights, by `torchrun tests/helpers/sharded_runs.py OUT` on two processes; what they were like goes to OUT/rank-N.json."""
+"""Runs over sharded weights: `torchrun tests/helpers/sharded_runs.py OUT` on two processes writes OUT/rank-N.json."""
 
 from __future__ import annotations
 

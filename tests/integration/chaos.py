@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from zotune.training.checkpoint.folder import checkpoints
 
 import zotune
 from trainer_cases import choice_rows, tiny_llama, trainer
 from zotune.subspaces import LowRankCoordinate
-from zotune.training.checkpoint.folder import checkpoints
 
 PLACES = ("time", "before", "during", "after", "sync", "rename", "fold")
 METHODS = ("lozo-m", "mezo-adam", "lozo-e")
@@ -164,7 +164,7 @@ def chaos(folder: Path, rounds: int, seed: int, *, steps: int = 60, say: Callabl
         assert digests(here) == expected, f"{here} differs from the undisturbed run of {method} (seed {seed})"
         if runs < len(METHODS):
             base = tiny_llama()
-            zotune.replay(base, here / "journal.zo").detach()
+            zotune.replay(base, here / "journal.zo").remove_hooks()
             rebuilt = base.state_dict()
             for name, tensor in load_file(here / "model.safetensors").items():
                 assert torch.equal(tensor, rebuilt[name]), f"{here}: the journal replays to other weights"

@@ -327,7 +327,7 @@ def test_own_text_is_evaluated_by_loss(command: Command, workplace: Path) -> Non
 SIGNALLED = """
 import os, sys
 from zotune.cli import main
-from zotune.trainer import ZOTrainer
+from zotune import ZOTrainer
 number, *words = sys.argv[1:]
 genuine, steps = ZOTrainer.training_step, 0
 def step(*args, **kwargs):

@@ -233,7 +233,7 @@ def test_a_rank_that_dies_comes_back(two_processes: tuple[Path, list[dict[str, A
 STOPPED = """
 import os, sys
 from zotune.cli import main
-from zotune.trainer import ZOTrainer
+from zotune import ZOTrainer
 genuine = ZOTrainer.training_step
 def step(self, *args, **kwargs):
     if self.state.global_step == 3 and os.environ["RANK"] == "0":

@@ -323,7 +323,7 @@ READ_ONLY = """
 import os, sys
 from pathlib import Path
 from zotune.checkpoint import draft
-from zotune.journal import Journal, StepRecord
+from zotune.optim.journal import Journal, StepRecord
 from zotune.io.json_files import write_json
 os.setgroups([])
 os.setgid(65534)
@@ -417,7 +417,7 @@ def test_either_loss_of_a_direction_may_be_no_number(which: int, bad: float, tmp
     assert record.coefficients[record.skipped.index(False)] != 0.0
     assert not same_weights(weights(model), before) and all(tensor.isfinite().all() for tensor in weights(model).values())
     rebuilt = toys.classifier()
-    replay(rebuilt, tmp_path / "j", method=optimizer.method).detach()
+    replay(rebuilt, tmp_path / "j", method=optimizer.method).remove_hooks()
     assert same_weights(weights(rebuilt), weights(model))
 
 

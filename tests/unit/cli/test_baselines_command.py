@@ -107,17 +107,17 @@ def test_demonstrations_stand_solved_before_every_prompt(workplace: Path) -> Non
 
 
 def test_a_linear_probe_learns_what_the_words_say(workplace: Path, command: Command) -> None:
-    done(command(*BASICS, "--method", "linear-probe", "--output_dir", "forward_batching"))
-    found = summary("forward_batching")
+    done(command(*BASICS, "--method", "linear-probe", "--output_dir", "probe"))
+    found = summary("probe")
     assert found["after"]["accuracy"] > 0.9 > found["before"]["accuracy"]
     assert (found["forward_passes"], found["sequences_evaluated"]) == (3, 48)
-    assert load_file("forward_batching/linear_probe.safetensors")["weight"].shape == (2, 16)
+    assert load_file("probe/linear_probe.safetensors")["weight"].shape == (2, 16)
 
 
 def test_the_probe_is_at_its_minimum() -> None:
     generator = torch.Generator().manual_seed(0)
     features, answers = torch.randn(50, 4, generator=generator), torch.randint(0, 3, (50,), generator=generator)
-    forward_batching = linear_probe.fit(features, answers, 3, l2=0.1)
+    probe = linear_probe.fit(features, answers, 3, l2=0.1)
     weight, bias = probe.weight.clone().requires_grad_(), probe.bias.clone().requires_grad_()
     standard = (features.double() - probe.mean) / probe.deviation
     loss = torch.nn.functional.cross_entropy(standard @ weight.T + bias, answers) + 0.05 * weight.square().sum()

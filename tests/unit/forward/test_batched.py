@@ -1,4 +1,4 @@
-"""The batched forward_batching: one forward of stacked rows gives the losses of one point after the other."""
+"""Batched evaluation: one forward of stacked rows gives the losses of one point after the other."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import toys
 from batching import agree
 from zotune import ZerothOrder, methods, objectives
 from zotune.errors import NotBatchableError
-from zotune.forward.batch_layout import Owned, own, share_out, shared
-from zotune.forward.batches import batch_rows, take
+from zotune.forward.batches import Owned, assign_directions, batch_rows, own, shared, take
 from zotune.methods.estimators import ESTIMATORS, Point
 from zotune.rng.directions import GROUPED_NUMEL, Directions, Key, group_of
 from zotune.subspaces import FullCoordinate
@@ -208,7 +207,7 @@ def test_what_cannot_be_stacked_falls_back_with_one_warning(build, reason):
     optimizers[0].step(loss_of(models[0]), x)
     for _ in range(2):
         optimizers[1].step(loss_of(models[1]), x)
-    assert torch.equal(optimizers[0].last.coefficients, optimizers[1].last_report.coefficients)
+    assert torch.equal(optimizers[0].last_report.coefficients, optimizers[1].last_report.coefficients)
 
 
 def test_the_decision_is_part_of_the_state():
@@ -265,7 +264,7 @@ def test_rows_of_a_stack_are_direction_major():
 
 def test_several_directions_an_example_share_its_evaluation_at_theta():
     """Two examples, two directions each: rows θ, θ, then each pair moved; the pairs read their example's row at θ."""
-    (owned,) = share_out([2], 2, 2)
+    (owned,) = assign_directions([2], 2, 2)
     assert (owned.examples, owned.directions) == ((0, 0, 1, 1), (0, 1, 2, 3))
     stack = own((0, 1), 0.1, owned, 0, 0)
     assert stack.source.tolist() == [0, 1, 0, 0, 1, 1] and stack.losses.tolist() == [[0, 0, 1, 1], [2, 3, 4, 5]]
@@ -275,10 +274,10 @@ def test_several_directions_an_example_share_its_evaluation_at_theta():
 
 
 def test_parts_are_shared_out_over_micro_batches():
-    shares = share_out([3, 2], 2, 1)
+    shares = assign_directions([3, 2], 2, 1)
     assert [share.directions for share in shares] == [(0, 0, 0), (1, 1)]
-    assert [share.examples for share in share_out([1, 2], 3, 2)] == [(0, 0), (0, 0, 1, 1)]
-    assert [share.directions for share in share_out([1, 2], 3, 2)] == [(0, 1), (2, 3, 4, 5)]
+    assert [share.examples for share in assign_directions([1, 2], 3, 2)] == [(0, 0), (0, 0, 1, 1)]
+    assert [share.directions for share in assign_directions([1, 2], 3, 2)] == [(0, 1), (2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("kind", Directions.KINDS)

@@ -10,7 +10,7 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.forward.model import Probe
+from zotune.forward.model import PerturbedForward
 from zotune.methods.estimators import ESTIMATORS
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Full, LowRankCoordinate, Offset
@@ -20,7 +20,7 @@ def estimates(method: methods.Method, model: nn.Module, loss, x, keys: int) -> t
     """One ĝ per key, as a matrix (keys, d) in the space of the weights."""
     coordinates = [method.subspace.coordinate(n, p) for n, p in model.named_parameters()]
     directions, estimator, k = Directions(method.direction), ESTIMATORS[method.estimator], method.num_directions
-    forward_batching, rows = Probe(model, coordinates, directions), []
+    probe, rows = PerturbedForward(model, coordinates, directions), []
     for step in range(keys):
         for coordinate in coordinates:
             coordinate.begin_step(0, step * getattr(method.subspace, "interval", 1))  # a new V for every key
@@ -77,7 +77,7 @@ def test_on_a_quadratic_the_central_difference_is_the_directional_derivative():
         return (w @ h @ h.T @ w)[None]
 
     coordinate = Full().coordinate("weight", model.weight)
-    forward_batching, directions = Probe(model, [coordinate], Directions("gaussian")), Directions("gaussian")
+    probe, directions = PerturbedForward(model, [coordinate], Directions("gaussian")), Directions("gaussian")
     g = gradient(model, loss, None)
     for step in range(20):
         z = directions.draw(Key(0, step, 0, "weight"), (6,)).double()

@@ -111,7 +111,7 @@ def test_a_run_with_scales_replays_and_resumes(tmp_path, rule):
     events = [r["event"] for r in Journal.open(tmp_path / "j").records() if isinstance(r, dict)]
     assert events.count("scales") == 3
     replayed = Blocks()
-    replay(replayed, tmp_path / "j").detach()
+    replay(replayed, tmp_path / "j").remove_hooks()
     ends = [replayed]
     for stop in (3, 16):
         model, optimizer = new()

@@ -240,7 +240,7 @@ def test_few_bits_and_a_stream_go_together(bits):
 KILLED = """
 import os, signal, sys, torch, toys
 from zotune import ZerothOrder, methods
-from zotune.offloading import offload
+from zotune import offload
 model = toys.transformer("llama", torch.bfloat16, num_hidden_layers=4)
 offload(model, "disk")
 optimizer = ZerothOrder(model, methods.mezo(), lr=1e-3, seed=3, journal=sys.argv[1])
