@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.traffic import Network, gradients, received
+from traffic import Network, gradients, received
 
 WEIGHTS = 13_000_000_000
 EXAMPLES, TOKENS = 16, 256  # of every worker

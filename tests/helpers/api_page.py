@@ -1,4 +1,4 @@
-"""docs/reference/python_api.md, made from the docstrings: ``python tests/api_page.py`` writes it anew."""
+"""docs/reference/python_api.md, made from the docstrings: ``python tests/helpers/api_page.py`` writes it anew."""
 
 from __future__ import annotations
 
