@@ -2,10 +2,10 @@
 
     python benchmarks/grid.py --model M --task sst2 --data_dir D --out docs/explanation/results/methods_grid.md
 
-A cell is a run of the command as it stands, with the method's defaults and a rate that is measured where it can be: loss at the first and
-the last step and seconds a step. Whether it learns is not the question here; that takes more steps and a search for rates (see
-docs/explanation/results/learning.md), nor is memory (``zotune methods``, docs/explanation/memory.md). Cells are kept in ``--results`` as they are run, and those that it
-holds are not run again.
+A cell is a run of the command as it stands, with the method's defaults and a measured rate where that is possible: loss at the first and
+the last step, and seconds per step. It does not show that a method learns, which takes more steps and a search for rates (see
+docs/explanation/results/learning.md), nor its memory (``zotune methods``, docs/explanation/memory.md). Cells are kept in ``--results``
+and not run again.
 """
 
 from __future__ import annotations

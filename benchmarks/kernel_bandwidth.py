@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from zotune.kernels import moves_for
+from zotune.kernels import perturb_kernels
 from zotune.rng.directions import Directions, Key
 
 
@@ -39,7 +39,7 @@ def rows(numel: int, dtype: torch.dtype, kind: str, repeats: int) -> list[tuple[
     device = torch.device("cuda")
     weight, out = torch.randn(numel, device=device).to(dtype), torch.empty(numel, dtype=dtype, device=device)
     residual = torch.zeros(numel, dtype=torch.int16, device=device) if dtype == torch.bfloat16 else None
-    kernel = moves_for(weight, residual)
+    kernel = perturb_kernels(weight, residual)
     if kernel is None:
         raise SystemExit("triton is not installed, so there is no kernel to measure.")
     directions, key, size = Directions(kind), Key(0, 0, 0, "weight"), weight.element_size()

@@ -10,7 +10,6 @@ OPT-30B (MeZO in full space).
 """
 
 from __future__ import annotations
-from zotune.io.sizes import parse_size
 
 import argparse
 import json
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 
 from zotune import ZerothOrder, methods
-from zotune.weights.offload import budget, offload
+from zotune.io.sizes import parse_size
+from zotune.weights.offload import offload
 
 SHAPES = {"opt-1.3b": (2048, 24, 32), "opt-13b": (5120, 40, 40), "opt-30b": (7168, 48, 56), "opt-tiny": (64, 4, 4)}
 

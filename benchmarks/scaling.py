@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --output docs/images/scaling.png
 
-A model on paper, not a measurement; its assumptions are in docs/explanation/results/speed.md. Weak scaling: every worker brings its own examples, so that
-the ideal is a step that takes as long however many take part.
+A model on paper, not a measurement; its assumptions are in docs/explanation/results/speed.md. Weak scaling: every worker brings its own
+examples, so that the ideal step takes as long for any number of workers.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/step_time.py --shapes tiny-llama opt-125m gpt2 --batches 4x32 16x64 --dtypes float32 bfloat16
 
 For every model shape (random weights), batch × tokens, dtype and method: milliseconds of a step, over milliseconds of the bare forwards it
-needs (eval mode, no grad, the same loss; one forward of the stacked rows for a batched forward_batching, one forward of the batch for each point of a
-sequential one), the speed over a plain implementation of published MeZO, and the peak of tensor bytes alive during the step over that of
+needs (eval mode, no grad, the same loss; one forward of the stacked rows for a batched step, one forward of the batch for each point of
+a sequential one), the speed over a plain implementation of published MeZO, and the peak of tensor bytes alive during the step over that of
 one bare forward of the batch, weights and state counted in both. Beside them AdamW with backprop. Times are medians over repeats in which
 all contenders take turns, "step / bare" the median of the repeats' ratios; "least / least" is what a busy machine disturbs least, "mean /
 mean" has the steps in it that fold and redraw, given more repeats than an interval has steps. On a GPU:
