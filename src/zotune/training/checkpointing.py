@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ from zotune.training.config import settings
 from zotune.training.log_sums import StepSums
 from zotune.training.run_folder import JOURNAL_FILE
 from zotune.weights.offload import stream_of
-from zotune.weights.quantized_linear import any_frozen
+from zotune.weights.quantized_linear import is_quantized
+from zotune.weights.structure import module_mode
 
 
 class CheckpointedTrainer(Trainer):
@@ -137,13 +136,13 @@ class CheckpointedTrainer(Trainer):
         """Hugging Face's would load a pickle if there is one; nothing here scales gradients."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with training_flags_kept(self.model):
+        with module_mode(self.model):
             if not self._load_block_by_block(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best, optimizer = Path(self.state.best_model_checkpoint or ""), self.zo_optimizer
-        with training_flags_kept(self.model):
+        with module_mode(self.model):
             if not self._load_block_by_block(best):
                 super()._load_best_model()
         if isinstance(optimizer, ZerothOrder) and keeps_factors(self.model):  # which are in no file of weights
@@ -170,15 +169,4 @@ class CheckpointedTrainer(Trainer):
 
 def keeps_factors(model: nn.Module) -> bool:
     """Whether what training adds to a model is beside weights that are never written."""
-    return any_frozen(model) and not hasattr(model, "peft_config")
-
-
-@contextmanager
-def training_flags_kept(model: nn.Module) -> Iterator[None]:
-    """Every module's training flag after the block is what it was before."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    return is_quantized(model) and not hasattr(model, "peft_config")

@@ -13,8 +13,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from zotune import objectives
 from zotune.training import generation
-from zotune.training.checkpointing import training_flags_kept
 from zotune.training.sampling import OrderedTrainer
+from zotune.weights.structure import module_mode
 
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[Batch], Tensor]
@@ -50,7 +50,7 @@ class EvaluatedTrainer(OrderedTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers.Trainer`, results in the order of the data; the model's training flags are left as found."""
-        with training_flags_kept(self.model):
+        with module_mode(self.model):
             return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(

@@ -19,7 +19,7 @@ from zotune.training.arguments import ModelArguments
 from zotune.training.schemes import load_adapter
 from zotune.weights import offload
 from zotune.weights.offload.budget import Needs
-from zotune.weights.quantized_linear import freeze
+from zotune.weights.quantized_linear import quantize
 
 
 @dataclass
@@ -111,7 +111,7 @@ def load_model(
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
     if args.quantize is not None:
-        freeze(model, int(args.quantize.removeprefix("int")))
+        quantize(model, int(args.quantize.removeprefix("int")))
         stream = offload.stream_of(model)
         if stream is not None:
             stream.bring_back()

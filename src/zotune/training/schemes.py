@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zotune.weights.external_linear import held_layers
-from zotune.weights.structure import classifier_of, output_embeddings
+from zotune.weights.external_linear import external_layers
+from zotune.weights.structure import classifier_of, module_mode, output_embeddings
 from zotune.weights.trainable_scales import quantize
 
 if TYPE_CHECKING:
@@ -159,10 +159,10 @@ def refusal(method: Method | Any, model: nn.Module, scheme: Scheme) -> str | Non
     """
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     where = f"--scheme {scheme.scheme}" + (" with --trainable" if scheme.trainable else "")
-    if scheme.scheme == "full" and held_layers(model):
+    if scheme.scheme == "full" and external_layers(model):
         return (
             "another library holds the model's weights in few bits, which cannot be written: train an adapter on them (--scheme lora), or "
-            "in Python factors beside them (zotune.weights.external_linear.hold and a low-rank method)."
+            "in Python factors beside them (zotune.weights.external_linear.wrap and a low-rank method)."
         )
     if hasattr(method, "refusal"):
         reason = method.refusal(model, trained)
@@ -314,13 +314,8 @@ def real_activations(model: nn.Module, tokens: Tensor) -> list[tuple[Tensor, Ten
     Raises:
         ValueError: the model keeps none.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with module_mode(model, training=False):
         cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
-    finally:
-        for module, flag in flags:
-            module.training = flag
     layers = [(layer.keys[0], layer.values[0]) for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
     if not layers:
         raise ValueError("--scheme prefix: this model keeps no keys and values of what it has read: choose lora or prompt.")

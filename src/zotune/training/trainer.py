@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput, has_length
 
 from zotune.baselines import Baseline, FirstOrder, optimizer_class
-from zotune.forward.batches import batch_rows, take
+from zotune.forward.batches import batch_rows, take_rows
 from zotune.io.lock import locked
 from zotune.methods import AUTO, Method
 from zotune.optim.distributed import partition
@@ -397,7 +397,7 @@ class _SteppedOptimizer(AcceleratedOptimizer):
 def _cut(batch: Batch, ways: int) -> list[Batch]:
     """A batch in so many neighboring pieces, or one an example."""
     rows = batch_rows(batch)
-    return [take(batch, torch.arange(piece.start, piece.stop), rows) for piece in partition.cut(rows, min(ways, rows))]
+    return [take_rows(batch, torch.arange(piece.start, piece.stop), rows) for piece in partition.cut(rows, min(ways, rows))]
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -15,35 +15,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zotune.weights.quantized_linear import FrozenLinear, own
+from zotune.weights.quantized_linear import QuantizedLinear, own
+from zotune.weights.structure import matching_children, replace_children
 
 #: Unit vectors that a layer is given at a time.
 UNITS = 256
 
 
-def held_elsewhere(parameter: Tensor) -> bool:
+def is_external(parameter: Tensor) -> bool:
     """Whether a weight is in a form of another library: a tensor subclass of its own, or packed whole numbers."""
     sharded = hasattr(parameter, "full_tensor")
     return not sharded and (is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point())
 
 
-class HeldLinear(FrozenLinear):
+class ExternalLinear(QuantizedLinear):
     """y = f h(x) + (x R) Lᵀ + b, h the layer as it was, without its bias, and whatever ``weight`` is lent.
 
     h is no submodule: it is in no state dict and no list of parameters, for nothing in it is ever another than its library has made it.
 
     Args:
-        linear: the layer to take over; it becomes ``held``, and its bias this layer's.
+        linear: the layer to take over; it becomes ``external``, and its bias this layer's.
     """
 
-    held: nn.Linear
+    external: nn.Linear
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         linear.bias = None  # type: ignore[assignment]
-        self.__dict__["held"] = linear
+        self.__dict__["external"] = linear
         weight, device = linear.weight, linear.weight.device
         dtype = next((d for d in _dtypes(self, linear, weight) if d is not None and d.is_floating_point), torch.get_default_dtype())
         self.register_buffer("factor", torch.ones((), device=device))
@@ -58,11 +59,11 @@ class HeldLinear(FrozenLinear):
             count = min(UNITS, self.in_features - first)
             units = torch.zeros(count, self.in_features, dtype=self.weight.dtype, device=self.factor.device)
             units[:, first : first + count].fill_diagonal_(1)
-            columns.append(self.held(units).T.float())
+            columns.append(self.external(units).T.float())
         return torch.cat(columns, dim=1).mul_(self.factor).addmm_(left, right.T).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.held(x) * self.factor.to(x.dtype)
+        out = self.external(x) * self.factor.to(x.dtype)
         if self.left.shape[1]:
             out = out + (x @ self.right.to(x.dtype)) @ self.left.T.to(x.dtype)
         bias, moves = self.bias, self.weight
@@ -70,20 +71,20 @@ class HeldLinear(FrozenLinear):
             return out + F.linear(x, moves, bias)
         return out if bias is None else out + bias
 
-    def _apply(self, fn: Any, recurse: bool = True) -> HeldLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> ExternalLinear:
         super()._apply(fn, recurse)
-        self.held._apply(fn, recurse)
+        self.external._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, held={type(self.held.weight).__name__}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, external={type(self.external.weight).__name__}"
 
 
 def pieces(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, plain tensor) of all that such layers of a model hold."""
     for name, module in model.named_modules():
-        if isinstance(module, HeldLinear):
-            yield from _pieces(f"{name}.held", module.held.weight)
+        if isinstance(module, ExternalLinear):
+            yield from _pieces(f"{name}.held", module.external.weight)
 
 
 def _pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -94,10 +95,10 @@ def _pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.data
 
 
-def hold(model: nn.Module) -> nn.Module:
+def wrap(model: nn.Module) -> nn.Module:
     """Have low-rank methods train the Linear layers whose weights torchao or bitsandbytes holds in few bits, in place.
 
-    What is learnt stays beside the weights, as factors (see :func:`zotune.weights.quantized_linear.freeze`). Adapters (PEFT) need none of this.
+    What is learnt stays beside the weights, as factors (see :func:`zotune.weights.quantized_linear.quantize`). Adapters (PEFT) need none of this.
 
     Args:
         model: any module, after it has been quantized.
@@ -108,24 +109,19 @@ def hold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it has no such layer.
     """
-    found = held_layers(model)
+    found = external_layers(model)
     if not found:
         raise ValueError("no Linear layer of the model has a weight that another library holds in few bits: nothing is to be done.")
-    for parent, name, child in found:
-        layer = HeldLinear(child)
-        own(layer)
-        layer.train(child.training)
-        setattr(parent, name, layer)
+    replace_children(found, lambda linear: own(ExternalLinear(linear)))
     return model
 
 
-def held_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+def external_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name in it, layer) of the Linear layers whose weights another library holds."""
-    layers = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    return [(parent, name, child) for parent, name, child in layers if isinstance(child, nn.Linear) and held_elsewhere(child.weight)]
+    return matching_children(model, lambda _, child: isinstance(child, nn.Linear) and is_external(child.weight))
 
 
-def _dtypes(layer: HeldLinear, linear: nn.Linear, weight: Any) -> list[torch.dtype | None]:
+def _dtypes(layer: ExternalLinear, linear: nn.Linear, weight: Any) -> list[torch.dtype | None]:
     """Where the dtype of the layer's numbers may be told."""
     state = getattr(weight, "quant_state", None)
     return [weight.dtype, None if layer.bias is None else layer.bias.dtype, getattr(state, "dtype", None)]

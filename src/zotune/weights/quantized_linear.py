@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.weights import placement
+from zotune.weights.structure import linear_of, matching_children, replace_children, unshared_linears
 
 #: Attribute of a weight that names its layer.
 _OWNER = "_zotune_frozen"
@@ -27,7 +28,7 @@ GROUP = 32
 STRIP = 1 << 20
 
 
-class FrozenLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """y = f x (Q ⊙ s)ᵀ + (x R) Lᵀ + b, f what weight decay has left of 1, and whatever ``weight`` is lent (see ``probe``).
 
     Args:
@@ -52,7 +53,7 @@ class FrozenLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if bits == 4 and self.in_features % GROUP:
             raise ValueError(f"4 bits need inputs in multiples of {GROUP}, and this layer has {self.in_features}: use int8.")
-        with placement.at_hand(linear.weight):
+        with placement.loaded(linear.weight):
             self._pack(linear.weight.detach())
         self.weight = nn.Parameter(self._nothing(linear.weight.dtype, linear.weight.device), requires_grad=linear.weight.requires_grad)
         self.bias = linear.bias
@@ -89,7 +90,7 @@ class FrozenLinear(nn.Linear):
 
     def with_factors(self, left: Tensor, right: Tensor) -> Tensor:
         """f Q ⊙ s + left · rightᵀ in the layer's dtype."""
-        with placement.at_hand(self.codes):
+        with placement.loaded(self.codes):
             whole = self.unpacked(slice(0, self.out_features), torch.float32)
         return whole.addmm_(left, right.T).to(self.weight.dtype)
 
@@ -120,7 +121,7 @@ class FrozenLinear(nn.Linear):
 
     # -- state ----------------------------------------------------------------------------------------------------------------------
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         stored = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, before in stored.items():
@@ -145,17 +146,18 @@ class FrozenLinear(nn.Linear):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-def own(layer: FrozenLinear) -> None:
-    """Have :func:`owner_of` find the layer by its weight."""
+def own(layer: QuantizedLinear) -> QuantizedLinear:
+    """Registers the layer for :func:`owner_of` on its weight; the layer."""
     setattr(layer.weight, _OWNER, layer)
+    return layer
 
 
-def owner_of(parameter: Tensor) -> FrozenLinear | None:
+def owner_of(parameter: Tensor) -> QuantizedLinear | None:
     """The layer whose ``weight`` a parameter is, if it is one that is never written."""
     return getattr(parameter, _OWNER, None)
 
 
-def freeze(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
+def quantize(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
     """Hold the Linear layers of a model in few bits, in place, one after the other.
 
     Args:
@@ -170,56 +172,35 @@ def freeze(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",))
         ValueError: it has no Linear layer to hold in few bits.
 
     Example:
-        >>> model = freeze(nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 2)), 8)
+        >>> model = quantize(nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 2)), 8)
         >>> model[0].codes.dtype
         torch.int8
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    chosen = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and name not in skip and owners[id(child.weight)] == 1
-    ]
+    chosen = unshared_linears(model, (nn.Linear,), skip)
     if not chosen:
         raise ValueError("the model has no Linear layer of its own to hold in few bits.")
-    for parent, name, child in chosen:
-        layer = FrozenLinear(child, bits)
-        own(layer)
-        layer.train(child.training)
-        setattr(parent, name, layer)
+    replace_children(chosen, lambda linear: own(QuantizedLinear(linear, bits)))
     return model
 
 
 @torch.no_grad()
-def thaw(model: nn.Module) -> nn.Module:
+def dequantize(model: nn.Module) -> nn.Module:
     """Give a model ordinary Linear layers of what :func:`freeze` and training have made of them, in place; the model."""
-    layers = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    for parent, name, child in layers:
-        if isinstance(child, FrozenLinear):
-            linear = nn.Linear(1, 1, device="meta")
-            linear.in_features, linear.out_features = child.in_features, child.out_features
-            linear.weight = nn.Parameter(child.dense(), requires_grad=child.weight.requires_grad)
-            linear.bias = child.bias  # type: ignore[assignment]
-            linear.train(child.training)
-            setattr(parent, name, linear)
+    layers = matching_children(model, lambda _, child: isinstance(child, QuantizedLinear))
+    replace_children(layers, lambda layer: linear_of(nn.Parameter(layer.dense(), requires_grad=layer.weight.requires_grad), layer.bias))
     return model
 
 
-def any_frozen(model: nn.Module) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """Whether a model has layers of this kind."""
-    return any(isinstance(module, FrozenLinear) for module in model.modules())
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def dense_state(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """The state dict of a module as if it had ordinary Linear layers, weights in full; ``prefix`` stands before the names."""
     state = model.state_dict(prefix=prefix)
     for name, module in model.named_modules():
-        if isinstance(module, FrozenLinear):
+        if isinstance(module, QuantizedLinear):
             here = f"{prefix}{name}." if name else prefix
             parts = {part: state.pop(here + part) for part in module._buffers}
             state[here + "weight"] = module.with_factors(parts["left"], parts["right"])  # with what is pending

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -25,6 +27,51 @@ def every_module(model: nn.Module) -> list[nn.Module]:
                 found[id(child)] = child
                 waiting.append(child)
     return list(found.values())
+
+
+@contextmanager
+def module_mode(model: nn.Module, training: bool | None = None) -> Iterator[None]:
+    """All modules in training mode (True), in evaluation mode (False), or as they are (None); afterwards each has its earlier flag."""
+    flags = [(module, module.training) for module in every_module(model)]
+    if training is not None:
+        _set_flags((module, training) for module, _ in flags)
+    try:
+        yield
+    finally:
+        _set_flags(flags)
+
+
+def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, flag in flags:
+        if module.training is not flag:  # setting an attribute of a module is slow
+            module.training = flag
+
+
+def matching_children(model: nn.Module, matches: Callable[[str, nn.Module], bool]) -> list[tuple[nn.Module, str, Any]]:
+    """(parent, name, child) of the submodules for which ``matches(name, child)``; the name is that within the parent."""
+    return [(parent, name, child) for parent in model.modules() for name, child in parent.named_children() if matches(name, child)]
+
+
+def unshared_linears(model: nn.Module, types: tuple[type, ...], skip: Collection[str]) -> list[tuple[nn.Module, str, Any]]:
+    """Of :func:`matching_children` those of exactly these types, not named in ``skip``, whose weight no other module has."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return matching_children(model, lambda name, child: type(child) in types and name not in skip and owners[id(child.weight)] == 1)
+
+
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """An ordinary Linear layer of these parameters."""
+    linear = nn.Linear(1, 1, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
+    return linear
+
+
+def replace_children(found: Iterable[tuple[nn.Module, str, Any]], make: Callable[[Any], nn.Module]) -> None:
+    """Replaces each of :func:`matching_children` by ``make(child)``, in the training mode of the child."""
+    for parent, name, child in found:
+        layer = make(child)
+        layer.train(child.training)
+        setattr(parent, name, layer)
 
 
 def trained_layers(model: nn.Module, by_weight: Mapping[int, T]) -> dict[nn.Module, T]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zotune.weights.quantized_linear import FrozenLinear
+from zotune.weights.quantized_linear import QuantizedLinear
+from zotune.weights.structure import linear_of, matching_children, replace_children, unshared_linears
 
 
-class QuantisedLinear(nn.Module):
+class TrainableScaleLinear(nn.Module):
     """y = (x Qᵀ) ⊙ s + b.
 
     Args:
@@ -29,7 +30,7 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        if isinstance(linear, FrozenLinear):
+        if isinstance(linear, QuantizedLinear):
             codes, scale = _held(linear)
         else:
             weight = linear.weight.detach().float()
@@ -52,13 +53,13 @@ class QuantisedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def _held(layer: FrozenLinear) -> tuple[Tensor, Tensor]:
+def _held(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
     """Q and s of a layer that is held in 8 bits."""
     if layer.bits != 8:
         raise ValueError("the scales of 4 bits, one for every 32 numbers of a row, are inside the product and cannot move: use int8.")
     if layer.left.shape[1]:
         raise ValueError(
-            "training has put factors beside this layer's weight: thaw the model first (zotune.weights.quantized_linear.thaw)."
+            "training has put factors beside this layer's weight: thaw the model first (zotune.weights.quantized_linear.dequantize)."
         )
     return layer.codes, layer.scales.squeeze(1) * layer.factor
 
@@ -82,36 +83,17 @@ def quantize(model: nn.Module, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Mo
         >>> optimizer = ZerothOrder(model, "mezo", lr=1e-3)
         >>> loss = optimizer.step(lambda x: model(x).square().mean(dim=1), torch.ones(3, 4))
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    chosen = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear) and type(child) in (nn.Linear, FrozenLinear) and name not in skip and owners[id(child.weight)] == 1
-    ]
+    chosen = unshared_linears(model, (nn.Linear, QuantizedLinear), skip)
     if not chosen:
         raise ValueError("the model has no Linear layer of its own to quantize.")
     model.requires_grad_(False)
-    for parent, name, child in chosen:
-        layer = QuantisedLinear(child)
-        layer.train(child.training)
-        setattr(parent, name, layer)
+    replace_children(chosen, TrainableScaleLinear)
     return model
 
 
 @torch.no_grad()
 def dequantize(model: nn.Module) -> nn.Module:
     """Give a model ordinary Linear layers of what :func:`quantize` and training have made of them, in place; the model."""
-    layers = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    for parent, name, child in layers:
-        if isinstance(child, QuantisedLinear):
-            linear = nn.Linear(1, 1, device="meta")
-            linear.in_features, linear.out_features = child.in_features, child.out_features
-            linear.weight, linear.bias = nn.Parameter(child.dense()), child.bias
-            linear.train(child.training)
-            setattr(parent, name, linear)
+    layers = matching_children(model, lambda _, child: isinstance(child, TrainableScaleLinear))
+    replace_children(layers, lambda layer: linear_of(nn.Parameter(layer.dense()), layer.bias))
     return model

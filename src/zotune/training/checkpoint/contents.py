@@ -25,7 +25,7 @@ from zotune.optim.optimizer import ZerothOrder
 from zotune.training.checkpoint import offloaded
 from zotune.training.checkpoint.storage import BLOCK_TENSORS, RNG, SCHEDULER, STATE, STATE_TENSORS, load_json, save_json
 from zotune.weights.offload import stream_of
-from zotune.weights.quantized_linear import any_frozen, dense_state
+from zotune.weights.quantized_linear import is_quantized, dense_state
 
 # --- folders ---
 
@@ -38,7 +38,7 @@ def save_model(folder: Path, model: nn.Module, state_dict: dict[str, torch.Tenso
     if stream_of(model) is not None:
         offloaded.save_model(model, folder)
         return
-    if state_dict is None and any_frozen(model) and not hasattr(model, "peft_config"):
+    if state_dict is None and is_quantized(model) and not hasattr(model, "peft_config"):
         state_dict = dense_state(model)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if save_pretrained is None:
