@@ -6,7 +6,7 @@ import math
 import torch
 
 import zotune.forward.materialized
-from zotune.kernels import moves_for, norms_for, products_for
+from zotune.kernels import layer_norm_kernels, low_rank_kernels, perturb_kernels
 from zotune.rng.device_keys import Keys
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Full
@@ -28,13 +28,13 @@ def check(device: torch.device) -> None:
         directions = Directions(kind)
         for count in (1, 7, 768, 2049, 140_003):  # the last one: two pages of normals
             w = numbers(count)
-            kernel = moves_for(w, None)
+            kernel = perturb_kernels(w, None)
             assert kernel is not None
             out = torch.empty_like(w)
             kernel.perturb(directions, KEY, 1e-3, w, None, out)
             assert torch.equal(out, reference(directions, w, 1e-3)), (kind, count)
             both = torch.empty(2, count, device=device)
-            kernel.perturb_both(directions, KEY, 1e-3, w, None, both)
+            kernel.perturb_pair(directions, KEY, 1e-3, w, None, both)
             assert torch.equal(both[0], out) and torch.equal(both[1], reference(directions, w, -1e-3)), (kind, count)
             updated = w.clone()
             kernel.update(directions, KEY, -1e-5, updated, None, keep=0.99)
@@ -44,7 +44,7 @@ def check(device: torch.device) -> None:
             out = torch.empty_like(half)
             kernel.perturb(directions, KEY, 1e-3, half, residual, out)
             assert torch.equal(out, reference(directions, w, 1e-3).bfloat16()), (kind, count)
-            kernel.perturb_both(directions, KEY, 1e-3, half, residual, both := torch.empty(2, count, dtype=half.dtype, device=device))
+            kernel.perturb_pair(directions, KEY, 1e-3, half, residual, both := torch.empty(2, count, dtype=half.dtype, device=device))
             assert torch.equal(both[0], out) and torch.equal(both[1], reference(directions, w, -1e-3).bfloat16()), (kind, count)
             kernel.update(directions, KEY, -1e-5, half, residual)
             assert torch.equal(join(half, residual), reference(directions, w, -1e-5)), (kind, count)
@@ -80,7 +80,7 @@ def check_rows_and_fleets(directions: Directions, device: torch.device) -> None:
     keys = Keys(directions, KEY.seed, 0, device)
     for dtype in (torch.float32, torch.bfloat16):
         pairs = [(w, None) if dtype == w.dtype else split(w, dtype) for w in weights]
-        kernel = moves_for(*pairs[0])
+        kernel = perturb_kernels(*pairs[0])
         values = [w.clone() if residual is None else join(w, residual) for w, residual in pairs]
         for name, (w, residual), value in zip("abc", pairs, values, strict=True):
             key = KEY._replace(name=name)
@@ -91,7 +91,7 @@ def check_rows_and_fleets(directions: Directions, device: torch.device) -> None:
             keys.renew(KEY.seed, KEY.step)
             assert torch.equal(kernel.perturb_rows(directions, key, 1e-3, w, residual, rows, source), found)
             flat = None if residual is None else residual.view(-1)
-            kernel.perturb_both(
+            kernel.perturb_pair(
                 directions, key, 1e-3, w.view(-1), flat, both := torch.empty(2, *w.shape, dtype=dtype, device=device), source
             )
             assert torch.equal(both[0], expected)
@@ -111,7 +111,7 @@ def check_products(device: torch.device) -> None:
         right = torch.randn(rank, n, generator=generator).to(device).T
         for dtype in (torch.float32, torch.bfloat16):
             stored, exact = w.to(dtype), w.to(dtype) + left @ right.T
-            kernel = products_for(stored, rank)
+            kernel = low_rank_kernels(stored, rank)
             found = kernel.plus(stored, None, left, right)
             assert found.dtype == dtype and torch.allclose(
                 found.float(), exact.to(dtype).float(), rtol=1e-2 if dtype != w.dtype else 1e-5, atol=1e-5
@@ -139,12 +139,12 @@ def check_norms(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
     x, w, b = (torch.randn(*shape, generator=generator).to(device) for shape in ((3, 5, 70), (3, 70), (3, 70)))
     for weight, bias in ((w, b), (w[0], b), (w, None), (None, b[0])):
-        found = norms_for(x).layer_norm(x, weight, bias, 1e-5)
+        found = layer_norm_kernels(x).layer_norm(x, weight, bias, 1e-5)
         ones = torch.ones(3, 70, device=device)
         rows = zip(x, ones * (1 if weight is None else weight), ones * (0 if bias is None else bias), strict=True)
         expected = torch.stack([torch.nn.functional.layer_norm(one, (70,), scale, shift) for one, scale, shift in rows])
         assert torch.allclose(found, expected, atol=1e-5)
-    assert norms_for(x.bfloat16()).layer_norm(x.bfloat16(), None, None, 1e-5).dtype == torch.bfloat16
+    assert layer_norm_kernels(x.bfloat16()).layer_norm(x.bfloat16(), None, None, 1e-5).dtype == torch.bfloat16
 
 
 def check_layers(device: torch.device) -> None:
@@ -159,9 +159,7 @@ def check_layers(device: torch.device) -> None:
             zotune.forward.materialized.PASSES = passes
             for forward_batching in ("batched", "sequential"):
                 twin = copy.deepcopy(model)
-                optimizer = zotune.ZerothOrder(
-                    twin, zotune.methods.lozo(eps=1e-2), lr=1e-2, seed=3, forward_batching=forward_batching
-                )
+                optimizer = zotune.ZerothOrder(twin, zotune.methods.lozo(eps=1e-2), lr=1e-2, seed=3, forward_batching=forward_batching)
                 for _ in range(3):
                     optimizer.step(lambda rows, twin=twin: twin(rows).float().square().mean(dim=(1, 2)), x.to(dtype))
                 low_rank = [c for group in optimizer.run.state.coordinates for c in group if len(c.shape) == 2]

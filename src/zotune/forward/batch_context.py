@@ -1,6 +1,6 @@
-"""Lending: what a batched evaluation lends modules, and what it makes for all of them once: directions, values, products that layers share.
+"""BatchContext: what a batched evaluation lends modules, and what it makes for all of them once: directions, values, products that layers share.
 
-With ``hold`` the same lending serves several evaluations, which read their directions and keys where they lie (see ``captured``).
+With ``hold`` the same context serves several evaluations, which read their directions and keys where they lie (see ``captured``).
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zotune.errors import NotBatchableError
-from zotune.forward.batch_layout import Stack
+from zotune.forward.batches import BatchLayout
 from zotune.io.memory_tags import tagged
 from zotune.rng.device_keys import Keys, Source
 from zotune.rng.directions import Directions, Key
 from zotune.rng.transfer import send_list
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
-from zotune.subspaces.coordinate import Coordinate, FlatBuffer, Offset
-from zotune.subspaces.flat_buffer import Shown
+from zotune.subspaces.coordinate import Coordinate, Offset
+from zotune.subspaces.flat_buffer import BatchedValues, FlatBuffer
 
 
-class Lending:
+class BatchContext:
     """The stacked parameters of one evaluation; with ``hold`` of several, which read their directions in the same memory."""
 
     def __init__(
         self,
-        stack: Stack,
+        stack: BatchLayout,
         directions: Directions,
         siblings: Mapping[str, Sequence[LowRankCoordinate]] | None = None,
         hold: bool = False,
@@ -47,7 +47,7 @@ class Lending:
         self.count = max(stack.directions) - self.first + 1
         self.in_order = stack.directions == tuple(range(self.first, self.first + self.count))
         self.lent: dict[str, Tensor] = {}  # batched parameters, by name
-        self._shown: dict[tuple[int, torch.dtype], Shown] = {}
+        self._shown: dict[tuple[int, torch.dtype], BatchedValues] = {}
         self._scales: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
 
     def end(self) -> None:
@@ -66,8 +66,8 @@ class Lending:
     def _own_z(self, coordinate: Coordinate) -> Tensor:
         """The groups' directions, (G, *shape)."""
         z = self._drawn(coordinate)
-        if coordinate.turn is not None:
-            moves = [float(coordinate.moves(self.stack.step, direction)) for direction in self.stack.directions]
+        if coordinate.schedule is not None:
+            moves = [float(coordinate.is_active(self.stack.step, direction)) for direction in self.stack.directions]
             z = z * send_list(moves, z.device).view(-1, *[1] * (z.dim() - 1))
         return z
 
@@ -75,18 +75,18 @@ class Lending:
     def _drawn(self, whose: Coordinate | FlatBuffer) -> Tensor:
         if id(whose) in self._held:
             return self._held[id(whose)][1]
-        z = self._by_group(whose.many(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
+        z = self._by_group(whose.draw(self.directions, self.stack.seed, self.stack.step, self.first, self.count))
         if self.hold:
             self._held[id(whose)] = whose, z.clone()
             return self._held[id(whose)][1]
         return z
 
     @tagged("directions")
-    def renew(self, stack: Stack) -> None:
+    def renew(self, stack: BatchLayout) -> None:
         """Bring the directions of another step, of a stack that is cut up alike, to where the last ones are held."""
         self.stack = stack
         for whose, z in self._held.values():
-            z.copy_(self._by_group(whose.many(self.directions, stack.seed, stack.step, self.first, self.count)))
+            z.copy_(self._by_group(whose.draw(self.directions, stack.seed, stack.step, self.first, self.count)))
         if self._keys is not None:
             self._keys.renew(stack.seed, stack.step)
 
@@ -95,7 +95,7 @@ class Lending:
         """The two weights of a large matrix in full space, from a key that is held."""
         key = Key(self.stack.seed, self.stack.step, direction, coordinate.name)
         source = self._source(coordinate, direction, scales[0])
-        found = coordinate.both_at(self.directions, key, scales, source)
+        found = coordinate.antithetic_pair(self.directions, key, scales, source)
         if found is None:
             raise NotBatchableError(f"nothing makes the weights of {coordinate.name} from a key that is held")
         return found
@@ -106,7 +106,7 @@ class Lending:
         if offset is None:
             return F.embedding(ids, coordinate.parameter.detach())
         source = self._source(coordinate, offset.direction, offset.scale)
-        found = coordinate.rows_from(self.directions, offset, ids.reshape(-1).long(), source)
+        found = coordinate.kernel_rows_at(self.directions, offset, ids.reshape(-1).long(), source)
         if found is None:
             raise NotBatchableError(f"nothing makes the rows of {coordinate.name} from a key that is held")
         return found.view(*ids.shape, -1)
@@ -124,12 +124,12 @@ class Lending:
     @tagged("directions")
     def values(self, coordinate: Coordinate, dtype: torch.dtype) -> Tensor:
         """θ + s Z_g of every block in ``dtype``, (B, *shape)."""
-        neighbors = coordinate.neighbors
-        if neighbors is not None and neighbors.stored:
-            shown = self._shown.get((id(neighbors), dtype))
+        buffer = coordinate.flat_buffer
+        if buffer is not None and buffer.stored:
+            shown = self._shown.get((id(buffer), dtype))
             if shown is None:
-                z = self._drawn(neighbors)
-                shown = self._shown[id(neighbors), dtype] = Shown(neighbors, z, self.scales(z, 0), dtype)
+                z = self._drawn(buffer)
+                shown = self._shown[id(buffer), dtype] = BatchedValues(buffer, z, self.scales(z, 0), dtype)
             return shown.of(coordinate.name).view(self.blocks, *coordinate.shape)
         z, value = self._own_z(coordinate), coordinate.value()
         return torch.addcmul(value, z.unsqueeze(1).to(value.dtype), self.scales(value, z.dim() - 1)).flatten(0, 1).to(dtype)

@@ -1,6 +1,6 @@
-"""Stacked parameters: what a module is lent in a batched evaluation, where every block of rows has weights of its own.
+"""BatchedParameter parameters: what a module is lent in a batched evaluation, where every block of rows has weights of its own.
 
-A :class:`Stacked` is a tensor with the parameter's shape and dtype that knows its coordinate. torch hands every function it is used in
+A :class:`BatchedParameter` is a tensor with the parameter's shape and dtype that knows its coordinate. torch hands every function it is used in
 to ``__torch_function__`` here, which finds in :data:`FUNCTIONS` what computes that function with W as it is stored, once for all rows,
 plus what each block adds. The layer types enter their functions there (``forward.layers``, one file each).
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from zotune.errors import NotBatchableError
-from zotune.forward.batch_context import Lending
+from zotune.forward.batch_context import BatchContext
 from zotune.io.execution import make_subclass
 from zotune.io.memory_tags import tagged
-from zotune.kernels import products_for
+from zotune.kernels import low_rank_kernels
 from zotune.subspaces import LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate, Offset
 
@@ -28,18 +28,18 @@ from zotune.subspaces.coordinate import Coordinate, Offset
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {}
 
 
-class Stacked(torch.Tensor):
-    """A parameter with a value a block; made by :func:`lend`."""
+class BatchedParameter(torch.Tensor):
+    """A parameter with a value a block; made by :func:`batched_parameter`."""
 
     plain: Tensor
     coordinate: Coordinate
-    lending: Lending
+    context: BatchContext
     blockwise: Tensor | None
 
     @staticmethod
-    def of(plain: Tensor, coordinate: Coordinate, lending: Lending, blockwise: Tensor | None = None) -> Stacked:
-        stacked = make_subclass(Stacked, plain)
-        stacked.plain, stacked.coordinate, stacked.lending, stacked.blockwise = plain, coordinate, lending, blockwise
+    def of(plain: Tensor, coordinate: Coordinate, context: BatchContext, blockwise: Tensor | None = None) -> BatchedParameter:
+        stacked = make_subclass(BatchedParameter, plain)
+        stacked.plain, stacked.coordinate, stacked.context, stacked.blockwise = plain, coordinate, context, blockwise
         return stacked
 
     @property
@@ -52,14 +52,14 @@ class Stacked(torch.Tensor):
         if self.blockwise is not None:
             return self.blockwise
         if not self.coordinate.thin:
-            if self.lending.hold:
+            if self.context.hold:
                 raise NotBatchableError(f"{self.coordinate.name} is read as a whole")
-            return torch.stack([self.coordinate.at(self.lending.directions, offset) for offset in self.offsets()])
-        return self.lending.values(self.coordinate, self.plain.dtype)
+            return torch.stack([self.coordinate.at(self.context.directions, offset) for offset in self.offsets()])
+        return self.context.values(self.coordinate, self.plain.dtype)
 
     def offsets(self) -> list[Offset | None]:
         """Where each block evaluates; None: at θ."""
-        stack, moves = self.lending.stack, self.coordinate.moves
+        stack, moves = self.context.stack, self.coordinate.moves
         return [
             Offset(scale, stack.seed, stack.step, direction) if scale and moves(stack.step, direction) else None
             for direction, scales in zip(stack.directions, stack.scales, strict=True)
@@ -78,18 +78,18 @@ class Stacked(torch.Tensor):
                 found = func(*args, **kwargs)
                 if not isinstance(found, Tensor):
                     return found
-        names = [arg.coordinate.name for arg in [*args, *kwargs.values()] if isinstance(arg, Stacked)]
+        names = [arg.coordinate.name for arg in [*args, *kwargs.values()] if isinstance(arg, BatchedParameter)]
         raise NotBatchableError(f"the model uses {names[0] if names else 'a parameter'} in {name!r}, which has no batched form")
 
 
 _QUESTIONS = {"dim", "size", "numel", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex", "get_device", "__len__"}
 
 
-def lend(coordinate: Coordinate, lending: Lending) -> Stacked:
+def batched_parameter(coordinate: Coordinate, context: BatchContext) -> BatchedParameter:
     """The coordinate's parameter at the stack's points; the same one for every module that reads it."""
-    stacked = lending.lent.get(coordinate.name)
+    stacked = context.lent.get(coordinate.name)
     if stacked is None:
-        stacked = lending.lent[coordinate.name] = Stacked.of(coordinate.parameter, coordinate, lending)
+        stacked = context.lent[coordinate.name] = BatchedParameter.of(coordinate.parameter, coordinate, context)
     return stacked  # type: ignore[return-value]
 
 
@@ -98,29 +98,29 @@ def lend(coordinate: Coordinate, lending: Lending) -> Stacked:
 
 def stored(tensor: Tensor | None) -> Tensor | None:
     """A parameter as it is stored, batched or not."""
-    return tensor.plain if isinstance(tensor, Stacked) else tensor
+    return tensor.plain if isinstance(tensor, BatchedParameter) else tensor
 
 
-def lending_of(*tensors: Any) -> Lending:
-    """The lending of the first batched parameter among ``tensors``.
+def context_of(*tensors: Any) -> BatchContext:
+    """The context of the first batched parameter among ``tensors``.
 
     Raises:
         NotBatchableError: none is batched.
     """
     for tensor in tensors:
-        if isinstance(tensor, Stacked):
-            return tensor.lending
+        if isinstance(tensor, BatchedParameter):
+            return tensor.context
     raise NotBatchableError("a layer is called in a way that has no batched form")
 
 
-def no_more(x: Any, **options: Any) -> None:
+def require_batchable(x: Any, **options: Any) -> None:
     """Raises NotBatchableError if a layer's input is a batched parameter itself, or an option is set that has no batched form."""
-    if isinstance(x, Stacked) or any(options.values()):
+    if isinstance(x, BatchedParameter) or any(options.values()):
         raise NotBatchableError("a layer is called in a way that has no batched form")
 
 
 @tagged("activations")
-def by_block(x: Tensor, lending: Lending, size: int) -> Tensor:
+def by_block(x: Tensor, context: BatchContext, size: int) -> Tensor:
     """x (..., n) as (B, q, n), for a vector of ``size`` = n numbers.
 
     Raises:
@@ -128,10 +128,10 @@ def by_block(x: Tensor, lending: Lending, size: int) -> Tensor:
     """
     if x.shape[-1] != size:
         raise NotBatchableError(f"a vector of {size} numbers meets rows of {x.shape[-1]}")
-    return lending.spread(x, 1).reshape(lending.blocks, -1, size)
+    return context.spread(x, 1).reshape(context.blocks, -1, size)
 
 
-def low_rank_of(weight: Stacked) -> LowRankCoordinate:
+def low_rank_of(weight: BatchedParameter) -> LowRankCoordinate:
     """The low-rank coordinate of a weight that has one."""
     coordinate = weight.low_rank
     assert coordinate is not None
@@ -139,21 +139,21 @@ def low_rank_of(weight: Stacked) -> LowRankCoordinate:
 
 
 @tagged("activations")
-def beside(first: Tensor | None, x: Tensor, weight: Stacked, *, fixed_first: bool) -> Tensor:
+def low_rank_output(first: Tensor | None, x: Tensor, weight: BatchedParameter, *, fixed_first: bool) -> Tensor:
     """What W's product is added to: the side path and the bias, (B, q, width), in as many passes over it as a bias takes alone.
 
     The input meets the fixed factor first, whose product siblings share, or the moving factor of its block.
     """
-    coordinate, blocks = low_rank_of(weight), weight.lending.blocks
-    moved = moving_factor(weight, x.dtype)
+    coordinate, blocks = low_rank_of(weight), weight.context.blocks
+    moved = trained_factor(weight, x.dtype)
     if fixed_first:
-        left, right = weight.lending.thin(coordinate, x), moved.transpose(1, 2)
+        left, right = weight.context.thin(coordinate, x), moved.transpose(1, 2)
     else:
         v = coordinate.v.T.to(x.dtype)
         left, right = torch.bmm(x.reshape(blocks, -1, x.shape[-1]), moved), v.expand(blocks, *v.shape)
     if first is None:
         return torch.bmm(left, right)
-    kernel = products_for(left, left.shape[2])
+    kernel = low_rank_kernels(left, left.shape[2])
     if kernel is not None:
         return kernel.outer(first, left, right)
     if left.shape[2] == 1:
@@ -162,9 +162,9 @@ def beside(first: Tensor | None, x: Tensor, weight: Stacked, *, fixed_first: boo
 
 
 @tagged("directions")
-def moving_factor(weight: Stacked, dtype: torch.dtype) -> Tensor:
+def trained_factor(weight: BatchedParameter, dtype: torch.dtype) -> Tensor:
     """The moving factor A + s U_g of every block, (B, rows of A, r)."""
     coordinate = low_rank_of(weight)
     if type(coordinate).expand is LowRankCoordinate.expand:
-        return weight.lending.values(coordinate, dtype)
-    return coordinate.expand(weight.lending.values(coordinate, torch.float32)).to(dtype)
+        return weight.context.values(coordinate, dtype)
+    return coordinate.expand(weight.context.values(coordinate, torch.float32)).to(dtype)

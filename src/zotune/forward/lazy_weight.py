@@ -34,11 +34,11 @@ from zotune.subspaces.coordinate import Offset
 STRIP = 1 << 20
 LARGE = 1 << 22
 #: The strips of a low-rank one have about so many, on an accelerator and on a CPU: a product is all that a strip costs.
-BESIDE = (1 << 22, 1 << 17)
+LOW_RANK_STRIP = (1 << 22, 1 << 17)
 #: One with at most so many is formed in memory of its own, as one is that has more than this part of all numbers that move.
 SMALL = 1 << 18
 PART = 40
-#: What computes a torch function with an :class:`Unformed` among its arguments; layer types enter theirs.
+#: What computes a torch function with an :class:`LazyWeight` among its arguments; layer types enter theirs.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
 
 
@@ -68,7 +68,7 @@ def in_strips(coordinate: FullCoordinate) -> bool:
     return coordinate.numel > LARGE and coordinate.device.type == "cpu" and not current().whole_weights
 
 
-class Unformed(torch.Tensor):
+class LazyWeight(torch.Tensor):
     """A weight at θ + offset, of which nothing is made before it is asked for."""
 
     coordinate: FullCoordinate | LowRankCoordinate
@@ -77,8 +77,8 @@ class Unformed(torch.Tensor):
     room: Room
 
     @staticmethod
-    def of(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, room: Room) -> Unformed:
-        unformed = make_subclass(Unformed, coordinate.parameter.detach())
+    def of(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, room: Room) -> LazyWeight:
+        unformed = make_subclass(LazyWeight, coordinate.parameter.detach())
         unformed.coordinate, unformed.directions, unformed.offset, unformed.room = coordinate, directions, offset, room
         return unformed
 
@@ -105,7 +105,7 @@ def whole(argument: Any) -> Any:
     """An argument of a torch function with whole perturbed weights in place of lazy ones."""
     if isinstance(argument, (list, tuple)):
         return type(argument)(whole(a) for a in argument)
-    return argument.whole() if isinstance(argument, Unformed) else argument
+    return argument.whole() if isinstance(argument, LazyWeight) else argument
 
 
 @tagged("directions")

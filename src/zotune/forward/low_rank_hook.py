@@ -16,10 +16,10 @@ from zotune.io.memory_tags import tagged
 from zotune.subspaces import LowRankCoordinate
 
 #: Where a low-rank hook marks its module, so that a second optimizer on the same model is noticed.
-MARK = "_zotune_side_path"
+MARK = "_zotune_low_rank_hook"
 
 
-class SidePath:
+class LowRankHook:
     """The low-rank hook of one module; also keeps the module's state dict telling the trained weights.
 
     Args:
@@ -81,7 +81,7 @@ class SidePath:
 class _SaveMerged:
     """State-dict hook: what is saved is W + A Vᵀ. (A class, because torch sets an attribute on the hook.)"""
 
-    def __init__(self, path: SidePath) -> None:
+    def __init__(self, path: LowRankHook) -> None:
         self.path = path
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

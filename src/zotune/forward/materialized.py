@@ -2,7 +2,7 @@
 
 Beside a layer's own product, (x V) Aᵀ takes a pass over its input and two over its output. W + A Vᵀ takes a pass over W that reads it and
 one that writes. On an accelerator, whose products run faster than its memory, a layer that sees more than a thousand or two tokens is
-better off with the second. What a linear layer is lent for that (``Formed``) decides when it is given its input.
+better off with the second. What a linear layer is lent for that (``MaterializedWeight``) decides when it is given its input.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zotune.io.memory_tags import tagged
-from zotune.kernels import products_for
+from zotune.kernels import low_rank_kernels
 from zotune.rng.directions import Directions
 from zotune.subspaces import LowRankCoordinate
 from zotune.subspaces.coordinate import Offset
@@ -23,7 +23,7 @@ from zotune.weights.quantized_linear import owner_of
 
 #: Passes over W that forming it costs, some of which the product would have made: what it reads is still in the cache.
 PASSES = 1.5
-#: What computes a torch function with a :class:`Formed` as its second argument; layer types enter theirs.
+#: What computes a torch function with a :class:`MaterializedWeight` as its second argument; layer types enter theirs.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
 
 
@@ -37,7 +37,7 @@ def forms(coordinate: LowRankCoordinate, rows: int) -> bool:
 def kernel_of(coordinate: LowRankCoordinate) -> Any:
     """What forms its weight; None where nothing does that well."""
     weight = coordinate.parameter.data
-    return products_for(weight, coordinate.rank) if weight.is_contiguous() else None
+    return low_rank_kernels(weight, coordinate.rank) if weight.is_contiguous() else None
 
 
 @tagged("directions")
@@ -55,18 +55,18 @@ def formed(coordinate: LowRankCoordinate, left: Tensor) -> Tensor:
 
 def lender(coordinate: LowRankCoordinate, directions: Directions, offset: Offset) -> Callable[[], Tensor]:
     """What hands a linear layer its weight at θ + offset, to be used in its own forward alone."""
-    return partial(Formed.of, coordinate, coordinate.core_at(directions, offset))
+    return partial(MaterializedWeight.of, coordinate, coordinate.core_at(directions, offset))
 
 
-class Formed(torch.Tensor):
+class MaterializedWeight(torch.Tensor):
     """The weight of a linear layer at a point of its low-rank coordinates."""
 
     coordinate: LowRankCoordinate
     core: Tensor
 
     @staticmethod
-    def of(coordinate: LowRankCoordinate, core: Tensor) -> Formed:
-        lent = torch.Tensor._make_subclass(Formed, coordinate.parameter.detach())
+    def of(coordinate: LowRankCoordinate, core: Tensor) -> MaterializedWeight:
+        lent = torch.Tensor._make_subclass(MaterializedWeight, coordinate.parameter.detach())
         lent.coordinate, lent.core = coordinate, core
         return lent
 
@@ -78,11 +78,11 @@ class Formed(torch.Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             function = FUNCTIONS.get(func)
-            if function is not None and isinstance(args[1], Formed):
+            if function is not None and isinstance(args[1], MaterializedWeight):
                 return function(*args, **kwargs)
             if getattr(func, "__name__", "") == "__get__":  # dtype, device, shape: what is stored answers for it
                 found = func(*args, **kwargs)
                 if not isinstance(found, Tensor):
                     return found
-            whole = [a.whole() if isinstance(a, Formed) else a for a in args]
-            return func(*whole, **{name: a.whole() if isinstance(a, Formed) else a for name, a in kwargs.items()})
+            whole = [a.whole() if isinstance(a, MaterializedWeight) else a for a in args]
+            return func(*whole, **{name: a.whole() if isinstance(a, MaterializedWeight) else a for name, a in kwargs.items()})

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zotune.forward.layers import LayerRule, rule_of
-from zotune.forward.lazy_weight import Room, Unformed
+from zotune.forward.lazy_weight import LazyWeight, Room
 from zotune.rng.directions import Directions
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate, Offset
@@ -25,7 +25,7 @@ from zotune.weights.placement import is_sharded
 Makers = dict[str, Callable[[], Tensor]]
 
 
-class LentParameters(dict[str, Any]):
+class OverriddenParameters(dict[str, Any]):
     """A module's ``_parameters`` that hands out, on reading, what ``lend`` makes for a name. Iteration shows the originals."""
 
     def __init__(self, originals: dict[str, Any], lend: Makers, coordinates: dict[str, Coordinate]) -> None:
@@ -56,22 +56,22 @@ class Owner:
         self.rule: LayerRule | None = rule_of(module)
         self.parameters: dict[str, Coordinate] = {}
 
-    def table(self, lend: Makers) -> LentParameters:
+    def table(self, lend: Makers) -> OverriddenParameters:
         """What stands in for the module's parameter table."""
-        return LentParameters(self.module._parameters, lend, self.parameters)
+        return OverriddenParameters(self.module._parameters, lend, self.parameters)
 
     def maker(self, coordinate: Coordinate, directions: Directions, offset: Offset, room: Room) -> Callable[[], Tensor]:
         """What makes a parameter of the module at θ + offset, in the general way: whole, or lazy where the layer type knows how."""
-        if not coordinate.moves(offset.step, offset.direction):
+        if not coordinate.is_active(offset.step, offset.direction):
             return partial(coordinate.at, directions, None)
         rule, module = self.rule, self.module
         if isinstance(coordinate, FullCoordinate):
             matrix = len(coordinate.shape) == 2 and not (coordinate.thin or coordinate.sharded)
             if matrix and rule is not None and rule.is_lazy_in_full(module, coordinate, room):
-                return partial(Unformed.of, coordinate, directions, offset, room)
+                return partial(LazyWeight.of, coordinate, directions, offset, room)
         elif isinstance(coordinate, LowRankCoordinate):
             whole = is_sharded(coordinate.parameter) or rule is None or not rule.is_lazy_low_rank(module, coordinate)
-            return partial(coordinate.at, directions, offset) if whole else partial(Unformed.of, coordinate, directions, offset, room)
+            return partial(coordinate.at, directions, offset) if whole else partial(LazyWeight.of, coordinate, directions, offset, room)
         return partial(coordinate.at, directions, offset)
 
 
@@ -101,7 +101,7 @@ class Overrides:
         return {id(owner): {name: partial(make, c, *rest) for name, c in owner.parameters.items()} for owner in self.owners}
 
     @contextmanager
-    def lent(self, lend: Mapping[int, Makers], finish: Callable[[], object]) -> Iterator[list[LentParameters]]:
+    def lent(self, lend: Mapping[int, Makers], finish: Callable[[], object]) -> Iterator[list[OverriddenParameters]]:
         """For the length of a block, modules read what ``lend`` makes; then ``finish()`` is called, and the tables are as they were.
 
         Args:
@@ -135,7 +135,7 @@ class Overrides:
                 module.__dict__["_parameters"] = parameters
 
     @contextmanager
-    def instead(self, coordinates: Mapping[str, Any]) -> Iterator[None]:
+    def replace_coordinates(self, coordinates: Mapping[str, Any]) -> Iterator[None]:
         """For the length of a block, other objects stand in place of the coordinates of these names."""
         originals = [dict(owner.parameters) for owner in self.owners]
         try:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from zotune.forward.low_rank_hook import SidePath
-from zotune.forward.overrides import LentParameters
+from zotune.forward.low_rank_hook import LowRankHook
+from zotune.forward.overrides import OverriddenParameters
 from zotune.io.memory_tags import tagged
 from zotune.subspaces.coordinate import Offset
 
 #: ``evaluate(offset, hooks, only)``: the losses at θ + offset (None: at θ) and the tables that were read, with hooks or the general way.
-Evaluate = Callable[[Offset | None, bool, Collection[str] | None], tuple[Tensor, list[LentParameters]]]
+Evaluate = Callable[[Offset | None, bool, Collection[str] | None], tuple[Tensor, list[OverriddenParameters]]]
 
 
 @tagged("activations")
@@ -34,10 +34,10 @@ def agree(quick: Tensor, slow: Tensor, here: Tensor, *, half: bool) -> bool:
 
 def check(
     evaluate: Evaluate,
-    side_paths: Sequence[SidePath],
+    low_rank_hooks: Sequence[LowRankHook],
     offset: Offset,
     agree: Callable[[Tensor, Tensor, Tensor], bool],
-    distrust: Callable[[Sequence[str]], None],
+    disable_hooks: Callable[[Sequence[str]], None],
 ) -> list[str]:
     """Compare hooks and general way on one evaluation; the names of coordinates that go the general way from now on.
 
@@ -46,17 +46,17 @@ def check(
 
     Args:
         evaluate: evaluates the losses.
-        side_paths: the hooks in question.
+        low_rank_hooks: the hooks in question.
         offset: where to compare.
         agree: whether (with hooks, the general way) agree, given the losses at θ.
-        distrust: gives the named coordinates the general way.
+        disable_hooks: gives the named coordinates the general way.
     """
     here, _ = evaluate(None, True, None)
-    for path in side_paths:
+    for path in low_rank_hooks:
         path.fired = 0
     quick, _ = evaluate(offset, True, None)
     fired = Counter[str]()
-    for path in side_paths:
+    for path in low_rank_hooks:
         fired[path.coordinate.name] += path.fired
     slow, tables = evaluate(offset, False, None)
     reads = Counter[str]()
@@ -72,15 +72,15 @@ def check(
             "instead of riding beside it; results are the same, steps are slower.",
             stacklevel=4,
         )
-        distrust(reached_into)
+        disable_hooks(reached_into)
         quick, _ = evaluate(offset, True, None)
     if agree(quick, slow, here):
         return reached_into
-    names = sorted({path.coordinate.name for path in side_paths})
+    names = sorted({path.coordinate.name for path in low_rank_hooks})
     warnings.warn(
         f"the fast and the general evaluation of this model disagree ({quick.mean():.6g} against {slow.mean():.6g}); taking the "
         "general one for every layer: results are right, steps are slower.",
         stacklevel=4,
     )
-    distrust(names)
+    disable_hooks(names)
     return sorted({*reached_into, *names})

@@ -25,23 +25,23 @@ def _reach(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"  # triton's interpreter works on a CPU
 
 
-def moves_for(weight: Tensor, residual: Tensor | None) -> Any:
+def perturb_kernels(weight: Tensor, residual: Tensor | None) -> Any:
     """The module with ``perturb`` and ``update`` for such a weight on its device; None where torch's own operations have to do."""
     if _reach(weight) and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and residual is not None)):
-        return _module("moves")
+        return _module("perturb")
     return None
 
 
-def products_for(tensor: Tensor, rank: int) -> Any:
+def low_rank_kernels(tensor: Tensor, rank: int) -> Any:
     """The module with ``plus``, ``fold`` and ``outer`` for tensors like this one and factors of this rank; None as above."""
     if _reach(tensor) and tensor.dtype in (torch.float32, torch.bfloat16) and rank <= MOST_RANK:
-        return _module("products")
+        return _module("low_rank")
     return None
 
 
-def norms_for(x: Tensor) -> Any:
+def layer_norm_kernels(x: Tensor) -> Any:
     """The module with ``layer_norm`` for such rows; None as above."""
     if not _reach(x) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    module = _module("norms")
+    module = _module("layer_norm")
     return module if module is not None and x.shape[-1] <= module.LONGEST else None

@@ -216,7 +216,7 @@ def perturb(
 
 
 @tagged("directions")
-def perturb_both(
+def perturb_pair(
     directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, out: Tensor, source: Source | None = None
 ) -> None:
     """out[0] ← W + scale · Z(key), out[1] ← W − scale · Z(key), in W's dtype; Z drawn and W read once."""

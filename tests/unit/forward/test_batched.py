@@ -14,7 +14,7 @@ import toys
 from batching import agree
 from zotune import ZerothOrder, methods, objectives
 from zotune.errors import NotBatchableError
-from zotune.forward.batches import Owned, assign_directions, batch_rows, own, shared, take
+from zotune.forward.batches import Assignment, assign_directions, batch_rows, assigned_layout, shared_layout, take_rows
 from zotune.methods.estimators import ESTIMATORS, Point
 from zotune.rng.directions import GROUPED_NUMEL, Directions, Key, group_of
 from zotune.subspaces import FullCoordinate
@@ -233,12 +233,12 @@ def test_a_batch_keeps_its_type_and_what_is_no_tensor_of_rows():
 
     pair = collections.namedtuple("pair", "x y")
     index, x = torch.tensor([1, 1, 0]), torch.arange(4.0).view(2, 2)
-    taken = take({"x": x, "scale": torch.tensor(2.0), "flag": True, "texts": ["a", "b"]}, index, 2)
+    taken = take_rows({"x": x, "scale": torch.tensor(2.0), "flag": True, "texts": ["a", "b"]}, index, 2)
     assert torch.equal(taken["x"], x[index]) and taken["scale"] == 2 and taken["flag"] is True and taken["texts"] == ["b", "b", "a"]
-    assert torch.equal(take(pair(x, 3), index, 2).x, x[index]) and take(pair(x, 3), index, 2).y == 3
-    assert isinstance(take((x, x), index, 2), tuple)
+    assert torch.equal(take_rows(pair(x, 3), index, 2).x, x[index]) and take_rows(pair(x, 3), index, 2).y == 3
+    assert isinstance(take_rows((x, x), index, 2), tuple)
     encoding = BatchEncoding({"input_ids": x})
-    assert type(take(encoding, index, 2)) is BatchEncoding and take(encoding, index, 2)["input_ids"].shape == (3, 2)
+    assert type(take_rows(encoding, index, 2)) is BatchEncoding and take_rows(encoding, index, 2)["input_ids"].shape == (3, 2)
     assert encoding["input_ids"] is x
     assert batch_rows({"x": x, "y": (x, torch.tensor(1.0))}) == 2
 
@@ -250,15 +250,15 @@ def test_a_batch_without_a_common_first_dimension_is_not_stackable(batch):
 
 
 def test_rows_of_a_stack_are_direction_major():
-    stack = shared(ESTIMATORS["central"].points(2), 0.1, 3, 0, 0)
+    stack = shared_layout(ESTIMATORS["central"].points(2), 0.1, 3, 0, 0)
     assert stack.source.tolist() == [0, 1, 2] * 4 and stack.directions == (0, 1) and stack.scales == ((0.1, -0.1),) * 2
-    mixed = shared(ESTIMATORS["forward"].points(2), 0.1, 3, 0, 0)
+    mixed = shared_layout(ESTIMATORS["forward"].points(2), 0.1, 3, 0, 0)
     assert mixed.directions == (0, 0, 1) and mixed.scales == ((0.0,), (0.1,), (0.1,)) and mixed.total == 9
-    assert shared([Point(0, 0), Point(1, 0)], 0.1, 3, 0, 0).scales == ((0.0, 0.1),)
-    groups = own((1, -1), 0.1, Owned((0, 1, 2, 3), (4, 4, 5, 5)), 0, 0)
+    assert shared_layout([Point(0, 0), Point(1, 0)], 0.1, 3, 0, 0).scales == ((0.0, 0.1),)
+    groups = assigned_layout((1, -1), 0.1, Assignment((0, 1, 2, 3), (4, 4, 5, 5)), 0, 0)
     assert groups.directions == (4, 5) and groups.rows == 2 and groups.source.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
     assert torch.tensor([1, 2, -1, -2, 3, 4, -3, -4])[groups.losses].tolist() == [[1, 2, 3, 4], [-1, -2, -3, -4]]
-    uneven = own((1, -1), 0.1, Owned((0, 1, 2, 3, 4), (0, 0, 0, 1, 1)), 0, 0)
+    uneven = assigned_layout((1, -1), 0.1, Assignment((0, 1, 2, 3, 4), (0, 0, 0, 1, 1)), 0, 0)
     assert uneven.directions == (0, 0, 0, 1, 1) and uneven.rows == 1
 
 
@@ -266,10 +266,10 @@ def test_several_directions_an_example_share_its_evaluation_at_theta():
     """Two examples, two directions each: rows θ, θ, then each pair moved; the pairs read their example's row at θ."""
     (owned,) = assign_directions([2], 2, 2)
     assert (owned.examples, owned.directions) == ((0, 0, 1, 1), (0, 1, 2, 3))
-    stack = own((0, 1), 0.1, owned, 0, 0)
+    stack = assigned_layout((0, 1), 0.1, owned, 0, 0)
     assert stack.source.tolist() == [0, 1, 0, 0, 1, 1] and stack.losses.tolist() == [[0, 0, 1, 1], [2, 3, 4, 5]]
     assert stack.scales == ((0.0,),) * 2 + ((0.1,),) * 4 and stack.directions[2:] == (0, 1, 2, 3)
-    both = own((1, -1), 0.1, owned, 0, 0)
+    both = assigned_layout((1, -1), 0.1, owned, 0, 0)
     assert both.source.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and both.losses.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
@@ -320,7 +320,7 @@ def test_weights_formed_together_are_those_formed_alone(dtype, kind, scales):
     key = Key(7, 4, 0, "w")
     directions.draw(key, (1 << 18,))  # from now on a draw lies where the last one did
     formed = [[], []]
-    for rows, strips in coordinate.together_at(directions, key, scales, 32):
+    for rows, strips in coordinate.strips_at_scales(directions, key, scales, 32):
         assert all(strip.shape == (rows.stop - rows.start, 90) for strip in strips)
         for kept, strip in zip(formed, strips, strict=True):
             kept.append(strip.clone())

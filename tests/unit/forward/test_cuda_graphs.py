@@ -10,9 +10,9 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, objectives
-from zotune.forward import batch_layout
-from zotune.forward.batch_context import Lending
-from zotune.forward.cuda_graphs import Captures
+from zotune.forward import batches
+from zotune.forward.batch_context import BatchContext
+from zotune.forward.cuda_graphs import CudaGraphs
 from zotune.methods.estimators import Point
 
 
@@ -29,32 +29,32 @@ def test_nothing_is_recorded_on_a_cpu():
     model = toys.classifier()
     steps = optimizer(model, cuda_graphs=True)
     steps.step(toys.loss_function(model), toys.batch())
-    assert not steps.evaluator.captures.on
+    assert not steps.evaluator.graphs.enabled
 
 
 @pytest.mark.parametrize("method", ["lozo", "lozo-e", "mezo"])
 def test_directions_that_are_held_are_renewed(method):
-    """A held evaluation at step 7 is the evaluation at step 7, though its lending was made at step 3, before a fold."""
+    """A held evaluation at step 7 is the evaluation at step 7, though its context was made at step 3, before a fold."""
     model = toys.classifier()
     steps = optimizer(model, method)
     loss, (tokens, classes) = toys.loss_function(model), toys.batch(6)
     for _ in range(2):
         steps.step(loss, (tokens, classes))
 
-    def stack(step: int) -> batch_layout.Stack:
-        return batch_layout.shared([Point(+1, 0), Point(-1, 0), Point(+1, 2)], 1e-2, 6, seed=0, step=step)
+    def stack(step: int) -> batches.BatchLayout:
+        return batches.shared_layout([Point(+1, 0), Point(-1, 0), Point(+1, 2)], 1e-2, 6, seed=0, step=step)
 
     def function() -> torch.Tensor:
         return loss((tokens.repeat(3, 1), classes.repeat(3, 1)))
 
     forward = steps.forward
-    lending = Lending(stack(3), forward.directions, forward.siblings, hold=True)
-    first = forward.evaluate_lent(function, lending)
-    assert torch.equal(first, forward.evaluate_stacked(function, stack(3)))
+    context = BatchContext(stack(3), forward.directions, forward.siblings, hold=True)
+    first = forward.evaluate_in(function, context)
+    assert torch.equal(first, forward.evaluate_batched(function, stack(3)))
     steps.flush_updates()
-    lending.renew(stack(7))
-    second = forward.evaluate_lent(function, lending)
-    assert torch.equal(second, forward.evaluate_stacked(function, stack(7)))
+    context.renew(stack(7))
+    second = forward.evaluate_in(function, context)
+    assert torch.equal(second, forward.evaluate_batched(function, stack(7)))
     assert not torch.allclose(first, second, rtol=1e-6)
 
 
@@ -63,7 +63,7 @@ def test_only_batches_of_tensors_and_losses_that_say_so_are_recorded():
     forward = optimizer(model).forward
     ours, own = objectives.LanguageModelLoss(model), toys.transformer_loss(model)
     rows = {"input_ids": toys.tokens()}
-    auto, always = Captures(forward, "auto"), Captures(forward, True)
+    auto, always = CudaGraphs(forward, "auto"), CudaGraphs(forward, True)
     assert auto._takes(ours, rows) and not auto._takes(own, rows) and always._takes(own, rows)
     for more in ("text", 3, None, torch.tensor(1.0)):
         assert not auto._takes(ours, rows | {"more": more}) and not always._takes(ours, rows | {"more": more})

@@ -15,11 +15,11 @@ from torch.func import functional_call
 
 import zotune.forward.layers
 from zotune.forward import lazy_weight, materialized
-from zotune.forward.batch_layout import own, share_out, shared
+from zotune.forward.batches import assign_directions, assigned_layout, shared_layout
 from zotune.forward.layers import RULES, Example, LayerRule, register, rule_of
-from zotune.forward.lazy_weight import Unformed
-from zotune.forward.materialized import Formed
-from zotune.forward.model import Probe
+from zotune.forward.lazy_weight import LazyWeight
+from zotune.forward.materialized import MaterializedWeight
+from zotune.forward.model import PerturbedForward
 from zotune.methods.estimators import Point
 from zotune.rng.directions import Directions
 from zotune.subspaces import Full, LowRank, LowRankCoordinate
@@ -45,10 +45,10 @@ def layer(case: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     return module.to(dtype), inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
-def probe_of(module: nn.Module, kind: str, pending: bool = True) -> Probe:
+def probe_of(module: nn.Module, kind: str, pending: bool = True) -> PerturbedForward:
     """A probe of θ ≠ 0."""
     coordinates = [SUBSPACES[kind].coordinate(name, p) for name, p in module.named_parameters()]
-    probe = Probe(module, coordinates, Directions("gaussian"))
+    probe = PerturbedForward(module, coordinates, Directions("gaussian"))
     for coordinate in coordinates:
         coordinate.begin_step(SEED, 5)
         if pending:
@@ -56,7 +56,7 @@ def probe_of(module: nn.Module, kind: str, pending: bool = True) -> Probe:
     return probe
 
 
-def whole(probe: Probe, module: nn.Module, x: Tensor, scale: float, direction: int = 0) -> Tensor:
+def whole(probe: PerturbedForward, module: nn.Module, x: Tensor, scale: float, direction: int = 0) -> Tensor:
     """The layer computed with whole perturbed weights, by torch alone: what every way is to agree with."""
     offset = Offset(scale, SEED, STEP, direction) if scale else None
     weights = {c.name: c.at(probe.directions, offset) for c in probe.coordinates}
@@ -101,12 +101,12 @@ def test_one_point(case, dtype, kind, pending):
 def test_the_general_way(case, dtype, kind, monkeypatch):
     """Lazy weights too: strips and rows are made from the smallest size on."""
     skip_unless_trainable(case, kind)
-    for bound, value in {"LARGE": 100, "STRIP": 1700, "BESIDE": (1700, 1700)}.items():
+    for bound, value in {"LARGE": 100, "STRIP": 1700, "LOW_RANK_STRIP": (1700, 1700)}.items():
         monkeypatch.setattr(lazy_weight, bound, value)
     module, x = layer(case, dtype)
     probe = probe_of(module, kind)
     offset = Offset(EPS, SEED, STEP, 0)
-    with torch.no_grad(), probe.at(offset, side_paths=False):
+    with torch.no_grad(), probe.at(offset, low_rank_hooks=False):
         found = module(x)
     assert type(found) is Tensor and agree(found, whole(probe, module, x, EPS), dtype)
 
@@ -123,10 +123,10 @@ def test_batched(case, dtype, kind, own_directions):
     if own_directions and not all(c.thin for c in probe.coordinates):
         pytest.skip("a matrix in full space has one direction a forward")
     if own_directions:
-        stack = own((1, -1), EPS, share_out([ROWS], ROWS, 1)[0], SEED, STEP)
+        stack = assigned_layout((1, -1), EPS, assign_directions([ROWS], ROWS, 1)[0], SEED, STEP)
     else:
-        stack = shared([Point(+1, 0), Point(-1, 0)], EPS, ROWS, SEED, STEP)
-    found = probe.evaluate_stacked(lambda: module(x[stack.source]), stack)
+        stack = shared_layout([Point(+1, 0), Point(-1, 0)], EPS, ROWS, SEED, STEP)
+    found = probe.evaluate_batched(lambda: module(x[stack.source]), stack)
     for losses, scale in zip(stack.losses, (EPS, -EPS), strict=True):
         for row, place in enumerate(losses.tolist()):
             expected = whole(probe, module, x[row : row + 1], scale, row if own_directions else 0)
@@ -148,7 +148,7 @@ def product_kernel(monkeypatch) -> Callable[[float], None]:
 @every_layer
 @pytest.mark.parametrize("passes", [0.0, math.inf], ids=["materialized", "thin products"])
 def test_materialized(case, dtype, passes, product_kernel):
-    """One point, and all of them, with the weight formed for one product or with its factors beside it."""
+    """One point, and all of them, with the weight formed for one product or with its factors low_rank_output it."""
     product_kernel(passes)
     module, x = layer(case, dtype)
     probe = probe_of(module, "low rank")
@@ -158,10 +158,10 @@ def test_materialized(case, dtype, passes, product_kernel):
         rule = rule_of(module)
         coordinate = next(c for c in probe.coordinates)
         formable = rule is not None and isinstance(coordinate, LowRankCoordinate) and rule.materializes(module, coordinate)
-        assert isinstance(weight, Formed) == formable
+        assert isinstance(weight, MaterializedWeight) == formable
         assert agree(module(x), expected, dtype)
-    stack = shared([Point(+1, 0), Point(-1, 0)], EPS, ROWS, SEED, STEP)
-    found = probe.evaluate_stacked(lambda: module(x[stack.source]), stack)
+    stack = shared_layout([Point(+1, 0), Point(-1, 0)], EPS, ROWS, SEED, STEP)
+    found = probe.evaluate_batched(lambda: module(x[stack.source]), stack)
     assert agree(found[stack.losses[0]], expected, dtype)
     assert agree(found[stack.losses[1]], whole(probe, module, x, -EPS), dtype)
 
@@ -172,7 +172,7 @@ def test_a_state_dict_has_the_trained_weight_and_loading_one_starts_anew(case):
     probe = probe_of(module, "low rank")
     expected = module(x).detach()
     saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    assert any(isinstance(c, LowRankCoordinate) for c in probe.coordinates) == bool(probe.side_paths)
+    assert any(isinstance(c, LowRankCoordinate) for c in probe.coordinates) == bool(probe.low_rank_hooks)
     twin, _ = layer(case, torch.float32)
     twin.load_state_dict(saved)
     assert agree(twin(x), expected, torch.float32)
@@ -198,8 +198,8 @@ def test_lazy_weights_are_lent_where_rows_are_looked_up():
     module, _ = layer("Embedding: alone", torch.float32)
     for kind in ("full", "low rank"):
         probe = probe_of(module, kind)
-        with torch.no_grad(), probe.at(Offset(EPS, SEED, STEP, 0), side_paths=False):
-            assert isinstance(module.weight, Unformed)
+        with torch.no_grad(), probe.at(Offset(EPS, SEED, STEP, 0), low_rank_hooks=False):
+            assert isinstance(module.weight, LazyWeight)
         probe.detach()
 
 
@@ -234,6 +234,6 @@ def test_coordinates_without_a_rule_go_the_general_way():
     assert rule_of(module) is None
     probe = probe_of(module, "low rank")
     coordinate: Coordinate = probe.coordinates[0]
-    assert isinstance(coordinate, LowRankCoordinate) and not coordinate.side_path and not probe.side_paths
+    assert isinstance(coordinate, LowRankCoordinate) and not coordinate.uses_hook and not probe.low_rank_hooks
     x = torch.ones(2, 70)
     assert agree(probe.evaluate(lambda: module(x), Offset(EPS, SEED, STEP, 0)), whole(probe, module, x, EPS), torch.float32)

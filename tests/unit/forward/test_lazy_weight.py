@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from zotune.forward import lazy_weight
-from zotune.forward.lazy_weight import Unformed
-from zotune.forward.model import Probe
+from zotune.forward.lazy_weight import LazyWeight
+from zotune.forward.model import PerturbedForward
 from zotune.rng.directions import Directions
 from zotune.subspaces import Full, FullCoordinate, LowRank, LowRankCoordinate
 from zotune.subspaces.coordinate import Offset
@@ -18,8 +18,8 @@ OFFSET = Offset(1e-2, seed=3, step=5, direction=1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def probe_of(model: nn.Module, kind: str = "gaussian") -> Probe:
-    return Probe(model, [Full().coordinate(name, p) for name, p in model.named_parameters()], Directions(kind))
+def probe_of(model: nn.Module, kind: str = "gaussian") -> PerturbedForward:
+    return PerturbedForward(model, [Full().coordinate(name, p) for name, p in model.named_parameters()], Directions(kind))
 
 
 def embedding(rows: int, columns: int, dtype: torch.dtype = torch.float32, **options: object) -> nn.Embedding:
@@ -90,9 +90,9 @@ def test_a_lookup_is_lent_to_large_embeddings_in_full_space_only():
     model = nn.Sequential(embedding(1000, 96), embedding(1000, 8))
     probe = probe_of(model)
     with torch.no_grad(), probe.at(OFFSET):
-        assert isinstance(model[0].weight, Unformed)
-        assert not isinstance(model[1].weight, Unformed)  # thin: its directions are kept anyway
-    assert not isinstance(model[0].weight, Unformed)
+        assert isinstance(model[0].weight, LazyWeight)
+        assert not isinstance(model[1].weight, LazyWeight)  # thin: its directions are kept anyway
+    assert not isinstance(model[0].weight, LazyWeight)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_linear_layers_that_share_a_room_see_their_own_weights(kind, dtype, monk
     stored = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad(), probe.at(OFFSET):
         weights = [layer.weight for layer in model]
-        assert all(isinstance(weight, Unformed) for weight in weights)
+        assert all(isinstance(weight, LazyWeight) for weight in weights)
         kept = model[0](x)
         rooms = {weight.room.flat.data_ptr() for weight in weights}
         before = kept.clone()
@@ -171,7 +171,7 @@ def test_linear_layers_that_share_a_room_see_their_own_weights(kind, dtype, monk
 
 @pytest.fixture
 def short_strips(monkeypatch):
-    monkeypatch.setattr(lazy_weight, "BESIDE", (1700, 1700))
+    monkeypatch.setattr(lazy_weight, "LOW_RANK_STRIP", (1700, 1700))
 
 
 class Tied(nn.Module):
@@ -187,9 +187,9 @@ class Tied(nn.Module):
         return self.head(self.embed(tokens))
 
 
-def low_rank_probe(model: nn.Module) -> Probe:
+def low_rank_probe(model: nn.Module) -> PerturbedForward:
     low_rank = LowRank(rank=3, interval=5)
-    probe = Probe(model, [low_rank.coordinate(name, p) for name, p in model.named_parameters()], Directions("gaussian"))
+    probe = PerturbedForward(model, [low_rank.coordinate(name, p) for name, p in model.named_parameters()], Directions("gaussian"))
     for coordinate in probe.coordinates:
         coordinate.begin_step(3, 5)
         coordinate.descend(probe.directions, [0.1], 1.0, 3, 5)  # something is pending
@@ -203,8 +203,8 @@ def test_low_rank_weights_are_used_a_part_at_a_time(dtype, short_strips, monkeyp
     whole, bias = (coordinate.at(probe.directions, far) for coordinate in probe.coordinates)
     expected = F.linear(F.embedding(ids(3000), whole), whole, bias)
     monkeypatch.setattr(LowRankCoordinate, "at", lambda *unused: pytest.fail("the whole weight was formed"))
-    with torch.no_grad(), probe.at(far, side_paths=False):
-        assert isinstance(model.head.weight, Unformed) and isinstance(model.embed.weight, Unformed)
+    with torch.no_grad(), probe.at(far, low_rank_hooks=False):
+        assert isinstance(model.head.weight, LazyWeight) and isinstance(model.embed.weight, LazyWeight)
         found = model(ids(3000))
     size = float(expected.double().abs().max())
     assert found.dtype == dtype and torch.allclose(found.double(), expected.double(), rtol=0, atol=40 * torch.finfo(dtype).eps * size)
@@ -217,6 +217,6 @@ def test_a_low_rank_weight_that_somebody_reaches_into_is_whole():
     probe = low_rank_probe(model)
     whole = probe.coordinates[0].at(probe.directions, OFFSET)
     x = whole[ids(1000)]
-    with torch.no_grad(), probe.at(OFFSET, side_paths=False):
+    with torch.no_grad(), probe.at(OFFSET, low_rank_hooks=False):
         found = model(ids(1000))
     assert torch.allclose(found, F.linear(x, whole) + x @ whole.T + torch.stack([whole, whole]).sum(), atol=1e-3)

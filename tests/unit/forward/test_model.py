@@ -10,7 +10,7 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.forward.model import Probe
+from zotune.forward.model import PerturbedForward
 from zotune.rng.directions import Directions
 from zotune.subspaces import Full, LowRank, LowRankCoordinate, Offset
 
@@ -18,11 +18,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUBSPACES = {"full": Full(), "low rank": LowRank(rank=2, interval=5)}
 
 
-def probe_of(model: nn.Module, subspace: Full | LowRank) -> Probe:
+def probe_of(model: nn.Module, subspace: Full | LowRank) -> PerturbedForward:
     coordinates = [subspace.coordinate(name, parameter) for name, parameter in model.named_parameters()]
     for coordinate in coordinates:
         coordinate.begin_step(0, 0)
-    return Probe(model, coordinates, Directions("gaussian"))
+    return PerturbedForward(model, coordinates, Directions("gaussian"))
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def test_evaluating_writes_nothing(kind, dtype):
     assert unchanged(model, before) and torch.equal(model(x), here)
 
 
-def perturbed_by_hand(model: nn.Module, probe: Probe, offset: Offset) -> nn.Module:
+def perturbed_by_hand(model: nn.Module, probe: PerturbedForward, offset: Offset) -> nn.Module:
     hand = copy.deepcopy(model)
     with torch.no_grad():
         for coordinate, parameter in zip(probe.coordinates, hand.parameters(), strict=True):
@@ -108,10 +108,10 @@ def test_plus_and_minus_losses_are_those_of_weights_perturbed_by_hand(name, kind
 def test_side_paths_and_general_path_agree(name, dtype):
     model = toys.transformer(name, dtype).eval()
     probe, offset, ids = probe_of(model, LowRank(rank=2, interval=5)), Offset(1e-2, 0, 0, 0), toys.tokens()
-    assert probe.side_paths, "no layer of this architecture has a side path"
+    assert probe.low_rank_hooks, "no layer of this architecture has a side path"
 
-    def run(side_paths: bool) -> torch.Tensor:
-        with torch.no_grad(), probe.at(offset, side_paths=side_paths):
+    def run(low_rank_hooks: bool) -> torch.Tensor:
+        with torch.no_grad(), probe.at(offset, low_rank_hooks=low_rank_hooks):
             return toys.transformer_loss(model)(ids)
 
     assert torch.allclose(run(True), run(False), atol=2e-5 if dtype == torch.float32 else 8e-2)
@@ -124,7 +124,7 @@ def test_most_of_a_transformer_goes_by_side_paths_and_preparing_finds_no_fault(n
     ids = toys.tokens()
     assert probe.prepare(lambda: toys.transformer_loss(model)(ids), Offset(1e-2, 0, 0, 0)) == []
     matrices = [c for c in probe.coordinates if isinstance(c, LowRankCoordinate)]
-    assert sum(c.side_path for c in matrices) >= len(matrices) - 1  # OPT's position table shifts its ids: the general path
+    assert sum(c.uses_hook for c in matrices) >= len(matrices) - 1  # OPT's position table shifts its ids: the general path
 
 
 def test_a_side_path_forms_nothing_of_the_size_of_the_weight():
@@ -152,7 +152,7 @@ def test_tied_weights_share_one_coordinate_and_move_together():
     model = toys.transformer("llama")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     probe = probe_of(model, LowRank(rank=2, interval=5))
-    tied = [path for path in probe.side_paths if path.coordinate.name == "model.embed_tokens.weight"]
+    tied = [path for path in probe.low_rank_hooks if path.coordinate.name == "model.embed_tokens.weight"]
     assert len(tied) == 2
 
 
@@ -187,7 +187,7 @@ def test_a_weight_whose_dtype_a_parent_looks_at_keeps_its_side_path():
 
     model, x = Casting(), torch.randn(4, 8)
     probe = probe_of(model, LowRank(rank=2, interval=5))
-    assert probe.prepare(lambda: model(x), Offset(1e-3, 0, 0, 0)) == [] and len(probe.side_paths) == 1
+    assert probe.prepare(lambda: model(x), Offset(1e-3, 0, 0, 0)) == [] and len(probe.low_rank_hooks) == 1
 
 
 def test_a_side_path_that_computes_something_else_falls_back_with_a_warning():
@@ -208,7 +208,7 @@ def test_a_side_path_that_computes_something_else_falls_back_with_a_warning():
     probe, offset = probe_of(model, LowRank(rank=2, interval=5)), Offset(1e-1, 0, 0, 0)
     with pytest.warns(UserWarning, match="disagree"):
         probe.prepare(lambda: model(x), offset)
-    assert not probe.side_paths
+    assert not probe.low_rank_hooks
     expected = perturbed_by_hand(clean, probe, offset)(x)
     assert torch.allclose(probe.evaluate(lambda: model(x), offset), expected, atol=1e-5)
 

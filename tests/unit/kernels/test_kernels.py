@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import paths
-from zotune.kernels import moves_for
+from zotune.kernels import perturb_kernels
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (pip install zotune[kernels])")
@@ -24,4 +24,4 @@ def test_the_kernel_equals_the_reference():
 
 
 def test_a_cpu_goes_without_kernels():
-    assert moves_for(torch.empty(3), None) is None
+    assert perturb_kernels(torch.empty(3), None) is None

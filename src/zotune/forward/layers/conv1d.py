@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from zotune.forward.batched import Stacked, beside, lending_of, low_rank_of, no_more, stored
+from zotune.forward.batched import BatchedParameter, context_of, low_rank_of, low_rank_output, require_batchable, stored
 from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
 from zotune.io.memory_tags import tagged
 from zotune.weights.layouts import Layout
@@ -21,18 +21,18 @@ from zotune.weights.layouts import Layout
 @tagged("activations")
 def batched_addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """y = b + x W, W (n, m), with a point a block of rows: x (A + s U_g), then Vᵀ."""
-    no_more(x, scaled=beta != 1 or alpha != 1)
-    lending = lending_of(bias, weight)
-    blocks, width = lending.blocks, weight.shape[1]
-    x = lending.spread(x, 1)
+    require_batchable(x, scaled=beta != 1 or alpha != 1)
+    context = context_of(bias, weight)
+    blocks, width = context.blocks, weight.shape[1]
+    x = context.spread(x, 1)
     rows = x.reshape(blocks, -1, x.shape[-1])
-    if isinstance(weight, Stacked) and weight.low_rank is None:
-        first = bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
+    if isinstance(weight, BatchedParameter) and weight.low_rank is None:
+        first = bias.full().unsqueeze(1) if isinstance(bias, BatchedParameter) else bias
         return torch.baddbmm(first, rows, weight.full()).view(-1, width)
-    first, plain = (bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias), stored(weight)
+    first, plain = (bias.full().unsqueeze(1) if isinstance(bias, BatchedParameter) else bias), stored(weight)
     assert plain is not None
-    if isinstance(weight, Stacked):
-        output = beside(first, x, weight, fixed_first=low_rank_of(weight).transposed)
+    if isinstance(weight, BatchedParameter):
+        output = low_rank_output(first, x, weight, fixed_first=low_rank_of(weight).transposed)
     else:
         output = first.expand(blocks, rows.shape[1], width).contiguous()
     return output.view(-1, width).addmm_(x, plain)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import NotBatchableError
-from zotune.forward.batched import Stacked, by_block
+from zotune.forward.batched import BatchedParameter, by_block
 from zotune.forward.layers.rule import Example, Function, LayerRule, register
 from zotune.io.memory_tags import tagged
 
@@ -22,13 +22,13 @@ def _commuting(operation: Callable[[Tensor, Any], Tensor]) -> Callable[..., Tens
 
     @tagged("activations")
     def elementwise(one: Any, other: Any) -> Tensor:
-        vector, x = (one, other) if isinstance(one, Stacked) else (other, one)
-        if vector.plain.dim() != 1 or isinstance(x, Stacked):
+        vector, x = (one, other) if isinstance(one, BatchedParameter) else (other, one)
+        if vector.plain.dim() != 1 or isinstance(x, BatchedParameter):
             raise NotBatchableError(f"the model computes with {vector.coordinate.name}, which has no batched form")
         if not isinstance(x, Tensor) or x.dim() == 0:
-            return Stacked.of(operation(vector.plain, x), vector.coordinate, vector.lending, operation(vector.full(), x))
-        rows = by_block(x, vector.lending, vector.plain.shape[0])
-        lead = x.shape if x.shape[0] != 1 else (vector.lending.lead, *x.shape[1:])
+            return BatchedParameter.of(operation(vector.plain, x), vector.coordinate, vector.context, operation(vector.full(), x))
+        rows = by_block(x, vector.context, vector.plain.shape[0])
+        lead = x.shape if x.shape[0] != 1 else (vector.context.lead, *x.shape[1:])
         return operation(rows, vector.full().unsqueeze(1)).view(lead)
 
     return elementwise
@@ -36,13 +36,13 @@ def _commuting(operation: Callable[[Tensor, Any], Tensor]) -> Callable[..., Tens
 
 def _cast(method: str) -> Callable[..., Tensor]:
     @tagged("activations")
-    def elementwise(vector: Stacked, *args: Any, **kwargs: Any) -> Tensor:
+    def elementwise(vector: BatchedParameter, *args: Any, **kwargs: Any) -> Tensor:
         plain = getattr(vector.plain, method)(*args, **kwargs)
         if plain is vector.plain:
             return vector
         if plain.dim() != 1:
             raise NotBatchableError(f"the model converts {vector.coordinate.name} to {plain.dtype}")
-        return Stacked.of(plain, vector.coordinate, vector.lending, vector.full().to(plain.dtype))
+        return BatchedParameter.of(plain, vector.coordinate, vector.context, vector.full().to(plain.dtype))
 
     return elementwise
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.forward import lazy_weight
-from zotune.forward.batched import Stacked, moving_factor, no_more
+from zotune.forward.batched import BatchedParameter, require_batchable, trained_factor
 from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
-from zotune.forward.lazy_weight import Unformed, rows_looked_up, whole
+from zotune.forward.lazy_weight import LazyWeight, rows_looked_up, whole
 from zotune.io.memory_tags import tagged
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.subspaces.coordinate import Offset
@@ -34,13 +34,13 @@ def batched_embedding(
     sparse: bool = False,
 ) -> Tensor:
     """y = W[ids], with a point a block of rows."""
-    no_more(ids, rescaled=max_norm is not None)
-    assert isinstance(weight, Stacked)
-    lending = weight.lending
-    if ids.dim() == 2 and ids.shape[0] % lending.total == 0:
-        lending.lead = ids.shape[0]
-    ids = lending.spread(ids, 0)
-    blocks, height = lending.blocks, weight.shape[0]
+    require_batchable(ids, rescaled=max_norm is not None)
+    assert isinstance(weight, BatchedParameter)
+    context = weight.context
+    if ids.dim() == 2 and ids.shape[0] % context.total == 0:
+        context.lead = ids.shape[0]
+    ids = context.spread(ids, 0)
+    blocks, height = context.blocks, weight.shape[0]
     by_block = ids.reshape(blocks, -1)
     if not weight.coordinate.thin:
         return torch.stack([_looked_up(weight, offset, some) for offset, some in zip(weight.offsets(), by_block, strict=True)]).view(
@@ -54,26 +54,26 @@ def batched_embedding(
     output = F.embedding(ids, weight.plain)
     if coordinate.transposed:
         left = F.embedding(by_block, coordinate.v).to(output.dtype)
-        output.view(blocks, -1, output.shape[-1]).baddbmm_(left, moving_factor(weight, output.dtype).transpose(1, 2))
+        output.view(blocks, -1, output.shape[-1]).baddbmm_(left, trained_factor(weight, output.dtype).transpose(1, 2))
         return output
-    z = lending.z(coordinate)
+    z = context.z(coordinate)
     groups, rank = z.shape[0], coordinate.rank
     by_group = ids.reshape(groups, -1)
     first = torch.arange(groups, device=ids.device).unsqueeze(1) * height
     left = F.embedding(by_group + first, z.flatten(0, 1)).view(groups, blocks // groups, -1, rank)
-    left = left * lending.scales(z, 2)
-    if coordinate.pending or lending.hold:
+    left = left * context.scales(z, 2)
+    if coordinate.pending or context.hold:
         left += F.embedding(by_block, coordinate.a).view(left.shape)
     output.view(-1, output.shape[-1]).addmm_(left.view(-1, rank).to(output.dtype), coordinate.v.T.to(output.dtype))
     return output
 
 
-def _looked_up(weight: Stacked, offset: Offset | None, ids: Tensor) -> Tensor:
+def _looked_up(weight: BatchedParameter, offset: Offset | None, ids: Tensor) -> Tensor:
     """(W + s Z)[ids] of a table in full space."""
-    coordinate, directions = weight.coordinate, weight.lending.directions
+    coordinate, directions = weight.coordinate, weight.context.directions
     assert isinstance(coordinate, FullCoordinate)
-    if weight.lending.hold:
-        return weight.lending.rows(coordinate, offset, ids)
+    if weight.context.hold:
+        return weight.context.rows(coordinate, offset, ids)
     found = None if offset is None else rows_looked_up(coordinate, directions, offset, ids)
     return F.embedding(ids, coordinate.at(directions, offset)) if found is None else found
 
@@ -83,7 +83,7 @@ def lazy_embedding(
     input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *others: Any, **named: Any
 ) -> Tensor:
     """y = (W + s Z)[ids] from the rows of the ids, where they are fewer than half of the table."""
-    if max_norm is None and isinstance(weight, Unformed):
+    if max_norm is None and isinstance(weight, LazyWeight):
         found = rows_looked_up(weight.coordinate, weight.directions, weight.offset, input)
         if found is not None:
             return found

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.forward import lazy_weight
-from zotune.forward.batched import Stacked, beside, lending_of, low_rank_of, moving_factor, no_more, stored
+from zotune.forward.batched import BatchedParameter, context_of, low_rank_of, low_rank_output, require_batchable, stored, trained_factor
 from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
-from zotune.forward.lazy_weight import Unformed, in_strips, whole
-from zotune.forward.materialized import Formed, formed, forms, may_form
+from zotune.forward.lazy_weight import LazyWeight, in_strips, whole
+from zotune.forward.materialized import MaterializedWeight, formed, forms, may_form
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Key
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.weights.layouts import Layout
-from zotune.weights.quantized_linear import FrozenLinear, owner_of
+from zotune.weights.quantized_linear import QuantizedLinear, owner_of
 
 #: Most blocks of one forward that a layer forms weights for.
-FORMED = 8
+MAX_MATERIALIZED_BLOCKS = 8
 
 
 # -- batched ------------------------------------------------------------------------------------------------------------------------------
@@ -44,27 +44,27 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         weight: (m, n), batched or not.
         bias: (m,), batched or not.
     """
-    no_more(x)
-    lending = lending_of(weight, bias)
-    x = lending.spread(x, 1)
-    blocks, width = lending.blocks, weight.shape[0]
-    if isinstance(weight, Stacked) and not weight.coordinate.thin:
+    require_batchable(x)
+    context = context_of(weight, bias)
+    x = context.spread(x, 1)
+    blocks, width = context.blocks, weight.shape[0]
+    if isinstance(weight, BatchedParameter) and not weight.coordinate.thin:
         return _batched_dense(x, weight, bias).view(*x.shape[:-1], width)
-    if isinstance(weight, Stacked) and weight.low_rank is None:
+    if isinstance(weight, BatchedParameter) and weight.low_rank is None:
         weights = weight.full().transpose(1, 2)
         rows = x.reshape(blocks, -1, x.shape[-1])
-        if isinstance(bias, Stacked):
+        if isinstance(bias, BatchedParameter):
             product = torch.baddbmm(bias.full().unsqueeze(1), rows, weights)
         else:
             product = torch.bmm(rows, weights) if bias is None else torch.baddbmm(bias, rows, weights)
         return product.view(*x.shape[:-1], width)
     flat, plain = x.reshape(-1, x.shape[-1]), stored(weight)
     assert plain is not None
-    first = bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
-    if isinstance(weight, Stacked):
-        if forms(low_rank_of(weight), flat.shape[0] // blocks) and blocks <= FORMED:
+    first = bias.full().unsqueeze(1) if isinstance(bias, BatchedParameter) else bias
+    if isinstance(weight, BatchedParameter):
+        if forms(low_rank_of(weight), flat.shape[0] // blocks) and blocks <= MAX_MATERIALIZED_BLOCKS:
             return _batched_materialized(flat, weight, bias).view(*x.shape[:-1], width)
-        output = beside(first, x, weight, fixed_first=not low_rank_of(weight).transposed)
+        output = low_rank_output(first, x, weight, fixed_first=not low_rank_of(weight).transposed)
         if owner_of(low_rank_of(weight).parameter) is not None:
             return output.view(*x.shape[:-1], width)  # the layer itself has computed the rest
     else:
@@ -73,40 +73,40 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return output.view(-1, width).addmm_(flat, plain.T).view(*x.shape[:-1], width)
 
 
-def _batched_dense(x: Tensor, weight: Stacked, bias: Tensor | None) -> Tensor:
+def _batched_dense(x: Tensor, weight: BatchedParameter, bias: Tensor | None) -> Tensor:
     """y = x Wᵀ + b, (B, q, m), with a weight a block of a matrix in full space: of all of it, or a strip after the other on a CPU."""
-    coordinate, lending = weight.coordinate, weight.lending
+    coordinate, context = weight.coordinate, weight.context
     assert isinstance(coordinate, FullCoordinate)
-    (height, columns), stack = coordinate.shape, lending.stack
-    rows = x.reshape(lending.blocks, -1, columns)
-    out = x.new_empty(lending.blocks, rows.shape[1], height)
+    (height, columns), stack = coordinate.shape, context.stack
+    rows = x.reshape(context.blocks, -1, columns)
+    out = x.new_empty(context.blocks, rows.shape[1], height)
     strip = max(1, lazy_weight.STRIP // columns) if coordinate.numel > lazy_weight.LARGE and x.device.type == "cpu" else height
     for group, (direction, scales) in enumerate(zip(stack.directions, stack.scales, strict=True)):
         blocks = range(group * len(scales), (group + 1) * len(scales))
-        if lending.hold:
-            for block, one in zip(blocks, lending.both(coordinate, direction, scales), strict=True):
+        if context.hold:
+            for block, one in zip(blocks, context.both(coordinate, direction, scales), strict=True):
                 _product(rows[block], one, bias, block, out[block])
             continue
-        if not coordinate.moves(stack.step, direction):
+        if not coordinate.is_active(stack.step, direction):
             for block in blocks:
                 _product(rows[block], weight.plain, bias, block, out[block])
             continue
         key = Key(stack.seed, stack.step, direction, coordinate.name)
-        for part, weights in coordinate.together_at(lending.directions, key, scales, strip):
+        for part, weights in coordinate.strips_at_scales(context.directions, key, scales, strip):
             for block, one in zip(blocks, weights, strict=True):
                 if strip >= height:
                     _product(rows[block], one, bias, block, out[block])
                 else:
                     torch.mm(rows[block], one.T, out=out[block][:, part])
     if bias is not None and strip < height:
-        out += bias.full().unsqueeze(1) if isinstance(bias, Stacked) else bias
+        out += bias.full().unsqueeze(1) if isinstance(bias, BatchedParameter) else bias
     return out
 
 
-def _batched_materialized(flat: Tensor, weight: Stacked, bias: Tensor | None) -> Tensor:
+def _batched_materialized(flat: Tensor, weight: BatchedParameter, bias: Tensor | None) -> Tensor:
     """y = x (W + A_b Vᵀ)ᵀ + b, (B, q, m), from a weight a block."""
     coordinate = low_rank_of(weight)
-    weights = formed(coordinate, moving_factor(weight, torch.float32))
+    weights = formed(coordinate, trained_factor(weight, torch.float32))
     rows = flat.view(len(weights), -1, flat.shape[1])
     out = flat.new_empty(*rows.shape[:2], weights.shape[1])
     for block, one in enumerate(weights):
@@ -119,13 +119,13 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, block: int, out:
     if bias is None:
         torch.mm(rows, weight.T, out=out)
     else:
-        torch.addmm(bias.full()[block] if isinstance(bias, Stacked) else bias, rows, weight.T, out=out)
+        torch.addmm(bias.full()[block] if isinstance(bias, BatchedParameter) else bias, rows, weight.T, out=out)
 
 
 # -- one point ----------------------------------------------------------------------------------------------------------------------------
 
 
-def materialized_linear(x: Tensor, weight: Formed, bias: Tensor | None = None) -> Tensor:
+def materialized_linear(x: Tensor, weight: MaterializedWeight, bias: Tensor | None = None) -> Tensor:
     """y = x (W + A Vᵀ)ᵀ + b: the weight is materialized for many rows, for few the thin products are added."""
     coordinate = weight.coordinate
     if forms(coordinate, x.numel() // x.shape[-1]):
@@ -140,7 +140,7 @@ def materialized_linear(x: Tensor, weight: Formed, bias: Tensor | None = None) -
 @tagged("directions")
 def lazy_linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     """y = x (W + s Z)ᵀ + b from strips of the weight, where that saves memory."""
-    plain = isinstance(weight, Unformed) and not isinstance(input, Unformed) and not isinstance(bias, Unformed)
+    plain = isinstance(weight, LazyWeight) and not isinstance(input, LazyWeight) and not isinstance(bias, LazyWeight)
     if not plain or (torch.is_grad_enabled() and input.requires_grad):
         return F.linear(whole(input), whole(weight), whole(bias))
     coordinate = weight.coordinate
@@ -153,7 +153,7 @@ def lazy_linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     rows, columns = weight.shape
     x = input.reshape(-1, columns)
     out = x.new_empty(x.shape[0], rows)
-    few = lazy_weight.STRIP if isinstance(coordinate, FullCoordinate) else lazy_weight.BESIDE[weight.device.type == "cpu"]
+    few = lazy_weight.STRIP if isinstance(coordinate, FullCoordinate) else lazy_weight.LOW_RANK_STRIP[weight.device.type == "cpu"]
     for strip, part in coordinate.strips_at(weight.directions, weight.offset, max(1, few // columns)):
         torch.mm(x, part.T, out=out[:, strip])
     if bias is not None:
@@ -169,7 +169,7 @@ class Linear(LayerRule):
     materialized: ClassVar[Mapping[Callable[..., Any], Function]] = {F.linear: materialized_linear}
 
     def owns(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and not isinstance(module, FrozenLinear)
+        return isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
 
     def has_hook(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward
@@ -181,7 +181,7 @@ class Linear(LayerRule):
         return in_strips(coordinate) or room.takes(coordinate)
 
     def is_lazy_low_rank(self, module: nn.Module, coordinate: LowRankCoordinate) -> bool:
-        return coordinate.parameter.numel() > lazy_weight.BESIDE[coordinate.device.type == "cpu"] and self.has_hook(module)
+        return coordinate.parameter.numel() > lazy_weight.LOW_RANK_STRIP[coordinate.device.type == "cpu"] and self.has_hook(module)
 
     def materializes(self, module: nn.Module, coordinate: LowRankCoordinate) -> bool:
         return self.has_hook(module) and may_form(coordinate)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zotune.forward.batched import Stacked, by_block, lending_of, no_more
+from zotune.forward.batched import BatchedParameter, by_block, context_of, require_batchable
 from zotune.forward.layers.rule import Example, Function, LayerRule, register
 from zotune.io.memory_tags import tagged
-from zotune.kernels import norms_for
+from zotune.kernels import layer_norm_kernels
 
 
 def affine(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """rows (B, q, n) · w + b with a vector a block, or the same one for all."""
-    w, b = (t.full().unsqueeze(1) if isinstance(t, Stacked) else t for t in (weight, bias))
+    w, b = (t.full().unsqueeze(1) if isinstance(t, BatchedParameter) else t for t in (weight, bias))
     if w is None:
         return rows if b is None else rows.add_(b)
     return rows.mul_(w) if b is None else torch.addcmul(b, rows, w)
@@ -31,24 +31,24 @@ def batched_layer_norm(
     x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """LayerNorm(x) over the last dimension, with a point a block of rows."""
-    no_more(x, several_dimensions=len(normalized_shape) != 1)
-    lending = lending_of(weight, bias)
-    x = lending.spread(x, 1)
-    kernel = norms_for(x)
+    require_batchable(x, several_dimensions=len(normalized_shape) != 1)
+    context = context_of(weight, bias)
+    x = context.spread(x, 1)
+    kernel = layer_norm_kernels(x)
     if kernel is not None:
-        vectors = (vector.full() if isinstance(vector, Stacked) else vector for vector in (weight, bias))
-        return kernel.layer_norm(by_block(x, lending, x.shape[-1]), *vectors, eps).view(x.shape)
-    rows = by_block(F.layer_norm(x, normalized_shape, None, None, eps), lending, x.shape[-1])
+        vectors = (vector.full() if isinstance(vector, BatchedParameter) else vector for vector in (weight, bias))
+        return kernel.layer_norm(by_block(x, context, x.shape[-1]), *vectors, eps).view(x.shape)
+    rows = by_block(F.layer_norm(x, normalized_shape, None, None, eps), context, x.shape[-1])
     return affine(rows, weight, bias).view(x.shape)
 
 
 @tagged("activations")
 def batched_rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """RMSNorm(x) over the last dimension, with a point a block of rows."""
-    no_more(x, several_dimensions=len(normalized_shape) != 1)
-    lending = lending_of(weight)
-    x = lending.spread(x, 1)
-    return affine(by_block(F.rms_norm(x, normalized_shape, None, eps), lending, x.shape[-1]), weight, None).view(x.shape)
+    require_batchable(x, several_dimensions=len(normalized_shape) != 1)
+    context = context_of(weight)
+    x = context.spread(x, 1)
+    return affine(by_block(F.rms_norm(x, normalized_shape, None, eps), context, x.shape[-1]), weight, None).view(x.shape)
 
 
 class Norms(LayerRule):

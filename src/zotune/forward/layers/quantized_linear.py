@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from zotune.forward.layers.rule import Example, LayerRule, add_product, register
 from zotune.subspaces import LowRankCoordinate
-from zotune.weights.quantized_linear import FrozenLinear, freeze
+from zotune.weights.quantized_linear import QuantizedLinear, quantize
 
 
 class QuantizedLinear(LayerRule):
-    """A ``FrozenLinear``: low-rank coordinates only."""
+    """A ``QuantizedLinear``: low-rank coordinates only."""
 
     writable = False
 
     def owns(self, module: nn.Module) -> bool:
-        return isinstance(module, FrozenLinear)
+        return isinstance(module, QuantizedLinear)
 
     def has_hook(self, module: nn.Module) -> bool:
         return True
@@ -51,7 +51,7 @@ class QuantizedLinear(LayerRule):
 
 
 def _quantized(bits: int, bias: bool) -> nn.Module:
-    return freeze(nn.Sequential(nn.Linear(96, 80, bias=bias)), bits)
+    return quantize(nn.Sequential(nn.Linear(96, 80, bias=bias)), bits)
 
 
 register(QuantizedLinear())
