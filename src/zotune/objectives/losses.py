@@ -68,12 +68,12 @@ def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False
     """
     if "option_ids" in batch:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        watch = output_gradients.watching() if answers is not None else None
-        if watch is not None:
-            watch.begin(batch["positions"], torch.ones_like(batch["positions"], dtype=torch.bool), batch["attention_mask"])
+        recorder = output_gradients.active_recorder() if answers is not None else None
+        if recorder is not None:
+            recorder.begin(batch["positions"], torch.ones_like(batch["positions"], dtype=torch.bool), batch["attention_mask"])
         logits = at_least_float32(scored_logits(model, inputs, batch["positions"])[:, 0])
-        if watch is not None and answers is not None:
-            watch.end_options(logits, batch["option_ids"], answers, head_of(model))
+        if recorder is not None and answers is not None:
+            recorder.end_options(logits, batch["option_ids"], answers, head_of(model))
         return logits.gather(1, batch["option_ids"]) - logits.logsumexp(dim=1, keepdim=True)
     targets = batch["targets"]
     if packed_choices.is_packed(batch):

@@ -22,10 +22,10 @@ SOME, AT_FIRST, ENOUGH = 4, 64, 512
 #: Probabilities are made so many at a time (16 MiB), never of a whole batch at once.
 CHUNK_ELEMENTS = 2**22
 
-_watches: list[Watch] = []
+_watches: list[OutputGradientRecorder] = []
 
 
-class Watch:
+class OutputGradientRecorder:
     """The errors of the losses that are computed while it lasts.
 
     Args:
@@ -141,16 +141,16 @@ def _matrix(head: nn.Module | None, vocabulary: int) -> Tensor | None:
 
 
 @contextmanager
-def watched(most: int | None = None) -> Iterator[Watch]:
-    """Watch the losses that are computed within, ``most`` scored positions of them at most."""
-    watch = Watch(most)
-    _watches.append(watch)
+def recording(most: int | None = None) -> Iterator[OutputGradientRecorder]:
+    """OutputGradientRecorder the losses that are computed within, ``most`` scored positions of them at most."""
+    recorder = OutputGradientRecorder(most)
+    _watches.append(recorder)
     try:
-        yield watch
+        yield recorder
     finally:
-        _watches.remove(watch)
+        _watches.remove(recorder)
 
 
-def watching() -> Watch | None:
+def active_recorder() -> OutputGradientRecorder | None:
     """Whoever watches now."""
     return _watches[-1] if _watches else None

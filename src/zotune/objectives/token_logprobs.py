@@ -38,12 +38,12 @@ def token_logprobs(
     Returns:
         Natural-log probabilities in float32 (float64 for a float64 model), (R, S); 0 where the target is -100.
     """
-    watch = output_gradients.watching() if shares is not None else None
-    if watch is not None:
-        watch.begin(positions, targets != IGNORE, attention_mask)
+    recorder = output_gradients.active_recorder() if shares is not None else None
+    if recorder is not None:
+        recorder.begin(positions, targets != IGNORE, attention_mask)
     logits = scored_logits(model, {"input_ids": input_ids, "attention_mask": attention_mask}, positions)
-    if watch is not None and shares is not None:
-        watch.end(logits, targets, head_of(model), shares)
+    if recorder is not None and shares is not None:
+        recorder.end(logits, targets, head_of(model), shares)
     return -cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
 
 

@@ -10,31 +10,31 @@ Adapters (LoRA, prefix, prompt) need no class of their own: they are :class:`Ful
 
 from __future__ import annotations
 
-from zotune.subspaces.activation import Inputs, InputsCoordinate
+from zotune.subspaces.activation import Activation, ActivationCoordinate
 from zotune.subspaces.base import Subspace
 from zotune.subspaces.blockwise import Blocks
 from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.factory import Full
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.guided import Guided, GuidedCoordinate
-from zotune.subspaces.hessian_scaled import Curved, CurvedCoordinate
+from zotune.subspaces.hessian_scaled import HessianScaled, HessianScaledCoordinate
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
 from zotune.subspaces.projected import Left, RankOnes, TwoSided
 from zotune.subspaces.sensitive import IndexedCoordinate, Sensitive
 from zotune.subspaces.sparse import MaskedCoordinate, Sparse
 
 __all__ = [
+    "Activation",
+    "ActivationCoordinate",
     "Blocks",
     "Coordinate",
-    "Curved",
-    "CurvedCoordinate",
     "Full",
     "FullCoordinate",
     "Guided",
     "GuidedCoordinate",
+    "HessianScaled",
+    "HessianScaledCoordinate",
     "IndexedCoordinate",
-    "Inputs",
-    "InputsCoordinate",
     "Left",
     "LowRank",
     "LowRankCoordinate",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key
-from zotune.subspaces.coordinate import Carry, Coordinate
+from zotune.subspaces.coordinate import Coordinate, MomentTransport
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
 from zotune.subspaces.projected import orthonormal
 from zotune.weights.layouts import is_outputs_first
@@ -22,7 +22,7 @@ from zotune.weights.layouts import is_outputs_first
 ROUNDS, SPARE = 3, 16
 
 
-class InputsCoordinate(LowRankCoordinate):
+class ActivationCoordinate(LowRankCoordinate):
     """θ = A of W + A Vᵀ, V = √n times the r leading right singular vectors of the layer's inputs x (rows, n), in bfloat16.
 
     The gradient of a Linear is GᵀX for some G, so its rows lie in the span of the inputs; what V leaves out of it is small where the
@@ -33,7 +33,7 @@ class InputsCoordinate(LowRankCoordinate):
         super().__init__(name, parameter, rank, interval)
         self.seen = False  # whether V is of inputs
 
-    def redraw(self, seed: int, redraw: int) -> Carry | None:
+    def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         observed, self.observed = self.observed, None
         self.seen = observed is not None
         if observed is None:
@@ -52,7 +52,7 @@ class InputsCoordinate(LowRankCoordinate):
 
 
 @dataclass(frozen=True)
-class Inputs(LowRank):
+class Activation(LowRank):
     """Matrices of Linear layers move as W + A Vᵀ, V from the inputs of the step at which it is renewed; all else as in ``LowRank``.
 
     Args:
@@ -64,9 +64,9 @@ class Inputs(LowRank):
     """
 
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
-        return InputsCoordinate(name, parameter, self.rank, self.interval)
+        return ActivationCoordinate(name, parameter, self.rank, self.interval)
 
-    def observes(self, step: int) -> bool:
+    def needs_data(self, step: int) -> bool:
         return step % self.interval == 0
 
     @tagged("directions")
@@ -74,7 +74,7 @@ class Inputs(LowRank):
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
     ) -> dict[str, Tensor]:
         """V of every Linear layer that the losses run, bfloat16, by name."""
-        wanted = {id(c.parameter): c for c in coordinates if isinstance(c, InputsCoordinate)}
+        wanted = {id(c.parameter): c for c in coordinates if isinstance(c, ActivationCoordinate)}
         sketches: dict[str, Tensor] = {}
 
         def watch(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -29,11 +29,11 @@ class Subspace(Protocol):
         """Tell the coordinates of a whole model what they need to know of each other; how many parts have directions of their own."""
         ...
 
-    def observes(self, step: int) -> bool:
+    def needs_data(self, step: int) -> bool:
         """Whether the subspace looks at the data of a step before it begins."""
         ...
 
-    def looks_at(self, step: int) -> int:
+    def sample_size(self, step: int) -> int:
         """At how many examples it wants to look then, where more than the step's are to be had; 0: at the step's."""
         ...
 
@@ -65,10 +65,10 @@ class Space:
     def attach(self, model: nn.Module, coordinates: Sequence[Coordinate]) -> int:
         return 1
 
-    def observes(self, step: int) -> bool:
+    def needs_data(self, step: int) -> bool:
         return False
 
-    def looks_at(self, step: int) -> int:
+    def sample_size(self, step: int) -> int:
         return 0
 
     def observe(

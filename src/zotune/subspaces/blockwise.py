@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from zotune.subspaces.base import Subspace
-from zotune.subspaces.coordinate import Coordinate, Turn
+from zotune.subspaces.coordinate import BlockSchedule, Coordinate
 from zotune.subspaces.factory import Full
 from zotune.weights.structure import repeated_layers
 
@@ -52,16 +52,16 @@ class Blocks:
         jacobi = self.order == "jacobi"
         for place, block in enumerate(blocks):
             for coordinate in block:
-                coordinate.turn = Turn(place, len(blocks), by_direction=jacobi)
+                coordinate.schedule = BlockSchedule(place, len(blocks), by_direction=jacobi)
                 if jacobi:  # the mean over the directions of all blocks is to be the mean over those of its own
                     coordinate.lr_scale *= len(blocks)
         return len(blocks) if jacobi else 1
 
-    def observes(self, step: int) -> bool:
-        return self.inner.observes(step)
+    def needs_data(self, step: int) -> bool:
+        return self.inner.needs_data(step)
 
-    def looks_at(self, step: int) -> int:
-        return self.inner.looks_at(step)
+    def sample_size(self, step: int) -> int:
+        return self.inner.sample_size(step)
 
     def observe(
         self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int

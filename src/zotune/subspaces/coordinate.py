@@ -1,8 +1,4 @@
-"""Coordinates: what of one parameter moves, and the points θ + offset at which it is evaluated.
-
-The base class of the coordinates that the subspaces of ``subspaces`` make; what they have in common is how their directions are drawn,
-kept between an evaluation and the update, and summed.
-"""
+"""Coordinates θ of one parameter, the points θ + offset at which it is evaluated, and how its directions are drawn, cached and summed."""
 
 from __future__ import annotations
 
@@ -10,13 +6,22 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import GROUP, Directions, Key, add_weighted, group_of
+
+if TYPE_CHECKING:
+    from zotune.subspaces.flat_buffer import FlatBuffer
+
+#: Full-space matrices with a side of at most this many (adapters) are thin: several of their directions are in memory at a time.
+THIN = 64
+
+#: Maps a first moment of θ, linear in its estimates, to a new basis.
+MomentTransport = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,96 +37,57 @@ class Offset:
         return Key(self.seed, self.step, self.direction, name)
 
 
-#: How a first moment of θ, linear in its estimates, follows θ to another basis.
-Carry = Callable[[Tensor], Tensor]
-
-
 @dataclass(frozen=True)
-class Turn:
-    """When a coordinate of block ``block`` of ``blocks`` moves: in every blocks-th step, or along every blocks-th direction."""
+class BlockSchedule:
+    """When block ``block`` of ``blocks`` is trained: every blocks-th step, or along every blocks-th direction of each step."""
 
     block: int
     blocks: int
     by_direction: bool
 
-    def comes(self, step: int, direction: int) -> bool:
+    def is_active(self, step: int, direction: int) -> bool:
         return (direction if self.by_direction else step) % self.blocks == self.block
 
 
-class Joint(Protocol):
-    """Coordinates that can be updated as one.
-
-    Attributes:
-        members: all of them.
-        lr_scale: multiplies the learning rate of each.
-    """
+class CoordinateGroup(Protocol):
+    """Coordinates that are updated together, with one learning-rate scale."""
 
     members: list[Coordinate]
     lr_scale: float
 
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
-        """θ ← keep · θ + Σ_k weights[k] · Z_k for all members, bit for bit as each would alone."""
+        """θ ← keep · θ + Σ_k weights[k] · Z_k for all members, bit for bit like each member's own."""
         ...
 
     def drop(self) -> None:
-        """Forget the directions that are kept between a step's evaluations and its update."""
+        """Discard cached directions."""
         ...
-
-
-class FlatBuffer(Joint, Protocol):
-    """Small coordinates side by side in one flat vector of ``total`` elements, as their members and an evaluation see it.
-
-    Attributes:
-        stored: whether θ of all members can be read and written there.
-        places: where in the flat vector each member lies, by name.
-        runs: the places of consecutive members; ``run_of`` by name; ``members_of`` a run.
-    """
-
-    stored: bool
-    places: dict[str, slice]
-    runs: list[slice]
-    run_of: dict[str, int]
-    members_of: list[list[Coordinate]]
-
-    def many(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
-        """Directions ``first`` to ``first + count - 1`` of all members, float32, (count, total)."""
-        ...
-
-    def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
-        """Σ_k weights[k] · Z_k of all members, float32, (total,); not to be changed."""
-        ...
-
-    def values(self) -> Tensor:
-        """θ of all members, (total,); not to be changed."""
-        ...
-
-    def holds(self, name: str) -> bool:
-        """Whether directions are kept that ``name`` may still ask for."""
-        ...
-
-    def done(self, name: str) -> None:
-        """``name`` needs the directions no longer."""
-        ...
-
-
-#: A matrix in full space with a side of at most this many is small enough to keep several directions of it at a time: an adapter's.
-THIN = 64
 
 
 class Coordinate(abc.ABC):
-    """The coordinates of one parameter. ``shape`` is the shape of their direction Z, ``lr_scale`` multiplies the learning rate.
+    """The coordinates of one parameter.
 
-    ``thin`` says that several directions Z may be alive together: low-rank coordinates, vectors, and matrices with a short side. The
-    directions of a thin coordinate that an evaluation drew are kept until the update (:meth:`drop` forgets them).
+    Attributes:
+        shape: of their direction Z.
+        lr_scale: multiplies the learning rate.
+        observed: data for the next redraw, if the subspace is built from data.
+        schedule: when they are trained; None: in every step, along every direction.
+        flat_buffer: the flat buffer that stores them, if any.
+        multi_tensor: the multi-tensor group that updates them, if any.
     """
 
+    #: Several directions may be in memory at a time; those of an evaluation are cached until the update (:meth:`drop` discards them).
     thin = True
-    #: Whether its directions are drawn by calls of their own, never together with those of other small coordinates.
-    draws_alone = False
-    #: Whether it may be updated by one launch with others of its kind (``fleets``).
-    fleets = False
-    #: Whether it moves now where errors guide it to (see ``subspaces.guided``).
+    #: Directions are never drawn together with those of other small coordinates.
+    draws_separately = False
+    #: May be updated by a multi-tensor group.
+    supports_multi_tensor = False
+    #: Trained now in a subspace of output gradients (see ``subspaces.guided``).
     guided = False
+    #: The weight may be offloaded between evaluations (see ``weights.placement``).
+    supports_offload = False
+    #: θ is the weight itself, so a rule's weight decay acts on the weight.
+    decays_weights = True
 
     def __init__(self, name: str, parameter: nn.Parameter, shape: Sequence[int], lr_scale: float = 1.0) -> None:
         self.name = name
@@ -129,34 +95,39 @@ class Coordinate(abc.ABC):
         self.shape = tuple(shape)
         self.numel = math.prod(shape)
         self.lr_scale = lr_scale
-        self.observed: Tensor | None = None  # what the next redraw is to go by, where that is data's to say
-        self.turn: Turn | None = None  # None: moves in every step, along every direction
-        self.neighbors: FlatBuffer | None = None  # the small coordinates that this one is drawn, shown and moved together with
-        self.fleet: Joint | None = None
-        self._drawn: tuple[Key, Tensor] | None = None  # the directions from key.direction on that a step asks for several times
+        self.observed: Tensor | None = None
+        self.schedule: BlockSchedule | None = None
+        self.flat_buffer: FlatBuffer | None = None
+        self.multi_tensor: CoordinateGroup | None = None
+        self._drawn: tuple[Key, Tensor] | None = None  # cached directions, from key.direction on
 
-    def moves(self, step: int, direction: int) -> bool:
-        """Whether the coordinate is anything but 0 in a direction of a step."""
-        return self.turn is None or self.turn.comes(step, direction)
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    def is_active(self, step: int, direction: int) -> bool:
+        """Whether the coordinate is nonzero in a direction of a step."""
+        return self.schedule is None or self.schedule.is_active(step, direction)
+
+    # -- directions -----------------------------------------------------------------------------------------------------------------
 
     @tagged("directions")
-    def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
+    def draw(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
         """Directions ``first`` to ``first + count - 1`` of a thin coordinate, float32, shape (count, *shape).
 
-        Its neighbors' are drawn along unless it is to be ``alone``: who walks through many directions of one coordinate after another
-        would make each forget what the other needs next.
+        The whole flat buffer is drawn unless ``alone``: a loop over many directions of one coordinate would evict the others' cache.
         """
-        neighbors = self.neighbors
-        if neighbors is not None and not alone:
-            return neighbors.many(directions, seed, step, first, count)[:, neighbors.places[self.name]].view(count, *self.shape)
+        buffer = self.flat_buffer
+        if buffer is not None and not alone:
+            return buffer.draw(directions, seed, step, first, count)[:, buffer.places[self.name]].view(count, *self.shape)
         if self._drawn is not None:
-            kept, z = self._drawn
-            start, size = first - kept.direction, z.shape[0]
-            if (kept.seed, kept.step) == (seed, step) and start >= 0 and start + count <= size:
+            cached, z = self._drawn
+            start, size = first - cached.direction, z.shape[0]
+            if (cached.seed, cached.step) == (seed, step) and start >= 0 and start + count <= size:
                 return z if count == size else z[start : start + count]
         key = Key(seed, step, first, self.name)
         begin, size = group_of(first, self.numel)
-        if count == 1 and size > 1:  # the neighbors come at no cost, and are wanted next
+        if count == 1 and size > 1:  # the rest of the group costs nothing and is asked for next
             self._drawn = key._replace(direction=begin), directions.draw_many(key._replace(direction=begin), size, self.shape, self.device)
             return self._drawn[1][first - begin : first - begin + 1]
         self._drawn = key, directions.draw_many(key, count, self.shape, self.device)
@@ -164,21 +135,21 @@ class Coordinate(abc.ABC):
 
     @property
     def drawn(self) -> bool:
-        """Whether directions are kept that this coordinate may still ask for."""
-        return self._drawn is not None or (self.neighbors is not None and self.neighbors.holds(self.name))
+        """Whether directions are cached for this coordinate."""
+        return self._drawn is not None or (self.flat_buffer is not None and self.flat_buffer.caches(self.name))
 
     def drop(self) -> None:
-        """Forget the directions that are kept between a step's evaluations and its update."""
+        """Discard cached directions."""
         self._drawn = None
-        if self.neighbors is not None:
-            self.neighbors.done(self.name)
+        if self.flat_buffer is not None:
+            self.flat_buffer.release(self.name)
 
     @tagged("gradients")
     def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
         """Σ_k weights[k] · Z_k over the directions of a step, float32, of shape ``shape``."""
-        neighbors = self.neighbors
-        if neighbors is not None:
-            return neighbors.weighted(directions, weights, seed, step)[neighbors.places[self.name]].view(self.shape).clone()
+        buffer = self.flat_buffer
+        if buffer is not None:
+            return buffer.weighted(directions, weights, seed, step)[buffer.places[self.name]].view(self.shape).clone()
         if self.thin:
             return self._add_weighted(torch.zeros(self.shape, device=self.device), directions, weights, seed, step)
         keys = [Key(seed, step, direction, self.name) for direction in range(len(weights))]
@@ -190,26 +161,15 @@ class Coordinate(abc.ABC):
         for first in range(0, len(weights), GROUP):
             part = weights[first : first + GROUP]
             if any(part):
-                z = self.many(directions, seed, step, first, len(part), alone=len(weights) > GROUP)
+                z = self.draw(directions, seed, step, first, len(part), alone=len(weights) > GROUP)
                 add_weighted(total.view(-1), z.reshape(len(part), -1), part)
         return total
 
-    @property
-    def device(self) -> torch.device:
-        return self.parameter.device
+    # -- evaluation and update ------------------------------------------------------------------------------------------------------
 
-    def begin_step(self, seed: int, step: int) -> Carry | None:
-        """Redraw what is due at the start of ``step``; how first moments are to be carried over, if they are."""
+    def begin_step(self, seed: int, step: int) -> MomentTransport | None:
+        """Redraw what is due at the start of ``step``; the map of first moments to the new basis, if they are carried over."""
         return None
-
-    def kept(self) -> list[Tensor]:
-        """The tensors that are kept between steps beside the weight."""
-        return []
-
-    @property
-    def travels(self) -> bool:
-        """Whether the weight may be away between evaluations (see ``residence``): it is read in forwards alone, and written as told."""
-        return False
 
     @abc.abstractmethod
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
@@ -217,7 +177,7 @@ class Coordinate(abc.ABC):
 
     @abc.abstractmethod
     def value(self) -> Tensor:
-        """θ as float32, shape ``shape``; may share memory with what is stored, so it is to be changed through :meth:`assign` only."""
+        """θ as float32, shape ``shape``; may share memory with the stored θ, so change it through :meth:`assign` only."""
 
     @abc.abstractmethod
     def assign(self, value: Tensor, seed: int, step: int) -> None:
@@ -225,34 +185,40 @@ class Coordinate(abc.ABC):
 
     @abc.abstractmethod
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
-        """θ ← keep · θ + Σ_k weights[k] · Z_k, Z_k direction k of ``step``; in full space no large Z is ever whole."""
+        """θ ← keep · θ + Σ_k weights[k] · Z_k, Z_k direction k of ``step``; in full space no large Z is materialized."""
 
-    def store(self) -> Tensor | None:
-        """The contiguous tensor that holds θ, or the upper half of it, if neighbors may read and write θ there."""
+    def decay(self, keep: float) -> None:  # noqa: B027 - nothing to do where the rule updates the weights themselves
+        """Multiply the *weights* by ``keep`` where the rule, which updates θ only, cannot."""
+
+    # -- storage --------------------------------------------------------------------------------------------------------------------
+
+    def stored_tensor(self) -> Tensor | None:
+        """The contiguous tensor of θ, or of its upper half, if a flat buffer may read and write it."""
         return None
 
     @property
-    def own_store(self) -> Tensor | None:
-        """What of :meth:`store`, or of its lower half, is the coordinate's own tensor, which may lie anywhere (see :meth:`rehouse`)."""
+    def owned_tensor(self) -> Tensor | None:
+        """The part of :meth:`stored_tensor`, or the lower half of θ, that the coordinate owns and :meth:`rebind` may move."""
         return None
 
-    def rehouse(self, memory: Tensor) -> None:
-        """Keep :attr:`own_store` in ``memory``, flat, which has its values already."""
+    def rebind(self, memory: Tensor) -> None:
+        """Use ``memory``, flat and with equal values, as :attr:`owned_tensor`."""
         raise NotImplementedError
 
-    def store_residual(self) -> Tensor:
-        """The lower half of θ, int16, flat, where the store is in half precision."""
+    def residual_tensor(self) -> Tensor:
+        """The lower half of θ, int16, flat, where it is stored in half precision."""
         raise NotImplementedError
 
-    def descended(self, keep: float, seed: int, step: int) -> None:  # noqa: B027 - as a rule there is nothing to note
-        """Take note that neighbors have written θ after step ``step``, with decay ``keep``."""
+    def mark_updated(self, keep: float, seed: int, step: int) -> None:  # noqa: B027 - most coordinates record nothing
+        """Record that a flat buffer has written θ after step ``step``, with decay ``keep``."""
 
-    def decay(self, keep: float) -> None:  # noqa: B027 - a coordinate whose rule sees the weights themselves has nothing to do
-        """Multiply the *weights* by ``keep`` where the rule, which sees coordinates only, cannot do it."""
+    def kept(self) -> list[Tensor]:
+        """The tensors kept between steps beside the weight."""
+        return []
 
     @abc.abstractmethod
     def reset(self) -> None:
-        """Forget what is pending: somebody has loaded new values into the parameter."""
+        """Discard pending updates: new values have been loaded into the parameter."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that, with the model's own weights, determine θ bit for bit."""
@@ -260,8 +226,3 @@ class Coordinate(abc.ABC):
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         assert not state, f"{self.name} keeps no state, but was given {sorted(state)}"
-
-    @property
-    def decays_weights(self) -> bool:
-        """Whether θ is the weight itself, so that a rule's weight decay means what its paper says."""
-        return True

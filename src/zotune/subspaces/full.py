@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zotune.io.execution import walked
 from zotune.io.memory_tags import tagged
-from zotune.kernels import moves_for, products_for
+from zotune.kernels import low_rank_kernels, perturb_kernels
 from zotune.rng.directions import Directions, Key, for_blocks
 from zotune.subspaces.coordinate import THIN, Coordinate, Offset
 from zotune.weights import placement, quantized_linear
@@ -32,9 +32,9 @@ class FullCoordinate(Coordinate):
         self.residual: Tensor | None = None
         if self.half and keep_residual:
             self.residual = torch.zeros(self.numel, dtype=torch.int16, device=parameter.device)
-            away = placement.home(parameter)
+            away = placement.offload_handle(parameter)
             if away is not None:
-                away.take_along(self.residual)
+                away.attach(self.residual)
 
     def _block(self, flat: Tensor, part: slice) -> Tensor:
         """A block of θ in float32 (a view, where the weight is float32 itself; float64 weights stay float64)."""
@@ -73,7 +73,7 @@ class FullCoordinate(Coordinate):
             return self.parameter.detach()
         flat = self._flat()
         if self.thin:  # drawn once for both evaluations and the update
-            move = self.many(directions, offset.seed, offset.step, offset.direction, 1).view(-1) * offset.scale
+            move = self.draw(directions, offset.seed, offset.step, offset.direction, 1).view(-1) * offset.scale
             return torch.add(self._block(flat, slice(0, self.numel)), move).to(flat.dtype).view(self.shape)
         return self.at_in(torch.empty_like(flat), directions, offset)
 
@@ -90,7 +90,7 @@ class FullCoordinate(Coordinate):
     def _perturb(self, directions: Directions, offset: Offset, flat: Tensor, out: Tensor, whole: slice, scale: float) -> None:
         """Write elements ``whole`` of the perturbed weight to ``out``."""
         key = offset.key(self.name)
-        kernel = moves_for(flat, self.residual) if directions.dense else None
+        kernel = perturb_kernels(flat, self.residual) if directions.dense else None
         if kernel is not None and out.numel() == self.numel:
             kernel.perturb(directions, key, scale, flat, self.residual, out)
             return
@@ -118,13 +118,13 @@ class FullCoordinate(Coordinate):
             yield rows, strip.view(-1, columns)
 
     @tagged("directions")
-    def together_at(self, directions: Directions, key: Key, scales: Sequence[float], height: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    def strips_at_scales(self, directions: Directions, key: Key, scales: Sequence[float], height: int) -> Iterator[tuple[slice, list[Tensor]]]:
         """(rows, these rows of W + s Z for every s of ``scales``) for strips of a matrix that is not thin, bit for bit those of :meth:`at`.
 
         Z is drawn once for all of them, and W joined with its residual once; each strip is in the memory of the last.
         """
         flat, columns = self._flat(), self.shape[1]
-        both = self.both_at(directions, key, scales) if height >= self.shape[0] else None
+        both = self.antithetic_pair(directions, key, scales) if height >= self.shape[0] else None
         if both is not None:
             yield slice(0, self.shape[0]), list(both)
             return
@@ -141,17 +141,17 @@ class FullCoordinate(Coordinate):
             yield rows, [strip.view(-1, columns) for strip in strips]
 
     @tagged("directions")
-    def both_at(self, directions: Directions, key: Key, scales: Sequence[float], source: Any = None) -> Tensor | None:
+    def antithetic_pair(self, directions: Directions, key: Key, scales: Sequence[float], source: Any = None) -> Tensor | None:
         """W + s Z and W − s Z, (2, m, n), or the first alone, where a kernel makes them at once; ``source``: from where it reads the key,
         to be recorded."""
         flat = self._flat()
         fits = directions.dense and (len(scales) == 1 or (len(scales) == 2 and scales[0] == -scales[1]))
-        kernel = moves_for(flat, self.residual) if fits else None
+        kernel = perturb_kernels(flat, self.residual) if fits else None
         if kernel is None:
             return None
         found = torch.empty(len(scales), *self.shape, dtype=flat.dtype, device=flat.device)
         scale = scales[0] * directions.scale(key, self.numel, self.device)
-        (kernel.perturb if len(scales) == 1 else kernel.perturb_both)(directions, key, scale, flat, self.residual, found, source)
+        (kernel.perturb if len(scales) == 1 else kernel.perturb_pair)(directions, key, scale, flat, self.residual, found, source)
         return found
 
     def _together(
@@ -181,10 +181,10 @@ class FullCoordinate(Coordinate):
                 strip[here].copy_(base)
 
     @tagged("directions")
-    def rows_from(self, directions: Directions, offset: Offset, rows: Tensor, source: Any = None) -> Tensor | None:
-        """:meth:`rows_at` where a kernel makes them; ``source`` as in :meth:`both_at`."""
+    def kernel_rows_at(self, directions: Directions, offset: Offset, rows: Tensor, source: Any = None) -> Tensor | None:
+        """:meth:`rows_at` where a kernel makes them; ``source`` as in :meth:`antithetic_pair`."""
         weight = self.parameter.data
-        kernel = moves_for(weight, self.residual) if directions.dense and weight.is_contiguous() else None
+        kernel = perturb_kernels(weight, self.residual) if directions.dense and weight.is_contiguous() else None
         if kernel is None:
             return None
         scale = self.move_scale(directions, offset)
@@ -194,7 +194,7 @@ class FullCoordinate(Coordinate):
     @tagged("directions")
     def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
         """Rows ``rows`` (int64, (R,)) of :meth:`at` for a matrix that is not thin, bit for bit, without the others."""
-        found = self.rows_from(directions, offset, rows)
+        found = self.kernel_rows_at(directions, offset, rows)
         if found is not None:
             return found
         key, columns = offset.key(self.name), self.shape[1]
@@ -233,7 +233,7 @@ class FullCoordinate(Coordinate):
             return
         keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
         moves = [(key, weight * directions.scale(key, self.numel, self.device)) for key, weight in keys]
-        kernel = moves_for(flat, self.residual) if directions.dense else None
+        kernel = perturb_kernels(flat, self.residual) if directions.dense else None
         if kernel is not None and moves:
             for place, (key, scale) in enumerate(moves):
                 kernel.update(directions, key, scale, flat, self.residual, 1.0 if place else keep)
@@ -260,16 +260,16 @@ class FullCoordinate(Coordinate):
         if layer is not None:
             layer.add(left, right, keep)
             return
-        if placement.home(self.parameter) is not None:
+        if placement.offload_handle(self.parameter) is not None:
             left, right = left.clone(), right.clone()
         work = partial(self._add_product, left, right, seed, step, keep)
-        placement.when_at_hand(self.parameter, work, held=4 * (left.numel() + right.numel()))
+        placement.when_loaded(self.parameter, work, held=4 * (left.numel() + right.numel()))
 
     @tagged("directions")
     def _add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float) -> None:
         columns = self.parameter.shape[1]
         rounding = Key(seed, step, 0, self.name, "rounding")
-        kernel = products_for(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
+        kernel = low_rank_kernels(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
         if kernel is not None:
             kernel.fold(self.parameter.data, self.residual, left.float(), right.float(), keep, rounding)
             return
@@ -284,7 +284,7 @@ class FullCoordinate(Coordinate):
     @tagged("directions")
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """W + left · rightᵀ in W's dtype, a new tensor, made like :meth:`add_product`."""
-        kernel = products_for(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
+        kernel = low_rank_kernels(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
         if kernel is not None:
             return kernel.plus(self.parameter.data, self.residual, left.float().unsqueeze(0), right.float())[0]
         out = torch.empty(self.shape, dtype=self.parameter.dtype, device=self.device)
@@ -315,43 +315,43 @@ class FullCoordinate(Coordinate):
         return (slice(top, min(rows, top + height)) for top in walked(range(0, rows, height)))
 
     @property
-    def fleets(self) -> bool:  # type: ignore[override]
+    def supports_multi_tensor(self) -> bool:  # type: ignore[override]
         return type(self) is FullCoordinate and not self.thin
 
-    def store(self) -> Tensor | None:
+    def stored_tensor(self) -> Tensor | None:
         return self.parameter.data if self.parameter.is_contiguous() else None
 
     @property
-    def own_store(self) -> Tensor | None:
-        return self.residual if placement.home(self.parameter) is None else None
+    def owned_tensor(self) -> Tensor | None:
+        return self.residual if placement.offload_handle(self.parameter) is None else None
 
-    def rehouse(self, memory: Tensor) -> None:
+    def rebind(self, memory: Tensor) -> None:
         self.residual = memory
 
-    def store_residual(self) -> Tensor:
+    def residual_tensor(self) -> Tensor:
         assert self.residual is not None
         return self.residual
 
     def reset(self) -> None:
         if self.residual is not None:
-            placement.when_at_hand(self.parameter, self.residual.zero_)
+            placement.when_loaded(self.parameter, self.residual.zero_)
 
     def kept(self) -> list[Tensor]:
         return [] if self.residual is None else [self.residual]
 
     @property
-    def travels(self) -> bool:
+    def supports_offload(self) -> bool:  # type: ignore[override]
         return type(self) is FullCoordinate
 
     @tagged("directions")
     def state(self) -> dict[str, Tensor]:
-        return {} if self.residual is None else {"residual": alone(placement.lasting(self.residual))}
+        return {} if self.residual is None else {"residual": alone(placement.snapshot(self.residual))}
 
     @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         if self.residual is not None:
             residual, saved = self.residual, state["residual"]
-            placement.when_at_hand(self.parameter, lambda: residual.copy_(saved.to(self.device)), held=2 * self.numel)
+            placement.when_loaded(self.parameter, lambda: residual.copy_(saved.to(self.device)), held=2 * self.numel)
 
 
 def alone(tensor: Tensor) -> Tensor:

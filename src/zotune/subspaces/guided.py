@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions
-from zotune.subspaces.activation import InputsCoordinate, given
-from zotune.subspaces.coordinate import Carry, Coordinate
+from zotune.subspaces.activation import ActivationCoordinate, given
+from zotune.subspaces.coordinate import Coordinate, MomentTransport
 from zotune.subspaces.guided_projection import Rows, guide
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 from zotune.weights.layouts import is_outputs_first, residual_width
@@ -27,7 +27,7 @@ SHARE = 3.75
 
 
 class OutputGradients(Protocol):
-    """What the losses of an evaluation tell of the model's outputs, as ``output_errors.Watch`` keeps it.
+    """What the losses of an evaluation tell of the model's outputs, as ``output_errors.OutputGradientRecorder`` keeps it.
 
     Attributes:
         errors: the gradient of the loss in the hidden state before the head, at the scored positions, (n, d) in float32 a forward.
@@ -44,7 +44,7 @@ class OutputGradients(Protocol):
         ...
 
 
-class GuidedCoordinate(InputsCoordinate):
+class GuidedCoordinate(ActivationCoordinate):
     """θ (m, r) of W + E(θ) Vᵀ: as in LOZO, or *guided* by the output errors, an interval each.
 
     Guided, E(θ) = P S with S (q, q) the first q² numbers of θ, so that W moves as W + P S Vᵀ: of P and V the one on the side of the layer's
@@ -60,10 +60,10 @@ class GuidedCoordinate(InputsCoordinate):
         self._room = torch.zeros(max(rank, guide), columns, device=parameter.device).T  # where V lies, r or q columns of it
         self.v = self._room[:, :rank]
         self.guided = False
-        self.toward: Tensor | None = None  # the direction in S, (q²,), that evaluations go along in place of a drawn one
+        self.fixed_direction: Tensor | None = None  # the direction in S, (q²,), that evaluations go along in place of a drawn one
 
     @property
-    def guides(self) -> int:
+    def num_guided(self) -> int:
         """Numbers that move in a guided turn."""
         return self.p.shape[1] ** 2
 
@@ -75,20 +75,20 @@ class GuidedCoordinate(InputsCoordinate):
         return self.p @ core.flatten(-2)[..., : q * q].unflatten(-1, (q, q))
 
     @tagged("directions")
-    def of_guide(self, numbers: Tensor) -> Tensor:
+    def expand_guided(self, numbers: Tensor) -> Tensor:
         """θ (m, r) of the numbers of S, (q²,)."""
         theta = torch.zeros(self.numel, device=self.device)
-        theta[: self.guides] = numbers.to(self.device)
+        theta[: self.num_guided] = numbers.to(self.device)
         return theta.view(self.shape)
 
     @tagged("directions")
-    def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
-        if self.toward is None:
-            return super().many(directions, seed, step, first, count, alone)
+    def draw(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
+        if self.fixed_direction is None:
+            return super().draw(directions, seed, step, first, count, alone)
         assert count == 1, count
-        return self.of_guide(self.toward).unsqueeze(0)
+        return self.expand_guided(self.fixed_direction).unsqueeze(0)
 
-    def redraw(self, seed: int, redraw: int) -> Carry | None:
+    def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         observed, was, self.guided = self.observed, self.guided, False
         self.v = self._room[:, : self.rank].zero_()  # a guide has a rank of its own
         if observed is None:
@@ -103,7 +103,7 @@ class GuidedCoordinate(InputsCoordinate):
         return torch.zeros_like if was or self.guided else carry  # the two subspaces have nothing to do with each other
 
     @tagged("directions")
-    def begin_step(self, seed: int, step: int) -> Carry | None:
+    def begin_step(self, seed: int, step: int) -> MomentTransport | None:
         return None if 0 < step < self.begin * self.interval else super().begin_step(seed, step)
 
     def _redraws(self, step: int) -> int:
@@ -150,7 +150,7 @@ class Guided(LowRank):
     guide: int = 3
     begin: int = 0
     examples: int = 128
-    watched: Callable[[int], AbstractContextManager[OutputGradients]] = field(kw_only=True, repr=False, compare=False)
+    recording: Callable[[int], AbstractContextManager[OutputGradients]] = field(kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,10 +172,10 @@ class Guided(LowRank):
     def memory(self, update_rule_state: float) -> str:
         return "Σ r·m + q·(m + n)" + times(update_rule_state, "r·m")
 
-    def looks_at(self, step: int) -> int:
-        return self.examples if self.observes(step) else 0
+    def sample_size(self, step: int) -> int:
+        return self.examples if self.needs_data(step) else 0
 
-    def observes(self, step: int) -> bool:
+    def needs_data(self, step: int) -> bool:
         return step >= self.begin * self.interval and step % self.interval == 0
 
     @tagged("directions")
@@ -188,19 +188,19 @@ class Guided(LowRank):
         width = getattr(getattr(head_of(model), "weight", None), "shape", (0,))[-1]
         if not any(residual_width(layer) == width for layer in layers):
             return {}
-        with self.watched(MOST_ROWS) as watch:
-            writers = _Writers(watch, layers)
+        with self.recording(MOST_ROWS) as recorder:
+            writers = _Writers(recorder, layers)
             with given(layers, writers.look):
                 for _ in losses():
-                    if not watch.errors:  # nor will the others tell any
+                    if not recorder.gradients:  # nor will the others tell any
                         break
         found: dict[str, Tensor] = {}
-        if not watch.errors:
+        if not recorder.gradients:
             return found
-        errors = torch.cat(watch.errors).cpu()
+        errors = torch.cat(recorder.gradients).cpu()
         for layer, coordinate in layers.items():
             inputs, others = writers.take(coordinate.name)
-            fits = residual_width(layer) == errors.shape[1] and coordinate.guides <= coordinate.numel
+            fits = residual_width(layer) == errors.shape[1] and coordinate.num_guided <= coordinate.numel
             if fits and inputs is not None and len(inputs) == len(errors):
                 told = guide(inputs, errors, others, self.guide)
                 if told is not None:
@@ -212,8 +212,8 @@ class Guided(LowRank):
 class _Writers:
     """What the layers are given that may write to the hidden state, which no other layer is given."""
 
-    def __init__(self, watch: OutputGradients, layers: dict[nn.Module, GuidedCoordinate]) -> None:
-        self.watch, self.layers = watch, layers
+    def __init__(self, recorder: OutputGradients, layers: dict[nn.Module, GuidedCoordinate]) -> None:
+        self.recorder, self.layers = recorder, layers
         self.inputs: dict[str, Rows] = {}
         self.others: dict[str, Rows] = {}
         self.shared: set[str] = set()
@@ -229,7 +229,7 @@ class _Writers:
         self._last = states, name
         if name in self.shared or residual_width(module) is None:
             return
-        scored, others = self.watch.rows_of(states), self.watch.some_of(states)
+        scored, others = self.recorder.scored_rows(states), self.recorder.sampled_rows(states)
         if scored is not None and others is not None:
             self.inputs.setdefault(name, Rows(torch.bfloat16)).add(scored)
             self.others.setdefault(name, Rows(torch.float8_e4m3fn)).add(others)

@@ -12,10 +12,10 @@ from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key, for_blocks
 from zotune.subspaces.base import Space
 from zotune.subspaces.coordinate import Coordinate
-from zotune.subspaces.scaled_directions import Factors, ShapedCoordinate
+from zotune.subspaces.scaled_directions import Factors, ScaledCoordinate
 
 
-class CurvedCoordinate(ShapedCoordinate):
+class HessianScaledCoordinate(ScaledCoordinate):
     """θ = W with directions H^-½ Z; H, diagonal, float32, begins at 1.
 
     H ← (1 − α) H + α (1/K) Σ_k q_k H ⊙ Z_k²,   q_k = |L(θ + εH^-½Z_k) + L(θ − εH^-½Z_k) − 2 L(θ)| / 2ε²
@@ -30,7 +30,7 @@ class CurvedCoordinate(ShapedCoordinate):
         return lambda part: self.h[part].rsqrt()
 
     @tagged("directions")
-    def learn(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
+    def update_curvature(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
         """Take in the q_k of a step, once its update has been made."""
         alpha = self.smoothing
         terms = [(Key(seed, step, k, self.name), alpha * q / len(curvatures)) for k, q in enumerate(curvatures)]
@@ -56,8 +56,8 @@ class CurvedCoordinate(ShapedCoordinate):
         self.h.copy_(state["h"].to(self.device))
 
 
-class FactoredCoordinate(CurvedCoordinate):
-    """:class:`CurvedCoordinate` of a matrix W (m, n) with H_ij = r_i c_j / mean r: r (m,) and c (n,) float32 are all that is kept.
+class FactoredCoordinate(HessianScaledCoordinate):
+    """:class:`HessianScaledCoordinate` of a matrix W (m, n) with H_ij = r_i c_j / mean r: r (m,) and c (n,) float32 are all that is kept.
 
     r_i ← (1 − α) r_i + α (1/K) Σ_k q_k mean_j (H ⊙ Z_k²)_ij,   c_j likewise with the mean over i: Adafactor's factoring.
     """
@@ -81,7 +81,7 @@ class FactoredCoordinate(CurvedCoordinate):
         return r[row] * c[column] / r.mean()
 
     @tagged("directions")
-    def learn(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
+    def update_curvature(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
         alpha = self.smoothing
         terms = [(Key(seed, step, k, self.name), alpha * q / len(curvatures)) for k, q in enumerate(curvatures)]
         scales = {key: directions.scale(key, self.numel, self.device) for key, _ in terms}
@@ -105,7 +105,7 @@ class FactoredCoordinate(CurvedCoordinate):
 
 
 @dataclass(frozen=True)
-class Curved(Space):
+class HessianScaled(Space):
     """Every number moves, by directions that an estimate of the Hessian's diagonal scales.
 
     Args:
@@ -124,7 +124,7 @@ class Curved(Space):
             raise ValueError(f"smoothing must lie in [0, 1), not {self.smoothing!r}.")
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
-        kind = FactoredCoordinate if self.factored and parameter.dim() == 2 else CurvedCoordinate
+        kind = FactoredCoordinate if self.factored and parameter.dim() == 2 else HessianScaledCoordinate
         return kind(name, parameter, self.smoothing)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces.base import Space
-from zotune.subspaces.coordinate import Carry, Coordinate, Offset
+from zotune.subspaces.coordinate import Coordinate, MomentTransport, Offset
 from zotune.subspaces.factory import full_coordinate
 from zotune.subspaces.full import alone
 from zotune.weights import placement, quantized_linear
@@ -23,7 +23,7 @@ class LowRankCoordinate(Coordinate):
     """θ = A of W + A Vᵀ: W (m, n) the parameter as stored, A (m, r) float32, V (n, r) ~ N(0, 1) redrawn every ``interval`` steps.
 
     A starts at 0 after each redraw; at the redraw A Vᵀ is folded into W. In between W is not written at all: where the modules that own
-    W have a *side path* (``side_path=True``; see ``probe``) they add (x V) Aᵀ to their output. Where they have none, the update is
+    W have a *side path* (``uses_hook=True``; see ``probe``) they add (x V) Aᵀ to their output. Where they have none, the update is
     folded after every step instead and A is always 0.
 
     The gradient in A is G V; the update −η c U Vᵀ / r of LOZO (2410.07698) is therefore SGD on A with rate η / r (``lr_scale``), which
@@ -35,6 +35,8 @@ class LowRankCoordinate(Coordinate):
 
     #: Whether the fixed factor is the left one.
     transposed = False
+    supports_offload = True
+    decays_weights = False
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
         rows, columns = parameter.shape
@@ -42,7 +44,7 @@ class LowRankCoordinate(Coordinate):
         super().__init__(name, parameter, self.core_shape(moving, rank), lr_scale=self.core_rate(rank))
         self.rank, self.interval = rank, interval
         self.scale = 1.0  # σ of the layer (see ``layer_scales``), which V carries
-        self.side_path = True
+        self.uses_hook = True
         self.core = torch.zeros(self.shape, device=parameter.device)
         self.v = torch.zeros(fixed, rank, device=parameter.device)
         self.pending = False  # whether θ is anything but 0
@@ -66,7 +68,7 @@ class LowRankCoordinate(Coordinate):
         """The moving factor A of θ, (..., rows of A, r) for θ (..., *shape); linear."""
         return core
 
-    def redraw(self, seed: int, redraw: int) -> Carry | None:
+    def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         """Draw the fixed factors of an interval; how first moments of θ follow from the old ones to the new."""
         v = self._gaussian(seed, redraw, "subspace", self.v.shape)
         if self.scale != 1.0:
@@ -104,7 +106,7 @@ class LowRankCoordinate(Coordinate):
         return (self.v, a) if self.transposed else (a, self.v)
 
     @tagged("directions")
-    def begin_step(self, seed: int, step: int) -> Carry | None:
+    def begin_step(self, seed: int, step: int) -> MomentTransport | None:
         if step % self.interval if self.interval else step:
             return None
         self.fold()
@@ -112,7 +114,7 @@ class LowRankCoordinate(Coordinate):
         return carry if step else None
 
     @tagged("directions")
-    def rescale(self, scale: float, seed: int, step: int) -> Carry:
+    def rescale(self, scale: float, seed: int, step: int) -> MomentTransport:
         """Change σ at a redraw; how first moments of θ follow."""
         assert not self.pending and step % self.interval == 0, f"{self.name} has moved since V was drawn"
         ratio, self.scale = scale / self.scale, scale
@@ -127,7 +129,7 @@ class LowRankCoordinate(Coordinate):
         """θ + offset; None: θ."""
         if offset is None:
             return self.core
-        u = self.many(directions, offset.seed, offset.step, offset.direction, 1)[0]
+        u = self.draw(directions, offset.seed, offset.step, offset.direction, 1)[0]
         return torch.add(self.core, u, alpha=offset.scale)
 
     def shift(self, directions: Directions, offset: Offset | None) -> None:
@@ -171,42 +173,34 @@ class LowRankCoordinate(Coordinate):
             self.core.mul_(keep)
             self.keep *= keep
 
-    @property
-    def decays_weights(self) -> bool:
-        return False
-
-    def store(self) -> Tensor | None:
+    def stored_tensor(self) -> Tensor | None:
         return self.core
 
     @property
-    def own_store(self) -> Tensor | None:
+    def owned_tensor(self) -> Tensor | None:
         return self.core
 
-    def rehouse(self, memory: Tensor) -> None:
+    def rebind(self, memory: Tensor) -> None:
         rests = self.moved is self.core
         self.core = memory.view(self.shape)
         self.moved = self.core if rests else self.moved
 
-    def descended(self, keep: float, seed: int, step: int) -> None:
+    def mark_updated(self, keep: float, seed: int, step: int) -> None:
         self.keep *= keep
         self._changed(seed, step)
-
-    @property
-    def travels(self) -> bool:
-        return True
 
     def _changed(self, seed: int, step: int) -> None:
         self.pending = True
         self.clock = (seed, step)
         self._merged = None
-        if not self.side_path:
+        if not self.uses_hook:
             self.fold()
 
     @tagged("directions")
     def fold_every_step(self) -> None:
         """Go without a side path. W is then written every step, so in half precision it needs a residual as in full space."""
         assert not self.pending
-        self.side_path = False
+        self.uses_hook = False
         self._weight = full_coordinate(self.name, self.parameter)
 
     @tagged("directions")
@@ -229,11 +223,11 @@ class LowRankCoordinate(Coordinate):
     def merged(self) -> Tensor:
         """What :meth:`fold` would make of W, as a copy; the same tensor for every owner of a shared weight."""
         if not self.pending and self.keep == 1.0:
-            return placement.lasting(self.parameter)
+            return placement.snapshot(self.parameter)
         merged = None if self._merged is None else self._merged()
         if merged is not None:
             return merged
-        with placement.at_hand(self.parameter):
+        with placement.loaded(self.parameter):
             merged = self.parameter.detach().clone()
         copy = full_coordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
         copy.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
@@ -257,14 +251,14 @@ class LowRankCoordinate(Coordinate):
         # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
         return {
             "a": alone(self.core),
-            **({"base": placement.lasting(self.parameter)} if layer is None else stored),
+            **({"base": placement.snapshot(self.parameter)} if layer is None else stored),
             "keep": torch.tensor(self.keep, dtype=torch.float64),
             "clock": torch.tensor(self.clock[1]),
         }
 
     def _restore(self, base: Tensor) -> None:
         work = lambda: self.parameter.data.copy_(base.to(self.device))  # noqa: E731
-        placement.when_at_hand(self.parameter, work, held=base.numel() * base.element_size())
+        placement.when_loaded(self.parameter, work, held=base.numel() * base.element_size())
 
     @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:

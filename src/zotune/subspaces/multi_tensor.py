@@ -1,7 +1,7 @@
-"""Fleets: large weights in full space on an accelerator, updated by one launch where each would take one.
+"""Multi-tensor updates: plain SGD on many large weights in full space by one kernel launch on an accelerator.
 
-Numbers belong to a weight's own key, so nothing depends on who the others are. A fleet takes steps of plain SGD; whoever needs more than
-that (a rule with state, weights that come and go, weights that move in turns) updates them one by one.
+Directions depend on a weight's own key, so no result depends on the other members. Rules with state, offloaded weights and weights with a
+block schedule are updated one by one.
 """
 
 from __future__ import annotations
@@ -9,21 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from zotune.kernels import moves_for
+from zotune.kernels import perturb_kernels
 from zotune.rng.directions import Directions
 from zotune.subspaces.coordinate import Coordinate
 from zotune.weights import placement
 
-#: What a weight's memory has to begin at a multiple of.
+#: Alignment of a weight's memory, in bytes.
 ALIGNED = 16
 
 
-class Fleet:
-    """Weights in full space of one dtype on one device.
-
-    Attributes:
-        members: the coordinates.
-    """
+class MultiTensorGroup:
+    """Weights in full space of one dtype on one device."""
 
     def __init__(self, members: Sequence[Coordinate]) -> None:
         self.members = list(members)
@@ -31,10 +27,10 @@ class Fleet:
         self.lr_scale = members[0].lr_scale
         self._many: Any = None
         for coordinate in members:
-            coordinate.fleet = self
+            coordinate.multi_tensor = self
 
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
-        """θ ← keep · θ + Σ_k weights[k] · Z_k for all members, bit for bit as each would alone."""
+        """θ ← keep · θ + Σ_k weights[k] · Z_k for all members, bit for bit like each member's own."""
         taken = [(direction, weight) for direction, weight in enumerate(weights) if weight]
         if not taken:
             if keep != 1.0:
@@ -42,33 +38,33 @@ class Fleet:
                     coordinate.descend(directions, weights, keep, seed, step)
             return
         stored = [c.parameter.data.view(-1) for c in self.members]
-        residuals = [c.store_residual() for c in self.members] if stored[0].element_size() == 2 else None
-        kernel = moves_for(stored[0], None if residuals is None else residuals[0])
+        residuals = [c.residual_tensor() for c in self.members] if stored[0].element_size() == 2 else None
+        kernel = perturb_kernels(stored[0], None if residuals is None else residuals[0])
         if self._many is None or self._many.places != kernel.Many.places_of(stored, residuals):
             self._many = kernel.Many(stored, residuals)
         for place, (direction, weight) in enumerate(taken):
             self._many.update(directions, seed, step, direction, self.names, weight, 1.0 if place else keep)
 
     def drop(self) -> None:
-        """Nothing is kept between a step's evaluations and its update."""
+        """Nothing is cached between a step's evaluations and its update."""
 
 
-def gather(coordinates: Sequence[Coordinate], directions: Directions) -> list[Fleet]:
-    """The coordinates among these that can be updated together, those of a kind in a fleet."""
+def build_multi_tensor_groups(coordinates: Sequence[Coordinate], directions: Directions) -> list[MultiTensorGroup]:
+    """Groups of the coordinates among these that can be updated together, by device, dtype and learning-rate scale."""
     kinds: dict[Any, list[Coordinate]] = {}
     for coordinate in coordinates:
         weight = coordinate.parameter.data
         residual = getattr(coordinate, "residual", None)
         fits = (
-            coordinate.fleets
-            and coordinate.turn is None
+            coordinate.supports_multi_tensor
+            and coordinate.schedule is None
             and directions.dense
             and directions.kind != "sphere"  # a scale of its own for every weight
-            and placement.home(coordinate.parameter) is None
+            and placement.offload_handle(coordinate.parameter) is None
             and weight.is_contiguous()
             and weight.data_ptr() % ALIGNED == 0
-            and moves_for(weight, residual) is not None
+            and perturb_kernels(weight, residual) is not None
         )
         if fits:
             kinds.setdefault((coordinate.device, weight.dtype, coordinate.lr_scale), []).append(coordinate)
-    return [Fleet(members) for members in kinds.values() if len(members) > 1]
+    return [MultiTensorGroup(members) for members in kinds.values() if len(members) > 1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
-from zotune.subspaces.coordinate import Carry
+from zotune.subspaces.coordinate import MomentTransport
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
 
 
@@ -45,7 +45,7 @@ class TwoSidedCoordinate(LowRankCoordinate):
     def expand(self, core: Tensor) -> Tensor:
         return self.p @ core
 
-    def redraw(self, seed: int, redraw: int) -> Carry | None:
+    def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         p, q = self.p, self.v
         self.p = orthonormal(self._gaussian(seed, redraw, "left", self.p.shape)).mul_(self.sigma)
         self.v = self._laid_out(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
@@ -89,7 +89,7 @@ class LeftCoordinate(LowRankCoordinate):
     def core_rate(self, rank: int) -> float:
         return 1.0
 
-    def redraw(self, seed: int, redraw: int) -> Carry | None:
+    def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         old = self.v
         self.v = self._laid_out(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
         transport = old.T @ self.v
@@ -132,7 +132,7 @@ class RankOnesCoordinate(LowRankCoordinate):
     def expand(self, core: Tensor) -> Tensor:
         return core.unsqueeze(-2) * self.u
 
-    def redraw(self, seed: int, redraw: int) -> Carry | None:
+    def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         self.u = self._gaussian(seed, redraw, "left", self.u.shape)
         self.v = self._laid_out(self._gaussian(seed, redraw, "subspace", self.v.shape))
         return None

@@ -17,7 +17,7 @@ from zotune.subspaces.full import FullCoordinate
 Factors = Callable[[slice], Tensor]
 
 
-class Shaped(Directions):
+class ScaledDirections(Directions):
     """The numbers of other directions times ``factors``; for one parameter."""
 
     dense = False
@@ -46,10 +46,10 @@ class Shaped(Directions):
         return z.mul_(self.factors(slice(0, z[0].numel())).view(shape))
 
 
-class ShapedCoordinate(FullCoordinate, abc.ABC):
+class ScaledCoordinate(FullCoordinate, abc.ABC):
     """θ = W with directions s ⊙ Z, s the :meth:`factors` of the step. Evaluations and the update see the same ones."""
 
-    draws_alone = True
+    draws_separately = True
 
     @abc.abstractmethod
     def factors(self, seed: int, step: int) -> Factors:
@@ -60,10 +60,10 @@ class ShapedCoordinate(FullCoordinate, abc.ABC):
         return self.factors(seed, step)
 
     def _shaped(self, directions: Directions, seed: int, step: int) -> Directions:
-        return directions if isinstance(directions, Shaped) else Shaped(directions, self.factors(seed, step))
+        return directions if isinstance(directions, ScaledDirections) else ScaledDirections(directions, self.factors(seed, step))
 
-    def many(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
-        return super().many(self._shaped(directions, seed, step), seed, step, first, count, alone)
+    def draw(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
+        return super().draw(self._shaped(directions, seed, step), seed, step, first, count, alone)
 
     @tagged("directions")
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
@@ -83,4 +83,4 @@ class ShapedCoordinate(FullCoordinate, abc.ABC):
 
     @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
-        super().descend(Shaped(directions, self.fixed_factors(seed, step)), weights, keep, seed, step)
+        super().descend(ScaledDirections(directions, self.fixed_factors(seed, step)), weights, keep, seed, step)

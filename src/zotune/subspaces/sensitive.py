@@ -136,7 +136,7 @@ class Sensitive(Space):
     def memory(self, update_rule_state: float) -> str:
         return f"{(1 + update_rule_state) * self.density:g} × W"
 
-    def observes(self, step: int) -> bool:
+    def needs_data(self, step: int) -> bool:
         return step == 0
 
     @tagged("directions")

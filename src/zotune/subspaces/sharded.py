@@ -28,7 +28,7 @@ class ShardedCoordinate(FullCoordinate):
     """
 
     sharded = True
-    draws_alone = True
+    draws_separately = True
 
     def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
         super().__init__(name, parameter, keep_residual=False)
@@ -131,5 +131,5 @@ class ShardedCoordinate(FullCoordinate):
         block = self._block(flat, slice(0, flat.numel())).view(-1, self.shape[1])
         return self._whole(torch.addmm(block, left[top:bottom].to(block.dtype), right.T.to(block.dtype)).to(flat.dtype))
 
-    def store(self) -> Tensor | None:
+    def stored_tensor(self) -> Tensor | None:
         return None

@@ -14,7 +14,7 @@ from zotune.subspaces.base import Space
 from zotune.subspaces.coordinate import Coordinate
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.low_rank import at_least_one
-from zotune.subspaces.scaled_directions import Factors, ShapedCoordinate
+from zotune.subspaces.scaled_directions import Factors, ScaledCoordinate
 
 #: What chooses the numbers that move.
 CHOICES = ("uniform", "magnitude", "small")
@@ -24,7 +24,7 @@ _SHIFT = 15
 _BLOCK = 1 << 22
 
 
-class MaskedCoordinate(ShapedCoordinate):
+class MaskedCoordinate(ScaledCoordinate):
     """θ = W with directions m ⊙ Z, m a mask of zeros and ones.
 
     - a *random* mask keeps every number with probability ``share``, drawn from a key, anew every ``interval`` steps;

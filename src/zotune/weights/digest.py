@@ -19,7 +19,7 @@ def digest(model: nn.Module) -> str:
     def one(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
         hashed = hashlib.blake2b(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(), digest_size=16)
-        with placement.at_hand(tensor):
+        with placement.loaded(tensor):
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
             hashed.update(data.numpy().data)
         return hashed.digest()

@@ -1,4 +1,4 @@
-"""Small coordinates lie side by side, and nothing about one depends on who its neighbors are."""
+"""Small coordinates lie side by side, and nothing about one depends on the other members."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zotune.optim.update_groups import together
 from zotune.rng.directions import Directions
 from zotune.subspaces import Full, LowRank
 from zotune.subspaces.coordinate import Coordinate, Offset
-from zotune.subspaces.flat_buffer import RUN, Neighbors, Shown, draw_together
+from zotune.subspaces.flat_buffer import RUN, BatchedValues, FlatBuffer, build_flat_buffers
 from zotune.weights.precision import HALF
 
 SHAPES = {
@@ -36,24 +36,24 @@ def coordinates(dtype: torch.dtype = torch.float32) -> list[Coordinate]:
 @pytest.mark.parametrize("kind", Directions.KINDS)
 def test_neighbors_descend_bit_for_bit_as_each_does_alone(dtype, kind):
     alone, beside = coordinates(dtype), coordinates(dtype)
-    (neighbors,) = draw_together(beside)
+    (buffer,) = build_flat_buffers(beside)
     directions = Directions(kind)
     for step, weights in enumerate([[1e-3], [1e-3, 0.0, -2e-4], [1e-4 * k for k in range(20)]]):
-        neighbors.descend(directions, weights, 0.999, 0, step)
+        buffer.descend(directions, weights, 0.999, 0, step)
         for coordinate in alone:
             coordinate.descend(directions, weights, 0.999, 0, step)
     for a, b in zip(alone, beside, strict=True):
         assert torch.equal(a.parameter, b.parameter)
-        assert dtype not in HALF or torch.equal(a.store_residual(), b.store_residual())
+        assert dtype not in HALF or torch.equal(a.residual_tensor(), b.residual_tensor())
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_an_update_holds_a_bounded_number_of_directions_and_is_the_same(monkeypatch, at_once):
     """One draws the direction that is asked for, not its group: 16 of them may be more than the forward itself takes."""
     free, bounded = coordinates(), coordinates()
-    (unbounded,) = draw_together(free)
+    (unbounded,) = build_flat_buffers(free)
     monkeypatch.setattr("zotune.subspaces.flat_buffer.DRAWN", (at_once + 1) * sum(c.numel for c in bounded) - 1)
-    (neighbors,) = draw_together(bounded)
+    (buffer,) = build_flat_buffers(bounded)
     drawn, draw = [], Directions.draw_together
 
     def counted(self, key, count, *rest):
@@ -63,8 +63,8 @@ def test_an_update_holds_a_bounded_number_of_directions_and_is_the_same(monkeypa
     directions = Directions("gaussian")
     unbounded.descend(directions, [1e-4 * k for k in range(20)], 1.0, 0, 0)
     monkeypatch.setattr(Directions, "draw_together", counted)
-    neighbors.many(directions, 0, 0, 5, 1)
-    neighbors.descend(directions, [1e-4 * k for k in range(20)], 1.0, 0, 0)
+    buffer.draw(directions, 0, 0, 5, 1)
+    buffer.descend(directions, [1e-4 * k for k in range(20)], 1.0, 0, 0)
     assert max(drawn) == at_once
     for a, b in zip(free, bounded, strict=True):
         assert torch.equal(a.parameter, b.parameter)
@@ -73,11 +73,11 @@ def test_an_update_holds_a_bounded_number_of_directions_and_is_the_same(monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_shown_is_theta_plus_each_offset(dtype):
     members = coordinates(dtype)
-    (neighbors,) = draw_together(members)
-    assert len(neighbors.runs) > Shown.KEPT and all(run.stop - run.start <= RUN for run in neighbors.runs)
+    (buffer,) = build_flat_buffers(members)
+    assert len(buffer.runs) > BatchedValues.CACHED and all(run.stop - run.start <= RUN for run in buffer.runs)
     directions = Directions("gaussian")
-    z = neighbors.many(directions, 0, 3, 0, 2)
-    shown = Shown(neighbors, z, torch.tensor([[0.1, -0.1], [0.2, 0.0]]), dtype)
+    z = buffer.draw(directions, 0, 3, 0, 2)
+    shown = BatchedValues(buffer, z, torch.tensor([[0.1, -0.1], [0.2, 0.0]]), dtype)
     for coordinate in [*members, *members]:  # runs that were let go of come again
         values = shown.of(coordinate.name).view(4, *coordinate.shape)
         for value, (scale, direction) in zip(values, [(0.1, 0), (-0.1, 0), (0.2, 1), (0.0, 1)], strict=True):
@@ -87,7 +87,7 @@ def test_what_is_shown_is_theta_plus_each_offset(dtype):
 
 def test_estimates_of_neighbors_are_those_of_each_alone():
     alone, beside = coordinates(), coordinates()
-    draw_together(beside)
+    build_flat_buffers(beside)
     directions = Directions("gaussian")
     weights = [0.1 * k for k in range(20)]
     for a, b in zip(alone, beside, strict=True):
@@ -96,13 +96,13 @@ def test_estimates_of_neighbors_are_those_of_each_alone():
 
 def test_directions_are_forgotten_once_nobody_needs_them():
     members = coordinates()
-    (neighbors,) = draw_together(members)
-    members[0].many(Directions("gaussian"), 0, 0, 0, 2)
+    (buffer,) = build_flat_buffers(members)
+    members[0].draw(Directions("gaussian"), 0, 0, 0, 2)
     for coordinate in members:
-        assert neighbors.drawn is not None and coordinate.drawn
+        assert buffer.drawn is not None and coordinate.drawn
         coordinate.drop()
         assert not coordinate.drawn
-    assert neighbors.drawn is None
+    assert buffer.drawn is None
 
 
 def test_only_coordinates_of_one_kind_are_neighbors():
@@ -110,10 +110,10 @@ def test_only_coordinates_of_one_kind_are_neighbors():
     low = [LowRank(2, 50).coordinate(name, p) for name, p in model.named_parameters()]
     half = Full().coordinate("half", nn.Parameter(torch.ones(4, dtype=torch.bfloat16)))
     large = Full().coordinate("large", nn.Parameter(torch.ones(100, 100)))
-    found = draw_together([*low, half, large])
+    found = build_flat_buffers([*low, half, large])
     assert sorted(len(n.members) for n in found) == [1, 3, 4]  # half; matrices at rate 1/2; vectors
-    assert large.neighbors is None
-    assert {type(one) for one in together([*low, half])} == {Neighbors}
+    assert large.flat_buffer is None
+    assert {type(one) for one in together([*low, half])} == {FlatBuffer}
     apart = [one for one in together([*low[1:], large]) if isinstance(one, Coordinate)]
     assert apart == [c for c in low[1:] if c.parameter.dim() == 2] + [large]  # without one of them, those of its kind move alone
 

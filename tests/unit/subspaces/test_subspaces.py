@@ -14,13 +14,13 @@ from zotune.optim import journal_events
 from zotune.optim.context import StepContext
 from zotune.optim.journal import Journal
 from zotune.rng.directions import Directions, Key
-from zotune.subspaces import Blocks, Full, Inputs, LowRank, Sparse
+from zotune.subspaces import Activation, Blocks, Full, LowRank, Sparse
 from zotune.subspaces.activation import leading_inputs
 from zotune.subspaces.blockwise import blocks_of
 from zotune.subspaces.coordinate import Offset
 from zotune.subspaces.projected import orthonormal
 from zotune.weights.structure import repeated_layers
-from zotune.weights.trainable_scales import QuantisedLinear, quantize
+from zotune.weights.trainable_scales import TrainableScaleLinear, quantize
 
 
 def matrix(rows: int = 7, columns: int = 6) -> nn.Linear:
@@ -361,13 +361,13 @@ def test_v_of_micro_batches_is_that_of_the_batch():
     x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * 0.8 ** torch.arange(30)
     whole = leading_inputs(x, 3, Key(0, 0, 0, "w")).float()
     model = nn.Linear(30, 31)
-    (coordinate,) = [Inputs(3, 5).coordinate("weight", model.weight)]
+    (coordinate,) = [Activation(3, 5).coordinate("weight", model.weight)]
 
     def losses():
         for part in x.split(15):
             yield model(part).mean()
 
-    found = Inputs(3, 5).observe(model, [coordinate], losses, 0, 0)["weight"].float()
+    found = Activation(3, 5).observe(model, [coordinate], losses, 0, 0)["weight"].float()
     assert torch.allclose(found @ found.T, whole @ whole.T, atol=0.3)  # of numbers up to 30, in bfloat16
 
 
@@ -468,7 +468,7 @@ def test_of_a_quantised_model_the_scales_move_and_nothing_else(architecture):
 @torch.no_grad()
 def test_a_quantised_layer_is_its_rounded_weight():
     linear = nn.Linear(6, 5)
-    layer, x = QuantisedLinear(linear), torch.randn(4, 6)
+    layer, x = TrainableScaleLinear(linear), torch.randn(4, 6)
     weight = layer.quantized.float() * layer.scale.unsqueeze(1)
     assert float((weight - linear.weight).abs().max()) <= 0.5001 * float(layer.scale.max())
     assert torch.allclose(layer(x), x @ weight.T + linear.bias, atol=1e-6)

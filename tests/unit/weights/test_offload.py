@@ -29,7 +29,7 @@ from zotune.training.offloaded_loading import load
 from zotune.weights import placement
 from zotune.weights.digest import digest
 from zotune.weights.offload import blocks, budget, direct_io, offload, stream_of
-from zotune.weights.quantized_linear import dense_state, freeze
+from zotune.weights.quantized_linear import dense_state, quantize
 
 NAMES = ("llama", "qwen2", "qwen3", "mistral", "opt", "gpt2", "bert")
 
@@ -158,9 +158,9 @@ def test_one_block_more_than_is_computed_with_is_in_memory():
     largest = max(layout.size for layout in stream.store.layouts)
     assert sum(room.memory.numel() for room in stream._rooms) <= 3 * direct_io.pages(largest)
     for name, parameter in model.named_parameters():
-        if placement.home(parameter) is not None:
+        if placement.offload_handle(parameter) is not None:
             assert parameter.untyped_storage().nbytes() == parameter.element_size(), name
-    assert len([p for p in model.parameters() if placement.home(p) is not None]) == 4 * 7
+    assert len([p for p in model.parameters() if placement.offload_handle(p) is not None]) == 4 * 7
 
 
 def test_a_pass_reads_every_block_once_whatever_is_evaluated():
@@ -223,7 +223,7 @@ def test_a_state_dict_is_loaded_into_blocks_that_are_away():
 @pytest.mark.parametrize("bits", [8, 4])
 def test_few_bits_and_a_stream_go_together(bits):
     def model() -> nn.Module:
-        return freeze(toys.transformer("llama", hidden_size=32, intermediate_size=64), bits)
+        return quantize(toys.transformer("llama", hidden_size=32, intermediate_size=64), bits)
 
     plain, moved = model(), model()
     stream = offload(moved, "disk")

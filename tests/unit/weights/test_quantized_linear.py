@@ -18,8 +18,8 @@ from zotune.optim.journal import Journal
 from zotune.optim.replay import replay
 from zotune.training.schemes import Scheme, refusal
 from zotune.weights import quantized_linear
-from zotune.weights.external_linear import hold, pieces
-from zotune.weights.quantized_linear import FrozenLinear, dense_state, freeze, thaw
+from zotune.weights.external_linear import pieces, wrap
+from zotune.weights.quantized_linear import QuantizedLinear, dense_state, dequantize, quantize
 
 
 def llama() -> nn.Module:
@@ -48,7 +48,7 @@ def train(
 def test_a_weight_is_the_nearest_that_can_be_had(bits, worst):
     torch.manual_seed(0)
     linear = nn.Linear(64, 24)
-    layer = FrozenLinear(linear, bits)
+    layer = QuantizedLinear(linear, bits)
     group = 64 if bits == 8 else 32
     largest = linear.weight.view(24, -1, group).abs().amax(dim=2, keepdim=True)
     error = (layer.dense() - linear.weight).view(24, -1, group).abs()
@@ -63,7 +63,7 @@ def test_a_weight_is_the_nearest_that_can_be_had(bits, worst):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_frozen_base_trains_as_its_dense_twin(bits, forward_batching):
     """Coefficients to 1e-3 of their size over two folds, and the weights that come of it, without one of the codes changed."""
-    model = freeze(llama(), bits)
+    model = quantize(llama(), bits)
     twin = dense_twin(model)
     codes = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("codes")}
     expected, _ = train(twin, forward_batching=forward_batching)
@@ -80,7 +80,7 @@ def test_a_frozen_base_trains_as_its_dense_twin(bits, forward_batching):
 
 
 def test_a_journal_replays_and_a_state_continues(tmp_path):
-    model, base = freeze(llama(), 8), freeze(llama(), 8)
+    model, base = quantize(llama(), 8), quantize(llama(), 8)
     loss = toys.transformer_loss
     optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=3), lr=1e-3, journal=tmp_path / "j")
     for _ in range(4):
@@ -89,7 +89,7 @@ def test_a_journal_replays_and_a_state_continues(tmp_path):
     for _ in range(3):
         optimizer.step(loss(model), toys.tokens())
     replay(base, Journal.open(tmp_path / "j"))
-    later = freeze(llama(), 8)
+    later = quantize(llama(), 8)
     later.load_state_dict(weights)
     resumed = ZerothOrder(later, methods.lozo(rank=2, interval=3), lr=1e-3)
     resumed.load_state_dict(state)
@@ -102,9 +102,9 @@ def test_a_journal_replays_and_a_state_continues(tmp_path):
 
 def test_full_space_is_refused():
     with pytest.raises(ValueError, match="held in few bits"):
-        ZerothOrder(freeze(llama(), 8), "mezo", lr=1e-3)
+        ZerothOrder(quantize(llama(), 8), "mezo", lr=1e-3)
     with pytest.raises(ValueError, match="multiples of 32"):
-        freeze(nn.Sequential(nn.Linear(20, 4)), 4)
+        quantize(nn.Sequential(nn.Linear(20, 4)), 4)
 
 
 @pytest.mark.parametrize("forward_batching", ["batched", "sequential"])
@@ -124,7 +124,7 @@ def test_an_adapter_on_a_base_in_few_bits(bits, forward_batching):
             found += optimizer.last_report.coefficients.tolist()
         return found, model
 
-    base, away = freeze(llama(), bits), freeze(llama(), bits)
+    base, away = quantize(llama(), bits), quantize(llama(), bits)
     codes = {name: buffer.clone() for name, buffer in base.named_buffers()}
     offload(away, "disk")
     expected, twin = trained(dense_twin(base))
@@ -132,7 +132,7 @@ def test_an_adapter_on_a_base_in_few_bits(bits, forward_batching):
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-3 * max(map(abs, expected)))
     assert trained(away)[0] == found
     assert all(torch.equal(buffer, codes[name.replace(".base_layer", "")]) for name, buffer in base.named_buffers())
-    merged, dense = thaw(model).merge_and_unload().state_dict(), twin.merge_and_unload().state_dict()
+    merged, dense = dequantize(model).merge_and_unload().state_dict(), twin.merge_and_unload().state_dict()
     assert merged.keys() == dense.keys()
     for name, tensor in dense.items():
         assert torch.allclose(merged[name], tensor, rtol=1e-4, atol=1e-5), name
@@ -212,8 +212,8 @@ def test_low_rank_on_weights_that_another_library_holds(library, tolerance, tmp_
     """Factors beside a layer that is only called: coefficients and weights of the dense twin, nothing of the library's written."""
     model = quantized(library)
     with pytest.raises(ValueError, match="held in few bits"):
-        ZerothOrder(hold(quantized(library)), "mezo", lr=1e-3)
-    hold(model)
+        ZerothOrder(wrap(quantized(library)), "mezo", lr=1e-3)
+    wrap(model)
     before = {name: tensor.clone() for name, tensor in pieces(model)}
     assert before
     twin = dense_twin(model)
@@ -228,7 +228,7 @@ def test_low_rank_on_weights_that_another_library_holds(library, tolerance, tmp_
     if tolerance < 0.01:
         for name, tensor in twin.state_dict().items():
             assert torch.allclose(trained[name], tensor, rtol=1e-4, atol=1e-5), name
-    again = hold(quantized(library))
+    again = wrap(quantized(library))
     replay(again, tmp_path / "j")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in dense_state(again).items())
     optimizer.remove_hooks()
@@ -237,12 +237,12 @@ def test_low_rank_on_weights_that_another_library_holds(library, tolerance, tmp_
 def test_what_another_library_holds_is_not_trained_by_mistake():
     model = llama()
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(TwoTensor(torch.ones(64, 32), torch.ones(64, 32)))
-    with pytest.raises(ValueError, match=r"up_proj.weight is held in few bits by another library.*hold\(model\)"):
+    with pytest.raises(ValueError, match=r"up_proj.weight is held in few bits by another library.*wrap\(model\)"):
         ZerothOrder(model, "lozo", lr=1e-3)
     for method in ("lozo", "fo-sgd"):
         assert "--scheme lora" in (refusal(catalog.get(method), quantized("stand-in"), Scheme()) or "")
     with pytest.raises(ValueError, match="nothing is to be done"):
-        hold(llama())
+        wrap(llama())
 
 
 class Largest(TorchDispatchMode):
@@ -261,7 +261,7 @@ class Largest(TorchDispatchMode):
 def test_a_step_never_makes_the_weight(monkeypatch, forward_batching):
     """Its largest tensor is that of an inference: a strip of the weight."""
     monkeypatch.setattr(quantized_linear, "STRIP", 1 << 12)
-    model = freeze(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 32)), 4)
+    model = quantize(nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 32)), 4)
     x = torch.randn(2, 256)
     with Largest() as inference, torch.no_grad():
         model(x)

@@ -82,7 +82,7 @@ class Store(Protocol):
     """
 
     layouts: list[Layout]
-    rounds: bool
+    lossy: bool
 
     def load(self, block: int, room: Tensor) -> None:
         """Fill a room with a block; returns when it is filled."""
@@ -110,12 +110,12 @@ class HostStore:
 
     def __init__(self, blocks: Sequence[Sequence[tuple[Form, Tensor]]], device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._pinned = device.type == "cuda"
-        self.rounds = False
+        self.lossy = False
         self.layouts, self._kept, self._memory = [], [], []
         for block in blocks:
             forms = [form for form, _ in block]
             kept = [form._replace(dtype=dtype) if dtype is not None and form.dtype.is_floating_point else form for form in forms]
-            self.rounds |= any(a.dtype.itemsize < b.dtype.itemsize for a, b in zip(kept, forms, strict=True))
+            self.lossy |= any(a.dtype.itemsize < b.dtype.itemsize for a, b in zip(kept, forms, strict=True))
             self.layouts.append(Layout.packed(forms))
             self._kept.append(Layout.packed(kept))
             memory = torch.empty(self._kept[-1].size, dtype=torch.uint8, pin_memory=self._pinned)
@@ -141,7 +141,7 @@ class HostStore:
             self._memory[block] = memory
 
     def save(self, block: int, room: Tensor) -> None:
-        assert not self.rounds, "what has lost bits is only read"
+        assert not self.lossy, "what has lost bits is only read"
         self._memory[block].copy_(room[: len(self._memory[block])], non_blocking=True)
 
     def size(self, block: int) -> int:
@@ -177,7 +177,7 @@ class DiskStore:
     def __init__(
         self, blocks: Sequence[Sequence[Form]], where: Mapping[str, Place], device: torch.device, scratch: str | Path | None = None
     ) -> None:
-        self.rounds = False
+        self.lossy = False
         self.layouts, self._blocks = [], []
         self._device, self._folder = device, scratch
         self._files = Files()

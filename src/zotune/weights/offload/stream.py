@@ -97,7 +97,7 @@ class Stream:
         self._handles: list[Any] = []
         for block, part in zip(self._blocks, self.parts, strict=True):
             for one in block.moving:
-                placement.settle(one.tensor, _Home(self, block))
+                placement.set_offload_handle(one.tensor, _BlockHandle(self, block))
                 one.tensor.data = one.away
             self._hook(block, part)
 
@@ -187,7 +187,7 @@ class Stream:
         room.changed = True
 
     def write(self, block: _Block, work: Callable[[], object], held: int) -> None:
-        """See :class:`zotune.weights.placement.Home`."""
+        """See :class:`zotune.weights.placement.OffloadHandle`."""
         with self.lock:
             room = self._room_of(block)
             if room is not None and room.users:
@@ -246,8 +246,8 @@ class Stream:
         """Names of those of the tensors that come and go, a list for each block."""
         found: list[list[str]] = [[] for _ in self._blocks]
         for name, tensor in tensors.items():
-            home = placement.home(tensor)
-            if isinstance(home, _Home) and home.stream is self:
+            home = placement.offload_handle(tensor)
+            if isinstance(home, _BlockHandle) and home.stream is self:
                 found[home.block.number].append(name)
         return found
 
@@ -264,7 +264,7 @@ class Stream:
                 for one, value in zip(here, values, strict=True):
                     one.tensor.data = value
             for one in block.moving:
-                placement.unsettle(one.tensor)
+                placement.clear_offload_handle(one.tensor)
         for handle in self._handles:
             handle.remove()
         self.close()
@@ -341,8 +341,8 @@ class Stream:
         while self._saves and self._saves[0].done():
             self._saves.pop(0).result()
 
-    def take_along(self, block: _Block, tensor: Tensor) -> None:
-        """See :class:`zotune.weights.placement.Home`."""
+    def attach(self, block: _Block, tensor: Tensor) -> None:
+        """See :class:`zotune.weights.placement.OffloadHandle`."""
         with self.lock:
             self.flush()
             assert not any(room.users for room in self._rooms)
@@ -353,22 +353,22 @@ class Stream:
             one = Moving.of(f"beside {block.moving[0].name} {len(block.moving)}", None, "", tensor, self.device)
             self.store.layouts[block.number].add(Form(one.name, tensor.dtype, tuple(tensor.shape)))
             block.moving.append(one)
-            placement.settle(tensor, _Home(self, block))
+            placement.set_offload_handle(tensor, _BlockHandle(self, block))
             tensor.data = one.away
 
 
-class _Home:
+class _BlockHandle:
     """The home of the tensors of one block."""
 
     def __init__(self, stream: Stream, block: _Block) -> None:
         self.stream, self.block = stream, block
 
     @property
-    def rounds(self) -> bool:
-        return self.stream.store.rounds
+    def lossy(self) -> bool:
+        return self.stream.store.lossy
 
     @contextmanager
-    def at_hand(self) -> Iterator[None]:
+    def loaded(self) -> Iterator[None]:
         with self.stream.lock:
             self.stream.acquire(self.block)
             try:
@@ -379,8 +379,8 @@ class _Home:
     def write(self, work: Callable[[], object], held: int) -> None:
         self.stream.write(self.block, work, held)
 
-    def take_along(self, tensor: Tensor) -> None:
-        self.stream.take_along(self.block, tensor)
+    def attach(self, tensor: Tensor) -> None:
+        self.stream.attach(self.block, tensor)
 
 
 class _Saved:
@@ -394,7 +394,7 @@ class _Saved:
         there = tensor is not None and module._parameters.get(self.local, module._buffers.get(self.local)) is tensor
         if there and prefix + self.local in state_dict and not self.stream.no_state:
             assert tensor is not None
-            state_dict[prefix + self.local] = placement.lasting(tensor)
+            state_dict[prefix + self.local] = placement.snapshot(tensor)
 
 
 def _loading_hooks(stream: Stream, block: _Block, module: nn.Module) -> list[Any]:
@@ -418,7 +418,7 @@ def _loading_hooks(stream: Stream, block: _Block, module: nn.Module) -> list[Any
 def stream_of(model: nn.Module) -> Stream | None:
     """The stream of an offloaded model; None of another."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        found = placement.home(tensor)
-        if isinstance(found, _Home):
+        found = placement.offload_handle(tensor)
+        if isinstance(found, _BlockHandle):
             return found.stream
     return None
