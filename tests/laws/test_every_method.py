@@ -322,7 +322,7 @@ def test_state_stays_within_what_is_declared(name, dtype):
     declared = method.state_bytes(shapes, half=dtype != torch.float32)
     assert sum(t.numel() * t.element_size() for t in held.values()) == declared
     numbers = len(optimizer.run.state.shaping) + sum(len(past.coefficients) for past in optimizer.run.state.past)
-    assert numbers <= method.numbers
+    assert numbers <= method.scalars
 
 
 @every_method

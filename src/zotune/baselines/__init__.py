@@ -1,4 +1,4 @@
-"""First- and second-order methods, and the baselines without training: what zeroth-order methods are compared with.
+"""Baselines: first- and second-order methods, and methods without training, to compare zeroth-order methods with.
 
 They run under the same trainer, on the same data, with the same report. A recipe is a function of keyword options that returns a
 :class:`Baseline`; its name on the command line is the function's, with hyphens: ``fo_adamw`` is ``fo-adamw``.

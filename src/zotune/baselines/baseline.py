@@ -15,7 +15,7 @@ BACKWARD = 2
 
 
 class Setting(NamedTuple):
-    """What an optimizer is built for.
+    """What an optimizer is built from.
 
     Attributes:
         model: the model, for hooks on its layers.
@@ -23,8 +23,8 @@ class Setting(NamedTuple):
         groups: parameter groups, ``{"params", "weight_decay"}``; float32 copies stand in for half-precision parameters.
         lr: learning rate.
         last: ids of the parameters of the last layer (the head).
-        seed: of a method that draws.
-        max_steps: steps of the run, or None where nobody knows.
+        seed: for a method that draws random numbers.
+        max_steps: steps of the run; None where unknown.
         owners: the model's own parameter behind each of the groups' (itself, but for float32 copies), by id.
     """
 
@@ -39,17 +39,17 @@ class Setting(NamedTuple):
 
 
 def nothing_kept(shape: Sequence[int], last: bool) -> int:
-    """A method that keeps nothing."""
+    """No state."""
     return 0
 
 
 def takes_all(model: nn.Module, trained: Mapping[str, tuple[int, ...]]) -> None:
-    """A method that can train anything."""
+    """No refusal."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method to compare with.
+    """A method that zeroth-order methods are compared with.
 
     Args:
         name: the method's one name.
@@ -58,14 +58,14 @@ class Baseline:
         lr: default learning rate; None for a method without one.
         kind: ``"backward"``: trained by gradients; ``"fit"``: a probe fitted on features; ``"evaluate"``: nothing is trained.
         build: makes the torch optimizer of a :class:`Setting`; None for a method without one.
-        kept: (shape, of the last layer?) -> float32 numbers kept between steps beside a parameter of that shape.
-        memory: the same for people.
-        curvature: whether the optimizer wants a Hutchinson estimate of the Hessian's diagonal.
-        blocks: backprop goes through so many of a model's last blocks, and all before them is trained by forward passes; 0: through all.
+        kept: (shape, of the last layer?) -> float32 elements of state per parameter of that shape.
+        memory: the same as text.
+        curvature: whether the optimizer takes a Hutchinson estimate of the Hessian's diagonal.
+        blocks: backprop goes through this many of the last blocks, and everything before them is trained by forward passes; 0: through all.
         eps: the perturbation scale ε of what is trained by forward passes.
         zo_lr: its learning rate.
-        package: what has to be installed for it.
-        refusal: (model, shapes of trained parameters by name) -> why it makes no sense there, or None.
+        package: a package it needs.
+        refusal: (model, shapes of trained parameters by name) -> why it cannot be used there, or None.
         options: the recipe's keyword arguments, for reports.
     """
 
@@ -87,7 +87,7 @@ class Baseline:
 
     @property
     def forwards_per_step(self) -> int:
-        """What a step costs in forward passes of the batch; a backward pass counts as two, one through forward and backward as four.
+        """Cost of a step in forward passes of the batch; a backward pass counts as two, one through forward and backward as four.
 
         Two forwards and at most two backward passes where backprop goes through some blocks only.
         """
@@ -105,10 +105,10 @@ class Baseline:
         half: bool = False,
         deep: Collection[str] | None = None,
     ) -> int:
-        """Bytes kept between steps beyond the weights, for trainable parameters of these shapes; gradients and activations not counted.
+        """Bytes of state between steps beyond the weights, for trainable parameters of these shapes, without gradients and activations.
 
-        Half-precision weights have a float32 copy. Where only parameters of the names ``deep`` move by their gradients, the others have a
-        16-bit residual in half precision and nothing else.
+        Half-precision weights have a float32 copy. Where only the parameters named in ``deep`` are trained by their gradients, the others
+        have a 16-bit residual in half precision and nothing else.
         """
         total = 0
         for name, shape in shapes.items():
@@ -120,7 +120,7 @@ class Baseline:
 
     @property
     def extra_memory(self) -> str:
-        """What is kept between steps beyond the weights, for people, and what a step needs besides."""
+        """State between steps beyond the weights, and what a step needs besides, as text."""
         if self.kind != "backward":
             return self.memory
         part = "of the last blocks" if self.blocks else ""

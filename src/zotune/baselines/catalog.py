@@ -1,4 +1,4 @@
-"""Both registries as one: the zeroth-order methods and the baselines they are compared with, by name."""
+"""Both registries as one: zeroth-order methods and baselines, by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zotune.registry import unknown
 
 
 def names() -> list[str]:
-    """Every method there is, the zeroth-order ones first."""
+    """All methods, the zeroth-order ones first."""
     return [*methods.names(), *baselines.names()]
 
 
@@ -20,7 +20,7 @@ def is_baseline(name: str) -> bool:
     """Whether a name is that of a baseline.
 
     Raises:
-        ValueError: it is nobody's, with the nearest.
+        ValueError: the name is unknown. The message names the nearest.
     """
     if name in baselines.names():
         return True

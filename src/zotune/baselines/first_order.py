@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,20 @@ from zotune.forward import batches
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key
 from zotune.weights.precision import HALF
-from zotune.weights.structure import last_layer
+from zotune.weights.structure import last_layer, module_mode
 
 LossFunction = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
 class BackwardReport:
-    """What the last step saw.
+    """The report of a step.
 
     Attributes:
         step: steps done so far, this one included.
         loss: mean loss of the batch, before the step.
         grad_norm: norm of its gradient, before clipping.
-        skipped: whether the loss or its gradient was not finite; nothing moved then.
+        skipped: whether the loss or its gradient was not finite; then no weight was updated.
         lr: learning rate of each parameter group.
     """
 
@@ -50,7 +50,7 @@ class FirstOrder(torch.optim.Optimizer):
     """A method that calls backward, with the step, the counts and the state dict of :class:`zotune.ZerothOrder`.
 
     The model is in training mode during a step (dropout acts, activation checkpointing too) and has its flags back afterwards. Weights
-    in half precision have a float32 copy that the method moves, so no update is lost to rounding.
+    in half precision have a float32 copy that the method updates, so no update is lost to rounding.
 
     Args:
         model: any module; parameters with ``requires_grad`` are trained.
@@ -58,9 +58,9 @@ class FirstOrder(torch.optim.Optimizer):
         lr: learning rate; the method's default when None.
         weight_decay: of matrices; vectors do not decay.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        seed: of methods that draw.
-        max_steps: length of the run, for methods that change their ways on the way.
-        max_nonfinite_steps: after so many steps in a row without a finite loss training stops.
+        seed: for methods that draw random numbers.
+        max_steps: length of the run, for methods that change during it.
+        max_nonfinite_steps: training stops after this many steps in a row without a finite loss.
 
     Raises:
         ValueError: nothing to train, a method without gradients, or a number that makes no sense.
@@ -102,10 +102,10 @@ class FirstOrder(torch.optim.Optimizer):
         self.max_grad_norm, self.max_nonfinite_steps = max_grad_norm, max_nonfinite_steps
         self.weight_decay = weight_decay
         self.parameters = self.trained()
-        # What the method moves: the parameter itself, or its float32 copy.
-        self.moved = {name: nn.Parameter(p.detach().float().clone()) if p.dtype in HALF else p for name, p in self.parameters.items()}
+        # What the method updates: the parameter itself, or its float32 copy.
+        self.masters = {name: nn.Parameter(p.detach().float().clone()) if p.dtype in HALF else p for name, p in self.parameters.items()}
         self.inner = self.method.build(self._setting(lr, weight_decay, max_steps))
-        super().__init__([{"params": list(self.moved.values())}], {"lr": lr})
+        super().__init__([{"params": list(self.masters.values())}], {"lr": lr})
         self.param_groups = self.inner.param_groups  # a scheduler sets the rates of the groups that step
         self.steps = 0
         self.forward_passes = 0
@@ -115,25 +115,25 @@ class FirstOrder(torch.optim.Optimizer):
         self._nonfinite_in_a_row = 0
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that move along their gradients, by name."""
+        """The parameters that are trained by their gradients, by name."""
         found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not found:
-            raise ValueError("the model has no trainable parameter; set requires_grad=True on those that should move.")
+            raise ValueError("the model has no trainable parameter; set requires_grad=True on those to train.")
         return found
 
     def _setting(self, lr: float, weight_decay: float, max_steps: int | None) -> Setting:
-        matrices = [p for p in self.moved.values() if p.dim() > 1]
-        vectors = [p for p in self.moved.values() if p.dim() <= 1]
+        matrices = [p for p in self.masters.values() if p.dim() > 1]
+        vectors = [p for p in self.masters.values() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         return Setting(
             self.model,
-            {id(p): name for name, p in self.moved.items()},
+            {id(p): name for name, p in self.masters.items()},
             [group for group in groups if group["params"]],
             lr,
-            frozenset(id(self.moved[name]) for name in last_layer(self.model) if name in self.moved),
+            frozenset(id(self.masters[name]) for name in last_layer(self.model) if name in self.masters),
             self.seed,
             max_steps,
-            {id(self.moved[name]): p for name, p in self.parameters.items()},
+            {id(self.masters[name]): p for name, p in self.parameters.items()},
         )
 
     # -- a step ---------------------------------------------------------------------------------------------------------------------
@@ -175,11 +175,11 @@ class FirstOrder(torch.optim.Optimizer):
         self.sequences_evaluated += self.passes * sum(map(_rows, parts))
 
     def _move(self, gradients: list[Tensor | None], curvatures: Sequence[Tensor | None], loss: float, count: int) -> Tensor:
-        for index, moved in enumerate(self.moved.values()):
-            gradient, gradients[index] = gradients[index], None  # one at a time twice in memory, not all of them
-            moved.grad = None if gradient is None else gradient.to(moved.dtype) / count
+        for index, master in enumerate(self.masters.values()):
+            gradient, gradients[index] = gradients[index], None  # only one gradient at a time is in memory twice
+            master.grad = None if gradient is None else gradient.to(master.dtype) / count
             del gradient
-        there = [p for p in self.moved.values() if p.grad is not None]
+        there = [p for p in self.masters.values() if p.grad is not None]
         norm = float(nn.utils.get_total_norm([p.grad for p in there if p.grad is not None])) if there else 0.0
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -189,22 +189,22 @@ class FirstOrder(torch.optim.Optimizer):
             self._nonfinite_in_a_row = 0
         else:
             self._nonfinite_in_a_row += 1
-        for moved in self.moved.values():
-            moved.grad = None
+        for master in self.masters.values():
+            master.grad = None
         self.steps += 1
         rates = tuple(float(group["lr"]) for group in self.param_groups)
         self.last_report = BackwardReport(self.steps, loss, norm, (not finite,), rates)
         if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise NonFiniteLossError(
                 f"the loss or its gradient was not finite for {self._nonfinite_in_a_row} steps in a row, up to step {self.steps}: lower "
-                "the learning rate, or look at the batches of these steps."
+                "the learning rate, or inspect the batches of these steps."
             )
         return torch.tensor(loss, dtype=torch.float32)
 
     def _inner_step(self, loss: float, curvatures: Sequence[Tensor | None], count: int) -> None:
-        tell = getattr(self.inner, "tell", None)  # a method that looks at the loss, or sums over examples itself
-        if tell is not None:
-            tell(loss, count)
+        record = getattr(self.inner, "record", None)  # of a method that uses the loss, or sums over examples itself
+        if record is not None:
+            record(loss, count)
         if self.method.curvature:
             self.inner.step(hessian=self._in_group_order(curvatures, count))  # type: ignore[call-overload]
             for state in self.inner.state.values():
@@ -213,11 +213,11 @@ class FirstOrder(torch.optim.Optimizer):
             self.inner.step()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                if self.moved[name] is not parameter:
-                    parameter.copy_(self.moved[name])
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
 
     def _in_group_order(self, values: Sequence[Tensor | None], count: int) -> list[Tensor]:
-        by_id = {id(p): value for p, value in zip(self.moved.values(), values, strict=True)}
+        by_id = {id(p): value for p, value in zip(self.masters.values(), values, strict=True)}
         found = []
         for group in self.param_groups:
             for p in group["params"]:
@@ -240,29 +240,20 @@ class FirstOrder(torch.optim.Optimizer):
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        flags = [(module, module.training) for module in self.model.modules()]
-        self.model.train()
-        try:
-            if self.method.curvature:
-                with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # fused attention has no second derivative
-                    yield
-            else:
-                with torch.enable_grad():
-                    yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
+        attention = sdpa_kernel(SDPBackend.MATH) if self.method.curvature else nullcontext()  # fused attention has no second derivative
+        with module_mode(self.model, training=True), attention, torch.enable_grad():
+            yield
 
     @property
     def passes(self) -> int:
-        """What a step costs in forward passes; a checkpointed forward runs again."""
+        """Cost of a step in forward passes; a checkpointed forward runs again."""
         return self.method.forwards_per_step + int(_checkpoints(self.model))
 
     def remove_hooks(self) -> None:
-        """Remove what the method has attached to the model."""
-        release = getattr(self.inner, "detach", None)
-        if release is not None:
-            release()
+        """Remove the hooks that the method has attached to the model."""
+        remove = getattr(self.inner, "remove_hooks", None)
+        if remove is not None:
+            remove()
 
     # -- state ----------------------------------------------------------------------------------------------------------------------
 
@@ -270,14 +261,14 @@ class FirstOrder(torch.optim.Optimizer):
         """Everything that, with the model's weights, continues the run bit for bit.
 
         Returns:
-            ``state``: tensors by name; ``param_groups``: without the parameters; ``baseline``: numbers and strings, fit for JSON.
+            ``state``: tensors by name; ``param_groups``: without the parameters; ``baseline``: numbers and strings, for JSON.
         """
         tensors: dict[str, Tensor] = {}
         plain: dict[str, dict[str, Any]] = {}
-        for name, moved in self.moved.items():
-            if moved is not self.parameters[name]:
-                tensors[f"{name}|copy"] = moved.detach()
-            for key, value in self.inner.state.get(moved, {}).items():
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                tensors[f"{name}|copy"] = master.detach()
+            for key, value in self.inner.state.get(master, {}).items():
                 content = value.state() if hasattr(value, "state") else {"": value}
                 for part, each in content.items():
                     if isinstance(each, Tensor):
@@ -319,16 +310,16 @@ class FirstOrder(torch.optim.Optimizer):
         for address, tensor in state_dict["state"].items():
             name, key, *rest = address.split("|")
             if not rest:
-                self.moved[name].copy_(tensor)
+                self.masters[name].copy_(tensor)
                 continue
-            moved = self.moved[name]
-            holders.setdefault(name, {}).setdefault(key, {})[rest[0]] = tensor if key == "step" else tensor.to(moved.device)
+            master = self.masters[name]
+            holders.setdefault(name, {}).setdefault(key, {})[rest[0]] = tensor if key == "step" else tensor.to(master.device)
         for name, values in baseline["plain"].items():
             for address, value in values.items():
                 key, part = address.split("|")
                 holders.setdefault(name, {}).setdefault(key, {})[part] = value
         for name, found in holders.items():
-            state = self.inner.state[self.moved[name]]
+            state = self.inner.state[self.masters[name]]
             for key, content in found.items():
                 if "" in content:
                     state[key] = content[""]
@@ -341,7 +332,7 @@ class FirstOrder(torch.optim.Optimizer):
 
 
 def checked(losses: Tensor) -> Tensor:
-    """What a loss function has returned, in float32.
+    """The losses that a loss function returned, in float32.
 
     Raises:
         ValueError: it is neither one loss per example nor a scalar.
@@ -352,7 +343,7 @@ def checked(losses: Tensor) -> Tensor:
 
 
 def add(sums: list[Tensor | None], found: list[Tensor | None]) -> None:
-    """sums += found, in float32; found is used up: a gradient need not wait for the others' copies."""
+    """sums += found, in float32. Every entry of ``found`` is set to None, so that its memory is free before the next is copied."""
     for index, value in enumerate(found):
         found[index] = None
         if value is not None:
@@ -374,7 +365,7 @@ def _rows(part: Any) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """As JSON returns it: tuples as lists."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -15,10 +15,10 @@ from zotune.rng.directions import Directions, Key
 def galore_optimizer(
     setting: Setting, rank: int, interval: int, random_share: float, *, scale: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    """GaLore over a setting's groups; with ``random_share`` above 0, GoLore.
+    """GaLore over the groups of a setting; GoLore with ``random_share`` above 0.
 
     Raises:
-        ValueError: GoLore needs to know how long the run is.
+        ValueError: GoLore without the length of the run.
     """
     from pytorch_optimizer import GaLore
     from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
@@ -40,7 +40,7 @@ def galore_optimizer(
         def update_ortho_matrix(self, x: Tensor, from_random_matrix: bool) -> None:
             if self.calls <= random_from:
                 super().update_ortho_matrix(x, from_random_matrix)
-                # Products round by layout, and a file has one only: a resumed run must find the same.
+                # Rounding of a product depends on the layout, and a file stores only one: a resumed run must have the same.
                 self.ortho_matrix = self.ortho_matrix.contiguous()
                 return
             frame = random_frame(min(x.shape), rank, Key(setting.seed, self.calls, 0, self.name, "subspace"), x.device)
@@ -55,7 +55,7 @@ def galore_optimizer(
     random_from = math.inf
     if random_share:
         if setting.max_steps is None:
-            raise ValueError("golore needs to know how long the run is: pass max_steps.")
+            raise ValueError("golore needs the length of the run: pass max_steps.")
         random_from = round((1 - random_share) * setting.max_steps)
     groups = []
     for group in setting.groups:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zotune.objectives.token_logprobs import scored_logits
-from zotune.weights.structure import head_of
+from zotune.weights.structure import head_of, module_mode
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,12 @@ def features_of(
         raise ValueError("linear-probe reads what a language model's head is given, and this model has no such head.")
     found: list[Tensor] = []
     handle = head.register_forward_hook(lambda module, args, output: found.append(args[0][:, 0].float()))
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with handle, module_mode(model, training=False):
         for part in _parts(examples, batch_size):
             # A completion of one token: its position is the prompt's last one, and it is never fed.
             batch = collate([{"prompt_ids": example["prompt_ids"], "completion_ids": [0]} for example in part])
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             scored_logits(model, inputs, batch["positions"].to(device))
-    finally:
-        handle.remove()
-        for module, flag in flags:
-            module.training = flag
     return torch.cat(found)
 
 

@@ -13,17 +13,17 @@ from zotune.baselines.baseline import Setting
 from zotune.io.memory_tags import tagged
 
 
-def inverse_of_moved(inverse: Tensor, vector: Tensor, gamma: float) -> Tensor:
+def updated_inverse(inverse: Tensor, vector: Tensor, gamma: float) -> Tensor:
     """(γ M + (1 − γ) v vᵀ)⁻¹ of M⁻¹ (d, d), symmetric, and v (d,), by Sherman and Morrison: d² operations and no inversion."""
-    moved = inverse @ vector
-    return (inverse - torch.outer(moved, moved) * ((1 - gamma) / (gamma + (1 - gamma) * (vector @ moved)))) / gamma
+    product = inverse @ vector
+    return (inverse - torch.outer(product, product) * ((1 - gamma) / (gamma + (1 - gamma) * (vector @ product)))) / gamma
 
 
 def preconditioned(model: nn.Module, max_side: int) -> dict[str, nn.Module]:
-    """Linear layers that have factors, by their weight's name: not those above ``max_side``, nor with a weight that others use too."""
+    """Linear layers with factors, by the name of their weight: those of sides up to ``max_side`` whose weight no other module uses."""
     used: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in module.parameters(recurse=False):
             used[id(parameter)] = used.get(id(parameter), 0) + 1
     names = {id(p): name for name, p in model.named_parameters()}
     return {
@@ -41,11 +41,11 @@ class MKOR(torch.optim.Optimizer):
     """SGD with momentum on gradients that Kronecker factors precondition.
 
     Args:
-        setting: what is trained; hooks on its layers take note of inputs and output gradients.
+        setting: what is trained. Hooks on its layers record inputs and output gradients.
         momentum: of SGD.
-        gamma: γ, how much of the factors stays.
-        interval: steps between two changes of the factors.
-        stabilizer, threshold: where an entry of an inverse is above the threshold, so much of the identity is mixed in.
+        gamma: γ, the decay of the factors.
+        interval: steps between two updates of the factors.
+        stabilizer, threshold: where an entry of an inverse is above the threshold, this share of the identity is mixed in.
         max_side: layers with a larger side go by SGD.
         hybrid: (steps of a window, least gain) of MKOR-H; None for MKOR.
     """
@@ -76,14 +76,14 @@ class MKOR(torch.optim.Optimizer):
             if name in by_name
         ]
 
-    # -- what layers see --------------------------------------------------------------------------------------------------------------
+    # -- recording in layers ----------------------------------------------------------------------------------------------------------
 
     @tagged("backward update")
     def _forward(self, key: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         due = not self.first_order and self.count % self.interval == 0
         if due and torch.is_grad_enabled() and module.training and output.requires_grad:
             mean = _wide(args[0]).flatten(0, -2).mean(dim=0)
-            # Noted when its gradient arrives: a forward that activation checkpointing repeats has none, and counts once.
+            # Recorded with the output's gradient: a forward that activation checkpointing repeats has none, and counts once.
             output.register_hook(self._backward(key, mean))
 
     def _backward(self, key: int, mean: Tensor) -> Callable[[Tensor], None]:
@@ -95,8 +95,8 @@ class MKOR(torch.optim.Optimizer):
 
         return arrived
 
-    def tell(self, loss: float, count: int) -> None:
-        """The step's mean loss, and the number of losses whose sum was differentiated."""
+    def record(self, loss: float, count: int) -> None:
+        """Take the step's mean loss, and the number of losses whose sum was differentiated."""
         self.examples = count
         if self.hybrid is None or self.first_order:
             return
@@ -136,29 +136,29 @@ class MKOR(torch.optim.Optimizer):
             if "left" not in state:
                 state["left"], state["right"] = (torch.eye(side, dtype=p.dtype, device=p.device) for side in p.shape)
             inputs, outputs, parts = seen
-            state["left"] = self._moved(state["left"], outputs / self.examples)
-            state["right"] = self._moved(state["right"], inputs / parts)
+            state["left"] = self._updated(state["left"], outputs / self.examples)
+            state["right"] = self._updated(state["right"], inputs / parts)
         if "left" not in state:
             return gradient
         change = state["left"] @ gradient @ state["right"]
         norm = change.norm()
         return change * (gradient.norm() / norm) if norm > 0 else gradient
 
-    def _moved(self, inverse: Tensor, vector: Tensor) -> Tensor:
-        inverse = inverse_of_moved(inverse, vector.to(inverse.dtype), self.gamma)
+    def _updated(self, inverse: Tensor, vector: Tensor) -> Tensor:
+        inverse = updated_inverse(inverse, vector.to(inverse.dtype), self.gamma)
         if inverse.abs().max() > self.threshold:
             inverse = (1 - self.stabilizer) * inverse
             inverse.diagonal().add_(self.stabilizer)
         return inverse
 
-    def detach(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
 
     def extra_state(self) -> dict[str, Any]:
-        """Numbers beside the tensors, fit for JSON."""
+        """Scalars beside the tensors, for JSON."""
         before = None if self.mean_before == float("inf") else self.mean_before
         return {"count": self.count, "first_order": self.first_order, "loss_sum": self.loss_sum, "mean_before": before}
 

@@ -1,4 +1,4 @@
-"""The methods that call backward: recipes with their papers' equations and defaults."""
+"""First- and second-order baselines: recipes with their papers' equations and defaults."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fo_sgd(*, lr: float = 1e-3, momentum: float = 0.0) -> Baseline:
 
     g = ∇L(θ),   m ← β m + g,   θ ← θ − η m
 
-    State: none; with momentum m, one number a weight.
+    State: none; with momentum m, one element per weight.
     """
     _momentum("fo-sgd", momentum)
 
@@ -58,7 +58,7 @@ def fo_adamw(*, lr: float = 5e-5, adam_beta1: float = 0.9, adam_beta2: float = 0
 
     m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,   θ ← θ − η (m̂ / (√v̂ + ε) + λ θ)
 
-    State: m and v, two numbers a weight.
+    State: m and v, two elements per weight.
     """
 
     def build(setting: Setting) -> torch.optim.Optimizer:
@@ -86,9 +86,9 @@ def hybrid(
 
     φ: the last ``blocks`` blocks and the head, unless it shares its weight with the embeddings; θ: all else. Both come from the same two
     forwards. Activations before the first of the last blocks are not kept. η of φ is ``lr``, η_θ ``zo_lr``; a schedule scales both.
-    State: two numbers a weight of φ (AdamW), one (SGD with momentum) or none. There is no journal: a gradient is no handful of numbers.
-    Forwards run in evaluation mode, dropout too, since both points must see the same function. The paper does not say at which point the
-    gradient is taken; the mean of both is that at θ up to ε².
+    State: two elements per weight of φ (AdamW), one (SGD with momentum) or none. There is no journal: a gradient is not a few
+    coefficients. Forwards run in evaluation mode, without dropout, since both points must evaluate the same function. The paper does not
+    say at which point the gradient is taken; the mean of both is that at θ up to ε².
     """
     _momentum("hybrid", momentum)
     _at_least_one("hybrid", blocks=blocks)
@@ -128,7 +128,7 @@ def adahessian(
     D = z ∘ H z,  z of ±1 (Hutchinson),   v ← β₂ v + (1 − β₂) D²,   θ ← θ − η m̂ / (v̂^(k/2) + ε)
 
     H z takes a second backward pass, through the first; attention runs without its fused kernels, which have no second derivative.
-    State: m and v, two numbers a weight.
+    State: m and v, two elements per weight.
     Departs from the paper: D is not averaged over blocks of a matrix (the block size is 1, as in its code for matrices), z is a function
     of (seed, step, name), and ε is Adam's, because at the paper's 1e-16 a weight that the loss does not see divides by zero.
     """
@@ -156,8 +156,8 @@ def sgd_sai(*, lr: float = 1e-4, momentum: float = 0.9) -> Baseline:
 
     s = ‖g₀‖ / (std(g₀) + ε),   m ← β m + (1 − β) g,   θ ← θ − η s m
 
-    Vectors, which have no std in the paper's sense, take s = ‖g₀‖. A tensor whose first gradient is 0 never moves, as LoRA's A, whose
-    B starts at 0. State: m, one number a weight, and s, one a tensor.
+    Vectors, which have no std in the paper's sense, take s = ‖g₀‖. A tensor whose first gradient is 0 is never trained, as LoRA's A, whose
+    B starts at 0. State: m, one element per weight, and s, one per tensor.
     """
     _momentum("sgd-sai", momentum)
 
@@ -181,8 +181,8 @@ def scale(
     C(g)_i = g_i / rms(g_i) over the weights into output i,   last layer: m ← β m + (1 − β) g,  θ ← θ − η C(m);   others: θ ← θ − η C(g)
 
     The column of a weight (out, in) of torch is its row; that of an embedding is a feature over the vocabulary. Vectors go by Adam.
-    State: m, one number a weight of the last layer, and two a number of a vector. No kept package has it. As in its authors' code the
-    columns have a root mean square of 1, where the paper's text has a norm of 1: the rates differ by √n.
+    State: m, one element per weight of the last layer, and two per element of a vector. No maintained package has it. As in its authors'
+    code the columns have a root mean square of 1, where the paper's text has a norm of 1: the rates differ by √n.
     """
     _momentum("scale", momentum)
 
@@ -237,8 +237,8 @@ def galore(
 
     g (m, n), m ≥ n:   P = the first r right singular vectors of g, anew every T steps,   R = g P,   θ ← θ − η α Adam(R) Pᵀ
 
-    and on the left where m < n. Matrices move so, all others by Adam. The defaults are its authors' for fine-tuning on GLUE. State: P and
-    two moments of R: r·(2m + n) numbers for m ≥ n.
+    and on the left where m < n. This trains matrices; all others are trained by Adam. The defaults are its authors' for fine-tuning on
+    GLUE. State: P and two moments of R: r·(2m + n) elements for m ≥ n.
     """
     betas = (adam_beta1, adam_beta2)
     return _galore("galore", "GaLore", "2403.03507", lr, rank, interval, 0.0, scale=scale, betas=betas, eps=adam_epsilon)
@@ -308,9 +308,9 @@ def mkor(
     with J = L⁻¹:  J ← (J − (1 − γ) J ĝ ĝᵀ J / (γ + (1 − γ) ĝᵀ J ĝ)) / γ   (Sherman–Morrison), and likewise for R
     where max|J| > threshold:  J ← (1 − ζ) J + ζ I;   Δ = L⁻¹ G R⁻¹,  Δ ← Δ ‖G‖ / ‖Δ‖,  then SGD with momentum
 
-    Linear weights move so, all else by SGD. State: L⁻¹ and R⁻¹, m² + n² numbers a matrix, and momentum.
-    No kept package has it. Departs from its authors' code: factors are float32, not half precision; a bias is not a column of its weight
-    but goes by SGD; layers with a side above ``max_side`` (the head; the authors leave out the last layer) go by SGD.
+    This trains Linear weights; all else is trained by SGD. State: L⁻¹ and R⁻¹, m² + n² elements per matrix, and momentum.
+    No maintained package has it. Departs from its authors' code: factors are float32, not half precision; a bias is not a column of its
+    weight but is trained by SGD; layers with a side above ``max_side`` (the head; the authors leave out the last layer) are trained by SGD.
     """
     options = {"momentum": momentum, "gamma": gamma, "stabilizer": stabilizer, "threshold": threshold}
     return _mkor("mkor", "MKOR", lr, None, max_side, interval, **options)
@@ -329,7 +329,7 @@ def mkor_h(
     window: int = 100,
     least_gain: float = 0.01,
 ) -> Baseline:
-    """MKOR-H: MKOR that goes on by first order once second order no longer speeds it up (2306.01685).
+    """MKOR-H: MKOR that changes to first order once second order no longer speeds it up (2306.01685).
 
     From the first window of steps in which the mean loss falls by less than ``least_gain`` of itself, Δ = G: SGD with momentum.
 

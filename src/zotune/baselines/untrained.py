@@ -8,7 +8,7 @@ from zotune.baselines.registry import register
 
 @register
 def zero_shot() -> Baseline:
-    """The untrained model: what ``zotune eval`` says of it.
+    """The untrained model, as ``zotune eval`` evaluates it.
 
     State: none; no step is taken.
     """

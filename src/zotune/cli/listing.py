@@ -59,13 +59,15 @@ def _baselines() -> str:
 
 def _describe_method(name: str) -> None:
     from zotune.baselines import catalog
-    from zotune.methods import Method
+    from zotune.methods import Method, base_of
     from zotune.optim.calibration.gains import measurable
 
     method = catalog.get(name)
     source = f"  (arXiv:{method.arxiv}, https://arxiv.org/abs/{method.arxiv})" if method.arxiv else ""
     print(f"{method.name}{source}\n")
     print(inspect.getdoc(catalog.recipe(name)))
+    if (base := base_of(name)) is not None:
+        print(f"\nA variant of {base}: the same options, one choice fixed.")
     options = catalog.options_of(name)
     if options:
         print("\noptions and defaults:")

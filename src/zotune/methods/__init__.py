@@ -1,7 +1,7 @@
 """Methods: named choices of subspace, direction, estimator and update rule, with the defaults of their papers.
 
-A recipe is a function of keyword options that returns a :class:`Method`; registering it is all it takes to have it in the command, the
-tests, the tables and the grids. The name on the command line is the function's, with hyphens: ``lozo_m`` is ``lozo-m``.
+A recipe is a function of keyword options that returns a :class:`Method`; once registered it has a name in
+the command, the tests, the tables and the grids: the function's, with hyphens (``lozo_m`` is ``lozo-m``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zotune.methods.recipes.replayed import replayed_adam, replayed_momentum
 from zotune.methods.recipes.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
 from zotune.methods.recipes.sparse import sensitive_mezo, sparse_mezo, zo_sparse
 from zotune.methods.recipes.svrg import mezo_svrg
-from zotune.methods.registry import Recipe, get, names, options_of, recipe, register
+from zotune.methods.registry import Recipe, base_of, get, names, options_of, recipe, register
 
 options = options_of
 
@@ -31,6 +31,7 @@ __all__ = [
     "Method",
     "Recipe",
     "agzo",
+    "base_of",
     "default",
     "es",
     "es_ranks",
@@ -76,5 +77,5 @@ __all__ = [
 
 
 def default(**options: Any) -> Method:
-    """The library's own choice, and the default of ``zotune train``."""
+    """The default method of ``zotune train``."""
     return get("lozo-g", **options)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from zotune.io.suggest import did_you_mean_or
-from zotune.methods.coefficients import FITNESS, ByDeviation, Shaping
+from zotune.methods.coefficients import FITNESS, ByDeviation, CoefficientTransform, ConservativeStep, Shaping
 from zotune.methods.estimators import ESTIMATORS
-from zotune.methods.history import Replayed
+from zotune.methods.history import CoefficientHistory
 from zotune.methods.rules import Rule
-from zotune.methods.svrg import Anchoring
+from zotune.methods.svrg import SVRGSchedule
 from zotune.rng import sparse_directions
-from zotune.subspaces import Curved, Full, Guided, Subspace
+from zotune.subspaces import Full, Guided, HessianScaled, Subspace
 
 #: For a learning rate or ε that is measured instead of given.
 AUTO = "auto"
@@ -35,29 +35,28 @@ class Method:
         name: the method's one name.
         title: what to call it in a table.
         arxiv: id of the paper.
-        lr: default learning rate η (the paper's, for models of a billion parameters; small models want far larger ones).
-        eps: perturbation scale ε, or ``"auto"`` (see ``calibration``).
+        lr: default learning rate η (the paper's, for models of a billion parameters; small models need far larger ones).
+        eps: perturbation scale ε, or ``"auto"`` (see ``optim.calibration``).
         num_directions: directions for each batch, group or example (see ``directions_per``).
         directions_per: what has directions of its own: the ``"batch"`` (all examples of a step share them), every ``"group"`` of
             neighboring examples, or every ``"example"``.
         group_size: examples per group; 1 unless ``directions_per`` is ``"group"``.
         subspace: see ``subspaces``.
-        direction: see ``directions`` and ``chosen``.
+        direction: see ``rng.directions`` and ``rng.sparse_directions``.
         estimator: a name of ``estimators.ESTIMATORS``.
-        update_rule: name or class of a torch optimizer, or one of ``rules``.
+        update_rule: name or class of a torch optimizer, or a name of ``methods.rules``.
         update_rule_args: its keyword arguments besides lr.
-        update_rule_state: float32 numbers the rule keeps for each coordinate.
-        fitness: what the points of a step are compared by: ``"loss"``, ``"z-score"`` or ``"ranks"`` (see ``shaping``).
-        shaping: what coefficients go through before the rule; None: nothing.
-        replayed: moments made of the last steps' coefficients, in place of the rule.
-        anchoring: steps relative to an anchor, of plain SGD.
-        conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and go where the loss is lowest.
-        estimates: what the estimate that the rule is given is on average: the ``"gradient"`` itself (of the smoothed loss), a multiple
-            of it (its ``"direction"``), or no more than a direction of ``"descent"``.
-        reach: ``"all"`` weights; ``"rows"``: every row of a matrix moves as a whole, by one number; ``"span"``: a part of a matrix's
-            space that is fixed for the run; ``"part"``: some of a matrix's numbers, the same for long.
-        blocks: blocks of the model with directions of their own (see ``subspaces.blocks``), which the optimizer finds out:
-            ``num_directions`` for each.
+        update_rule_state: float32 elements of its state per coordinate.
+        fitness: how the points of a step are compared: by ``"loss"``, ``"z-score"`` or ``"ranks"`` (see ``methods.coefficients``).
+        shaping: transform of the coefficients before the rule; None: none.
+        history: moments from the history of coefficients, in place of the rule.
+        svrg: steps relative to an SVRG snapshot, by plain SGD.
+        conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and take the one of the lowest loss.
+        estimates: the mean of the estimate that the rule takes: the ``"gradient"`` itself (of the smoothed loss), a multiple of it (its
+            ``"direction"``), or only a direction of ``"descent"``.
+        reach: what is trained: ``"all"`` weights; ``"rows"``: one element per row of a matrix, added to the whole row; ``"span"``: a
+            subspace of a matrix that is fixed for the run; ``"part"``: some elements of a matrix, the same ones for many steps.
+        blocks: blocks of the model with ``num_directions`` directions each (see ``subspaces.blockwise``); the optimizer sets it.
         options: the recipe's keyword arguments, for headers and reports.
 
     Raises:
@@ -80,8 +79,8 @@ class Method:
     update_rule_state: float = 0
     fitness: str = "loss"
     shaping: Shaping | None = None
-    replayed: Replayed | None = None
-    anchoring: Anchoring | None = None
+    history: CoefficientHistory | None = None
+    svrg: SVRGSchedule | None = None
     conservative: bool = False
     estimates: str = "gradient"
     reach: str = "all"
@@ -129,20 +128,20 @@ class Method:
             raise ValueError(f"{self.name} divides by the deviation of its directions' losses: set num_directions to at least 2.")
         if self.blocks > 1 and not shared:
             raise ValueError(f"{self.name} gives each block directions of its own: set directions_per to 'batch'.")
-        if self.estimator == "curvature" and not (shared and isinstance(self.subspace, Curved)):
+        if self.estimator == "curvature" and not (shared and isinstance(self.subspace, HessianScaled)):
             raise ValueError("the estimator 'curvature' is HiZOO's: take method 'hizoo', with directions_per 'batch'.")
-        if isinstance(self.subspace, Curved) and self.estimator != "curvature":
+        if isinstance(self.subspace, HessianScaled) and self.estimator != "curvature":
             raise ValueError(f"{self.name} learns from curvature: leave its estimator at 'curvature'.")
         if self.estimator == "tangent" and not (shared and isinstance(self.subspace, Full)):
             raise ValueError("the estimator 'tangent' differentiates along one direction in full space: take method 'forward-grad'.")
         if self.conservative and not (shared and self.num_directions == 1):
             raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1, directions_per to 'batch'.")
-        if self.anchoring and not shared:
+        if self.svrg and not shared:
             raise ValueError(f"{self.name} evaluates the same directions at two points: set directions_per to 'batch'.")
-        if (self.replayed or self.anchoring) and not Rule(self.update_rule, self.update_rule_args).plain:
-            raise ValueError(f"{self.name} is an update of its own; leave the rule at SGD.")
-        if (self.replayed or self.conservative or self.anchoring) and not isinstance(self.subspace, Full):
-            raise ValueError(f"{self.name} moves weights in full space, not in a subspace.")
+        if (self.history or self.svrg) and not Rule(self.update_rule, self.update_rule_args).plain:
+            raise ValueError(f"{self.name} has its own update; leave update_rule at SGD.")
+        if (self.history or self.conservative or self.svrg) and not isinstance(self.subspace, Full):
+            raise ValueError(f"{self.name} trains weights in full space, not in a subspace.")
 
     @property
     def own(self) -> bool:
@@ -158,11 +157,17 @@ class Method:
         """K in a step of ``rows`` examples."""
         return self.num_directions * (self.parts(rows) if self.own else self.blocks)
 
+    @property
+    def transforms(self) -> tuple[CoefficientTransform, ...]:
+        """What coefficients pass between the estimator and the update rule, in order."""
+        conservative = ConservativeStep() if self.conservative else None
+        found = (FITNESS[self.fitness], self.svrg, conservative, self.shaping, self.history)
+        return tuple(transform for transform in found if transform is not None)
+
     def forwards(self, step: int) -> int:
         """Evaluations of the batch that step number ``step`` makes."""
-        points = ESTIMATORS[self.estimator].points(self.num_directions * (1 if self.own else self.blocks))
-        twice = self.anchoring is not None and not self.anchoring.anchors(step)
-        return len(points) * (2 if twice else 1) + (3 if self.conservative else 0)
+        points = len(ESTIMATORS[self.estimator].points(self.num_directions * (1 if self.own else self.blocks)))
+        return points + sum(transform.extra_forwards(step, points) for transform in self.transforms)
 
     @property
     def forwards_per_step(self) -> int:
@@ -171,22 +176,20 @@ class Method:
 
     @property
     def forwards_text(self) -> str:
-        """:attr:`forwards_per_step` for people: in a guided turn a step is one evaluation."""
+        """:attr:`forwards_per_step` as text: a step of a guided phase is one evaluation."""
         most = str(self.forwards_per_step)
         return f"1 or {most}" if isinstance(self.subspace, Guided) else most
 
     @property
-    def numbers(self) -> int:
-        """Single numbers kept between steps, whatever the size of the model."""
-        past = self.replayed.history * (1 if self.own else self.num_directions) if self.replayed else 0
-        if self.anchoring:
-            past += self.directions_of(0) + 1
-        return past + (self.shaping.numbers if self.shaping else 0)
+    def scalars(self) -> int:
+        """Scalars of state between steps, whatever the size of the model."""
+        directions = 1 if self.own else self.directions_of(0)
+        return sum(transform.scalars(directions) for transform in self.transforms)
 
     def state_bytes(self, shapes: Sequence[Sequence[int]], *, half: bool = False) -> int:
-        """Bytes kept between steps beyond the weights, for trainable parameters of these shapes.
+        """Bytes of state between steps beyond the weights, for trainable parameters of these shapes.
 
-        Subspace factors and rule state are float32; half-precision weights that move in full space keep a 16-bit residual.
+        Subspace factors and rule state are float32; half-precision weights that are trained in full space have a 16-bit residual.
         """
         total = 0.0
         for shape in shapes:
@@ -197,13 +200,13 @@ class Method:
 
     @property
     def extra_memory(self) -> str:
-        """What is kept between steps beyond the weights, for people: in multiples of the trainable weights W, or by matrix (m, n)."""
+        """State between steps beyond the weights, as text: in multiples of the trainable weights W, or by matrix (m, n)."""
         if not self.subspace.full:
             return self.subspace.memory(self.update_rule_state)
         kept = self.subspace.memory(self.update_rule_state)
-        if kept == "none" and self.numbers:
-            kept = f"{self.numbers} numbers"
-        # In half precision W is 2 bytes a number, the rule's float32 state 4, and the residual 2.
+        if kept == "none" and self.scalars:
+            kept = f"{self.scalars} scalars"
+        # Bytes per element in half precision: W 2, the rule's float32 state 4, the residual 2.
         moving, beside = self.subspace.elements((1024, 1024))
         half = (4 * (beside + self.update_rule_state * moving) + 2 * moving) / (2 * 1024 * 1024)
         return f"{kept} (half precision: {half:.3g} × W)"

@@ -147,5 +147,10 @@ def variant(base: Recipe, *fixed: Any, title: str, arxiv: str, **defaults: Any) 
     return dataclasses.replace(definition, title=title, arxiv=arxiv, fixed=fixed, base=name, defaults=merged).enter
 
 
+def base_of(name: str) -> str | None:
+    """The method that another is a :func:`variant` of; None if it is none."""
+    return DEFINITIONS[name].base if name in DEFINITIONS else None
+
+
 def _parameter(name: str, annotation: str, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -16,7 +16,7 @@ from trainer_cases import StopAt, choice_rows, config, losses, same_weights, tin
 from zotune import baselines
 from zotune.baselines import FirstOrder, catalog, optimizer_class
 from zotune.baselines.galore import random_frame
-from zotune.baselines.mkor import inverse_of_moved
+from zotune.baselines.mkor import updated_inverse
 from zotune.baselines.scale import column_normalized
 from zotune.rng.directions import Key
 from zotune.weights.structure import last_layer
@@ -83,7 +83,7 @@ def test_a_baseline_learns_and_keeps_no_more_than_it_says(name: str, dtype: torc
         assert kept <= declared
     else:
         assert kept == declared
-    assert all(p.grad is None for p in [*model.parameters(), *optimizer.moved.values()])
+    assert all(p.grad is None for p in [*model.parameters(), *optimizer.masters.values()])
     assert optimizer.forward_passes == 60 * optimizer.passes <= 60 * method.forwards_per_step
     assert optimizer.sequences_evaluated == 64 * optimizer.forward_passes
 
@@ -180,7 +180,7 @@ def test_mkor_changes_an_inverse_as_inverting_would() -> None:
     root, vector = torch.randn(6, 6, generator=generator).double(), torch.randn(6, generator=generator).double()
     matrix = root @ root.T + torch.eye(6)
     exact = torch.linalg.inv(0.9 * matrix + 0.1 * torch.outer(vector, vector))
-    assert torch.allclose(inverse_of_moved(torch.linalg.inv(matrix), vector, 0.9), exact, rtol=1e-10)
+    assert torch.allclose(updated_inverse(torch.linalg.inv(matrix), vector, 0.9), exact, rtol=1e-10)
 
 
 def test_mkors_first_step_is_its_equation() -> None:
@@ -280,7 +280,7 @@ def test_scale_normalises_outputs_and_an_embeddings_features() -> None:
     assert torch.allclose(column_normalized(gradient, 0).square().mean(dim=0), torch.ones(7), atol=1e-5)
     model = tiny_llama()
     optimizer = FirstOrder(model, "scale")
-    by_name = {name: id(p) for name, p in optimizer.moved.items()}
+    by_name = {name: id(p) for name, p in optimizer.masters.items()}
     assert optimizer.inner.tables == {by_name["model.embed_tokens.weight"]}
     assert optimizer.inner.ends == {by_name["lm_head.weight"]}
 

@@ -1,7 +1,7 @@
-"""Update rules: any ``torch.optim.Optimizer`` class, fed one parameter's estimate at a time, and the few rules torch lacks.
+"""Update rules: any ``torch.optim.Optimizer`` class, given one parameter's estimate at a time, and rules that torch lacks.
 
-A rule never sees the model: for each coordinate it gets the value θ (float32) and the estimate ĝ, and leaves the new value behind. Each
-coordinate has an optimizer object of its own with a single parameter, so that no two estimates are ever alive together; rules that couple
+A rule never sees the model: for each coordinate it takes the value θ (float32) and the estimate ĝ, and returns the new value. Each
+coordinate has an optimizer object of its own with a single parameter, so no two estimates are in memory together. Rules that couple
 parameters (D-Adaptation, LAMB's global norm) therefore see each parameter alone.
 """
 

@@ -1,4 +1,4 @@
-"""What the rules of our own have in common: one equation for one parameter, with decoupled weight decay before it."""
+"""Base of the built-in rules: one equation per parameter, after decoupled weight decay."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 
-class OwnRule(torch.optim.Optimizer):
-    """A rule that is one equation: subclasses write :meth:`move`.
+class BaseRule(torch.optim.Optimizer):
+    """A rule that is one equation: subclasses write :meth:`update`.
 
     Args:
-        params: as in any torch optimizer.
+        params: as for any torch optimizer.
         lr: η.
-        weight_decay: λ of θ ← (1 − η λ) θ, before the move (as AdamW).
-        options: the rule's own, into every parameter group.
+        weight_decay: λ of θ ← (1 − η λ) θ, before the update (as AdamW).
+        options: further entries of every parameter group.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float, **options: Any) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **options})
 
-    def move(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Change ``p`` in place by one step along the estimate ``grad``."""
         raise NotImplementedError
 
@@ -35,12 +35,12 @@ class OwnRule(torch.optim.Optimizer):
                     continue
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                self.move(p, p.grad, self.state[p], group)
+                self.update(p, p.grad, self.state[p], group)
         return loss
 
 
 def fraction(name: str, value: float) -> float:
-    """``value``, if it may be the decay rate of an average.
+    """``value``, checked to be the decay rate of an average.
 
     Raises:
         ValueError: it does not lie in [0, 1).

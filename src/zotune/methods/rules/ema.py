@@ -1,4 +1,4 @@
-"""Rules on moments of the estimate that torch lacks."""
+"""Rules on moving averages of the estimate that torch lacks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.methods.rules.base import OwnRule, fraction
+from zotune.methods.rules.base import BaseRule, fraction
 
 
 class EMASGD(torch.optim.Optimizer):
     """SGD on an exponential moving average that starts at zero: N ← βN + (1 − β) ĝ, θ ← θ − η N (LOZO-M, 2410.07698).
 
-    ``torch.optim.SGD(momentum=β, dampening=β)`` differs in its first step, which it does not dampen.
+    ``torch.optim.SGD(momentum=β, dampening=β)`` differs in its first step, which is not dampened.
 
     Args:
-        params: as in any torch optimizer.
+        params: as for any torch optimizer.
         lr: η.
         beta: β, in [0, 1).
     """
@@ -39,15 +39,15 @@ class EMASGD(torch.optim.Optimizer):
         return loss
 
 
-class RAdaZO(OwnRule):
+class RAdaZO(BaseRule):
     """Adam whose second moment is that of the first: the average has less noise than the estimate (R-AdaZO, 2502.01014).
 
     m ← β₁ m + (1 − β₁) ĝ,   v ← β₂ v + (1 − β₂) m²,   θ ← θ − η m / √(v + ζ)
 
-    As in the paper neither moment is corrected for having started at 0.
+    As in the paper the moments are not bias-corrected.
 
     Args:
-        params: as in any torch optimizer.
+        params: as for any torch optimizer.
         lr: η.
         betas: (β₁, β₂).
         zeta: ζ.
@@ -59,7 +59,7 @@ class RAdaZO(OwnRule):
         first, second = betas
         super().__init__(params, lr, weight_decay, betas=(fraction("beta1", first), fraction("beta2", second)), zeta=zeta)
 
-    def move(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         mean = state.setdefault("exp_avg", torch.zeros_like(p))
         square = state.setdefault("exp_avg_sq", torch.zeros_like(p))
         first, second = group["betas"]

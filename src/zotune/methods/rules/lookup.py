@@ -1,4 +1,4 @@
-"""From a rule's name to its class: ours, torch's, pytorch-optimizer's."""
+"""From the name of a rule to its class: built-in, of torch, or of pytorch-optimizer."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _find(name: str, rules: dict[str, Any]) -> Any:
 
 
 def resolve(rule: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The optimizer class for a name: ours, torch's, or pytorch-optimizer's where that is installed (case does not matter).
+    """The optimizer class of a name: built-in, of torch, or of pytorch-optimizer where that is installed (case does not matter).
 
     Raises:
-        ValueError: no such rule (with the nearest name), or not an optimizer class.
+        ValueError: the name is unknown (the message names the nearest), or a class is not an optimizer.
     """
     if isinstance(rule, type):
         if not issubclass(rule, torch.optim.Optimizer):

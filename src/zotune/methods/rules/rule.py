@@ -1,4 +1,4 @@
-"""``Rule``: an optimizer class made to update one coordinate at a time."""
+"""``Rule``: an optimizer class that updates one coordinate at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from zotune.methods.rules.lookup import OWN_RULES, resolve
 
 #: State tensors that are averages of estimates, linear in them, and so follow a change of basis M ← M T.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-#: What the parameter group of an optimizer object holds that is given anew at every update.
+#: Entries of a parameter group that every update sets anew.
 _GIVEN = ("params", "lr", "weight_decay")
 _GROUP = "group:"
 
 
 def is_plain_sgd(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> bool:
-    """Whether the rule is θ ← θ − η ĝ, for which the estimate need not be built."""
+    """Whether the rule is θ ← θ − η ĝ, which needs no tensor of the estimate."""
     return cls is torch.optim.SGD and not any(options.get(name) for name in ("momentum", "nesterov", "maximize"))
 
 
@@ -35,14 +35,14 @@ def instance(cls: type[torch.optim.Optimizer], parameter: Tensor, lr: float, opt
         return cls([parameter], lr=lr, **options)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise ValueError(f"the update rule {cls.__name__} does not take the options {options}: {error}") from None
-    except Exception as error:  # whatever a class makes of parameters that come without their model
+    except Exception as error:  # a class may fail in any way on parameters without their model
         raise ValueError(f"{cls.__name__} cannot be an update rule here: it does not take a list of parameters ({error}).") from None
 
 
 class Rule:
     """One optimizer object per coordinate, created when that coordinate is first updated.
 
-    Rules for matrices only (Muon) are given the matrices; AdamW at the same rate, with its own defaults, moves everything else.
+    Rules for matrices only (Muon) update the matrices; AdamW at the same rate, with its own defaults, updates everything else.
 
     Args:
         rule: a name or an optimizer class.
@@ -50,7 +50,7 @@ class Rule:
 
     Raises:
         ValueError: unknown rule, options that its class does not take, or a class that cannot be a rule: it needs gradients or losses
-            of its own, draws random numbers, or keeps a state that cannot be saved.
+            of its own, draws random numbers, or has a state that cannot be saved.
     """
 
     def __init__(self, rule: str | type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Rule:
         trial = instance(self.cls, nn.Parameter(torch.zeros(2, 2)), 1e-3, self.options)
         self.takes_weight_decay = "weight_decay" in trial.defaults
         self.matrices_only = False if self.cls in OWN_RULES.values() else _try_out(self.cls, _Options(self.options))  # type: ignore[arg-type]
-        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
     @tagged("update")
     def update(self, name: str, value: Tensor, estimate: Tensor, lr: float, weight_decay: float) -> Tensor:
@@ -77,14 +77,14 @@ class Rule:
         parameter.data, parameter.grad = value, estimate
         optimizer.step()
         value = parameter.data
-        # Neither the weight nor the estimate may live on in here.
+        # Neither the weight nor the estimate may stay in memory here.
         parameter.grad, parameter.data = None, value.new_empty(0)
         return value
 
     @tagged("update")
     def transport(self, name: str, carry: Callable[[Tensor], Tensor]) -> None:
-        """Carry first moments over to a new basis."""
-        optimizer = self._optimizers.get(name)
+        """Change the basis of first moments: each becomes ``carry(moment)``."""
+        optimizer = self.optimizers.get(name)
         if optimizer is None:
             return
         for state in optimizer.state.values():
@@ -93,21 +93,21 @@ class Rule:
                     state[moment] = carry(state[moment])
 
     def _optimizer(self, name: str, value: Tensor) -> torch.optim.Optimizer:
-        if name not in self._optimizers:
+        if name not in self.optimizers:
             beside = self.matrices_only and value.dim() != 2
             cls, options = (torch.optim.AdamW, {}) if beside else (self.cls, self.options)
-            self._optimizers[name] = instance(cls, nn.Parameter(value), 1e-3, options)
-        return self._optimizers[name]
+            self.optimizers[name] = instance(cls, nn.Parameter(value), 1e-3, options)
+        return self.optimizers[name]
 
     @tagged("update")
     def state(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """(tensors by "coordinate/entry", other entries by coordinate), enough for :meth:`load_state`.
 
-        Step counters that an optimizer keeps in its parameter group are entries whose name begins with ``group:``.
+        Step counters in the parameter group of an optimizer are entries whose name begins with ``group:``.
         """
         tensors: dict[str, Tensor] = {}
         others: dict[str, dict[str, Any]] = {}
-        for name, optimizer in self._optimizers.items():
+        for name, optimizer in self.optimizers.items():
             others[name] = {}
             (group,) = optimizer.param_groups
             entries = [(_GROUP + key, value) for key, value in group.items() if key not in _GIVEN and _changed(value, optimizer, key)]
@@ -122,13 +122,13 @@ class Rule:
 
     @tagged("update")
     def load_state(self, tensors: dict[str, Tensor], others: dict[str, dict[str, Any]], values: dict[str, Tensor]) -> None:
-        """Restore :meth:`state`; ``values`` gives each coordinate's θ, for its shape and device."""
-        self._optimizers.clear()
+        """Restore :meth:`state`; ``values``: θ of each coordinate, for its shape and device."""
+        self.optimizers.clear()
         for name, entries in others.items():
             value = values[name]
             (group,) = self._optimizer(name, value).param_groups
             (parameter,) = group["params"]
-            state = self._optimizers[name].state[parameter]
+            state = self.optimizers[name].state[parameter]
             found = dict(entries)
             for path, tensor in tensors.items():
                 owner, _, entry = path.rpartition("/")
@@ -144,7 +144,7 @@ class Rule:
 
 
 def _changed(value: Any, optimizer: torch.optim.Optimizer, key: str) -> bool:
-    """Whether an entry of the parameter group is no longer what the options made it."""
+    """Whether an entry of the parameter group differs from the options."""
     default = optimizer.defaults.get(key)
     return isinstance(value, Tensor) or type(value) is not type(default) or value != default
 
@@ -153,7 +153,7 @@ def _changed(value: Any, optimizer: torch.optim.Optimizer, key: str) -> bool:
 
 
 class _Options(dict[str, Any]):
-    """Options as a key of a cache."""
+    """Options as a cache key."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(repr(sorted(self.items())))
@@ -161,7 +161,7 @@ class _Options(dict[str, Any]):
 
 @functools.lru_cache(maxsize=256)
 def _try_out(cls: type[torch.optim.Optimizer], options: _Options) -> bool:
-    """Run a class on a small matrix and a vector, saving and restoring half-way; whether it takes matrices only.
+    """Run a class on a small matrix and a vector, saved and restored half-way. Returns whether it takes matrices only.
 
     Raises:
         ValueError: it cannot be a rule, with the reason.
@@ -206,7 +206,7 @@ def _run(cls: type[torch.optim.Optimizer], options: dict[str, Any], shape: tuple
         tensors, others = halted.state()
         resumed.load_state({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(others)), {"trial": half})
         same = torch.equal(follow(resumed, half, estimates[2:]), expected)
-    except Exception:  # whatever a state that came back otherwise makes of an optimizer
+    except Exception:  # a state that was restored wrongly may fail in any way
         same = False
     if not same:
         raise ValueError(f"{refused}it keeps a state that cannot be saved and restored exactly; choose another rule.")
@@ -214,6 +214,6 @@ def _run(cls: type[torch.optim.Optimizer], options: dict[str, Any], shape: tuple
 
 def _untried(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Rule:
     rule = Rule.__new__(Rule)
-    rule.cls, rule.options, rule.plain, rule.matrices_only, rule._optimizers = cls, dict(options), False, False, {}
+    rule.cls, rule.options, rule.plain, rule.matrices_only, rule.optimizers = cls, dict(options), False, False, {}
     rule.takes_weight_decay = "weight_decay" in instance(cls, nn.Parameter(torch.zeros(2, 2)), 1e-3, rule.options).defaults
     return rule

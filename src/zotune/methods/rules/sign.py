@@ -1,4 +1,4 @@
-"""The sign of every number of the estimate."""
+"""The sign of every element of the estimate."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from zotune.methods.rules.base import OwnRule
+from zotune.methods.rules.base import BaseRule
 
 
-class Sign(OwnRule):
-    """θ ← θ − η sign(ĝ), number by number (ZO-signSGD, 2402.11592).
+class Sign(BaseRule):
+    """θ ← θ − η sign(ĝ), element by element (ZO-signSGD, 2402.11592).
 
     Args:
-        params: as in any torch optimizer.
-        lr: η, by which every number moves.
+        params: as for any torch optimizer.
+        lr: η, by which every element changes.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr, weight_decay)
 
-    def move(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         p.add_(grad.sign(), alpha=-group["lr"])
