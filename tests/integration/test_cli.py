@@ -104,7 +104,7 @@ BAD_REQUESTS = {
     "unknown schedule": (["--lr_scheduler_type", "liner"], "liner"),
     "wrong type": (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
     "impossible value": (["--eps", "-1"], "eps must be positive"),
-    "option of a backward pass": (["--max_grad_norm", "1"], "no gradient is ever formed"),
+    "option of a backward pass": (["--max_grad_norm", "1"], "no gradient is computed"),
     "stray word": (["sst2"], "'sst2' does not belong to an option"),
     "missing model folder": (["--model_name_or_path", "./nowhere"], "there is no model folder './nowhere'"),
     "missing hub model": (["--model_name_or_path", "nobody/nothing"], "the Hugging Face hub gave none of that name"),

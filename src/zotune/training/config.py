@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
@@ -17,30 +17,22 @@ from zotune.optim.calibration.gains import gain, measurable
 from zotune.optim.distributed import MODES
 from zotune.optim.distributed.workers import CHECK_EVERY
 from zotune.optim.evaluator import PROBES
+from zotune.training.arguments import option
 
 logger = logging.getLogger(__name__)
 
-#: A learning rate that nobody has given: measured where that is known for the method, else the method's own.
+#: The learning rate is not given: calibrated where the method supports it, else the method's own.
 _NOT_GIVEN = "auto where known"
 
 _METHOD_FIELDS = (
-    "eps",
-    "num_directions",
-    "directions_per",
-    "group_size",
-    "direction",
-    "estimator",
-    "rank",
-    "interval",
-    "momentum",
-    "update_rule",
+    "eps", "num_directions", "directions_per", "group_size", "direction", "estimator", "rank", "interval", "momentum", "update_rule",
     "update_rule_args",
-)
+)  # fmt: skip
 
 _BACKWARD_OPTIM = "an update rule is part of the method: choose it with method=..., update_rule=... and update_rule_args=..."
 _IN_DTYPE = "forward-only training needs no mixed precision: load the model in that dtype (dtype=torch.{}) instead"
 
-# Options of TrainingArguments that say something about a backward pass or about a machine we do not drive yet.
+# Options of TrainingArguments about a backward pass or about unsupported hardware.
 _REFUSED = {
     "activation_checkpointing": "forward passes store no activations, so there is nothing to checkpoint; leave it out",
     "gradient_checkpointing": "forward passes store no activations, so there is nothing to checkpoint; leave it out",
@@ -48,7 +40,7 @@ _REFUSED = {
     "fp16": _IN_DTYPE.format("float16"),
     "bf16_full_eval": "evaluation would cast the weights in place; load the model with dtype=torch.bfloat16 instead",
     "fp16_full_eval": "evaluation would cast the weights in place; load the model with dtype=torch.float16 instead",
-    "max_grad_norm": "no gradient is ever formed, so none can be clipped; leave it at 0",
+    "max_grad_norm": "no gradient is computed, so none can be clipped; leave it at 0",
     "neftune_noise_alpha": "its noise acts in training mode and forwards run in evaluation mode; leave it out",
     "deepspeed": "DeepSpeed shards gradients and optimizer states that do not exist here; run without it",
     "fsdp": "sharded models are not supported yet; every process holds the model, or one process spreads it with device_map='auto'",
@@ -59,17 +51,17 @@ _REFUSED = {
     "optim_args": _BACKWARD_OPTIM,
     "optim_target_modules": _BACKWARD_OPTIM,
 }
-# Those that mean something to a first-order method.
+# Options with a meaning for first-order methods.
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 _OF_BACKWARD = (*_CHECKPOINTING, "max_grad_norm")
-# Options that are refused once they differ from the value they have when nobody touches them.
+# Options refused unless they have their default.
 _FIXED = {
     "optim": (TrainingArguments.default_optim, _BACKWARD_OPTIM),
     "adam_beta1": (0.9, "pass method='mezo-adam' with update_rule_args={'betas': [..., ...]}"),
     "adam_beta2": (0.999, "pass method='mezo-adam' with update_rule_args={'betas': [..., ...]}"),
     "adam_epsilon": (1e-8, "pass method='mezo-adam' with update_rule_args={'eps': ...}"),
 }
-# Fields that are options of a first-order method where it has them, beside those of `_METHOD_FIELDS`.
+# Fields that are options of some first-order methods, in addition to `_METHOD_FIELDS`.
 _ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
@@ -77,18 +69,17 @@ _ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 class ZOConfig(TrainingArguments):
     """Settings of a run: `transformers.TrainingArguments` with the method's options beside them.
 
-    Every field of `TrainingArguments` keeps its name and meaning; the defaults below differ. `learning_rate` and `eps`
-    are measured (``"auto"``; see :mod:`zotune.optim.calibration.calibrator`) unless they are numbers; None takes the method's own (the
-    paper's), as it does for all other options of the method. Where nothing is given and the method's rate cannot be
-    measured (JAGUAR), it is the method's own too, and the log says so. Training lasts `max_steps` steps, 1000 when neither it nor
-    `num_train_epochs` is given.
+    Fields of `TrainingArguments` keep their meaning; the defaults below differ. ``learning_rate="auto"`` and ``eps="auto"`` are calibrated
+    on the data (:mod:`zotune.optim.calibration.calibrator`); None is the method's own default, the paper's. A learning rate that is not
+    given is calibrated where the method supports it, else the method's own, with a warning. Training lasts `max_steps` steps, 1000 when
+    neither it nor `num_train_epochs` is given.
 
-    `method` may also name a first-order baseline (:mod:`zotune.baselines`): its learning rate is a number (the method's own when
-    not given), and `max_grad_norm` and gradient checkpointing then mean what they mean to `transformers`.
+    `method` may name a first-order baseline (:mod:`zotune.baselines`): then the learning rate is a number, and `max_grad_norm` and gradient
+    checkpointing have their usual meaning.
 
     Raises:
-        ValueError: an unknown method, an option the method does not take, a value that makes no sense, or an option
-            that has no meaning without a backward pass. The message names the fix.
+        ValueError: an unknown method, an option the method does not take, an invalid value, or an option without a meaning here; the
+            message names the fix.
 
     Example:
         >>> config = ZOConfig(output_dir="run", method="lozo", rank=2, interval=50, eps=1e-3, learning_rate=1e-6)
@@ -96,80 +87,56 @@ class ZOConfig(TrainingArguments):
         'lozo'
     """
 
-    method: str = field(default="lozo", metadata={"help": "The method; `zotune methods` lists them."})
-    eps: float | str | None = field(
-        default=methods.AUTO, metadata={"help": "Size of the perturbation, or auto: measured on the first batch."}
+    method: str = option("lozo", "The method; `zotune methods` lists them.")
+    eps: float | str | None = option(methods.AUTO, "Size of the perturbation, or auto: measured on the first batch.")
+    num_directions: int | None = option(None, "Directions per batch, group or example (see directions_per).")
+    directions_per: str | None = option(
+        None, "Unit with directions of its own: batch, group (neighboring examples, see group_size) or example."
     )
-    num_directions: int | None = field(default=None, metadata={"help": "Directions for each batch, group or example (see directions_per)."})
-    directions_per: str | None = field(
-        default=None,
-        metadata={
-            "help": "What has directions of its own: the batch, every group of neighboring examples (see group_size), every example."
-        },
+    group_size: int | None = option(None, "Examples per group, with directions_per group.")
+    forward_batching: str = option(
+        "auto", "batched: all evaluations of a step in one forward; sequential: one after the other; auto: the faster of both."
     )
-    group_size: int | None = field(default=None, metadata={"help": "Examples per group, with directions_per group."})
-    forward_batching: str = field(
-        default="auto",
-        metadata={"help": "batched: all evaluations of a step in one forward; sequential: one by one; auto: what is faster."},
-    )
-    direction: str | None = field(default=None, metadata={"help": "Distribution of the directions, e.g. gaussian."})
-    estimator: str | None = field(default=None, metadata={"help": "Estimator of the gradient: central or forward."})
-    rank: int | None = field(default=None, metadata={"help": "Rank of a low-rank subspace."})
-    interval: int | None = field(default=None, metadata={"help": "Steps between redraws of a low-rank subspace."})
-    momentum: float | None = field(default=None, metadata={"help": "Momentum of the method, in [0, 1)."})
-    update_rule: str | None = field(default=None, metadata={"help": "Update rule: a torch optimizer's name, e.g. SGD."})
-    update_rule_args: dict | str | None = field(default=None, metadata={"help": "Arguments of the update rule, as JSON."})
-    method_args: dict | str | None = field(default=None, metadata={"help": "Any further options of the method's recipe, as JSON."})
-    max_nonfinite_steps: int = field(default=10, metadata={"help": "Steps in a row with a non-finite loss after which training stops."})
+    direction: str | None = option(None, "Distribution of the directions, e.g. gaussian.")
+    estimator: str | None = option(None, "Estimator of the gradient: central or forward.")
+    rank: int | None = option(None, "Rank of a low-rank subspace.")
+    interval: int | None = option(None, "Steps between redraws of a low-rank subspace.")
+    momentum: float | None = option(None, "Momentum of the method, in [0, 1).")
+    update_rule: str | None = option(None, "Update rule: a torch optimizer's name, e.g. SGD.")
+    update_rule_args: dict | str | None = option(None, "Arguments of the update rule, as JSON.")
+    method_args: dict | str | None = option(None, "Further options of the method's recipe, as JSON.")
+    max_nonfinite_steps: int = option(10, "Consecutive steps with a non-finite loss after which training stops.")
 
-    parallelism: str = field(
-        default="auto",
-        metadata={
-            "help": "What several processes (torchrun, accelerate launch) share out: data, the examples of a step; directions; both; or "
-            "auto: examples as far as they go."
-        },
+    parallelism: str = option(
+        "auto",
+        "What several processes (torchrun, accelerate launch) divide among them: data (the examples of a step), directions, both, or "
+        "auto: data, then directions.",
     )
-    check_workers_steps: int = field(
-        default=CHECK_EVERY, metadata={"help": "Steps between two comparisons of all processes' weights; 0: at the start only."}
+    check_workers_steps: int = option(CHECK_EVERY, "Steps between comparisons of all processes' weights; 0: at the start only.")
+    learning_rate: float | str | None = option(
+        _NOT_GIVEN, "The learning rate, or auto (the default where supported): calibrated at intervals, times the schedule."
     )
-    learning_rate: float | str | None = field(
-        default=_NOT_GIVEN,
-        metadata={"help": "The learning rate, or auto: measured now and then, times the schedule (the default where it is known)."},
+    lr_scheduler_type: str = option(
+        "warmup_stable_decay", "The schedule of the learning rate; the default decays linearly over the last 30% of the steps."
     )
-    lr_scheduler_type: str = field(
-        default="warmup_stable_decay",
-        metadata={"help": "The schedule of the learning rate; the default falls linearly in the last 30% of the steps only."},
+    max_steps: int = option(-1, "Training steps; 1000 when num_train_epochs is not given either.")
+    num_train_epochs: float | None = option(None, "Passes over the training data, unless max_steps is given.")
+    per_device_train_batch_size: int = option(16, "Examples per step (per micro-batch under gradient accumulation).")
+    per_device_eval_batch_size: int = option(16, "Examples per evaluation batch.")
+    train_sampling_strategy: str = option(
+        "stratified",
+        "Order of the training examples: stratified (random, with the classes balanced throughout, where there are classes), random, "
+        "sequential or group_by_length.",
+        choices=["stratified", "random", "sequential", "group_by_length"],
     )
-    max_steps: int = field(default=-1, metadata={"help": "Steps to train; 1000 when num_train_epochs is not given either."})
-    num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Passes over the training data to make, unless max_steps is given."}
-    )
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a step (and micro-batch)."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples a batch at evaluation."})
-    train_sampling_strategy: str = field(
-        default="stratified",
-        metadata={
-            "help": "Order of the training examples: stratified (random, every stretch with its share of each class, where there "
-            "are classes), random, sequential or group_by_length.",
-            "choices": ["stratified", "random", "sequential", "group_by_length"],
-        },
-    )
-    max_grad_norm: float = field(
-        default=0.0, metadata={"help": "First-order methods clip gradients to this norm; 0: they do not. Must stay 0 for all others."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
-    eval_steps: float | None = field(default=100, metadata={"help": "Steps between evaluations (eval_strategy=steps)."})
-    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints (save_strategy=steps)."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep (the best is always kept); 0 keeps all."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay False: steps without a finite loss are logged as skipped."}
-    )
-    remove_unused_columns: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Drop data columns the model does not take; by default only for tokenized data (with input_ids) "
-            "trained on the model's own loss."
-        },
+    max_grad_norm: float = option(0.0, "First-order methods: norm to which gradients are clipped; 0: no clipping.")
+    logging_steps: float = option(10, "Steps between log entries.")
+    eval_steps: float | None = option(100, "Steps between evaluations (eval_strategy=steps).")
+    save_steps: float = option(500, "Steps between checkpoints (save_strategy=steps).")
+    save_total_limit: int | None = option(2, "Checkpoints to keep (the best is always kept); 0 keeps all.")
+    logging_nan_inf_filter: bool = option(False, "Must stay False: steps without a finite loss are logged as skipped.")
+    remove_unused_columns: bool | None = option(
+        None, "Drop data columns the model does not take; by default only for tokenized data trained on the model's own loss."
     )
 
     def __post_init__(self) -> None:
@@ -198,7 +165,7 @@ class ZOConfig(TrainingArguments):
             self.dataloader_pin_memory = False
 
     def chosen_method(self, **options: Any) -> methods.Method | Baseline:
-        """The method these fields describe, zeroth-order or a baseline, some of its options replaced.
+        """The method these fields describe, zeroth-order or a baseline; ``options`` replace some of its options.
 
         Raises:
             ValueError: an unknown method, or an option or value it does not take.
@@ -206,7 +173,7 @@ class ZOConfig(TrainingArguments):
         baseline = catalog.is_baseline(self.method)
         given = {name: getattr(self, name) for name in _METHOD_FIELDS if getattr(self, name) is not None}
         if baseline:
-            if given.get("eps") == methods.AUTO:  # nobody touched it
+            if given.get("eps") == methods.AUTO:  # the default
                 del given["eps"]
             known = baselines.options_of(self.method)
             untouched = {name: _FIXED[name][0] for name in _ADAM_FIELDS}
@@ -218,11 +185,7 @@ class ZOConfig(TrainingArguments):
         return catalog.get(self.method, **{**given, **extra, **options})
 
     def zo_method(self, **options: Any) -> methods.Method:
-        """The zeroth-order method these fields describe, some of its options replaced.
-
-        Raises:
-            ValueError: an unknown method, one that is not zeroth-order, or an option or value it does not take.
-        """
+        """As :meth:`chosen_method`; ValueError for a method that is not zeroth-order."""
         chosen = self.chosen_method(**options)
         if isinstance(chosen, Baseline):
             raise ValueError(f"{chosen.name} is not a zeroth-order method: there are {', '.join(methods.names())}.")
@@ -233,7 +196,7 @@ class ZOConfig(TrainingArguments):
             if chosen.package is not None and importlib.util.find_spec(chosen.package) is None:
                 raise ModuleNotFoundError(f"{chosen.name} needs the package {chosen.package!r}: install it first.", name=chosen.package)
             if self.learning_rate == methods.AUTO:
-                raise ValueError(f"the learning rate of {chosen.name} is not measured: give a number, or leave it out.")
+                raise ValueError(f"the learning rate of {chosen.name} cannot be calibrated: give a number, or leave it out.")
             if self.learning_rate in (None, _NOT_GIVEN):
                 self.learning_rate = chosen.lr or 0.0
             return
@@ -241,13 +204,13 @@ class ZOConfig(TrainingArguments):
             self.learning_rate = methods.AUTO if measurable(chosen) else chosen.lr
             if self.learning_rate != methods.AUTO:
                 logger.warning(
-                    f"no learning rate was given, and for method {chosen.name!r} it cannot be measured: taking the method's own, "
-                    f"{chosen.lr:g}, which is for models of a billion parameters; small models want a far larger one (--learning_rate)."
+                    f"no learning rate was given, and for method {chosen.name!r} it cannot be calibrated: taking the method's own, "
+                    f"{chosen.lr:g}, which suits models of a billion parameters; small models need a far larger one (--learning_rate)."
                 )
         if self.learning_rate is None:
             self.learning_rate = chosen.lr
         if self.learning_rate == methods.AUTO:
-            gain(chosen, Rule(chosen.update_rule, chosen.update_rule_args), 1.0, 1, 1.0)  # refuses rules it knows no scale for
+            gain(chosen, Rule(chosen.update_rule, chosen.update_rule_args), 1.0, 1, 1.0)  # refuses rules without a known scale
 
     def _check_settings(self) -> None:
         baseline = catalog.is_baseline(self.method)
@@ -258,7 +221,7 @@ class ZOConfig(TrainingArguments):
             if trains and name in _OF_BACKWARD:
                 if usual is None or not usual.blocks or name not in _CHECKPOINTING:
                     continue
-                reason = f"{self.method} keeps the activations of its last blocks alone, in forwards in evaluation mode; leave it out"
+                reason = f"{self.method} stores the activations of its last blocks only, in evaluation mode; leave it out"
             if value not in (None, False, "", 0, 0.0, {}, []):
                 raise ValueError(f"{name}={value!r} cannot be used: {reason}.")
         own = baselines.options_of(self.method) if baseline else {}

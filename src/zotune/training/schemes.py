@@ -1,20 +1,21 @@
-"""Schemes: which parameters of a model move. All of them, an adapter's, the head's, the biases, or those whose names match a pattern.
+"""Schemes: which parameters of a model are trained. All, an adapter's, the head's, the biases, or those whose names match a pattern.
 
-Adapters are PEFT's and are saved as such. What is added to them: a prefix starts from the keys and values that the model itself makes of
-real tokens (MeZO, 2305.17333), and a soft prompt from the embeddings of real tokens (2104.08691).
+Adapters are PEFT's, with another initialization of two: a prefix starts from the model's keys and values of real tokens (MeZO, 2305.17333),
+a soft prompt from embeddings of real tokens (2104.08691).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from zotune.training.arguments import option
 from zotune.weights.external_linear import external_layers
 from zotune.weights.structure import classifier_of, module_mode, output_embeddings
 from zotune.weights.trainable_scales import quantize
@@ -26,42 +27,30 @@ SCHEMES = ("full", "lora", "prefix", "prompt", "head", "bias", "scales")
 #: The schemes that put a PEFT adapter on the model.
 ADAPTERS = ("lora", "prefix", "prompt")
 
-# A matrix that every method with a subspace for matrices moves in it.
+# A matrix that every subspace method trains in its subspace.
 _LARGE = (1 << 20, 1 << 20)
-
-# Names of a sequence classifier's head, as PEFT knows them.
 
 
 @dataclass
 class Scheme:
-    """Which parameters move.
-
-    Args:
-        scheme: ``"full"``, ``"lora"``, ``"prefix"``, ``"prompt"``, ``"head"``, ``"bias"`` or ``"scales"``.
-        lora_r, lora_alpha, lora_dropout, lora_target_modules: as in ``peft.LoraConfig``.
-        num_virtual_tokens: length of a prefix or soft prompt, as in ``peft``.
-        trainable: regular expressions; with ``"full"``, only parameters whose name one of them is found in move.
+    """Which parameters are trained; the help texts describe the fields, those of adapters are as in ``peft``.
 
     Raises:
-        ValueError: a value that makes no sense, or an option of another scheme.
+        ValueError: an invalid value, or an option of another scheme.
     """
 
-    scheme: Literal["full", "lora", "prefix", "prompt", "head", "bias", "scales"] = field(
-        default="full",
-        metadata={
-            "help": "what moves: all weights; an adapter: lora, prefix (keys and values before the text) or prompt (embeddings "
-            "before it); the head; the biases; the scales of layers held in int8"
-        },
+    scheme: Literal["full", "lora", "prefix", "prompt", "head", "bias", "scales"] = option(
+        "full",
+        "what is trained: all weights; an adapter: lora, prefix (keys and values before the text) or prompt (embeddings before it); the "
+        "head; the biases; the scales of int8 layers",
     )
-    lora_r: int = field(default=8, metadata={"help": "rank of the adapter"})
-    lora_alpha: float = field(default=16.0, metadata={"help": "scale of the adapter: alpha / r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter; acts in first-order training only"})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "names of the layers that get an adapter; peft's choice when not given"}
-    )
-    num_virtual_tokens: int = field(default=5, metadata={"help": "length of a prefix or soft prompt, in tokens"})
-    trainable: list[str] | None = field(
-        default=None, metadata={"help": r"with full: only parameters with a match in their name move, such as 'layers\.(2[0-3])\.'"}
+    lora_r: int = option(8, "rank of the adapter")
+    lora_alpha: float = option(16.0, "scale of the adapter: alpha / r")
+    lora_dropout: float = option(0.0, "dropout before the adapter; acts in first-order training only")
+    lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter; peft's choice when not given")
+    num_virtual_tokens: int = option(5, "length of a prefix or soft prompt, in tokens")
+    trainable: list[str] | None = option(
+        None, r"with full: train only parameters whose name matches one of these regular expressions, such as 'layers\.(2[0-3])\.'"
     )
 
     def __post_init__(self) -> None:
@@ -97,20 +86,17 @@ class Scheme:
 
 
 def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **options: Any) -> nn.Module:
-    """The model with the parameters of a scheme trainable and all others frozen; under an adapter, a PEFT model around it.
+    """Makes the parameters of a scheme trainable, in place, and freezes all others; for an adapter, wraps the model as a PEFT model.
 
     Args:
-        model: a ``transformers`` model, or any module for ``"full"``, ``"bias"`` and ``"scales"``.
-        scheme: a :class:`Scheme`, or its name with the rest as keywords.
-        seed: of an adapter's random start; the global generators are left as they were.
-        options: fields of :class:`Scheme`.
-
-    Returns:
-        The model itself, changed in place, or the PEFT model. ``"head"`` unties a head from the embeddings it shares its weight with;
-        ``"scales"`` puts the Linear layers in 8 bits (QZO, 2505.13430; see :mod:`zotune.weights.trainable_scales`).
+        model: a ``transformers`` model, or any module for ``"full"``, ``"bias"`` and ``"scales"``. ``"head"`` unties the head from the
+            embeddings; ``"scales"`` quantizes the Linear layers (QZO, 2505.13430; :mod:`zotune.weights.trainable_scales`).
+        scheme: a :class:`Scheme`, or its name.
+        seed: of an adapter's initialization; the global generators are left untouched.
+        options: with a name, fields of :class:`Scheme`.
 
     Raises:
-        ValueError: an unknown scheme or option, or the model has nothing that the scheme could train.
+        ValueError: an unknown scheme or option, or a model without parameters for the scheme.
 
     Example:
         >>> model = apply(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), "bias")
@@ -150,12 +136,12 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **o
 
 
 def refusal(method: Method | Any, model: nn.Module, scheme: Scheme) -> str | None:
-    """Why a method makes no sense on what a scheme trains, in one sentence with the fix; None when it does.
+    """Why a method cannot train what a scheme trains, in one sentence with the fix; None when it can.
 
     Args:
-        method: a zeroth-order method, or one of :mod:`zotune.baselines`.
-        model: as :func:`apply` returned it.
-        scheme: what it was made by.
+        method: a zeroth-order method or a baseline.
+        model: from :func:`apply` with ``scheme``.
+        scheme: of the model.
     """
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     where = f"--scheme {scheme.scheme}" + (" with --trainable" if scheme.trainable else "")
@@ -177,7 +163,7 @@ def refusal(method: Method | Any, model: nn.Module, scheme: Scheme) -> str | Non
         matrices = [shape for shape in trained.values() if len(shape) == 2]
         what = f"none of the matrices it trains is larger than that ({max(matrices, key=min)})" if matrices else "it trains vectors only"
         return (
-            f"{method.name} moves matrices in a smaller subspace, and with {where} {what}: choose a method in full space, such as mezo"
+            f"{method.name} trains matrices in a smaller subspace, and with {where} {what}: choose a method in full space, such as mezo"
             + (", or a smaller --rank." if matrices else ".")
         )
     return None
@@ -197,7 +183,7 @@ def _only(model: nn.Module, chosen: set[str]) -> nn.Module:
 
 
 def _head_names(model: nn.Module) -> list[str]:
-    """Names of the head's parameters; a head that shares its weight with the embeddings gets one of its own first."""
+    """Names of the head's parameters; a head tied to the embeddings is untied first."""
     classifier = classifier_of(model)
     if classifier is not None:
         return [key for key, _ in model.named_parameters() if key.startswith(f"{classifier[0]}.")]
@@ -276,19 +262,13 @@ def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """The model under a saved adapter, ready to go on training it.
-
-    PEFT loads a prefix or soft prompt for inference only; one without a projection is the same numbers either way.
-
-    Raises:
-        ValueError: its weights are not in safetensors.
-    """
+    """The model with a saved adapter, trainable; ValueError where its weights are not in safetensors."""
     from peft import PeftConfig, PeftModel
 
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ValueError(f"{folder} has no adapter_model.safetensors: adapters are loaded from safetensors only.")
     for_text = PeftConfig.from_pretrained(str(folder)).is_prompt_learning
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=not for_text)
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=not for_text)  # PEFT loads prompts for inference only
     if for_text:
         adapted.active_peft_config.inference_mode = False
         for name, parameter in adapted.named_parameters():
@@ -297,7 +277,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _real_tokens(model: nn.Module, count: int) -> Tensor:
-    """Tokens of the vocabulary, drawn evenly, none of the special ones: (1, count)."""
+    """Uniform random tokens of the vocabulary without the special ones, (1, count)."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
@@ -309,14 +289,10 @@ def _real_tokens(model: nn.Module, count: int) -> Tensor:
 
 @torch.no_grad()
 def real_activations(model: nn.Module, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values, each (heads, n, head width), that every layer of a causal language model makes of ``tokens``, int64 (1, n).
-
-    Raises:
-        ValueError: the model keeps none.
-    """
+    """Each layer's keys and values of ``tokens``, int64 (1, n), each (heads, n, head width); ValueError for a model without a cache."""
     with module_mode(model, training=False):
         cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
     layers = [(layer.keys[0], layer.values[0]) for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
     if not layers:
-        raise ValueError("--scheme prefix: this model keeps no keys and values of what it has read: choose lora or prompt.")
+        raise ValueError("--scheme prefix: this model has no cache of keys and values: choose lora or prompt.")
     return layers

@@ -29,7 +29,7 @@ def test_a_rate_that_nobody_gives_and_nobody_can_measure_is_the_methods_own_and_
     made = config(tmp_path, method="jaguar-sign")
     assert made.learning_rate == zotune.methods.jaguar_sign().lr
     assert [record.message.partition(":")[0] for record in caplog.records] == [
-        "no learning rate was given, and for method 'jaguar-sign' it cannot be measured"
+        "no learning rate was given, and for method 'jaguar-sign' it cannot be calibrated"
     ]
     caplog.clear()
     assert config(tmp_path, method="fzoo").learning_rate == "auto" and not caplog.records
@@ -104,7 +104,7 @@ def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Pa
         ({"bf16": True}, "load the model in that dtype (dtype=torch.bfloat16) instead"),
         ({"fp16": True}, "load the model in that dtype (dtype=torch.float16) instead"),
         ({"bf16_full_eval": True}, "load the model with dtype=torch.bfloat16 instead"),
-        ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 cannot be used: no gradient is ever formed"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 cannot be used: no gradient is computed"),
         ({"neftune_noise_alpha": 5.0}, "its noise acts in training mode"),
         ({"deepspeed": "ds.json"}, "run without it"),
         ({"fsdp": "full_shard"}, "sharded models are not supported yet"),

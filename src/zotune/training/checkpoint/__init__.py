@@ -1,1 +1,1 @@
-"""Checkpoints: what a folder holds, how it is written, and whether it is whole."""
+"""Checkpoints: their files, how they are written, and whether they are whole."""

@@ -1,10 +1,4 @@
-"""Checkpoint folders of a run: safetensors and JSON only, complete or absent.
-
-A checkpoint is written beside its final place, synced to disk and renamed last, so a save that is killed half-way
-leaves no ``checkpoint-N``. Its manifest holds the size and digest of every file in it, and it names the journal it
-belongs to by length and digest; one that is damaged, that the journal does not reach, or that was written by another
-run, is not resumed from.
-"""
+"""The files of a checkpoint: weights and optimizer state as safetensors, all else as JSON."""
 
 from __future__ import annotations
 
@@ -23,18 +17,23 @@ from zotune.baselines import FirstOrder
 from zotune.optim import saved_state
 from zotune.optim.optimizer import ZerothOrder
 from zotune.training.checkpoint import offloaded
-from zotune.training.checkpoint.storage import BLOCK_TENSORS, RNG, SCHEDULER, STATE, STATE_TENSORS, load_json, save_json
+from zotune.training.checkpoint.storage import (
+    BLOCK_TENSORS,
+    FORMAT,
+    RNG,
+    SCHEDULER,
+    STATE,
+    STATE_TENSORS,
+    load_json,
+    other_format,
+    save_json,
+)
 from zotune.weights.offload import stream_of
-from zotune.weights.quantized_linear import is_quantized, dense_state
-
-# --- folders ---
-
-
-# --- contents ---
+from zotune.weights.quantized_linear import dense_state, is_quantized
 
 
 def save_model(folder: Path, model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Write the trained weights and the model's config: `save_pretrained`, or the bare weights of another module."""
+    """Writes the weights and the model's config: by `save_pretrained`, or the bare weights of another module."""
     if stream_of(model) is not None:
         offloaded.save_model(model, folder)
         return
@@ -45,7 +44,7 @@ def save_model(folder: Path, model: nn.Module, state_dict: dict[str, torch.Tenso
         save_bare_model(model, str(folder / "model.safetensors"))
         return
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # one bar a checkpoint would cut up the bar of the run
+    transformers_logging.disable_progress_bar()  # it would break the progress bar of the run
     try:
         save_pretrained(folder, **({} if state_dict is None else {"state_dict": state_dict}))
     finally:
@@ -54,14 +53,14 @@ def save_model(folder: Path, model: nn.Module, state_dict: dict[str, torch.Tenso
 
 
 def truly_missing(model: nn.Module, missing: list[str]) -> list[str]:
-    """Of the names missing from loaded weights, those that are not tied to a parameter that was there."""
+    """The names missing from loaded weights, without those tied to a loaded parameter."""
     owner = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     loaded = {key for name, key in owner.items() if name not in set(missing)}
     return [name for name in missing if owner.get(name) not in loaded]
 
 
 def save_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder, **extra: Any) -> None:
-    """Write the optimizer's state: tensors as safetensors, the rest and `extra` as JSON."""
+    """Writes the optimizer's state: tensors as safetensors, the rest and ``extra`` as JSON."""
     run = optimizer.run if isinstance(optimizer, ZerothOrder) else None
     blocks = [] if run is None else offloaded.coordinates_by_block(run.model, run.forward.coordinates)
     away = {name for names in blocks for name in names}
@@ -69,18 +68,19 @@ def save_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder, **extra: A
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.pop("state").items()}
     save_file(tensors, folder / STATE_TENSORS)
     if run is not None:
-        for number, names in enumerate(blocks):  # of an offloaded model, of which no more is in memory at a time
+        for number, names in enumerate(blocks):  # an offloaded model: one block in memory at a time
             tensors = saved_state.coordinate_tensors(run, names)
             if tensors:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / BLOCK_TENSORS.format(number))
-    save_json(folder / STATE, {"format": 1, "optimizer": state, **extra})
+    save_json(folder / STATE, {"format": FORMAT, "optimizer": state, **extra})
 
 
 def load_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder) -> dict[str, Any]:
-    """Restore what :func:`save_optimizer` wrote; returns the extra entries."""
+    """Restores the state of :func:`save_optimizer`; its extra entries. ValueError for a file of another format."""
     content = load_json(folder / STATE)
-    if content.pop("format", None) != 1:
-        raise ValueError(f"{folder / STATE} was written by another version of zotune: resume with that version.")
+    refused = other_format(folder, content.pop("format", None))
+    if refused is not None:
+        raise ValueError(refused)
     tensors = load_file(folder / STATE_TENSORS)
     for path in sorted(folder.glob(BLOCK_TENSORS.format("*"))):
         tensors |= load_file(path)
@@ -89,11 +89,7 @@ def load_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder) -> dict[st
 
 
 def save_scheduler(folder: Path, scheduler: Any) -> None:
-    """Write a learning-rate scheduler's state as JSON.
-
-    Raises:
-        ValueError: the scheduler's state holds something that is not plain data.
-    """
+    """Writes the state of a learning-rate scheduler as JSON; ValueError where it is not plain data."""
     state = scheduler.state_dict()
     try:
         save_json(folder / SCHEDULER, {"type": type(scheduler).__name__, "state": state})
@@ -105,11 +101,7 @@ def save_scheduler(folder: Path, scheduler: Any) -> None:
 
 
 def load_scheduler(folder: Path, scheduler: Any) -> None:
-    """Restore what :func:`save_scheduler` wrote.
-
-    Raises:
-        ValueError: no scheduler state there, or that of another kind of scheduler.
-    """
+    """Restores the state of :func:`save_scheduler`; ValueError where it is missing or that of another class."""
     content = load_json(folder / SCHEDULER)
     if content["type"] != type(scheduler).__name__:
         raise ValueError(
@@ -120,7 +112,7 @@ def load_scheduler(folder: Path, scheduler: Any) -> None:
 
 
 def save_rng(folder: Path) -> None:
-    """Write the states of the global generators (python, numpy, torch, CUDA) as JSON."""
+    """Writes the states of the global generators (python, numpy, torch, CUDA) as JSON."""
     version, internal, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -134,7 +126,7 @@ def save_rng(folder: Path) -> None:
 
 
 def load_rng(folder: Path) -> None:
-    """Restore what :func:`save_rng` wrote; generators of absent GPUs are passed over."""
+    """Restores the states of :func:`save_rng`, without those of absent GPUs."""
     state = load_json(folder / RNG)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -1,4 +1,4 @@
-"""Writing a model whose blocks come and go, a block at a time, in files that ``from_pretrained`` loads."""
+"""Checkpoints of offloaded models: written one block at a time, in files that ``from_pretrained`` loads."""
 
 from __future__ import annotations
 
@@ -18,28 +18,19 @@ INDEX = "model.safetensors.index.json"
 
 
 class Loaded(NamedTuple):
-    """What did not fit when weights were loaded."""
+    """Names that no shard holds, and names that the model does not have."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """The trained weights as safetensors shards, one a block, with the model's configuration.
-
-    Args:
-        model: offloaded; an adapter (PEFT) is saved alone, as always.
-        folder: exists.
-
-    Raises:
-        ValueError: the model is not offloaded.
-    """
+    """Writes an offloaded model as safetensors shards, one per block, with its configuration; of a PEFT model the adapter alone."""
     stream, folder = stream_of(model), Path(folder)
-    if stream is None:
-        raise ValueError("this model is not offloaded: save it as usual.")
+    assert stream is not None, "the model is offloaded"
     stream.flush()
     if hasattr(model, "peft_config"):
-        with stream.empty_state_dicts():  # what an adapter is saved from is in no block's file
+        with stream.empty_state_dicts():  # the adapter's parameters are in no block
             model.save_pretrained(folder)  # type: ignore[operator]
         return
     for part in ("config", "generation_config"):
@@ -58,11 +49,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_model(model: nn.Module, folder: str | Path) -> Loaded:
-    """Read back what :func:`save_model` wrote, a shard at a time; into layers in few bits nothing is read.
-
-    Returns:
-        The names that no shard holds, and those that the model does not know.
-    """
+    """Loads the shards of :func:`save_model`, one at a time; quantized layers load nothing."""
     folder = Path(folder)
     files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     missing: set[str] | None = None
@@ -75,7 +62,7 @@ def load_model(model: nn.Module, folder: str | Path) -> Loaded:
 
 
 def _shards(model: nn.Module, stream: Stream) -> Iterator[dict[str, Tensor]]:
-    """The state dict of a model in pieces: what lies in no block, then every block."""
+    """The state dict in parts: the parameters outside of the blocks, then each block."""
     blocks = {name: module for part in stream.parts for name, module in zip(part.names, part.modules, strict=True)}
     rest: dict[str, Tensor] = {}
 
@@ -104,7 +91,7 @@ def _shards(model: nn.Module, stream: Stream) -> Iterator[dict[str, Tensor]]:
 
 
 def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without second names of one tensor, which safetensors does not take; contiguous."""
+    """Contiguous, and one name per tensor, as safetensors requires."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), (name, tensor))
@@ -112,7 +99,7 @@ def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_published(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the names and shapes that files of this kind of model have."""
+    """With the names and shapes of published files of this architecture."""
     if not hasattr(model, "save_pretrained"):
         return tensors
     from transformers.core_model_loading import revert_weight_conversion
@@ -121,6 +108,6 @@ def _as_published(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def coordinates_by_block(model: nn.Module, coordinates: Iterable[Coordinate]) -> list[list[str]]:
-    """Names of the coordinates whose weights come and go, by block; none of a model that is in memory."""
+    """Names of the coordinates of offloaded weights, by block; empty without offloading."""
     stream = stream_of(model)
     return [] if stream is None else stream.by_block({c.name: c.parameter for c in coordinates})

@@ -1,4 +1,7 @@
-"""TODO: folder."""
+"""Checkpoint folders: written whole or not at all, found by their numbers, checked before a run resumes.
+
+A checkpoint is written beside its final place, synced to disk and renamed last. Its manifest lists the size and digest of every file.
+"""
 
 from __future__ import annotations
 
@@ -12,56 +15,47 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+#: Version of the files of checkpoints and runs; raise it when a file's keys, names or meaning change.
+FORMAT = 2
+
 STATE_TENSORS = "zotune_state.safetensors"
-
-
 STATE = "zotune_state.json"
-
-
 BLOCK_TENSORS = "zotune_state-block-{}.safetensors"
-
-
 SCHEDULER = "scheduler.json"
-
-
 RNG = "rng_state.json"
-
-
 TRAINER_STATE = "trainer_state.json"
-
-
 ARGUMENTS = "training_args.json"
-
-
 MANIFEST = "zotune_manifest.json"
 
-
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-)
-
-
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_RESUMED = (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG)  # a run cannot resume without them
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
 _DRAFT_SUFFIX = ".partial"
+
+
+def other_format(path: str | os.PathLike[str], found: Any) -> str | None:
+    """Why a folder of format ``found`` is refused, in one sentence with the fix; None for the present format."""
+    if found == FORMAT:
+        return None
+    if isinstance(found, int) and found > FORMAT:
+        return f"{path} was written by a later version of zotune (format {found}; this one reads {FORMAT}): upgrade zotune."
+    return (
+        f"{path} was written by an earlier version of zotune (format {found}; this one reads {FORMAT}): use that version, or start a new "
+        "run in another output_dir, from its weights (--model_name_or_path) where they shall be kept."
+    )
 
 
 @contextmanager
 def draft(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that becomes `final` when the block ends well, and vanishes when it raises.
-
-    The files are on disk before the folder gets its name. An older `final` is replaced.
-    """
+    """A temporary folder, renamed to ``final`` when the block ends well and deleted when it raises; an older ``final`` is replaced."""
     final = Path(final)
     folder = final.with_name(f".{final.name}{_DRAFT_SUFFIX}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
-        _sync_tree(folder)
+        for path in (*folder.rglob("*"), folder):
+            _sync(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -77,7 +71,7 @@ def draft(final: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_drafts(run_folder: str | os.PathLike[str]) -> None:
-    """Delete what a killed save left behind."""
+    """Deletes the leftovers of an interrupted save."""
     for path in Path(run_folder).glob(f".*{_DRAFT_SUFFIX}"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -93,24 +87,30 @@ def checkpoints(run_folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> str | None:
-    """Why a run cannot go on from this checkpoint folder, in one sentence; None when it can.
-
-    Args:
-        folder: the checkpoint folder.
-        journal: path of the run's journal.
-    """
+    """Why a run with this journal cannot resume from a checkpoint folder, in one sentence; None when it can."""
     folder, journal = Path(folder), Path(journal)
     if not folder.is_dir():
         return f"{folder} is not a checkpoint folder: pass the path of an existing checkpoint-N folder."
     if not any((folder / name).is_file() for name in _WEIGHTS) and not list(folder.glob("*/adapter_model.safetensors")):
         return f"{folder} holds no weights (none of {', '.join(_WEIGHTS)}): resume from another checkpoint."
-    for name in (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG):
+    path = folder / MANIFEST
+    if not path.is_file():
+        return f"{folder} has no {MANIFEST}, so nothing says that its files are whole: resume from another checkpoint."
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{path} is damaged ({type(error).__name__}): resume from another checkpoint."
+    refused = other_format(folder, manifest.get("format"))
+    if refused is not None:
+        return refused
+    for name in _RESUMED:
         if not (folder / name).is_file():
             return (
                 f"{folder} has no {name}, so the run cannot be continued exactly (was it saved with "
                 "save_only_model=True?): resume from another checkpoint, or load its weights and start a new run."
             )
-    damage = _damage(folder)
+    damage = _damage(folder, files)
     if damage is not None:
         return f"{damage}: resume from another checkpoint."
     mark = load_json(folder / STATE)["journal"]
@@ -128,39 +128,28 @@ def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> 
 
 
 def write_manifest(folder: Path) -> None:
-    """Note the size and SHA-256 of every file of a checkpoint, in the last file that is written to it."""
+    """Lists the size and SHA-256 of every file of a checkpoint; the last file to be written."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST}
     content = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in files.items()}
-    save_json(folder / MANIFEST, {"format": 1, "files": content})
+    save_json(folder / MANIFEST, {"format": FORMAT, "files": content})
 
 
-def _damage(folder: Path) -> str | None:
-    """Which file of a checkpoint is not as it was written; None when all are."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return f"{folder} has no {MANIFEST}, so nothing says that its files are whole"
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        listed = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{path} is damaged ({type(error).__name__})"
-    for name, size, expected in listed:
+def _damage(folder: Path, files: dict[str, tuple[int, str]]) -> str | None:
+    """Which file differs from its (bytes, digest) in the manifest; None when none does."""
+    for name, (size, digest) in files.items():
         file = folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not _within(file, folder):
-            return f"{path} is damaged (it names {name!r}, which is outside of the checkpoint)"
+        outside = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+        if outside or not file.resolve().is_relative_to(folder.resolve()):
+            return f"{folder / MANIFEST} is damaged (it names {name!r}, which is outside of the checkpoint)"
         if not file.is_file():
             return f"{folder} has no {name}, which its manifest lists"
         found = file.stat().st_size
         if found != size:
             return f"{file} is damaged ({found} bytes where {size} were written)"
-        if _sha256(file) != expected:
+        if _sha256(file) != digest:
             return f"{file} is damaged (its digest is not the one that was written)"
-    missing = [name for name in (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG) if name not in files]
-    return f"{path} is damaged (it does not list {missing[0]})" if missing else None
-
-
-def _within(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+    missing = [name for name in _RESUMED if name not in files]
+    return f"{folder / MANIFEST} is damaged (it does not list {missing[0]})" if missing else None
 
 
 def _sha256(path: Path) -> str:
@@ -169,40 +158,30 @@ def _sha256(path: Path) -> str:
 
 
 def journal_bytes(folder: str | os.PathLike[str]) -> int:
-    """How much of its journal a checkpoint covers."""
+    """Bytes of the journal up to the checkpoint's step."""
     mark = load_json(Path(folder) / STATE)["journal"]
     return mark["bytes"] if mark else 0
 
 
 def journal_mark(journal: str | os.PathLike[str], steps: int) -> dict[str, Any]:
-    """What a checkpoint notes of its journal: steps, bytes and digest."""
+    """A checkpoint's entry on its journal: steps, bytes and digest."""
     content = Path(journal).read_bytes()
     return {"steps": steps, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def save_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON (floats keep every bit)."""
+    """Writes JSON; floats keep every bit."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def load_json(path: Path) -> Any:
-    """Read a JSON file of a checkpoint.
-
-    Raises:
-        ValueError: the file is missing or is not JSON.
-    """
+    """Reads a JSON file; ValueError where it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: resume from another checkpoint.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint.") from None
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:
