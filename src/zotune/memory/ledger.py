@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,9 +164,13 @@ class Ledger(TorchDispatchMode):
         """A step begins."""
         self._updating, self._moment, self._stepping = False, "forward", True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # torch would wrap every call in a guard against compiling it, which costs as much as the call
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if torch._C._current_graph_task_id() != -1:
+        if _current_graph_task_id() != -1:
             self._moment = "backward"
         elif self._moment == "backward":
             self._moment = "update"
@@ -200,7 +204,7 @@ class Ledger(TorchDispatchMode):
 
     def _purpose(self) -> str:
         """The kind of what is being made, by the innermost tag; ``… if kept`` where its fate decides."""
-        if torch._C._current_graph_task_id() != -1:
+        if _current_graph_task_id() != -1:
             return "gradients if kept"
         in_model = False
         for tag in reversed(tags()):

@@ -1,4 +1,4 @@
-"""`zotune estimate` and `zotune memory`: the tables, what is refused, and the process's real peak."""
+"""`zotune estimate`: the tables, what is refused, and the process's real peak."""
 
 from __future__ import annotations
 
@@ -67,10 +67,11 @@ def test_the_process_grows_by_what_was_predicted(tmp_path, capsys):
     config = GPT2Config(n_layer=2, n_embd=512, n_head=8, vocab_size=16000, n_positions=128, bos_token_id=0, eos_token_id=0)
     config.architectures = ["GPT2LMHeadModel"]
     config.to_json_file(tmp_path / "config.json")
-    words = ["--model_name_or_path", str(tmp_path / "config.json"), "--batch_size", "16", "--sequence_length", "64"]
-    for method in ("zero-shot", "fo-sgd"):
-        result = run_command(capsys, "memory", *words, "--method", method, "--measure", "--json", str(tmp_path / "m.json"))
-        assert result.code == 0, result.err
-        totals = json.loads((tmp_path / "m.json").read_text())["totals"]
-        assert totals["predicted"] == pytest.approx(totals["process"], rel=0.05), method
-        assert totals["predicted"] == pytest.approx(totals["measured"], rel=0.02), method
+    words = ["--model_name_or_path", str(tmp_path / "config.json"), "--batch_size", "16", "--sequence_length", "64", "--device", "cpu"]
+    words += ["--method", "zero-shot", "fo-sgd", "--measure", "--json", str(tmp_path / "m.json")]
+    result = run_command(capsys, "estimate", *words)
+    assert result.code == 0, result.err
+    assert result.out.count("  measured ") == result.out.count("the process grew by") == 2
+    for row in json.loads((tmp_path / "m.json").read_text()):
+        assert row["total"] == pytest.approx(row["process"], rel=0.05), row["method"]
+        assert row["total"] == pytest.approx(row["measured"]["total"], rel=0.02), row["method"]
