@@ -21,7 +21,7 @@ from typing import Any
 
 from learning import sweep
 
-from zotune.training.samplers import set_size
+from zotune.training.samplers import balanced_group_size
 
 #: Combinations of the grid: method, scheme, model, task.
 COMBINATIONS = [
@@ -47,7 +47,7 @@ TASKS = {"lm": ["sst2", "mr", "rte", "trec"], "encoder": ["trec", "sst2", "ag_ne
 def cell(args: argparse.Namespace, method: str, scheme: str, model: str, task: str, **others: Any) -> dict[str, Any]:
     classes = {"sst2": 2, "mr": 2, "rte": 2, "trec": 6, "ag_news": 4}[task]
     batch = others.get("batch_size", 16)
-    size = set_size(classes, batch) if method in ("lozo-e", "lozo-g") else None  # as the trainer has it
+    size = balanced_group_size(classes, batch) if method in ("lozo-e", "lozo-g") else None  # as the trainer has it
     return {
         "model": str(getattr(args, model)),
         "task": task,

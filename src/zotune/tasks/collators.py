@@ -173,7 +173,7 @@ class ChoicesCollator:
 
 @dataclass(frozen=True)
 class GenerationCollator:
-    """Batches for ``LanguageModelLoss`` on the right answers and for :func:`zotune.training.generation.greedy`.
+    """Batches for ``LanguageModelLoss`` on the right answers and for :func:`zotune.training.evaluation.greedy`.
 
     To those of :class:`LanguageModelCollator` it adds prompt_ids (B, P) and prompt_mask (B, P), padded on the left, max_new_tokens (B,),
     stop_ids (B, E), pad_id (B,) and reference (B,), each example's number among the right answers' texts.

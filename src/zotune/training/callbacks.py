@@ -50,7 +50,7 @@ class StopOnSignal(TrainerCallback):
         optimizer = kwargs.get("optimizer")
         workers = getattr(getattr(optimizer, "optimizer", optimizer), "workers", None)  # accelerate wraps it
         if workers is not None and workers.several:
-            workers.asked, self.stopping = self.asked, workers.told
+            workers.stop_requested, self.stopping = self.asked, workers.stopping
         if self.stopping:
             control.should_save, control.should_evaluate = True, False
 

@@ -26,8 +26,7 @@ from zotune.weights.structure import module_mode
 class CheckpointedTrainer(Trainer):
     """`transformers.Trainer` of a :class:`ZerothOrder` or :class:`FirstOrder`; its checkpoints are safetensors and JSON, whole or absent.
 
-    Hugging Face's own write optimizer, scheduler, generators and arguments by pickle, appear before they are complete,
-    and go on silently where a file is missing. What a checkpoint holds is in :mod:`zotune.training.checkpoint.contents`.
+    Hugging Face's checkpoints hold pickles, appear before they are complete, and resume silently where a file is missing.
     """
 
     optimizer: Any  # the ZerothOrder or FirstOrder; within an AcceleratedOptimizer from the start of training
@@ -37,7 +36,7 @@ class CheckpointedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.load_best_model_at_end and self.args.save_only_model and keeps_factors(self.model):
             raise ValueError(
-                "the best of several checkpoints of a model in few bits is found in their optimizer states: leave save_only_model or "
+                "the trained factors of a quantized model are in the optimizer states of its checkpoints: leave save_only_model or "
                 "load_best_model_at_end out."
             )
         self._run_folder = Path(self.args.output_dir)
@@ -46,11 +45,7 @@ class CheckpointedTrainer(Trainer):
 
     @property
     def zo_optimizer(self) -> ZerothOrder | FirstOrder:
-        """The optimizer (a :class:`FirstOrder` for a first-order method) that takes the steps, with its counts and its last report.
-
-        Raises:
-            ValueError: training has not begun, so there is none yet.
-        """
+        """The optimizer, a :class:`FirstOrder` for a first-order method; ValueError before training."""
         if self.optimizer is None:
             raise ValueError("the optimizer is built when training starts: call train() first.")
         return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
@@ -80,7 +75,7 @@ class CheckpointedTrainer(Trainer):
             self._write_checkpoint(run_folder, final)
         self.workers.wait()
         if not self.workers.first:
-            self._note_state(run_folder, final)
+            self._update_state(run_folder, final)
 
     def _write_checkpoint(self, run_folder: Path, final: Path) -> None:
         with storage.draft(final) as folder:
@@ -88,18 +83,18 @@ class CheckpointedTrainer(Trainer):
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_rng_state(str(folder))
-            self._note_state(run_folder, final)
+            self._update_state(run_folder, final)
             self.state.save_to_json(str(folder / storage.TRAINER_STATE))
             storage.write_manifest(folder)
         rotate_checkpoints(
             output_dir=str(run_folder),
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,  # after going back to an earlier checkpoint a larger number need not be the newer one
+            use_mtime=True,  # after a resume from an earlier checkpoint a larger number may be older
         )
 
-    def _note_state(self, run_folder: Path, final: Path) -> None:
-        """Bring the trainer's state up to date with the best checkpoint and the callbacks, as Hugging Face does."""
+    def _update_state(self, run_folder: Path, final: Path) -> None:
+        """Updates the trainer's state with the best checkpoint and the callbacks, as Hugging Face does."""
         if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step:
             best = run_folder / f"checkpoint-{self.state.best_global_step}"
             if best == final or best.exists():
@@ -133,32 +128,32 @@ class CheckpointedTrainer(Trainer):
             contents.load_rng(Path(checkpoint_folder))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Hugging Face's would load a pickle if there is one; nothing here scales gradients."""
+        """Nothing: Hugging Face's loads a pickle, and no gradients are scaled."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with module_mode(self.model):
-            if not self._load_block_by_block(Path(resume_from_checkpoint)):
+            if not self._load_offloaded(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best, optimizer = Path(self.state.best_model_checkpoint or ""), self.zo_optimizer
         with module_mode(self.model):
-            if not self._load_block_by_block(best):
+            if not self._load_offloaded(best):
                 super()._load_best_model()
-        if isinstance(optimizer, ZerothOrder) and keeps_factors(self.model):  # which are in no file of weights
+        if isinstance(optimizer, ZerothOrder) and keeps_factors(self.model):  # in no file of weights
             spent = optimizer.forward_passes, optimizer.sequences_evaluated
             contents.load_optimizer(best, optimizer)
             optimizer.forward_passes, optimizer.sequences_evaluated = spent
 
-    def _load_block_by_block(self, folder: Path) -> bool:
-        """Load the weights of an offloaded model a shard at a time, which Hugging Face would gather whole; whether these are such."""
+    def _load_offloaded(self, folder: Path) -> bool:
+        """Loads an offloaded model one shard at a time, where Hugging Face gathers it whole; False for other models."""
         if stream_of(self.model) is None or not (folder / offloaded.INDEX).is_file():
             return False
         self._issue_warnings_after_load(offloaded.load_model(self.model, folder))
         return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A checkpoint that does not fit is an error: nothing is restored in part."""
+        """A checkpoint that does not fit is an error, not a warning."""
         missing = contents.truly_missing(self.model, load_result.missing_keys)
         if missing or load_result.unexpected_keys:
             raise ValueError(
@@ -168,5 +163,5 @@ class CheckpointedTrainer(Trainer):
 
 
 def keeps_factors(model: nn.Module) -> bool:
-    """Whether what training adds to a model is beside weights that are never written."""
+    """Whether a model is trained by factors of quantized weights, which are in the optimizer's state alone."""
     return is_quantized(model) and not hasattr(model, "peft_config")

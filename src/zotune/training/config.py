@@ -16,7 +16,7 @@ from zotune.methods.rules import Rule
 from zotune.optim.calibration.gains import gain, measurable
 from zotune.optim.distributed import MODES
 from zotune.optim.distributed.workers import CHECK_EVERY
-from zotune.optim.evaluator import PROBES
+from zotune.optim.evaluator import FORWARD_BATCHING
 from zotune.training.arguments import option
 
 logger = logging.getLogger(__name__)
@@ -242,8 +242,8 @@ class ZOConfig(TrainingArguments):
             value = getattr(self, name)
             if value not in (None, methods.AUTO) and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
-        if self.forward_batching not in PROBES:
-            raise ValueError(f"unknown forward_batching {self.forward_batching!r}: choose one of {', '.join(PROBES)}.")
+        if self.forward_batching not in FORWARD_BATCHING:
+            raise ValueError(f"unknown forward_batching {self.forward_batching!r}: choose one of {', '.join(FORWARD_BATCHING)}.")
         if self.parallelism not in MODES:
             raise ValueError(f"unknown parallelism {self.parallelism!r}: choose one of {', '.join(MODES)}.")
         if baseline and self.forward_batching != "auto":

@@ -1,4 +1,4 @@
-"""How a trainer evaluates: :class:`EvaluatedTrainer`."""
+"""Evaluation in a trainer: :class:`EvaluatedTrainer`, the objectives of batches, greedy generation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import GenerationConfig
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from zotune import objectives
-from zotune.training import generation
-from zotune.training.sampling import OrderedTrainer
+from zotune.objectives.token_logprobs import IGNORE
+from zotune.training.checkpointing import CheckpointedTrainer
+from zotune.training.samplers import LongestFirst, eval_sampler
 from zotune.weights.structure import module_mode
 
 Batch = Mapping[str, Tensor]
@@ -21,10 +23,11 @@ LossFunction = Callable[[Batch], Tensor]
 Objective = str | Callable[[nn.Module, Batch], Tensor]
 
 
-class EvaluatedTrainer(OrderedTrainer):
-    """Evaluates by the objective that the data ask for: options by their scores, answers by greedy generation, text by its loss."""
+class EvaluatedTrainer(CheckpointedTrainer):
+    """Evaluates by the objective of the data: options by their scores, answers by greedy generation, text by its loss."""
 
     data_collator: Any
+    compute_metrics: Any
     objective: Objective | None
     eval_objective: Objective | None
     eval_data_collator: Callable[[list[Any]], dict[str, Any]] | None
@@ -48,10 +51,23 @@ class EvaluatedTrainer(OrderedTrainer):
         finally:
             self.data_collator = usual
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in `transformers.Trainer`, results in the order of the data; the model's training flags are left as found."""
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return eval_sampler(eval_dataset, self.args)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in `transformers.Trainer`, with the results in the order of the data; leaves the model's training flags as found."""
+        batches = getattr(dataloader, "batch_sampler", None)
+        sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)  # nested where there are several processes
         with module_mode(self.model):
-            return super().evaluation_loop(*args, **kwargs)
+            if not isinstance(sampler, LongestFirst):
+                return super().evaluation_loop(dataloader, *args, **kwargs)
+            usual = self.compute_metrics
+            self.compute_metrics = None if usual is None else lambda found: usual(_restored(found, sampler))
+            try:
+                found = super().evaluation_loop(dataloader, *args, **kwargs)
+            finally:
+                self.compute_metrics = usual
+        return found._replace(predictions=sampler.restored(found.predictions), label_ids=sampler.restored(found.label_ids))
 
     def prediction_step(
         self,
@@ -62,9 +78,9 @@ class EvaluatedTrainer(OrderedTrainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """(loss, predictions, labels) of an evaluation batch.
 
-        "choices": log-probabilities of the options under the softmax of their scores (B, C), and `answer`. An option
-        that an example does not have scores -inf, or -100 where its batch has fewer options than another. With several right options,
-        the labels are (B, C), 1 for those. "generation": the answers' token ids (B, S), and `reference`.
+        "choices": log-probabilities of the options under the softmax of their scores (B, C), and `answer`, or `right` (B, C) where several
+        options may be right. A missing option scores -inf; -100 where the batch has fewer options than another. "generation": token ids
+        of the answers (B, S), and `reference`.
         """
         objective = self.eval_objective or layout(inputs)
         if objective is None and callable(self.objective):
@@ -78,10 +94,10 @@ class EvaluatedTrainer(OrderedTrainer):
                 answers = batch.get("answer")
                 loss = None if answers is None else F.nll_loss(scores, answers)
                 return (loss, None, None) if prediction_loss_only else (loss, scores, batch.get("right", answers))
-            if objective == "generation":
-                loss = bound(objective, model)(batch).float().mean()
-                return (loss, None, None) if prediction_loss_only else (loss, generation.greedy(model, batch), batch["reference"])
-            return bound(objective, model)(batch).float().mean(), None, None
+            loss = bound(objective, model)(batch).float().mean()
+            if objective == "generation" and not prediction_loss_only:
+                return loss, greedy(model, batch), batch["reference"]
+            return loss, None, None
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         tokenized = "input_ids" in dataset.column_names
@@ -92,7 +108,7 @@ class EvaluatedTrainer(OrderedTrainer):
 
 
 def layout(batch: Mapping[str, Any]) -> str | None:
-    """The objective that a batch's keys ask for; None when the model's own loss is meant."""
+    """The objective implied by a batch's keys; None: the model's own loss."""
     if "positions" not in batch:
         return None
     if "option_ids" in batch or "option_mask" in batch:
@@ -101,6 +117,45 @@ def layout(batch: Mapping[str, Any]) -> str | None:
 
 
 def bound(objective: Objective, model: nn.Module) -> LossFunction:
+    """The objective of a model as a function of the batch alone."""
     if isinstance(objective, str):
         return objectives.objective(objective, model)
     return lambda batch: objective(model, batch)
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, batch: Batch) -> Tensor:
+    """Greedy continuations of the prompts, token ids (B, S), -100 after an answer's end.
+
+    Args:
+        model: a causal language model of transformers (or PEFT), with its own ``generate``.
+        batch: prompt_ids (B, P) and prompt_mask (B, P), padded on the left; max_new_tokens (B,), stop_ids (B, E) and pad_id (B,), the
+            same for every example.
+
+    Raises:
+        ValueError: the model cannot generate.
+    """
+    generate = getattr(model, "generate", None)
+    if generate is None:
+        raise ValueError(f"{type(model).__name__} has no generate(), which this task's answers need: use a causal language model.")
+    prompts = batch["prompt_ids"]
+    stops = batch["stop_ids"][0].tolist()
+    # The model's own generation settings (sampling, penalties, lengths) are those of a chat, not of an evaluation.
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=int(batch["max_new_tokens"][0]),
+        eos_token_id=stops or None,
+        pad_token_id=int(batch["pad_id"][0]),
+    )
+    written = generate(input_ids=prompts, attention_mask=batch["prompt_mask"], generation_config=settings)[:, prompts.shape[1] :]
+    ended = torch.isin(written, torch.tensor(stops, dtype=written.dtype, device=written.device))
+    behind = ended.cumsum(dim=1) - ended.long() > 0
+    return written.masked_fill(behind, IGNORE)
+
+
+def _restored(found: EvalPrediction, sampler: LongestFirst) -> EvalPrediction:
+    parts = (found.predictions, found.label_ids, found.inputs, found.losses)
+    predictions, labels, inputs, losses = (sampler.restored(part) for part in parts)
+    return EvalPrediction(predictions=predictions, label_ids=labels, inputs=inputs, losses=losses)

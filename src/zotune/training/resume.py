@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint that a folder holds, and the journal beyond it."""
+"""Beginning and resuming a run: its checkpoint, its journal, and the steps of the journal after the checkpoint."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from zotune.optim import resume
+from torch import nn
+
 from zotune.optim.journal import Journal, Record
 from zotune.optim.optimizer import ZerothOrder
+from zotune.optim.resume import usable
 from zotune.training.checkpoint import contents, storage
-from zotune.training.run_folder import JOURNAL_FILE
+from zotune.training.run_folder import ADAPTER_FOLDER, JOURNAL_FILE
 
 logger = logging.getLogger(__name__)
 
 
 def refuse_used(folder: Path) -> None:
-    """
-    Raises:
-        ValueError: a folder for a new run holds one.
-    """
+    """ValueError for a folder that already holds a run."""
     if (folder / JOURNAL_FILE).exists() or storage.checkpoints(folder):
         raise ValueError(f"{folder} already holds a run: continue it with resume_from_checkpoint=True, or choose another output_dir.")
 
 
 def checkpoint_of(run: Path, journal: Path, wanted: str | os.PathLike[str] | Literal[True], *, alone: bool) -> Path | None:
-    """The checkpoint to go on from; None: the run goes on from its beginning, the base weights and its journal.
+    """The checkpoint to resume from; None: the base weights and the journal.
 
     Args:
         run: the run's folder.
         journal: the run's journal.
         wanted: a checkpoint, or True for the newest whole one.
-        alone: whether the run may go on from its journal alone.
+        alone: whether the run may resume from its journal alone.
 
     Raises:
         ValueError: there is none, or the wanted one is damaged.
@@ -49,39 +48,65 @@ def checkpoint_of(run: Path, journal: Path, wanted: str | os.PathLike[str] | Lit
         if fault is None:
             return folder
         faults.append(fault)
-    if alone and journal.is_file():  # it was cut off before its first checkpoint, or none is whole
+    if alone and journal.is_file():  # interrupted before the first checkpoint, or none is whole
         if faults:
-            logger.warning("%s Going on from the base weights and the journal instead.", faults[0])
+            logger.warning("%s Resuming from the base weights and the journal instead.", faults[0])
         return None
     raise ValueError(faults[0] if faults else f"{run} holds no checkpoint to resume from: start without resume_from_checkpoint.")
 
 
 def batch_size(folder: Path, usual: int, per_device: int) -> int:
-    """Examples a micro-batch of the run that goes on from a checkpoint, which another number of processes does not change."""
-    settings = folder / storage.ARGUMENTS
-    if not settings.is_file():
+    """Examples per micro-batch of the run of a checkpoint, whatever the number of processes."""
+    arguments = folder / storage.ARGUMENTS
+    if not arguments.is_file():
         return usual
-    then = contents.load_json(settings).get("per_device_train_batch_size")
+    then = contents.load_json(arguments).get("per_device_train_batch_size")
     saved = contents.load_json(folder / storage.TRAINER_STATE).get("train_batch_size")
     return saved if saved and then == per_device else usual
 
 
-def continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str | None, *, follows: bool) -> Journal:
-    """The journal of a resumed run.
-
-    What it holds beyond the checkpoint (None: everything, from the base weights) the optimizer follows, or, where a certain checkpoint
-    was asked for, it is cut off.
+def begin(optimizer: ZerothOrder, model: nn.Module, path: Path) -> None:
+    """Creates the journal of a new run at ``path``; a fresh adapter, which is random, is saved beside it for replay.
 
     Raises:
-        ValueError: it is the journal of another run, or of other base weights.
+        ValueError: the optimizer has already taken steps.
     """
+    if optimizer.steps:
+        raise ValueError(
+            f"the optimizer has already taken {optimizer.steps} steps, and a run starts at step 0: pass a new "
+            "ZerothOrder, or resume from a checkpoint with resume_from_checkpoint."
+        )
+    if optimizer.journal is None:
+        if hasattr(model, "peft_config"):
+            with storage.draft(path.parent / ADAPTER_FOLDER) as folder:
+                model.save_pretrained(folder)  # type: ignore[operator]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        optimizer.journal = Journal.create(path, optimizer.header())
+
+
+def resume(optimizer: ZerothOrder, path: Path, checkpoint_folder: str | None, *, along_journal: bool) -> tuple[Any, ...]:
+    """Opens the journal of a resumed run; the optimizer retakes its steps after the checkpoint, or they are deleted.
+
+    Args:
+        optimizer: of the run, loaded from the checkpoint.
+        path: of the journal.
+        checkpoint_folder: None: the run resumes from the base weights.
+        along_journal: whether the steps after the checkpoint are retaken.
+
+    Returns:
+        The records to retake, and how the steps are evaluated: (tail, batched, rowwise), for the other processes.
+
+    Raises:
+        ValueError: the journal of another run, or of other base weights.
+    """
+    journal = optimizer.journal or Journal.open(path)
     here = optimizer.header(base=checkpoint_folder is None)
     names = [name for name in ("format", "method", "options", "seed", "groups", "base") if name in here]
     different = [name for name in names if journal.header.get(name) != here[name]]
     if different == ["base"]:
         raise ValueError(
-            f"the run of {journal.path} has no checkpoint to go on from, and began from other weights than these: pass the model that it "
-            "began from, or start a new run in another output_dir."
+            f"the run of {journal.path} has no checkpoint, and began from other weights than these: pass the model that it began from, "
+            "or start a new run in another output_dir."
         )
     if different:
         raise ValueError(
@@ -89,23 +114,25 @@ def continued(journal: Journal, optimizer: ZerothOrder, checkpoint_folder: str |
             "that run, or start a new one in another output_dir."
         )
     tail = journal.after(0 if checkpoint_folder is None else storage.journal_bytes(checkpoint_folder))
-    count = followed(optimizer, tail) if follows else 0
-    if len(journal) and checkpoint_folder is None:  # how its steps were evaluated may have been chosen by the clock
-        last = (ways(tail) or [{"batched": True, "apart": True}])[-1]
-        optimizer.evaluator.restore(last["batched"], last.get("apart", False))
+    count = retaken(optimizer, tail) if along_journal else 0
+    evaluator = optimizer.evaluator
+    if len(journal) and checkpoint_folder is None:  # the clock may have chosen how its steps were evaluated
+        last = (_choices(tail) or [{"batched": True, "rowwise": True}])[-1]
+        evaluator.restore(last["batched"], last.get("rowwise", False))
     journal.drop(len(tail) - count)
-    for event in ways(tail[count:]):
+    for event in _choices(tail[count:]):
         journal.append(event)
     optimizer.fast_forward(tail[:count])
-    return journal
+    optimizer.journal = journal
+    return optimizer.tail, evaluator.batched, evaluator.rowwise
 
 
-def followed(optimizer: ZerothOrder, records: Sequence[Record]) -> int:
-    """How many of the records a run can follow and then go on by itself."""
-    measured = optimizer.calibrator is not None and optimizer.calibrator.chooses_lr
-    return resume.usable(records, measured=measured or optimizer.guidance is not None)
+def retaken(optimizer: ZerothOrder, records: Sequence[Record]) -> int:
+    """How many of the records the optimizer can retake steps from."""
+    calibrated = optimizer.calibrator is not None and optimizer.calibrator.chooses_lr
+    return usable(records, calibrated or optimizer.output_gradients is not None)
 
 
-def ways(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The events among them that say how the run is evaluated, where that is not batched."""
+def _choices(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The events of evaluation choices among the records."""
     return [record for record in records if isinstance(record, dict) and record.get("event") == "forward_batching"]

@@ -1,4 +1,4 @@
-"""The order of examples by class, so that every stretch of it holds the classes in the proportions of the whole."""
+"""The order of examples: by class, so that the classes are balanced throughout; by length; and what a trainer takes of them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,84 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import has_length
 
-#: Sets of examples with directions of their own that a step has at least, of two examples; of more examples it has twice as many.
-LEAST_SETS = 4
+#: Fewest groups of examples in a step, each of two examples with directions of its own; with more examples twice as many.
+MIN_GROUPS = 4
 
 
-def set_size(classes: int, examples: int) -> int | None:
-    """Neighbors in a stratified order that share directions of their own in a step of so many examples; None: each has its own.
+def train_sampler(dataset: Any, args: Any, step_size: int) -> Sampler[int] | None:
+    """The order of ``args.train_sampling_strategy``; None: that of `transformers.Trainer`.
 
-    What the examples of a class have in common cancels within a set that has every class once, and it is most of what their gradients
-    differ by. More sets mean more directions, so that where many classes would leave few sets, pairs of two classes it is.
+    `transformers`' own grouping by length draws from the global generator, so that a resumed epoch has another order.
+
+    Args:
+        dataset: training examples.
+        args: a :class:`zotune.ZOConfig`.
+        step_size: examples per step.
+
+    Raises:
+        ValueError: the lengths of the examples are needed and unknown.
     """
-    if classes < 2 or examples < 2 * LEAST_SETS:
+    strategy, seed = args.train_sampling_strategy, args.seed if args.data_seed is None else args.data_seed
+    if not has_length(dataset):
         return None
-    return min(classes, max(2, examples // (2 * LEAST_SETS)))
+    if strategy == "stratified":
+        classes = classes_of(dataset)
+        return None if classes is None else Stratified(classes, seed)
+    if strategy != "group_by_length":
+        return None
+    lengths = lengths_of(dataset, args.length_column_name)
+    if lengths is None:
+        raise ValueError(
+            "train_sampling_strategy='group_by_length' needs to know how long an example is: give the data a column "
+            f"{args.length_column_name!r}, prompt_ids or input_ids, or leave the strategy at 'random'."
+        )
+    return GroupedByLength(lengths, step_size, seed)
 
 
-class Stratified(Sampler[int]):
-    """A random order without replacement in which any stretch has as many of each class as the whole would let expect, to within one.
+def eval_sampler(dataset: Any, args: Any) -> Sampler[int] | None:
+    """The longest examples first where that changes no result, else the order of the data."""
+    whole = args.eval_do_concat_batches and not args.batch_eval_metrics and not args.dataloader_drop_last
+    # A batch's loss is the mean over its examples of these kinds, whichever are together.
+    if (
+        whole
+        and isinstance(dataset, (list, tuple))
+        and all(isinstance(x, Mapping) and ("prompt_ids" in x or "label" in x) for x in dataset)
+    ):
+        lengths = lengths_of(dataset, args.length_column_name)
+        if lengths is not None:
+            return LongestFirst(lengths)
+    return SequentialSampler(dataset) if has_length(dataset) else None
 
-    What examples of a class have in common, its weight in the loss, is most of what their gradients differ by: of the noise of a random
-    batch on two-class data more than half is its having too many of one class.
 
-    The order depends on seed and epoch alone, so that a resumed epoch is the one that was interrupted.
+def balanced_group_size(classes: int, examples: int) -> int | None:
+    """Neighbors in a stratified order that share directions in a step of so many examples; None: each example has its own.
+
+    The common part of a class's gradients, most of the variance between examples, cancels in a group with every class once. More groups
+    mean more directions, so with many classes the groups are pairs of two classes.
+    """
+    if classes < 2 or examples < 2 * MIN_GROUPS:
+        return None
+    return min(classes, max(2, examples // (2 * MIN_GROUPS)))
+
+
+class EpochSampler(Sampler[int]):
+    """An order that depends on seed and epoch alone, so that a resumed epoch has the order of the interrupted one."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class Stratified(EpochSampler):
+    """A random order without replacement in which any stretch has as many of each class as expected, to within one.
+
+    The classes have different mean gradients: in a random batch of two-class data their imbalance is more than half of the noise.
 
     Args:
         classes: of the examples.
@@ -42,63 +95,49 @@ class Stratified(Sampler[int]):
         self.members: dict[Hashable, list[int]] = {}
         for index, name in enumerate(classes):
             self.members.setdefault(name, []).append(index)
-        self.seed, self.epoch = seed, 0
+        super().__init__(seed)
 
     def __len__(self) -> int:
         return sum(map(len, self.members.values()))
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
         placed: list[tuple[float, int]] = []
         for members in self.members.values():
-            # member number r of a class of n lies at (r + u) / n of the way, u the same for the class
+            # member r of a class of n is at position (r + u) / n, with one u for each class
             places = (np.arange(len(members)) + random.random()) / len(members)
             placed += zip(places.tolist(), random.permutation(members).tolist(), strict=True)
         return iter([index for _, index in sorted(placed)])
 
 
 def classes_of(dataset: Any) -> list[Hashable] | None:
-    """The class of every example: the number of its right answer, or its label; None where they are not of a few classes."""
-    columns = getattr(dataset, "column_names", None)
-    column = next((name for name in ("answer", "label", "labels") if name in _columns(dataset)), None)
+    """The class of every example: the index of its right answer, or its label; None where there are no or too many classes."""
+    names = getattr(dataset, "column_names", None)
+    first = names or (dataset[0] if len(dataset) else None)
+    column = next((name for name in ("answer", "label", "labels") if isinstance(first, (list, Mapping)) and name in first), None)
     if column is None:
         return None
-    found = list(dataset[column]) if columns else [example.get(column) for example in dataset]
+    found = list(dataset[column]) if names else [example.get(column) for example in dataset]
     if not all(isinstance(name, (int, str)) for name in found):
         return None
     return found if 1 < len(set(found)) <= len(found) // 2 else None
 
 
-def _columns(dataset: Any) -> Sequence[str]:
-    columns = getattr(dataset, "column_names", None)
-    if columns:
-        return list(columns)
-    first = dataset[0] if len(dataset) else None
-    return list(first) if isinstance(first, Mapping) else ()
-
-
-class GroupedByLength(Sampler[int]):
-    """A random order in which neighbors are of like length (that of transformers' ``group_by_length``), another one every epoch.
-
-    It depends on seed and epoch alone, so that a resumed epoch is the one that was interrupted.
+class GroupedByLength(EpochSampler):
+    """A random order with neighbors of similar length (that of transformers' ``group_by_length``), another one every epoch.
 
     Args:
         lengths: of the examples.
-        group: examples of a step, which shall be alike.
+        group: examples per step.
         seed: of the order.
     """
 
     def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
-        self.lengths, self.group, self.seed, self.epoch = list(lengths), group, seed, 0
+        self.lengths, self.group = list(lengths), group
+        super().__init__(seed)
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0] >> 1)
@@ -106,7 +145,7 @@ class GroupedByLength(Sampler[int]):
 
 
 class LongestFirst(Sampler[int]):
-    """Falling length; :meth:`restored` puts what came of it back into the order of the data."""
+    """Decreasing length; :meth:`restored` puts results back into the order of the data."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
@@ -119,7 +158,7 @@ class LongestFirst(Sampler[int]):
         return iter(self.order)
 
     def restored(self, results: Any) -> Any:
-        """Arrays with a row an example, and tuples, lists and mappings of such, in the data's order."""
+        """Arrays with one row per example, and tuples, lists and mappings of such, in the order of the data."""
         if isinstance(results, (tuple, list)):
             return type(results)(self.restored(part) for part in results)
         if isinstance(results, Mapping):
@@ -129,16 +168,11 @@ class LongestFirst(Sampler[int]):
 
 
 def lengths_of(dataset: Any, column: str) -> list[int] | None:
-    """Tokens of every example, from the data's ``column`` or its ids; None where they hold neither."""
+    """Tokens of every example, from the data's ``column`` or its ids; None where there are neither."""
     if column in (getattr(dataset, "column_names", None) or ()):
         return list(dataset[column])
-    lengths = []
-    for example in dataset:
-        length = _length(example, column)
-        if length is None:
-            return None
-        lengths.append(length)
-    return lengths
+    lengths = [_length(example, column) for example in dataset]
+    return None if None in lengths else lengths  # type: ignore[return-value]
 
 
 def _length(example: Any, column: str) -> int | None:

@@ -1,12 +1,10 @@
-"""Training under Hugging Face's loop, by forward passes or by a first-order baseline: :class:`ZOTrainer`.
+"""Training in Hugging Face's loop, by forward passes or by a first-order baseline: :class:`ZOTrainer`.
 
-The loop, its callbacks, schedules, evaluation and logging are `transformers.Trainer`'s; the step, the objectives and
-the files of a checkpoint are ours.
+Loop, callbacks, schedules and logging are `transformers.Trainer`'s; the step, the objectives and the checkpoint files are ours.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -26,45 +24,42 @@ from zotune.forward.batches import batch_rows, take_rows
 from zotune.io.lock import locked
 from zotune.methods import AUTO, Method
 from zotune.optim.distributed import partition
-from zotune.optim.journal import Journal, StepRecord
+from zotune.optim.journal import StepRecord
 from zotune.optim.optimizer import ZerothOrder
 from zotune.subspaces import Guided
-from zotune.training import resume, trainer
+from zotune.training import resume
 from zotune.training.checkpoint import storage
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
-from zotune.training.run_folder import ADAPTER_FOLDER
-from zotune.training.samplers import classes_of, set_size
+from zotune.training.samplers import balanced_group_size, classes_of, train_sampler
 from zotune.weights.structure import head_of
 
-logger = logging.getLogger(__name__)
+#: Share of the steps over which the default schedule decays.
+DECAY = 0.3
 
 
 class ZOTrainer(EvaluatedTrainer):
     """`transformers.Trainer` that trains with forward passes only: no backward pass, no `.grad`, inference memory.
 
-    With a first-order `method` (:mod:`zotune.baselines`) the same loop, data, objectives and files serve for comparison: gradients
-    come from a backward pass, and there is no journal.
+    With a first-order `method` (:mod:`zotune.baselines`), gradients come from a backward pass, and there is no journal.
 
     Args:
         model: any `transformers` model, PEFT model or module; its parameters with `requires_grad` are trained.
         args: a :class:`ZOConfig`.
-        objective: what is minimized. ``"lm"``, ``"choices"`` or ``"classifier"`` (see :mod:`zotune.objectives`), or a
-            callable ``(model, batch) -> losses`` with one loss an example, shape (B,) (a scalar works too; it need
-            not be differentiable). None: batches that hold `positions` say by their keys whether they are "choices"
-            or "lm"; any others get the loss the model computes from their labels (`compute_loss`).
-        eval_objective: the same for evaluation; None: by the keys of the evaluation batches, else as `objective`.
-        eval_data_collator: collator of the evaluation and prediction batches, when they have another layout.
+        objective: the loss: ``"lm"``, ``"choices"`` or ``"classifier"`` (see :mod:`zotune.objectives`), or a callable
+            ``(model, batch) -> losses`` of shape (B,) or scalar, differentiable or not. None: "choices" or "lm" by the keys of batches with
+            `positions`; for others the loss the model computes from its labels (`compute_loss`).
+        eval_objective: the same for evaluation; None: by the keys of the evaluation batches, else `objective`.
+        eval_data_collator: collator of evaluation and prediction batches; None: that of training.
         optimizers: a (:class:`ZerothOrder` or :class:`FirstOrder`, scheduler) pair of your own; either may be None.
         kwargs: everything else `transformers.Trainer` takes.
 
     Raises:
         ValueError: `args` is not a ZOConfig, or another kind of optimizer is passed.
 
-    `evaluate` and `predict` on "choices" batches give the options' log-probabilities (B, C) as predictions and the
-    right options' indices as label_ids; on other batches what `transformers.Trainer` gives. The run is recorded in
-    ``output_dir/journal.zo``; see :mod:`zotune.optim.journal`.
+    `evaluate` and `predict` on "choices" batches return log-probabilities of the options (B, C) as predictions, and the indices of the
+    right options as label_ids. The run is recorded in ``output_dir/journal.zo`` (:mod:`zotune.optim.journal`).
     """
 
     def __init__(
@@ -96,7 +91,7 @@ class ZOTrainer(EvaluatedTrainer):
         self.eval_objective = eval_objective
         self.eval_data_collator = eval_data_collator
         self._own_optimizer = optimizers[0] is None
-        self._from_the_start = self._follows = False
+        self._from_base = self._along_journal = False
         self._micro_batches: list[Batch] = []
         self._bound: tuple[Objective, LossFunction] | None = None
         self._since_train = StepSums()
@@ -113,32 +108,29 @@ class ZOTrainer(EvaluatedTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, or go on from a checkpoint bit for bit.
+        """Trains, or resumes bit for bit.
 
         Args:
-            resume_from_checkpoint: True to go on where the run ended: from the newest whole checkpoint of `output_dir`, or from the base
-                weights where there is none, and through the steps that the journal holds after it. The path of a checkpoint goes
-                back to that.
-            trial: a trial of `hyperparameter_search`.
-            ignore_keys_for_eval: as in `transformers.Trainer`.
+            resume_from_checkpoint: True: resume from the newest whole checkpoint of `output_dir` (the base weights where there is none) and
+                the journal after it. The path of a checkpoint: resume from that, without the later steps.
+            trial, ignore_keys_for_eval: as in `transformers.Trainer`.
 
         Raises:
-            ValueError: `output_dir` already holds a run that is not resumed, or the checkpoint cannot be continued, or another
-                process is training there.
-            MemoryError: a step did not fit into memory, with a batch size to try; the weights are those before the step.
+            ValueError: `output_dir` holds a run that is not resumed or cannot be, or another process trains there.
+            MemoryError: a step does not fit into memory; the message names a batch size, the weights are those before the step.
             NonFiniteLossError: the loss was not finite for `max_nonfinite_steps` steps in a row.
         """
         self._run_folder = Path(self._get_output_dir(trial))
         with self.workers.on_first(locked(self._run_folder)):
-            return self._train_alone(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            return self._train_locked(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _train_alone(
+    def _train_locked(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput:
         if self._own_optimizer:
             self.optimizer = None
-        self._from_the_start = False
-        self._follows = resume_from_checkpoint is True
+        self._from_base = False
+        self._along_journal = resume_from_checkpoint is True
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
             folder = None
             self.workers.from_first(partial(resume.refuse_used, self._run_folder))
@@ -147,7 +139,7 @@ class ZOTrainer(EvaluatedTrainer):
             place = partial(resume.checkpoint_of, self._run_folder, journal, resume_from_checkpoint, alone=alone)
             found = self.workers.from_first(lambda: str(place() or ""))
             folder = Path(found) if found else None
-            self._from_the_start = folder is None
+            self._from_base = folder is None
             if folder is not None:
                 usual = self.args.train_batch_size
                 self._train_batch_size = resume.batch_size(folder, usual, self.args.per_device_train_batch_size)
@@ -161,7 +153,7 @@ class ZOTrainer(EvaluatedTrainer):
             self._release_model()
 
     def _release_model(self) -> None:
-        """Leave a plain model with the trained weights, also when training was interrupted."""
+        """Leaves a plain model with the trained weights, also after an interruption."""
         if self.optimizer is None:
             return
         optimizer = self.zo_optimizer
@@ -170,17 +162,22 @@ class ZOTrainer(EvaluatedTrainer):
         if isinstance(optimizer, ZerothOrder) and optimizer.journal is not None:
             optimizer.journal.close()
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler = train_sampler(dataset, self.args, self._train_batch_size * self.args.gradient_accumulation_steps)
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
         if is_training and self.workers.several:
             batches: Any = getattr(loader, "batch_sampler", None)
             if not hasattr(batches, "process_index"):
                 raise ValueError("several processes need training data with a length and an index: load the stream into a list first.")
-            batches.num_processes, batches.process_index = 1, 0  # each is given every batch, and the optimizer shares it out
+            batches.num_processes, batches.process_index = 1, 0  # each gets every batch, which the optimizer partitions
         return loader
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Examples a step."""
+        """Examples per step."""
         return self._train_batch_size * args.gradient_accumulation_steps
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
@@ -190,57 +187,40 @@ class ZOTrainer(EvaluatedTrainer):
         optimizer = self.zo_optimizer
         if isinstance(optimizer, FirstOrder):
             return prepared
-        self.workers.from_first(partial(self._begin_journal, optimizer, resume_from_checkpoint))
-        self._share_tail(optimizer)
+        if not self._from_base and resume_from_checkpoint is None:
+            self.workers.from_first(partial(resume.begin, optimizer, self.model, self._journal_path))
+            return prepared
+        along = self._along_journal
+        resumed = partial(resume.resume, optimizer, self._journal_path, resume_from_checkpoint, along_journal=along)
+        tail, batched, rowwise = self.workers.from_first(resumed)
+        if not self.workers.first:
+            optimizer.evaluator.restore(batched, rowwise)
+            optimizer.fast_forward([record if isinstance(record, dict) else StepRecord.of(record) for record in tail])
         return prepared
 
-    def _share_tail(self, optimizer: ZerothOrder) -> None:
-        """Have all workers follow what the first has found in the journal."""
-        if not self.workers.several:
-            return
-        evaluations = optimizer.evaluator
-        tail, batched, apart = self.workers.from_first(lambda: [optimizer.tail, evaluations.batched, evaluations.apart])
-        if not self.workers.first:
-            evaluations.restore(batched, apart)
-            optimizer.fast_forward([record if isinstance(record, dict) else StepRecord.of(record) for record in tail])
-
-    def _begin_journal(self, optimizer: ZerothOrder, resume_from_checkpoint: str | None) -> None:
-        if resume_from_checkpoint is not None or self._from_the_start:
-            journal = optimizer.journal or Journal.open(self._journal_path)
-            optimizer.journal = resume.continued(journal, optimizer, resume_from_checkpoint, follows=self._follows)
-        elif optimizer.steps:
-            raise ValueError(
-                f"the optimizer has already taken {optimizer.steps} steps, and a run starts at step 0: pass a new "
-                "ZerothOrder, or go on from a checkpoint with resume_from_checkpoint."
-            )
-        elif optimizer.journal is None:
-            self._save_initial_adapter()
-            self._journal_path.parent.mkdir(parents=True, exist_ok=True)
-            optimizer.journal = Journal.create(self._journal_path, optimizer.header())
-
-    def _save_initial_adapter(self) -> None:
-        """A fresh adapter is random: without it the journal could not be replayed."""
-        if hasattr(self.model, "peft_config"):
-            with storage.draft(self._run_folder / ADAPTER_FOLDER) as folder:
-                self.model.save_pretrained(folder)
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Hugging Face's loop takes one step more when a run that is complete is resumed.
+        # Hugging Face's loop takes one more step when a complete run is resumed.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer the config describes, unless one was passed."""
+        """The optimizer of the config, unless one was passed."""
         if not isinstance(self.optimizer, _SteppedOptimizer):
             self.optimizer = _SteppedOptimizer(self.optimizer or self._new_optimizer())
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As in `transformers.Trainer`; ``warmup_stable_decay`` decays over the last 30% of the steps unless it is told otherwise."""
-        given = self.args.lr_scheduler_kwargs
-        self.args.lr_scheduler_kwargs = trainer.completed(self.args.lr_scheduler_type, given, num_training_steps)
+        """As in `transformers.Trainer`; ``warmup_stable_decay`` decays over the last 30% of the steps by default.
+
+        A zeroth-order step makes progress in flat directions, whose noise no later, smaller step removes: there a constant rate is best.
+        Noise in sharp directions vanishes when the rate decays, in few steps (2405.18392 on such schedules).
+        """
+        given, kind = self.args.lr_scheduler_kwargs, self.args.lr_scheduler_type
+        if str(getattr(kind, "value", kind)) == "warmup_stable_decay" and "num_decay_steps" not in (given or {}):
+            decay = {"decay_type": "linear", "num_decay_steps": math.ceil(DECAY * num_training_steps)}
+            self.args.lr_scheduler_kwargs = {**decay, **(given or {})}
         try:
             return super().create_scheduler(num_training_steps, optimizer)
         finally:
@@ -254,13 +234,13 @@ class ZOTrainer(EvaluatedTrainer):
         if isinstance(method, Baseline):
             common |= {"max_grad_norm": args.max_grad_norm, "max_steps": self.state.max_steps or None}
             return optimizer_class(method)(self.model, method, **common)
-        examples = self._examples if has_length(self.train_dataset) else None
+        examples = self._sample_batches if has_length(self.train_dataset) else None
         return ZerothOrder(
             self.model, self._method(), forward_batching=args.forward_batching, workers=self.workers, sample_batches=examples, **common
         )
 
-    def _examples(self, step: int, count: int) -> list[Batch]:
-        """Micro-batches of ``count`` training examples for a method to look at, drawn by the run's seed and the step alone."""
+    def _sample_batches(self, step: int, count: int) -> list[Batch]:
+        """Micro-batches of ``count`` training examples, drawn by the run's seed and the step alone."""
         dataset, size = self.train_dataset, self.args.per_device_train_batch_size
         chosen = np.random.default_rng((self.args.seed, step)).permutation(len(dataset))[:count].tolist()
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
@@ -268,34 +248,33 @@ class ZOTrainer(EvaluatedTrainer):
         return [self._prepare_inputs(collate([dataset[index] for index in piece])) for piece in pieces]
 
     def _method(self) -> Method:
-        """The config's method, with what it leaves open and data and batch tell.
+        """The config's method, with options that it leaves open set by data and batch size.
 
-        Where it gives every example directions, sets of different classes get them instead; turns of a guided method are longer where
-        batches are small.
+        Directions per example become directions per group of different classes; a guided method's phases are longer for small batches.
         """
         args, method = self.args, self.args.zo_method()
         extra = args.method_args if isinstance(args.method_args, dict) else {}
         examples, found = self._train_batch_size * args.gradient_accumulation_steps, dict[str, Any]()
         if method.own and args.directions_per is None and "directions_per" not in extra:
             stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
-            size = set_size(len(set(classes_of(self.train_dataset) or ())) if stratified else 0, examples)
+            size = balanced_group_size(len(set(classes_of(self.train_dataset) or ())) if stratified else 0, examples)
             found |= {} if size is None else {"directions_per": "group", "group_size": size}
-        tells = head_of(self.model) is not None and self.objective in (None, "lm", "generation", "choices")
-        if tells and isinstance(method.subspace, Guided) and args.interval is None and "interval" not in extra:
+        guidable = head_of(self.model) is not None and self.objective in (None, "lm", "generation", "choices")
+        if guidable and isinstance(method.subspace, Guided) and args.interval is None and "interval" not in extra:
             found["interval"] = method.subspace.interval_for(examples)
         return args.zo_method(**found) if found else method
 
     # --- a step ---
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Collect a micro-batch; at the last one of a step take that step. Returns the step's mean loss (else 0)."""
+        """Collects a micro-batch, and takes the step at the last one; the step's mean loss (else 0)."""
         self._micro_batches.append(self._prepare_inputs(inputs))
         nothing = torch.zeros((), device=self.args.device)
         if not self.accelerator.sync_gradients:
             return nothing
         batches, self._micro_batches = self._micro_batches, []
         if self.workers.several and (self.objective or layout(batches[0])) is None:
-            batches = [piece for batch in batches for piece in _cut(batch, self.workers.size)]  # which is one number a batch
+            batches = [piece for batch in batches for piece in _split(batch, self.workers.size)]  # a scalar loss per batch
         loss_fn = self._loss_function(batches, num_items_in_batch)
         start = time.perf_counter()
         try:
@@ -303,7 +282,7 @@ class ZOTrainer(EvaluatedTrainer):
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            raise MemoryError(self._what_needs_less_memory()) from error
+            raise MemoryError(self._out_of_memory_advice()) from error
         seconds = time.perf_counter() - start
         report = self.zo_optimizer.last_report
         assert report is not None
@@ -312,7 +291,7 @@ class ZOTrainer(EvaluatedTrainer):
         loss = torch.as_tensor(report.loss, dtype=torch.float32, device=self.args.device)
         return loss if math.isfinite(report.loss) else nothing  # the report is on the CPU: nothing waits for the device
 
-    def _what_needs_less_memory(self) -> str:
+    def _out_of_memory_advice(self) -> str:
         size, accumulated = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
         advice = "try shorter sequences, or half-precision weights"
         if size > 1:
@@ -330,11 +309,10 @@ class ZOTrainer(EvaluatedTrainer):
     def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
         objective = self.objective or layout(batches[0])
         if objective is not None:
-            if self._bound is None or self._bound[0] != objective:  # one for all steps, so that it is known again (``captured``)
+            if self._bound is None or self._bound[0] != objective:  # one object for all steps, which CUDA graphs identify it by
                 self._bound = objective, bound(objective, self.model)
             return self._bound[1]
-        # The model sums over its labels and divides by those of all micro-batches, whereas the optimizer averages the
-        # micro-batches.
+        # The model divides by the labels of all micro-batches, and the optimizer averages over the micro-batches.
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or bool(self.compute_loss_func)
@@ -346,40 +324,40 @@ class ZOTrainer(EvaluatedTrainer):
         return loss_of_labels
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
-        """A first-order step has clipped its gradient itself."""
+        """Nothing: a first-order step clips its gradient itself."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
-        """The last step's, before clipping; a zeroth-order step has none."""
+        """That of the last step, before clipping; None in zeroth order."""
         return getattr(self.zo_optimizer.last_report, "grad_norm", None)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations a micro-batch costs: a third of a forward and backward pass, once for each evaluation."""
+        """Operations of a micro-batch: for each evaluation a third of a forward and backward pass."""
         forwards = 1 if getattr(self.zo_optimizer, "guided", False) else self.zo_optimizer.method.forwards_per_step
         return super().floating_point_ops(inputs) // 3 * forwards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; an entry of training steps gains the loss gap, its noise, the forward passes and the speed."""
+        """Logs; entries of training steps also have the loss difference, its standard error, the forward passes and the speed."""
         if self._since_log.steps and {"loss", "learning_rate"} <= logs.keys():
-            del logs["loss"]  # Hugging Face's mean counts a skipped step as a loss of 0
+            del logs["loss"]  # Hugging Face's mean counts a skipped step as loss 0
             rate = logs.pop("learning_rate")
             if self.args.learning_rate == AUTO and self.zo_optimizer.last_report is not None:
-                rate = self.zo_optimizer.last_report.lr[0]  # the scheduler knows a factor only
+                rate = self.zo_optimizer.last_report.lr[0]  # the scheduler has the factor only
             logs.update(self._since_log.entries(), learning_rate=rate)
             logs["forward_passes"] = self.zo_optimizer.forward_passes
             self._since_log = StepSums()
         super().log(logs, start_time)
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
-        # `train_loss` is the summed loss over all steps of this call: let skipped steps weigh nothing in it.
+        # `train_loss` is the mean over the steps of this call, without the skipped ones.
         self._tr_loss = torch.zeros((), device=self.args.device)
         self._total_loss_scalar = self._since_train.mean_loss() * (self.state.global_step - self._initial_global_step)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
 
 class _SteppedOptimizer(AcceleratedOptimizer):
-    """What Hugging Face's loop holds as its optimizer: `training_step` has already stepped when the loop calls it.
+    """The optimizer in Hugging Face's loop: `training_step` has already stepped when the loop calls it.
 
-    Accelerate takes it as prepared, so the optimizer inside never goes through its round trip of the state.
+    Accelerate regards it as prepared, and so does not copy its state.
     """
 
     _is_accelerate_prepared = True
@@ -394,30 +372,15 @@ class _SteppedOptimizer(AcceleratedOptimizer):
         """Nothing: there are no gradients."""
 
 
-def _cut(batch: Batch, ways: int) -> list[Batch]:
-    """A batch in so many neighboring pieces, or one an example."""
+def _split(batch: Batch, pieces: int) -> list[Batch]:
+    """A batch in so many contiguous pieces, at most one per example."""
     rows = batch_rows(batch)
-    return [take_rows(batch, torch.arange(piece.start, piece.stop), rows) for piece in partition.cut(rows, min(ways, rows))]
+    return [take_rows(batch, torch.arange(piece.start, piece.stop), rows) for piece in partition.cut(rows, min(pieces, rows))]
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Whether an error is one of an allocation that failed, on any device."""
+    """Whether an allocation failed, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-
-
-#: Part of the steps in which the rate falls.
-DECAY = 0.3
-
-
-def completed(lr_scheduler_type: str, given: dict[str, Any] | None, num_training_steps: int) -> dict[str, Any] | None:
-    """``lr_scheduler_kwargs`` with what ``warmup_stable_decay`` asks for and was not given; those of other schedules as they are.
-
-    A zeroth-order step makes its progress in flat directions, whose noise no later, smaller step takes back: there a constant rate is
-    best. What is noise in sharp directions goes when the rate falls, which takes few steps (2405.18392 on such schedules).
-    """
-    if str(getattr(lr_scheduler_type, "value", lr_scheduler_type)) != "warmup_stable_decay" or "num_decay_steps" in (given or {}):
-        return given
-    return {"decay_type": "linear", "num_decay_steps": math.ceil(DECAY * num_training_steps), **(given or {})}

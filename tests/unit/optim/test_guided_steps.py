@@ -15,7 +15,7 @@ from zotune.objectives import output_gradients
 from zotune.optim import guided, resume
 from zotune.optim.journal import Journal, StepRecord
 from zotune.subspaces.guided import GuidedCoordinate
-from zotune.subspaces.guided_projection import RIDGE, Rows, guide
+from zotune.subspaces.guided_projection import RIDGE, CompressedRows, fit_projection
 from zotune.training import resume as resuming
 
 
@@ -35,27 +35,27 @@ def in_the_hidden_state(model: torch.nn.Module, loss_fn, data) -> torch.Tensor:
 
 def test_an_error_is_the_gradient_in_the_hidden_state_that_the_head_is_given():
     model, data = tiny_llama(), batch(0)
-    with output_gradients.watched() as watch, torch.no_grad():
+    with output_gradients.recording() as recorder, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
     gradient = in_the_hidden_state(model, objectives.LanguageModelLoss(model), data)  # one token an example is scored
-    assert torch.allclose(torch.cat(watch.errors), gradient[:, LENGTH - 1], atol=1e-6)
+    assert torch.allclose(torch.cat(recorder.gradients), gradient[:, LENGTH - 1], atol=1e-6)
 
 
 def test_the_error_of_a_choice_is_that_of_its_options_alone():
     model, data = tiny_llama(), collate_choices(ROWS[:8])
     assert "option_ids" in data
-    with output_gradients.watched() as watch, torch.no_grad():
+    with output_gradients.recording() as recorder, torch.no_grad():
         objectives.ChoiceLoss(model)(data)
     gradients = in_the_hidden_state(model, objectives.ChoiceLoss(model), data)[torch.arange(8), data["positions"][:, 0]]
     assert float(gradients.norm()) > 0
-    assert torch.allclose(torch.cat(watch.errors), gradients, atol=1e-6)
+    assert torch.allclose(torch.cat(recorder.gradients), gradients, atol=1e-6)
 
 
 def test_scores_that_are_no_loss_tell_nothing():
     model = tiny_llama()
-    with output_gradients.watched() as watch, torch.no_grad():
+    with output_gradients.recording() as recorder, torch.no_grad():
         objectives.choice_scores(model, collate_choices(ROWS[:8]))
-    assert not watch.errors
+    assert not recorder.gradients
 
 
 def two_tokens(size: int = 8) -> dict[str, torch.Tensor]:
@@ -69,18 +69,18 @@ def two_tokens(size: int = 8) -> dict[str, torch.Tensor]:
 
 def test_a_texts_tokens_share_its_loss():
     model, data = tiny_llama(), two_tokens()
-    with output_gradients.watched() as watch, torch.no_grad():
+    with output_gradients.recording() as recorder, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
     gradients = in_the_hidden_state(model, objectives.LanguageModelLoss(model), data)
-    (texts,), (errors,) = watch.texts, watch.errors
+    (texts,), (errors,) = recorder.examples, recorder.gradients
     assert texts.tolist() == torch.arange(8).repeat_interleave(2).tolist()
     places = torch.tensor([3, 4] * 8)
     assert torch.allclose(errors, gradients[texts, places], atol=1e-6)
     assert not errors[1::4].any() and bool(errors[3::4].any(dim=1).all())  # every second text has one token
-    with output_gradients.watched(100) as watch, torch.no_grad():
+    with output_gradients.recording(100) as recorder, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
-    assert watch.texts[0].tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
-    assert torch.equal(watch.errors[0], errors[[0, 2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15]])
+    assert recorder.examples[0].tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
+    assert torch.equal(recorder.gradients[0], errors[[0, 2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15]])
 
 
 def test_errors_are_made_a_few_rows_at_a_time(monkeypatch):
@@ -88,9 +88,9 @@ def test_errors_are_made_a_few_rows_at_a_time(monkeypatch):
     found = []
     for elements in (2**24, 300):
         monkeypatch.setattr(output_gradients, "CHUNK_ELEMENTS", elements)
-        with output_gradients.watched() as watch, torch.no_grad():
+        with output_gradients.recording() as recorder, torch.no_grad():
             objectives.LanguageModelLoss(model)(data)
-        found.append(watch.errors[0])
+        found.append(recorder.gradients[0])
     assert torch.allclose(*found, atol=1e-6)
 
 
@@ -98,15 +98,15 @@ def test_only_scored_tokens_tell_and_no_more_than_there_is_room_for():
     model, data = tiny_llama(), two_tokens()
     data["targets"][:, 1] = objectives.IGNORE
     data["positions"], data["targets"] = data["positions"][:, :1], data["targets"][:, :1]
-    with output_gradients.watched(5) as watch, torch.no_grad():
+    with output_gradients.recording(5) as recorder, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
         objectives.LanguageModelLoss(model)(data)
-    assert sum(map(len, watch.errors)) == 5
-    with output_gradients.watched() as watch, torch.no_grad():
+    assert sum(map(len, recorder.gradients)) == 5
+    with output_gradients.recording() as recorder, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
         objectives.LanguageModelLoss(model)(data)
-    assert torch.cat(watch.texts).tolist() == list(range(16)) and watch.number == 16
-    assert output_gradients.watching() is None
+    assert torch.cat(recorder.examples).tolist() == list(range(16)) and recorder.num_examples == 16
+    assert output_gradients.active_recorder() is None
 
 
 @pytest.mark.parametrize("number", [8, 50])
@@ -114,7 +114,7 @@ def test_a_guide_is_the_regression_of_errors_on_inputs(number):
     """P, V of δ̂ = B x, B = Σ δ xᵀ (S + λI)⁻¹ / N; of fewer or more other rows than numbers in one."""
     generator = torch.Generator().manual_seed(0)
     x, d, others = (torch.randn(*shape, generator=generator) for shape in ((30, 12), (30, 9), (number, 12)))
-    p, v = (side.float() for side in guide(x, d, others, 2))
+    p, v = (side.float() for side in fit_projection(x, d, others, 2))
     x, d, others = x.double(), d.double(), others.double()
     second = others.T @ others / number + RIDGE * others.square().mean() * torch.eye(12)
     fit = d.T @ x / 30 @ torch.linalg.inv(second)  # B
@@ -130,7 +130,7 @@ def test_errors_that_are_multiples_of_one_vector_have_one_guide_and_no_rounding(
     generator = torch.Generator().manual_seed(0)
     x, others = torch.randn(128, 12, generator=generator), torch.randn(500, 12, generator=generator)
     vector, share = torch.randn(9, generator=generator), torch.randn(128, 1, generator=generator)
-    p, v = guide(x, share * vector, others, 4)
+    p, v = fit_projection(x, share * vector, others, 4)
     assert torch.allclose(p[:, 0].float().abs(), torch.nn.functional.normalize(vector, dim=0).abs(), atol=1e-2)
     assert not p[:, 1:].any() and not v[:, 1:].any() and v[:, 0].any()
 
@@ -138,16 +138,16 @@ def test_errors_that_are_multiples_of_one_vector_have_one_guide_and_no_rounding(
 def test_of_few_texts_more_positions_are_looked_at_until_there_are_enough():
     states, mask, scored = torch.randn(2, 640, 3), torch.ones(2, 640, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)
     found = []
-    with output_gradients.watched(256) as watch:
+    with output_gradients.recording(256) as recorder:
         for _ in range(10):
-            watch.begin(scored, scored == 0, mask)
-            found.append(len(watch.some_of(states)))
+            recorder.begin(scored, scored == 0, mask)
+            found.append(len(recorder.sampled_rows(states)))
     assert found == [64] * 8 + [8] * 2
 
 
 def test_rows_in_a_byte_a_number_are_a_guides_within_rounding():
     rows = torch.randn(60, 500, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 60).unsqueeze(1)
-    kept = Rows(torch.float8_e4m3fn)
+    kept = CompressedRows(torch.float8_e4m3fn)
     for part in rows.split(25):
         kept.add(part)
     assert all(part.dtype.itemsize == 1 for part, _ in kept.parts)
@@ -163,7 +163,7 @@ def test_a_guide_finds_what_tells_the_errors_apart():
     x = torch.randn(200, 100, generator=generator)
     x[:, 7] = label
     direction = torch.nn.functional.normalize(torch.randn(30, generator=generator), dim=0)
-    p, v = guide(x, label.unsqueeze(1) * direction + 0.3 * torch.randn(200, 30, generator=generator), x, 1)
+    p, v = fit_projection(x, label.unsqueeze(1) * direction + 0.3 * torch.randn(200, 30, generator=generator), x, 1)
     assert float((p[:, 0].float() @ direction).abs()) > 0.95
     assert int(v[:, 0].abs().argmax()) == 7
 
@@ -171,15 +171,15 @@ def test_a_guide_finds_what_tells_the_errors_apart():
 def test_few_errors_give_a_guide_of_fewer_columns():
     generator = torch.Generator().manual_seed(0)
     x, d, others = (torch.randn(*shape, generator=generator) for shape in ((3, 12), (3, 9), (50, 12)))
-    p, v = guide(x, d, others, 5)
+    p, v = fit_projection(x, d, others, 5)
     assert p.shape == (9, 5) and v.shape == (12, 5)
     assert bool(p[:, :3].any(dim=0).all()) and bool(v[:, :3].any(dim=0).all())
     assert not p[:, 3:].any() and not v[:, 3:].any()
 
 
 def test_inputs_that_tell_nothing_give_no_guide():
-    assert guide(torch.zeros(4, 3), torch.ones(4, 3), torch.zeros(4, 3), 1) is None
-    assert guide(torch.ones(4, 3), torch.zeros(4, 3), torch.ones(4, 3), 1) is None
+    assert fit_projection(torch.zeros(4, 3), torch.ones(4, 3), torch.zeros(4, 3), 1) is None
+    assert fit_projection(torch.ones(4, 3), torch.zeros(4, 3), torch.ones(4, 3), 1) is None
 
 
 def test_only_layers_that_write_to_the_hidden_state_are_guided():
@@ -246,7 +246,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_turn(monkeypatch, at, rate):
     seen, steps = [], optimizer(straight, **options)
     for step in range(4 * INTERVAL):
         run(straight, steps, step, step + 1)
-        seen.append(steps.guided)
+        seen.append(steps.run.along_output_gradients)
     assert seen == ([True] * INTERVAL + [False] * INTERVAL) * 2
     model = tiny_llama()
     first = optimizer(model, **options)
@@ -276,7 +276,7 @@ def test_a_loss_that_tells_no_errors_has_lozos_turns_only():
     steps = optimizer(model, layer_scales=False)
     for _ in range(2 * INTERVAL):
         steps.step(lambda data: model(data["input_ids"]).logits.square().mean(dim=(1, 2)), batch(0))
-        assert not steps.guided
+        assert not steps.run.along_output_gradients
         assert all(bool(c.v.any()) for c in steps.forward.coordinates if isinstance(c, GuidedCoordinate))
     assert steps.sequences_evaluated == 2 * INTERVAL * 4 * 8 + 2 * 16  # it was asked once a turn, for the first of the examples
 
@@ -287,7 +287,7 @@ def test_where_no_layer_could_be_guided_nothing_is_looked_at():
         parameter.requires_grad_("up_proj" in name)
     steps = optimizer(model, layer_scales=False)
     run(model, steps, 0, INTERVAL + 1)
-    assert steps.sequences_evaluated == (INTERVAL + 1) * 4 * 8 and not steps.guided
+    assert steps.sequences_evaluated == (INTERVAL + 1) * 4 * 8 and not steps.run.along_output_gradients
 
 
 def test_looking_at_examples_is_counted_and_writes_nothing():
@@ -378,6 +378,6 @@ def test_a_killed_run_goes_on_from_its_journal_bit_for_bit(monkeypatch, tmp_path
     cut = next(place for place, record in enumerate(records) if isinstance(record, StepRecord) and record.step == 6) + 1
     model = tiny_llama()
     resumed = ZerothOrder(model, methods.lozo_g(interval=INTERVAL, guide=2, examples=48, eps="auto"), lr=rate, sample_batches=examples)
-    resumed.fast_forward(records[: resuming.followed(resumed, records[:cut])])
+    resumed.fast_forward(records[: resuming.retaken(resumed, records[:cut])])
     run(model, resumed, 0, 9)
     assert same_weights(weights(model), weights(straight))

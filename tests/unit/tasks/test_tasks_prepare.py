@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaConfig, T5Config
 
 from zotune import objectives, tasks
-from zotune.training import generation
+from zotune.training.evaluation import greedy
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_generated_answer_is_the_most_likely_token_after_token(tokenizer, conf
     assert data.num_labels is None
     batch = data.collate_eval(data.eval)
     batch["max_new_tokens"][:] = 6
-    written = generation.greedy(model, batch)
+    written = greedy(model, batch)
     stops = set(batch["stop_ids"][0].tolist())
     assert tokenizer.eos_token_id in stops and "\n" in [tokenizer.decode([stop]) for stop in stops]
     for example, row in zip(data.eval, written.tolist(), strict=True):

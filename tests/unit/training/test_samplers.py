@@ -8,7 +8,7 @@ from collections import Counter
 import datasets
 import pytest
 
-from zotune.training.samplers import Stratified, classes_of, set_size
+from zotune.training.samplers import Stratified, balanced_group_size, classes_of
 
 CLASSES = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
 
@@ -55,4 +55,4 @@ def test_data_without_classes_has_none():
     [(2, 16, 2), (2, 8, 2), (2, 7, None), (1, 16, None), (0, 16, None), (6, 16, 2), (4, 32, 4), (6, 32, 4), (6, 48, 6), (3, 1000, 3)],
 )
 def test_sets_have_every_class_where_there_are_eight_of_them_and_are_pairs_otherwise(classes: int, examples: int, size: int | None) -> None:
-    assert set_size(classes, examples) == size
+    assert balanced_group_size(classes, examples) == size

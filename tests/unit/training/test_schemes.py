@@ -101,7 +101,7 @@ def test_a_prefix_is_what_the_model_makes_of_real_tokens(kv_heads: int) -> None:
     model = llama(kv_heads=kv_heads).eval()
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        tokens = schemes._real_tokens(model, 4)
+        tokens = schemes.real_tokens(model, 4)
     text = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_a_soft_prompt_starts_from_real_embeddings_and_is_scored_at_the_right_pl
     model = llama().eval()
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        tokens = schemes._real_tokens(model, 4)
+        tokens = schemes.real_tokens(model, 4)
     text = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     positions = torch.tensor([[0, 3], [1, 2]])
