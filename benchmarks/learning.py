@@ -21,6 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from zotune.io.figures import new_figure, save_figure
+
 HELD_OUT = "held out"
 #: Steps to a point of a loss curve.
 BLOCK = 10
@@ -220,12 +222,7 @@ def looked_at(result: dict[str, Any]) -> list[float]:
 
 
 def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, ((left, right),) = new_figure(1, 2, (10, 3.8))
     for method, runs in finals.items():
         smooth = [smoothed(r["losses"], max(1, len(r["losses"]) // 30)) for r in runs]
         loss = list(zip(*smooth, strict=False))
@@ -243,7 +240,7 @@ def plot(finals: dict[str, list[dict[str, Any]]], path: Path, title: str) -> Non
     left.set(xlabel="sequences evaluated", ylabel="training loss", title=title)
     right.set(xlabel="sequences evaluated", ylabel="validation accuracy", title="mean and range over seeds")
     right.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def number_or_auto(text: str) -> float | str:

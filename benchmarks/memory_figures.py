@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from zotune.baselines import catalog
+from zotune.io.figures import new_figure, save_figure
 from zotune.memory import Split, Workload, config_of, estimate
 from zotune.memory.formulas import closed_form
 from zotune.memory.workload import elements_of
@@ -51,7 +52,7 @@ BY_LENGTH = {
     "LOZO": ("lozo", "full", torch.bfloat16),
 }
 LENGTHS = (128, 512, 1024, 2048)
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#cc9911")
+COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#cc9911")
 #: LOZO's table: gigabytes on RoBERTa-large.
 ROBERTA = {"lozo": 2.83, "lozo-m": 2.84, "mezo": 3.00, "mezo-momentum": 5.89, "mezo-adam": 7.42}
 
@@ -80,7 +81,7 @@ def sizes() -> None:
             work = Workload(config_of(model), catalog.get(method), Scheme(scheme), batch_size=1, sequence_length=400, dtype=dtype)
             lines.setdefault(name, []).append(sum(kept.get(f"{model} {name}", work).values()) / 1e9)
     figure, axis = _axis()
-    for (name, line), color in zip(lines.items(), COLOURS, strict=True):
+    for (name, line), color in zip(lines.items(), COLORS, strict=True):
         axis.plot(list(MODELS.values()), line, "-", color=color, label=f"{name}, predicted")
         points = [(size, value) for size, value in zip(MODELS.values(), PUBLISHED.get(name, ()), strict=False) if value]
         if points:
@@ -97,7 +98,7 @@ def lengths() -> None:
     kept = Kept("lengths")
     config = config_of("opt-13b")
     figure, axis = _axis()
-    for (name, (method, scheme, dtype)), color in zip(BY_LENGTH.items(), COLOURS, strict=True):
+    for (name, (method, scheme, dtype)), color in zip(BY_LENGTH.items(), COLORS, strict=True):
         line, theory = [], []
         for length in LENGTHS:
             work = Workload(config, catalog.get(method), Scheme(scheme), batch_size=4, sequence_length=length, dtype=dtype)
@@ -123,16 +124,14 @@ def roberta() -> None:
 
 
 def _axis() -> tuple[Any, Any]:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(7.5, 5.2), layout="constrained")
+    figure, panels = new_figure(1, 1, (7.5, 5.2))
+    return figure, panels[0][0]
 
 
 def _save(figure: Any, axis: Any, name: str) -> None:
-    axis.grid(alpha=0.3, which="major")
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     IMAGES.mkdir(exist_ok=True)
-    figure.savefig(IMAGES / name, dpi=120)
+    save_figure(figure, IMAGES / name)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from traffic import Network, gradients, received
 
+from zotune.io.figures import new_figure, save_figure
+
 WEIGHTS = 13_000_000_000
 EXAMPLES, TOKENS = 16, 256  # of every worker
 FLOPS = 2e14  # that a worker gets out of its accelerator
@@ -67,13 +69,9 @@ RIVALS: dict[str, tuple[Callable[[int], Step], str, str]] = {
 
 def draw(path: Path, counts: list[int]) -> None:
     """Left: bytes a worker receives in a step. Right: the part of a worker's time that is spent on its own examples."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(13, 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    figure, ((left, right),) = new_figure(1, 2, (13, 4.2))
     left.plot(counts[1:], [gradients(WEIGHTS, w) for w in counts[1:]], color="#b0561f", label="gradients, 2 bytes each")
     left.plot(counts[1:], [received(POINTS, EXAMPLES * w, w) for w in counts[1:]], color="#1f4e8c", label="losses, all workers'")
     left.set(xscale="log", yscale="log", xlabel="workers", ylabel="bytes a worker receives in a step", title="on the wire, 13B weights")
@@ -84,10 +82,7 @@ def draw(path: Path, counts: list[int]) -> None:
     right.set(xscale="log", xlabel="workers", title="time spent on examples, predicted", ylim=(0, 1.05))
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

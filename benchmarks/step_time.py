@@ -268,7 +268,7 @@ def measure(
             lr=1e-7,
             forward_batching=forward_batching,
             cuda_graphs=cuda_graphs,
-            examples=lambda step, count, pieces=pieces: pieces,
+            sample_batches=lambda step, count, pieces=pieces: pieces,
         )
         contenders[name] = partial(optimizer.step, zotune.objectives.LanguageModelLoss(model), batch)
         shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zotune
+from zotune.io.figures import new_figure, save_figure
 from zotune.memory import Ledger
 
 MEBIBYTE = 2**20
@@ -135,15 +136,13 @@ def train(method: str, lr: float | str, data: tuple[Tensor, Tensor], test: tuple
 
 
 def draw_memory(book: dict[str, float], peaks: dict[str, dict[str, float]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, ((left, right),) = new_figure(1, 2, (10, 3.8))
     bars = left.bar(list(book), list(book.values()), color="#4477aa")
     left.bar_label(bars, [f"{value:.3f}" for value in book.values()], fontsize=8)
     left.set(title=f"One AdamW step, batch {BATCH}", ylabel="MB (2²⁰ bytes)")
     left.tick_params(axis="x", labelrotation=20)
     kinds = sorted({kind for split in peaks.values() for kind in split})
-    colors = dict(zip(kinds, plt.get_cmap("tab10").colors, strict=False))
+    colors = {kind: f"C{index}" for index, kind in enumerate(kinds)}
     before = dict.fromkeys(peaks, 0.0)
     for kind in kinds:
         values = [split.get(kind, 0.0) for split in peaks.values()]
@@ -152,23 +151,18 @@ def draw_memory(book: dict[str, float], peaks: dict[str, dict[str, float]], path
     right.set(title="All tensors alive at the peak of a step")
     right.set_ylim(0, max(before.values()) * 1.1)
     right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure, (axes,) = new_figure(1, 2, (9, 3.5))
     for method, curve in curves.items():
         for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
             axis.plot(curve["step"], curve[name], label=f"{NAMES.get(method, method)}, lr {RATES[method]}")
     for axis, label in zip(axes, ("training loss, nats", "test accuracy"), strict=True):
         axis.set(xlabel="step", ylabel=label)
-        axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> None:

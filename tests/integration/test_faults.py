@@ -30,9 +30,8 @@ from trainer_cases import StopAt, choice_rows, collate_choices, journal_of, same
 from zotune import ZerothOrder
 from zotune.cli.verify import main as verify
 from zotune.io.atomic import whole_file, write_text
+from zotune.io.figures import save_figure, stacked_bars
 from zotune.io.json_files import write_json
-from zotune.memory.charts import bar_chart
-from zotune.memory.ledger import Split
 from zotune.optim.journal import Journal, StepRecord
 from zotune.optim.replay import replay
 from zotune.training import resume as resuming
@@ -250,7 +249,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "curve": lambda path: write_curve(Curve([(1, 2.0), (2, 1.0)], [(0, 0.5)], "accuracy"), path),
     "report": lambda path: write_text(path, "x" * 20_000),
     "tensors": lambda path: write_tensors(path, torch.zeros(5000)),
-    "chart": lambda path: bar_chart({"lozo": Split({"weights": 10**9})}, path, "memory"),
+    "chart": lambda path: save_figure(stacked_bars({"lozo": [1.0]}, {"weights": "black"}, "GB"), path),
 }
 
 
@@ -324,6 +323,7 @@ import os, sys
 from pathlib import Path
 from zotune.checkpoint import draft
 from zotune.optim.journal import Journal, StepRecord
+from zotune.io.figures import save_figure, stacked_bars
 from zotune.io.json_files import write_json
 os.setgroups([])
 os.setgid(65534)

@@ -73,22 +73,3 @@ def curves(
     handles, labels = grid[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
     return svg_text(figure, name)
-
-
-def bars(values: Mapping[str, tuple[float, float]], parts: tuple[str, str], unit: str, name: str) -> str | None:
-    """Horizontal bars of two parts that add up, a row a label, the sum written beside it; None when there is nothing to draw."""
-    if not values:
-        return None
-    figure, grid = new_figure(1, 1, (8.4, 0.9 + 0.34 * len(values)))
-    panel, labels = grid[0][0], list(values)[::-1]
-    first, second = ([values[label][part] for label in labels] for part in (0, 1))
-    panel.barh(labels, first, color="#c3ccd6", label=parts[0])
-    panel.barh(labels, second, left=first, color="#0072b2", label=parts[1])
-    most = max(a + b for a, b in values.values())
-    for index, (a, b) in enumerate(zip(first, second, strict=True)):
-        panel.text(a + b + 0.01 * most, index, f"{a + b:.3g}", va="center", fontsize=8)
-    panel.set_xlim(0, 1.1 * most)
-    panel.set_xlabel(unit)
-    panel.grid(visible=False, axis="y")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    return svg_text(figure, name)

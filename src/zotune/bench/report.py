@@ -16,6 +16,7 @@ from zotune.bench.plan import Cell, Place, runs_of, spelled
 from zotune.bench.rows import Row, percent, rows_of, score_text
 from zotune.bench.selection import Finder, held_out
 from zotune.io.atomic import write_text
+from zotune.io.figures import stacked_bars, svg_text
 from zotune.io.json_files import write_json
 from zotune.io.text import duration_text
 
@@ -209,9 +210,8 @@ def _memory(grid: Grid, rows: Sequence[Row]) -> list[Block]:
         Paragraph(f"Measured: {kind}, with model and data loaded and at the peak of training. A process counts its libraries too."),
         Table(header, lines),
     ]
-    svg = figures.bars(bars, ("model, data and libraries loaded", "training beyond that"), "MB at the peak", "memory")
-    if svg is not None:
-        blocks.append(Figure("memory", "Peak memory", svg))
+    parts = {"model, data and libraries loaded": "#c3ccd6", "training beyond that": "#0072b2"}
+    blocks.append(Figure("memory", "Peak memory", svg_text(stacked_bars(bars, parts, "MB at the peak"), "memory")))
     for each in grid.published:
         if each.what == "memory":
             theirs = [(m, each.model, t, s, f"{value:g}") for (t, s, m), value in each.values.items()]
@@ -285,7 +285,7 @@ def _how(grid: Grid, rows: Sequence[Row]) -> list[Block]:
     versions = ", ".join(f"{name} {version}" for name, version in done[0]["versions"].items())
     parts = [f"Budget of a run: {grid.budget.amount} {grid.budget.kind.replace('_', ' ')} unless the grid file says otherwise."]
     parts += [f"Options of every run: {common}."] if common else []
-    parts += [f"{versions}; {platform.machine()}, {os.cpu_count()} cores. `zotune bench GRID --plan` prints the command of every run."]
+    parts += [f"{versions}; {platform.machine()}, {os.cpu_count()} cores. `zotune bench GRID --dry_run` prints the command of every run."]
     return [Heading("How"), Paragraph(" ".join(parts))]
 
 

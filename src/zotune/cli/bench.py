@@ -32,11 +32,11 @@ def main(argv: Sequence[str]) -> int:
     data_dir = None if options.data_dir is None else str(Path(options.data_dir).expanduser())
     quiet_libraries()
     try:
-        places = check(grid, data_dir, models=not (options.plan or options.report))
+        places = check(grid, data_dir, models=not (options.dry_run or options.report))
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{path}: {error}") from error
     results = Results(Path(options.output_dir) if options.output_dir else folder_of(path), keep_models=options.keep_models)
-    if options.plan:
+    if options.dry_run:
         _print_plan(grid, places, results, data_dir)
         return 0
     console = new_console()
@@ -76,6 +76,6 @@ def _parser() -> CommandParser:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads a run (default: the cores, divided among the processes)")
     parser.add_argument("--keep_models", action="store_true", help="keep weights and checkpoints of runs that are done")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--plan", action="store_true", help="check the file and print the command of every run; run nothing")
+    what.add_argument("--dry_run", action="store_true", help="check the file and print the command of every run; run nothing")
     what.add_argument("--report", action="store_true", help="only write the report of what is there")
     return parser

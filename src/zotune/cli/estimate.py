@@ -17,6 +17,16 @@ from zotune.io.sizes import parse_size, size_text
 
 #: The methods of the table when none is named.
 METHODS = ("zero-shot", "mezo", "lozo", "mezo-adam", "fo-sgd", "fo-adamw")
+#: The kinds of memory and their colors in charts.
+COLORS = {
+    "weights": "#4477aa",
+    "gradients": "#ee6677",
+    "optimizer state": "#ccbb44",
+    "activations": "#66ccee",
+    "directions": "#aa3377",
+    "logits": "#228833",
+    "temporary": "#bbbbbb",
+}
 DTYPES = ("float32", "bfloat16", "float16")
 _SCHEME_OPTIONS = {"lora_r": ("lora",), "num_virtual_tokens": ("prefix", "prompt")}
 
@@ -61,10 +71,11 @@ def main(argv: Sequence[str]) -> int:
         print(line)
     print(f"({time.perf_counter() - began:.0f} s; {'the weights were random' if args.measure else 'no weight was read'})")
     if args.chart:
-        from zotune.memory.charts import bar_chart
+        from zotune.io.figures import save_figure, stacked_bars
 
         title = f"{args.model_name_or_path}, {dtype}, batch {args.batch_size} × {args.sequence_length} tokens"
-        bar_chart(splits, args.chart, title, limit)
+        bars = {name: [split.kinds[kind] / 1e9 for kind in COLORS] for name, split in splits.items()}
+        save_figure(stacked_bars(bars, COLORS, "peak memory, GB", title, limit and limit / 1e9), args.chart)
         print(f"chart: {args.chart}")
     if args.json:
         write_json(args.json, rows)

@@ -47,7 +47,7 @@ class RunProgress(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         self.forwards = getattr(optimizer, "forward_passes", self.forwards)
-        last = getattr(optimizer, "last", None)
+        last = getattr(optimizer, "last_report", None)
         elapsed = time.perf_counter() - self.started - self.paused
         self.rate = (state.global_step - self.first_step) / elapsed if elapsed > 0 else None
         if self.bar is not None:

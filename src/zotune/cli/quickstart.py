@@ -23,7 +23,6 @@ from zotune.io.sizes import size_text
 from zotune.io.text import duration_text, metric_text
 from zotune.methods import default
 from zotune.training import run_folder
-from zotune.training.peak_memory import PeakMemory
 
 METHOD = default().name
 BATCH, STEPS = 32, 60
@@ -33,7 +32,7 @@ BATCH, STEPS = 32, 60
 ADAM_LEARNING_RATE = 3e-5
 
 RESULT_FILE = "quickstart.json"
-FORWARD_FOLDER, ADAM_FILE = "forward-only", "adam.json"
+FORWARD_ONLY, ADAM = PARTS = ("forward-only", "adam")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", default="zotune-quickstart", help="where the results go (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="forward-only training steps (default: %(default)s)")
-    parser.add_argument("--part", choices=("forward-only", "adam"), help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse(argv)
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, not {args.steps}.")
@@ -55,10 +54,12 @@ def main(argv: Sequence[str]) -> int:
         _compare(folder, args)
         return 0
     try:
-        if args.part == "forward-only":
-            forward_only(folder / FORWARD_FOLDER, args.seed, args.steps)
+        if args.part == FORWARD_ONLY:
+            batching = "sequential"  # what is shown is the memory of one batch
+            train(folder / FORWARD_ONLY, args.seed, method=METHOD, max_steps=args.steps, eval_steps=0.1, forward_batching=batching)
         else:
-            adam(folder / ADAM_FILE, args.seed)
+            rate = {"learning_rate": ADAM_LEARNING_RATE, "lr_scheduler_type": "linear"}
+            train(folder / ADAM, args.seed, method="fo-adamw", max_steps=STEPS, eval_steps=0.25, **rate)
     except KeyboardInterrupt:
         return 130  # the parent has the signal too, and says so
     return 0
@@ -74,12 +75,11 @@ def _compare(folder: Path, args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULT_FILE, {"seed": args.seed, "steps": args.steps, "done": False})
     console.print(f"1/2  forward passes only ({METHOD}), {args.steps} steps", style="bold", highlight=False)
-    _run_part("forward-only", folder, args)
+    _run_part(FORWARD_ONLY, folder, args)
     console.print(f"\n2/2  the same data by Adam with backprop, {STEPS} steps", style="bold", highlight=False)
-    _run_part("adam", folder, args)
-    summary = json.loads((folder / FORWARD_FOLDER / run_folder.SUMMARY_FILE).read_text(encoding="utf-8"))
-    other = json.loads((folder / ADAM_FILE).read_text(encoding="utf-8"))
-    rows = _rows(summary, other)
+    _run_part(ADAM, folder, args)
+    summaries = [json.loads((folder / part / run_folder.SUMMARY_FILE).read_text(encoding="utf-8")) for part in PARTS]
+    rows = _rows(*summaries)
     write_json(
         folder / RESULT_FILE,
         {"seed": args.seed, "steps": args.steps, "done": True, "seconds": time.perf_counter() - began, "rows": rows},
@@ -114,8 +114,17 @@ class ChildFailedError(RuntimeError):
     """A part of the quickstart ended badly; it has said why."""
 
 
-def forward_only(folder: Path, seed: int, steps: int) -> dict[str, Any]:
-    """What `zotune train` does, on the bundled model and reviews. Returns its summary."""
+def train(folder: Path, seed: int, **options: Any) -> dict[str, Any]:
+    """What `zotune train` does, on the bundled model and reviews.
+
+    Args:
+        folder: of the run.
+        seed: of the run.
+        options: of :class:`zotune.ZOConfig`.
+
+    Returns:
+        The run's summary.
+    """
     from zotune.cli.console import ConsoleObserver
     from zotune.training.arguments import DataArguments, ModelArguments, OutputArguments
     from zotune.training.config import ZOConfig
@@ -126,127 +135,42 @@ def forward_only(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     quiet_libraries()
     config = ZOConfig(
         output_dir=str(folder),
-        method=METHOD,
-        max_steps=steps,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=BATCH,
         eval_strategy="steps",
-        eval_steps=0.1,
         save_strategy="no",
         seed=seed,
         use_cpu=True,
         disable_tqdm=True,
-        forward_batching="sequential",  # the memory of one batch is what is shown here
+        **options,
     )
     model = ModelArguments(str(bundled.path("tiny-lm")))
-    data = DataArguments(task="sst2", train_file=_reviews("train"), eval_file=_reviews("test"), objective="choices")
+    reviews = {split: str(bundled.path("reviews") / f"{split}.jsonl") for split in ("train", "test")}
+    data = DataArguments(task="sst2", train_file=reviews["train"], eval_file=reviews["test"], objective="choices")
     words = ["--output_dir", str(folder)]
     request = RunConfig(model, data, config, output=OutputArguments(overwrite_output_dir=True), data_name="reviews", words=words)
     return run(request, ConsoleObserver(table=False)).summary
 
 
-def adam(path: Path, seed: int) -> dict[str, Any]:
-    """The same model, data, loss and batch size by Adam with backprop: a plain torch loop. Returns and writes its figures."""
-    import torch
-
-    from zotune.objectives.losses import choice_scores, objective
-    from zotune.tasks import prepare
-    from zotune.training.arguments import ModelArguments
-    from zotune.training.loading import load_model, load_tokenizer, plan_model
-    from zotune.training.quiet import quiet_libraries
-
-    quiet_libraries()
-    arguments = ModelArguments(str(bundled.path("tiny-lm")))
-    plan = plan_model(arguments, "zotune quickstart")
-    data = prepare(
-        load_tokenizer(plan, arguments),
-        plan.config,
-        task="sst2",
-        train_file=_reviews("train"),
-        eval_file=_reviews("test"),
-        objective="choices",
-        seed=seed,
-    )
-    assert data.train is not None and data.eval is not None, "both files were given"
-    model, _ = load_model(plan, arguments, torch.device("cpu"))
-    model.eval()  # as in the forward-only steps; this model has no dropout
-    memory = PeakMemory(torch.device("cpu"))
-    loss_of = objective("choices", model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=ADAM_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
-    generator = torch.Generator().manual_seed(seed)
-    loader: Any = torch.utils.data.DataLoader(
-        data.train,  # type: ignore[arg-type]
-        batch_size=BATCH,
-        shuffle=True,
-        generator=generator,
-        collate_fn=data.collate_train,
-    )
-    step, losses, began = 0, [], time.perf_counter()
-    while step < STEPS:
-        for batch in loader:
-            loss = loss_of(batch).mean()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            step += 1
-            if step % max(1, STEPS // 4) == 0:
-                print(f"step {step}/{STEPS}  loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
-            if step == STEPS:
-                break
-    seconds = time.perf_counter() - began
-    right = 0
-    with torch.inference_mode():
-        for start in range(0, len(data.eval), BATCH):
-            batch = data.collate_eval(data.eval[start : start + BATCH])
-            right += int((choice_scores(model, batch).argmax(dim=1) == batch["answer"]).sum())
-    accuracy = right / len(data.eval)
-    result = {
-        "accuracy": accuracy,
-        "seconds": seconds,
-        "steps": STEPS,
-        "forward_passes": STEPS,
-        "backward_passes": STEPS,
-        "memory": {"loaded": memory.baseline, "training": memory.peak(), "of": memory.kind},
-    }
-    print(f"after training: accuracy {metric_text('accuracy', accuracy)}")
-    write_json(path, result)
-    return result
-
-
 def _rows(summary: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    before = {**_row("zero-shot", summary, "before", "evaluation"), "seconds": None, "forward_passes": None, "backward_passes": None}
+    backprop = _row("backprop (Adam)", other, "after", "training")
+    # The summary counts a backward pass as two forward passes.
+    backprop |= {"forward_passes": other["steps"], "backward_passes": other["steps"]}
+    return [before, _row(f"forward only ({summary['method']})", summary, "after", "training"), backprop]
+
+
+def _row(what: str, summary: dict[str, Any], when: str, moment: str) -> dict[str, Any]:
     memory = summary["memory"]
-    return [
-        {
-            "what": "zero-shot",
-            "accuracy": summary["before"]["accuracy"],
-            "peak_memory": memory["evaluation"],
-            "extra_memory": memory["evaluation"] - memory["loaded"],
-            "seconds": None,
-            "forward_passes": None,
-            "backward_passes": None,
-        },
-        {
-            "what": f"forward only ({summary['method']})",
-            "accuracy": summary["after"]["accuracy"],
-            "peak_memory": memory["training"],
-            "extra_memory": memory["training"] - memory["loaded"],
-            "seconds": summary["training_seconds"],
-            "forward_passes": summary["forward_passes"],
-            "backward_passes": 0,
-        },
-        {
-            "what": "backprop (Adam)",
-            "accuracy": other["accuracy"],
-            "peak_memory": other["memory"]["training"],
-            "extra_memory": other["memory"]["training"] - other["memory"]["loaded"],
-            "seconds": other["seconds"],
-            "forward_passes": other["forward_passes"],
-            "backward_passes": other["backward_passes"],
-        },
-    ]
+    return {
+        "what": what,
+        "accuracy": summary[when]["accuracy"],
+        "peak_memory": memory[moment],
+        "extra_memory": memory[moment] - memory["loaded"],
+        "seconds": summary["training_seconds"],
+        "forward_passes": summary["forward_passes"],
+        "backward_passes": 0,
+    }
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Any:
@@ -272,7 +196,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def _next_steps(folder: Path) -> str:
-    model = folder / FORWARD_FOLDER
+    model = folder / FORWARD_ONLY
     return f"""
 The run is in {model}: the trained model, its journal, curve.png and summary.json.
 
@@ -281,7 +205,3 @@ What to try next:
   zotune train --model_name_or_path facebook/opt-125m --task sst2 --output_dir runs/opt
   zotune train --model_name_or_path ./my-model --train_file my.jsonl --output_dir runs/mine
   zotune methods      zotune tasks      zotune train --help"""
-
-
-def _reviews(split: str) -> str:
-    return str(bundled.path("reviews") / f"{split}.jsonl")

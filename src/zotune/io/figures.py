@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,39 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any,
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def stacked_bars(
+    bars: Mapping[str, Sequence[float]], parts: Mapping[str, str], unit: str, title: str = "", limit: float | None = None
+) -> Any:
+    """A figure of horizontal bars whose parts add up, with the sum beside each.
+
+    Args:
+        bars: by label, from top to bottom; the sizes of the parts.
+        parts: their names and colors.
+        unit: of the axis.
+        title: above the bars.
+        limit: a size to draw as a line across them.
+    """
+    figure, panels = new_figure(1, 1, (8.4, 1.7 + 0.4 * len(bars)))
+    panel = panels[0][0]
+    panel.grid(visible=False, axis="y")
+    labels, left = list(bars), [0.0] * len(bars)
+    for (part, color), sizes in zip(parts.items(), zip(*bars.values(), strict=True), strict=True):
+        panel.barh(labels, sizes, left=left, label=part, color=color, height=0.7)
+        left = [before + size for before, size in zip(left, sizes, strict=True)]
+    most = max(left)
+    for place, total in enumerate(left):
+        panel.text(total + 0.01 * most, place, f"{total:.3g}", va="center", fontsize=8)
+    if limit is not None:
+        panel.axvline(limit, color="black", linestyle="--", linewidth=1)
+        panel.text(limit, -0.6, f" {limit:g}", fontsize=8, va="bottom")
+        most = max(most, limit)
+    panel.set_xlim(0, 1.12 * most)
+    panel.invert_yaxis()
+    panel.set(title=title, xlabel=unit)
+    figure.legend(ncols=4, fontsize=8, loc="outside lower center", frameon=False)
+    return figure
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
