@@ -1,9 +1,8 @@
-"""Baselines that take no step: zero-shot, in-context learning, a linear probe."""
+"""Baselines without steps: zero-shot, in-context learning, a linear probe."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,11 @@ DEMONSTRATIONS = 32
 
 
 def check(method: Baseline, scheme: Any, data: PreparedData) -> None:
-    """ValueError where a method that trains nothing is asked to train something, or has nothing to be judged on."""
+    """ValueError where a baseline that trains no parameters is given a scheme, or no evaluation data."""
     if scheme.scheme != "full" or scheme.trainable:
-        raise ValueError(f"{method.name} trains none of the model's parameters, so a --scheme has no meaning: leave it out.")
+        raise ValueError(f"{method.name} trains none of the model's parameters, so a --scheme has no effect: leave it out.")
     if data.eval is None:
-        raise ValueError(f"{method.name} is judged by an evaluation, and there are no evaluation data: pass --task or --eval_file.")
+        raise ValueError(f"{method.name} only evaluates, and there are no evaluation data: pass --task or --eval_file.")
     if method.kind == "fit":
         task = data.task
         if task is None or not task.fixed_options or data.eval_objective != "choices":
@@ -39,8 +38,8 @@ def check(method: Baseline, scheme: Any, data: PreparedData) -> None:
             )
 
 
-def probed(method: Baseline, trainer: ZOTrainer, data: PreparedData, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics of a linear probe fitted on the training examples, and what that took."""
+def linear_probe(method: Baseline, trainer: ZOTrainer, data: PreparedData, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics of a linear probe fitted on the training examples; its loss, forward passes and seconds."""
     assert data.train is not None and data.eval is not None and data.task is not None
     model, args = trainer.model, trainer.args
     collate = LanguageModelCollator(data.collate_eval.pad_token_id)  # type: ignore[attr-defined]
@@ -61,8 +60,4 @@ def probed(method: Baseline, trainer: ZOTrainer, data: PreparedData, folder: Pat
     with whole_file(folder / PROBE_FILE) as partial:
         save_file(parts, partial)
     counts = {"loss": loss, "forward_passes": -(-len(data.train) // size), "sequences_evaluated": len(data.train), "seconds": seconds}
-    return _floats(metrics), counts
-
-
-def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in metrics.items()}, counts

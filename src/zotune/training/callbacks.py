@@ -14,43 +14,42 @@ from transformers import TrainerCallback
 
 
 class StopOnSignal(TrainerCallback):
-    """Turns the first SIGINT or SIGTERM of a run into a checkpoint at the end of the step and a `KeyboardInterrupt` after it.
+    """At the first SIGINT or SIGTERM of a training loop: a checkpoint at the end of the step, then `KeyboardInterrupt`.
 
-    A second one interrupts at once, and so does the first one outside of :meth:`listening`'s training loop. Several processes stop
-    together, after the step in which all have heard of it.
+    A second signal interrupts at once, as does one outside of the loop. Several processes stop after the same step.
     """
 
     def __init__(self) -> None:
-        self.asked = self.stopping = False
-        self._in_a_loop = False
+        self.requested = self.stopping = False
+        self._in_loop = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle both signals; does nothing outside of the main thread, where signals do not arrive."""
+        """Handles both signals; does nothing outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self._in_a_loop:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested or not self._in_loop:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._in_a_loop = True
+        self._in_loop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stopping = self.asked
+        self.stopping = self.requested
         optimizer = kwargs.get("optimizer")
         workers = getattr(getattr(optimizer, "optimizer", optimizer), "workers", None)  # accelerate wraps it
         if workers is not None and workers.several:
-            workers.stop_requested, self.stopping = self.asked, workers.stopping
+            workers.stop_requested, self.stopping = self.requested, workers.stopping
         if self.stopping:
             control.should_save, control.should_evaluate = True, False
 
@@ -59,18 +58,17 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._in_a_loop = False
+        self._in_loop = False
 
 
 class StepClock(TrainerCallback):
-    """Adds to the entries of `state.log_history`: ``seconds`` and ``processor_seconds`` within steps, ``forward_passes``, ``sequences``.
+    """Adds to the entries of `state.log_history`: ``seconds`` and ``processor_seconds`` of steps, ``forward_passes``, ``sequences``.
 
-    The times are those of ``timed_steps`` steps. A resumed run goes on from the last entry of its checkpoint, and steps that follow a
-    journal evaluate nothing, so that neither they nor the steps between entry and checkpoint are among them. On a machine that others
-    use too, processor time says more of a step than a clock.
+    The times are those of ``timed_steps`` steps: neither steps retaken from a journal nor those of a resumed run between the last entry and
+    its checkpoint are among them. On a shared machine the processor time is the better measure.
 
     Attributes:
-        evaluation_seconds: of the evaluations since training began.
+        evaluation_seconds: seconds of evaluations since training began.
     """
 
     evaluation_seconds = 0.0
@@ -83,11 +81,11 @@ class StepClock(TrainerCallback):
         self.evaluation_seconds = 0.0
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs: Any) -> None:
-        self.follows = bool(getattr(getattr(optimizer, "optimizer", optimizer), "tail", ()))
+        self.retaken = bool(getattr(getattr(optimizer, "optimizer", optimizer), "tail", ()))
         self._clock, self._processor = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs: Any) -> None:
-        if not self.follows:
+        if not self.retaken:
             self.timed_steps += 1
             self.seconds += time.perf_counter() - self._clock
             self.processor_seconds += time.process_time() - self._processor

@@ -1,14 +1,49 @@
-"""Which methods can train weights that are away between evaluations."""
+"""Which options, methods, schemes and models go together: checks before and after the model is loaded."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from zotune.baselines import Baseline
 from zotune.methods import Method
 from zotune.subspaces import Full, LowRank
+from zotune.training import baseline_runs, schemes
 from zotune.weights import placement
+
+if TYPE_CHECKING:
+    from zotune.training.run_config import RunConfig
+
+
+def check_request(config: RunConfig, method: Method | Baseline) -> None:
+    """Sets the default number of demonstrations; ValueError for options that exclude each other."""
+    if method.name == "icl":
+        if config.data.num_demonstrations is None:
+            config.data.num_demonstrations = baseline_runs.DEMONSTRATIONS
+    elif config.data.num_demonstrations is not None:
+        raise ValueError(f"--num_demonstrations is an option of --method icl, not of {method.name}.")
+    if config.scheme.scheme != "scales":
+        return
+    if config.model.quantize != "int8":
+        raise ValueError("--scheme scales trains the scales of int8 layers, one per row: it needs --quantize int8.")
+    if config.model.offload != "no":
+        raise ValueError("--scheme scales trains scales, which stay in memory with their layers: leave --offload out.")
+
+
+def under_scheme(model: nn.Module, config: RunConfig, method: Method | Baseline, *, on_adapter: bool) -> nn.Module:
+    """The model under its scheme; ``on_adapter``, the loaded adapter is trained. ValueError where scheme, method and model do not match."""
+    if on_adapter:
+        if config.scheme.scheme in ("head", "bias", "scales") or config.scheme.trainable:
+            raise ValueError("the model folder holds an adapter, which is what is trained: leave --scheme and --trainable out.")
+    else:
+        model = schemes.apply(model, config.scheme, seed=config.training.seed)
+    if config.scheme.scheme == "prefix" and config.training.activation_checkpointing:
+        raise ValueError("prefix tuning keeps its keys and values where activation checkpointing drops them: leave one of them out.")
+    reason = schemes.refusal(method, model, config.scheme) or (refusal(method, model) if config.model.offload != "no" else None)
+    if reason is not None:
+        raise ValueError(reason)
+    return model
 
 
 def refusal(method: Method | Any, model: nn.Module) -> str | None:
@@ -21,11 +56,11 @@ def refusal(method: Method | Any, model: nn.Module) -> str | None:
     if not trained:
         return None
     if any(getattr(placement.offload_handle(p), "lossy", False) for p in trained):
-        return "the weights are kept in fewer bits while they are away, so they cannot be trained: train an adapter (--scheme lora)."
+        return "the offloaded weights are quantized, so they cannot be trained: train an adapter (--scheme lora)."
     plain = isinstance(method.subspace, LowRank) or type(method.subspace) is Full
     if not plain or method.svrg is not None or method.estimator == "curvature":
         return (
-            f"{method.name} looks at weights between evaluations, when they are away: choose a low-rank method such as lozo, mezo, or an "
+            f"{method.name} reads weights between evaluations, when they are offloaded: choose a low-rank method such as lozo, mezo, or an "
             "adapter (--scheme lora)."
         )
     return None

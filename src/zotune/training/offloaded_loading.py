@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.weights.offload.blocks import NotOffloadable, moving_of
+from zotune.weights.offload.blocks import NotOffloadable, offloaded_tensors
 from zotune.weights.offload.budget import Needs
-from zotune.weights.offload.loading import arranged, check_options, form_of, parts_away
-from zotune.weights.offload.stores import DiskStore, Place
+from zotune.weights.offload.loading import chosen_plan, check_options, offloaded_blocks
+from zotune.weights.offload.stores import DiskStore, FileSpan
 from zotune.weights.offload.stream import Stream, stream_of
 
 
@@ -64,12 +64,12 @@ def load(
     )
     with init_empty_weights():
         empty = kind.from_config(config, dtype=_resolved(dtype, config), **{k: v for k, v in options.items() if k in _OF_CONFIG})
-    arrangement = arranged(empty, resident, prefetch, max_memory, device, blocks, needs)
-    resident, prefetch = arrangement.resident, arrangement.prefetch
+    plan = chosen_plan(empty, resident, prefetch, max_memory, device, blocks, needs)
+    resident, prefetch = plan.resident, plan.prefetch
     check_options("disk", resident, prefetch)
-    parts = parts_away(empty, blocks, resident)
+    parts = offloaded_blocks(empty, blocks, resident)
     where_to = _device_map(empty, {name for part in parts for name in part.names})
-    away = [one.name for some in moving_of(parts, empty, torch.device("cpu")) for one in some]
+    away = [one.name for some in offloaded_tensors(parts, empty, torch.device("cpu")) for one in some]
     del empty
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         # transformers finds which tensor of which shard becomes which weight, whatever it is called there.
@@ -82,13 +82,13 @@ def load(
             model.__dict__.pop(attribute, None)
         where = _places({n: entry for n, entry in index.items() if n in set(away)}, folder)
         _settle_small(model, index, set(away), device)
-    parts = parts_away(model, blocks, resident)
-    moving = moving_of(parts, model, device)
+    parts = offloaded_blocks(model, blocks, resident)
+    moving = offloaded_tensors(parts, model, device)
     missing = [one.name for some in moving for one in some if one.name not in where]
     if missing:
         raise NotOffloadable(f"{name} has no weight {missing[0]!r} in its files; load it without offloading to see what is wrong with it.")
-    store = DiskStore([[form_of(one) for one in some] for some in moving], where, device, scratch)
-    stream = Stream(parts, moving, store, device, prefetch + 1, arrangement if max_memory is not None else None)
+    store = DiskStore([[one.spec for one in some] for some in moving], where, device, scratch)
+    stream = Stream(parts, moving, store, device, prefetch + 1, plan if max_memory is not None else None)
     model.to(device)
     assert stream_of(model) is stream
     gc.collect()
@@ -147,7 +147,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _places(index: dict[str, dict[str, Any]], folder: str) -> dict[str, Place]:
+def _places(index: dict[str, dict[str, Any]], folder: str) -> dict[str, FileSpan]:
     """Where each weight's bytes are."""
     headers: dict[str, tuple[dict[str, Any], int]] = {}
     found = {}
@@ -165,7 +165,7 @@ def _places(index: dict[str, dict[str, Any]], folder: str) -> dict[str, Place]:
         header, begin = headers[path]
         tensor = header[entry.get("weight_name", name)]
         first, last = tensor["data_offsets"]
-        found[name] = Place(str(Path(path).resolve()), begin + first, last - first, _DTYPES[tensor["dtype"]])
+        found[name] = FileSpan(str(Path(path).resolve()), begin + first, last - first, _DTYPES[tensor["dtype"]])
     return found
 
 

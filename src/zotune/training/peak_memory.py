@@ -11,22 +11,19 @@ import torch
 
 
 class PeakMemory:
-    """Peak memory from `start()` on: the CUDA allocator's on a GPU, the resident set of the process elsewhere.
-
-    Where the system cannot reset its high-water mark (anything but Linux), the peak is that of the whole process.
-    """
+    """Peak memory since `start()`: of the CUDA allocator on a GPU, else the resident set, which only Linux can reset."""
 
     def __init__(self, device: torch.device):
         self._cuda = device if device.type == "cuda" else None
         self.start()
 
     def start(self) -> None:
-        """Forgets earlier peaks and takes the present use as the baseline."""
+        """Resets the peak; the present use is the baseline."""
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
             self.baseline = torch.cuda.memory_allocated(self._cuda)
             return
-        with contextlib.suppress(OSError):  # not Linux, or not allowed: the mark stays the process's
+        with contextlib.suppress(OSError):  # not Linux, or not allowed
             Path("/proc/self/clear_refs").write_text("5")
         self.baseline = _status_bytes("VmRSS") or _high_water()
 
@@ -34,12 +31,16 @@ class PeakMemory:
         """Peak in bytes since `start()`."""
         if self._cuda is not None:
             return torch.cuda.max_memory_allocated(self._cuda)
-        # The kernel keeps both figures to within some hundred kilobytes only, so a peak may read below the baseline.
+        # The kernel's figures are exact to some hundred kilobytes only, so a peak may read below the baseline.
         return max(_status_bytes("VmHWM") or _high_water(), self.baseline)
+
+    def summary(self, *, evaluation: int) -> dict[str, int | str]:
+        """The entry on memory of `summary.json`: bytes before the first forward, at the given peak, at the present peak."""
+        return {"loaded": self.baseline, "evaluation": evaluation, "training": self.peak(), "of": self.kind}
 
     @property
     def kind(self) -> str:
-        """What the figure counts."""
+        """What is measured."""
         return "resident set of the process" if self._cuda is None else "CUDA allocator"
 
 

@@ -1,4 +1,4 @@
-"""One fine-tuning run as a function: :func:`run` loads data and model, evaluates, trains, evaluates, and leaves a folder of results."""
+"""One fine-tuning run as a function: :func:`run` loads data and model, evaluates, trains, evaluates, and writes a folder of results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from zotune.training import baseline_runs, run_folder
 from zotune.training.arguments import ModelArguments
 from zotune.training.callbacks import StepClock, StopOnSignal
 from zotune.training.checkpoint import storage
+from zotune.training.compatibility import check_request, under_scheme
 from zotune.training.config import ZOConfig
 from zotune.training.loading import ModelPlan, load_model, load_tokenizer, plan_model
 from zotune.training.observer import RunObserver, RunStart
 from zotune.training.peak_memory import PeakMemory
-from zotune.training.run_checks import check_request, under_scheme
 from zotune.training.run_config import RunConfig
 from zotune.training.run_record import RunRecord, dtype_of
 from zotune.training.schemes import Scheme
@@ -33,17 +33,17 @@ from zotune.training.trainer import ZOTrainer
 from zotune.weights import offload
 from zotune.weights.offload.budget import Needs
 
-#: Predicts what computing takes of `--max_memory`; None without that option.
+#: Predicts the memory of a step beside the weights, for `--max_memory`; None without that option.
 NeedsPredictor = Callable[[ModelArguments, ModelPlan, ZOConfig, PreparedData, Method | Baseline, Scheme], Needs | None]
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         folder: of the run.
-        summary: what its `summary.json` says.
+        summary: the contents of `summary.json`.
         history: the trainer's log entries.
     """
 
@@ -63,29 +63,29 @@ class RunResult:
 
 
 def run(config: RunConfig, observer: RunObserver | None = None, predict_needs: NeedsPredictor | None = None) -> RunResult:
-    """Carries out one run: what can be wrong first, what takes long last.
+    """Carries out one run: all checks first, what takes long last.
 
     Args:
         config: of the run.
-        observer: receives its events; None: nobody does.
-        predict_needs: predicts what a step takes beside the weights under ``max_memory`` (:func:`zotune.memory.offload_needs.needs_of`);
-            None: a fixed share of that memory is left to it.
+        observer: receives its events.
+        predict_needs: predicts the memory of a step beside the weights under ``max_memory`` (:func:`zotune.memory.offload_needs.needs_of`);
+            None: a fixed share.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: a wrong request; nothing has been written then.
+        ValueError, FileNotFoundError, FileExistsError: an invalid request; nothing is written.
         NonFiniteLossError: training diverged.
-        KeyboardInterrupt: interrupted, with the command that continues the run as its message.
+        KeyboardInterrupt: interrupted; the message is the command that resumes the run.
     """
     return _Run(config, observer or RunObserver(), predict_needs).carry_out()
 
 
 def evaluate(trainer: ZOTrainer, examples: Any) -> dict[str, float]:
-    """Metrics on encoded examples without their prefix, outside of the trainer's log and callbacks."""
+    """Metrics on encoded examples, without their `eval_` prefix and without the trainer's log and callbacks."""
     loader = trainer.get_eval_dataloader(examples)
     result = trainer.evaluation_loop(loader, "evaluation", prediction_loss_only=None)
     assert result.metrics is not None, "the loop always measures"
     metrics = {name.removeprefix("eval_"): float(value) for name, value in result.metrics.items()}
-    metrics.pop("model_preparation_time", None)  # Hugging Face's, of no interest
+    metrics.pop("model_preparation_time", None)
     return metrics
 
 
@@ -96,7 +96,7 @@ class _Run:
         self.config, self.predict_needs = config, predict_needs
         self.training, self.folder = config.training, config.folder
         self.workers = Workers()
-        self.observer = observer if self.workers.first else RunObserver()  # the first of several speaks, and writes the folder
+        self.observer = observer if self.workers.first else RunObserver()  # the first process reports and writes the folder
 
     def carry_out(self) -> RunResult:
         config, training = self.config, self.training
@@ -109,13 +109,13 @@ class _Run:
         tokenizer = load_tokenizer(plan, config.model)
         parts = ("eval",) if isinstance(method, Baseline) and method.kind == "evaluate" else ("train", "eval")
         data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, **dataclasses.asdict(config.data))
-        set_seed(training.seed)  # a new head or adapter is drawn from the global generator
+        set_seed(training.seed)  # a new head or adapter draws from the global generator
         classes = data.label_names if data.train_objective == "classifier" else None
         predict = self.predict_needs
         needs = None if predict is None else predict(config.model, plan, training, data, method, config.scheme)
         model, fresh = load_model(plan, config.model, training.device, classes=classes, needs=needs)
         if fresh and config.scheme.scheme == "scales":
-            raise ValueError("the model's head is drawn at random, and under --scheme scales it would stay so: train it first.")
+            raise ValueError("the model's head is randomly initialized, and --scheme scales does not train it: train it first.")
         if isinstance(method, Baseline) and method.kind != "backward":
             baseline_runs.check(method, config.scheme, data)
         else:
@@ -131,15 +131,15 @@ class _Run:
                     summary = self._train(trainer, data, resume, fresh, record)
         finally:
             if self.workers.first and not existed and self.folder.is_dir() and not any(self.folder.iterdir()):
-                self.folder.rmdir()  # it failed before there was anything to keep
+                self.folder.rmdir()  # it failed before anything was written
         result = RunResult(self.folder, summary, trainer.state.log_history)
         self.observer.finished(result)
         return result
 
     def _resume(self) -> tuple[str | bool | None, bool]:
-        """What to resume from, and whether to replace what is in the folder."""
+        """The checkpoint to resume from, and whether to replace the run in the folder."""
         wanted, overwrite = self.training.resume_from_checkpoint, self.config.output.overwrite_output_dir
-        if wanted is None and restarted():  # a worker died, and torchrun has started all of them again with the same words
+        if wanted is None and restarted():  # torchrun has restarted all processes with the same command
             begun = (self.folder / run_folder.RUN_FILE).is_file() and (self.folder / run_folder.JOURNAL_FILE).is_file()
             return (True if begun else None), True
         if wanted is None or wanted.lower() in ("false", "no"):
@@ -176,7 +176,7 @@ class _Run:
         begin = time.perf_counter()
         memory = PeakMemory(self.training.device)
         title = self.training.chosen_method().title
-        self._begin(trainer, data, title, record)
+        self._report_start(trainer, data, title, record)
         if resume is None:
             before = self._evaluate(trainer, data, "before training")
             if self.workers.first:
@@ -189,10 +189,10 @@ class _Run:
             record.restore_head()
         peak_before = memory.peak()
         seconds = self._loop(trainer, resume, self.observer.callbacks(data.main_metric, (before or {}).get(data.main_metric)))
-        peaks: dict[str, int | str] = {"loaded": memory.baseline, "evaluation": peak_before, "training": memory.peak(), "of": memory.kind}
+        peaks = memory.summary(evaluation=peak_before)
         after = self._evaluate(trainer, data, "after training")
         held_out = None if data.dev is None else self._on_held_out(trainer, data)
-        summary = record.summary(before, after, seconds, time.perf_counter() - begin, peaks) | {"held_out": held_out}
+        summary = record.summary(before, after, time.perf_counter() - begin, peaks, seconds=seconds) | {"held_out": held_out}
         if self.workers.first:
             record.save_model()
             record.write_summary(summary, curve_title=title)
@@ -200,44 +200,44 @@ class _Run:
         return summary
 
     def _loop(self, trainer: ZOTrainer, resume: str | bool | None, callbacks: Any) -> float:
-        """Seconds of training, without the evaluations in it."""
+        """Trains; the seconds without those of evaluations."""
         clock, stop = StepClock(), StopOnSignal()
-        for callback in (*callbacks, clock, stop):  # `stop` is the last one: the others have seen the step that it ends
+        for callback in (*callbacks, clock, stop):  # `stop` last: the others see the step after which it raises
             trainer.add_callback(callback)
         started = time.perf_counter()
         try:
             with stop.listening():
                 trainer.train(resume_from_checkpoint=resume)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(self._how_to_go_on()) from None
+            raise KeyboardInterrupt(self._interrupted()) from None
         finally:
             self.observer.stopped()
         return time.perf_counter() - started - clock.evaluation_seconds
 
     def _run_without_steps(self, method: Baseline, trainer: ZOTrainer, data: PreparedData, record: RunRecord) -> dict[str, Any]:
-        """A method that takes no step: zero-shot, in-context learning, a linear probe."""
+        """A baseline without steps: zero-shot, in-context learning, a linear probe."""
         begin = time.perf_counter()
         memory = PeakMemory(self.training.device)
-        self._begin(trainer, data, method.title, record)
+        self._report_start(trainer, data, method.title, record)
         before = self._evaluate(trainer, data, "with demonstrations" if method.name == "icl" else "before training")
         assert before is not None, "there is something to evaluate on"
         if self.config.output.overwrite_output_dir:
             run_folder.clear_run(self.folder)
-        after, counts = before, {"loss": None, "forward_passes": 0, "sequences_evaluated": 0, "seconds": 0.0}
+        after, fit = before, {"loss": None, "forward_passes": 0, "sequences_evaluated": 0, "seconds": 0.0}
         peak_before = memory.peak()
         if method.kind == "fit":
-            after, counts = baseline_runs.probed(method, trainer, data, self.folder)
+            after, fit = baseline_runs.linear_probe(method, trainer, data, self.folder)
             self.observer.evaluated("with the probe", data.main_metric, after[data.main_metric])
         record.start([], before)
-        peaks: dict[str, int | str] = {"loaded": memory.baseline, "evaluation": peak_before, "training": memory.peak(), "of": memory.kind}
+        peaks = memory.summary(evaluation=peak_before)
         first = None if method.name == "icl" else before
-        summary = record.summary_without_steps(first, after, counts, time.perf_counter() - begin, peaks)
+        summary = record.summary(first, after, time.perf_counter() - begin, peaks, fit=fit)
         if method.kind == "fit":
             summary["files"]["model"] = str(self.folder / run_folder.PROBE_FILE)
         record.write_summary(summary)
         return summary
 
-    def _begin(self, trainer: ZOTrainer, data: PreparedData, title: str, record: RunRecord) -> None:
+    def _report_start(self, trainer: ZOTrainer, data: PreparedData, title: str, record: RunRecord) -> None:
         model, stream = trainer.model, offload.stream_of(trainer.model)
         sizes = {"to train on": len(data.train or [])}
         sizes |= {name: len(part) for name, part in (("held out", data.dev), ("to evaluate on", data.eval)) if part}
@@ -256,7 +256,7 @@ class _Run:
         )
 
     def _evaluate(self, trainer: ZOTrainer, data: PreparedData, when: str) -> dict[str, float] | None:
-        """Metrics on the evaluation data (not the held-out part)."""
+        """Metrics on the evaluation data; None where there are none."""
         if data.eval is None:
             return None
         metrics = evaluate(trainer, data.eval)
@@ -264,17 +264,18 @@ class _Run:
         return metrics
 
     def _on_held_out(self, trainer: ZOTrainer, data: PreparedData) -> dict[str, float]:
-        """Metrics of the trained model on the held-out part; those of the log where the last evaluation was at the last step."""
+        """Metrics of the trained model on the held-out part; from the log where its last evaluation was at the last step."""
         last: dict[str, float] = next((e for e in reversed(trainer.state.log_history) if f"eval_{data.main_metric}" in e), {})
         if last.get("step") != trainer.state.global_step or self.training.load_best_model_at_end:
             return evaluate(trainer, data.dev)
-        names = ("loss", *(name.removeprefix("eval_") for name in last if name.startswith("eval_")))
-        unwanted = ("runtime", "samples_per_second", "steps_per_second")
-        return {name: float(last[f"eval_{name}"]) for name in dict.fromkeys(names) if f"eval_{name}" in last and name not in unwanted}
+        metrics = {name.removeprefix("eval_"): float(value) for name, value in last.items() if name.startswith("eval_")}
+        for name in ("runtime", "samples_per_second", "steps_per_second"):
+            metrics.pop(name, None)
+        return {"loss": metrics.pop("loss"), **metrics} if "loss" in metrics else metrics
 
-    def _how_to_go_on(self) -> str:
+    def _interrupted(self) -> str:
         found = storage.checkpoints(self.folder)
         command = run_folder.resume_command(self.config.words)
         if not found:
-            return f"Interrupted before the first checkpoint. Begin again with: {command}"
+            return f"Interrupted before the first checkpoint. Start again with: {command}"
         return f"Interrupted; {found[0]} is complete. Continue with: {command}"

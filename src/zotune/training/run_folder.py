@@ -1,4 +1,4 @@
-"""The folder of a run: claiming it, what it says about the run, how to resume it.
+"""The folder of a run: its files, whether it is in use, the command that resumes it.
 
 journal.zo  zotune_run.json  summary.json  history.json  curve.png  checkpoint-N/  and the trained model with its tokenizer
 """
@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from zotune.io.json_files import write_json
+from zotune.training.checkpoint.storage import other_format
 
 RUN_FILE = "zotune_run.json"
 SUMMARY_FILE = "summary.json"
@@ -30,12 +30,12 @@ _RUN_MARKS = (RUN_FILE, JOURNAL_FILE, SUMMARY_FILE, "model.safetensors", "adapte
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether there is (a part of) a run in a folder."""
+    """Whether a folder holds (a part of) a run."""
     return any((folder / name).exists() for name in _RUN_MARKS) or any(folder.glob("checkpoint-*"))
 
 
 def check_unused(folder: Path, command: str) -> None:
-    """FileExistsError when a folder already holds a run, naming the ways out; ValueError when it is a file."""
+    """FileExistsError where a folder already holds a run; ValueError where it is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; name a folder.")
     if holds_run(folder):
@@ -46,7 +46,7 @@ def check_unused(folder: Path, command: str) -> None:
 
 
 def clear_run(folder: Path) -> None:
-    """Removes a run from a folder: what we write there, nothing else."""
+    """Deletes the files of a run, nothing else."""
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".*.partial"), folder / ADAPTER_FOLDER]:
         shutil.rmtree(path, ignore_errors=True)
     for name in (*_RUN_MARKS, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, "adapter_config.json", "trainer_state.json"):
@@ -57,7 +57,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """`zotune_run.json` of a run folder.
 
     Raises:
-        FileNotFoundError: it is not there. ValueError: it is damaged.
+        FileNotFoundError: it does not exist. ValueError: it is damaged, or of another format.
     """
     path = folder / RUN_FILE
     if not path.is_file():
@@ -68,16 +68,14 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no object.")
+    refused = other_format(folder, content.get("format"))
+    if refused is not None:
+        raise ValueError(refused)
     return content
 
 
-def write_run(folder: Path, content: dict[str, Any]) -> None:
-    """Writes `zotune_run.json`, whole or not at all."""
-    write_json(folder / RUN_FILE, content)
-
-
 def versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
+    """Versions of Python, zotune and the libraries."""
     found = {"python": platform.python_version()}
     for package in ("zotune", "torch", "transformers", "peft", "datasets", "safetensors"):
         try:
@@ -88,7 +86,7 @@ def versions() -> dict[str, str]:
 
 
 def resume_command(argv: Sequence[str]) -> str:
-    """The command line that continues a run that was started with these words after `zotune train`."""
+    """The command line that resumes a run started with these words after `zotune train`."""
     words: list[str] = []
     skip = False
     for word in argv:
@@ -102,7 +100,7 @@ def resume_command(argv: Sequence[str]) -> str:
 
 
 def publish(draft: Path, folder: Path) -> None:
-    """Moves the files of a finished draft into a run folder, each in one step."""
+    """Moves the files of a draft into a run folder, each atomically."""
     for path in sorted(draft.iterdir()):
         os.replace(path, folder / path.name)
     draft.rmdir()

@@ -1,4 +1,4 @@
-"""What a run writes into its folder: :class:`RunRecord`."""
+"""The files of a run: :class:`RunRecord`."""
 
 from __future__ import annotations
 
@@ -29,41 +29,35 @@ Metrics = Mapping[str, float]
 
 
 class RunRecord:
-    """The files of one run.
+    """Writes the files of one run.
 
     Args:
-        config: of the run.
-        trainer: of the run.
-        data: of the run.
-        base: absolute folder or hub id of the model that is trained.
-        processes: that train together.
+        config, trainer, data: of the run.
+        base: absolute folder or hub id of the base model.
+        processes: number of processes.
     """
 
     def __init__(self, config: RunConfig, trainer: ZOTrainer, data: PreparedData, base: str, processes: int):
         self.config, self.trainer, self.data, self.base, self.processes = config, trainer, data, base, processes
         self.folder = config.folder
 
-    # -- before training -------------------------------------------------------------------------------------------
-
     def start(self, fresh: Sequence[str], before: Metrics | None) -> None:
-        """Writes `zotune_run.json`, and the head where it was drawn at random.
+        """Writes `zotune_run.json`, and the randomly initialized parameters, which a replay needs.
 
         Args:
-            fresh: names of parameters that the model's files lack: without them the journal could not be replayed.
+            fresh: names of the parameters that the model's files lack.
             before: metrics before training.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if fresh:
-            weights = dict(self.trainer.model.named_parameters())
-            head = {
-                name: weight.detach().cpu().contiguous() for name, weight in weights.items() if any(name.endswith(key) for key in fresh)
-            }
+            weights = {name: weight for name, weight in self.trainer.model.named_parameters() if name.endswith(tuple(fresh))}
+            head = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
             with whole_file(self.folder / run_folder.HEAD_FILE) as partial:
                 save_file(head, partial)
-        run_folder.write_run(
-            self.folder,
+        write_json(
+            self.folder / run_folder.RUN_FILE,
             {
-                "format": 1,
+                "format": storage.FORMAT,
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
                 "command": shlex.join(["zotune", "train", *self.config.words]),
                 "working_directory": str(Path.cwd()),
@@ -81,22 +75,20 @@ class RunRecord:
         )
 
     def restore_head(self) -> None:
-        """Loads the head that the run began with, where it was drawn at random."""
+        """Loads the randomly initialized parameters that the run began with."""
         path = self.folder / run_folder.HEAD_FILE
         if path.is_file():
             self.trainer.model.load_state_dict(load_file(path), strict=False)
 
-    # -- after training --------------------------------------------------------------------------------------------
-
     def save_model(self) -> None:
-        """Writes the trained model; the folder holds all of its files or none."""
+        """Writes the trained model: all of its files or none."""
         draft = self.folder / ".model.partial"
         storage.remove_drafts(self.folder)
         try:
-            dequantize(self.trainer.model)  # ordinary weights, which transformers loads
+            dequantize(self.trainer.model)  # weights that transformers loads
             self.trainer.save_model(str(draft))
             run_folder.publish(draft, self.folder)
-        except BaseException:  # a full disk: no half model, and space for what is saved next
+        except BaseException:  # such as a full disk
             shutil.rmtree(draft, ignore_errors=True)
             raise
 
@@ -115,76 +107,56 @@ class RunRecord:
         write_curve(curve, self.folder / run_folder.CURVE_FILE, f"{curve_title} on {self.config.name_of_data}")
 
     def summary(
-        self, before: Metrics | None, after: Metrics | None, seconds: float, total: float, memory: Mapping[str, int | str]
+        self,
+        before: Metrics | None,
+        after: Metrics | None,
+        total: float,
+        memory: Mapping[str, int | str],
+        *,
+        seconds: float = 0.0,
+        fit: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """What `summary.json` says of a run that trained.
+        """The contents of `summary.json`.
 
         Args:
             before, after: metrics before and after training.
-            seconds: of training.
             total: seconds of the run.
             memory: bytes with model and data loaded, at the peak of the evaluation before training, at the peak of training.
+            seconds: of training.
+            fit: of a baseline without steps: its loss, forward_passes, sequences_evaluated and seconds; None: the run trained.
         """
-        history, optimizer = self.trainer.state.log_history, self.trainer.zo_optimizer
-        assert optimizer is not None, "training has made one"
-        losses = [entry["loss"] for entry in history if "loss" in entry]
-        files = {
-            "model": str(self.folder),
-            "journal": str(self.folder / run_folder.JOURNAL_FILE),
-            "curve": str(self.folder / run_folder.CURVE_FILE),
-            "summary": str(self.folder / run_folder.SUMMARY_FILE),
-            "checkpoints": [str(path) for path in storage.checkpoints(self.folder)],
-        }
-        if isinstance(optimizer, FirstOrder):
-            del files["journal"]
-        return self.facts() | {
-            "before": before,
-            "after": after,
-            "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
-            "learning_rate": self.config.training.learning_rate,
-            "first_learning_rate": next((e["learning_rate"] for e in history if "learning_rate" in e), None),
-            "eps": optimizer.eps,
-            "steps": self.trainer.state.global_step,
-            # Of a first-order method: what its passes cost in forward passes (a backward pass counts as two).
-            "forward_passes": optimizer.forward_passes,
-            "sequences_evaluated": optimizer.sequences_evaluated,
-            "training_seconds": seconds,
-            "total_seconds": total,
-            "memory": dict(memory),
-            "files": files,
-        }
-
-    def summary_without_steps(
-        self, before: Metrics | None, after: Metrics, counts: Mapping[str, Any], total: float, memory: Mapping[str, int | str]
-    ) -> dict[str, Any]:
-        """What `summary.json` says of a baseline that takes no step.
-
-        Args:
-            before, after: metrics of the model as it is, and of the baseline.
-            counts: loss, forward_passes, sequences_evaluated and seconds of fitting.
-            total: seconds of the run.
-            memory: as in :meth:`summary`.
-        """
-        return self.facts() | {
-            "before": before,
-            "after": after,
-            "loss": {"first": None, "last": counts["loss"]},
-            "learning_rate": None,
-            "first_learning_rate": None,
-            "eps": None,
-            "steps": 0,
-            "forward_passes": counts["forward_passes"],
-            "sequences_evaluated": counts["sequences_evaluated"],
-            "training_seconds": counts["seconds"],
-            "total_seconds": total,
-            "memory": dict(memory),
-            "files": {"summary": str(self.folder / run_folder.SUMMARY_FILE), "checkpoints": []},
-        }
-
-    def facts(self) -> dict[str, Any]:
-        """What a summary says of the request."""
-        config = self.config
+        config, history = self.config, self.trainer.state.log_history
         method = config.training.chosen_method()
+        files: dict[str, Any] = {"summary": str(self.folder / run_folder.SUMMARY_FILE)}
+        figures: dict[str, Any] = {}
+        if fit is None:
+            optimizer = self.trainer.zo_optimizer
+            losses = [entry["loss"] for entry in history if "loss" in entry]
+            files = {"model": str(self.folder)}
+            if not isinstance(optimizer, FirstOrder):
+                files["journal"] = str(self.folder / run_folder.JOURNAL_FILE)
+            for name, file in (("curve", run_folder.CURVE_FILE), ("summary", run_folder.SUMMARY_FILE)):
+                files[name] = str(self.folder / file)
+            figures = {
+                "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
+                "learning_rate": config.training.learning_rate,
+                "first_learning_rate": next((e["learning_rate"] for e in history if "learning_rate" in e), None),
+                "eps": optimizer.eps,
+                "steps": self.trainer.state.global_step,
+                # Of a first-order method: the cost of its passes in forward passes (a backward pass counts as two).
+                "forward_passes": optimizer.forward_passes,
+                "sequences_evaluated": optimizer.sequences_evaluated,
+                "training_seconds": seconds,
+            }
+        else:
+            figures = {
+                "loss": {"first": None, "last": fit["loss"]},
+                **dict.fromkeys(("learning_rate", "first_learning_rate", "eps")),
+                "steps": 0,
+                "forward_passes": fit["forward_passes"],
+                "sequences_evaluated": fit["sequences_evaluated"],
+                "training_seconds": fit["seconds"],
+            }
         return {
             "method": method.name,
             "method_options": method.options,
@@ -197,10 +169,16 @@ class RunRecord:
             "processes": self.processes,
             "seed": config.training.seed,
             "output_dir": str(self.folder),
+            "before": before,
+            "after": after,
+            **figures,
+            "total_seconds": total,
+            "memory": dict(memory),
+            "files": {**files, "checkpoints": [str(path) for path in storage.checkpoints(self.folder)] if fit is None else []},
         }
 
     def trainable(self) -> int:
-        """Elements that are trained."""
+        """Number of trained elements."""
         method = self.config.training.chosen_method()
         if isinstance(method, Baseline) and method.kind != "backward":
             return 0
@@ -213,7 +191,7 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def _absolute(data: dict[str, Any]) -> dict[str, Any]:
-    """Data options whose paths hold from any folder, for a later `zotune eval` of the run."""
+    """The data options with absolute paths, for a later `zotune eval` from any folder."""
     for name in ("data_dir", "train_file", "eval_file"):
         if data[name] is not None:
             data[name] = str(Path(data[name]).expanduser().resolve())

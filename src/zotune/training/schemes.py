@@ -234,7 +234,7 @@ def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
         raise ValueError(
             f"--scheme {scheme.scheme} is for causal language models, and this is a {type(model).__name__}: choose lora or full."
         )
-    tokens = _real_tokens(model, scheme.num_virtual_tokens)
+    tokens = real_tokens(model, scheme.num_virtual_tokens)
     if scheme.scheme == "prompt":
         adapted = get_peft_model(model, PromptTuningConfig(task_type=task, num_virtual_tokens=scheme.num_virtual_tokens))
         start = model.get_input_embeddings().weight.detach()[tokens[0]]  # type: ignore[operator]
@@ -276,7 +276,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return adapted
 
 
-def _real_tokens(model: nn.Module, count: int) -> Tensor:
+def real_tokens(model: nn.Module, count: int) -> Tensor:
     """Uniform random tokens of the vocabulary without the special ones, (1, count)."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -63,7 +63,7 @@ def load_model(model: nn.Module, folder: str | Path) -> Loaded:
 
 def _shards(model: nn.Module, stream: Stream) -> Iterator[dict[str, Tensor]]:
     """The state dict in parts: the parameters outside of the blocks, then each block."""
-    blocks = {name: module for part in stream.parts for name, module in zip(part.names, part.modules, strict=True)}
+    blocks = {name: module for part in stream.blocks for name, module in zip(part.names, part.modules, strict=True)}
     rest: dict[str, Tensor] = {}
 
     def gather(module: nn.Module, prefix: str) -> None:
@@ -83,7 +83,7 @@ def _shards(model: nn.Module, stream: Stream) -> Iterator[dict[str, Tensor]]:
 
     gather(model, "")
     yield _each_once(rest)
-    for part in stream.parts:
+    for part in stream.blocks:
         tensors: dict[str, Tensor] = {}
         for name, module in zip(part.names, part.modules, strict=True):
             tensors |= dense_state(module, f"{name}.")
