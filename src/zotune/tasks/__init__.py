@@ -5,18 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from zotune.tasks.demonstrations import demonstrated
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.loader import load, names
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
-from zotune.tasks.sources import Rows, load_rows, read_jsonl
+from zotune.tasks.sources import Rows, demonstrated, load_rows, read_jsonl
 from zotune.tasks.task import Task
 
 if TYPE_CHECKING:
     from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator
     from zotune.tasks.preparation import PreparedData, is_encoder, prepare
 
-# These import torch, which listing the tasks should not wait for.
+# These import torch, which listing the tasks does not need.
 _LATE = {
     "ChoicesCollator": "collators",
     "ClassifierCollator": "collators",

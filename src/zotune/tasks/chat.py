@@ -1,4 +1,4 @@
-"""Chats as text, by the tokenizer's own chat template, with the assistant's turns marked."""
+"""Chats as text, by the tokenizer's chat template, with the assistant's messages marked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The chat up to its last assistant turn; ValueError if it has none or is malformed."""
+    """The chat up to the last message of the assistant; ValueError where there is none or it is malformed."""
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
         raise ValueError('column \'messages\' must hold a list of {"role": ..., "content": ...}.')
@@ -18,10 +18,10 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def assistant_parts(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
-    """The chat as pieces of text, (text, whether it is scored), beginning with an unscored one.
+    """The chat as pieces (text, whether it is scored), the first unscored.
 
-    A turn is what the template adds after its generation prompt. Templates that rewrite earlier turns (say, drop
-    their reasoning) leave only those turns scored whose text is found where it belongs; the last one always is.
+    A message's text is what the template adds after its generation prompt. Where the template rewrites earlier messages (drops their
+    reasoning, say), only unchanged messages are scored; the last one always is.
     """
     whole = _chat_text(tokenizer, messages, False)
     parts: list[tuple[str, bool]] = []
@@ -36,7 +36,7 @@ def assistant_parts(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tupl
             start = _chat_text(tokenizer, messages[:index], False)
         if not (end.startswith(start) and whole.startswith(end) and done <= len(start) < len(end)):
             if final:
-                raise ValueError("the tokenizer's chat template does not keep the last turn at the end of the chat.")
+                raise ValueError("the tokenizer's chat template does not keep the last message at the end of the chat.")
             continue
         parts += [(whole[done : len(start)], False), (whole[len(start) : len(end)], True)]
         done = len(end)

@@ -1,4 +1,4 @@
-"""Encoded examples -> batches of tensors, examples along dimension 0, padded on the right."""
+"""Encoded examples → batches of tensors, examples along dimension 0, padded on the right."""
 
 from __future__ import annotations
 
@@ -15,19 +15,36 @@ Example = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class LanguageModelCollator:
-    """Batches for ``LanguageModelLoss``: input_ids (B, T), attention_mask (B, T), positions (B, S), targets (B, S).
-
-    A choices example is taken as its prompt completed by the right option. The last token is predicted but never
-    fed, so T is one less than the longest text.
+class Collator:
+    """What all collators share.
 
     Attributes:
-        pad_token_id: id that fills up the rows; it is masked, so any id will do.
+        pad_token_id: id of the padding, which is masked.
         pad_to_multiple_of: round T up to a multiple of this.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+
+    def _length(self, lengths: Iterable[int]) -> int:
+        longest, multiple = max(lengths), self.pad_to_multiple_of
+        return longest if not multiple else -(-longest // multiple) * multiple
+
+    def _inputs(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """input_ids and attention_mask of rows of ids, (rows, T)."""
+        length = self._length(map(len, rows))
+        return {
+            "input_ids": _padded(rows, length, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(ids) for ids in rows], length, 0),
+        }
+
+
+@dataclass(frozen=True)
+class LanguageModelCollator(Collator):
+    """Batches for ``LanguageModelLoss``: input_ids (B, T), attention_mask (B, T), positions (B, S), targets (B, S).
+
+    A choices example is its prompt and the right option. The last token is predicted but no input, so T is one less than the longest text.
+    """
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         inputs, positions, targets = [], [], []
@@ -37,38 +54,27 @@ class LanguageModelCollator:
             inputs.append(ids)
             positions.append(where)
             targets.append(what)
-        length = _rounded(max(map(len, inputs)), self.pad_to_multiple_of)
         scored = max(map(len, positions))
-        return {
-            "input_ids": _padded(inputs, length, self.pad_token_id),
-            "attention_mask": _padded([[1] * len(ids) for ids in inputs], length, 0),
-            "positions": _padded(positions, scored, 0),
-            "targets": _padded(targets, scored, IGNORE),
-        }
+        return {**self._inputs(inputs), "positions": _padded(positions, scored, 0), "targets": _padded(targets, scored, IGNORE)}
 
 
 @dataclass(frozen=True)
-class ChoicesCollator:
+class ChoicesCollator(Collator):
     """Batches for ``choice_scores`` and ``ChoiceLoss``, in one of three forms, each with answer (B,).
 
-    - Every option of the batch a single token and as many options in each example: input_ids (B, T), attention_mask
-      (B, T), positions (B, 1), option_ids (B, C).
-    - One row an example, the prompt once and the options behind it, where that is less work than the next: what
-      :func:`zotune.objectives.packed_choices.option_logprobs` takes, and option_mask (B, C).
-    - One row an option: input_ids (B, C, T), attention_mask (B, C, T), positions (B, C, S), targets (B, C, S),
-      option_mask (B, C).
-
-    Attributes:
-        pad_token_id, pad_to_multiple_of: as in :class:`LanguageModelCollator`.
-        single_token_form: False to do without the first form.
-        shared_prompt: False to do without the second.
-        length_normalize: add option_lengths (B, C), the scored tokens of each option, by which its score is divided.
+    - All options single tokens, equally many per example: input_ids (B, T), attention_mask (B, T), positions (B, 1), option_ids (B, C).
+    - One row per example, the prompt once and all options after it, where that is less work than the next form: the inputs of
+      :func:`zotune.objectives.packed_choices.option_logprobs`, and option_mask (B, C).
+    - One row per option: input_ids (B, C, T), attention_mask (B, C, T), positions (B, C, S), targets (B, C, S), option_mask (B, C).
 
     Examples with several right options add right (B, C), 1 for those.
+
+    Attributes:
+        single_token_form: allow the first form.
+        shared_prompt: allow the second.
+        length_normalize: add option_lengths (B, C), the scored tokens of each option, by which its score is divided.
     """
 
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
     single_token_form: bool = True
     shared_prompt: bool = True
     length_normalize: bool = False
@@ -76,10 +82,10 @@ class ChoicesCollator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         counts = {len(example["option_ids"]) for example in examples}
         single = all(len(option) == 1 for example in examples for option in example["option_ids"])
-        batch = self._one_row_each(examples) if self.single_token_form and single and len(counts) == 1 else None
-        if batch is None and self._sharing_pays(examples, max(counts)):
-            batch = self._prompts_once(examples, max(counts))
-        batch = batch or self._one_row_an_option(examples, max(counts))
+        batch = self._single_tokens(examples) if self.single_token_form and single and len(counts) == 1 else None
+        if batch is None and self._packing_pays(examples, max(counts)):
+            batch = self._packed(examples, max(counts))
+        batch = batch or self._row_per_option(examples, max(counts))
         batch["answer"] = torch.tensor([example["answer"] for example in examples])
         if self.length_normalize and "targets" in batch:  # else every option is one token
             batch["option_lengths"] = (batch["targets"] != IGNORE).sum(dim=2).clamp(min=1)
@@ -88,36 +94,31 @@ class ChoicesCollator:
             batch["right"] = torch.tensor([[int(column in example["right"]) for column in columns] for example in examples])
         return batch
 
-    def _one_row_each(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def _single_tokens(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         prompts = [example["prompt_ids"] for example in examples]
-        length = _rounded(max(map(len, prompts)), self.pad_to_multiple_of)
         return {
-            "input_ids": _padded(prompts, length, self.pad_token_id),
-            "attention_mask": _padded([[1] * len(ids) for ids in prompts], length, 0),
+            **self._inputs(prompts),
             "positions": torch.tensor([[len(ids) - 1] for ids in prompts]),
             "option_ids": torch.tensor([[option[0] for option in example["option_ids"]] for example in examples]),
         }
 
-    def _sharing_pays(self, examples: Sequence[Example], most: int) -> bool:
+    def _packing_pays(self, examples: Sequence[Example], most: int) -> bool:
         if not self.shared_prompt or not all(example["prompt_ids"] and all(example["option_ids"]) for example in examples):
-            return False  # behind no prompt an option's first token is not scored
+            return False  # without a prompt an option's first token is not scored
         fed = [[len(option) - 1 for option in example["option_ids"]] for example in examples]
         prompts = [len(example["prompt_ids"]) for example in examples]
         together = self._length(prompt + sum(options) for prompt, options in zip(prompts, fed, strict=True))
         apart = self._length(prompt + max(options) for prompt, options in zip(prompts, fed, strict=True))
         return _work(together) < most * _work(apart)
 
-    def _length(self, lengths: Iterable[int]) -> int:
-        return _rounded(max(lengths), self.pad_to_multiple_of)
-
-    def _prompts_once(self, examples: Sequence[Example], most: int) -> dict[str, Tensor]:
+    def _packed(self, examples: Sequence[Example], most: int) -> dict[str, Tensor]:
         inputs, position_ids, segments, positions, places, targets, own_rows, present = [], [], [], [], [], [], [], []
         for example in examples:
             prompt, options = example["prompt_ids"], example["option_ids"]
             start = len(prompt)
             ids, where, whose, scored = [*prompt], [*range(start)], [0] * start, [start - 1]
             for number, option in enumerate(options, 1):
-                fed = len(option) - 1  # the last token is predicted but never fed
+                fed = len(option) - 1  # the last token is predicted but no input
                 places.append([0, *range(len(scored), len(scored) + fed)])
                 scored += range(len(ids), len(ids) + fed)
                 own_rows.append([*range(start), *range(len(ids), len(ids) + fed)])
@@ -147,24 +148,22 @@ class ChoicesCollator:
             "option_mask": torch.tensor(present),
         }
 
-    def _one_row_an_option(self, examples: Sequence[Example], most: int) -> dict[str, Tensor]:
+    def _row_per_option(self, examples: Sequence[Example], most: int) -> dict[str, Tensor]:
         inputs, positions, targets, present = [], [], [], []
         for example in examples:
             rows = [_scored(example["prompt_ids"], option) for option in example["option_ids"]]
             missing = most - len(rows)
-            # An absent option repeats the first one's input, so that no row is all padding, and scores nothing.
+            # A missing option repeats the first one's input, so that no row is all padding, and scores nothing.
             rows += [(rows[0][0], [], [])] * missing
             present.append([True] * (most - missing) + [False] * missing)
             for ids, where, what in rows:
                 inputs.append(ids)
                 positions.append(where)
                 targets.append(what)
-        length = _rounded(max(map(len, inputs)), self.pad_to_multiple_of)
         scored = max(map(len, positions))
         shape = (len(examples), most, -1)
         return {
-            "input_ids": _padded(inputs, length, self.pad_token_id).view(shape),
-            "attention_mask": _padded([[1] * len(ids) for ids in inputs], length, 0).view(shape),
+            **{name: tensor.view(shape) for name, tensor in self._inputs(inputs).items()},
             "positions": _padded(positions, scored, 0).view(shape),
             "targets": _padded(targets, scored, IGNORE).view(shape),
             "option_mask": torch.tensor(present),
@@ -172,20 +171,17 @@ class ChoicesCollator:
 
 
 @dataclass(frozen=True)
-class GenerationCollator:
+class GenerationCollator(Collator):
     """Batches for ``LanguageModelLoss`` on the right answers and for :func:`zotune.training.evaluation.greedy`.
 
     To those of :class:`LanguageModelCollator` it adds prompt_ids (B, P) and prompt_mask (B, P), padded on the left, max_new_tokens (B,),
-    stop_ids (B, E), pad_id (B,) and reference (B,), each example's number among the right answers' texts.
+    stop_ids (B, E), pad_id (B,) and reference (B,), each example's index among the texts of the right answers.
 
     Attributes:
-        pad_token_id, pad_to_multiple_of: as in :class:`LanguageModelCollator`.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: longest answer.
         stop_ids: tokens that end one.
     """
 
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
     max_new_tokens: int = 50
     stop_ids: tuple[int, ...] = ()
 
@@ -203,27 +199,20 @@ class GenerationCollator:
 
 
 @dataclass(frozen=True)
-class ClassifierCollator:
+class ClassifierCollator(Collator):
     """Batches for ``ClassifierLoss``: input_ids (B, T), attention_mask, token_type_ids where given, labels (B,)."""
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         inputs = [example["input_ids"] for example in examples]
-        length = _rounded(max(map(len, inputs)), self.pad_to_multiple_of)
-        batch = {
-            "input_ids": _padded(inputs, length, self.pad_token_id),
-            "attention_mask": _padded([[1] * len(ids) for ids in inputs], length, 0),
-        }
+        batch = self._inputs(inputs)
         if "token_type_ids" in examples[0]:
-            batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], length, 0)
+            batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], batch["input_ids"].shape[1], 0)
         batch["labels"] = torch.tensor([example["label"] for example in examples])
         return batch
 
 
 def _work(length: int) -> float:
-    """Of a row, in tokens; attention, which grows with the square, costs what the matrices do at this length for a width near 700."""
+    """Cost of a row, in tokens; attention costs as much as the matrices at length 4096, for a width near 700."""
     return length * (1 + length / 4096)
 
 
@@ -236,7 +225,3 @@ def _scored(prompt: Sequence[int], completion: Sequence[int], mask: Sequence[boo
 
 def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)
-
-
-def _rounded(length: int, multiple: int | None) -> int:
-    return length if not multiple else -(-length // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Rows -> encoded examples: token ids of prompts, options, completions, chats and classifier inputs."""
+"""Rows → encoded examples: token ids of prompts, options, completions, chats and classifier inputs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from zotune.tasks.chat import assistant_parts, messages_of
 from zotune.tasks.sources import Rows
 from zotune.tasks.task import Task
 
-# These architectures start their position table at the padding index + 1, so it holds fewer tokens than its size says.
+# Architectures whose positions start at the padding index + 1, so that fewer tokens fit.
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text"}
 
 # A tokenizer without a limit reports an enormous number.
 _NO_LIMIT = 10**9
 
-#: Column sets of one's own files, in order of precedence.
+#: Column sets of files without a task, in order of precedence.
 FORMATS = (("messages",), ("prompt", "completion"), ("text",))
 
 
@@ -28,9 +28,9 @@ class Encoder:
 
     Args:
         tokenizer: a Hugging Face tokenizer; special tokens are put before a prompt as it does by default.
-        limit: the most tokens a model may be fed, or None.
+        limit: most input tokens of the model, or None.
         truncate: cut what is too long (the beginning of a prompt, the end of a text) instead of raising.
-        limit_is_users: whether the limit is the user's own `max_length` (it only words the error).
+        limit_is_users: whether the limit is `max_length`, for the error message.
     """
 
     tokenizer: Any
@@ -40,77 +40,68 @@ class Encoder:
     _options: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def choices(self, rows: Rows, task: Task) -> list[dict[str, Any]]:
-        """Examples ``{"prompt_ids", "option_ids", "answer"[, "right"]}``; `right` lists all right options where there may be several.
+        """Examples ``{"prompt_ids", "option_ids", "answer"[, "right"]}``; `right`: all right options, of a task with candidates.
 
         Raises:
-            ValueError: naming the row, for a label outside the options or a prompt longer than the limit.
+            ValueError: naming the row, for an unknown label or a prompt longer than the limit.
         """
-        rendered, right = [], []
-        for index, row in enumerate(rows):
-            with_row = _At(rows, index)
-            with with_row:
-                rendered.append(task.render(row))
-                right.append(task.right(row))
-        prompts = self._prompts([prompt for prompt, _ in rendered])
-        examples = []
-        for index, (prompt_ids, (prompt, texts)) in enumerate(zip(prompts, rendered, strict=True)):
-            with _At(rows, index):
-                option_ids = [self._continuation(prompt, text) for text in texts]
-                if len(set(map(tuple, option_ids))) < len(option_ids):
-                    raise ValueError(f"two of the options {list(texts)} are the same tokens; choose others.")
-                prompt_ids = self._fit_prompt(prompt_ids, max(map(len, option_ids)), "its longest option")
-            example = {"prompt_ids": prompt_ids, "option_ids": option_ids, "answer": right[index][0]}
-            examples.append({**example, "right": list(right[index])} if task.candidates else example)
-        return examples
+        rendered = rows.map(lambda row: (*task.render(row), task.right(row)))
 
-    def answers(self, rows: Rows, task: Task, room: int = 0) -> list[dict[str, Any]]:
-        """Examples ``{"prompt_ids", "completion_ids"}`` of a generation task, the completion being the first right answer.
+        def encode(prompt_ids: list[int], parts: tuple[str, tuple[str, ...], tuple[int, ...]]) -> dict[str, Any]:
+            prompt, texts, right = parts
+            option_ids = [self._continuation(prompt, text) for text in texts]
+            if len(set(map(tuple, option_ids))) < len(option_ids):
+                raise ValueError(f"two of the options {list(texts)} are the same tokens; choose others.")
+            prompt_ids = self._fit_prompt(prompt_ids, max(map(len, option_ids)), "its longest option")
+            example = {"prompt_ids": prompt_ids, "option_ids": option_ids, "answer": right[0]}
+            return {**example, "right": list(right)} if task.candidates else example
+
+        return rows.map(encode, self._prompts([prompt for prompt, *_ in rendered]), rendered)
+
+    def answers(self, rows: Rows, task: Task, max_new_tokens: int = 0) -> list[dict[str, Any]]:
+        """Examples ``{"prompt_ids", "completion_ids"}`` of a generation task; the completion is the first right answer.
 
         Args:
             rows, task: which.
-            room: tokens that must fit behind the prompt, for an answer to be generated.
+            max_new_tokens: tokens that must fit behind the prompt.
 
         Raises:
             ValueError: naming the row, for one without an answer, or a prompt longer than the limit.
         """
-        rendered = []
-        for index, row in enumerate(rows):
-            with _At(rows, index):
-                prompt, texts = task.render(row)
-                rendered.append((prompt, texts[0]))
-        prompts = self._prompts([prompt for prompt, _ in rendered])
-        examples = []
-        for index, (prompt_ids, (prompt, text)) in enumerate(zip(prompts, rendered, strict=True)):
-            with _At(rows, index):
-                completion_ids = self._continuation(prompt, text)
-                following, what = max((len(completion_ids), "its answer"), (room, "an answer may have"))
-                examples.append({"prompt_ids": self._fit_prompt(prompt_ids, following, what), "completion_ids": completion_ids})
-        return examples
+        rendered = rows.map(task.render)
+
+        def encode(prompt_ids: list[int], parts: tuple[str, tuple[str, ...]]) -> dict[str, Any]:
+            prompt, texts = parts
+            completion_ids = self._continuation(prompt, texts[0])
+            following, what = max((len(completion_ids), "its answer"), (max_new_tokens, "an answer may have"))
+            return {"prompt_ids": self._fit_prompt(prompt_ids, following, what), "completion_ids": completion_ids}
+
+        return rows.map(encode, self._prompts([prompt for prompt, _ in rendered]), rendered)
 
     def answer_ends(self) -> list[int]:
-        """Ids of the tokens that end an answer: the line break, as it stands behind a word, and the end of text."""
+        """Ids of the tokens that end an answer: the line break after a word, and the end of text."""
         return list(dict.fromkeys([self._continuation("a", "\n")[-1], *self._end()]))
 
     def completions(self, rows: Rows) -> list[dict[str, Any]]:
-        """Examples ``{"prompt_ids", "completion_ids"[, "completion_mask"]}`` of one's own file.
+        """Examples ``{"prompt_ids", "completion_ids"[, "completion_mask"]}`` of rows without a task.
 
-        ``messages``: a chat; the assistant's turns are scored. ``prompt`` and ``completion``: the completion and the
-        end-of-text token are scored. ``text``: every token is.
+        Scored are: of ``messages`` the assistant's, of ``prompt`` and ``completion`` the completion and the end-of-text token, of ``text``
+        every token.
 
         Raises:
-            ValueError: if the columns are none of these, or naming the row that is malformed or too long.
+            ValueError: other columns; or, naming the row, one that is malformed or too long.
         """
         columns = format_of(rows)
         encode = {"messages": self._chat, "prompt": self._completion, "text": self._text}[columns[0]]
-        examples = []
-        for index, row in enumerate(rows):
-            with _At(rows, index):
-                example = encode(row)
-                mask = example.get("completion_mask", [True])
-                if not example["completion_ids"] or not any(mask) or (len(example["completion_ids"]) == 1 and not example["prompt_ids"]):
-                    raise ValueError(f"nothing to score in {' and '.join(map(repr, columns))}: it is empty or cut away.")
-            examples.append(example)
-        return examples
+
+        def checked(row: Mapping[str, Any]) -> dict[str, Any]:
+            example = encode(row)
+            mask = example.get("completion_mask", [True])
+            if not example["completion_ids"] or not any(mask) or (len(example["completion_ids"]) == 1 and not example["prompt_ids"]):
+                raise ValueError(f"nothing to score in {' and '.join(map(repr, columns))}: it is empty or cut away.")
+            return example
+
+        return rows.map(checked)
 
     def classifier(self, rows: Rows, task: Task) -> list[dict[str, Any]]:
         """Examples ``{"input_ids"[, "token_type_ids"], "label"}`` of the task's one or two encoder texts."""
@@ -119,19 +110,18 @@ class Encoder:
                 f"task {task.name!r} has answers of its own in every row, which a sequence-classification head cannot "
                 "score: use a causal language model."
             )
-        examples = []
-        for index, row in enumerate(rows):
-            with _At(rows, index):
-                texts = task.encoder_texts(row)
-                encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
-                if self.limit is not None and len(encoded["input_ids"]) > self.limit:
-                    if not self.truncate:
-                        raise ValueError(self._too_long(f"the text has {len(encoded['input_ids'])} tokens"))
-                    encoded = self.tokenizer(*texts, truncation=True, max_length=self.limit, return_attention_mask=False, verbose=False)
-                label = task.answer(row)
+
+        def encode(row: Mapping[str, Any]) -> dict[str, Any]:
+            texts = task.encoder_texts(row)
+            encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
+            if self.limit is not None and len(encoded["input_ids"]) > self.limit:
+                if not self.truncate:
+                    raise ValueError(self._too_long(f"the text has {len(encoded['input_ids'])} tokens"))
+                encoded = self.tokenizer(*texts, truncation=True, max_length=self.limit, return_attention_mask=False, verbose=False)
             kept = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
-            examples.append({**kept, "label": label})
-        return examples
+            return {**kept, "label": task.answer(row)}
+
+        return rows.map(encode)
 
     @cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
@@ -146,7 +136,7 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
     def _prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids with the special tokens that come before a text, never those that come after one."""
+        """Token ids with the special tokens before a text and without those after it."""
         if not prompts:
             return []
         encoded = self.tokenizer(list(prompts), return_attention_mask=False, verbose=False)["input_ids"]
@@ -154,7 +144,7 @@ class Encoder:
         return [self._not_empty(list(ids[: len(ids) - after])) for ids in encoded]
 
     def _not_empty(self, ids: list[int]) -> list[int]:
-        """An empty prompt still needs one token to predict the first one from."""
+        """The prompt; where it is empty, one token to predict the first from."""
         if ids:
             return ids
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
@@ -163,24 +153,23 @@ class Encoder:
         raise ValueError("the prompt is empty and the tokenizer has no token to start a text with: write a prompt.")
 
     def _continuation(self, prompt: str, text: str) -> list[int]:
-        """Tokens of a text that follows a prompt, as the tokenizer makes them in the middle of a line.
+        """Tokens of a text within a line, after the prompt's last character where that keeps its tokens.
 
-        The text is tokenized by itself, after the prompt's last character where that changes nothing of it:
-        SentencePiece tokenizers would otherwise put a blank of their own in front.
+        At the start of a line, SentencePiece tokenizers add a blank.
         """
         anchor = prompt[-1:]
         key = (anchor, text)
         if key not in self._options:
             before, joint = self._ids(anchor) if anchor else [], self._ids(anchor + text)
             ids = joint[len(before) :] if joint[: len(before)] == before else self._ids(text)
-            if len(self._options) < 10_000:  # options repeat from row to row; completions need not be kept
+            if len(self._options) < 10_000:  # options repeat from row to row, completions do not
                 self._options[key] = ids
             return list(ids)
         return list(self._options[key])
 
     def _fit_prompt(self, prompt: list[int], following: int, what: str) -> list[int]:
-        """The prompt, or its end where it must be cut; special tokens at its start are kept."""
-        # The last token is predicted but not fed.
+        """The prompt, its beginning cut where it is too long; special tokens at its start are kept."""
+        # The last token is predicted, not an input.
         excess = 0 if self.limit is None else len(prompt) + following - 1 - self.limit
         if excess <= 0:
             return prompt
@@ -221,7 +210,7 @@ class Encoder:
         return {"prompt_ids": start, "completion_ids": ids}
 
     def _end(self) -> list[int]:
-        """The model should learn where an answer ends."""
+        """The end-of-text token, which teaches the model where an answer ends."""
         end = self.tokenizer.eos_token_id
         return [] if end is None else [end]
 
@@ -239,7 +228,7 @@ class Encoder:
         if excess > 0:
             if not self.truncate:
                 raise ValueError(self._too_long(f"the chat has {len(prompt_ids) + len(ids)} tokens"))
-            # The last turn matters most, so the beginning of the chat goes.
+            # The last message matters most, so the beginning is cut.
             cut = min(excess, len(prompt_ids) - 1)
             prompt_ids = prompt_ids[cut:]
             ids, mask = ids[excess - cut :], mask[excess - cut :]
@@ -248,7 +237,7 @@ class Encoder:
 
 
 def format_of(rows: Rows) -> tuple[str, ...]:
-    """Which columns of one's own file are used; ValueError if it has none of the known sets."""
+    """The column set of rows without a task; ValueError where they have none of :data:`FORMATS`."""
     present = set(rows.columns)
     for columns in FORMATS:
         if present.issuperset(columns):
@@ -265,7 +254,7 @@ def format_of(rows: Rows) -> tuple[str, ...]:
 
 
 def context_limit(tokenizer: Any, model_config: Any, max_length: int | None = None) -> tuple[int | None, bool]:
-    """The most tokens a model may be fed, and whether that is the user's `max_length`."""
+    """Most input tokens of the model, and whether that is the user's `max_length`."""
     limits = []
     if model_config is not None:
         config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
@@ -287,11 +276,7 @@ def context_limit(tokenizer: Any, model_config: Any, max_length: int | None = No
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """Id to fill rows up with: the padding token, else the end-of-text token (padding is always masked).
-
-    Raises:
-        ValueError: if the tokenizer has neither.
-    """
+    """Id of the padding token, else of the end-of-text token (padding is masked); ValueError where there is neither."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -299,20 +284,6 @@ def pad_token_id(tokenizer: Any) -> int:
         "the tokenizer has neither a padding token nor an end-of-text token: set one, e.g. "
         'tokenizer.pad_token = tokenizer.unk_token, or "pad_token" in tokenizer_config.json.'
     )
-
-
-class _At:
-    """Adds the row's place to the message of a ValueError."""
-
-    def __init__(self, rows: Rows, index: int) -> None:
-        self.rows, self.index = rows, index
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.rows.where(self.index)}: {error}") from None
 
 
 def _string(row: Mapping[str, Any], column: str) -> str:

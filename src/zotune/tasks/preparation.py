@@ -1,4 +1,4 @@
-"""From names and files to data sets that a trainer can use, every check made before any work starts."""
+"""Data for a trainer from names and files, with all checks before any work."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 from zotune.tasks import loader
 from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator
-from zotune.tasks.demonstrations import demonstrated
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
-from zotune.tasks.sources import Rows, clean, load_rows, read_jsonl, sample, split_train
+from zotune.tasks.sources import Rows, clean, demonstrated, load_rows, read_jsonl, sample, split_train
 from zotune.tasks.task import Task
 
 OBJECTIVES = ("lm", "choices", "classifier")
@@ -21,16 +20,16 @@ OBJECTIVES = ("lm", "choices", "classifier")
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Encoded data and how to batch, train on and score it.
+    """Encoded data, their collators, objectives and metrics.
 
     Attributes:
-        train, dev, eval: lists of encoded examples; None where there is no such part.
-        collate_train, collate_eval: examples -> batch; `collate_eval` is for dev and eval.
+        train, dev, eval: encoded examples; None where there are none.
+        collate_train, collate_eval: examples → batch; `collate_eval` for dev and eval.
         train_objective, eval_objective: names for :func:`zotune.objectives.objective`.
         compute_metrics: callable for a Trainer, or None where there is only a loss.
         main_metric: ``"accuracy"``, ``"token_f1"`` ... or ``"loss"``.
-        task: the task, or None for one's own text.
-        num_labels, label_names: of a task's options or classes; None and () where it has none that all rows share.
+        task: None for text without a task.
+        num_labels, label_names: of the labels; None and () where there are none.
     """
 
     train: list[dict[str, Any]] | None
@@ -69,30 +68,29 @@ def prepare(
     pad_to_multiple_of: int | None = None,
     parts: Collection[str] = ("train", "eval"),
 ) -> PreparedData:
-    """Load, check, subset and encode everything a run needs.
+    """Loads, checks, subsets and encodes the data of a run.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        model_config: the model's configuration; it tells the context length and whether the model is an encoder.
+        model_config: the model's configuration, for the context length and whether it is an encoder.
         task: bundled task, path of a YAML file, or a loaded :class:`Task`.
         data_dir: folder with ``<task>/<split>.jsonl[.gz]``; without it a task's rows come from the hub.
-        train_file, eval_file: JSON Lines of one's own, with the task's columns, or without a task with prompt and
-            completion, text, or messages.
+        train_file, eval_file: JSON Lines with the task's columns, or without a task with prompt and completion, text, or messages.
         template, options: see :func:`zotune.tasks.load`.
         objective: training loss: ``"lm"`` (over the right option's tokens; the default), ``"choices"``
             (cross-entropy over the options' scores) or ``"classifier"`` (the default for encoder models).
-        num_train, num_eval: at most this many rows, drawn by `seed`.
-        num_dev: this many rows held out of the training rows.
-        k_shot: this many training rows of each class.
-        num_demonstrations: this many training rows, drawn by `seed`, stand solved before every prompt that is evaluated.
-        max_length: most tokens a model is fed, if shorter than its context.
+        num_train, num_eval: most rows, drawn by `seed`.
+        num_dev: training rows held out.
+        k_shot: training rows per class.
+        num_demonstrations: training rows, drawn by `seed`, solved before every evaluated prompt.
+        max_length: most input tokens, if shorter than the model's context.
         truncate: cut what is too long instead of raising.
         seed: seed of the subsets.
         pad_to_multiple_of: round batch lengths up to a multiple of this.
         parts: which of ``"train"`` (with dev) and ``"eval"`` to load.
 
     Raises:
-        ValueError: for anything that is missing, malformed, too long or contradictory, in one sentence with the fix.
+        ValueError: something is missing, malformed, too long or contradictory; one sentence with the fix.
     """
     counts = {"num_train": num_train, "num_dev": num_dev, "num_eval": num_eval, "k_shot": k_shot}
     counts["num_demonstrations"] = num_demonstrations
@@ -111,18 +109,18 @@ def prepare(
     encoder = Encoder(tokenizer, limit, truncate, users)
     padding: dict[str, Any] = {"pad_token_id": pad_token_id(tokenizer), "pad_to_multiple_of": pad_to_multiple_of}
     if train_objective == "classifier" and getattr(model_config, "pad_token_id", 0) is None:
-        model_config.pad_token_id = padding["pad_token_id"]  # decoder classifiers find a text's last token by it
+        model_config.pad_token_id = padding["pad_token_id"]  # decoder classifiers find the last token by it
 
-    references: list[tuple[str, ...]] = []  # of the evaluated examples of a generation task, dev and eval
+    references: list[tuple[str, ...]] = []  # of the dev and eval examples of a generation task
 
-    def encode(rows: Rows | None, task: Task | None = task, judged: bool = False) -> list[dict[str, Any]] | None:
+    def encode(rows: Rows | None, task: Task | None = task, evaluated: bool = False) -> list[dict[str, Any]] | None:
         if rows is None:
             return None
         if task is None:
             return encoder.completions(rows)
         if task.generation and train_objective == "lm":
-            examples = encoder.answers(rows, task, (task.max_new_tokens or 0) if judged else 0)
-            if judged:
+            examples = encoder.answers(rows, task, (task.max_new_tokens or 0) if evaluated else 0)
+            if evaluated:
                 for example, row in zip(examples, rows, strict=True):
                     example["reference"] = len(references)
                     references.append(task.references(row))
@@ -139,14 +137,14 @@ def prepare(
         raise ValueError(f"task {task.name!r} has no classes to take k_shot={k_shot} examples of: use num_train.")
     dev_rows = None
     if train_rows is not None:
-        answers = _answers(train_rows, task) if k_shot is not None and task is not None else None
+        answers = train_rows.map(task.answer) if k_shot is not None and task is not None else None
         train_rows, dev_rows = split_train(train_rows, seed=seed, num_train=num_train, num_dev=num_dev, k_shot=k_shot, answers=answers)
-    asked = task
+    eval_task = task
     if num_demonstrations is not None:
         assert task is not None and train_rows is not None
         if num_demonstrations > len(train_rows):
             raise ValueError(f"num_demonstrations={num_demonstrations}, but there are {len(train_rows)} training rows: choose fewer.")
-        asked = demonstrated(task, sample(train_rows, num_demonstrations, seed=seed))
+        eval_task = demonstrated(task, sample(train_rows, num_demonstrations, seed=seed))
     if "train" not in parts:
         train_rows = dev_rows = None
     if eval_rows is not None:
@@ -157,8 +155,8 @@ def prepare(
     collate = partial(_collator, task=task, encoder=encoder, padding=padding)
     return PreparedData(
         train=encode(train_rows),
-        dev=encode(dev_rows, asked, judged=True),
-        eval=encode(eval_rows, asked, judged=True),
+        dev=encode(dev_rows, eval_task, evaluated=True),
+        eval=encode(eval_rows, eval_task, evaluated=True),
         collate_train=collate(train_objective),
         collate_eval=collate(eval_objective),
         train_objective=train_objective,
@@ -181,7 +179,7 @@ def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapp
 
 
 def is_encoder(model_config: Any) -> bool:
-    """Whether a model is one to put a sequence-classification head on: an encoder, or one that has such a head."""
+    """Whether a model is an encoder or a sequence classifier."""
     architectures = getattr(model_config, "architectures", None) or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return True
@@ -232,17 +230,7 @@ def _eval_rows(task: Task | None, data_dir: Any, train_file: Any, eval_file: Any
     if eval_file is not None:
         rows = read_jsonl(eval_file)
         return rows if task is None else clean(rows, task)
-    # Someone's own training rows are not evaluated on a published split unless they say where it is.
+    # Own training rows are evaluated on a published split only where data_dir is given.
     if task is not None and (train_file is None or data_dir is not None):
         return load_rows(task, "eval", data_dir)
     return None
-
-
-def _answers(rows: Rows, task: Task) -> list[int]:
-    answers = []
-    for index, row in enumerate(rows):
-        try:
-            answers.append(task.answer(row))
-        except ValueError as error:
-            raise ValueError(f"{rows.where(index)}: {error}") from None
-    return answers

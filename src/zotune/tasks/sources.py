@@ -1,4 +1,4 @@
-"""Rows from a local folder, the Hugging Face hub or one's own JSON Lines file, and subsets of them by seed."""
+"""Rows from a local folder, the Hugging Face hub or a JSON Lines file; seeded subsets and demonstrations of them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import itertools
 import json
 import random
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from zotune.io.suggest import did_you_mean
 from zotune.tasks.task import Task
 
-#: Bytes of one line of a JSON Lines file: a file that unpacks to one endless line must not fill the memory.
+T = TypeVar("T")
+
+#: Most bytes per line of a JSON Lines file, against files that unpack to one endless line.
 LONGEST_LINE = 1 << 26
+#: Between demonstrations, and before the prompt (as MeZO, 2305.17333).
+SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
 class Rows(Sequence):
-    """A sequence of rows (dicts) that remembers where each came from.
+    """A sequence of rows (dicts) with the place of each in its source.
 
     Attributes:
         rows: the rows, a list or a ``datasets.Dataset``.
@@ -45,9 +49,19 @@ class Rows(Sequence):
         """``"<file>, line 7"``, for an error message."""
         return f"{self.source}, {self.unit} {self.numbers[index]}"
 
+    def map(self, function: Callable[..., T], *values: Iterable[Any]) -> list[T]:
+        """``function`` of every row, or of ``values`` with one item per row; a ValueError names the row."""
+        results = []
+        for index, parts in enumerate(zip(*(values or (self,)), strict=True)):
+            try:
+                results.append(function(*parts))
+            except ValueError as error:
+                raise ValueError(f"{self.where(index)}: {error}") from None
+        return results
+
     @property
     def columns(self) -> list[str]:
-        """Columns that every row has, in the order of the first."""
+        """Columns of all rows, in the order of the first row."""
         if hasattr(self.rows, "column_names"):
             return list(self.rows.column_names)
         common = set(self.rows[0]).intersection(*map(set, self.rows))
@@ -78,11 +92,7 @@ class Rows(Sequence):
 
 
 def read_jsonl(path: str | Path) -> Rows:
-    """Rows of a JSON Lines file (UTF-8, one object a line, gzip where the name ends in .gz); blank lines are skipped.
-
-    Raises:
-        ValueError: for a file that is absent, empty or unreadable, or (with its number) a line that is no JSON object.
-    """
+    """Rows of a JSON Lines file (UTF-8, one object per line, gzip for .gz), without blank lines; ValueError where it is not one."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}: give the path of a JSON Lines file (.jsonl or .jsonl.gz).")
@@ -91,7 +101,7 @@ def read_jsonl(path: str | Path) -> Rows:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=1):
                 if len(line) > LONGEST_LINE:
-                    raise ValueError(f"{path}, line {number} is longer than {LONGEST_LINE} bytes: one JSON object a line is expected.")
+                    raise ValueError(f"{path}, line {number} is longer than {LONGEST_LINE} bytes: one JSON object per line is expected.")
                 if line.strip():
                     rows.append(_object(line, path, number))
                     numbers.append(number)
@@ -100,7 +110,7 @@ def read_jsonl(path: str | Path) -> Rows:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
     if not rows:
-        raise ValueError(f"{path} holds no rows: one JSON object a line is expected.")
+        raise ValueError(f"{path} holds no rows: one JSON object per line is expected.")
     return Rows(rows, str(path), numbers)
 
 
@@ -108,11 +118,12 @@ def load_rows(task: Task, split: str, data_dir: str | Path | None = None) -> Row
     """Rows of a task's split: ``<data_dir>/<task>/<split>.jsonl[.gz]``, or from the hub without a `data_dir`.
 
     Args:
-        task: the task; rows whose label means "no gold label" are left out.
-        split: ``"train"`` or ``"eval"`` (the task says which split that is), or a split's own name.
+        task: rows without a gold label are dropped.
+        split: ``"train"`` or ``"eval"``, or a split's own name.
+        data_dir: the local folder.
 
     Raises:
-        ValueError: if there is no such folder, file or data set, or a column is missing.
+        ValueError: the folder, file, data set or a column does not exist.
     """
     name = task.splits.get(split, split)
     rows = _local(task, task.files.get(split, name), Path(data_dir)) if data_dir is not None else _hub(task, name)
@@ -120,7 +131,7 @@ def load_rows(task: Task, split: str, data_dir: str | Path | None = None) -> Row
 
 
 def clean(rows: Rows, task: Task) -> Rows:
-    """The rows with the columns a task needs, less those without a gold label."""
+    """The rows with a gold label; ValueError where a column of the task is missing."""
     rows.require([*task.columns, task.label_column])
     if task.drop_labels:
         labels = rows.column(task.label_column)
@@ -139,19 +150,20 @@ def split_train(
     k_shot: int | None = None,
     answers: Sequence[int] | None = None,
 ) -> tuple[Rows, Rows | None]:
-    """Training rows and the dev rows held out of them, a pure function of (rows, arguments).
+    """Training rows and held-out dev rows, a pure function of (rows, arguments).
 
-    The dev rows are drawn first, so that they stay the same while `num_train`, or `k_shot`, changes.
+    The dev rows are drawn first, so they do not depend on `num_train` or `k_shot`.
 
     Args:
-        seed: seed of a generator of our own; the global ones are not touched.
-        num_train: at most this many training rows.
-        num_dev: this many dev rows; with `k_shot` as many of each class, as far as that divides.
-        k_shot: this many training rows of each class, in place of `num_train`.
+        rows: to split.
+        seed: of a generator; the global ones are not touched.
+        num_train: most training rows.
+        num_dev: dev rows; with `k_shot` balanced over the classes.
+        k_shot: training rows per class, in place of `num_train`.
         answers: class of each row, for `k_shot`.
 
     Raises:
-        ValueError: if there are too few rows.
+        ValueError: there are too few rows.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
@@ -165,17 +177,27 @@ def split_train(
             raise ValueError("k_shot needs a task with labels: pass --task, or use --num_train instead.")
         if num_train is not None:
             raise ValueError("num_train and k_shot exclude each other: leave one out.")
-        dev = _in_turn(order, answers, num_dev or 0, leaving=k_shot)
+        dev = _round_robin(order, answers, num_dev or 0, leaving=k_shot)
         held = set(dev)
         train = _k_of_each([row for row in order if row not in held], answers, k_shot, rows.source)
     return rows.select(sorted(train)), rows.select(sorted(dev)) if dev else None
 
 
 def sample(rows: Rows, number: int | None, *, seed: int) -> Rows:
-    """At most `number` of the rows, drawn by seed, in their original order; all of them for None."""
+    """At most ``number`` of the rows, drawn by seed, in their order; None: all."""
     if number is None or number >= len(rows):
         return rows
     return rows.select(sorted(random.Random(f"{seed}/eval").sample(range(len(rows)), number)))
+
+
+def demonstrated(task: Task, rows: Rows) -> Task:
+    """The task with these rows, each with its right option, before every prompt; ValueError names a row with an unknown label."""
+
+    def solved(row: Any) -> str:
+        prompt, options = task.render(row)
+        return prompt + options[task.answer(row)] + SEPARATOR
+
+    return replace(task, preamble="".join(rows.map(solved)))
 
 
 def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -223,7 +245,7 @@ def _hub(task: Task, split: str) -> Rows:
     name = task.hub + (f"/{task.subset}" if task.subset else "")
     try:
         data = datasets.load_dataset(task.hub, task.subset, split=split)
-    except Exception as error:  # offline, absent, gated, no such split: all are the user's to mend in the same way
+    except Exception as error:  # offline, absent, gated, no such split: the same fix for all
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
             f"cannot load {name} (split {split}) from the Hugging Face hub ({type(error).__name__}: {reason}): "
@@ -234,13 +256,13 @@ def _hub(task: Task, split: str) -> Rows:
     return Rows(data, f"{name} (split {split})", range(len(data)), unit="row")
 
 
-def _in_turn(order: Sequence[int], answers: Sequence[int], number: int, leaving: int) -> list[int]:
-    """The first rows of every class, one class after the other in turn, until there are so many; ``leaving`` of each are left."""
+def _round_robin(order: Sequence[int], answers: Sequence[int], number: int, leaving: int) -> list[int]:
+    """The first ``number`` rows, taken from the classes in rotation; the last ``leaving`` of each class are not taken."""
     by_class: dict[int, list[int]] = {}
     for row in order:
         by_class.setdefault(answers[row], []).append(row)
-    turns = itertools.zip_longest(*(by_class[answer][: max(0, len(by_class[answer]) - leaving)] for answer in sorted(by_class)))
-    return [row for turn in turns for row in turn if row is not None][:number]
+    rounds = itertools.zip_longest(*(by_class[answer][: max(0, len(by_class[answer]) - leaving)] for answer in sorted(by_class)))
+    return [row for each in rounds for row in each if row is not None][:number]
 
 
 def _k_of_each(order: Sequence[int], answers: Sequence[int], k: int, source: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""A task: where its rows are, how a row becomes a prompt with answers, and how they are scored."""
+"""A task: its data set, its prompt template, its answers and metrics."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from zotune.tasks.template import CHANGES, columns_of, render, text_of
 
 Row = Mapping[str, Any]
 
-#: The column that holds, while an answer is rendered, that answer's own text.
+#: Column of the answer's text, while an answer is rendered.
 ANSWER = "answer"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task with one of its prompt templates chosen.
+    """A task with one of its prompt templates.
 
-    Of three kinds. Classification and multiple choice with a label: `labels` and `options`. Multiple choice among candidates that a row
-    lists: `gold` and `candidates`. Generation: `gold` alone, the answer being written freely.
+    Three kinds: classification and multiple choice with a label (`labels`, `options`); multiple choice among candidates in the row (`gold`,
+    `candidates`); generation (`gold` alone).
 
     Attributes:
-        name, title, citation: what it is called, in a line, and where it comes from.
+        name, title, citation: the name, a one-line description, the source.
         hub, subset: data set id and configuration on the Hugging Face hub.
         splits: ``train`` and ``eval`` -> split name, on the hub and as the stem of a local file.
-        files: ``train`` and ``eval`` -> stem of the local file, where it is not the split's name.
+        files: ``train`` and ``eval`` -> stem of the local file, where it differs from the split's name.
         columns: columns every row must have, besides the label.
-        derived: further columns made from those, by a map of values or by named text changes.
-        encoder: one or two templates whose text a sequence-classification model reads.
+        derived: columns computed from those, by a map of values or by named text changes.
+        encoder: one or two templates, the input of a sequence-classification model.
         label_column: column of the right answer, or of the right answers' texts.
         labels, label_names: value in that column and class name of each option, in option order.
-        drop_labels: label values that mean "no gold label"; such rows are left out.
-        gold: where the right answers' texts are: a column, or a column and its field; empty for a task with labels.
-        candidates: column that lists a row's options.
-        max_new_tokens: most tokens of an answer that is generated.
+        drop_labels: label values of rows without a gold label, which are dropped.
+        gold: column (and field) of the right answers' texts; empty for a task with labels.
+        candidates: column of a row's options.
+        max_new_tokens: longest generated answer, in tokens.
         template: name of the chosen template (``"custom"`` for a user's own).
-        prompt, options: the template's text and its answer options, themselves templates; a leading blank in an
-            option belongs to the option. A task with `gold` has one: what an answer, ``{answer}``, is written as.
+        prompt, options: texts of the template, themselves templates; a leading blank belongs to the option. With `gold` the only option is
+            the template of an answer, ``{answer}``.
         length_normalize: whether an option's score is its log-likelihood divided by its number of tokens.
         templates: names of the bundled templates.
         metrics: names of the metrics, the main one first.
+        preamble: text before every prompt, such as demonstrations.
     """
 
     name: str
@@ -66,9 +67,10 @@ class Task:
     candidates: str | None = None
     max_new_tokens: int | None = None
     length_normalize: bool = False
+    preamble: str = ""
 
     def render(self, row: Row) -> tuple[str, tuple[str, ...]]:
-        """Prompt and answer options of a row (of a generation task its right answers); blanks at the prompt's end move to the options."""
+        """Prompt and answer options of a row (for generation its right answers); trailing blanks of the prompt move to the options."""
         full = self._complete(row)
         prompt = render(self.prompt, full)
         if self.gold:
@@ -80,7 +82,7 @@ class Task:
         if bare != prompt:
             # "… is " + "great" is the text "… is great", whose tokens are "… is" and " great".
             options = tuple(option if option.startswith(" ") else " " + option for option in options)
-        return bare, options
+        return self.preamble + bare, options
 
     def encoder_texts(self, row: Row) -> tuple[str, ...]:
         """The one or two texts that a sequence-classification model reads."""
@@ -88,11 +90,7 @@ class Task:
         return tuple(render(template, row) for template in self.encoder)
 
     def answer(self, row: Row) -> int:
-        """Index of the right option (the first, of several); a label may be given by its value or by its class name.
-
-        Raises:
-            ValueError: if the label is none of the task's.
-        """
+        """Index of the (first) right option, from a label's value or class name; ValueError for an unknown label."""
         if self.gold:
             return self.right(row)[0]
         label = row[self.label_column]
@@ -115,7 +113,7 @@ class Task:
         return found
 
     def references(self, row: Row) -> tuple[str, ...]:
-        """The right answers' texts, each once; of a task with labels the right option's."""
+        """Distinct texts of the right answers; with labels the text of the right option."""
         if not self.gold:
             return (self.render(row)[1][self.answer(row)].strip(),)
         value: Any = row
@@ -128,12 +126,12 @@ class Task:
 
     @property
     def generation(self) -> bool:
-        """Whether answers are written freely, rather than chosen."""
+        """Whether answers are generated, not chosen."""
         return bool(self.gold) and self.candidates is None
 
     @property
     def fixed_options(self) -> bool:
-        """Whether every row has the same options (then a classifier can have one class an option)."""
+        """Whether all rows have the same options, so that a classifier has one class per option."""
         return not self.gold and not any(columns_of(option) for option in self.options)
 
     def _candidates(self, row: Row) -> tuple[str, ...]:
@@ -157,7 +155,7 @@ class Task:
                 text = CHANGES[change](text)
             replacements = rule.get("replace", {})
             if any(ANSWER in columns_of(new) for new in replacements.values()) and ANSWER not in row:
-                continue  # a column of the answers', and this is the prompt
+                continue  # a column for answers, while rendering the prompt
             for old, new in replacements.items():
                 text = text.replace(old, render(new, row))
             full[name] = text
@@ -165,7 +163,7 @@ class Task:
 
 
 def _texts(values: Any) -> tuple[str, ...]:
-    """A column's list of texts, stripped, each once, in order; () for anything else."""
+    """The distinct texts of a list, stripped, in order; () for anything else."""
     if not isinstance(values, (list, tuple)):
         return ()
     return tuple(dict.fromkeys(text for value in values if (text := str(value).strip())))

@@ -299,7 +299,7 @@ def test_compute_metrics_takes_a_trainers_evaluation():
 
 
 def test_the_documentation_is_true(tmp_path):
-    text = (paths.ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    text = (paths.ROOT / "docs" / "reference" / "tasks.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", text, flags=re.MULTILINE))
     assert {name: tuple(cell.replace("`", "").split(", ")) for name, cell in table.items()} == {
         name: (tasks.load(name).template, *(t for t in tasks.load(name).templates if t != tasks.load(name).template)) for name in NAMES

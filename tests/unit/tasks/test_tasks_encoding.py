@@ -145,7 +145,7 @@ def test_a_template_that_rewrites_earlier_turns_still_scores_the_last(chat_token
         "{{ m['content'] if loop.last else m['content'] | upper }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    with pytest.raises(ValueError, match=r"does not keep the last turn at the end"):
+    with pytest.raises(ValueError, match=r"does not keep the last message at the end"):
         Encoder(chat_tokenizer).completions(rows({"messages": CHAT}))
     chat_tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]"
