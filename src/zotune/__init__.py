@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from zotune.optim.merge import merge
     from zotune.optim.optimizer import ZerothOrder
     from zotune.optim.replay import replay
-    from zotune.optim.report import StepReport
+    from zotune.optim.state import StepReport
     from zotune.training import schemes
     from zotune.training.config import ZOConfig
     from zotune.training.trainer import ZOTrainer
@@ -34,7 +34,7 @@ _NAMES = {
     "Method": "zotune.methods",
     "NonFiniteLossError": "zotune.errors",
     "RankMismatchError": "zotune.errors",
-    "StepReport": "zotune.optim.report",
+    "StepReport": "zotune.optim.state",
     "ZOConfig": "zotune.training.config",
     "ZOTrainer": "zotune.training.trainer",
     "ZerothOrder": "zotune.optim.optimizer",

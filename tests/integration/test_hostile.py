@@ -29,13 +29,13 @@ from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer
 from zotune import ZerothOrder
 from zotune.bench import grid
 from zotune.io import safe_yaml
-from zotune.optim.journal import MOST_GROUPS, Journal, verify
+from zotune.optim.journal import MAGIC, MOST_GROUPS, Journal, verify
 from zotune.optim.replay import replay
 from zotune.tasks import loader, sources
 from zotune.tasks.chat import assistant_parts
 from zotune.training import resume
 from zotune.training.arguments import DataArguments, ModelArguments
-from zotune.training.checkpoint import contents
+from zotune.training.checkpoint import contents, storage
 from zotune.training.config import ZOConfig
 from zotune.training.loading import load_model, load_tokenizer, plan_model
 from zotune.training.option_parser import OptionParser
@@ -91,7 +91,7 @@ def sealed(kind: int, payload: bytes) -> bytes:
 
 
 def with_header(header: bytes, records: bytes = b"") -> bytes:
-    return b"ZOJ1" + struct.pack("<I", len(header)) + header + struct.pack("<I", zlib.crc32(header)) + records
+    return MAGIC + struct.pack("<I", len(header)) + header + struct.pack("<I", zlib.crc32(header)) + records
 
 
 json_values = st.recursive(
@@ -435,15 +435,15 @@ def test_pickles_in_a_run_folder_are_never_loaded(tmp_path: Path) -> None:
     for place in (folder, folder / "checkpoint-2"):
         for name in PICKLES:
             (place / name).write_bytes(pickle.dumps(Evil()))
-    folder.write_manifest(folder / "checkpoint-2")
+    storage.write_manifest(folder / "checkpoint-2")
     again = trainer(folder, tiny_llama(), **RUN)
     assert resume.checkpoint_of(folder, folder / "journal.zo", True, alone=True) == folder / "checkpoint-2"
     again.train(resume_from_checkpoint=True)
     assert same_weights(weights(again.model), weights(straight.model))
     # Without its safetensors the checkpoint is none, whatever pickles stand beside.
     (folder / "checkpoint-2/model.safetensors").unlink()
-    folder.write_manifest(folder / "checkpoint-2")
-    fault = folder.problem(folder / "checkpoint-2", folder / "journal.zo")
+    storage.write_manifest(folder / "checkpoint-2")
+    fault = storage.problem(folder / "checkpoint-2", folder / "journal.zo")
     assert fault is not None and "holds no weights" in fault
 
 
@@ -454,7 +454,7 @@ def test_a_link_out_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     path = folder / "checkpoint-2" / contents.STATE_TENSORS
     path.rename(tmp_path / "away")
     path.symlink_to(tmp_path / "away")
-    fault = folder.problem(path.parent, folder / "journal.zo")
+    fault = storage.problem(path.parent, folder / "journal.zo")
     assert fault is not None and "outside of the checkpoint" in fault
 
 

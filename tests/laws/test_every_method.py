@@ -16,6 +16,7 @@ from torch import nn
 import toys
 from zotune import ZerothOrder, methods, replay
 from zotune.optim.calibration.gains import measurable
+from zotune.optim.step_transforms import HistoryTransform
 from zotune.subspaces.coordinate import Offset
 
 #: Learning rates for the toy problems, found on the grid 1e-3, 3e-3, 1e-2, 3e-2, 1e-1 (FZOO: two decades below). Others are measured.
@@ -256,7 +257,7 @@ def test_the_journal_replays_bit_for_bit(name, dtype, tmp_path):
     rebuilt = toys.classifier(dtype)
     again = replay(rebuilt, tmp_path / "j", method=optimizer.method)
     assert equal(model, rebuilt)
-    assert (again.run.state.shaping, again.run.state.past) == (optimizer.run.state.shaping, optimizer.run.state.past)
+    assert [transform.state() for transform in again.run.transforms] == [transform.state() for transform in optimizer.run.transforms]
 
 
 @every_method
@@ -313,16 +314,17 @@ def test_state_stays_within_what_is_declared(name, dtype):
     for _ in range(3):
         optimizer.step(lambda ids: model(ids).float().mean(dim=1), torch.arange(8))
     held = {id(t): t for t in optimizer.rule.state()[0].values() if t.dim()}
-    if optimizer.run.anchor is not None:
-        held |= {id(t): t for t in optimizer.run.anchor.weights.values()}
+    for transform in optimizer.run.transforms:
+        held |= {id(t): t for t in transform.tensors().values()}
     for coordinate in optimizer.forward.coordinates:
         held |= {id(t): t for t in coordinate.kept()}
         assert not coordinate.drawn
     shapes = [tuple(p.shape) for p in model.parameters()]
     declared = method.state_bytes(shapes, half=dtype != torch.float32)
     assert sum(t.numel() * t.element_size() for t in held.values()) == declared
-    numbers = len(optimizer.run.state.shaping) + sum(len(past.coefficients) for past in optimizer.run.state.past)
-    assert numbers <= method.scalars
+    history = optimizer.run.transform(HistoryTransform)
+    scalars = len(optimizer.run.shaping_state) + sum(len(past.coefficients) for past in (history.past if history else ()))
+    assert scalars <= method.scalars
 
 
 @every_method

@@ -1,56 +1,82 @@
-"""What is done to a step's coefficients before the rule sees them.
+"""Transforms of a step's coefficients between the estimator and the update rule, as a method states them.
 
-Two places, two kinds:
+:class:`CoefficientTransform` is what all of them state: evaluations of the batch, scalars of state, and the factor of the learning rate.
+:mod:`zotune.optim.step_transforms` applies them.
 
-- **fitness**: coefficients made of the *ranking* of the evaluated points instead of their losses (evolution strategies). It needs the
-  losses, so it happens before the journal, which holds what came of it.
-- **shaping**: coefficients rescaled by what is known of coefficients alone, those of the step (:class:`ByDeviation`) or all so far
-  (:class:`ByRootMeanSquare`). The journal holds them as measured; shaping is part of applying a record, and its state, a few numbers,
-  is rebuilt by replaying.
+- **Fitness**: coefficients from the *ranking* of the evaluated points instead of their losses (evolution strategies). It needs the losses,
+so
+  it comes before the journal, which holds the result.
+- **Shaping**: coefficients rescaled by coefficients alone, those of the step (:class:`ByDeviation`) or all so far
+  (:class:`ByRootMeanSquare`). It comes after the journal; replaying rebuilds its state.
 
-Neither ever sees a parameter: plain SGD on shaped coefficients is still one pass, with nothing kept.
+None of them reads a parameter: plain SGD on transformed coefficients is still one pass over the weights.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from zotune.io.memory_tags import tagged
 
-#: Numbers that a shaping carries from step to step, by name.
+#: Scalars of a shaping's state, by name.
 State = dict[str, float]
 
 
-class Shaping(Protocol):
-    """c ↦ c′, the coefficients that a step moves by.
+class CoefficientTransform:
+    """What a method does to coefficients; by default nothing.
 
     Attributes:
-        numbers: how many numbers it keeps between steps.
+        normalizes: whether coefficients have a mean square of about 1 afterwards.
+        replaces_rule: whether it is the update rule too.
     """
 
-    @property
-    def numbers(self) -> int: ...
+    normalizes = False
+    replaces_rule = False
 
-    def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
-        """c′ of a step; 0 where skipped. ``state`` (empty before the first step) is changed in place."""
-        ...
+    def extra_forwards(self, step: int, points: int) -> int:
+        """Evaluations of the batch beside those of the estimator's ``points``."""
+        return 0
+
+    def scalars(self, directions: int) -> int:
+        """Scalars of state between steps, for K directions."""
+        return 0
 
     def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
-        """What to multiply plain SGD's η by, for steps of K directions whose squared coefficients have the mean ``moment``."""
-        ...
+        """Factor of plain SGD's η, for steps of K directions whose squared coefficients have the mean ``moment``.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        return 1.0
 
 
 @dataclass(frozen=True)
-class BySign:
-    """c′ = sign(c): the sign of the difference, whatever its size."""
+class ConservativeStep(CoefficientTransform):
+    """c, 0 or −c, whichever of θ − ηcZ, θ and θ + ηcZ has the lowest loss (ZO-SGD-Cons, 2402.11592)."""
 
-    numbers = 0
+    def extra_forwards(self, step: int, points: int) -> int:
+        return 3
+
+
+class Shaping(CoefficientTransform):
+    """c ↦ c′, the coefficients of the update."""
+
+    normalizes = True
+
+    @abstractmethod
+    def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
+        """c′ of a step; 0 where skipped. ``state`` (empty before the first step) is changed in place."""
+
+
+@dataclass(frozen=True)
+class BySign(Shaping):
+    """c′ = sign(c)."""
 
     @tagged("update")
     def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
@@ -62,13 +88,11 @@ class BySign:
 
 
 @dataclass(frozen=True)
-class ByDeviation:
+class ByDeviation(Shaping):
     """c′ = c / σ, σ = ε · std(c): with forward differences the standard deviation of the K losses (FZOO, 2506.09034).
 
-    Where σ is 0, or fewer than two directions are left, nothing moves.
+    c′ = 0 where σ is 0, or fewer than two directions are left.
     """
-
-    numbers = 0
 
     @tagged("update")
     def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
@@ -84,12 +108,12 @@ class ByDeviation:
 
 
 @dataclass(frozen=True)
-class ByRootMeanSquare:
-    """c′ = c / (√v̂ + ζ), v an average of squared coefficients: Adam's second moment as one number (MEAZO, 2605.03869).
+class ByRootMeanSquare(Shaping):
+    """c′ = c / (√v̂ + ζ), v an average of squared coefficients: Adam's second moment as one scalar (MEAZO, 2605.03869).
 
     v ← β v + (1 − β) Σ c_k² / K²,   v̂ = v / (1 − βᵗ)
 
-    Σ c_k² / K² is what the square of the mean of the c_k, which the paper takes, is on average for K directions; it cannot vanish.
+    Σ c_k² / K² is the mean, for K directions, of the paper's squared mean of the c_k; it cannot vanish.
     """
 
     beta: float = 0.999
@@ -99,8 +123,7 @@ class ByRootMeanSquare:
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta must lie in [0, 1), not {self.beta!r}.")
 
-    @property
-    def numbers(self) -> int:
+    def scalars(self, directions: int) -> int:
         return 2
 
     @tagged("update")
@@ -121,27 +144,25 @@ class ByRootMeanSquare:
         return state["v"] / (1 - self.beta ** state["t"])
 
 
-# -- fitness ---------------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Fitness:
-    """The fitness of the 2K points of a step, which takes the place of the loss.
+class Fitness(CoefficientTransform):
+    """The fitness of the 2K points of a step, in place of the loss.
 
     Attributes:
-        of: fitness of the losses at them, (2K,), float64; the lower the loss, the lower.
+        of: fitness of the losses (2K,), float64; the lower the loss, the lower.
         slope: its standard deviation over the points, about.
     """
 
     of: Callable[[Tensor], Tensor]
     slope: float
+    normalizes = True
 
     @tagged("update")
     def coefficients(self, plus: Tensor, minus: Tensor) -> Tensor:
         """c_k = (s(L(θ + εZ_k)) − s(L(θ − εZ_k))) / 2, so that (1/K) Σ c_k Z_k = (1/2K) Σ over the points of s · their direction.
 
         Args:
-            plus, minus: mean losses at θ ± εZ_k, (K,); directions with one that is not finite get 0 and do not count.
+            plus, minus: mean losses at θ ± εZ_k, (K,); directions with a non-finite one get 0 and do not count.
         """
         kept = plus.isfinite() & minus.isfinite()
         out = torch.zeros(len(plus), dtype=torch.float64)
@@ -151,9 +172,8 @@ class Fitness:
             out[kept] = (high - low) / 2
         return out.float()
 
-    def gain(self, moment: float) -> float:
-        """What to multiply plain SGD's η by: a c of size √M becomes one of ``slope``."""
-        return math.sqrt(moment) / self.slope
+    def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
+        return math.sqrt(moment) / self.slope  # a c of size √M becomes one of ``slope``
 
 
 def _z_scores(losses: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""Momentum and Adam without their memory: the moments of an update are made again from the last h steps' coefficients.
+"""Momentum and Adam from the coefficient history: moments computed from the last h steps' coefficients, with no tensor between steps.
 
-A step's estimate ĝ_j is a pure function of its key and its K coefficients, so moments over the last h steps need h·K numbers and no
-tensor between steps; in exchange an update draws the directions of h steps instead of one (MeZO, 2305.17333, appendix B.2; AdaMeZO,
-2605.00650). What is older than h steps counts as if it had never been: the update is that of the plain rule started afresh h steps ago.
+A step's estimate ĝ_j is a pure function of its key and its K coefficients, so moments over h steps need h·K scalars; an update draws the
+directions of h steps instead of one (MeZO, 2305.17333, appendix B.2; AdaMeZO, 2605.00650). The update is that of the plain rule started
+afresh h steps ago.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,71 +16,77 @@ import torch
 from torch import Tensor
 
 from zotune.io.memory_tags import tagged
+from zotune.methods.coefficients import CoefficientTransform, State
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces.coordinate import Coordinate
 
 
-class Past(NamedTuple):
-    """A step that moved something: its number, and its coefficients as they were applied."""
+class PastStep(NamedTuple):
+    """A step that updated something: its number, and its coefficients as they were applied."""
 
     step: int
     coefficients: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class ReplayedMomentum:
+class CoefficientHistory(CoefficientTransform):
+    """An update rule on the last ``length`` steps, h."""
+
+    length: int = 10
+    replaces_rule = True
+
+    @abstractmethod
+    def update(self, coordinate: Coordinate, value: Tensor, past: Sequence[PastStep], lr: float, directions: Directions, seed: int) -> None:
+        """Change ``value`` (θ of a coordinate) in place; ``past`` ends with the step itself."""
+
+    def scalars(self, directions: int) -> int:
+        return self.length * directions
+
+
+@dataclass(frozen=True)
+class HistoryMomentum(CoefficientHistory):
     """θ ← θ − η Σ_j β^(t−j) ĝ_j over the last h steps j.
 
-    Args:
-        history: h.
-        beta: β.
-
     Raises:
-        ValueError: a number makes no sense.
+        ValueError: a value is out of range.
     """
 
-    history: int = 10
     beta: float = 0.9
 
     def __post_init__(self) -> None:
-        _check(self.history, self.beta)
+        _check(self.length, self.beta)
 
     @tagged("update")
-    def move(self, coordinate: Coordinate, value: Tensor, past: Sequence[Past], lr: float, directions: Directions, seed: int) -> None:
-        """Change ``value`` (θ of a coordinate) in place; ``past`` ends with the step itself."""
+    def update(self, coordinate: Coordinate, value: Tensor, past: Sequence[PastStep], lr: float, directions: Directions, seed: int) -> None:
         terms: list[tuple[Key, float]] = []
         for age, step in enumerate(reversed(past)):
             terms += _terms(coordinate, step, seed, self.beta**age)
         value.add_(directions.combine(terms, coordinate.shape, coordinate.device).to(value.dtype), alpha=-lr)
 
-    def gain(self, moment: float, directions: int) -> float:
-        """What to multiply plain SGD's η by: the weights of the history add up to this much."""
-        return (1 - self.beta) / (1 - self.beta**self.history)
+    def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
+        return (1 - self.beta) / (1 - self.beta**self.length)  # one over the sum of the history's weights
 
 
 @dataclass(frozen=True)
-class ReplayedAdam:
-    """θ ← θ − η m̂ / (√v̂ + ζ), m and v over the last h steps, corrected for having started at 0 h steps ago.
+class HistoryAdam(CoefficientHistory):
+    """θ ← θ − η m̂ / (√v̂ + ζ), m and v over the last h steps, bias-corrected for a start at 0 h steps ago.
 
     Args:
-        history: h.
         betas: (β₁, β₂).
         zeta: ζ.
 
     Raises:
-        ValueError: a number makes no sense.
+        ValueError: a value is out of range.
     """
 
-    history: int = 10
     betas: tuple[float, float] = (0.7, 0.9)
     zeta: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check(self.history, *self.betas)
+        _check(self.length, *self.betas)
 
     @tagged("update")
-    def move(self, coordinate: Coordinate, value: Tensor, past: Sequence[Past], lr: float, directions: Directions, seed: int) -> None:
-        """Change ``value`` (θ of a coordinate) in place; ``past`` ends with the step itself."""
+    def update(self, coordinate: Coordinate, value: Tensor, past: Sequence[PastStep], lr: float, directions: Directions, seed: int) -> None:
         first, second = self.betas
         mean = torch.zeros(coordinate.shape, device=coordinate.device)
         square = torch.zeros_like(mean)
@@ -91,15 +98,11 @@ class ReplayedAdam:
         root = square.div_(1 - second ** len(past)).sqrt_().add_(self.zeta)
         value.add_(mean.div_(root).to(value.dtype), alpha=-lr)
 
-    def gain(self, moment: float, directions: int) -> float:
-        """What to multiply plain SGD's η by: the step is η whatever the size of ĝ."""
-        return (moment / directions) ** 0.5
+    def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
+        return (moment / directions) ** 0.5  # the step is η whatever the size of ĝ
 
 
-Replayed = ReplayedMomentum | ReplayedAdam
-
-
-def _terms(coordinate: Coordinate, past: Past, seed: int, weight: float) -> list[tuple[Key, float]]:
+def _terms(coordinate: Coordinate, past: PastStep, seed: int, weight: float) -> list[tuple[Key, float]]:
     share = weight / len(past.coefficients)
     return [(Key(seed, past.step, k, coordinate.name), share * c) for k, c in enumerate(past.coefficients) if c]
 

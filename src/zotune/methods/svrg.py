@@ -1,44 +1,54 @@
-"""The periods of a method with an anchor (see ``anchored``)."""
+"""The schedule of SVRG snapshots (MeZO-SVRG, 2404.08080); :mod:`zotune.optim.svrg` takes the steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zotune.methods.coefficients import CoefficientTransform, State
+
 
 @dataclass(frozen=True)
-class Anchoring:
-    """The periods.
+class SVRGSchedule(CoefficientTransform):
+    """Periods of ``batches`` steps at a snapshot θ̄, then ``interval`` variance-reduced steps.
 
     Args:
-        batches: batches that g is estimated from.
-        interval: variance-reduced steps until the next anchor.
-        ratio: rate of the move by g over that of the others (η₁ / η₂ in the paper).
+        batches: batches that the snapshot's gradient estimate g is made from.
+        interval: variance-reduced steps until the next snapshot.
+        ratio: learning rate of the update by g over that of the others (η₁ / η₂ in the paper).
 
     Raises:
-        ValueError: a number makes no sense.
+        ValueError: a value is out of range.
     """
 
     batches: int
     interval: int
     ratio: float
+    replaces_rule = True
 
     def __post_init__(self) -> None:
-        for name in ("batches", "interval"):
-            number = getattr(self, name)
+        for label, number in (("anchor_batches", self.batches), ("interval", self.interval)):
             if not isinstance(number, int) or number < 1:
-                label = "anchor_batches" if name == "batches" else name
                 raise ValueError(f"{label} must be a whole number of at least 1, not {number!r}.")
         if not self.ratio > 0:
             raise ValueError(f"anchor_ratio must be above 0, not {self.ratio!r}.")
 
-    def place(self, step: int) -> int:
+    def position(self, step: int) -> int:
         """Of a step in its period, from 0."""
         return step % (self.batches + self.interval)
 
-    def anchors(self, step: int) -> bool:
-        """Whether a step looks at the anchor."""
-        return self.place(step) < self.batches
+    def at_snapshot(self, step: int) -> bool:
+        """Whether a step evaluates the snapshot itself."""
+        return self.position(step) < self.batches
 
     def key_step(self, step: int) -> int:
-        """The step whose directions a step looks along: all of an anchor's along those of the first."""
-        return step - self.place(step) if self.anchors(step) else step
+        """The step whose directions a step takes: all steps at a snapshot take those of the first."""
+        return step - self.position(step) if self.at_snapshot(step) else step
+
+    def extra_forwards(self, step: int, points: int) -> int:
+        return 0 if self.at_snapshot(step) else points
+
+    def scalars(self, directions: int) -> int:
+        return directions + 1
+
+    def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
+        raise ValueError("learning rate 'auto' is not known for SVRG, which has two; give a number.")

@@ -1,33 +1,93 @@
-"""Construction of a run from a model and a method, and what is refused."""
+"""The parts of a run (:class:`RunParts`), their construction from a model and a method, and what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import nn
 
 from zotune.forward.model import PerturbedForward
 from zotune.methods import Method
-from zotune.methods.estimators import ESTIMATORS
+from zotune.methods.coefficients import ConservativeStep, Fitness, Shaping, State
+from zotune.methods.estimators import ESTIMATORS, Estimator
+from zotune.methods.history import CoefficientHistory
 from zotune.methods.rules import Rule
+from zotune.methods.svrg import SVRGSchedule
 from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.calibrator import Calibrator
-from zotune.optim.context import SampleBatches
 from zotune.optim.distributed.workers import Workers
 from zotune.optim.evaluator import Evaluator
-from zotune.optim.guided import Guidance
-from zotune.optim.run_parts import RunParts
-from zotune.optim.state import RunState
-from zotune.optim.step_transforms import transforms_of
-from zotune.optim.svrg import Anchor
+from zotune.optim.output_gradient_steps import OutputGradientSteps
+from zotune.optim.state import RunState, SampleBatches
+from zotune.optim.step_transforms import ConservativeChoice, FitnessTransform, HistoryTransform, ShapingTransform, StepTransform
+from zotune.optim.svrg import SVRGCorrection
 from zotune.rng import sparse_directions
+from zotune.rng.directions import Directions
 from zotune.subspaces import Full, Guided, LowRank, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate
 from zotune.weights import placement, quantized_linear
-from zotune.weights.external_linear import held_elsewhere
+from zotune.weights.external_linear import is_external
+
+T = TypeVar("T", bound=StepTransform)
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The objects that take a run's steps together, and the state that they share.
+
+    Attributes:
+        model: what is trained.
+        param_groups: the optimizer's, with the current learning rates and weight decays.
+        method, rule, estimator, directions: the four choices of a step.
+        layers: low-rank coordinates whose scales are measured, by layer.
+        forward: evaluates the model at a point.
+        evaluator: evaluates a step's points.
+        transforms: what is done to a step's coefficients, in order.
+        workers: the processes that take the steps together.
+        calibrator: chooses ε or η, where one is measured.
+        output_gradients: takes the steps along output gradients, where the method has some.
+        sample_batches: more examples than a step's, where available.
+        state: what steps change.
+    """
+
+    model: nn.Module
+    param_groups: list[dict[str, Any]]
+    method: Method
+    rule: Rule
+    estimator: Estimator
+    directions: Directions
+    layers: list[list[LowRankCoordinate]]
+    forward: PerturbedForward
+    evaluator: Evaluator
+    transforms: list[StepTransform]
+    workers: Workers
+    calibrator: Calibrator | None
+    output_gradients: OutputGradientSteps | None
+    sample_batches: SampleBatches | None
+    state: RunState
+
+    @property
+    def along_output_gradients(self) -> bool:
+        """Whether the steps of this phase go along output gradients."""
+        return self.output_gradients is not None and self.output_gradients.active
+
+    def transform(self, kind: type[T]) -> T | None:
+        """The transform of this kind, if the method has one."""
+        return next((transform for transform in self.transforms if isinstance(transform, kind)), None)
+
+    @property
+    def shaping_state(self) -> State:
+        """What the shaping of coefficients has recorded."""
+        shaping = self.transform(ShapingTransform)
+        return {} if shaping is None else shaping.values
+
+    def rates(self) -> list[float]:
+        """The learning rate of each parameter group."""
+        return [float(group["lr"]) for group in self.param_groups]
 
 
 def parameter_groups(model: nn.Module, params: Iterable[Any] | None, weight_decay: float) -> list[dict[str, Any]]:
@@ -44,7 +104,7 @@ def parameter_groups(model: nn.Module, params: Iterable[Any] | None, weight_deca
     else:
         trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("the model has no trainable parameter; set requires_grad=True on those that should move.")
+        raise ValueError("the model has no trainable parameter; set requires_grad=True on those to train.")
     if not weight_decay:
         return [{"params": trainable}]
     matrices = [p for p in trainable if p.dim() > 1]
@@ -77,7 +137,6 @@ def build(
     estimator = ESTIMATORS[method.estimator]
     layers = _scaled_layers(method, coordinates)
     directions = sparse_directions.directions(method.direction, {c.name: c.shape for c in coordinates})
-    anchor = Anchor(method.anchoring) if method.anchoring else None
     state = RunState(seed, groups, math.nan if isinstance(method.eps, str) else method.eps)
     forward = PerturbedForward(model, coordinates, directions)
     try:
@@ -86,11 +145,11 @@ def build(
         scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
         calibrator = Calibrator(forward, method, rule, scale, unknown_eps, measured) if measured or unknown_eps else None
         subspace = method.subspace
-        guidance = Guidance(forward, evaluator, rule, subspace.interval, measured) if isinstance(subspace, Guided) else None
+        guided = isinstance(subspace, Guided)
+        output_gradients = OutputGradientSteps(forward, evaluator, rule, subspace.interval, measured) if guided else None
     except ValueError:
-        forward.detach()
+        forward.remove_hooks()
         raise
-    transforms = transforms_of(method, evaluator, estimator, anchor, state)
     return RunParts(
         model=model,
         param_groups=param_groups,
@@ -101,14 +160,33 @@ def build(
         layers=layers,
         forward=forward,
         evaluator=evaluator,
-        transforms=transforms,
+        transforms=_step_transforms(method, evaluator, estimator, state),
         workers=workers,
         calibrator=calibrator,
-        guidance=guidance,
-        anchor=anchor,
+        output_gradients=output_gradients,
         sample_batches=sample_batches,
         state=state,
     )
+
+
+def _step_transforms(method: Method, evaluator: Evaluator, estimator: Estimator, state: RunState) -> list[StepTransform]:
+    """What applies each of a method's transforms."""
+    found: list[StepTransform] = []
+    for transform in method.transforms:
+        match transform:
+            case Fitness():
+                found.append(FitnessTransform(transform))
+            case SVRGSchedule():
+                found.append(SVRGCorrection(transform, evaluator, estimator, state))
+            case ConservativeStep():
+                found.append(ConservativeChoice(evaluator, state))
+            case Shaping():
+                found.append(ShapingTransform(transform, state))
+            case CoefficientHistory():
+                found.append(HistoryTransform(transform))
+            case _:
+                raise TypeError(f"nothing applies the transform {type(transform).__name__} of {method.name}.")
+    return found
 
 
 def _scaled_layers(method: Method, coordinates: list[Coordinate]) -> list[list[LowRankCoordinate]]:
@@ -119,7 +197,7 @@ def _scaled_layers(method: Method, coordinates: list[Coordinate]) -> list[list[L
 
 
 def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, Any]) -> list[Coordinate]:
-    """What is trained of a parameter group."""
+    """The coordinates of a parameter group."""
     names = {id(p): name for name, p in model.named_parameters()}
     if group["weight_decay"] and not rule.takes_weight_decay:
         raise ValueError(f"the update rule {rule.cls.__name__} has no weight decay; set weight_decay=0.")
@@ -132,13 +210,13 @@ def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, 
             raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it.")
         if placement.is_sharded(parameter) and not _takes_shards(method, rule):
             raise ValueError(
-                f"{name} is sharded, and {method.name} cannot train shards: take a method that moves full weights or low-rank "
+                f"{name} is sharded, and {method.name} cannot train shards: take a method that trains full weights or low-rank "
                 "ones by plain SGD, with directions_per 'batch' (mezo, lozo)."
             )
-        if held_elsewhere(parameter):
+        if is_external(parameter):
             raise ValueError(
-                f"{name} is held in few bits by another library, which cannot be written: call zotune.weights.external_linear.hold(model) and "
-                "take a low-rank method (lozo), or train an adapter (PEFT)."
+                f"{name} is quantized by another library, which cannot be written: call zotune.weights.external_linear.wrap(model) "
+                "and take a low-rank method (lozo), or train an adapter (PEFT)."
             )
         coordinate = method.subspace.coordinate(name, parameter)
         _check_placement(method, coordinate)
@@ -149,16 +227,16 @@ def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, 
 def _check_placement(method: Method, coordinate: Coordinate) -> None:
     """Refuse a quantized or offloaded weight that the method cannot train."""
     if quantized_linear.owner_of(coordinate.parameter) is not None and not isinstance(coordinate, LowRankCoordinate):
-        raise ValueError(f"{coordinate.name} is held in few bits, so it moves by low-rank factors only: use lozo, or an adapter (PEFT).")
-    home = placement.home(coordinate.parameter)
-    if home is None:
+        raise ValueError(f"{coordinate.name} is quantized, so it is trained by low-rank factors only: use lozo, or an adapter (PEFT).")
+    handle = placement.offload_handle(coordinate.parameter)
+    if handle is None:
         return
-    if home.rounds:
-        raise ValueError(f"{coordinate.name} is kept in fewer bits while it is away, so it cannot be trained: train an adapter (PEFT).")
-    if not coordinate.travels or method.anchoring is not None:
+    if handle.lossy:
+        raise ValueError(f"{coordinate.name} is stored in fewer bits while offloaded, so it cannot be trained: train an adapter (PEFT).")
+    if not coordinate.supports_offload or method.svrg is not None:
         raise ValueError(f"{method.name} reads weights between evaluations, so they cannot be offloaded: use lozo, mezo or an adapter.")
 
 
 def _takes_shards(method: Method, rule: Rule) -> bool:
-    plain = rule.plain and not (method.replayed or method.anchoring or method.own) and method.estimator in ("central", "forward")
+    plain = rule.plain and not (method.history or method.svrg or method.own) and method.estimator in ("central", "forward")
     return plain and type(method.subspace) in (Full, LowRank)

@@ -1,11 +1,10 @@
-"""The journal: an append-only file of a run's coefficients, from which the run can be replayed.
+"""The journal: an append-only file of a run's coefficients, from which the run is replayed.
 
-    header   b"ZOJ1", u32 length, JSON, u32 CRC-32
+    header   b"ZOJ" and the format's version, a digit; u32 length, JSON, u32 CRC-32
     record   u8 type, u16 length, payload, u32 CRC-32 of the type, length and payload
 
-A *step* record (type 1) holds what the update of one step was made of: step, learning rates, mean loss, coefficients, skipped flags;
-about 30 bytes with one direction. An *event* record (type 2) is a JSON object: something else that changed the state (a fold asked for
-by the user), or, as type 3 where that is shorter, the same deflated. Numbers are little-endian.
+A *step* record (type 1) holds the step, learning rates, mean loss, coefficients and skipped flags; about 30 bytes with one direction. An
+*event* record (type 2, deflated: type 3) is a JSON object: a change of the state between steps. Numbers are little-endian.
 
 Appending syncs to disk. A torn last record, the trace of a crash, is dropped on opening; damage anywhere else is an error that names the
 record.
@@ -23,13 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MAGIC = b"ZOJ1"
+import torch
+
+from zotune.io.memory_tags import tagged
+from zotune.methods.estimators import Estimate
+
+#: Version of the format. A journal of another version is refused.
+FORMAT = 2
+MAGIC = b"ZOJ%d" % FORMAT
 _STEP, _EVENT, _DEFLATED = 1, 2, 3
 _HEAD = struct.Struct("<BH")
 _CRC = struct.Struct("<I")
 _LONGEST = _HEAD.size + 0xFFFF + _CRC.size
 _STEP_HEAD = struct.Struct("<IfBH?")
-#: What events are deflated against; journals that are written can be read with this text only.
+#: The dictionary that events are deflated with: part of the format, like the names of events and their entries.
 _PHRASES = (
     b'"]]}{"event":"observed","step":,"pieces":[["{"event":"general_path","names":["{"event":"forward_batching","batched":false}'
     b'"spread":{"forgetting":0.25,"agreement":{"forgetting":0.15,"single":{"forgetting":0.1,"moment":{"forgetting":0.1,'
@@ -38,7 +44,7 @@ _PHRASES = (
     b'{"event":"scales","values":[0.,1.],"forwards":20,"sequences":{"event":"measured","curvature":,"signal":0.0,"moment":0.,'
     b'"brake":1.0,"forwards":3,"sequences":'
 )
-#: Parameter groups of a run, at most: in memory a step of a few bytes has a learning rate for each.
+#: Parameter groups of a run, at most: in memory every step has a learning rate for each.
 MOST_GROUPS = 1024
 
 
@@ -50,6 +56,18 @@ class StepRecord(NamedTuple):
     loss: float
     coefficients: tuple[float, ...]
     skipped: tuple[bool, ...]
+
+    @classmethod
+    @tagged("activations")
+    def of_estimate(cls, step: int, estimate: Estimate, rates: tuple[float, ...]) -> StepRecord:
+        """The record of a step's estimate; curvatures follow the coefficients."""
+        return cls(
+            step=step,
+            lrs=rates,
+            loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
+            coefficients=(*estimate.coefficients.tolist(), *estimate.curvatures.tolist()),
+            skipped=estimate.skipped + estimate.skipped[: len(estimate.curvatures)],
+        )
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> StepRecord:
@@ -73,7 +91,7 @@ def _pack(record: Record) -> bytes:
         if len(set(lrs)) == 1:
             lrs = lrs[:1]  # groups share a rate as a rule
         if len(lrs) > 0xFF:
-            raise ValueError(f"a journal record holds at most {0xFF} learning rates not {len(lrs)}; use fewer parameter groups.")
+            raise ValueError(f"a journal record holds at most {0xFF} learning rates, not {len(lrs)}; use fewer parameter groups.")
         kind = _STEP
         payload = _STEP_HEAD.pack(record.step, record.loss, len(lrs), count, any(record.skipped))
         payload += struct.pack(f"<{len(lrs)}d{count}f", *lrs, *record.coefficients)
@@ -189,8 +207,11 @@ class Journal:
             raise FileNotFoundError(f"no journal at {path}.")
         data = path.read_bytes()
         start = len(MAGIC) + _CRC.size
-        if data[: len(MAGIC)] != MAGIC or len(data) < start:
+        if data[:3] != MAGIC[:3] or len(data) < start:
             raise ValueError(f"{path} is not a zotune journal.")
+        if data[: len(MAGIC)] != MAGIC:
+            which = "an earlier" if data[3] < MAGIC[3] else "a later"
+            raise ValueError(f"{path} was written by {which} version of zotune and cannot be replayed by this one; start the run anew.")
         length = _CRC.unpack_from(data, len(MAGIC))[0]
         text = data[start : start + length]
         start += length + _CRC.size
@@ -233,7 +254,7 @@ class Journal:
             OSError: it could not be written; the file is then as before, or ends in a torn record that opening drops.
         """
         blob = _pack(record)
-        end = self._ends[-1] if self._ends else self._start
+        end = self.size
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY)
             self._closer = weakref.finalize(self, os.close, self._file)
@@ -247,6 +268,11 @@ class Journal:
     def records(self) -> Iterator[Record]:
         """All records in order: :class:`StepRecord` or, for events, a dict."""
         return iter(tuple(self._records))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the header and all complete records."""
+        return self._ends[-1] if self._ends else self._start
 
     def __len__(self) -> int:
         """The number of steps."""
@@ -279,7 +305,7 @@ class Journal:
         del self._records[keep:], self._ends[keep:]
         self.close()
         with open(self.path, "r+b") as file:
-            file.truncate(self._ends[-1] if self._ends else self._start)
+            file.truncate(self.size)
             os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -303,6 +329,6 @@ def verify(path: str | Path) -> Summary:
         journal = Journal.open(path)
     except (ValueError, FileNotFoundError) as error:
         return Summary(False, 0, str(error))
-    torn = Path(path).stat().st_size - (journal._ends[-1] if journal._ends else journal._start)
+    torn = Path(path).stat().st_size - journal.size
     tail = f", then {torn} bytes of a record that was not finished (dropped on resuming)" if torn else ""
     return Summary(True, len(journal), f"{len(journal)} steps intact{tail}.")

@@ -1,7 +1,7 @@
-"""What a subspace has learnt from data, as journal events, so that a run replays without the data.
+"""Tensors that a subspace made from data, as journal events, so that a run replays without the data.
 
-An event holds a few pieces of tensors, [name, dtype, shape, first byte, bytes in base64], at most :data:`ROOM` bytes of them; a large
-tensor comes in several.
+An event holds pieces of tensors, [name, dtype, shape, first byte, bytes in base64], at most :data:`EVENT_BYTES` of them; a large tensor
+takes several events.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 #: Bytes of tensors in an event; base64 adds a third, and a record holds 65535.
-ROOM = 36_000
+EVENT_BYTES = 36_000
 
 
 def events(step: int, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
-    """The events that say what was observed at ``step``."""
+    """The events of what was observed at ``step``."""
     pieces: list[list[Any]] = []
-    left = ROOM
+    left = EVENT_BYTES
     for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         at = 0
@@ -32,19 +32,19 @@ def events(step: int, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]
             at, left = at + len(taken), left - len(taken) - 2 * len(name) - 80
             if left < 1000:
                 yield {"event": "observed", "step": step, "pieces": pieces}
-                pieces, left = [], ROOM
+                pieces, left = [], EVENT_BYTES
     yield {"event": "observed", "step": step, "pieces": pieces}
 
 
-class Gathered:
-    """Tensors put together again from events."""
+class TensorAssembler:
+    """Assembles tensors from events."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._missing: dict[str, int] = {}
 
     def add(self, event: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Take in an event; the tensors that it completes."""
+        """Add an event; returns the tensors that it completes."""
         whole = {}
         for name, dtype, shape, at, data in event["pieces"]:
             kind = getattr(torch, dtype)

@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from zotune import methods
 from zotune.errors import NonFiniteLossError
 from zotune.forward.losses import LossFunction
-from zotune.io.memory_tags import memory_tag, tagged
+from zotune.io.memory_tags import memory_tag
 from zotune.methods import AUTO, Method
-from zotune.methods.estimators import Estimate
 from zotune.methods.rules import Rule
 from zotune.optim import saved_state
 from zotune.optim.construction import build, parameter_groups
-from zotune.optim.context import NO_BATCH, SampleBatches, StepContext, micro_batches
 from zotune.optim.distributed.agreement import settle
 from zotune.optim.distributed.workers import Workers
 from zotune.optim.journal import Journal, Record, StepRecord
 from zotune.optim.preparation import Preparation
-from zotune.optim.report import StepReport
 from zotune.optim.resume import Resume
-from zotune.optim.step_estimate import DrawnEstimate, GuidedEstimate
+from zotune.optim.state import NO_BATCH, SampleBatches, StepContext, StepReport, micro_batches
+from zotune.optim.step_estimate import StepEstimate
 from zotune.optim.update import Updater
 
 
@@ -51,29 +49,29 @@ class ZerothOrder(torch.optim.Optimizer):
     holds them.
 
     Args:
-        model: the module to train. Parameters with ``requires_grad`` move, whatever they are (full model, PEFT adapter, ...).
+        model: the module to train: all parameters with ``requires_grad`` (full model, PEFT adapter, ...).
         method: a name from ``zotune.methods.names()`` or a :class:`~zotune.methods.Method`.
-        lr: learning rate η. ``"auto"`` measures it (see ``calibration``); schedulers and the groups' ``lr`` then multiply what is found.
-            None takes the method's default, which suits models of a billion parameters.
+        lr: learning rate η. ``"auto"`` measures it; schedulers and the groups' ``lr`` then multiply the result. None takes the method's
+            default, which suits models of a billion parameters.
         params: parameters or parameter groups (as in torch, each with its own ``lr`` and ``weight_decay``) to train instead of all.
         weight_decay: λ in θ ← θ − η (ĝ + λθ); not on vectors (bias, norm), unless you pass groups of your own.
-        seed: the run's seed, from which every direction follows.
+        seed: the run's seed; it determines every direction.
         max_nonfinite_steps: stop after so many steps in a row without a finite loss.
-        forward_batching: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``, one
-            after the other (least memory); ``"auto"``, batched where parameters, batch and loss allow it and sequential is not clearly
+        forward_batching: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``,
+            one after the other (least memory); ``"auto"``, batched where parameters, batch and loss allow it and sequential is not clearly
             faster on the first batch. Losses are equal up to rounding; the journal and checkpoints keep the choice.
-        cuda_graphs: whether batched evaluations on a CUDA device are recorded once a shape of batch and replayed, which saves the host's time
-            (see ``captured``): ``"auto"``, small batches of loss functions with ``capturable = True``, as those of ``zotune.objectives``
-            have; True, whatever the loss function is: it is then called with tensors to be read no more than once; False, never.
-        journal: where to keep the run's record: a path for a new file, a :class:`~zotune.optim.journal.Journal`, or None. Of several workers
-            the first keeps it.
-        workers: with whom the steps are taken (see :class:`~zotune.optim.distributed.Workers`); None: with all processes of the default group of
-            ``torch.distributed``, where there is one.
-        sample_batches: ``sample_batches(step, count)`` gives micro-batches of about ``count`` training examples, the same ones whenever it is asked
-            for a step, to a method that looks at more than a step's batch now and then (``lozo-g``); None: it makes do with the batch.
+        cuda_graphs: whether batched evaluations on a CUDA device are captured once per batch shape and launched again, which saves the
+            host's time: ``"auto"``, small batches of loss functions with ``capturable = True``, as those of ``zotune.objectives``; True,
+            any loss function, which must not read tensors on the host; False, never.
+        journal: where to record the run: a path for a new file, a :class:`~zotune.optim.journal.Journal`, or None. Of several workers the
+            first one records.
+        workers: the processes that take the steps together (see :class:`~zotune.optim.distributed.Workers`); None: all processes of the
+            default group of ``torch.distributed``, if there is one.
+        sample_batches: ``sample_batches(step, count)`` returns micro-batches of about ``count`` training examples, the same ones for the
+            same step, for a method that samples more than a step's batch (``lozo-g``); None: it takes the batch.
 
     Raises:
-        ValueError: an argument makes no sense, or the model is being trained by another ZerothOrder.
+        ValueError: an argument is out of range, or the model is being trained by another ZerothOrder.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -132,15 +130,16 @@ class ZerothOrder(torch.optim.Optimizer):
             measured=measured,
         )
         self.method, self.estimator, self.directions, self.layers = run.method, run.estimator, run.directions, run.layers
-        self.forward, self.evaluator, self.calibrator, self.guidance = run.forward, run.evaluator, run.calibrator, run.guidance
+        self.forward, self.evaluator = run.forward, run.evaluator
+        self.calibrator, self.output_gradients = run.calibrator, run.output_gradients
         self.updater = Updater(run)
         self.resume = Resume(run, self.updater)
         self.preparation = Preparation(run, self.updater)
-        self.drawn, self.guided_estimate = DrawnEstimate(run), GuidedEstimate(run, self.preparation)
+        self.step_estimate = StepEstimate(run, self.preparation)
         self.last_report: StepReport | None = None
         self.journal = journal if isinstance(journal, Journal) and self.workers.first else None
         if journal is not None and not isinstance(journal, Journal):
-            header = self.header()  # on every worker: of sharded weights each has a part to tell
+            header = self.header()  # on every worker: each has a part of sharded weights
             self.journal = Journal.create(journal, header) if self.workers.first else None
 
     @torch.no_grad()
@@ -149,45 +148,46 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Args:
             loss_fn: ``loss_fn(batch)`` returns losses per example, shape (B,), or a scalar; without ``batch`` a closure.
-            batch: whatever ``loss_fn`` takes. A *list* is a list of micro-batches, evaluated under the same directions. Of several workers
-                all give the same, or each a batch of its own.
+            batch: any argument of ``loss_fn``. A *list* is a list of micro-batches, evaluated under the same directions. Several
+                workers pass the same batch, or each its own.
 
         Returns:
             The batch's mean loss over the evaluated points, a scalar float32 tensor.
 
         Raises:
             NonFiniteLossError: ``max_nonfinite_steps`` steps in a row had no finite loss.
-            RankMismatchError: workers were found to hold different weights, settings or batches; names the ranks.
+            RankMismatchError: workers have different weights, settings or batches; names the ranks.
             ValueError: the loss has another shape; whatever ``loss_fn`` raises passes through, the weights untouched.
         """
         if not callable(loss_fn):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
-        run, state = self.run, self.run.state
+        state = self.run.state
         context = StepContext(self.seed, state.steps, loss_fn, micro_batches(batch))
         self._settle(context.parts)
-        followed, ready = self.resume.step(context.parts)
-        if followed is not None:
-            self.last_report = followed
-            with memory_tag("activations"):
-                return torch.tensor(followed.loss)
-        if ready:
+        resumed, prepared = self.resume.step(context.parts)
+        if resumed is not None:
+            return self._report(resumed)
+        if prepared:
             self.updater.begin(context.step)
         else:
             self.preparation.prepare(context)
-        estimate, rates = self.guided_estimate.measure(context, ready) if run.guided else self.drawn.measure(context)
-        record = _record(context.step, estimate, rates)
+        estimate, rates = self.step_estimate.measure(context, prepared)
+        record = StepRecord.of_estimate(context.step, estimate, rates)
         state.write(record)
         self.apply(record)
         loss_diff = estimate.loss_diff if math.isfinite(estimate.loss_diff) else None
-        self.last_report = StepReport(
-            state.steps, record.loss, estimate.coefficients, loss_diff, estimate.loss_diff_stderr, estimate.skipped, rates, state.terms
-        )
+        stderr, skipped = estimate.loss_diff_stderr, estimate.skipped
+        loss = self._report(StepReport(state.steps, record.loss, estimate.coefficients, loss_diff, stderr, skipped, rates, state.terms))
         self._check_finite(context.step)
+        return loss
+
+    def _report(self, report: StepReport) -> Tensor:
+        self.last_report = report
         with memory_tag("activations"):
-            return torch.tensor(record.loss)
+            return torch.tensor(report.loss)
 
     def _settle(self, parts: list[Any] | None) -> None:
-        """See that all workers are in the same state, at the first step and every so often."""
+        """Check that all workers are in the same state: at the first step, and every ``check_every`` steps."""
         workers, state = self.workers, self.run.state
         due = not state.settled or bool(workers.check_every and state.steps % workers.check_every == 0)
         if workers.several and due:
@@ -202,14 +202,9 @@ class ZerothOrder(torch.optim.Optimizer):
                 "the run); the weights are those of before. Lower the learning rate or eps, or look at these batches."
             )
 
-    @property
-    def guided(self) -> bool:
-        """Whether output gradients give the next step's coefficients, or gave the last one's (see ``guidance``)."""
-        return self.run.guided
-
     @torch.no_grad()
     def apply(self, record: Record) -> None:
-        """Take the update a journal record describes; replaying a run is nothing else.
+        """Apply the update or event of a journal record; replaying a run is nothing else.
 
         Raises:
             ValueError: the record is not the next one of this run.
@@ -217,11 +212,10 @@ class ZerothOrder(torch.optim.Optimizer):
         self.updater.apply(record)
 
     def fast_forward(self, records: Sequence[Record]) -> None:
-        """Take the steps to come from records of an earlier run of the same kind, and go on by oneself after them.
+        """Take the next steps from records of an earlier run of the same kind, then continue.
 
-        As many calls of :meth:`step` as ``records`` holds steps evaluate nothing, write nothing to the journal and end in the weights,
-        bit for bit, that the run had then; the next one goes on from there. So does a run of measured rates, from the last record
-        that holds what was measured.
+        As many calls of :meth:`step` as ``records`` holds steps evaluate nothing, write nothing to the journal, and end in that run's
+        weights, bit for bit. A run of measured rates continues from the last record with the complete state of the measurements.
         """
         self.tail = list(records)
 
@@ -236,10 +230,10 @@ class ZerothOrder(torch.optim.Optimizer):
         self.updater.fold()
 
     def remove_hooks(self) -> None:
-        """Leave the model as a plain module with the trained weights: fold, and remove every hook. The optimizer is done then."""
+        """Make the model a plain module with the trained weights: fold, and remove every hook. The optimizer cannot be used afterwards."""
         with torch.no_grad():
             self.updater.fold()
-        self.forward.detach()
+        self.forward.remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that, with the model's weights, continues the run bit for bit.
@@ -259,20 +253,8 @@ class ZerothOrder(torch.optim.Optimizer):
         saved_state.restore(self.run, state_dict)
 
     def header(self, *, base: bool = True) -> dict[str, Any]:
-        """What a journal's header says: enough to rebuild this optimizer over the same base weights.
+        """The header of a journal: enough to rebuild this optimizer over the same base weights.
 
         ``base=False`` leaves out the digest of the weights, which reads all of them.
         """
         return saved_state.header(self.run, base=base)
-
-
-@tagged("activations")
-def _record(step: int, estimate: Estimate, rates: tuple[float, ...]) -> StepRecord:
-    """What the journal holds of a step."""
-    return StepRecord(
-        step=step,
-        lrs=rates,
-        loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
-        coefficients=(*estimate.coefficients.tolist(), *estimate.curvatures.tolist()),
-        skipped=estimate.skipped + estimate.skipped[: len(estimate.curvatures)],
-    )

@@ -1,6 +1,6 @@
-"""Preparation of a step's evaluations: what the subspace observes, redraws, and what is measured now and then.
+"""Preparation of a step's evaluations: what the subspace observes, redraws, and measurements where they are due.
 
-What is found out is recorded in the run's journal.
+The results are recorded in the run's journal.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.forward.batches import batch_rows, take
+from zotune.forward.batches import batch_rows, take_rows
 from zotune.io.memory_tags import tagged
 from zotune.optim import journal_events, resume
 from zotune.optim.calibration import layer_scales
-from zotune.optim.context import StepContext
-from zotune.optim.guided import Told
-from zotune.optim.run_parts import RunParts
+from zotune.optim.construction import RunParts
+from zotune.optim.output_gradient_steps import Derivatives
+from zotune.optim.state import StepContext
 from zotune.optim.update import Updater
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.subspaces.coordinate import Coordinate, Offset
 
-#: ε that side paths are compared with where none is known yet.
+#: ε that low-rank hooks are compared with where none is known yet.
 EPS = 1e-3
 
 
@@ -39,37 +39,37 @@ class Preparation:
     def prepare(self, context: StepContext) -> None:
         """Everything that is due before a step."""
         run, state, step = self.run, self.state, context.step
-        guidance, fresh = run.guidance, state.begun != step
+        gradients, calibrator, fresh = run.output_gradients, run.calibrator, state.begun != step
         self.observe(context)
         self.updater.begin(step)
-        begins = fresh and (not step or run.method.subspace.observes(step))
-        if guidance is not None and begins:
-            guidance.turned()
-            if not guidance.on and run.calibrator is not None:
-                run.calibrator.step_size.waited = guidance.waited
-        guided = run.guided
-        if run.calibrator is not None and math.isnan(state.eps) and not guided:
+        phase_begins = fresh and (not step or run.method.subspace.needs_data(step))
+        if gradients is not None and phase_begins:
+            gradients.phase_began()
+            if not gradients.active and calibrator is not None:
+                calibrator.step_size.waited = gradients.phases
+        along_output_gradients = run.along_output_gradients
+        if calibrator is not None and math.isnan(state.eps) and not along_output_gradients:
             self._choose_eps(context)
         if not state.prepared:
             self._compare_paths(context)
-        if guided:
+        if along_output_gradients:
             return
-        if run.layers and self._scales_due(step, begins):
+        if run.layers and self._scales_due(step, phase_begins):
             self._scale_layers(context)
-        if run.calibrator is not None:
+        if calibrator is not None:
             self._calibrate(context)
-        elif guidance is not None:
+        elif gradients is not None:
             self._measured({}, 0, 0, step)
 
     def observe(self, context: StepContext) -> None:
-        """Let the subspace observe the step's data, where it has to."""
+        """Let the subspace observe the step's data, where it needs them."""
         run, state, step = self.run, self.state, context.step
-        subspace, guidance = run.method.subspace, run.guidance
-        if state.begun == step or not subspace.observes(step):
+        subspace, gradients = run.method.subspace, run.output_gradients
+        if state.begun == step or not subspace.needs_data(step):
             return
-        if guidance is not None:
-            plain = run.calibrator.step_size if run.calibrator is not None and guidance.measured else None
-            if not guidance.next(plain, run.method.forwards(step)):
+        if gradients is not None:
+            drawn = run.calibrator.step_size if run.calibrator is not None and gradients.measured else None
+            if not gradients.choose_phase(drawn, run.method.forwards(step)):
                 return
         found, events, forwards, sequences = self._observed(context)
         state.count(forwards, sequences)
@@ -82,7 +82,7 @@ class Preparation:
         run, step, forward = self.run, context.step, self.run.forward
         subspace = run.method.subspace
         loss_fn, parts = context.loss_fn, context.parts
-        wanted, whole = subspace.looks_at(step), True
+        wanted, whole = subspace.sample_size(step), True
         if wanted and run.sample_batches is not None and parts is not None:
             parts, whole = run.sample_batches(step, wanted), False
         forwards = counted = 0
@@ -98,7 +98,7 @@ class Preparation:
                 yield found
 
         def at(offset: Offset, moved: Mapping[str, Coordinate], call: Callable[[], Any]) -> Any:
-            with forward.instead(moved), forward.at(offset, only=moved), isolated_generators(common, forward.devices):
+            with forward.replace_coordinates(moved), forward.at(offset, only=moved), isolated_generators(common, forward.devices):
                 return call()
 
         def work() -> dict[str, Tensor]:
@@ -106,26 +106,26 @@ class Preparation:
                 return subspace.observe(run.model, forward.coordinates, losses, context.seed, step)
 
         if run.workers.several:
-            # Where it came from does not matter, as long as it is the same to the last bit: one worker observes for all.
+            # One worker observes for all, so that all have the same to the last bit.
             first = run.workers.from_first(lambda: [list(journal_events.events(step, forward.evaluate(work, None))), forwards, counted])
             events, forwards, counted = first
-            gathered = journal_events.Gathered()
-            return {name: tensor for event in events for name, tensor in gathered.add(event).items()}, events, forwards, counted
+            assembler = journal_events.TensorAssembler()
+            return {name: tensor for event in events for name, tensor in assembler.add(event).items()}, events, forwards, counted
         found = forward.evaluate(work, None)
         events = [] if self.state.journal is None else list(journal_events.events(step, found))
         return found, events, forwards, counted
 
     def _compare_paths(self, context: StepContext) -> None:
-        """Take the general path of the forward for layers whose fast path differs from it."""
+        """Take the general path for layers whose fast path differs from it."""
         run, state = self.run, self.state
         eps = EPS if math.isnan(state.eps) else state.eps
-        distrusted = run.forward.prepare(run.evaluator.trial(context), Offset(eps, context.seed, context.step, 0))
+        differing = run.forward.prepare(run.evaluator.trial(context), Offset(eps, context.seed, context.step, 0))
         if run.workers.several:
-            distrusted = sorted({name for names in run.workers.exchange(distrusted) for name in names})
-            run.forward.distrust(distrusted)
+            differing = sorted({name for names in run.workers.exchange(differing) for name in names})
+            run.forward.disable_hooks(differing)
         state.prepared = True
-        if distrusted:
-            state.write({"event": "general_path", "names": distrusted})
+        if differing:
+            state.write({"event": "general_path", "names": differing})
 
     # -- measurements ----------------------------------------------------------------------------------------------------------------
 
@@ -149,35 +149,35 @@ class Preparation:
         calibrator.measure(evaluate, around if self.run.method.own else None, self.state.eps, context.seed, context.step)
         self._measured(calibrator.step_size.summary(), calibrator.forwards, calibrator.sequences, context.step)
 
-    def measure_guided(self, told: Told, context: StepContext) -> None:
+    def measure_output_gradients(self, found: Derivatives, context: StepContext) -> None:
         """Measure along output gradients, where that is due."""
-        guidance = self.run.guidance
-        assert guidance is not None
-        guidance.measure(told, self.run.evaluator.function(context), context.seed, context.step)
-        self._measured(guidance.summary(), guidance.forwards, guidance.sequences, context.step)
+        gradients = self.run.output_gradients
+        assert gradients is not None
+        gradients.measure(found, self.run.evaluator.function(context), context.seed, context.step)
+        self._measured(gradients.summary(), gradients.forwards, gradients.sequences, context.step)
 
     def _measured(self, found: Mapping[str, float], forwards: int, sequences: int, step: int) -> None:
-        """Count and record what a measurement took and gave, and all that is known every so often, for a run to go on from."""
+        """Count a measurement and record it; every :data:`~zotune.optim.resume.KEPT` steps with the complete state, to resume from."""
         run, state = self.run, self.state
         state.count(forwards, sequences)
-        kept = step % resume.KEPT == 0
-        if not (forwards or (kept and run.guidance is not None)):
+        complete = step % resume.KEPT == 0
+        if not (forwards or (complete and run.output_gradients is not None)):
             return
         event: dict[str, Any] = {"event": "measured", **{name: float(f"{number:.6g}") for name, number in found.items()}}
         event |= _cost(forwards, sequences)
-        if kept and run.calibrator is not None:
+        if complete and run.calibrator is not None:
             event["state"] = run.calibrator.state()
-        if kept and run.guidance is not None:
-            event["guidance"] = run.guidance.state()
+        if complete and run.output_gradients is not None:
+            event["output_gradients"] = run.output_gradients.state()
         state.write(event)
 
     # -- scales of layers ------------------------------------------------------------------------------------------------------------
 
-    def _scales_due(self, step: int, begins: bool) -> bool:
-        """Whether layers' scales are to be measured: at redraws number 0, 1, 4, 16, ... of LOZO's; ``begins``: whether a phase begins."""
-        interval = getattr(self.run.method.subspace, "interval", 1)
-        if self.run.guidance is not None:
-            return begins and layer_scales.due((self.run.guidance.others - 1) * interval, interval)
+    def _scales_due(self, step: int, phase_begins: bool) -> bool:
+        """Whether layers' scales are measured: at redraws number 0, 1, 4, 16, ... of phases with drawn directions."""
+        interval, gradients = getattr(self.run.method.subspace, "interval", 1), self.run.output_gradients
+        if gradients is not None:
+            return phase_begins and layer_scales.due((gradients.drawn_phases - 1) * interval, interval)
         return layer_scales.due(step, interval)
 
     def _scale_layers(self, context: StepContext) -> None:
@@ -190,10 +190,10 @@ class Preparation:
             state.count(run.method.forwards_per_step, losses.evaluated)
             return losses.estimate(run.estimator, state.eps).coefficients
 
-        if run.evaluator.undecided:
-            coefficients(0)  # finds out how this model can be evaluated, while all of it is perturbed
+        if run.evaluator.choice.undecided:
+            coefficients(0)  # makes the evaluation choice while the whole model is perturbed
         found = layer_scales.measure(run.layers, coefficients)
-        run.forward.forget_directions()
+        run.forward.drop_directions()
         if found is None:
             return
         event: dict[str, Any] = {"event": "scales", "values": found}
@@ -203,15 +203,15 @@ class Preparation:
 
     @tagged("temporary")
     def _few(self, part: Any) -> list[Any]:
-        """The first examples of a micro-batch, as many as make enough coefficients where examples have directions of their own."""
+        """The first examples of a micro-batch: enough coefficients where examples have directions of their own."""
         method = self.run.method
         rows = batch_rows(part) if method.own else 0
         enough = math.ceil(layer_scales.SAMPLES / method.num_directions) * math.ceil(rows / method.parts(rows)) if rows else 0
         if enough >= rows or method.parts(enough) >= method.parts(rows):
             return [part]
-        return [take(part, torch.arange(enough), rows)]
+        return [take_rows(part, torch.arange(enough), rows)]
 
 
 def _cost(forwards: int, sequences: int) -> dict[str, int]:
-    """What an event cost, for a run that resumes along its journal."""
+    """The cost of an event, for a run that resumes along its journal."""
     return {"forwards": forwards, "sequences": sequences}

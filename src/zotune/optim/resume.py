@@ -1,7 +1,6 @@
-"""Resuming along a journal: a run that was cut off takes its first steps from the journal it left, and evaluates nothing for them.
+"""Resuming along a journal: a run that was interrupted takes its first steps from its journal, without evaluations.
 
-The loop around the optimizer (data order, schedule, log) goes through the same motions as in the run that was cut off, so nothing of it
-has to be restored.
+The loop around the optimizer (data order, schedule, log) runs as before, so none of its state has to be restored.
 """
 
 from __future__ import annotations
@@ -13,21 +12,23 @@ import torch
 
 from zotune.errors import NotBatchableError
 from zotune.forward.batches import batch_rows
+from zotune.optim.construction import RunParts
 from zotune.optim.journal import Record, StepRecord
-from zotune.optim.report import StepReport
-from zotune.optim.run_parts import RunParts
+from zotune.optim.state import StepReport
 from zotune.optim.update import Updater
 
-#: Steps between two records of everything that is known about the rate, where it is measured: a run goes on from one of them.
+#: Steps between two records of the complete state of the measurements; a run resumes from one of them.
 KEPT = 200
 
 
 def usable(records: Sequence[Record], measured: bool) -> int:
-    """How many of these records a run can resume along: whole steps, and where steps go by what was ``measured``, a rate or the scale of
-    output gradients, up to the last record that says all that was known."""
+    """How many of these records a run can resume along: complete steps.
+
+    Where rates or the scale of output gradients are ``measured``, up to the last record with the complete state of the measurements.
+    """
     for count in range(len(records), 0, -1):
         last = records[count - 1]
-        if measured and isinstance(last, dict) and ("state" in last or "guidance" in last):
+        if measured and isinstance(last, dict) and ("state" in last or "output_gradients" in last):
             return count
         if not measured and isinstance(last, StepRecord):
             return count
@@ -41,10 +42,10 @@ class Resume:
         self.run, self.updater = run, updater
 
     def step(self, parts: list[Any] | None) -> tuple[StepReport | None, bool]:
-        """Take the next step from the records that are left.
+        """Take the next step from the remaining records.
 
         Returns:
-            The step's report, None if no record of it is left; and then whether what comes before its evaluations has been done.
+            The step's report, None if no record of it remains; and whether its preparation is done then.
         """
         ready = False
         run, state = self.run, self.run.state
@@ -55,10 +56,10 @@ class Resume:
             state.count(record.get("forwards", 0), record.get("sequences", 0))
             if "state" in record and run.calibrator is not None:
                 run.calibrator.restore(record["state"])
-            if "guidance" in record and run.guidance is not None:
-                run.guidance.restore(record["guidance"])
+            if "output_gradients" in record and run.output_gradients is not None:
+                run.output_gradients.restore(record["output_gradients"])
             self.updater.apply_event(record)
-            # A fold is the user's, between two steps; whatever else was written was written on the way to a step.
+            # A fold is the user's, between two steps; every other event belongs to the preparation of a step.
             ready = record.get("event") != "fold"
             state.prepared = state.prepared or ready
         return None, ready
@@ -66,14 +67,14 @@ class Resume:
     def _take(self, record: StepRecord, parts: list[Any] | None) -> StepReport:
         run, state = self.run, self.run.state
         self.updater.apply(record)
-        forwards = 1 if run.guided else run.method.forwards(record.step)
+        forwards = 1 if run.along_output_gradients else run.method.forwards(record.step)
         state.count(forwards, forwards * _rows(parts))
         state.prepared = True
         k = len(record.coefficients) // (2 if run.method.estimator == "curvature" else 1)
         coefficients = torch.tensor(record.coefficients[:k], dtype=torch.float32)
         signs = run.estimator.signs
         width = state.eps * (max(signs) - min(signs))
-        loss_diff = None if run.guided else float(coefficients.abs().mean()) * width
+        loss_diff = None if run.along_output_gradients else float(coefficients.abs().mean()) * width
         return StepReport(state.steps, record.loss, coefficients, loss_diff, None, record.skipped[:k], record.lrs, state.terms)
 
 

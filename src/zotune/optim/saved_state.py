@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from zotune.methods import AUTO
-from zotune.methods.history import Past
-from zotune.optim.run_parts import RunParts
+from zotune.optim.construction import RunParts
+from zotune.optim.journal import FORMAT
 from zotune.subspaces import LowRankCoordinate
 from zotune.weights.digest import digest
+
+#: Of what :func:`save` returns; a state of another version is refused.
+VERSION = 2
 
 
 def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
@@ -24,10 +27,11 @@ def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
     tensors = coordinate_tensors(run, [name for name in run.state.by_name() if name not in without])
     rule_tensors, rule_others = run.rule.state()
     tensors |= {f"rule/{path}": tensor for path, tensor in rule_tensors.items()}
-    if run.anchor is not None:
-        tensors |= {f"anchor/{name}": tensor for name, tensor in run.anchor.weights.items()}
+    for transform in run.transforms:
+        tensors |= {f"transform/{transform.name}/{name}": tensor for name, tensor in transform.tensors().items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in run.param_groups]
     numbers = {
+        "version": VERSION,
         "method": run.method.name,
         "options": _plain(run.method.options),
         "seed": state.seed,
@@ -38,16 +42,14 @@ def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
         "prepared": state.prepared,
         "eps": None if math.isnan(state.eps) else state.eps,
         "step_size": None if run.calibrator is None else run.calibrator.state(),
-        "guidance": None if run.guidance is None else run.guidance.state(),
+        "output_gradients": None if run.output_gradients is None else run.output_gradients.state(),
         "scales": [layer[0].scale for layer in run.layers],
-        "forward_batching": run.evaluator.choice,
+        "forward_batching": run.evaluator.requested,
         "batched": run.evaluator.batched,
-        "apart": run.evaluator.apart,
-        "general_path": [n for n, c in run.state.by_name().items() if isinstance(c, LowRankCoordinate) and not c.side_path],
+        "rowwise": run.evaluator.rowwise,
+        "general_path": [n for n, c in run.state.by_name().items() if isinstance(c, LowRankCoordinate) and not c.uses_hook],
         "rule": rule_others,
-        "shaping": dict(state.shaping),
-        "anchor": None if run.anchor is None else run.anchor.numbers(),
-        "past": [[past.step, list(past.coefficients)] for past in state.past],
+        "transforms": {transform.name: transform.state() for transform in run.transforms if transform.name},
     }
     return {"state": tensors, "param_groups": groups, "zotune": numbers}
 
@@ -63,6 +65,8 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
     numbers, state = state_dict.get("zotune"), run.state
     if numbers is None:
         raise ValueError("this is not the state of a ZerothOrder optimizer; load the one that was saved with the model.")
+    if numbers.get("version") != VERSION:
+        raise ValueError("this state was saved by another version of zotune and cannot be continued; start the run anew.")
     here: dict[str, Any] = {"method": run.method.name, "options": _plain(run.method.options), "seed": state.seed}
     for key, value in here.items():
         if numbers[key] != value:
@@ -70,14 +74,16 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
     if len(state_dict["param_groups"]) != len(run.param_groups):
         raise ValueError("the saved run has another number of parameter groups; construct the optimizer as it was then.")
     states: dict[str, dict[str, Tensor]] = {name: {} for name in run.state.by_name()}
-    rule_tensors = {}
+    rule_tensors: dict[str, Tensor] = {}
+    transform_tensors: dict[str, dict[str, Tensor]] = {}
     for path, tensor in state_dict["state"].items():
         kind, _, rest = path.partition("/")
         if kind == "rule":
             rule_tensors[rest] = tensor
             continue
-        if kind == "anchor" and run.anchor is not None:
-            run.anchor.weights[rest] = tensor.to(run.state.by_name()[rest].device, copy=True)
+        if kind == "transform":
+            owner, _, entry = rest.partition("/")
+            transform_tensors.setdefault(owner, {})[entry] = tensor
             continue
         name, _, entry = rest.rpartition("/")
         if name not in states:
@@ -94,17 +100,16 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
         state.eps = numbers["eps"]
     if run.calibrator is not None and numbers["step_size"] is not None:
         run.calibrator.restore(numbers["step_size"])
-    if run.guidance is not None and numbers.get("guidance"):
-        run.guidance.restore(numbers["guidance"])
-    if run.evaluator.choice in ("auto", numbers.get("forward_batching")):
-        run.evaluator.restore(numbers.get("batched"), numbers.get("apart"))
-    state.shaping = dict(numbers.get("shaping", {}))
-    state.past = [Past(step, tuple(coefficients)) for step, coefficients in numbers.get("past", [])]
-    if run.anchor is not None and numbers.get("anchor"):
-        run.anchor.sums, run.anchor.count = list(numbers["anchor"]["sums"]), numbers["anchor"]["count"]
+    if run.output_gradients is not None and numbers["output_gradients"]:
+        run.output_gradients.restore(numbers["output_gradients"])
+    if run.evaluator.requested in ("auto", numbers["forward_batching"]):
+        run.evaluator.restore(numbers["batched"], numbers["rowwise"])
+    for transform in run.transforms:
+        if transform.name:
+            transform.restore(numbers["transforms"][transform.name], transform_tensors.get(transform.name, {}))
     state.begun = state.steps - 1
-    run.forward.distrust(numbers["general_path"])
-    for layer, scale in zip(run.layers, numbers.get("scales", ()), strict=True):
+    run.forward.disable_hooks(numbers["general_path"])
+    for layer, scale in zip(run.layers, numbers["scales"], strict=True):
         for member in layer:
             member.scale = float(scale)
     for name, coordinate in run.state.by_name().items():
@@ -117,7 +122,7 @@ def header(run: RunParts, *, base: bool) -> dict[str, Any]:
     versions = {"zotune": _version(), "torch": torch.__version__, "python": platform.python_version()}
     versions |= {n: sys.modules[n].__version__ for n in ("transformers", "peft") if n in sys.modules}
     return {
-        "format": 1,
+        "format": FORMAT,
         "versions": versions,
         "device": sorted({device.type for device in run.forward.devices}),
         **({"base": digest(run.model)} if base else {}),

@@ -1,15 +1,59 @@
-"""What a step changes beside the weights: :class:`RunState`."""
+"""What a step takes (:class:`StepContext`), changes beside the weights (:class:`RunState`), and reports (:class:`StepReport`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from zotune.methods.coefficients import State
-from zotune.methods.history import Past
+from torch import Tensor
+
+from zotune.forward.losses import LossFunction
+from zotune.methods.history import PastStep
 from zotune.optim.journal import Journal, Record
-from zotune.optim.journal_events import Gathered
+from zotune.optim.journal_events import TensorAssembler
 from zotune.subspaces.coordinate import Coordinate
+
+#: In place of a batch: the loss function is a closure.
+NO_BATCH: Any = object()
+#: sample_batches(step, count): micro-batches of about ``count`` training examples, the same ones for the same step.
+SampleBatches = Callable[[int, int], list[Any]]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """The run's seed, the step and its data: with the weights they determine the step.
+
+    Attributes:
+        seed: the run's seed.
+        step: its number, from 0.
+        loss_fn: loss of one micro-batch; without arguments where there is no batch.
+        parts: the micro-batches; None for a closure.
+    """
+
+    seed: int
+    step: int
+    loss_fn: LossFunction
+    parts: list[Any] | None
+
+    def at(self, step: int) -> StepContext:
+        """The same data under the directions of another step."""
+        return self if step == self.step else replace(self, step=step)
+
+
+def micro_batches(batch: Any) -> list[Any] | None:
+    """The micro-batches of a step; None for a closure.
+
+    Raises:
+        ValueError: an empty list.
+    """
+    if batch is NO_BATCH:
+        return None
+    if not isinstance(batch, list):
+        return [batch]
+    if not batch:
+        raise ValueError("step() was given an empty list of micro-batches.")
+    return batch
 
 
 @dataclass
@@ -23,14 +67,12 @@ class RunState:
         steps: steps done so far.
         forward_passes: evaluations of the batch so far.
         sequences_evaluated: examples that went through the model so far.
-        nonfinite_in_a_row: steps in a row, up to the last one, without a finite loss.
+        nonfinite_in_a_row: the latest steps in a row without a finite loss.
         prepared: whether fast and general path of the forward have been compared.
         begun: the last step that coordinates were redrawn for.
         settled: whether the workers have been compared once.
-        terms: the last step's :class:`~zotune.optim.report.StepReport` has them.
-        past: the last steps' coefficients, where updates are made of them.
-        shaping: what the shaping of coefficients keeps.
-        gathered: tensors of journal events that are not whole yet.
+        terms: of the last step's :class:`StepReport`.
+        assembler: tensors of journal events that are not complete yet.
         tail: records of an earlier run that the next steps are taken from.
         journal: where steps and events are recorded; None: nowhere.
     """
@@ -45,10 +87,8 @@ class RunState:
     prepared: bool = False
     begun: int = -1
     settled: bool = False
-    terms: tuple[Past, ...] = ()
-    past: list[Past] = field(default_factory=list)
-    shaping: State = field(default_factory=dict)
-    gathered: Gathered = field(default_factory=Gathered)
+    terms: tuple[PastStep, ...] = ()
+    assembler: TensorAssembler = field(default_factory=TensorAssembler)
     tail: list[Record] = field(default_factory=list)
     journal: Journal | None = None
 
@@ -69,3 +109,28 @@ class RunState:
     def by_name(self) -> dict[str, Coordinate]:
         """All coordinates by name."""
         return {coordinate.name: coordinate for coordinate in self.every_coordinate()}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the last step found.
+
+    Attributes:
+        step: steps done so far, this one included.
+        loss: mean loss of the batch.
+        coefficients: c_k, float32, shape (K,).
+        loss_diff: mean absolute loss difference behind the coefficients; None where they come from output gradients.
+        loss_diff_stderr: its standard error over the batch's examples; None for scalar losses.
+        skipped: per direction, whether a loss was not finite.
+        lr: learning rate of each parameter group.
+        terms: the steps whose directions and coefficients made the update; none where a rule takes the estimate as it is.
+    """
+
+    step: int
+    loss: float
+    coefficients: Tensor
+    loss_diff: float | None
+    loss_diff_stderr: float | None
+    skipped: tuple[bool, ...]
+    lr: tuple[float, ...]
+    terms: tuple[PastStep, ...] = ()

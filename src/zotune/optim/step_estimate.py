@@ -4,57 +4,55 @@ from __future__ import annotations
 
 from zotune.forward.losses import Losses
 from zotune.methods.estimators import Estimate
-from zotune.optim.context import StepContext
+from zotune.optim.construction import RunParts
 from zotune.optim.preparation import Preparation
-from zotune.optim.run_parts import RunParts
+from zotune.optim.state import StepContext
 
 
-class DrawnEstimate:
-    """Losses along drawn directions, made to coefficients and transformed."""
+class StepEstimate:
+    """Measures the estimate that the journal records."""
 
-    def __init__(self, run: RunParts) -> None:
-        self.run, self.state = run, run.state
+    def __init__(self, run: RunParts, preparation: Preparation) -> None:
+        self.run, self.state, self.preparation = run, run.state, preparation
 
-    def measure(self, context: StepContext) -> tuple[Estimate, tuple[float, ...]]:
-        """(the step's estimate as the journal is to hold it, learning rates)."""
-        run, state = self.run, self.state
-        at = context if run.anchor is None else context.at(run.anchor.anchoring.key_step(context.step))
+    def measure(self, context: StepContext, measured: bool) -> tuple[Estimate, tuple[float, ...]]:
+        """(the step's estimate, learning rates); ``measured``: the step's measurements are done already."""
+        if self.run.along_output_gradients:
+            return self._along_output_gradients(context, measured)
+        return self._along_drawn_directions(context)
+
+    def _along_drawn_directions(self, context: StepContext) -> tuple[Estimate, tuple[float, ...]]:
+        run, state, at = self.run, self.state, context
+        for transform in run.transforms:
+            at = transform.evaluated_at(at)
         losses = run.evaluator.evaluate(at)
         state.count(run.method.forwards(context.step), losses.evaluated)
-        run.forward.foresee(context.seed, at.step + 1)
+        run.forward.prefetch(context.seed, at.step + 1)
         estimate = losses.estimate(run.estimator, state.eps)
         rates = self._rates(estimate, losses)
         for transform in run.transforms:
-            estimate = transform.measured(estimate, losses, context, rates)
+            estimate = transform.before_journal(estimate, losses, context, rates)
         return estimate, rates
 
     def _rates(self, estimate: Estimate, losses: Losses) -> tuple[float, ...]:
         calibrator, state, rates = self.run.calibrator, self.state, self.run.rates()
         if calibrator is not None and calibrator.chooses_lr:
-            calibrator.tell(losses, estimate, state.eps)
+            calibrator.record(losses, estimate, state.eps)
             k, n = len(estimate.coefficients), losses.values.shape[1]
-            found = calibrator.rate(k, n, state.eps, state.steps, state.shaping)
+            found = calibrator.rate(k, n, state.eps, state.steps, self.run.shaping_state)
             calibrator.step_size.expect(max(rates))
             rates = [found * rate for rate in rates]
         return tuple(rates)
 
-
-class GuidedEstimate:
-    """Output gradients of one forward pass, made to derivatives along the elements of S."""
-
-    def __init__(self, run: RunParts, preparation: Preparation) -> None:
-        self.run, self.preparation = run, preparation
-
-    def measure(self, context: StepContext, measured: bool) -> tuple[Estimate, tuple[float, ...]]:
-        """(the step's estimate, learning rates); ``measured``: what is due for them has been."""
-        guidance = self.run.guidance
-        assert guidance is not None
-        told = guidance.told(context)
-        self.run.state.count(1, told.evaluated)
+    def _along_output_gradients(self, context: StepContext, measured: bool) -> tuple[Estimate, tuple[float, ...]]:
+        gradients = self.run.output_gradients
+        assert gradients is not None
+        found = gradients.derivatives(context)
+        self.state.count(1, found.evaluated)
         if not measured:
-            self.preparation.measure_guided(told, context)
-        estimate, rates = guidance.estimate(told), self.run.rates()
-        if guidance.measured:
-            found = guidance.rate(told, estimate, context.step)
-            rates = [found * rate for rate in rates]
+            self.preparation.measure_output_gradients(found, context)
+        estimate, rates = gradients.estimate(found), self.run.rates()
+        if gradients.measured:
+            factor = gradients.rate(found, estimate, context.step)
+            rates = [factor * rate for rate in rates]
         return estimate, tuple(rates)

@@ -1,10 +1,11 @@
-"""TODO: digest."""
+"""Digests of a model's weights, which name the base of a journal."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +15,42 @@ from zotune.weights.external_linear import pieces
 
 
 def digest(model: nn.Module) -> str:
-    """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trainable or not, and of weights in few bits."""
+    """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trained or not, and of quantized weights."""
 
     def one(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
-        hashed = hashlib.blake2b(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode(), digest_size=16)
         with placement.loaded(tensor):
-            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            hashed.update(data.numpy().data)
-        return hashed.digest()
+            return _hash(name, tensor).digest()
 
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # sharded: all processes gather them in one order
-        whole = ((name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor) for name, tensor in model.named_parameters())
-        return hashlib.blake2b(b"".join(map(one, whole)), digest_size=16).hexdigest()
+    if any(placement.is_sharded(parameter) for parameter in model.parameters()):  # all processes gather them in one order
+        return _joined(map(one, ((name, _whole(tensor)) for name, tensor in model.named_parameters())))
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock
         packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales", "quantized")]
         packed += pieces(model)
-        return hashlib.blake2b(b"".join(pool.map(one, [*model.named_parameters(), *packed])), digest_size=16).hexdigest()
+        return _joined(pool.map(one, [*model.named_parameters(), *packed]))
 
 
-def _hashed(items: Mapping[str, Tensor | str]) -> str:
+def digest_of(items: Mapping[str, Tensor | str]) -> str:
+    """BLAKE2b over named tensors, whole if sharded, and strings, sorted by name."""
     hashed = hashlib.blake2b(digest_size=16)
     for name, item in sorted(items.items()):
         if isinstance(item, str):
             hashed.update(f"{name}|{item}|".encode())
-            continue
-        item = item.full_tensor() if hasattr(item, "full_tensor") else item  # sharded: a digest of the whole
-        hashed.update(f"{name}|{item.dtype}|{tuple(item.shape)}|".encode())
-        hashed.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        else:
+            _hash(name, _whole(item), hashed)
     return hashed.hexdigest()
+
+
+def _hash(name: str, tensor: Tensor, hashed: Any = None) -> Any:
+    hashed = hashlib.blake2b(digest_size=16) if hashed is None else hashed
+    hashed.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed
+
+
+def _joined(digests: Iterable[bytes]) -> str:
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if placement.is_sharded(tensor) else tensor

@@ -135,7 +135,7 @@ def test_the_conservative_step_is_the_best_of_three(tmp_path):
         (lambda: methods.replayed_adam(history=0), "history must be a whole number of at least 1"),
         (lambda: methods.replayed_momentum(momentum=1.0), "a decay rate must lie in"),
         (lambda: dataclasses.replace(methods.replayed_adam(), update_rule="Adam"), "leave update_rule at SGD"),
-        (lambda: dataclasses.replace(methods.zo_sgd_cons(), subspace=LowRank()), "moves weights in full space"),
+        (lambda: dataclasses.replace(methods.zo_sgd_cons(), subspace=LowRank()), "trains weights in full space"),
         (lambda: methods.jaguar_sign(choice="block:4"), "spelled 'block:16x16'"),
         (lambda: methods.jaguar_sign(choice="rows"), "unknown direction distribution 'rows'"),
         (lambda: methods.jaguar_sign(momentum=1.5), r"beta must lie in \[0, 1\)"),

@@ -9,6 +9,7 @@ import torch
 
 import toys
 from zotune import ZerothOrder, methods
+from zotune.optim.step_transforms import HistoryTransform
 from zotune.rng.directions import Directions, Key
 
 
@@ -67,7 +68,7 @@ def test_what_it_keeps_is_numbers():
     for step in range(5):
         optimizer.step(toys.loss_function(model), toys.batch(seed=step))
     assert not optimizer.state_dict()["state"]
-    assert [past.step for past in optimizer.run.state.past] == [2, 3, 4] and optimizer.method.numbers == 6
+    assert [past.step for past in optimizer.run.transform(HistoryTransform).past] == [2, 3, 4] and optimizer.method.scalars == 6
 
 
 def test_a_skipped_step_leaves_no_past():
@@ -75,4 +76,4 @@ def test_a_skipped_step_leaves_no_past():
     optimizer = ZerothOrder(model, "replayed-momentum", lr=1e-3)
     optimizer.step(toys.loss_function(model), toys.batch())
     optimizer.step(lambda batch: toys.loss_function(model)(batch) * torch.nan, toys.batch())
-    assert [past.step for past in optimizer.run.state.past] == [0]
+    assert [past.step for past in optimizer.run.transform(HistoryTransform).past] == [0]

@@ -97,7 +97,7 @@ def test_measuring_finds_trace_norm_and_signal(own):
         shared = torch.randn(20, generator=generator)
         z = torch.randn(4, 20, generator=generator).repeat_interleave(4, dim=0) if own else shared
         gradients = g + noise * torch.randn(16, 20, generator=generator)
-        measured.measure(quadratic_losses(z, gradients, diagonal, eps), eps, owners)
+        measured.record_losses(quadratic_losses(z, gradients, diagonal, eps), eps, owners)
         if own:  # halves of a direction's examples, and parts of as many examples under one direction
             halves = in_units(((gradients * z).sum(-1)).double().unsqueeze(0), owners)
             measured.compare(halves, in_units(((gradients * shared).sum(-1)).double().unsqueeze(0), number=8))
@@ -132,7 +132,7 @@ def test_tables_count_by_their_pairs_and_looks_as_one_each():
     size = StepSize()
     pair, alike = torch.tensor([[1.0, 3.0]]), torch.ones(1, 4)
     expected = (agreement(pair) + 6 * agreement(alike)) / 7
-    size.compare(pair, alike, torch.zeros(3, 2), torch.full((1, 4), math.nan), looks=3)
+    size.compare(pair, alike, torch.zeros(3, 2), torch.full((1, 4), math.nan), samples=3)
     assert size.agreement.count == 3 and size.agreement.mean == pytest.approx(expected)
     size.compare(torch.zeros(3, 2), torch.ones(4, 1))
     assert size.agreement.count == 3
@@ -189,12 +189,12 @@ def test_the_norm_of_a_saddle_is_taken_to_be_large_where_few_halves_tell_of_it()
 def test_a_rising_loss_brakes_and_measuring_releases():
     size = StepSize()
     for _ in range(20):
-        size.step([1.0], 1.0)
+        size.record_step([1.0], 1.0)
     assert size.brake == 1.0
     for _ in range(5):
-        size.step([1.0], 5.0)
+        size.record_step([1.0], 5.0)
     assert size.brake == 0.5
-    size.measure(torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]), 1e-2)
+    size.record_losses(torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]), 1e-2)
     assert size.brake == pytest.approx(0.55)
 
 
@@ -405,12 +405,12 @@ def test_a_step_goes_no_farther_than_curvature_has_been_looked_at_allows():
     """η rms(c) / √K is how far a step goes, in units of a direction's length."""
     size = StepSize(radius=0.1)
     for rms, directions, leapt in [(1.0, 1, False), (2.5, 1, False), (4.0, 1, True), (4.0, 4, False), (8.0, 4, True)]:
-        size.step([rms, -rms], 1.0)
+        size.record_step([rms, -rms], 1.0)
         length = 0.1 * rms / math.sqrt(directions)
         expected = 0.1 * min(1.0, REACH * size.radius / length)
         assert size.within_reach(0.1, directions) == pytest.approx(expected)
         assert size.leapt == leapt == (length > LEAP * size.radius)
-    size.look(0.1)
+    size.sample_at(0.1)
     assert not size.leapt
     assert StepSize().within_reach(7.0, 1) == 7.0  # nothing has been looked at
 

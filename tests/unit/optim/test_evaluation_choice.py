@@ -39,8 +39,8 @@ def test_auto_takes_the_faster_way_and_says_so(sequential_is_faster, tmp_path, d
     optimizer = ZerothOrder(toys.classifier(), methods.lozo(**directions), lr=1e-3, journal=tmp_path / "j")
     run(optimizer, range(2))
     assert optimizer.evaluator.batched is False
-    apart = {"apart": True} if "directions_per" in directions else {}
-    assert events(tmp_path / "j") == [{"event": "forward_batching", "batched": False, **apart}]
+    rowwise = {"rowwise": True} if "directions_per" in directions else {}
+    assert events(tmp_path / "j") == [{"event": "forward_batching", "batched": False, **rowwise}]
     assert not recwarn.list
 
 
@@ -139,10 +139,10 @@ def test_examples_that_cannot_be_told_apart_in_a_forward_are_evaluated_alone(tmp
         model, methods.lozo(directions_per="example", eps=1e-2), lr=1e-3, forward_batching="sequential", journal=tmp_path / "j"
     )
     run(optimizer, range(1))
-    assert optimizer.evaluator.apart is False
-    assert events(tmp_path / "j") == [{"event": "forward_batching", "batched": False, "apart": False}]
+    assert optimizer.evaluator.rowwise is False
+    assert events(tmp_path / "j") == [{"event": "forward_batching", "batched": False, "rowwise": False}]
     again = ZerothOrder(Mixing(), methods.lozo(directions_per="example", eps=1e-2), lr=1e-3, forward_batching="sequential")
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     again.model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     run(again, range(1, 2))
-    assert again.evaluator.apart is False and rows[-16:] == [1] * 16
+    assert again.evaluator.rowwise is False and rows[-16:] == [1] * 16

@@ -1,6 +1,6 @@
 """Guided turns: the output errors are gradients, the guide is a ridge regression of them, and what it says is all that moves.
 
-What their steps are made of is in test_guidance.py.
+Their steps are tested in test_output_gradients.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from guided_runs import INTERVAL, ROWS, batch, examples, guided_coordinates, opt
 from trainer_cases import LENGTH, collate_choices, collate_completions, config, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder, ZOTrainer, methods, objectives, replay
 from zotune.objectives import output_gradients
-from zotune.optim import guided, resume
+from zotune.optim import output_gradient_steps, resume
 from zotune.optim.journal import Journal, StepRecord
 from zotune.subspaces.guided import GuidedCoordinate
 from zotune.subspaces.guided_projection import RIDGE, CompressedRows, fit_projection
@@ -239,8 +239,8 @@ def test_a_run_through_guided_turns_replays_without_the_data(tmp_path):
 @pytest.mark.parametrize("at", [INTERVAL, INTERVAL + 1, 2 * INTERVAL, 3 * INTERVAL + 1])
 def test_a_run_goes_on_bit_for_bit_from_any_turn(monkeypatch, at, rate):
     """The optimizer's state and the weights, in the middle of a turn of either kind and at its end; every second is LOZO's."""
-    monkeypatch.setattr(guided, "PATIENCE", 1)
-    monkeypatch.setattr(guided, "LONGEST", 1)
+    monkeypatch.setattr(output_gradient_steps, "MIN_PHASES", 1)
+    monkeypatch.setattr(output_gradient_steps, "MAX_PHASES", 1)
     options = {"lr": rate, "eps": "auto", "layer_scales": False}
     straight = tiny_llama()
     seen, steps = [], optimizer(straight, **options)
@@ -261,7 +261,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_turn(monkeypatch, at, rate):
 
 
 def test_lozo_has_the_first_turns_where_it_is_asked_for_and_a_guide_has_a_rank_of_its_own(monkeypatch):
-    monkeypatch.setattr(guided, "PATIENCE", 1)
+    monkeypatch.setattr(output_gradient_steps, "MIN_PHASES", 1)
     model = tiny_llama()
     steps, seen = optimizer(model, begin=2, rank=1, guide=3), []
     for step in range(4 * INTERVAL):
@@ -292,9 +292,13 @@ def test_where_no_layer_could_be_guided_nothing_is_looked_at():
 
 def test_looking_at_examples_is_counted_and_writes_nothing():
     model = tiny_llama()
-    steps = optimizer(model, lr=0.0)
     asked = []
-    steps.examples = lambda step, count: asked.append((step, count)) or examples(step, count)
+
+    def counted(step: int, count: int) -> list[dict[str, torch.Tensor]]:
+        asked.append((step, count))
+        return examples(step, count)
+
+    steps = ZerothOrder(model, methods.lozo_g(interval=INTERVAL, rank=2, guide=2, examples=48), lr=0.0, sample_batches=counted)
     run(model, steps, 0, INTERVAL)
     before, counted, state = weights(model), steps.sequences_evaluated, torch.get_rng_state()
     run(model, steps, INTERVAL, INTERVAL + 1)

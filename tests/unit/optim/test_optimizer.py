@@ -149,7 +149,7 @@ def test_low_rank_over_lora_adapters_keeps_its_side_paths():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(toys.transformer_loss(model), toys.tokens())
-    assert len(optimizer.forward.side_paths) == 8
+    assert len(optimizer.forward.low_rank_hooks) == 8
 
 
 @pytest.mark.parametrize("name", toys.ARCHITECTURES)
@@ -177,7 +177,7 @@ def test_a_module_used_twice_and_a_grouped_convolution_move_once():
     optimizer = ZerothOrder(model, methods.lozo(rank=2, interval=3, num_directions=4), lr=1e-2)
     losses = [float(optimizer.step(lambda x: (model(x) - x).square().mean(dim=1), x)) for _ in range(60)]
     assert losses[-1] < losses[0]
-    assert [path.coordinate.name for path in optimizer.forward.side_paths] == ["inner.weight"]
+    assert [path.coordinate.name for path in optimizer.forward.low_rank_hooks] == ["inner.weight"]
 
 
 def test_the_state_is_tensors_and_json():

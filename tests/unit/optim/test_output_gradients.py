@@ -13,21 +13,21 @@ from trainer_cases import same_weights, tiny_llama, weights
 from zotune import ZerothOrder, methods, objectives
 from zotune.optim.calibration.running_mean import RunningMean
 from zotune.optim.calibration.step_size import FORGETTING, StepSize
-from zotune.optim.context import StepContext
 from zotune.optim.journal import Journal
+from zotune.optim.state import StepContext
 
 
 def begun(model: nn.Module, **options) -> ZerothOrder:
     """An optimizer at the start of a guided turn, nothing moved."""
     steps = optimizer(model, **{"lr": 0.0, **options})
     run(model, steps, 0, 1)
-    assert steps.guided
+    assert steps.run.along_output_gradients
     return steps
 
 
 def told(steps: ZerothOrder, model: nn.Module, parts: list, loss_fn=None):
     with torch.no_grad():
-        return steps.guidance.told(StepContext(0, 1, loss_fn or objectives.LanguageModelLoss(model), parts))
+        return steps.output_gradients.derivatives(StepContext(0, 1, loss_fn or objectives.LanguageModelLoss(model), parts))
 
 
 def gradients(model: nn.Module, data, names: list[str]) -> list[list[torch.Tensor]]:
@@ -43,8 +43,8 @@ def test_what_is_told_the_last_layer_is_the_gradient_within_the_guide():
     model.model.norm = nn.Identity()
     steps = begun(model)
     (last,) = [c for c in guided_coordinates(steps) if c.name == "model.layers.1.mlp.down_proj.weight"]
-    first = sum(c.guides for c in guided_coordinates(steps)[: guided_coordinates(steps).index(last)])
-    slopes = told(steps, model, [batch(1)]).slopes[first : first + last.guides]
+    first = sum(c.num_guided for c in guided_coordinates(steps)[: guided_coordinates(steps).index(last)])
+    slopes = told(steps, model, [batch(1)]).slopes[first : first + last.num_guided]
     for example, (gradient,) in enumerate(gradients(model, batch(1), [last.name])):
         wanted = last.p.T @ gradient @ last.v
         assert torch.allclose(slopes[:, example], wanted.flatten(), rtol=1e-3, atol=1e-6)
@@ -69,9 +69,9 @@ def test_other_layers_are_told_as_if_nothing_stood_between():
     wrong[rows, data["targets"][:, 0]] -= 1
     delta = wrong @ model.lm_head.weight.detach()
     (coordinate,) = [c for c in guided_coordinates(steps) if c.parameter is layer.weight]
-    first = sum(c.guides for c in guided_coordinates(steps)[: guided_coordinates(steps).index(coordinate)])
+    first = sum(c.num_guided for c in guided_coordinates(steps)[: guided_coordinates(steps).index(coordinate)])
     wanted = torch.einsum("ia,ib->iab", delta @ coordinate.p, seen[0][rows, place] @ coordinate.v).flatten(1).T
-    assert torch.allclose(found.slopes[first : first + coordinate.guides], wanted, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found.slopes[first : first + coordinate.num_guided], wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_several_tokens_of_a_text_add_up():
@@ -82,7 +82,7 @@ def test_several_tokens_of_a_text_add_up():
     data["targets"] = data["input_ids"][:, 4:6].clone()
     steps = begun(model)
     last = guided_coordinates(steps)[-1]
-    slopes = told(steps, model, [data]).slopes[-last.guides :]
+    slopes = told(steps, model, [data]).slopes[-last.num_guided :]
     for example, (gradient,) in enumerate(gradients(model, data, [last.name])):
         assert torch.allclose(slopes[:, example], (last.p.T @ gradient @ last.v).flatten(), rtol=1e-3, atol=1e-6)
 
@@ -105,12 +105,12 @@ def test_the_scale_is_the_slope_that_the_loss_has_by_the_slope_that_was_told():
     mean = found.slopes.mean(dim=1)
     names = [c.name for c in guided]
     per_example = gradients(model, batch(0), names)
-    parts = mean.split([c.guides for c in guided])
+    parts = mean.split([c.num_guided for c in guided])
     along = 0.0
     for place, (coordinate, part) in enumerate(zip(guided, parts, strict=True)):
         gradient = torch.stack([each[place] for each in per_example]).mean(dim=0)
         along += float((coordinate.p.T @ gradient @ coordinate.v).flatten() @ part)
-    assert steps.guidance.alpha == pytest.approx(along / float(mean.norm()) ** 2, rel=2e-2)
+    assert steps.output_gradients.alpha == pytest.approx(along / float(mean.norm()) ** 2, rel=2e-2)
 
 
 def test_a_step_moves_s_by_the_scaled_mean_of_what_was_told():
@@ -120,12 +120,12 @@ def test_a_step_moves_s_by_the_scaled_mean_of_what_was_told():
     for group in steps.param_groups:
         group["lr"] = 0.3
     run(model, steps, 1, 2)
-    wanted = steps.guidance.alpha * found.slopes.mean(dim=1)
+    wanted = steps.output_gradients.alpha * found.slopes.mean(dim=1)
     assert torch.allclose(steps.last_report.coefficients, wanted, rtol=1e-3, atol=1e-7)
-    parts = wanted.split([c.guides for c in guided_coordinates(steps)])
+    parts = wanted.split([c.num_guided for c in guided_coordinates(steps)])
     for coordinate, part in zip(guided_coordinates(steps), parts, strict=True):
-        assert torch.allclose(coordinate.core.flatten()[: coordinate.guides], -0.3 * part, rtol=1e-3, atol=1e-8)
-        assert not coordinate.core.flatten()[coordinate.guides :].any()
+        assert torch.allclose(coordinate.core.flatten()[: coordinate.num_guided], -0.3 * part, rtol=1e-3, atol=1e-8)
+        assert not coordinate.core.flatten()[coordinate.num_guided :].any()
     assert steps.last_report.loss_diff is None
 
 
@@ -146,28 +146,28 @@ def test_measuring_looks_where_steps_go_and_says_so(tmp_path):
         model, methods.lozo_g(interval=8, guide=2, examples=48), lr="auto", sample_batches=examples, journal=tmp_path / "j.zo"
     )
     run(model, steps, 0, 6)
-    size = steps.guidance.size
+    size = steps.output_gradients.size
     assert size.stride / 8 <= size.radius * 1.0001 or size.leapt
     steps.journal.close()
     events = [r for r in Journal.open(tmp_path / "j.zo").records() if isinstance(r, dict) and r["event"] == "measured"]
     assert 4 <= len(events) <= 6  # at steps 0, 1, 2 and 4, and before a step that would go much farther
     assert all(e["scale"] > 0 and e["curvature"] > 0 and e["forwards"] >= 2 for e in events)
-    assert set(events[0]) >= {"state", "guidance"} and "guidance" not in events[1]
+    assert set(events[0]) >= {"state", "output_gradients"} and "output_gradients" not in events[1]
 
 
 def test_evaluating_along_what_was_told_leaves_nothing_behind():
     model = tiny_llama()
     steps = begun(model)
     before = weights(model)
-    found, guidance = told(steps, model, [batch(0)]), steps.guidance
-    guidance.scale = RunningMean(FORGETTING)
+    found, gradients = told(steps, model, [batch(0)]), steps.output_gradients
+    gradients.scale = RunningMean(FORGETTING)
 
     def fails() -> torch.Tensor:
         raise RuntimeError("no loss")
 
     with torch.no_grad(), pytest.raises(RuntimeError, match="no loss"):
-        guidance.measure(found, fails, 0, 0)
-    assert all(c.toward is None for c in guidance.coordinates)
+        gradients.measure(found, fails, 0, 0)
+    assert all(c.fixed_direction is None for c in gradients.coordinates)
     assert same_weights(weights(model), before)
     assert torch.equal(told(steps, model, [batch(0)]).losses, found.losses)
 
@@ -176,15 +176,15 @@ def test_a_loss_that_rises_that_way_stops_the_turn():
     """A head whose feedback is turned round tells the opposite of the gradient."""
     model = tiny_llama()
     steps = begun(model, interval=4, lr=0.1)
-    steps.guidance.scale = RunningMean(FORGETTING)
+    steps.output_gradients.scale = RunningMean(FORGETTING)
     found = told(steps, model, [batch(0)])
     flipped = found._replace(slopes=-found.slopes)
     context = StepContext(0, 0, objectives.LanguageModelLoss(model), [batch(0)])
     with torch.no_grad():
-        steps.guidance.measure(flipped, steps.evaluator.function(context), 0, 0)
-    assert steps.guidance.alpha == 0
-    assert not steps.guidance.estimate(flipped).coefficients.any()
-    assert not steps.guidance.next(None, 4)
+        steps.output_gradients.measure(flipped, steps.evaluator.function(context), 0, 0)
+    assert steps.output_gradients.alpha == 0
+    assert not steps.output_gradients.estimate(flipped).coefficients.any()
+    assert not steps.output_gradients.choose_phase(None, 4)
 
 
 def test_losses_that_are_not_finite_skip_the_step():
@@ -212,10 +212,10 @@ def turns(steps: ZerothOrder, number: int, plain: StepSize | None) -> str:
     """Who has the next so many turns: g or l."""
     chosen = ""
     for _ in range(number):
-        guided = steps.guidance.next(plain, 4)
-        for coordinate in steps.guidance.coordinates:
+        guided = steps.output_gradients.choose_phase(plain, 4)
+        for coordinate in steps.output_gradients.coordinates:
             coordinate.guided = guided
-        steps.guidance.turned()
+        steps.output_gradients.phase_began()
         chosen += "g" if guided else "l"
     return chosen
 
@@ -227,20 +227,20 @@ def test_lozos_turns_come_after_so_many_guided_ones():
 
 def test_they_come_half_as_often_while_they_promise_less():
     steps = optimizer(tiny_llama(), lr="auto", eps="auto")
-    steps.guidance.size.promise = 0.01
-    assert turns(steps, 17 + 33, StepSize(promise=0.03)) == "g" * 16 + "l" + "g" * 32 + "l"  # four evaluations for it
+    steps.output_gradients.size.expected_fall = 0.01
+    assert turns(steps, 17 + 33, StepSize(expected_fall=0.03)) == "g" * 16 + "l" + "g" * 32 + "l"  # four evaluations for it
     steps = optimizer(tiny_llama(), lr="auto", eps="auto")
-    steps.guidance.size.promise = 0.01
-    assert turns(steps, 17 + 17, StepSize(promise=0.05)) == ("g" * 16 + "l") * 2
+    steps.output_gradients.size.expected_fall = 0.01
+    assert turns(steps, 17 + 17, StepSize(expected_fall=0.05)) == ("g" * 16 + "l") * 2
 
 
 def test_each_turn_has_a_rate_of_its_own_and_what_was_known_before_others_moved_counts_for_less(monkeypatch):
-    monkeypatch.setattr("zotune.optim.guided.PATIENCE", 1)
+    monkeypatch.setattr("zotune.optim.output_gradient_steps.MIN_PHASES", 1)
     model = tiny_llama()
     steps = optimizer(model, lr="auto", eps="auto")
     run(model, steps, 0, 2 * INTERVAL)
-    guided, plain = steps.guidance.size, steps.calibrator.step_size
-    assert guided.promise is not None and plain.promise is not None
+    guided, plain = steps.output_gradients.size, steps.calibrator.step_size
+    assert guided.expected_fall is not None and plain.expected_fall is not None
     assert guided.moment.count and plain.moment.count and guided.moment.mean != plain.moment.mean
     assert guided.curvature.mean != plain.curvature.mean
     size = StepSize(agreement=RunningMean(0.15, 9, 0.5, 0.25), waited=2, lowest=1.0)
@@ -253,7 +253,7 @@ def test_the_guides_state_is_plain_and_comes_back():
     model = tiny_llama()
     steps = optimizer(model, lr="auto", eps="auto")
     run(model, steps, 0, 1)
-    state = steps.guidance.state()
+    state = steps.output_gradients.state()
     other = optimizer(tiny_llama(), lr="auto", eps="auto")
-    other.guidance.restore(state)
-    assert other.guidance.state() == state and other.guidance.alpha == steps.guidance.alpha
+    other.output_gradients.restore(state)
+    assert other.output_gradients.state() == state and other.output_gradients.alpha == steps.output_gradients.alpha

@@ -23,7 +23,7 @@ def after(stretches: int, came: float) -> GuessedSignal:
     guess, loss = GuessedSignal(), 5.0
     while stretches:
         guess.expect(FALL)
-        guess.see(loss)
+        guess.record(loss)
         loss -= came * FALL
         stretches -= guess.later.count == 0
     return guess
@@ -44,7 +44,7 @@ def test_a_guess_that_is_not_held_to_anything_stays():
     guess = GuessedSignal(0.25, held=False)
     for _ in range(50):
         guess.expect(FALL)
-        guess.see(5.0)
+        guess.record(5.0)
     assert guess.signal == 0.25
 
 
@@ -55,7 +55,7 @@ def test_noise_waits_until_a_fall_can_be_seen():
     for _ in range(600):
         guess.expect(fall)
         before = guess.later.count
-        guess.see(5.0 + float(torch.randn((), generator=noise)))
+        guess.record(5.0 + float(torch.randn((), generator=noise)))
         whole += [before + 1] if guess.later.count == 0 else []
         guess.signal = FIRST
     assert 0.6 < statistics.mean(whole) / (8**0.5 / fall) ** (2 / 3) < 1.4
@@ -64,7 +64,7 @@ def test_noise_waits_until_a_fall_can_be_seen():
 def test_a_loss_that_rises_for_sure_is_not_waited_for():
     guess = after(1, 0.0)
     for _ in range(SHORTEST):
-        guess.see(5.1)  # nothing expected
+        guess.record(5.1)  # nothing expected
     assert guess.signal == FIRST / 4
 
 
@@ -82,16 +82,16 @@ def test_a_guess_is_for_steps_that_show_nothing():
     size = StepSize()
     assert size.signal == FIRST
     for _ in range(50):
-        size.promise = FALL
+        size.expected_fall = FALL
         size.expect(1.0)
-        size.step([1.0], 5.0)
+        size.record_step([1.0], 5.0)
     assert size.signal < FIRST / 8
-    size.tell(torch.ones(1, 4))  # four examples that agree
+    size.record_examples(torch.ones(1, 4))  # four examples that agree
     assert size.signal == 1.0
 
 
 def test_a_schedule_lowers_what_is_expected():
-    size = StepSize(promise=FALL)
+    size = StepSize(expected_fall=FALL)
     size.expect(0.25)
     assert size.guess.expected == FALL / 4
 

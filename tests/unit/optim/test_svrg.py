@@ -10,14 +10,14 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.methods.svrg import Anchoring
+from zotune.methods.svrg import SVRGSchedule
 from zotune.rng.directions import Directions, Key
 
 
 def test_periods():
-    anchoring = Anchoring(batches=2, interval=3, ratio=1.0)
-    assert [anchoring.anchors(step) for step in range(7)] == [True, True, False, False, False, True, True]
-    assert [anchoring.key_step(step) for step in range(7)] == [0, 0, 2, 3, 4, 5, 5]
+    schedule = SVRGSchedule(batches=2, interval=3, ratio=1.0)
+    assert [schedule.at_snapshot(step) for step in range(7)] == [True, True, False, False, False, True, True]
+    assert [schedule.key_step(step) for step in range(7)] == [0, 0, 2, 3, 4, 5, 5]
 
 
 def along(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
@@ -97,5 +97,5 @@ def test_what_makes_no_sense_is_refused(options, message):
 
 
 def test_its_two_rates_cannot_be_measured():
-    with pytest.raises(ValueError, match="'auto' is not known for mezo-svrg, which has two"):
+    with pytest.raises(ValueError, match="'auto' is not known for SVRG, which has two"):
         ZerothOrder(toys.classifier(), "mezo-svrg", lr="auto")

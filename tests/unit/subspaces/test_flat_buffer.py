@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.optim.update_groups import together
+from zotune.optim.update import update_groups
 from zotune.rng.directions import Directions
 from zotune.subspaces import Full, LowRank
 from zotune.subspaces.coordinate import Coordinate, Offset
@@ -113,8 +113,8 @@ def test_only_coordinates_of_one_kind_are_neighbors():
     found = build_flat_buffers([*low, half, large])
     assert sorted(len(n.members) for n in found) == [1, 3, 4]  # half; matrices at rate 1/2; vectors
     assert large.flat_buffer is None
-    assert {type(one) for one in together([*low, half])} == {FlatBuffer}
-    apart = [one for one in together([*low[1:], large]) if isinstance(one, Coordinate)]
+    assert {type(one) for one in update_groups([*low, half])} == {FlatBuffer}
+    apart = [one for one in update_groups([*low[1:], large]) if isinstance(one, Coordinate)]
     assert apart == [c for c in low[1:] if c.parameter.dim() == 2] + [large]  # without one of them, those of its kind move alone
 
 

@@ -11,8 +11,8 @@ from torch import nn
 import toys
 from zotune import ZerothOrder, methods, replay
 from zotune.optim import journal_events
-from zotune.optim.context import StepContext
-from zotune.optim.journal import Journal
+from zotune.optim.journal import Journal, StepRecord
+from zotune.optim.state import StepContext
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Activation, Blocks, Full, LowRank, Sparse
 from zotune.subspaces.activation import leading_inputs
@@ -147,10 +147,10 @@ def test_zo_muon_moves_by_orthogonal_factors():
 # -- HiZOO -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_hizoo_learns_the_curvature_after_the_update():
+def test_hizoo_learns_the_curvature_after_the_update(tmp_path):
     """H ← (1 − α) H + α q H ⊙ Z², and q = |l₊ + l₋ − 2l₀| / 2ε² is in the journal."""
     model = matrix()
-    optimizer = ZerothOrder(model, methods.hizoo(smoothing=0.1, eps=1e-2), lr=1e-3)
+    optimizer = ZerothOrder(model, methods.hizoo(smoothing=0.1, eps=1e-2), lr=1e-3, journal=tmp_path / "j")
     (coordinate,) = optimizer.forward.coordinates
     h = torch.ones(7, 6)
     x = torch.eye(6)
@@ -159,13 +159,10 @@ def test_hizoo_learns_the_curvature_after_the_update():
         weight, move = model.weight.detach().clone(), 1e-2 * z / h.sqrt()
         plus, minus, here = ((weight + s * move).square().sum() / 2 for s in (1, -1, 0))
         q = float((plus + minus - 2 * here).abs()) / (2 * 1e-4)
-        records = []
-        apply = optimizer.apply
-        optimizer.apply = lambda record, apply=apply, records=records: (records.append(record), apply(record))[1]
         optimizer.step(lambda x: model(x).square().sum() / 2, x)
-        del optimizer.apply
-        assert records[0].coefficients[1] == pytest.approx(q, rel=2e-2)
-        h = 0.9 * h + 0.1 * records[0].coefficients[1] * h * z.square()
+        *_, record = (record for record in optimizer.journal.records() if isinstance(record, StepRecord))
+        assert record.coefficients[1] == pytest.approx(q, rel=2e-2)
+        h = 0.9 * h + 0.1 * record.coefficients[1] * h * z.square()
         assert torch.allclose(coordinate.h.view(7, 6), h, rtol=1e-4)
 
 
@@ -377,9 +374,9 @@ def test_what_was_observed_is_in_the_journal_and_comes_back(tmp_path):
     for event in journal_events.events(3, tensors):
         journal.append(event)
     assert len(list(journal.records())) > 2
-    gathered, found = journal_events.Gathered(), {}
+    assembler, found = journal_events.TensorAssembler(), {}
     for event in Journal.open(tmp_path / "j").records():
-        found |= gathered.add(event)
+        found |= assembler.add(event)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
 

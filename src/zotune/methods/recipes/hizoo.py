@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zotune.methods.registry import PER, Fields, register, variant
-from zotune.subspaces import Curved
+from zotune.subspaces import HessianScaled
 
 
 @register(title="HiZOO", arxiv="2402.15173", without=(*PER, "estimator"))
@@ -17,7 +17,7 @@ def hizoo(factored: bool = False, *, smoothing: float = 1e-8) -> Fields:
     Departs from the published code, which renews H between the evaluations and the update of a step, so that the update is not along
     the direction that was evaluated, and makes a fourth evaluation only to report it.
     """
-    return {"estimator": "curvature", "subspace": Curved(smoothing, factored=factored), "estimates": "descent"}
+    return {"estimator": "curvature", "subspace": HessianScaled(smoothing, factored=factored), "estimates": "descent"}
 
 
 @variant(hizoo, True, title="HiZOO-L", arxiv="2402.15173")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from zotune.methods.registry import Fields, register
-from zotune.objectives.output_gradients import watched
-from zotune.subspaces import Guided, Inputs, LowRank
+from zotune.subspaces import Activation, Guided, LowRank
 
 
 @register(title="LOZO", arxiv="2410.07698", any_rule=True)
@@ -61,7 +60,7 @@ def lozo_g(*, rank: int = 1, interval: int = 30, layer_scales: bool = True, guid
     guided layer and phase, and q² coefficients per layer and step, so that a run replays without the data.
     State: A, and V and P of a guided layer, r·m + q·(m + n) float32 elements per matrix.
     """
-    return {"subspace": Guided(rank, interval, layer_scales, guide, begin, examples, watched=watched), "estimates": "descent"}
+    return {"subspace": Guided(rank, interval, layer_scales, guide, begin, examples), "estimates": "descent"}
 
 
 @register(title="AGZO", arxiv="2601.17261", any_rule=True)
@@ -76,4 +75,4 @@ def agzo(*, rank: int = 1, interval: int = 50) -> Fields:
     V goes to the journal in bfloat16, 2·n·r bytes per layer and redraw, so that a run replays without the data.
     State: A and V, r·(m + n) float32 elements per matrix.
     """
-    return {"subspace": Inputs(rank, interval), "estimates": "descent"}
+    return {"subspace": Activation(rank, interval), "estimates": "descent"}

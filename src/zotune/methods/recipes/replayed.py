@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zotune.methods.history import ReplayedAdam, ReplayedMomentum
+from zotune.methods.history import HistoryAdam, HistoryMomentum
 from zotune.methods.registry import Fields, register
 
 
@@ -14,7 +14,7 @@ def replayed_momentum(*, momentum: float = 0.9, history: int = 10) -> Fields:
 
     ĝ_j is drawn again from the key of step j. State: h·K coefficients. An update draws h directions instead of one.
     """
-    return {"replayed": ReplayedMomentum(history, momentum)}
+    return {"history": HistoryMomentum(history, momentum)}
 
 
 @register(title="AdaMeZO", arxiv="2605.00650", lr=1e-5)
@@ -26,4 +26,4 @@ def replayed_adam(*, betas: tuple[float, float] = (0.7, 0.9), history: int = 10)
     The bias corrections count the steps in the sums, at most h: this is Adam started afresh h steps ago. State: h·K coefficients. An
     update draws h directions instead of one, and holds m, v and ĝ_j of one parameter at a time.
     """
-    return {"replayed": ReplayedAdam(history, (betas[0], betas[1]))}
+    return {"history": HistoryAdam(history, (betas[0], betas[1]))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zotune.methods.registry import PER, Fields, register
-from zotune.methods.svrg import Anchoring
+from zotune.methods.svrg import SVRGSchedule
 
 
 @register(title="MeZO-SVRG", arxiv="2404.08080", without=PER)
@@ -17,4 +17,4 @@ def mezo_svrg(*, anchor_batches: int = 8, interval: int = 8, anchor_ratio: float
     State: θ̄, one float32 element per weight; g is drawn again from its key and coefficients, where the published code stores a copy.
     Departs from the paper, which takes all training data for g at once: here it comes from M batches of the stream.
     """
-    return {"anchoring": Anchoring(anchor_batches, interval, anchor_ratio), "update_rule_state": 1}
+    return {"svrg": SVRGSchedule(anchor_batches, interval, anchor_ratio), "update_rule_state": 1}

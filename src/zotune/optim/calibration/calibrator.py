@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.forward.batches import SHARED
+from zotune.forward.batches import PARTS_PER_DIRECTION
 from zotune.forward.losses import Losses
 from zotune.forward.model import PerturbedForward
 from zotune.io.memory_tags import tagged
@@ -43,13 +43,13 @@ STEP = 1 << 50
 
 #: The largest distance from θ at which curvature is measured; how many times as far as before a measurement is repeated, and how often,
 #: at most: losses far from θ are bad and level, and the walls between are what counts.
-WIDEST, FARTHER, LOOKS = 1.0, 10.0, 6
+WIDEST, FARTHER, MAX_SAMPLES = 1.0, 10.0, 6
 
 #: How many times as far as curvature was last measured a step may go before it is measured again.
 LONGER = 2.0
 
 #: Losses (3, n) at θ and θ ± radius · Z of a draw, and the direction that owns each example, if any has one of its own.
-Look = Callable[[int, float], tuple[Tensor, Tensor | None]]
+Sample = Callable[[int, float], tuple[Tensor, Tensor | None]]
 #: Losses at θ and θ ± scale · εZ, under the directions of a step.
 Around = Callable[[int, float], Losses]
 
@@ -106,7 +106,7 @@ class Calibrator:
         at = self._at(evaluate, seed, step)
         here = at(0.0, DIRECTION) if around is None else None
 
-        def look(draw: int, radius: float) -> tuple[Tensor, Tensor | None]:
+        def sample(draw: int, radius: float) -> tuple[Tensor, Tensor | None]:
             """Losses (3, n) at θ and θ ± radius · Z, and whose direction Z is."""
             if here is not None:
                 return torch.stack([here, at(radius, DIRECTION + draw), at(-radius, DIRECTION + draw)]).cpu(), None
@@ -117,8 +117,8 @@ class Calibrator:
             return losses.values.cpu(), losses.owners
 
         radius = max(eps, min(self.step_size.stride, WIDEST, FARTHER * self.step_size.radius))
-        for _ in range(LOOKS):
-            if not self._look(look, at, radius, eps):
+        for _ in range(MAX_SAMPLES):
+            if not self._sample(sample, at, radius, eps):
                 break
             radius = min(self.step_size.stride, WIDEST, FARTHER * radius)
         self.forward.drop_directions()
@@ -135,23 +135,23 @@ class Calibrator:
             step = size.taken  # what is new to move is looked at as often as at the beginning of a run
         return not step % INTERVAL or not step & (step - 1) or size.leapt or min(size.stride, WIDEST) > LONGER * size.radius
 
-    def _look(self, look: Look, at: At, radius: float, eps: float) -> bool:
+    def _sample(self, sample: Sample, at: At, radius: float, eps: float) -> bool:
         """Measure at ``radius``; whether the rate that comes of it is one whose steps go so much farther that this has to be done there."""
         size = self.step_size
         draws = 1
         if size.waited:
             size.fade()
             draws = FADED_DRAWS
-        first, anew = not size.moment.count, size.look(radius)
+        first, anew = not size.moment.count, size.sample_at(radius)
         if anew:
             draws = FIRST_DRAWS if self.method.own else FIRST_DIRECTIONS
         own, shared = [], []
         for draw in range(draws):
-            losses, owners = look(draw, radius)
+            losses, owners = sample(draw, radius)
             if not bool(losses.isfinite().all()):
                 size.stride = radius / WIDER  # no step may go there
                 return True
-            size.measure(losses, radius, owners)
+            size.record_losses(losses, radius, owners)
             slopes = (losses[1:2] - losses[2:]).double() / (2 * radius)
             units = slopes.mean(dim=1, keepdim=True) if owners is None else in_units(slopes, owners)
             if first:
@@ -161,9 +161,9 @@ class Calibrator:
                 shared.append(self._shared(at, losses[0], DIRECTION + draw, eps))
         if own:
             size.units = 1
-            size.compare(torch.cat(own), torch.cat(shared), looks=draws)
+            size.compare(torch.cat(own), torch.cat(shared), samples=draws)
         each = self.method.num_directions
-        number = each if owners is None else each * SHARED * (int(owners.max()) + 1)
+        number = each if owners is None else each * PARTS_PER_DIRECTION * (int(owners.max()) + 1)
         size.rate(number, losses.shape[1] * (1 if owners is None else each))
         return size.stride > WIDER * radius and radius < WIDEST
 
@@ -177,17 +177,17 @@ class Calibrator:
         slopes = (plus - minus).double().unsqueeze(0) / (eps * (high - low))
         return in_units(slopes, number=max(2, self.method.parts(len(here))))
 
-    def tell(self, losses: Losses, estimate: Estimate, eps: float) -> None:
+    def record(self, losses: Losses, estimate: Estimate, eps: float) -> None:
         """Take in a step's losses and what was made of them."""
         if losses.owners is None:
-            self.step_size.tell(self.estimator.singles(losses.values.cpu(), eps, losses.num_directions))
-        self.step_size.step(estimate.coefficients.tolist(), estimate.loss)
+            self.step_size.record_examples(self.estimator.singles(losses.values.cpu(), eps, losses.num_directions))
+        self.step_size.record_step(estimate.coefficients.tolist(), estimate.loss)
 
     def rate(self, directions: int, examples: int, eps: float, step: int, shaping: State | None = None) -> float:
         """η for step ``step``, of K directions on N examples; ``shaping``: what the method's has kept so far."""
         size = self.step_size
         plain = size.within_reach(size.rate(directions, examples), directions)
-        size.promise = 0.5 * plain * size.signal * size.moment.mean
+        size.expected_fall = 0.5 * plain * size.signal * size.moment.mean
         return plain * gain(self.method, self.rule, size.moment.mean, directions, eps, step, shaping) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from zotune.methods.coefficients import FITNESS, State
+from zotune.methods.coefficients import State
 from zotune.methods.method import Method
 from zotune.methods.rules import EMASGD, Rule, Sign
 
@@ -48,14 +48,12 @@ def gain(
     Raises:
         ValueError: its update rule is one of which that is not known.
     """
-    if method.anchoring is not None:
-        raise ValueError(f"learning rate 'auto' is not known for {method.name}, which has two; give a number.")
-    if method.replayed is not None:
-        return method.replayed.gain(moment, directions)
-    fitness = FITNESS[method.fitness]
-    if fitness is not None or method.shaping is not None:  # from here on M is that of other coefficients, 1 or so
-        scale = fitness.gain(moment) if fitness is not None else 1.0
-        scale *= method.shaping.gain(moment, directions, eps, shaping or {}) if method.shaping is not None else 1.0
+    transforms, state = method.transforms, shaping or {}
+    for transform in transforms:
+        if transform.replaces_rule:
+            return transform.gain(moment, directions, eps, state)
+    scale = math.prod(transform.gain(moment, directions, eps, state) for transform in transforms)
+    if any(transform.normalizes for transform in transforms):
         return scale * rule_gain(rule, 1.0, 1, step)
     return rule_gain(rule, moment, directions, step)
 

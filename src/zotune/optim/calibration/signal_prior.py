@@ -39,7 +39,7 @@ class GuessedSignal:
     expected_earlier: float = 0.0
     expected: float = 0.0
 
-    def anew(self) -> None:
+    def reset(self) -> None:
         """Others have moved the loss."""
         self.earlier, self.later = RunningMean(0.0), RunningMean(0.0)
         self.expected_earlier = self.expected = 0.0
@@ -48,7 +48,7 @@ class GuessedSignal:
         """A step is taken that should lower the loss by so much."""
         self.expected += fall
 
-    def see(self, loss: float) -> None:
+    def record(self, loss: float) -> None:
         """Take in the loss before the next step, and correct the guess where that can be done."""
         if not self.held:
             return

@@ -53,7 +53,7 @@ LEAST_NORM = 0.25
 TOLD = 3.0
 #: How many times farther from θ than before curvature is looked at as if for the first time.
 WIDER = 4.0
-#: Times the distance at which curvature has been looked at that a step may go, and that it may be meant to go before one looks again.
+#: Times the distance at which curvature has been looked at that a step may go, and that it may be meant to go before one samples again.
 REACH, LEAP = 2.0, 3.0
 #: Units of examples that are compared under a shared direction, at most.
 UNITS = 4
@@ -77,7 +77,7 @@ class StepSize:
         brake: factor that a rising loss has taken the rate back by.
         radius: distance from θ at which curvature has been measured last, 0 before.
         stride: how far a step goes, as a multiple of a direction's length: η √(M / K), 0 before one is known.
-        promise: by how much the last step was expected to lower the loss, ½ η s.
+        expected_fall: by how much the last step was expected to lower the loss, ½ η s.
         waited: turns that others have had since.
         taken: steps of its own.
     """
@@ -97,7 +97,7 @@ class StepSize:
     brake: float = 1.0
     radius: float = 0.0
     stride: float = 0.0
-    promise: float | None = None
+    expected_fall: float | None = None
     waited: int = 0
     taken: int = 0
 
@@ -106,10 +106,10 @@ class StepSize:
         for mean in (self.curvature, self.spread, self.agreement, self.single, self.moment):
             mean.count = min(mean.count, 3)
         if self.waited:
-            self.guess.anew()
+            self.guess.reset()
         self.recent, self.lowest, self.waited = RunningMean(2 * FORGETTING), None, 0
 
-    def look(self, radius: float) -> bool:
+    def sample_at(self, radius: float) -> bool:
         """Whether the next measurements, at ``radius``, begin anew: what was seen much nearer says little of what happens there."""
         anew = not self.curvature.count or radius > WIDER * self.radius
         if anew:
@@ -118,18 +118,18 @@ class StepSize:
         return anew
 
     @tagged("activations")
-    def measure(self, losses: Tensor, radius: float, owners: Tensor | None = None) -> None:
+    def record_losses(self, losses: Tensor, radius: float, owners: Tensor | None = None) -> None:
         """Take in the losses (3, n) of a batch at θ and θ ± radius · Z, Z the same for all examples or each its owner's, (n,)."""
         here, plus, minus = losses.double()
-        self.curve((plus + minus - 2 * here).unsqueeze(0) / radius**2, owners)
+        self.record_curvature((plus + minus - 2 * here).unsqueeze(0) / radius**2, owners)
         each = (plus - minus).unsqueeze(0) / (2 * radius)
         if owners is None:
-            self.tell(each)
+            self.record_examples(each)
         else:
             self.single.add(float(each.square().mean()))
 
     @tagged("activations")
-    def curve(self, each: Tensor, owners: Tensor | None = None) -> None:
+    def record_curvature(self, each: Tensor, owners: Tensor | None = None) -> None:
         """Take in ZᵀHZ of single examples, (1, n)."""
         self.curvature.add(float(each.mean()))
         if owners is None:
@@ -140,7 +140,7 @@ class StepSize:
         self.brake = min(1.0, RELEASE * self.brake)
 
     @tagged("activations")
-    def tell(self, each: Tensor) -> None:
+    def record_examples(self, each: Tensor) -> None:
         """Take in coefficients of single examples, (K, n), under directions that they share."""
         if not bool(each.isfinite().all()):
             return
@@ -149,16 +149,16 @@ class StepSize:
         self.units = units.shape[1]
         self.compare(units)
 
-    def compare(self, *tables: Tensor, looks: int = 1) -> None:
+    def compare(self, *tables: Tensor, samples: int = 1) -> None:
         """Take in coefficients of units of examples; tables (m, U), U units under one direction, count by their pairs."""
         found = [(table.shape[0] * math.comb(table.shape[1], 2), agreement(table)) for table in tables]
         seen = [(pairs, kappa) for pairs, kappa in found if kappa is not None and math.isfinite(kappa)]
         if seen:
             mean = sum(pairs * kappa for pairs, kappa in seen) / sum(pairs for pairs, _ in seen)
-            for _ in range(looks):
+            for _ in range(samples):
                 self.agreement.add(mean)
 
-    def step(self, coefficients: Sequence[float], loss: float) -> None:
+    def record_step(self, coefficients: Sequence[float], loss: float) -> None:
         """Take in a step's coefficients and loss."""
         self.taken += 1
         kept = [c for c in coefficients if c]
@@ -169,7 +169,7 @@ class StepSize:
             self.brake *= BRAKE
             return
         if not self.agreement.count:
-            self.guess.see(loss)
+            self.guess.record(loss)
         self.recent.add(loss)
         if self.recent.count < 1 / self.recent.forgetting:
             return
@@ -180,8 +180,8 @@ class StepSize:
             self.lowest = None
 
     def expect(self, factor: float) -> None:
-        """The step that is promised is taken, its rate multiplied by ``factor``."""
-        self.guess.expect(factor * (self.promise or 0.0))
+        """The step that is expected_falld is taken, its rate multiplied by ``factor``."""
+        self.guess.expect(factor * (self.expected_fall or 0.0))
 
     @property
     def signal(self) -> float:
@@ -189,7 +189,7 @@ class StepSize:
         if not self.agreement.count:
             return self.guess.signal
         mean, error = self.agreement.mean, self.agreement.error
-        # What it is at least can be told where every step is looked at. Of few looks that would say nothing for most of a run: then the
+        # What it is at least can be told where every step is looked at. Of few samples that would say nothing for most of a run: then the
         # mean, less what chance is likely to have added to it.
         kappa = min(1.0, mean - (error**2 / mean if self.few else error)) if mean > error else 0.0
         return kappa * self.units / (1 + kappa * (self.units - 1))

@@ -4,4 +4,4 @@ from zotune.errors import RankMismatchError
 from zotune.optim.distributed.partition import BATCHES, MODES
 from zotune.optim.distributed.workers import Share, Workers, restarted
 
-__all__ = ["BATCHES", "MODES", "Share", "Workers", "RankMismatchError", "restarted"]
+__all__ = ["BATCHES", "MODES", "RankMismatchError", "Share", "Workers", "restarted"]

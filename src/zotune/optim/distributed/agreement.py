@@ -1,4 +1,4 @@
-"""That all workers are in the same state, and know it: digests of weights, settings and batches, compared now and then."""
+"""Comparison of all workers: digests of weights, settings and batches, so that they take the same steps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections import Counter
 from typing import Any
 
 from zotune.errors import RankMismatchError
-from zotune.forward.batches import tensors
+from zotune.forward.batches import batch_tensors
 from zotune.optim import saved_state
-from zotune.optim.run_parts import RunParts
-from zotune.weights.digest import _hashed, digest
+from zotune.optim.construction import RunParts
+from zotune.weights.digest import digest, digest_of
 from zotune.weights.placement import is_sharded
 
-#: What is compared, in the order in which a difference is reported, and what it is likely to come from.
+#: What is compared, in the order of the reports, and the fix for a difference.
 _CAUSES = {
     "method": "start every worker with the same method and options",
     "seed": "start every worker with the same seed",
@@ -23,13 +23,13 @@ _CAUSES = {
 
 
 def settle(run: RunParts, batch: Any) -> None:
-    """Compare all workers before a step, and find out at the first whether their batches are the same.
+    """Compare all workers before a step; at the first, also determine whether their batches are the same.
 
     Args:
         batch: the step's micro-batches; None for a closure.
 
     Raises:
-        RankMismatchError: names what differs and the ranks that are not as most are.
+        RankMismatchError: names what differs, and the ranks that differ from the majority.
     """
     workers = run.workers
     state = {**_state(run), "batch": None if batch is None else batch_digest(batch)}
@@ -44,8 +44,8 @@ def settle(run: RunParts, batch: Any) -> None:
         workers.batches = "same" if alike and batch is not None and None not in batch else "own"
         if workers.batches == "own" and workers.parallelism in ("directions", "both"):
             raise RankMismatchError(
-                f"parallelism={workers.parallelism!r} needs workers with the same batch, and theirs differ: give all of them the whole batch, or "
-                "set parallelism='data'."
+                f"parallelism={workers.parallelism!r} needs workers with the same batch, and theirs differ: give all of them the whole "
+                "batch, or set parallelism='data'."
             )
     elif workers.batches == "same" and not alike:
         odd = _odd([str(found["batch"]) for found in everybody])
@@ -67,21 +67,21 @@ def _state(run: RunParts) -> dict[str, Any]:
 
 
 def state_digest(run: RunParts) -> str:
-    """A digest of the model's weights and of everything else that moves with them: pending updates, moments, anchors.
+    """A digest of the model's weights and of all other trained state: pending updates, moments, snapshots.
 
-    Residuals of sharded weights, of which every worker has its own, are not in it.
+    It leaves out residuals of sharded weights, of which every worker has its own.
     """
     own = {f"coordinate/{c.name}/residual" for c in run.forward.coordinates if is_sharded(c.parameter)}
     state = {name: tensor for name, tensor in saved_state.save(run)["state"].items() if name not in own}
-    return _hashed({"": digest(run.model), **state})
+    return digest_of({"": digest(run.model), **state})
 
 
 def batch_digest(batch: Any) -> str:
     """A digest of the tensors in a batch."""
-    return _hashed({str(place): tensor for place, tensor in enumerate(tensors(batch))})
+    return digest_of({str(place): tensor for place, tensor in enumerate(batch_tensors(batch))})
 
 
 def _odd(values: list[str]) -> list[int]:
-    """Ranks that do not say what most say."""
+    """Ranks whose value differs from the majority's."""
     usual, _ = Counter(values).most_common(1)[0]
     return [rank for rank, value in enumerate(values) if value != usual]

@@ -1,4 +1,4 @@
-"""Who evaluates what of a step: pure functions of numbers that every worker knows, so that nothing has to be agreed upon.
+"""The split of a step among workers: pure functions of numbers that every worker knows.
 
 A step evaluates P points on N examples; its losses are a table (P, N). The table is cut into one block a worker: a grid of p ranges of
 points by d ranges of examples.
@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-#: How a step is shared out: its examples, its directions, both, or what keeps everybody busy.
+#: What is split: a step's examples, its directions, both, or whatever leaves no worker idle.
 MODES = ("auto", "data", "directions", "both")
-#: Whether all workers are given the same batch, of which each evaluates its share, or each a batch of its own.
+#: Whether all workers pass the same batch, of which each evaluates its share, or each its own.
 BATCHES = ("auto", "same", "own")
 
 
@@ -30,9 +30,9 @@ class Block(NamedTuple):
 def grid(points: int, columns: int, workers: int, mode: str) -> tuple[int, int]:
     """(p, d), ranges of points and of examples, p · d = ``workers``.
 
-    ``"data"`` cuts up the examples, ``"directions"`` the points. ``"auto"`` cuts up the examples as far as they go, and the points where
-    there are fewer examples than workers (a loss that is one number a batch); ``"both"`` the points as far as they go, but not all of the
-    workers where half of them will do.
+    ``"data"`` splits the examples, ``"directions"`` the points. ``"auto"`` splits the examples as far as they go, and the points where
+    there are fewer examples than workers (a loss that is one number per batch). ``"both"`` splits the points as far as they go, but
+    not into one range per worker where there are several examples.
     """
     if mode == "data":
         return 1, workers
@@ -50,7 +50,7 @@ def blocks(points: int, columns: int, workers: int, mode: str, edges: Sequence[i
     """The block of every worker, in the order of their ranks.
 
     Args:
-        edges: where columns may be cut, rising from 0 to ``columns``; they are, wherever that leaves nobody idle.
+        edges: where columns may be cut, rising from 0 to ``columns``; ignored where that would leave a worker idle.
 
     Example:
         >>> blocks(2, 8, 2, "data")

@@ -1,8 +1,8 @@
 """The workers of a run: the processes of a ``torch.distributed`` group that train one model together.
 
-Each holds the whole model, draws the same directions, and evaluates its share of a step's (direction, example) pairs. What they tell each
-other is the losses, in one all-gather a step: every worker then has the table of losses that one process would have, makes the same
-coefficients of it, and takes the same update. No gradient, no weight, and no wrapping of the model.
+Each has the whole model, draws the same directions, and evaluates its share of a step's (direction, example) pairs. They exchange losses
+only, in one all-gather per step: every worker then has the table of losses that one process would have, computes the same coefficients, and
+applies the same update. No gradient or weight is sent, and the model is not wrapped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zotune.optim.distributed.partition import BATCHES, MODES, Block, blocks, pieces
 
-#: Steps between two comparisons of all workers' weights, as a rule; a comparison reads every weight once.
+#: Default number of steps between two comparisons of all workers' weights; a comparison reads every weight once.
 CHECK_EVERY = 200
 
 
@@ -32,12 +32,12 @@ def restarted() -> bool:
 
 @dataclass(frozen=True)
 class Share:
-    """What this worker evaluates of a step, and what everybody does.
+    """What this worker evaluates of a step, and what all do.
 
     Attributes:
         points: numbers of the points.
         pieces: (part, start, stop): columns of this worker's micro-batches.
-        blocks: everybody's.
+        blocks: all workers'.
         shape: of the table of losses, (P, N).
     """
 
@@ -51,16 +51,16 @@ class Workers:
     """The processes that take a run's steps together; one alone where ``torch.distributed`` is not initialized.
 
     Args:
-        parallelism: ``"data"``: each evaluates every direction on its share of the examples; ``"directions"``: each evaluates its share of the
-            directions on all examples, for losses in which examples depend on each other; ``"both"``; ``"auto"``: examples as far as they
-            go, then directions.
-        batches: ``"same"``: every worker gives ``step`` the same batch and evaluates its share of it; ``"own"``: every worker gives a
-            batch of its own, and a step is all of them, in the order of the ranks; ``"auto"``: found out at the first step.
-        check_every: steps between two comparisons of everybody's weights; 0: at the first step only.
+        parallelism: ``"data"``: each evaluates every direction on its share of the examples; ``"directions"``: each evaluates its share
+            of the directions on all examples, for losses in which examples depend on each other; ``"both"``; ``"auto"``: data as far as
+            examples go, then directions.
+        batches: ``"same"``: every worker passes ``step`` the same batch and evaluates its share of it; ``"own"``: every worker passes its
+            own batch, and a step takes all of them, in the order of the ranks; ``"auto"``: determined at the first step.
+        check_every: steps between two comparisons of all workers' weights; 0: at the first step only.
         group: the process group; None: the default one.
 
     Raises:
-        ValueError: an unknown word, or directions to be shared of batches that differ.
+        ValueError: an unknown value, or directions split among workers whose batches differ.
 
     Example:
         >>> workers = Workers()
@@ -82,9 +82,9 @@ class Workers:
         self.rank = dist.get_rank(group) if joined else 0
         self.first = self.rank == 0
         self.several = self.size > 1
-        #: Whether this worker was asked to stop, and whether anybody was: all know it after the same step, since it goes with the losses.
-        self.asked = self.told = False
-        #: bytes this worker has sent to each of the others
+        #: Whether this worker was asked to stop, and whether any was: sent with the losses, so that all know it after the same step.
+        self.stop_requested = self.stopping = False
+        #: Bytes this worker has sent to each of the others.
         self.bytes_sent = 0
 
     # -- the table of losses -------------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Workers:
         return Share(mine.points, tuple(pieces(widths, here)), tuple(everybody), (points, columns))
 
     def gather(self, share: Share, values: Tensor | None, evaluated: int = 0, each: int = 1) -> tuple[Tensor, int]:
-        """The whole table of losses, float32, and the sequences evaluated for it, from everybody's block.
+        """The whole table of losses, float32, and the sequences evaluated for it, from all workers' blocks.
 
         Args:
             values: losses of the share, (points · each, columns); None where there is nothing to evaluate.
@@ -115,19 +115,19 @@ class Workers:
             each: rows of the table that a point has.
         """
         if not self.several:
-            assert values is not None, "who is alone evaluates everything"
+            assert values is not None, "a single worker evaluates everything"
             return values, evaluated
         sent = torch.zeros(max(map(len, share.blocks)) * each + 1)
         if values is not None:
             sent[: values.numel()] = values.detach().float().cpu().reshape(-1)
-        sent[-1] = -1 - evaluated if self.asked else evaluated
+        sent[-1] = -1 - evaluated if self.stop_requested else evaluated
         found = self._all_gather(sent)
         table = torch.empty(share.shape[0] * each, share.shape[1])
         for block, row in zip(share.blocks, found, strict=True):
             part = row[: len(block) * each].view(len(block.points) * each, len(block.columns))
             table[block.points.start * each : block.points.stop * each, block.columns.start : block.columns.stop] = part
         counts = found[:, -1].long()
-        self.told = self.told or bool((counts < 0).any())
+        self.stopping = self.stopping or bool((counts < 0).any())
         return table, int(torch.where(counts < 0, -1 - counts, counts).sum())
 
     def sizes(self, sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -138,17 +138,17 @@ class Workers:
         return list(itertools.chain(*everybody)), sum(map(len, everybody[: self.rank]))
 
     def chunk(self, rows: int) -> range:
-        """Rows of a batch that this worker tries things out on: never none, and together all of them."""
+        """Rows of a batch that this worker compares evaluations on: at least one, and all workers together all of them."""
         if not self.several or self.batches == "own":
             return range(rows)
         ways = min(self.size, rows)
         i = self.rank % ways
         return range(rows * i // ways, rows * (i + 1) // ways)
 
-    # -- words ---------------------------------------------------------------------------------------------------------------------------
+    # -- objects -------------------------------------------------------------------------------------------------------------------------
 
     def exchange(self, value: Any) -> list[Any]:
-        """What every worker says, by rank; anything JSON has words for."""
+        """Every worker's value, by rank; any JSON value."""
         if not self.several:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -158,11 +158,10 @@ class Workers:
         return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(self._all_gather(sent), lengths, strict=True)]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What the first worker makes; it alone calls ``make``, whose result has to have words in JSON.
+        """The result of the first worker, which alone calls ``make``; a JSON value.
 
         Raises:
-            ValueError: what the first raised, everywhere else too if it was a ValueError or an OSError; what else it was is a RuntimeError
-                elsewhere.
+            ValueError: on all workers, where the first raised a ValueError or an OSError; any other error is a RuntimeError elsewhere.
         """
         if not self.several:
             return make()
@@ -182,7 +181,7 @@ class Workers:
 
     @contextmanager
     def on_first(self, held: AbstractContextManager[Any]) -> Iterator[None]:
-        """A context that the first worker alone enters; what that raises is raised everywhere, as by :meth:`from_first`."""
+        """A context that the first worker alone enters; its errors are raised on all workers, as by :meth:`from_first`."""
         with ExitStack() as stack:
 
             def enter() -> None:
@@ -192,10 +191,10 @@ class Workers:
             yield
 
     def wait(self) -> None:
-        """Until everybody is here."""
+        """Wait for all workers."""
         self.exchange(None)
 
-    # -- the wire ------------------------------------------------------------------------------------------------------------------------
+    # -- tensors -----------------------------------------------------------------------------------------------------------------------
 
     @property
     def _device(self) -> torch.device:
@@ -203,7 +202,7 @@ class Workers:
         return torch.device("cpu") if "gloo" in backend or "mpi" in backend else torch.device("cuda", torch.cuda.current_device())
 
     def _all_gather(self, sent: Tensor) -> Tensor:
-        """Everybody's tensor of one shape, on the CPU, (workers, ...)."""
+        """All workers' tensors of one shape, on the CPU, (workers, ...)."""
         sent = sent.to(self._device)
         found = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(found, sent, group=self.group)

@@ -1,0 +1,333 @@
+"""Steps along output gradients: phases in which a step is one forward pass (``lozo-g``).
+
+**Derivatives.** With δ_i the output gradient at scored position i (:mod:`zotune.objectives.output_gradients`) and x_i a layer's input
+there, the loss of a layer that adds W x to the hidden state has about the derivatives Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ along the elements of S in W + P
+S Vᵀ, as if nothing stood between the layer and the head (direct feedback alignment, 1609.01596). They come per example, (C, N), with the
+forward that evaluates the losses. Only those of the last layer are exact, up to the last norm; two measurements correct for that:
+
+**Scale.** Along d, the direction of their mean ĝ, the losses at θ ± ρ d give the true slope of the loss. α = slope / ‖ĝ‖ multiplies every
+derivative; where the loss does not fall that way, α is 0 and the next phase has drawn directions.
+
+**Rate.** With the curvature h = dᵀHd of the same losses, the moment M = ‖αĝ‖² of the steps and the signal s of it that examples agree on,
+η = 1 / (h M / s + ¼ h), twice that of coefficients along drawn directions (:mod:`zotune.optim.calibration.step_size`): here the noise is
+the batch's alone. ρ is as far as a step goes.
+
+**Phases.** The first phase goes along output gradients. After a number of them comes one with drawn directions; that number doubles as long
+as a step of the latter lowers the loss less per evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zotune.forward.model import PerturbedForward
+from zotune.io.memory_tags import tagged
+from zotune.methods.estimators import Estimate
+from zotune.methods.rules import Rule
+from zotune.objectives.output_gradients import OutputGradientRecorder, recording
+from zotune.optim.calibration.gains import rule_gain
+from zotune.optim.calibration.running_mean import RunningMean
+from zotune.optim.calibration.signal_prior import GuessedSignal
+from zotune.optim.calibration.step_size import REACH, StepSize
+from zotune.optim.evaluator import Evaluator
+from zotune.optim.state import StepContext
+from zotune.rng.directions import Key
+from zotune.rng.isolation import isolated_generators
+from zotune.subspaces.activation import observing_inputs
+from zotune.subspaces.coordinate import Offset
+from zotune.subspaces.guided import GuidedCoordinate
+from zotune.weights.layouts import is_outputs_first
+from zotune.weights.structure import trained_layers
+
+#: Distance from θ, as a norm of all S, at which the first slope is measured; an S of norm 1 is a change of the size of a weight.
+NEAR = 1e-2
+#: Factor of the distance at which a slope is measured again if steps would go elsewhere; how often, at most.
+FARTHER, MAX_SAMPLES = 8.0, 6
+#: Steps between measurements if rates are measured, beside steps 1, 2, 4, 8, ...
+EVERY = 20
+#: How many times as far the loss has to fall where a slope is measured farther away.
+WORTH = 1.5
+#: Steps this many times longer than the distance last sampled are sampled first.
+LONGER = REACH
+#: Phases with output gradients before the first with drawn directions, and the most between two of those.
+MIN_PHASES, MAX_PHASES = 16, 256
+#: η as a multiple of the one for drawn directions.
+BOLD = 2.0
+#: The signal's part of a derivative's square where a batch has one loss. It was best in runs of single examples, which were worse where it
+#: followed the falls that steps achieved, as that of drawn directions does.
+ALONE = 0.25
+#: Weight of a new measurement of α.
+FORGETTING = 0.25
+
+
+class Derivatives(NamedTuple):
+    """What one forward pass provides about a batch.
+
+    Attributes:
+        losses: (N,), float32 on the CPU.
+        slopes: the derivative of each example's loss along every element of S of the active layers, (C, N), not scaled yet.
+        evaluated: sequences that went through the model.
+    """
+
+    losses: Tensor
+    slopes: Tensor
+    evaluated: int
+
+
+class OutputGradientSteps:
+    """Takes the measurements of steps along output gradients, and chooses the phases.
+
+    Args:
+        forward: evaluates the model.
+        evaluator: for the split of work among workers.
+        rule: the update rule.
+        interval: steps of a phase.
+        measured: whether rates are measured; else scales alone are.
+    """
+
+    def __init__(self, forward: PerturbedForward, evaluator: Evaluator, rule: Rule, interval: int, measured: bool) -> None:
+        self.forward, self.evaluator, self.rule = forward, evaluator, rule
+        self.interval, self.measured = interval, measured
+        self.coordinates = [c for c in forward.coordinates if isinstance(c, GuidedCoordinate)]
+        self.layers = trained_layers(forward.model, {id(c.parameter): c for c in self.coordinates})
+        self.size = StepSize(guess=GuessedSignal(ALONE, held=False))
+        self.scale = RunningMean(FORGETTING)  # α
+        self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
+        self.phases = 0  # with output gradients since the last one with drawn directions
+        self.max_phases = MIN_PHASES
+        self.drawn_phases = 0  # with drawn directions, in all
+        self.forwards = self.sequences = 0  # of the last measurement
+
+    @property
+    def active_coordinates(self) -> list[GuidedCoordinate]:
+        """The coordinates that this phase trains along output gradients, in the order of their elements."""
+        return [c for c in self.coordinates if c.guided]
+
+    @property
+    def active(self) -> bool:
+        """Whether this phase goes along output gradients."""
+        return any(c.guided for c in self.coordinates)
+
+    def parts(self, elements: Tensor) -> list[tuple[GuidedCoordinate, Tensor]]:
+        """The part of all elements (C,) of each active coordinate."""
+        active = self.active_coordinates
+        return list(zip(active, elements.split([c.num_guided for c in active]), strict=True))
+
+    # -- phases -----------------------------------------------------------------------------------------------------------------------
+
+    def choose_phase(self, drawn: StepSize | None, evaluations: int) -> bool:
+        """Whether the phase that begins goes along output gradients, if the loss provides them.
+
+        Args:
+            drawn: what is known of steps along drawn directions, where rates are measured.
+            evaluations: of the batch in such a step; a step along output gradients makes one.
+        """
+        if self.active:
+            self.phases += 1
+            return self.phases < self.max_phases and self.alpha > 0
+        if self.drawn_phases and drawn is not None:
+            worth = (drawn.expected_fall or 0.0) / evaluations >= (self.size.expected_fall or 0.0)
+            self.max_phases = MIN_PHASES if worth else min(2 * self.max_phases, MAX_PHASES)
+        self.phases = 0
+        return True
+
+    def phase_began(self) -> None:
+        """Record that a phase has begun."""
+        if self.active:
+            self.size.fade()
+        else:
+            self.drawn_phases += 1
+
+    # -- derivatives ----------------------------------------------------------------------------------------------------------------
+
+    def derivatives(self, context: StepContext) -> Derivatives:
+        """Losses of the step's examples at θ, and their derivatives."""
+        active = self.active_coordinates
+        layers = {layer: coordinate for layer, coordinate in self.layers.items() if coordinate.guided}
+        key = Key(context.seed, context.step, 0, "", "loss")
+
+        def rows_of(call: Callable[[], Tensor]) -> Tensor:
+            @tagged("activations")
+            def work() -> Tensor:
+                with isolated_generators(key, self.forward.devices), recording() as recorder:
+                    inputs = _LayerInputs(recorder, layers)
+                    with observing_inputs(layers, inputs.record):
+                        losses = call()
+                return torch.cat([losses.unsqueeze(0), inputs.slopes(active, losses.numel()).to(losses.device)])
+
+            return self.forward.evaluate(work, None)
+
+        values, evaluated = self.evaluator.table(context, 1 + sum(c.num_guided for c in active), rows_of)
+        values = values.cpu()
+        return Derivatives(values[0], values[1:], evaluated)
+
+    @property
+    def alpha(self) -> float:
+        """α, the factor of all derivatives."""
+        return max(0.0, self.scale.mean) if self.scale.count else 1.0
+
+    @tagged("activations")
+    def estimate(self, found: Derivatives) -> Estimate:
+        """The derivative along every element of S as a coefficient; a non-finite one skips the step."""
+        loss = float(found.losses.double().mean())
+        coefficients = self.alpha * found.slopes.double().mean(dim=1)
+        good = math.isfinite(loss) and bool(coefficients.isfinite().all())
+        kept = coefficients.float() if good else torch.zeros(len(coefficients))
+        return Estimate(loss if good else math.nan, kept, (not good,) * len(kept), math.nan, None)
+
+    # -- scale and rate -----------------------------------------------------------------------------------------------------------------
+
+    @tagged("activations")
+    def measure(self, found: Derivatives, evaluate: Callable[[], Tensor], seed: int, step: int) -> None:
+        """Measure the slope and curvature along ``found``, where that is due; ``evaluate`` returns the losses of the step's examples."""
+        self.forwards = self.sequences = 0
+        mean = found.slopes.double().mean(dim=1)
+        norm = float(mean.norm())
+        if not (self._due(step) and math.isfinite(norm) and norm > 0):
+            return
+        size, far, fall = self.size, self.size.radius or NEAR, -math.inf
+        radius = min(size.stride, LONGER * far) if size.stride > 0 else far
+        self.wall = math.inf
+        with self._along(mean / norm):
+            for sample in range(MAX_SAMPLES):
+                plus, minus = (self._at(evaluate, sign * radius, seed, step) for sign in (1.0, -1.0))
+                slope = float((plus - minus).double().mean()) / (2 * radius)
+                curvature = (plus + minus - 2 * found.losses).double() / radius**2
+                if not (math.isfinite(slope) and bool(curvature.isfinite().all())):
+                    radius, size.stride = radius / FARTHER, radius / FARTHER  # no step may go there
+                    continue
+                lower = float((found.losses - minus).double().mean())
+                if sample and radius > size.radius and lower < WORTH * fall:  # where a loss is level no curvature tells how far is far
+                    self.wall = REACH * size.radius
+                    break
+                fall = lower
+                if sample:
+                    self.scale = RunningMean(FORGETTING)  # only what is measured where steps go counts
+                size.sample_at(radius)
+                size.record_curvature(curvature.unsqueeze(0))
+                self.scale.add(slope / norm)
+                if not self.measured or self.alpha == 0:
+                    break
+                self._record_first(found, self.alpha * norm)
+                size.rate(1, len(found.losses))
+                if radius / FARTHER <= size.stride <= FARTHER * radius:
+                    break
+                radius = min(max(size.stride, radius / FARTHER), FARTHER * radius)
+        if self.scale.mean <= 0:
+            size.expected_fall = 0.0
+
+    def _due(self, step: int) -> bool:
+        size = self.size
+        if not step % self.interval or not self.scale.count:
+            return True
+        if not self.measured:
+            return False
+        longer = min(size.stride, self.wall) > LONGER * size.radius
+        return longer or not size.taken % EVERY or not size.taken & (size.taken - 1)
+
+    def _at(self, evaluate: Callable[[], Tensor], scale: float, seed: int, step: int) -> Tensor:
+        losses = self.forward.evaluate(evaluate, Offset(scale, seed, step, 0), only={c.name for c in self.active_coordinates})
+        self.forwards += 1
+        self.sequences += losses.numel()
+        return losses.cpu()
+
+    @contextmanager
+    def _along(self, direction: Tensor) -> Iterator[None]:
+        """Within, S of all layers are evaluated along ``direction`` (C,)."""
+        try:
+            for coordinate, part in self.parts(direction.float()):
+                coordinate.fixed_direction = part
+            yield
+        finally:
+            for coordinate in self.coordinates:
+                coordinate.fixed_direction = None
+
+    def _record_first(self, found: Derivatives, norm: float) -> None:
+        """Record what a rate needs before the first step: the moment."""
+        if not self.size.moment.count:
+            self.size.moment.add(norm**2)
+            self.size.record_examples(self._of_examples(found))
+        self.size.latest = norm**2
+
+    @tagged("activations")
+    def _of_examples(self, found: Derivatives) -> Tensor:
+        """Scaled derivatives of single examples, (C, N), of a size such that their mean square is that of the step's."""
+        return math.sqrt(len(found.slopes)) * self.alpha * found.slopes.double()
+
+    def rate(self, found: Derivatives, estimate: Estimate, step: int) -> float:
+        """η for a step of ``estimate``, for the update rule."""
+        size, norm = self.size, float(estimate.coefficients.double().norm())
+        size.record_examples(self._of_examples(found))
+        size.record_step([norm], estimate.loss)
+        plain = size.within_reach(BOLD * size.rate(1, len(found.losses)), 1)
+        size.expected_fall = 0.5 * plain * size.signal * size.moment.mean
+        moment = max(size.latest / max(1, len(estimate.coefficients)), 1e-30)
+        return plain * rule_gain(self.rule, moment, 1, step)
+
+    # -- state --------------------------------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, float]:
+        """The measurements for a log: those of ``StepSize``, and the scale α."""
+        return self.size.summary() | {"scale": self.alpha}
+
+    def state(self) -> dict[str, Any]:
+        """Its state as JSON; :meth:`restore` takes it back exactly."""
+        return {
+            "size": self.size.state(),
+            "scale": asdict(self.scale),
+            "wall": self.wall if math.isfinite(self.wall) else None,
+            "max_phases": self.max_phases,
+            "phases": self.phases,
+            "drawn_phases": self.drawn_phases,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.size = StepSize.restored(state["size"])
+        self.scale = RunningMean(**state["scale"])
+        self.wall = math.inf if state["wall"] is None else state["wall"]
+        self.max_phases, self.phases, self.drawn_phases = state["max_phases"], state["phases"], state["drawn_phases"]
+
+
+class _LayerInputs:
+    """Vᵀx at the scored positions, for every active layer, recorded while losses are computed."""
+
+    def __init__(self, recorder: OutputGradientRecorder, layers: dict[nn.Module, GuidedCoordinate]) -> None:
+        self.recorder, self.layers = recorder, layers
+        self.found: dict[str, list[Tensor]] = {}
+        self.outputs_first: dict[str, bool] = {c.name: is_outputs_first(layer) for layer, c in layers.items()}
+
+    @tagged("activations")
+    def record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        coordinate = self.layers[module]
+        rows = self.recorder.scored_rows(args[0]) if args and isinstance(args[0], Tensor) else None
+        if rows is not None:
+            factor = coordinate.v if self.outputs_first[coordinate.name] else coordinate.p
+            self.found.setdefault(coordinate.name, []).append(rows.float() @ factor.to(rows.device))
+
+    @tagged("activations")
+    def slopes(self, coordinates: Sequence[GuidedCoordinate], losses: int) -> Tensor:
+        """Derivatives of so many losses along every element of S, (C, losses); 0 for a layer that was not recorded."""
+        recorder, tables = self.recorder, []
+        gradients = torch.cat(recorder.gradients) if recorder.gradients else torch.zeros(0, 1)
+        examples = torch.cat(recorder.examples) if recorder.examples else torch.zeros(0, dtype=torch.long)
+        owners = examples * losses // max(1, recorder.num_examples)  # one loss of several examples is the mean of theirs
+        share = losses / max(1, recorder.num_examples)
+        for coordinate in coordinates:
+            table = torch.zeros(losses, coordinate.num_guided, device=gradients.device)
+            rows = torch.cat(self.found[coordinate.name]) if coordinate.name in self.found else None
+            if rows is not None and len(rows) == len(gradients):
+                first = self.outputs_first[coordinate.name]
+                outputs = gradients @ (coordinate.p if first else coordinate.v).to(gradients.device)
+                rows = rows.to(gradients.device)
+                left, right = (outputs, rows) if first else (rows, outputs)
+                products = (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)
+                table.index_add_(0, owners, products, alpha=share)
+            tables.append(table.T)
+        return torch.cat(tables)
