@@ -55,7 +55,7 @@ def galore_optimizer(
     random_from = math.inf
     if random_share:
         if setting.max_steps is None:
-            raise ValueError("golore needs the length of the run: pass max_steps.")
+            raise ValueError("golore needs to know how long the run is: pass max_steps.")
         random_from = round((1 - random_share) * setting.max_steps)
     groups = []
     for group in setting.groups:
