@@ -1,4 +1,4 @@
-"""Experiments: a grid of models, tasks, schemes, methods, hyperparameters and seeds, run to the end whatever interrupts it; its report."""
+"""Experiments: a resumable grid of models, tasks, schemes, methods, hyperparameters and seeds, and its report."""
 
 from zotune.bench.grid import Grid, load
 

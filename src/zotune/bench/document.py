@@ -1,4 +1,4 @@
-"""A document of headings, paragraphs, tables and figures, as Markdown and as one HTML page that needs nothing beside it."""
+"""A document of headings, paragraphs, tables and figures, as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are texts; ``emphasis`` are indices of rows that are set apart (figures that are not ours)."""
+    """Cells are texts; ``emphasis``: indices of the rows with published figures."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -30,7 +30,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """``name`` is its file beside the Markdown; ``svg`` the drawing."""
+    """``name``: of its file beside the Markdown."""
 
     name: str
     caption: str
@@ -41,13 +41,7 @@ Block = Heading | Paragraph | Table | Figure
 
 
 def markdown(title: str, blocks: Sequence[Block], figures: str) -> str:
-    """The document as Markdown.
-
-    Args:
-        title: the first heading.
-        blocks: what follows.
-        figures: folder of the figures, relative to the file.
-    """
+    """The document as Markdown; ``figures``: folder of the figures, relative to the file."""
     parts = [f"# {title}"]
     for block in blocks:
         match block:
@@ -65,7 +59,7 @@ def markdown(title: str, blocks: Sequence[Block], figures: str) -> str:
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
-    """The document as an HTML page, figures and style inside."""
+    """The document as an HTML page with figures and style embedded."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     for block in blocks:
         match block:

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG: learning curves, peak memory, time a step."""
+"""Learning curves of a report, as SVG."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DASHES = ("-", "--", "-.", ":")
 
 
 def curve(histories: Sequence[Sequence[Mapping[str, Any]]], axis: str, value: str) -> list[tuple[float, float, float, float]]:
-    """(x, mean, least, most) over runs of one cell, by the steps that all of them logged.
+    """(x, mean, minimum, maximum) over the runs of a cell, at the steps that all of them logged.
 
     Args:
         histories: the runs' `history.json` entries.
-        axis: "step", "forward_passes" or "seconds": x is its mean over the runs.
-        value: such as "eval_accuracy" or "loss".
+        axis: key of x, such as "step" or "seconds"; its mean over the runs.
+        value: key of y, such as "eval_accuracy" or "loss".
     """
     by_step = [{entry["step"]: entry for entry in entries if value in entry and axis in entry} for entries in histories]
     shared = sorted(set.intersection(*map(set, by_step))) if by_step else []
@@ -42,12 +42,9 @@ def curves(
     *,
     axes: Sequence[tuple[str, str]] = AXES,
 ) -> str | None:
-    """The metric of evaluations in training (above) and training loss (below) against each axis; bands are the range over seeds.
+    """The SVG of evaluation metric (above) and training loss (below) against each axis, with the range over seeds; None without data.
 
-    A method's style follows from its place in ``series``, so that it is the same in every figure of a report.
-
-    Returns:
-        The SVG; None when no run has a curve.
+    The position in ``series`` decides a method's style, so that it is the same in every figure of a report.
     """
     styles = {label: (COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]) for i, label in enumerate(series)}
     trained = {label: histories for label, histories in series.items() if curve(histories, "step", "loss")}

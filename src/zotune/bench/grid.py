@@ -1,4 +1,4 @@
-"""A grid file: what it may say, and one sentence for every mistake in it, before anything runs."""
+"""Grid files: their content, checked before anything runs, with one sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from zotune.io import safe_yaml
 from zotune.io.suggest import did_you_mean
 
-#: What the runs of a grid may be limited by.
+#: The units of a run's budget.
 BUDGETS = ("steps", "forward_passes", "sequences")
-#: Options of `zotune train` that the bench itself sets.
+#: Options of `zotune train` that a key of the grid file sets.
 OWN_OPTIONS = {
     "model_name_or_path": "models",
     "task": "tasks",
@@ -35,8 +35,8 @@ class Entry:
     """One value of an axis: a model, a task or a scheme.
 
     Attributes:
-        name: what `zotune train` is given.
-        label: what tables call it.
+        name: as on the command line.
+        label: in tables.
         options: of `zotune train`, wherever this value is used.
     """
 
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run lasts: so many ``steps``, ``forward_passes`` (evaluations of a batch) or ``sequences`` (examples times points)."""
+    """The length of a run in ``steps``, ``forward_passes`` (evaluations of a batch) or ``sequences`` (examples × points)."""
 
     kind: str
     amount: int
@@ -55,12 +55,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class MethodEntry(Entry):
-    """A method, its fixed options, and those that are tried.
+    """A method with its options and hyperparameter grid.
 
     Attributes:
-        grid: option -> values to try; every combination is a cell.
+        grid: option -> values; every combination is a cell.
         budget: in place of the grid file's.
-        models, tasks, schemes: labels it is run with; None for all.
+        models, tasks, schemes: the labels that it is run with; None: all.
     """
 
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -72,12 +72,12 @@ class MethodEntry(Entry):
 
 @dataclass(frozen=True)
 class Published:
-    """A published table to stand beside ours.
+    """A published table for comparison.
 
     Attributes:
-        source: where it is from, with arXiv id.
+        source: with arXiv id.
         what: ``"score"``, in percent, or ``"memory"``, in gigabytes.
-        model, scheme: labels of the grid that it was measured with.
+        model: its label in the grid.
         values: (task label, scheme label, method label) -> figure; for memory the task may be "".
     """
 
@@ -89,16 +89,16 @@ class Published:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file, checked.
+    """A checked grid file.
 
     Attributes:
-        title, about: for the report.
+        title, about: of the report.
         models, tasks, schemes, methods: the axes.
         seeds: of the runs that are reported.
-        tune_seeds: of the runs that choose among a method's cells.
-        budget: of every run whose method has none of its own.
+        tune_seeds: of the runs by which a method's cell is chosen.
+        budget: of a run whose method has none of its own.
         options: of every run.
-        published: tables to stand beside ours.
+        published: tables for comparison.
     """
 
     title: str
@@ -118,7 +118,8 @@ def load(path: str | Path) -> Grid:
     """The grid of a YAML file.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is not YAML, or something in it makes no sense, with its place and the fix.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or has a mistake; the message names its place and the fix.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -135,7 +136,7 @@ def load(path: str | Path) -> Grid:
 
 
 def parsed(content: Any, title: str = "grid") -> Grid:
-    """The grid that a YAML document describes; ValueError where it makes no sense."""
+    """The grid of a parsed YAML document; ValueError at the first mistake."""
     content = _mapping(content, "the grid file", _KEYS)
     for key in ("models", "tasks", "methods", "budget"):
         if content.get(key) in (None, [], {}):
@@ -145,7 +146,7 @@ def parsed(content: Any, title: str = "grid") -> Grid:
     schemes = _axis(content.get("schemes", ["full"]), "schemes", "scheme")
     labels = {"models": _labels(models), "tasks": _labels(tasks), "schemes": _labels(schemes)}
     methods = tuple(_method(each, f"methods[{index}]", labels) for index, each in enumerate(_list(content["methods"], "methods")))
-    _check_labels_apart(methods, labels)
+    _check_labels_differ(methods, labels)
     seeds = _seeds(content.get("seeds", [0]), "seeds")
     tune_seeds = _seeds(content.get("tune_seeds", list(seeds[:1])), "tune_seeds")
     grid = Grid(
@@ -228,8 +229,8 @@ def _method(value: Any, where: str, labels: Mapping[str, Sequence[str]]) -> Meth
     )
 
 
-def _check_labels_apart(methods: Sequence[MethodEntry], labels: Mapping[str, Sequence[str]]) -> None:
-    """Methods that share a label must not meet in one cell of a table."""
+def _check_labels_differ(methods: Sequence[MethodEntry], labels: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError where two methods with one label share a cell of a table."""
     seen: set[tuple[str, str, str, str]] = set()
     for index, method in enumerate(methods):
         places = {
@@ -312,7 +313,7 @@ def _published(value: Any, where: str, grid: Grid) -> Published:
 
 
 def _the_one(value: Mapping[str, Any], key: str, known: Sequence[str], where: str) -> str:
-    """The label that is given under ``key``, or the only one there is."""
+    """The label under ``key``, by default the only one that exists."""
     if value.get(key) is not None:
         return _known(value[key], known, f"{where}.{key}")
     if len(known) > 1:

@@ -1,4 +1,4 @@
-"""From a grid to runs: the words after `zotune train` of every one, all checked as `zotune train` reads them before the first starts."""
+"""From a grid to the command line of each of its runs, all checked by the parser of `zotune train` before the first starts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from zotune.training import run_config
 from zotune.training.loading import plan_model
 from zotune.training.option_parser import option_words
 
-#: What `zotune bench` sets where the grid file says nothing: checkpoints now and then, one kept, ten evaluations.
+#: Options that the grid file may override.
 DEFAULTS: dict[str, Any] = {"eval_steps": 0.1, "save_steps": 0.25, "save_total_limit": 1}
-#: Evaluations that measuring a learning rate takes: on the first batch, and per step after that (docs/how-to/learning_rate.md).
+#: Evaluations for measuring a learning rate: on the first batch, and per step after that (docs/how-to/learning_rate.md).
 _MEASURING = (25, 3 / 20)
 _BUNDLED = "bundled:"
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """A place in the report's tables: labels of model, task, scheme and method."""
+    """A cell of the report's tables: the labels of model, task, scheme and method."""
 
     model: str
     task: str
@@ -38,12 +38,12 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A place with one choice of its hyperparameters; seeds are all that its runs differ in.
+    """A place with one choice of its hyperparameters; its runs differ in their seeds.
 
     Attributes:
-        place: where its figures stand.
-        tried: the values of the options that the grid file tries.
-        options: every option of `zotune train` but the seed and the folders, as the run's file has them.
+        place: of its figures.
+        tried: the hyperparameters from the method's grid.
+        options: every option of `zotune train` except seed and folders.
     """
 
     place: Place
@@ -51,7 +51,7 @@ class Cell:
     options: Mapping[str, Any]
 
     def key(self, seed: int) -> str:
-        """The name of the run's folder: readable, and another one whenever any option is another."""
+        """The name of the run's folder, with a digest of all options."""
         facts = json.dumps({**self.options, "seed": seed}, sort_keys=True, default=str)
         words = [self.place.model, self.place.task, self.place.scheme, self.place.method]
         readable = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word) for word in words)[:80]
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        """For people: `mezo on sst2, full, learning_rate 1e-06, seed 0`."""
+        """Such as `mezo on sst2 (opt-13b, full), learning_rate 1e-06, seed 0`."""
         place = self.cell.place
         tried = "".join(f", {name} {spelled(value)}" for name, value in self.cell.tried.items())
         return f"{place.method} on {place.task} ({place.model}, {place.scheme}){tried}, seed {self.seed}"
@@ -81,7 +81,7 @@ def cells(grid: Grid) -> dict[Place, list[Cell]]:
     """The cells of every place, in the grid's order.
 
     Raises:
-        ValueError: an unknown method, a method that trains nothing but is given values to try, or cells and nothing to choose them by.
+        ValueError: an unknown method; a hyperparameter grid without training, or without held-out examples to choose by.
     """
     found: dict[Place, list[Cell]] = {}
     for model, task, scheme, method in itertools.product(grid.models, grid.tasks, grid.schemes, grid.methods):
@@ -91,7 +91,7 @@ def cells(grid: Grid) -> dict[Place, list[Cell]]:
             continue
         trains_nothing = catalog.is_baseline(method.name) and _recipe(method, {}).kind != "backward"  # type: ignore[union-attr]
         if trains_nothing and (scheme.name != "full" or scheme.options):
-            continue  # the model as it is has one row, that of the full model
+            continue  # the untrained model has one row
         found[place] = list(_cells_of(grid, place, model, task, scheme, method, trains_nothing))
     return found
 
@@ -102,7 +102,7 @@ def runs_of(cell: Cell, seeds: Sequence[int]) -> list[Run]:
 
 
 def words(run: Run, folder: Path, data_dir: str | None) -> list[str]:
-    """The words after `zotune train` that start a run: all of its options stand on the command line, so that it can be repeated by hand."""
+    """The words after `zotune train` that start a run, with all of its options, so that it can be repeated by hand."""
     options = {**run.cell.options, "seed": run.seed, "output_dir": str(folder)}
     model = str(options["model_name_or_path"])
     if model.startswith(_BUNDLED):
@@ -113,15 +113,15 @@ def words(run: Run, folder: Path, data_dir: str | None) -> list[str]:
 
 
 def check(grid: Grid, data_dir: str | None, *, models: bool = True) -> dict[Place, list[Cell]]:
-    """The cells, after every run's options have gone through the parser of `zotune train`.
+    """The cells of every place, their options checked by the parser of `zotune train`.
 
     Args:
         grid: the grid.
         data_dir: as in `zotune train`.
-        models: also look whether the models and tasks are there (models on the hub need the network).
+        models: also check that the models exist (those on the hub need the network).
 
     Raises:
-        ValueError, FileNotFoundError: the first thing that is wrong, with the run it belongs to.
+        ValueError, FileNotFoundError: the first mistake, with the run that has it.
     """
     found = cells(grid)
     if not found:
@@ -145,7 +145,7 @@ def check(grid: Grid, data_dir: str | None, *, models: bool = True) -> dict[Plac
 
 
 def spelled(value: Any) -> str:
-    """A hyperparameter for people: `1e-06`, `sets:2:3`."""
+    """A hyperparameter as text, such as `1e-06`."""
     return f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
@@ -183,7 +183,7 @@ def _cells_of(
 
 
 def _steps(method: MethodEntry, budget: Budget, options: Mapping[str, Any]) -> int:
-    """Steps that a budget allows, the evaluations that measuring the learning rate takes counted."""
+    """Steps within a budget; the evaluations for measuring the learning rate count."""
     if budget.kind == "steps":
         return budget.amount
     chosen = _recipe(method, options)
@@ -191,11 +191,11 @@ def _steps(method: MethodEntry, budget: Budget, options: Mapping[str, Any]) -> i
     if budget.kind == "sequences":
         size = _number(options.get("per_device_train_batch_size", 16)) * _number(options.get("gradient_accumulation_steps", 1))
         passes /= max(1, size)
-    a_step = float(chosen.forwards_per_step)
+    per_step = float(chosen.forwards_per_step)
     if isinstance(chosen, Method) and options.get("learning_rate", AUTO) == AUTO:
         passes -= _MEASURING[0]
-        a_step += _MEASURING[1]
-    steps = int(passes / a_step)
+        per_step += _MEASURING[1]
+    steps = int(passes / per_step)
     if steps < 1:
         raise ValueError(f"the budget of {budget.amount} {budget.kind} is less than one step of {method.label}: raise it.")
     return steps
@@ -209,7 +209,7 @@ def _recipe(method: MethodEntry, options: Mapping[str, Any]) -> Method | Baselin
 
 
 def _read(value: Any) -> Any:
-    """YAML reads `1e-6` as a text, because a number with an exponent needs a point there."""
+    """The value of a number with an exponent and without a point, such as `1e-6`, which YAML reads as a text."""
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
 
 

@@ -1,4 +1,4 @@
-"""The progress of a bench: on a terminal how many runs are there and what each running one says, elsewhere a line a run."""
+"""The progress of a bench: a live view on a terminal, elsewhere a line per run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ from zotune.io.text import duration_text, metric_text
 
 
 class Progress:
-    """Shows a bench as it goes.
-
-    Args:
-        console: where to write.
-    """
+    """Prints the progress of a bench to a console."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -32,18 +28,18 @@ class Progress:
         self.at_start: int | None = None
 
     def begin(self, total: int) -> None:
-        """``total``: runs that the grid comes to."""
+        """Starts the view; ``total``: runs of the grid."""
         self.total, self.started = total, time.perf_counter()
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
 
     def show(self, done: int, running: Mapping[Run, str]) -> None:
-        """How many runs have a result, and what the others say."""
+        """Shows the number of results and the last line of each running run."""
         if self.at_start is None:
             self.at_start = done
             if done:
-                self.console.print(f"{done} of {self.total} runs are there already.", highlight=False)
+                self.console.print(f"{done} of {self.total} runs are done already.", highlight=False)
         if self.live is None:
             return
         head = Table.grid(padding=(0, 2))
@@ -52,7 +48,7 @@ class Progress:
         self.live.update(Group(head, *lines))
 
     def ended(self, run: Run, result: Mapping[str, Any]) -> None:
-        """A line on a run that has ended."""
+        """Prints the result of a run."""
         self.ended_here += 1
         number = f"{(self.at_start or 0) + self.ended_here}/{self.total}"
         if result["status"] != "done":
@@ -66,7 +62,7 @@ class Progress:
         self.console.print(f"{number} {run.title}: {facts}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Ends the view; also after an interruption."""
+        """Ends the view."""
         if self.live is not None:
             self.live.stop()
             self.live = None

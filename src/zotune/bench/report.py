@@ -1,4 +1,4 @@
-"""The report of a bench: `report.md` with its figures, `report.html` in one file, and `table.json` for programs."""
+"""The report of a bench: `report.md` with its figures, self-contained `report.html`, and `table.json` for programs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,7 @@ FIGURES = "figures"
 
 
 def write(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder, folder: Path) -> list[Path]:
-    """Writes the report of what there is so far and returns its files.
-
-    Args:
-        grid: the grid.
-        places: its cells.
-        find: the result of a run, or None.
-        folder: where to write.
-    """
+    """Writes the report of all results so far to ``folder`` and returns its files."""
     rows = rows_of(grid, places, find)
     blocks = [
         *([Paragraph(grid.about)] if grid.about else []),
@@ -55,7 +48,7 @@ def write(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder, fold
 
 
 def _plain(row: Row) -> dict[str, object]:
-    """What of a row does not depend on the machine's speed."""
+    """The figures of a row that do not depend on the machine's speed."""
     return {
         **{axis: getattr(row.place, axis) for axis in ("model", "task", "scheme", "method")},
         "chosen": None if row.best is None else dict(row.best.tried),
@@ -79,12 +72,12 @@ def _state(grid: Grid, rows: Sequence[Row], find: Finder) -> list[Block]:
     for row in open_rows:
         runs = [run for cell in row.cells for run in runs_of(cell, grid.tune_seeds if len(row.cells) > 1 else grid.seeds)]
         reasons = [result["reason"] for run in runs if (result := find(run)) is not None and result["status"] == "failed"]
-        said.append((*_labels(grid, row), reasons[0] if reasons else f"{len(row.results)} of {row.seeds} runs are there"))
+        said.append((*_labels(grid, row), reasons[0] if reasons else f"{len(row.results)} of {row.seeds} runs are done"))
     return [Paragraph("This report is not complete; these rows lack runs:"), Table((*_axes(grid), "why"), said)]
 
 
 def _scores(grid: Grid, rows: Sequence[Row]) -> list[Block]:
-    """Mean ± standard deviation on the test examples, with published figures below ours."""
+    """Mean ± standard deviation on the test examples, above published figures."""
     names = sorted({row.metric for row in rows if row.metric}) or ["accuracy"]
     spread = f", mean ± standard deviation over {len(grid.seeds)} seeds" if len(grid.seeds) > 1 else ""
     what = f"Test {', '.join(names)} in percent{spread}"
@@ -132,7 +125,7 @@ def _line_key(method: str, scheme: str, over_schemes: bool) -> tuple[str, str]:
 
 
 def _against_backprop(grid: Grid, rows: Sequence[Row]) -> list[Block]:
-    """Zeroth order over first order, task by task: memory, score, time."""
+    """Zeroth order against first order: score, memory, time."""
     lines = []
     for row in rows:
         if not (row.zeroth_order and row.scores):
@@ -155,13 +148,13 @@ def _against_backprop(grid: Grid, rows: Sequence[Row]) -> list[Block]:
                 f"{gap:+.1f}".replace("-", "−"),
                 _ratio(row.mean("memory", "training"), baseline.mean("memory", "training")),
                 _ratio(_beyond(row), _beyond(baseline)),
-                _ratio(row.a_step("processor_seconds"), baseline.a_step("processor_seconds")),
+                _ratio(row.per_step("processor_seconds"), baseline.per_step("processor_seconds")),
                 _ratio(_whole_time(row), _whole_time(baseline)),
             )
         )
     if not lines:
         return []
-    header = (*_axes(grid), "against", "score, points", "peak memory", "beyond the model", "time a step", "time of the run")
+    header = (*_axes(grid), "against", "score, points", "peak memory", "beyond the model", "time per step", "time of the run")
     text = (
         "Of the first-order methods of the same model, task and scheme the one with the best held-out score; ratios of memory and "
         "processor time, ours over theirs."
@@ -190,7 +183,7 @@ def _curves(grid: Grid, rows: Sequence[Row]) -> list[Block]:
 
 
 def _memory(grid: Grid, rows: Sequence[Row]) -> list[Block]:
-    """Measured peaks: with the model loaded, and at the worst moment of training."""
+    """Measured memory: with the model loaded, and at the peak of training."""
     known = [row for row in rows if row.done and row.mean("steps")]
     if not known:
         return []
@@ -199,9 +192,9 @@ def _memory(grid: Grid, rows: Sequence[Row]) -> list[Block]:
     for row in known:
         loaded, peak = row.mean("memory", "loaded"), row.mean("memory", "training")
         assert loaded is not None and peak is not None
-        moving = row.mean("trainable_parameters") or 0
+        trained = row.mean("trainable_parameters") or 0
         lines.append(
-            (*_labels(grid, row), f"{moving / 1e6:.3g} M", f"{loaded / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{(peak - loaded) / 1e6:.0f}")
+            (*_labels(grid, row), f"{trained / 1e6:.3g} M", f"{loaded / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{(peak - loaded) / 1e6:.0f}")
         )
         bars[", ".join(reversed(_labels(grid, row)))] = (loaded / 1e6, (peak - loaded) / 1e6)
     header = (*_axes(grid), "trained", "loaded, MB", "peak, MB", "beyond, MB")
@@ -227,7 +220,7 @@ def _time(grid: Grid, rows: Sequence[Row]) -> list[Block]:
     for row in rows:
         if not (row.done and row.mean("steps")):
             continue
-        clock, processor = row.a_step("seconds"), row.a_step("processor_seconds")
+        clock, processor = row.per_step("seconds"), row.per_step("processor_seconds")
         lines.append(
             (
                 *_labels(grid, row),
@@ -244,8 +237,8 @@ def _time(grid: Grid, rows: Sequence[Row]) -> list[Block]:
         "steps",
         "forward passes",
         "sequences",
-        "ms a step",
-        "processor ms a step",
+        "ms per step",
+        "processor ms per step",
         "training, clock",
     )
     text = "A backward pass counts as two forward passes. Processor time is that of all threads, and leaves out what other programs take."
@@ -253,7 +246,7 @@ def _time(grid: Grid, rows: Sequence[Row]) -> list[Block]:
 
 
 def _tried(grid: Grid, rows: Sequence[Row], find: Finder) -> list[Block]:
-    """Every cell with its score on held-out examples; the chosen one in bold."""
+    """Every cell with its held-out score; the chosen one in bold."""
     lines = []
     for row in rows:
         for cell in row.cells if len(row.cells) > 1 else ():
@@ -293,13 +286,13 @@ def _how(grid: Grid, rows: Sequence[Row]) -> list[Block]:
 
 
 def _axes(grid: Grid) -> list[str]:
-    """The columns that tell a row from the others: axes with one value are left out."""
+    """The columns that identify a row: axes with one value are left out."""
     counts = {"model": len(grid.models), "task": len(grid.tasks), "scheme": len(grid.schemes)}
     return [axis for axis, count in counts.items() if count > 1] + ["method"]
 
 
 def _line(grid: Grid, row: Row) -> str:
-    """What a curve is called."""
+    """The label of a curve."""
     return row.place.method if len(grid.schemes) == 1 else f"{row.place.method}, {row.place.scheme}"
 
 
@@ -313,8 +306,8 @@ def _beyond(row: Row) -> float | None:
 
 
 def _whole_time(row: Row) -> float | None:
-    a_step, steps = row.a_step("processor_seconds"), row.mean("steps")
-    return None if a_step is None or steps is None else a_step * steps
+    per_step, steps = row.per_step("processor_seconds"), row.mean("steps")
+    return None if per_step is None or steps is None else per_step * steps
 
 
 def _ratio(ours: float | None, theirs: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a bench's folder holds of a run: nothing yet, a part of it, or its result."""
+"""The runs of a bench on disk: whether one is new, resumable or done, and its result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zotune.training import run_folder
 from zotune.training.checkpoint import storage
 
 RESULT_FILE = "result.json"
-#: A result that another attempt would only repeat.
+#: The status of results that another attempt would only repeat.
 FINAL = ("done", "diverged")
 
 
@@ -24,8 +24,7 @@ class Results:
 
     Args:
         folder: of the bench; runs are in `runs/`.
-        keep_models: keep weights and checkpoints of runs that are done. Their journals stay in any case, and `zotune replay` makes the
-            weights of them.
+        keep_models: keep weights and checkpoints of runs that are done. Their journals always stay, for `zotune replay`.
     """
 
     def __init__(self, folder: Path, *, keep_models: bool = False):
@@ -40,13 +39,13 @@ class Results:
         return _read(self.place(run) / RESULT_FILE)
 
     def resumable(self, run: Run) -> bool:
-        """Whether there is something that `zotune train --resume_from_checkpoint true` could go on from: a checkpoint, or a journal."""
+        """Whether there is a checkpoint or journal for `zotune train --resume_from_checkpoint true`."""
         place = self.place(run)
-        something = storage.checkpoints(place) or (place / run_folder.JOURNAL_FILE).is_file()
-        return (place / run_folder.RUN_FILE).is_file() and bool(something)
+        resumable = storage.checkpoints(place) or (place / run_folder.JOURNAL_FILE).is_file()
+        return (place / run_folder.RUN_FILE).is_file() and bool(resumable)
 
     def ended(self, run: Run) -> bool:
-        """Whether a run came to its end, its result collected or not."""
+        """Whether a run ended, even if its result has not been collected."""
         return (self.place(run) / run_folder.SUMMARY_FILE).is_file()
 
     def collect(self, run: Run, code: int) -> dict[str, Any]:
@@ -59,17 +58,24 @@ class Results:
             result |= {"status": "done", "summary": summary, "history": history["entries"]}
             result["versions"] = run_folder.read_run(place)["versions"]
         else:
-            said = _last_words(place / LOG_FILE)
-            diverged = code == FAILED and "finite" in said
-            result |= {"status": "diverged" if diverged else "failed", "exit_code": code, "reason": said}
+            reason = self.last_line(run)
+            diverged = code == FAILED and "finite" in reason
+            result |= {"status": "diverged" if diverged else "failed", "exit_code": code, "reason": reason}
         if result["status"] in FINAL and not self.keep_models:
             _drop_weights(place)
-        write_json(place / RESULT_FILE, result)  # the last thing: what is killed before it is collected once more
+        write_json(place / RESULT_FILE, result)  # last: a bench that is killed before collects again
         return result
 
     def last_line(self, run: Run) -> str:
-        """What a run said last."""
-        return _last_words(self.place(run) / LOG_FILE)
+        """The last line of a run's log that is not empty."""
+        log = self.place(run) / LOG_FILE
+        try:
+            with log.open("rb") as file:
+                file.seek(max(0, log.stat().st_size - 4096))
+                lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        except FileNotFoundError:
+            return ""
+        return lines[-1].removeprefix("zotune: ") if lines else ""
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -77,17 +83,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def _last_words(log: Path) -> str:
-    """The last line of a log that is not empty; of one that ends in an error of `zotune`, that."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 4096))
-            lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return ""
-    return lines[-1].removeprefix("zotune: ") if lines else ""
 
 
 def _drop_weights(place: Path) -> None:

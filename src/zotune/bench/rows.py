@@ -1,4 +1,4 @@
-"""The rows of a report: for each place of the grid its chosen cell, and what its runs came to."""
+"""The rows of a report: for each place of the grid its chosen cell and the results of its runs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Row:
     Attributes:
         place: its labels.
         cells: all its cells.
-        best: the chosen one; None while that is open.
-        results: of the chosen cell's runs, those that are there.
-        seeds: runs that there should be.
+        best: the chosen one; None until then.
+        results: of the chosen cell's runs so far.
+        seeds: number of its runs.
     """
 
     place: Place
@@ -39,12 +39,12 @@ class Row:
 
     @property
     def complete(self) -> bool:
-        """Whether the cell is chosen and all its runs are there, if only to say that they diverged."""
+        """Whether the cell is chosen and all its runs are done or diverged."""
         return self.best is not None and len(self.results) == self.seeds and all(result["status"] in FINAL for result in self.results)
 
     @property
     def scores(self) -> list[float]:
-        """The main metric on the test examples, one a seed."""
+        """The main metric on the test examples, one per seed."""
         return [score for result in self.done if (score := test_score(result)) is not None]
 
     @property
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def backward(self) -> bool:
-        """Whether it trains by backprop."""
+        """Whether the method uses backprop."""
         return self._kind == "backward"
 
     @property
@@ -67,15 +67,15 @@ class Row:
         return baseline.kind if isinstance(baseline, Baseline) else "zeroth order"
 
     def mean(self, *keys: str) -> float | None:
-        """Mean over the runs of a number in their summaries, such as ("memory", "training")."""
+        """Mean over the runs of a figure in their summaries, such as ("memory", "training")."""
         values: list[Any] = [result["summary"] for result in self.done]
         for key in keys:
             values = [value[key] for value in values]
         known = [value for value in values if value is not None]
         return statistics.fmean(known) if known else None
 
-    def a_step(self, clock: str) -> float | None:
-        """Mean seconds a step by a clock of the history: "seconds" or "processor_seconds"."""
+    def per_step(self, clock: str) -> float | None:
+        """Mean seconds per step by a clock of the history: "seconds" or "processor_seconds"."""
         times = []
         for result in self.done:
             last: Mapping[str, Any] = next((entry for entry in reversed(result["history"]) if clock in entry), {})
@@ -95,7 +95,7 @@ def rows_of(grid: Grid, places: Mapping[Place, Sequence[Cell]], find: Finder) ->
 
 
 def score_text(row: Row) -> str:
-    """A row's test score: `84.4 ± 1.2`; of runs that diverged it says so."""
+    """A row's test score, such as `84.4 ± 1.2`, with the number of runs that diverged."""
     diverged = sum(result["status"] == "diverged" for result in row.results)
     if not row.scores:
         return "diverged" if diverged else "–"
@@ -103,7 +103,7 @@ def score_text(row: Row) -> str:
 
 
 def percent(values: Sequence[float], metric: str | None) -> str:
-    """`84.4 ± 1.2`: mean and standard deviation over seeds, in percent where the metric is a share."""
+    """Mean ± standard deviation over seeds, such as `84.4 ± 1.2`; in percent except for a loss."""
     factor = 1.0 if metric == "loss" else 100.0
     scaled = [factor * value for value in values]
     if not scaled:

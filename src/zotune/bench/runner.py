@@ -1,4 +1,4 @@
-"""Running a grid: several processes, each one training run, until every run has a result."""
+"""Running a grid: one process per run, several at a time, until every run has a result."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Runner:
     """Brings every run of a grid to its result.
 
     Args:
-        grid: what to run.
+        grid: the grid.
         places: its cells, from `plan.check`.
-        results: where runs and results are.
+        results: the runs on disk.
         data_dir: as in `zotune train`.
         processes: runs at a time.
-        threads: of torch, for each.
-        progress: shows what happens.
-        observer: of every run, made in its process; its output goes to the run's log. Default: none.
+        threads: of torch, per run.
+        progress: receives the events.
+        observer: makes each run's observer, in its process; its output goes to the run's log.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Runner:
         self.data_dir, self.processes, self.threads = data_dir, processes, threads
         self.progress, self.observer = progress, observer
         self._running: dict[Run, tuple[ForkServerProcess, int]] = {}
-        self._tried: set[str] = set()  # a run that failed is tried once in an invocation
+        self._tried: set[str] = set()  # a failed run is tried once per invocation
         self._restarted: set[str] = set()
         self._found: dict[str, dict[str, Any]] = {}
 
     def find(self, run: Run) -> dict[str, Any] | None:
-        """The result of a run, or None; of one that failed in an earlier invocation, None until it has been tried again."""
+        """The result of a run, or None; a failure of an earlier invocation does not count, so that the run is tried again."""
         if run.key not in self._found:
             result = self.results.get(run)
             if result is None or (result["status"] not in FINAL and run.key not in self._tried):
@@ -67,17 +67,17 @@ class Runner:
         return self._found[run.key]
 
     def carry_out(self) -> None:
-        """All runs, those that are there already left alone.
+        """Carries out all runs without a result.
 
         Raises:
             ValueError: another bench works in this folder.
-            KeyboardInterrupt: after the runs under way were ended; they go on from their checkpoints the next time.
+            KeyboardInterrupt: after the running runs were ended; they resume from their checkpoints the next time.
         """
-        # Processes that are forked can use a GPU only if the one that they are forked from has not so much as looked for it.
+        # A forked process can use a GPU only if its parent has not initialized CUDA, not even to count devices.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-        # Threads that wait by spinning make small models many times slower as soon as something else wants a core.
+        # Threads that wait by spinning make small models many times slower on a busy machine.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # A process a run makes its peak of memory its own; forked from one that has imported the libraries, it starts at once.
+        # A process of its own gives each run its own memory peak; forked from one with the libraries imported, it starts at once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["zotune.training.run", "zotune.bench.worker", self.observer.__module__])
         with locked(self.results.folder):
@@ -93,7 +93,7 @@ class Runner:
                 self.progress.close()
 
     def _advance(self, context: Any) -> bool:
-        """Takes in what has ended, starts as many as may run at a time; False when nothing runs and nothing can be started."""
+        """Collects ended runs and starts waiting ones; False when none is left."""
         for run, (process, _) in list(self._running.items()):
             if process.exitcode is not None:
                 del self._running[run]
@@ -102,7 +102,7 @@ class Runner:
         waiting = [run for run in wanted if self.find(run) is None and run not in self._running]
         self.progress.show(sum(self.find(run) is not None for run in wanted), {r: self.results.last_line(r) for r in self._running})
         for run in waiting[: self.processes - len(self._running)]:
-            if self.results.ended(run):  # and the bench was killed before it noticed
+            if self.results.ended(run):  # an earlier bench was killed before it collected the result
                 self._ended(run, 0)
             else:
                 self._start(run, context)
@@ -126,14 +126,14 @@ class Runner:
 
     def _ended(self, run: Run, code: int) -> None:
         if code == WRONG and run.key not in self._restarted:
-            self._restarted.add(run.key)  # its checkpoint cannot be continued, by other versions for example: from the start, then
+            self._restarted.add(run.key)  # its checkpoint cannot be resumed, after an upgrade for example: start over
             return
         self._tried.add(run.key)
         self.progress.ended(run, self.results.collect(run, code))
 
 
 def _devices() -> list[str]:
-    """The GPUs that runs are dealt out to, as in CUDA_VISIBLE_DEVICES."""
+    """The GPUs for the runs, as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -143,13 +143,13 @@ def _devices() -> list[str]:
 
 
 def _environment(slot: int) -> dict[str, str]:
-    """What the run in a slot sees of several GPUs: one of them."""
+    """Of several GPUs, a run sees one, by its slot."""
     known = _devices()
     return {"CUDA_VISIBLE_DEVICES": known[slot % len(known)]} if len(known) > 1 else {}
 
 
 def default_threads(processes: int) -> int:
-    """Threads a run where ``processes`` share the machine; no more than ``OMP_NUM_THREADS`` allows."""
+    """Threads per run where ``processes`` share the machine, at most ``OMP_NUM_THREADS``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     share = max(1, cores // processes)
@@ -157,5 +157,5 @@ def default_threads(processes: int) -> int:
 
 
 def folder_of(grid_file: Path) -> Path:
-    """Where a grid file's bench goes when no folder is named."""
+    """The default folder of a grid file's bench."""
     return Path("runs") / f"bench-{grid_file.stem}"

@@ -1,4 +1,4 @@
-"""Which runs a grid still needs, and which cell of a method stands in the table: the best on held-out examples, never on test ones."""
+"""The runs that a grid still needs, and a method's chosen cell: the best on held-out examples, never on test examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Finder = Callable[[Run], dict[str, Any] | None]
 
 
 def held_out(result: Mapping[str, Any]) -> tuple[float, float]:
-    """(metric, −loss) on the held-out examples, larger is better; −∞ for a run that diverged or failed."""
+    """(metric, −loss) on the held-out examples, larger is better; −∞ for a run without a result."""
     if result["status"] != "done" or not result["summary"].get("held_out"):
         return -math.inf, -math.inf
     summary = result["summary"]
@@ -24,7 +24,7 @@ def held_out(result: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def test_score(result: Mapping[str, Any]) -> float | None:
-    """The main metric on the test examples; None where there is none."""
+    """The main metric on the test examples, or None."""
     if result["status"] != "done" or not result["summary"]["after"]:
         return None
     return result["summary"]["after"][result["summary"]["metric"]]
@@ -33,8 +33,7 @@ def test_score(result: Mapping[str, Any]) -> float | None:
 def best_of(cells: Sequence[Cell], tune_seeds: Sequence[int], find: Finder) -> Cell | None:
     """The cell with the best mean over the tuning seeds; ties go to the lower held-out loss, then to the first.
 
-    Returns:
-        None as long as a tuning run is missing, or failed for a reason that has nothing to do with its hyperparameters.
+    None while a tuning run is missing or has failed (divergence is a result).
     """
     if len(cells) == 1:
         return cells[0]
@@ -49,7 +48,7 @@ def best_of(cells: Sequence[Cell], tune_seeds: Sequence[int], find: Finder) -> C
 
 
 def due(places: Mapping[Place, Sequence[Cell]], seeds: Sequence[int], tune_seeds: Sequence[int], find: Finder) -> list[Run]:
-    """Every run that can be named by now: the tuning runs of each place, and its best cell's under all seeds once it is known."""
+    """The runs known so far: the tuning runs of each place, and its best cell under all seeds once it is chosen."""
     wanted: dict[str, Run] = {}
     for cells in places.values():
         if len(cells) > 1:
@@ -62,6 +61,6 @@ def due(places: Mapping[Place, Sequence[Cell]], seeds: Sequence[int], tune_seeds
 
 
 def total(places: Mapping[Place, Sequence[Cell]], seeds: Sequence[int], tune_seeds: Sequence[int]) -> int:
-    """Runs that a grid comes to in the end; the best cell's tuning runs count once."""
+    """The number of runs of a grid in the end; the best cell's tuning runs count once."""
     more = len(set(seeds) - set(tune_seeds))
     return sum(len(seeds) if len(cells) == 1 else len(cells) * len(tune_seeds) + more for cells in places.values())

@@ -1,4 +1,4 @@
-"""One run of a bench, in a process of its own, which ends when the bench does."""
+"""One run of a bench in a process of its own, which ends with the bench."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zotune.io.failures import INTERRUPTED, explain
+from zotune.io.failures import explain
 from zotune.training.observer import RunObserver
 
 LOG_FILE, _LOCK_FILE = "log.txt", ".lock"
@@ -23,11 +23,11 @@ class Job:
     """A run for :func:`work`.
 
     Attributes:
-        words: its options, as words after `zotune train`.
-        here: the working folder, which a process of multiprocessing does not take over.
-        folder: of the run's log and lock; two processes never work in one folder, whatever became of the bench that started them.
+        words: after `zotune train`.
+        here: the working folder, which a forkserver process does not inherit.
+        folder: of the run's log and lock; the lock keeps a process of an earlier bench out.
         threads: of torch.
-        environment: variables to set before anything asks for a GPU.
+        environment: variables to set before CUDA is initialized.
         observer: makes the run's observer.
     """
 
@@ -40,7 +40,7 @@ class Job:
 
 
 def work(job: Job) -> None:
-    """Carries out a run and leaves with its exit code (:mod:`zotune.io.failures`); its output goes to the folder's `log.txt`."""
+    """Carries out a run and exits with its code (:mod:`zotune.io.failures`); its output goes to the folder's `log.txt`."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ.update(job.environment)
     os.chdir(job.here)
@@ -49,7 +49,7 @@ def work(job: Job) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        # Their buffers belong to the process that this one was made from.
+        # The inherited objects write to the parent's buffers.
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         import torch
 
@@ -57,11 +57,11 @@ def work(job: Job) -> None:
         code = run_words(job.words, job.observer)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # no interpreter shutdown: it would wait for threads of libraries
+    os._exit(code)  # an interpreter shutdown would wait for the libraries' threads
 
 
 def run_words(words: Sequence[str], observer: Callable[[], RunObserver] = RunObserver) -> int:
-    """Carries out the run that the words after `zotune train` describe, and returns its exit code; an error is one sentence on stderr."""
+    """Carries out the run of the words after `zotune train` and returns its exit code; an error is one sentence on stderr."""
     from zotune.memory.offload_needs import needs_of
     from zotune.training import run_config
     from zotune.training.quiet import quiet_environment, quiet_libraries
@@ -72,11 +72,9 @@ def run_words(words: Sequence[str], observer: Callable[[], RunObserver] = RunObs
     try:
         run(run_config.parse(words), observer(), needs_of)
         return 0
-    except KeyboardInterrupt as interrupt:
-        message, code = str(interrupt) or "Interrupted.", INTERRUPTED
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         known = explain(error)
-        if known is None:  # a bug of ours: whoever reports it needs the traceback
+        if known is None:  # a bug, to be reported with its traceback
             raise
         message, code = known
     print(f"zotune: {message}", file=sys.stderr)

@@ -46,13 +46,13 @@ def main(argv: Sequence[str]) -> int:
         try:
             runner.carry_out()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"Interrupted; what is done is in {results.folder}. The same command goes on from there.") from None
+            raise KeyboardInterrupt(f"Interrupted; the results so far are in {results.folder}. The same command resumes.") from None
     for written in write(grid, places, results.get, results.folder):
         console.print(f"report: {written}", highlight=False, soft_wrap=True)
     wanted = due(places, grid.seeds, grid.tune_seeds, results.get)
     missing = sum((results.get(run) or {}).get("status") not in FINAL for run in wanted)
     if missing:
-        console.print(f"{missing} runs failed or are missing; the command without --report tries them (log.txt in their folders says why).")
+        console.print(f"{missing} runs failed or are missing; the command without --report runs them (their log.txt has the reason).")
     return _FAILED if missing else 0
 
 
@@ -60,22 +60,22 @@ def _print_plan(grid: Grid, places: dict[Place, list[Cell]], results: Results, d
     for run in due(places, grid.seeds, grid.tune_seeds, results.get):
         done = (results.get(run) or {}).get("status") in FINAL
         print(f"# {run.title}{': done' if done else ''}\nzotune train {shlex.join(words(run, results.place(run), data_dir))}")
-    print(f"# {total(places, grid.seeds, grid.tune_seeds)} runs in all; which the others are, the held-out scores of these decide.")
+    print(f"# {total(places, grid.seeds, grid.tune_seeds)} runs in all; the others depend on the held-out scores of these.")
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
         "zotune bench",
-        "Runs a grid of models, tasks, schemes, methods, hyperparameters and seeds, and writes a report. What is done is not repeated, and "
-        "what was interrupted goes on: the same command does both.",
+        "Runs a grid of models, tasks, schemes, methods, hyperparameters and seeds, and writes a report. The same command resumes an "
+        "interrupted bench; runs that are done are not repeated.",
     )
     parser.add_argument("grid", metavar="GRID", help="a YAML file (docs/how-to/bench.md; ready ones are in benchmarks/grids)")
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the runs and the report (default: runs/bench-GRID)")
     parser.add_argument("--data_dir", metavar="DIR", help="folder with <task>/<split>.jsonl[.gz]; without it, the Hugging Face hub")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default 1); several GPUs are dealt out")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads a run (default: the cores, divided among the processes)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default 1), distributed over the GPUs")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per run (default: the cores, divided among the processes)")
     parser.add_argument("--keep_models", action="store_true", help="keep weights and checkpoints of runs that are done")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry_run", action="store_true", help="check the file and print the command of every run; run nothing")
-    what.add_argument("--report", action="store_true", help="only write the report of what is there")
+    what.add_argument("--report", action="store_true", help="only write the report of the results so far")
     return parser

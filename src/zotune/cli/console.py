@@ -1,4 +1,4 @@
-"""A run on the console: what it is, its progress, its evaluations, and the closing table."""
+"""A run on the console: description, progress, evaluations, and closing table."""
 
 from __future__ import annotations
 
@@ -17,18 +17,13 @@ from zotune.training.run import RunResult
 
 
 def new_console() -> Console:
-    """Standard output; wide enough for a path where there is no terminal to ask."""
+    """Standard output, 120 columns wide where it is no terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
 
 
 class ConsoleObserver(RunObserver):
-    """Prints a run.
-
-    Args:
-        console: where to; None: standard output.
-        table: whether the run ends with a table of its figures.
-    """
+    """Prints a run to a console (None: standard output); ``table``: end with a table of its figures."""
 
     def __init__(self, console: Console | None = None, *, table: bool = True):
         self.console, self.table = console or new_console(), table

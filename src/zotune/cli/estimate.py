@@ -105,7 +105,7 @@ def _parser() -> CommandParser:
     add("--device", choices=("cpu", "cuda"), metavar="NAME", help="allocate as on a cpu or on a GPU (cuda, the default without --measure)")
     add("--measure", action="store_true", help="also run real steps on this machine, with random weights of the model's shapes")
     add("--memory", metavar="SIZE", help="a card's, such as 24GB: also find the largest batch and sequence that fit it")
-    add("--exact", action="store_true", help="rehearse every layer, not a few whose memory is extrapolated (implied by --measure)")
+    add("--exact", action="store_true", help="compute every layer; otherwise two shallow models are extrapolated (implied by --measure)")
     add("--chart", metavar="FILE", help="draw the table as a bar chart (PNG)")
     add("--json", metavar="FILE", help="write the table as JSON")
     return parser

@@ -1,4 +1,4 @@
-"""`zotune eval`: a model on a task, by the log-likelihood of the answer options, or on one's own text, by loss."""
+"""`zotune eval`: a model on a task, by the log-likelihood of the answer options, or on text, by loss."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from zotune.training.trainer import ZOTrainer
 
 USAGE = "zotune eval --model_name_or_path MODEL --task TASK [--data_dir DIR] [options]"
 ABOUT = (
-    "Evaluates a model: option log-likelihood on a task, the class scores of an encoder, or the loss on your own text. For the "
-    "folder of a `zotune train` run, the run's own data options are the defaults."
+    "Evaluates a model: option log-likelihood on a task, the class scores of an encoder, or the loss on your own text. The data "
+    "options of a `zotune train` run are the defaults for its folder."
 )
 
 
 @dataclasses.dataclass
 class EvaluationArguments:
-    """How to evaluate, and where the result goes."""
+    """Options of the evaluation and its output."""
 
-    per_device_eval_batch_size: int = dataclasses.field(default=16, metadata={"help": "examples a batch"})
+    per_device_eval_batch_size: int = dataclasses.field(default=16, metadata={"help": "examples per batch"})
     seed: int = dataclasses.field(default=42, metadata={"help": "of the subset that --num_eval draws"})
     use_cpu: bool = dataclasses.field(default=False, metadata={"help": "stay on the CPU where there is a GPU"})
     output_file: str | None = dataclasses.field(
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         how = dict.fromkeys((field.name for field in dataclasses.fields(EvaluationArguments)), "")
         print(help_page(parser, USAGE, ABOUT, {"model": model_options, "data": data_options, "evaluation": how | {"config": ""}}))
         return 0
-    (model, data, how), _ = parser.parse(argv, _data_of_the_run)
+    (model, data, how), _ = parser.parse(argv, _data_options_of_run)
     result = evaluate(model, data, how)
     if how.output_file == "-":
         print(json.dumps(result, indent=2))
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArguments) -> dict[str, Any]:
-    """The result of `zotune eval`: metrics, examples, seconds, peak memory and what they are of.
+    """The result of `zotune eval`: metrics, examples, seconds and peak memory, with model and data.
 
     Raises:
         ValueError, FileNotFoundError: a wrong request.
@@ -129,8 +129,8 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         }
 
 
-def _data_of_the_run(values: dict[str, Any], given: set[str]) -> None:
-    """For the folder of a run (or its checkpoint), what the user leaves out is as in that run."""
+def _data_options_of_run(values: dict[str, Any], given: set[str]) -> None:
+    """Data options default to those of the run whose folder (or checkpoint) the model is from."""
     if not values["model_name_or_path"] or {"task", "eval_file"} & given:
         return
     folder = Path(values["model_name_or_path"]).expanduser()

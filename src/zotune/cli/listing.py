@@ -1,4 +1,4 @@
-"""`zotune methods` and `zotune tasks`: what there is, and what one of them is."""
+"""`zotune methods` and `zotune tasks`: the list, or the description of one."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def methods(argv: Sequence[str]) -> int:
                 f"{method.eps:g}",
             )
         )
-    print(wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "eps"), rows))
-    print("* the default of `zotune train`. W: the weights that move; r: rank; m, n: sides of a matrix.\n")
-    print("To compare with, on the same data and in the same report (a backward pass counts as two forwards, float32 elements are kept):")
+    print(wide_table(("name", "title", "arXiv", "forwards per step", "extra memory", "lr", "eps"), rows))
+    print("* the default of `zotune train`. W: the trained weights; r: rank; m, n: sides of a matrix.\n")
+    print("Baselines, on the same data and in the same report (a backward pass counts as two forwards, states are float32):")
     print(_baselines())
     print("The learning rates are the papers', for models of a billion parameters and more; small models want far larger ones.")
     print("`zotune methods NAME` describes one, with its options.")
@@ -54,7 +54,7 @@ def _baselines() -> str:
         cost = str(baseline.forwards_per_step) if baseline.kind == "backward" else "no steps"
         options = ", ".join(option for option in baselines.options_of(each) if option != "lr")
         rows.append((each, baseline.title, baseline.arxiv or "–", cost, baseline.memory, rate, options))
-    return wide_table(("name", "title", "arXiv", "forwards a step", "extra memory", "lr", "options"), rows)
+    return wide_table(("name", "title", "arXiv", "forwards per step", "extra memory", "lr", "options"), rows)
 
 
 def _describe_method(name: str) -> None:
@@ -74,9 +74,9 @@ def _describe_method(name: str) -> None:
     for option, default in options.items():
         print(f"  {option:<16}{_plain(default)}")
     forwards = method.forwards_text if isinstance(method, Method) else method.forwards_per_step
-    print(f"\nforward passes a step: {forwards}; memory beyond the weights: {method.extra_memory}")
+    print(f"\nforward passes per step: {forwards}; memory beyond the weights: {method.extra_memory}")
     if isinstance(method, Method) and not measurable(method):
-        print("its learning rate cannot be measured: without --learning_rate it is the default above")
+        print("its learning rate cannot be measured; the default above holds unless --learning_rate is given")
 
 
 def tasks(argv: Sequence[str]) -> int:
@@ -130,7 +130,7 @@ def _describe_task(task: Any, name: str) -> None:
 
 
 def _one_name(argv: Sequence[str], usage: str, about: str) -> str | None:
-    """The name asked for, "" for the list, None when the help was printed."""
+    """The name on the command line, "" for the list, None after printing the help."""
     if {"-h", "--help"} & set(argv):
         print(f"usage: {usage}\n\n{about}")
         return None

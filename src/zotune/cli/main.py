@@ -1,6 +1,5 @@
-"""The command `zotune`: finds the subcommand, runs it, and turns what goes wrong into one sentence and an exit code.
+"""The command `zotune`: runs a subcommand, and reports an error as one sentence and an exit code (:mod:`zotune.io.failures`).
 
-Exit codes: 0 done; 1 the run failed (a non-finite loss, out of memory); 2 the request was wrong; 130 interrupted.
 Nothing heavy is imported here, so that `zotune --help` answers at once.
 """
 
@@ -12,11 +11,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from zotune.io.failures import INTERRUPTED, explain
+from zotune.io.failures import explain
 from zotune.io.suggest import nearest
 from zotune.training.quiet import quiet_environment
 
-# name -> (module:function, one line)
+#: Name -> (module:function, description).
 COMMANDS = {
     "train": ("zotune.cli.train:main", "fine-tune a model with forward passes only"),
     "eval": ("zotune.cli.evaluate:main", "evaluate a model on a task"),
@@ -46,25 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(words)
         sys.stdout.flush()
         return code
-    except SystemExit as leaving:  # argparse's --help
-        return int(leaving.code or 0)
-    except KeyboardInterrupt as interrupt:
-        message = str(interrupt) or "Interrupted."
-        code = INTERRUPTED
-        if show_traceback:
-            traceback.print_exc()
+    except SystemExit as end:  # argparse's --help
+        return int(end.code or 0)
     except BrokenPipeError:
-        # The reader (`head`, `less`) left. Python would complain once more when it flushes stdout at exit.
+        # The reader (`head`, `less`) has ended; Python must not fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         known = explain(error)
-        if known is None:  # a bug of ours: whoever reports it needs the traceback
+        if known is None:  # a bug, to be reported with its traceback
             raise
         message, code = known
         if show_traceback:
             traceback.print_exc()
-    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")  # torchrun's
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")  # set by torchrun
     print(f"zotune{' (rank ' + os.environ.get('RANK', '?') + ')' if several else ''}: {message}", file=sys.stderr)
     return code
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zotune.cli.parser import CommandParser
-from zotune.cli.replay import base_model
+from zotune.cli.replay import base_model, new_folder
 from zotune.optim.journal import Journal
 from zotune.optim.merge import merge
 from zotune.optim.replay import checked_header
@@ -20,27 +20,21 @@ def main(argv: Sequence[str]) -> int:
     """Runs `zotune merge`."""
     parser = CommandParser(
         "zotune merge",
-        "Averages the trained weights of several runs that began with the same base model, each rebuilt from its journal, and saves a "
-        "model that transformers loads. Workers that never met can so train one model: what each has to send is its journal.",
+        "Averages the trained weights of several runs of one base model, each rebuilt from its journal, and saves a model that "
+        "transformers loads. Independent workers can so train one model by exchanging journals.",
     )
     parser.add_argument("base", help="the base model: a folder or a hub id")
     parser.add_argument("journals", nargs="+", help="the runs' journals, or their folders")
-    parser.add_argument(
-        "--weights", nargs="+", type=float, help="what each run counts, its number of examples for instance (default: all the same)"
-    )
+    parser.add_argument("--weights", nargs="+", type=float, help="the weight of each run, such as its number of examples (default: equal)")
     parser.add_argument("--output_dir", help="folder for the merged model; must not exist or be empty")
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU where there is a GPU")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
     args = parser.parse(argv)
-    if args.output_dir is None:
-        raise ValueError("zotune merge needs --output_dir: the folder for the merged model.")
-    output = Path(args.output_dir).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is not empty; choose another --output_dir.")
+    output = new_folder(args.output_dir, "zotune merge", "merged")
     paths = [Path(word).expanduser() for word in args.journals]
     journals = [Journal.open(path / run_folder.JOURNAL_FILE if path.is_dir() else path) for path in paths]
     if args.weights is not None and len(args.weights) != len(journals):
-        raise ValueError(f"there are {len(journals)} journals and {len(args.weights)} --weights: give one for each.")
+        raise ValueError(f"there are {len(journals)} journals and {len(args.weights)} --weights: give one per journal.")
     bases = [checked_header(journal)["base"] for journal in journals]
     other = next((journal for journal in journals if journal.header["base"] != bases[0]), None)
     if other is not None:

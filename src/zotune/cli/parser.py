@@ -1,4 +1,4 @@
-"""Command lines: the parser of commands with few options, and the help page of those with many."""
+"""Command lines: the parser of commands with few options, and the help page of commands with many."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Strict `argparse.ArgumentParser`: no abbreviations, and what is wrong is one sentence."""
+    """`argparse.ArgumentParser` without abbreviations and with errors of one sentence."""
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=command, description=description, allow_abbrev=False)
@@ -32,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
         return self.parse_args(list(argv))
 
     def error(self, message: str) -> NoReturn:
-        """argparse's errors, as the ValueError that the command line prints as one sentence."""
+        """Turns an error of argparse into a ValueError."""
         raise ValueError(f"{message.removeprefix('argument ')} (see `{self.prog} --help`).")
 
 
@@ -43,8 +43,8 @@ def help_page(parser: OptionParser, usage: str, about: str, groups: Mapping[str,
         parser: of the command.
         usage: the line after `usage:`.
         about: a paragraph.
-        groups: title to {option name: its line}; an empty line takes the field's own help.
-        everything: also list each remaining option.
+        groups: title -> {option: help}; an empty text stands for the field's own help.
+        everything: also list the remaining options.
     """
     actions = parser.options()
     lines = [f"usage: {usage}", "", *textwrap.wrap(about, 118)]

@@ -13,10 +13,10 @@ from zotune.io.text import metric_text
 
 
 class RunProgress(TrainerCallback):
-    """Shows step, loss, the metric at evaluations, steps a second and forward passes.
+    """Shows step, loss, metric, steps per second and forward passes.
 
     Args:
-        console: where to write; a bar when it is a terminal, else a line at each evaluation and every tenth of the run.
+        console: a terminal gets a bar, anything else a line at each evaluation and every tenth of the run.
         metric_name: metric of the evaluations, without its `eval_` prefix.
         first: its value before training.
     """
@@ -33,7 +33,7 @@ class RunProgress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         self.first_step, self.started, self.paused = state.global_step, time.perf_counter(), 0.0
         if self.console.is_terminal:
-            spare = self.console.width - 76  # what the numbers leave of the line
+            spare = self.console.width - 76  # columns beside the figures
             self.bar = Progress(
                 BarColumn(bar_width=max(5, min(24, spare))),
                 MofNCompleteColumn(),
@@ -52,7 +52,7 @@ class RunProgress(TrainerCallback):
         self.rate = (state.global_step - self.first_step) / elapsed if elapsed > 0 else None
         if self.bar is not None:
             if self.loss is None and last is not None and state.global_step % 5 == 1:
-                self.loss = float(last.loss)  # until the first log entry there is no mean to show
+                self.loss = float(last.loss)  # there is no mean before the first log entry
             self.bar.update(self.job, completed=state.global_step, facts=self._facts())
         elif state.global_step % max(1, state.max_steps // 10) == 0 and not control.should_evaluate:
             self._line(state)
@@ -64,7 +64,7 @@ class RunProgress(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs: Any) -> None:
         metrics = metrics or {}
         self.metric = metrics.get(f"eval_{self.metric_name}", self.metric)
-        self.paused += metrics.get("eval_runtime", 0.0)  # steps a second are those of training
+        self.paused += metrics.get("eval_runtime", 0.0)  # steps per second are those of training
         if self.bar is not None:
             self.bar.update(self.job, facts=self._facts())
         else:
@@ -74,7 +74,7 @@ class RunProgress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Ends the bar; also after an interruption."""
+        """Ends the bar."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -86,10 +86,9 @@ class RunProgress(TrainerCallback):
         facts = []
         if self.loss is not None:
             facts.append(f"loss {self.loss:.3f}")
-        if self.metric is not None and self.metric_name != "loss":
-            facts.append(f"{self.metric_name} {metric_text(self.metric_name, self.metric)}")
-        if self.metric is not None and self.metric_name == "loss":
-            facts.append(f"eval loss {self.metric:.3f}")
+        if self.metric is not None:
+            loss = self.metric_name == "loss"
+            facts.append(f"eval loss {self.metric:.3f}" if loss else f"{self.metric_name} {metric_text(self.metric_name, self.metric)}")
         if self.rate is not None:
             facts.append(f"{self.rate:.1f} steps/s" if self.rate >= 1 else f"{1 / self.rate:.1f} s/step")
         facts.append(f"{self.forwards} forwards")

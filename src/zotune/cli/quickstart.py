@@ -1,7 +1,6 @@
-"""`zotune quickstart`: the bundled small model on the bundled reviews, by forward passes and by Adam, offline.
+"""`zotune quickstart`: the bundled small model on the bundled reviews, trained by forward passes and by Adam, offline.
 
-Each training runs in a process of its own, so that its peak memory is its own; both start from the same model, see the same
-training sentences and are evaluated on the same test sentences.
+Each training runs in a process of its own, so that its peak memory can be measured; model, data and evaluation are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from zotune.training import run_folder
 
 METHOD = default().name
 BATCH, STEPS = 32, 60
-# The forward-only run takes every default: nothing of it is tuned. Adam's rate is: with a quarter of the training split held out, seeds
+# The forward-only run takes every default, nothing is tuned. Adam's rate is tuned: with a quarter of the training split held out, seeds
 # 0 to 2, linear decay, STEPS steps of BATCH, the held-out loss (accuracy) is 0.585 (65.6 %) before, 0.522 (73.1 %) at 3e-5, 0.540
 # (73.9 %) at 1e-4, and worse than both at 3e-4.
 ADAM_LEARNING_RATE = 3e-5
@@ -59,9 +58,9 @@ def main(argv: Sequence[str]) -> int:
             train(folder / FORWARD_ONLY, args.seed, method=METHOD, max_steps=args.steps, eval_steps=0.1, forward_batching=batching)
         else:
             rate = {"learning_rate": ADAM_LEARNING_RATE, "lr_scheduler_type": "linear"}
-            train(folder / ADAM, args.seed, method="fo-adamw", max_steps=STEPS, eval_steps=0.25, **rate)
+            train(folder / ADAM, args.seed, method="fo-adamw", max_steps=STEPS, eval_steps=0.2, **rate)
     except KeyboardInterrupt:
-        return 130  # the parent has the signal too, and says so
+        return 130  # the parent has received the signal too and reports it
     return 0
 
 
@@ -99,19 +98,19 @@ def _run_part(part: str, folder: Path, args: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "zotune", "quickstart", "--part", part, "--output_dir", str(folder)]
     command += ["--seed", str(args.seed), "--steps", str(args.steps)]
     sys.stdout.flush()
-    # Threads that wait by spinning make so small a model many times slower as soon as another program wants a core.
+    # Threads that wait by spinning make a small model many times slower on a busy machine.
     process = subprocess.Popen(command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1"})
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it has the signal too
+        process.wait()  # it has received the signal too
         raise KeyboardInterrupt("Interrupted; `zotune quickstart` starts over.") from None
     if code:
         raise ChildFailedError(f"the {part} part of the quickstart failed (its own message is above).")
 
 
 class ChildFailedError(RuntimeError):
-    """A part of the quickstart ended badly; it has said why."""
+    """A part of the quickstart has failed and printed the reason."""
 
 
 def train(folder: Path, seed: int, **options: Any) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from zotune.training.checkpoint import contents, storage
 from zotune.training.loading import load_model, load_tokenizer, plan_model
 from zotune.training.quiet import quiet_libraries
 from zotune.training.schemes import Scheme
+from zotune.weights import quantized_linear, trainable_scales
 from zotune.weights.offload import stream_of
 from zotune.weights.offload.loading import PLACES
-from zotune.weights.quantized_linear import thaw
-from zotune.weights.trainable_scales import dequantize
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,16 +31,16 @@ def main(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "zotune replay",
         "Rebuilds the trained weights of a run from its base model and its journal, and saves a model that transformers loads. "
-        "Exact, bit for bit, on the kind of device that the run was on.",
+        "Bit-exact on the type of device that the run used.",
     )
     parser.add_argument("base", nargs="?", help="the base model: a folder or a hub id (not needed with --verify)")
     parser.add_argument("journal", help="the run's journal, or its folder")
     parser.add_argument("--output_dir", help="folder for the rebuilt model; must not exist or be empty")
-    parser.add_argument("--step", type=int, help="stop after so many steps (default: all)")
+    parser.add_argument("--step", type=int, help="number of steps to replay (default: all)")
     parser.add_argument("--merge", action="store_true", help="merge a trained LoRA adapter into the base model's weights")
     parser.add_argument("--verify", action="store_true", help="only check the journal's checksums and order; writes nothing")
     parser.add_argument("--offload", choices=PLACES, help="keep the model's blocks in host memory (cpu) or in its own files (disk)")
-    parser.add_argument("--max_memory", metavar="SIZE", help="with --offload: memory (18GiB) that decides how many blocks stay")
+    parser.add_argument("--max_memory", metavar="SIZE", help="with --offload: memory, such as 18GiB; decides how many blocks stay")
     parser.add_argument("--offload_blocks", nargs="+", metavar="NAME", help="with --offload: name of the model's list of blocks")
     parser.add_argument("--offload_dir", metavar="DIR", help="with --offload disk: folder for a scratch file of the trained weights")
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU where there is a GPU")
@@ -59,11 +58,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.base is None:
         raise ValueError("zotune replay takes the base model and the journal: zotune replay BASE JOURNAL --output_dir DIR.")
-    if args.output_dir is None:
-        raise ValueError("zotune replay needs --output_dir: the folder for the rebuilt model.")
-    output = Path(args.output_dir).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is not empty; choose another --output_dir.")
+    output = new_folder(args.output_dir, "zotune replay", "rebuilt")
     if args.merge and args.offload is not None:
         raise ValueError("--merge writes every weight of the model at once, wherever it is: leave --offload out.")
     quiet_libraries()
@@ -73,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     optimizer = replay(model, journal, until=args.step)
     steps = optimizer.steps
     optimizer.remove_hooks()
-    model = dequantize(model)
+    model = trainable_scales.dequantize(model)
     if args.merge:
         model = merged(model)
     with storage.draft(output) as folder:
@@ -83,24 +78,39 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def merged(model: nn.Module) -> nn.Module:
-    """The model with its adapter in its weights, to be loaded without PEFT; a model without adapter as it is.
+def new_folder(name: str | None, command: str, what: str) -> Path:
+    """The folder of ``--output_dir``.
 
     Raises:
-        ValueError: an adapter that is no change of weights (prefix, prompt).
+        ValueError: none is given.
+        FileExistsError: it is not empty.
+    """
+    if name is None:
+        raise ValueError(f"{command} needs --output_dir: the folder for the {what} model.")
+    folder = Path(name).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; choose another --output_dir.")
+    return folder
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model with its LoRA adapter merged into its weights; a model without adapter unchanged.
+
+    Raises:
+        ValueError: the adapter is a prefix or prompt.
     """
     if not hasattr(model, "peft_config"):
         return model
     if not hasattr(model, "merge_and_unload"):
         raise ValueError("--merge puts a LoRA adapter into the weights; a prefix or prompt is none: leave --merge out.")
-    merge: Any = thaw(model).merge_and_unload
+    merge: Any = quantized_linear.dequantize(model).merge_and_unload
     return merge()
 
 
 def base_model(args: argparse.Namespace, journal: Journal, folder: Path, **where: Any) -> tuple[nn.Module, Any]:
-    """The base model as it was before the first step: in the run's dtype and bits, with the head or adapter that the run began with.
+    """The base model before the first step, in the run's dtype and bits, with the run's initial head or adapter, and its tokenizer.
 
-    ``where`` are options of :class:`ModelArguments` about where its weights are.
+    ``where``: options of :class:`ModelArguments` for offloading.
     """
     run = run_folder.read_run(folder) if (folder / run_folder.RUN_FILE).is_file() else {}
     header = checked_header(journal)

@@ -1,4 +1,4 @@
-"""Tables for the console: one that fits the terminal, and one of a run's facts."""
+"""Tables for the console."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def wide_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table as text: as wide as the terminal, or 150 columns when the output is a file or a pipe."""
+    """The table as text, as wide as the terminal, or 150 columns in a file or pipe."""
     here = Console()
     buffer = io.StringIO()
     console = Console(file=buffer, width=here.width if here.is_terminal else 150)

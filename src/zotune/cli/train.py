@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+
+from transformers import TrainingArguments
 
 from zotune.cli.console import ConsoleObserver
 from zotune.cli.parser import help_page
-from zotune.cli.train_options import ABOUT, USAGE, groups
 from zotune.memory.offload_needs import needs_of
+from zotune.methods import default
 from zotune.training import run_config
+from zotune.training.config import ZOConfig
 from zotune.training.quiet import quiet_libraries
 from zotune.training.run import run
+from zotune.training.schemes import Scheme
+
+USAGE = "zotune train --model_name_or_path MODEL --task TASK --output_dir DIR [options]"
+ABOUT = (
+    "Fine-tunes a language model (or an encoder, with a classification head) with forward passes only. Every option can "
+    "stand in a YAML file (--config run.yaml, lines such as `task: sst2`); flags override it."
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,9 +29,55 @@ def main(argv: Sequence[str]) -> int:
     quiet_libraries()
     if {"-h", "--help", "--help-all"} & set(argv):
         everything = "--help-all" in argv
-        print(help_page(run_config.option_parser(), USAGE, ABOUT, groups(), everything=everything))
+        print(help_page(run_config.option_parser(), USAGE, ABOUT, option_groups(), everything=everything))
         if not everything:
             print("\n`zotune train --help-all` lists every option, those of transformers.TrainingArguments among them.")
         return 0
     run(run_config.parse(argv), ConsoleObserver(), needs_of)
     return 0
+
+
+def option_groups() -> dict[str, dict[str, str]]:
+    """The options of `zotune train --help`, in order; an empty text stands for the field's own help."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    first = {
+        "model_name_or_path": "",
+        "task": "",
+        "data_dir": "",
+        "output_dir": "folder of the run: model, journal, checkpoints, summary.json, curve.png",
+        "method": f"one of those that `zotune methods` lists (default {default().name})",
+        "learning_rate": "a number, or auto (the default where it is known): measured from a few losses",
+        "eps": "size of the perturbation, or auto (the default): measured on the first batch",
+        "max_steps": "training steps (default 1000)",
+        "per_device_train_batch_size": "examples per step and process",
+        "seed": "of the directions, the order of the data and the subsets",
+        "config": "",
+        "resume_from_checkpoint": "continue the run in --output_dir from its newest checkpoint (true) or from a folder",
+    }
+    return {
+        "first of all": first,
+        "data": dict.fromkeys(
+            ("train_file", "eval_file", "template", "options", "objective", "num_train", "num_dev", "num_eval", "k_shot",
+             "num_demonstrations", "max_length", "truncate"), ""),
+        "the method's options (its own defaults when not given)": {
+            field.name: "" for field in dataclasses.fields(ZOConfig) if field.name not in inherited | first.keys()
+        },
+        "model and scheme": dict.fromkeys(
+            (*(field.name for field in dataclasses.fields(Scheme)), "dtype", "attn_implementation", "trust_remote_code"), ""),
+        "models larger than memory": dict.fromkeys(("offload", "max_memory", "offload_blocks", "offload_dir", "quantize"), ""),
+        "the run": {
+            "num_train_epochs": "instead of --max_steps",
+            "gradient_accumulation_steps": "micro-batches per step, all evaluated under the same directions",
+            "lr_scheduler_type": "constant, linear, cosine, ...",
+            "weight_decay": "",
+            "max_grad_norm": "",
+            "activation_checkpointing": "first-order methods: recompute activations in the backward pass",
+            "eval_steps": "steps between evaluations; below 1, a share of the run",
+            "save_steps": "steps between checkpoints; below 1, a share of the run",
+            "logging_steps": "",
+            "report_to": "none, tensorboard, ...",
+            "load_best_model_at_end": "end with the checkpoint that evaluated best",
+            "use_cpu": "",
+            "overwrite_output_dir": "",
+        },
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`zotune verify`: is a run's folder whole, and from where can the run go on?"""
+"""`zotune verify`: checks a run's folder, and names the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from zotune.training.checkpoint import contents, storage
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `zotune verify`: exit code 0 when all is whole, 1 when something is damaged."""
+    """Runs `zotune verify`; 1 when something is damaged."""
     parser = CommandParser(
         "zotune verify",
         "Checks a run's folder without its model: the journal's checksums and order, every file of every checkpoint against its digest. "
-        "Writes nothing; ends with 1 when something is damaged.",
+        "Writes nothing; exit code 1 means damage.",
     )
     parser.add_argument("run", help="the run's folder")
     folder = Path(parser.parse(argv).run).expanduser()
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def findings(folder: Path) -> list[str]:
-    """What is damaged in a run's folder, a sentence each; what is whole is printed."""
+    """Sentences on the damage in a run's folder; intact files are printed."""
     faults: list[str] = []
     journal = folder / run_folder.JOURNAL_FILE
     if journal.is_file():

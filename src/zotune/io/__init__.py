@@ -1,1 +1,1 @@
-"""Files and text: what is written to disk and shown to people. Imports no torch."""
+"""Files and text, without torch."""

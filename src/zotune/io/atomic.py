@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: :func:`whole_file`, :func:`write_text`."""
+"""Atomic writes: :func:`whole_file`, :func:`write_text`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name to write to, beside ``path``, that becomes it when the block ends well and vanishes when it raises; the old file stays then.
+    """A temporary file beside ``path`` that replaces it at the end of the block; after an error it is removed and the old file stays.
 
     Example:
         >>> import tempfile
@@ -34,7 +34,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file, whole or not at all, and makes its folder where that is missing."""
+    """Writes a text file atomically, and makes its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:

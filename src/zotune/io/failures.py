@@ -11,9 +11,11 @@ import os
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
-def explain(error: Exception) -> tuple[str, int] | None:
-    """The sentence and exit code of an error that the user can act on; None for a bug."""
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """The sentence and exit code of an interruption or of an error that the user can act on; None for a bug."""
     text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return text or "Interrupted.", INTERRUPTED
     if isinstance(error, ModuleNotFoundError):
         extra = {"peft": "peft", "tensorboard": "tensorboard", "pytorch_optimizer": "optimizers"}.get(error.name or "")
         hint = f" Install it with `pip install 'zotune[{extra}]'`." if extra else ""
@@ -25,15 +27,12 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return f"{error.strerror}: {os.fspath(error.filename)!s}", WRONG
     if isinstance(error, ValueError | OSError | ImportError):
         return text or type(error).__name__, WRONG
-    if type(error).__name__ == "SafetensorError":  # its own, also for a disk that is full
+    if type(error).__name__ == "SafetensorError":  # also for a full disk
         return f"a safetensors file cannot be read or written ({text}): give another file, or free some space.", WRONG
     if type(error).__name__ in ("NonFiniteLossError", "ChildFailedError"):
         return text, FAILED
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         if isinstance(error, MemoryError) and text:
             return text, FAILED
-        return (
-            "out of memory; a smaller --per_device_train_batch_size, --max_length or --dtype bfloat16 needs less.",
-            FAILED,
-        )
+        return "out of memory; a smaller --per_device_train_batch_size, --max_length or --dtype bfloat16 needs less.", FAILED
     return None

@@ -1,4 +1,4 @@
-"""Figures in one style, written whole or not at all; matplotlib is imported when the first is drawn."""
+"""Figures in one style, written atomically; matplotlib is imported when the first is drawn."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def stacked_bars(
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Writes a figure in the format that the file's name asks for; PNG without one."""
+    """Writes a figure in the format of the file's suffix, by default PNG."""
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format=Path(path).suffix.removeprefix(".") or "png")
 
 
 def svg_text(figure: Any, name: str) -> str:
-    """The figure as SVG. The same figure gives the same text; ``name`` keeps its ids apart from those of other figures of a page."""
+    """The figure as SVG, deterministic; ``name`` makes its ids unique among the figures of a page."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):

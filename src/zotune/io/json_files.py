@@ -1,4 +1,4 @@
-"""JSON files that are written whole or not at all."""
+"""JSON files, written atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zotune.io.atomic import write_text
 
 
 def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Writes JSON; whatever happens, the file is the old one or the whole new one. NaN and infinity become null."""
+    """Writes JSON atomically; NaN and infinity become null."""
     write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""One process a run folder: :func:`locked`."""
+"""A lock that lets one process work in a run folder: :func:`locked`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; two processes on one folder are not noticed there
+except ImportError:  # Windows has no flock: no lock there
     fcntl = None  # type: ignore[assignment]
 
-_locks: dict[tuple[int, int], int] = {}  # (device, inode) of the folders that this process has locked -> how many times
+_locks: dict[tuple[int, int], int] = {}  # (device, inode) of a locked folder -> depth
 
 
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a run folder, which is made where it is missing; the process that holds it may take it again.
+    """Locks a run folder, which is made if missing, for this process; reentrant.
 
-    The lock is the operating system's, on the folder itself: it leaves no file, and ends with the process however that ends.
+    The lock is the operating system's, on the folder itself: it leaves no file and ends with the process.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
         OSError: the folder cannot be made or opened.
     """
     folder = Path(folder)

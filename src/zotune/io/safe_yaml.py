@@ -1,4 +1,4 @@
-"""Plain data from YAML: :func:`parse`, for files that may come from anywhere."""
+"""Plain data from untrusted YAML: :func:`parse`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 import yaml
 
-#: Values that a document may hold once its aliases are written out: a few lines of aliases of aliases can stand for billions.
+#: Most values of a document with its aliases expanded: a few lines of nested aliases can stand for billions.
 MOST_VALUES = 100_000
 
 
 def parse(text: str, source: object) -> Any:
-    """What a YAML document says, in dicts, lists, texts, numbers, truth values, dates and None; no other class, no code.
+    """The content of a YAML document in dicts, lists, texts, numbers, booleans, dates and None; no other class, no code.
 
     Args:
         text: the document.
         source: the file, for messages.
 
     Raises:
-        ValueError: it is not YAML, is nested too deeply, or its aliases stand for too much; says where.
+        ValueError: it is not YAML, is nested too deeply, or is too large with its aliases expanded.
 
     Example:
         >>> parse("a: [1, 2]", "my.yaml")
@@ -36,7 +36,7 @@ def parse(text: str, source: object) -> Any:
             return loader.construct_document(node)
         except yaml.YAMLError:
             raise
-        except Exception as error:  # what PyYAML makes of a value that its tag does not fit: !!timestamp x, 2023-99-99
+        except Exception as error:  # a value that does not fit its tag, such as !!timestamp x or 2023-99-99
             raise ValueError(f"{source}: a value is not what its form or tag says ({' '.join(str(error).split())}).") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -51,11 +51,11 @@ def parse(text: str, source: object) -> Any:
 
 
 def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values stand below a node, an alias counted as what it stands for; of one that holds itself, too many."""
+    """The number of values below a node, with aliases expanded; more than the limit for a recursive one."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = MOST_VALUES + 1  # found again from below: it holds itself
+        known[id(node)] = MOST_VALUES + 1  # the count of a recursive node, which is found again from below
         children = [part for item in node.value for part in item] if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_values(child, known) for child in children)
     return known[id(node)]

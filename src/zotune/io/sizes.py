@@ -1,4 +1,4 @@
-"""Amounts of memory: reading them from text and writing them as text."""
+"""Amounts of memory from and to text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as ``24GB``, ``80 GiB``, ``500MB`` or ``1e9``; ``k``, ``M``, ``G``, ``T`` are powers of 10³, ``Ki`` … of 2¹⁰.
 
     Raises:
-        ValueError: it is no size, or it is 0.
+        ValueError: it is no size, or 0.
 
     Example:
         >>> parse_size("1.5 GiB")
@@ -25,7 +25,7 @@ def parse_size(text: str) -> int:
 
 
 def size_text(size: float, *, binary: bool = False) -> str:
-    """Bytes with three digits, in powers of ten or, ``binary``, of two; ``–`` for none.
+    """Bytes with three digits, in powers of ten or (``binary``) of two; ``–`` for 0.
 
     Example:
         >>> size_text(412_300_000), size_text(3.1e9), size_text(2**36, binary=True)

@@ -1,4 +1,4 @@
-"""Suggestions for misspelled names: the one place that looks for the nearest."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that a word is probably meant for; case, hyphens and underscores do not count. None where none is near."""
+    """The known name closest to a word, or None; case, hyphens and underscores do not count."""
     names = {_plain(name): str(name) for name in known}
     near = difflib.get_close_matches(_plain(word), names, n=1, cutoff=0.5)
     return names[near[0]] if near else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'"``, or nothing where no name is near. The caller ends the sentence."""
+    """``"; did you mean 'x'"``, or nothing; the caller ends the sentence."""
     near = nearest(word, known)
     return f"; did you mean {near!r}" if near else ""
 
 
 def did_you_mean_or(word: str, known: Iterable[str], otherwise: str) -> str:
-    """``"; did you mean 'x'?"``, or all known names after ``otherwise`` where none is near.
+    """``"; did you mean 'x'?"``, or else all known names after ``otherwise``.
 
     Example:
         >>> did_you_mean_or("adam", ["lozo", "mezo"], "there are")

@@ -1,7 +1,7 @@
-"""Memory: what a step of training takes, predicted without weights or measured on real ones, and what for.
+"""The peak memory of training by kind, predicted without weights or measured.
 
-- :func:`estimate` rehearses the very steps that train, on tensors without data;
-- :func:`measure` runs them;
+- :func:`estimate` makes a dry run of the code that trains, on tensors without data;
+- :func:`measure` runs it;
 - both give a :class:`Split`: bytes at the peak by :data:`KINDS`, from the same :class:`Ledger` of tensors.
 """
 

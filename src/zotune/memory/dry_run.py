@@ -1,8 +1,7 @@
-"""Rehearsal: running the very code that trains on tensors without data, in seconds for a model of any size.
+"""Dry runs: the code that trains, run on tensors without data, in seconds for a model of any size.
 
-``torch``'s fake tensors have shapes and dtypes and no numbers. What a step wants to know of numbers is answered with something plausible: a
-loss is about 1, two tensors are equal, all ids of a batch differ. Of the loops over blocks of a large tensor one block is walked, for all
-of them use the same memory.
+torch's fake tensors have shapes and dtypes and no values. Where a step reads values it gets plausible ones: a loss is about 1, two tensors
+are equal, all ids of a batch differ. A loop over blocks of a large tensor ends after one block, since all use the same memory.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from zotune.rng.directions import ACCELERATOR_BLOCK, CPU_BLOCK
 aten = torch.ops.aten
 
 
-class Answers(TorchDispatchMode):
-    """Answers what fake tensors cannot: what their numbers are."""
+class PlausibleValues(TorchDispatchMode):
+    """Gives the values that fake tensors do not have."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._asked = 0
+        self._scalars_read = 0
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # torch would wrap every call in a guard against compiling it, which costs as much as the call
+    def _should_skip_dynamo(cls) -> bool:  # the guard against compilation costs as much as the call
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,8 +43,8 @@ class Answers(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             dtype = args[0].dtype
-            self._asked += 1  # losses differ, or there would be no update
-            return True if dtype == torch.bool else 1.0 + self._asked % 7 / 1024 if dtype.is_floating_point else 1
+            self._scalars_read += 1  # losses differ, or there would be no update
+            return True if dtype == torch.bool else 1.0 + self._scalars_read % 7 / 1024 if dtype.is_floating_point else 1
         if func in (aten.equal.default, aten.is_same_size.default):
             return True
         if func is aten._unique2.default:
@@ -53,28 +52,28 @@ class Answers(TorchDispatchMode):
             return torch.empty_like(flat), torch.empty_like(args[0], dtype=torch.int64), torch.empty_like(flat, dtype=torch.int64)
         if func is aten.nonzero.default:
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
-        if func is aten.bincount.default:  # a minlength says how many there are
+        if func is aten.bincount.default:  # minlength is the length
             weights, length = (args[1] if len(args) > 1 else None), (args[2] if len(args) > 2 else kwargs.get("minlength", 0))
             return torch.empty(length, dtype=torch.int64 if weights is None else torch.float64, device=args[0].device)
-        if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):  # a mask chooses all, as many as can be
-            args = (args[0], _places(args[1]), *args[2:])
+        if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):  # a mask selects all, the most possible
+            args = (args[0], _without_masks(args[1]), *args[2:])
         return func(*args, **kwargs)
 
 
-def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Indices with every mask replaced by the places of a mask that is true everywhere, in shape."""
-    places: list[torch.Tensor | None] = []
+def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The indices, every mask replaced by integer indices as for a mask that is true everywhere."""
+    found: list[torch.Tensor | None] = []
     for index in indices:
         if index is None or index.dtype != torch.bool:
-            places.append(index)
+            found.append(index)
         else:
-            places += [torch.zeros(index.numel(), dtype=torch.int64, device=index.device) for _ in range(index.dim())]
-    return places
+            found += [torch.zeros(index.numel(), dtype=torch.int64, device=index.device) for _ in range(index.dim())]
+    return found
 
 
 @functools.cache
 def _over_fake(kind: type[torch.Tensor]) -> type[torch.Tensor]:
-    """A tensor subclass of zotune, over a fake tensor, which has a class of its own already."""
+    """A tensor subclass of zotune over fake tensors."""
 
     class OverFake(kind):  # type: ignore[misc, valid-type]
         @classmethod
@@ -93,7 +92,7 @@ def _over_fakes(cls: type[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """``nn.Module.to`` and its like, by new parameters: torch's own would swap tensors, and those that are counted cannot be swapped."""
+    """``nn.Module.to`` and its like by new parameters: torch's own swaps tensors, which fails for those with weak references."""
     for each in module.modules() if recurse else [module]:
         for name, parameter in each._parameters.items():
             if parameter is not None:
@@ -107,11 +106,11 @@ def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], re
 
 
 @contextlib.contextmanager
-def rehearsal(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
-    """For the length of a block torch makes fake tensors, and zotune's steps run on them.
+def dry_run(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
+    """In the block torch makes fake tensors, and steps run on them.
 
     Args:
-        accelerator: allocate as on a GPU, in larger blocks, and a large weight whole where a CPU takes strips of it.
+        accelerator: allocate as on a GPU: in larger blocks, and a large weight whole where a CPU computes strips of it.
     """
 
     @contextlib.contextmanager
@@ -123,7 +122,7 @@ def rehearsal(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
         first_block_only=True,
         whole_weights=accelerator,
         isolates_generators=False,
-        clock=float,  # what takes no time is not worth timing
+        clock=float,  # always 0
         make_subclass=_over_fakes,
     )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -132,9 +131,9 @@ def rehearsal(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", no_generators))
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # all are 0: in place, as with float32
-        clear_tensor_caches()  # what is kept from real steps has no place here, nor what is made here in real ones
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # all are 0, as if updates were in place
+        clear_tensor_caches()  # fake and real steps share no tensors
         stack.callback(clear_tensor_caches)
         stack.enter_context(mode)
-        stack.enter_context(Answers())
+        stack.enter_context(PlausibleValues())
         yield mode

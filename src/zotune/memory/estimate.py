@@ -1,4 +1,4 @@
-"""A training step of any method on a batch of given shape, under the ledger: on real tensors, or on fake ones."""
+"""The peak memory of training steps under the ledger: predicted by a dry run, or measured."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from torch import Tensor, nn
 
 from zotune.baselines import Baseline, optimizer_class
 from zotune.io.caches import clear_tensor_caches
-from zotune.memory.dry_run import rehearsal
+from zotune.memory.dry_run import dry_run
 from zotune.memory.ledger import Ledger, Split
 from zotune.memory.shapes import build, depth_of, shallow
 from zotune.memory.workload import Workload, batch_of, other_phases, prepared, trains
 from zotune.objectives.losses import objective
 from zotune.optim.optimizer import ZerothOrder
 
-#: Steps that are run: the first has states to make, the second has them already.
+#: Steps to run: the first allocates states, the second has them already.
 STEPS = 2
-#: Layers of the two models that stand in for a deep one.
+#: Layers of the two shallow models whose peaks are extrapolated.
 DEPTHS = (1, 2)
 
 
 def estimate(workload: Workload, *, accelerator: bool = False, exact: bool = False) -> Split:
-    """The predicted peak of training, by rehearsing steps without data: no weight is read or made.
+    """The predicted peak of training, from dry runs of steps: no weight is read or allocated.
 
-    The layers of a deep model are alike, and what is kept for each is linear in their number in every moment of a step (forward, backward,
-    update): two shallow models are rehearsed and their peaks continued, which takes seconds whatever the depth.
+    The layers of a model are alike, so that memory is linear in their number at each moment of a step (forward, backward, update). The
+    peaks of two shallow models are extrapolated, which takes seconds whatever the depth.
 
     Args:
         workload: what is trained.
         accelerator: allocate as on a GPU; otherwise as on a CPU.
-        exact: rehearse all layers.
+        exact: run all layers.
 
     Raises:
-        ValueError: the method makes no sense on what the scheme trains, or the model cannot take the batch.
+        ValueError: the method does not apply to what the scheme trains, or the model cannot take the batch.
     """
     depth = depth_of(workload.config)
     if exact or depth <= 2 * DEPTHS[1]:
-        return _highest(_rehearsed(workload, accelerator))
-    few, more = (_rehearsed(workload.with_(config=shallow(workload.config, layers)), accelerator) for layers in DEPTHS)
-    return _highest({moment: _continued(few[moment], more[moment], depth) for moment in more if moment in few})
+        return _highest(_dry_peaks(workload, accelerator))
+    few, more = (_dry_peaks(workload.with_(config=shallow(workload.config, layers)), accelerator) for layers in DEPTHS)
+    return _highest({moment: _extrapolated(few[moment], more[moment], depth) for moment in more if moment in few})
 
 
-def _rehearsed(workload: Workload, accelerator: bool) -> dict[str, Split]:
+def _dry_peaks(workload: Workload, accelerator: bool) -> dict[str, Split]:
     peaks: dict[str, Split] = {}
     for place, one in enumerate([workload, *other_phases(workload)]):
-        with rehearsal(accelerator=accelerator):
+        with dry_run(accelerator=accelerator):
             model = prepared(build(one.config, one.dtype), one)
             found, _ = run(model, one, batch_of(one), host=not accelerator)
             peaks |= {f"{moment} {place}": split for moment, split in found.items()}
@@ -59,8 +59,8 @@ def _highest(peaks: Mapping[str, Split]) -> Split:
     return max(peaks.values(), key=lambda split: split.total)
 
 
-def _continued(few: Split, more: Split, depth: int) -> Split:
-    """The straight line through the peaks of two depths, at another."""
+def _extrapolated(few: Split, more: Split, depth: int) -> Split:
+    """Linear extrapolation of the peaks at two depths."""
     steps = (depth - DEPTHS[1]) / (DEPTHS[1] - DEPTHS[0])
     return Split({kind: max(0, round(size + steps * (size - few.kinds[kind]))) for kind, size in more.kinds.items()}, more.largest)
 
@@ -68,7 +68,7 @@ def _continued(few: Split, more: Split, depth: int) -> Split:
 def measure(
     workload: Workload, device: torch.device | str = "cpu", model: nn.Module | None = None, ledger: bool = True, strict: bool = False
 ) -> Split:
-    """The peak of real steps, on random weights or a given model. Without a ledger nothing is counted: somebody else does."""
+    """The peak of real steps, on random weights or a given model; without a ledger the steps run and nothing is counted."""
     if model is None:
         model = build(workload.config, workload.dtype).to(device)
     model, host = prepared(model, workload), torch.device(device).type == "cpu"
@@ -86,11 +86,11 @@ def measure(
 def run(
     model: nn.Module, workload: Workload, batch: Mapping[str, Tensor], *, ledger: bool = True, host: bool = True, strict: bool = False
 ) -> tuple[dict[str, Split], Any]:
-    """The splits at the peaks of ``STEPS`` steps, by the moments of a step; the optimizer, None for a method without.
+    """The splits at the peaks of ``STEPS`` steps by moment, and the optimizer (None where nothing is trained).
 
-    ``host``: whether what is kept in the host's memory counts; ``strict``: as in :class:`Ledger`.
+    ``host``, ``strict``: as in :class:`Ledger`.
     """
-    clear_tensor_caches()  # a step counts the tables of the directions that it makes, whatever ran before
+    clear_tensor_caches()  # so that the direction tables count, whatever ran before
     counted = Ledger(model, host, strict)
     counted.add(batch.values(), "temporary")
     loss = objective("classifier" if "labels" in batch else "lm", model)
@@ -115,7 +115,7 @@ def _steps(
             optimizer = optimizer_class(method)(model, method, lr=rate, max_steps=STEPS)
         else:
             rows = len(next(iter(batch.values())))
-            # Examples sampled beyond a batch are kept on the host: elsewhere they cost no more than their forwards.
+            # Examples beyond the batch are kept on the host: on a device they cost no more than their forwards.
             examples = (lambda _, count: [batch] * -(-count // rows)) if counted.host else None
             optimizer = ZerothOrder(model, method, lr=rate, forward_batching=workload.forward_batching, sample_batches=examples)
     for _ in range(STEPS):

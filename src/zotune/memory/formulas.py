@@ -1,12 +1,12 @@
-"""Peak memory by theory: the closed formulas of ZO-Bench (2402.11592), for weights and compute in half precision.
+"""The closed formulas of ZO-Bench (2402.11592) for peak memory, with weights and compute in half precision.
 
-|x| are the bytes of all parameters in full precision (4 each), |a| those of the activations saved for the backward pass, subscript l
-those of a layer. In full precision the halves become wholes.
+|x|: bytes of all parameters in full precision (4 each); |a|: bytes of the activations saved for the backward pass; subscript l: of a layer.
+In full precision each ½ becomes 1.
 """
 
 from __future__ import annotations
 
-#: name of a method -> its formula, for people.
+#: Method -> formula, as text.
 FORMULAS = {
     "fo-sgd": "|x| + max(½|a| + ½|x|, |x|)",
     "fo-adamw": "|x| + max(½|a| + ½|x|, |x|) + 2|x|",
@@ -22,14 +22,14 @@ FORMULAS = {
 
 
 def closed_form(method: str, parameters: int, largest: int, activations: int, *, half: bool = True) -> int | None:
-    """Bytes that the formula of a method gives; None for a method without one.
+    """Bytes by the formula of a method; None for a method without one.
 
     Args:
         method: its name.
         parameters: elements of all parameters.
         largest: elements of the largest parameter.
-        activations: bytes saved for the backward pass, as the step keeps them.
-        half: whether weights and compute are in half precision; then |a| is twice ``activations``.
+        activations: bytes saved for the backward pass.
+        half: weights and compute are in half precision; then |a| is twice ``activations``.
 
     Example:
         >>> closed_form("mezo", parameters=1000, largest=100, activations=0)

@@ -1,9 +1,8 @@
-"""The ledger: every tensor that is alive while a step runs, what it is for, and the moment at which they are most.
+"""The ledger: every tensor that is alive while a step runs, its kind, and the peak of their sum.
 
-Tensors are counted by their storages, when torch makes them and when they are freed, as torch's own ``MemTracker`` does
-(``torch.distributed._tools``). That one knows the kinds of a backward pass; the ledger also tells what zeroth-order training keeps memory
-for: the code that allocates tensors says so (see ``memory_tags``), and hooks of the model's modules say where the model computes. The
-same ledger serves a real step and one that is rehearsed without data.
+Storages are counted when torch allocates and frees them, as torch's own ``MemTracker`` (``torch.distributed._tools``) does. The kinds of
+zeroth-order training come from the code that allocates (:mod:`zotune.io.memory_tags`) and from hooks of the model's modules. The same
+ledger serves real steps and dry runs.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from zotune.io.memory_tags import listening, pop, push, tags
 from zotune.optim.optimizer import ZerothOrder
 from zotune.weights.structure import output_embeddings
 
-#: What memory is for, in the order of tables and charts.
+#: The kinds of memory, in the order of tables and charts.
 KINDS = ("weights", "gradients", "optimizer state", "activations", "directions", "logits", "temporary")
 
 
 @dataclass
 class Piece:
-    """A storage: its bytes, its kind, and between which two events it lived (``died`` None: to the end)."""
+    """A storage: its bytes, its kind, and the events that allocated and freed it (``died`` None: never)."""
 
     size: int
     kind: str
@@ -43,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Split:
-    """Bytes by kind at the peak, and of the largest tensors then: (bytes, kind)."""
+    """Bytes by kind at the peak, and the largest tensors then: (bytes, kind)."""
 
     kinds: dict[str, int]
     largest: tuple[tuple[int, str], ...] = ()
@@ -54,19 +53,19 @@ class Split:
 
 
 class UntaggedError(RuntimeError):
-    """A step has made a tensor of which nobody said what it is for."""
+    """A step has allocated a tensor without a memory tag."""
 
 
 class Ledger(TorchDispatchMode):
-    """Counts storages from ``with ledger:`` on.
+    """Counts storages within ``with ledger:``.
 
     Args:
-        model: its parameters and buffers are the weights; what its head makes are the logits.
-        host: whether the memory in question is the host's, so that what is kept there counts.
-        strict: within steps, a tensor that is made outside of the model and without a memory tag is an error.
+        model: its parameters and buffers are the weights; the outputs of its head are the logits.
+        host: the host's memory is measured, so that what is kept there counts.
+        strict: a tensor of a step that is allocated outside of the model needs a memory tag.
 
     Raises:
-        UntaggedError: at the end of the block, strict, and there was such a tensor.
+        UntaggedError: at the end of a strict block, if a tag was missing.
 
     Example:
         >>> model = nn.Linear(256, 256, bias=False)
@@ -94,13 +93,13 @@ class Ledger(TorchDispatchMode):
             self.add((t for t in (*model.parameters(), *model.buffers())), "weights")
 
     def add(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count tensors that exist already."""
+        """Counts tensors that exist already."""
         for tensor in tensors:
             self._count(tensor, kind)
 
     @contextlib.contextmanager
     def phase(self, kind: str) -> Iterator[None]:
-        """For the length of a block all that is made is of one kind."""
+        """All that is allocated in the block is of one kind."""
         before, self._phase = self._phase, kind
         try:
             yield
@@ -108,11 +107,11 @@ class Ledger(TorchDispatchMode):
             self._phase = before
 
     def peak(self) -> Split:
-        """What was alive when it was most."""
+        """What was alive at the peak."""
         return max(self.peaks().values(), key=lambda split: split.total)
 
     def peaks(self) -> dict[str, Split]:
-        """What was alive when it was most, in the forward passes, in the backward pass, and after it."""
+        """What was alive at the peaks of the forward passes, of the backward pass, and of the time after it."""
         return {moment: self._alive(event) for moment, (_, event) in self._most.items()}
 
     def _alive(self, event: int) -> Split:
@@ -127,8 +126,6 @@ class Ledger(TorchDispatchMode):
     def kept(self) -> int:
         """Bytes that are alive now."""
         return self._now
-
-    # -- counting -------------------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Ledger:
         with contextlib.ExitStack() as stack:
@@ -147,7 +144,7 @@ class Ledger(TorchDispatchMode):
         super().__exit__(*error)
         self._opened.close()
         if self._untagged and error[0] is None:
-            raise UntaggedError("tensors are made without a memory tag at " + ", ".join(self._untagged))
+            raise UntaggedError("tensors are allocated without a memory tag at " + ", ".join(self._untagged))
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         push("logits" if module is self._head else "model")
@@ -156,8 +153,8 @@ class Ledger(TorchDispatchMode):
         pop()
 
     def _first_order_update(self, optimizer: Any, *unused: Any) -> None:
-        """From here to the end of the step, what survives is a first-order optimizer's state."""
-        if not isinstance(optimizer, FirstOrder | ZerothOrder):  # those hold the optimizer whose step it is
+        """To the end of the step, what survives is the state of a first-order optimizer."""
+        if not isinstance(optimizer, FirstOrder | ZerothOrder):  # those contain the optimizer whose step it is
             self._updating = True
 
     def begin_step(self) -> None:
@@ -165,7 +162,7 @@ class Ledger(TorchDispatchMode):
         self._updating, self._moment, self._stepping = False, "forward", True
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # torch would wrap every call in a guard against compiling it, which costs as much as the call
+    def _should_skip_dynamo(cls) -> bool:  # the guard against compilation costs as much as the call
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -200,10 +197,8 @@ class Ledger(TorchDispatchMode):
         piece.died = self._events
         self._now -= piece.size
 
-    # -- what for -------------------------------------------------------------------------------------------------------------------
-
     def _purpose(self) -> str:
-        """The kind of what is being made, by the innermost tag; ``… if kept`` where its fate decides."""
+        """The kind of a new tensor, by the innermost tag; ``… if kept`` where its lifetime decides."""
         if _current_graph_task_id() != -1:
             return "gradients if kept"
         in_model = False
@@ -221,17 +216,17 @@ class Ledger(TorchDispatchMode):
         return "activations" if in_model else "temporary"
 
     def _settled(self, piece: Piece) -> str:
-        """Its kind, now that its fate is known."""
+        """Its kind, now that its lifetime is known."""
         kind, _, condition = piece.kind.partition(" if ")
         if not condition:
             return kind
-        if kind == "gradients":  # a product within the backward pass dies within it, a gradient lives to the update
-            return kind if piece.died is None or piece.died - piece.born > _PASSING else "temporary"
+        if kind == "gradients":  # an intermediate product is freed within the backward pass, a gradient lives to the update
+            return kind if piece.died is None or piece.died - piece.born > _INTERMEDIATE_EVENTS else "temporary"
         return kind if piece.died is None else "temporary"
 
 
-#: A tensor of a backward pass that so many events outlives is a gradient.
-_PASSING = 40
+#: A tensor of a backward pass that survives so many events is a gradient.
+_INTERMEDIATE_EVENTS = 40
 
 
 def _storage(tensor: Tensor) -> Any:

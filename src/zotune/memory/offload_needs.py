@@ -1,4 +1,4 @@
-"""What computing takes of the memory that `--max_memory` caps, predicted before any weight is read: of a run, and of given workloads."""
+"""The memory that computation needs beside the weights under `--max_memory`, predicted before any weight is read."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def needs(workloads: Sequence[Workload], *, accelerator: bool, blocks: str | Seq
     """The most that any of these takes beside weights, from :func:`zotune.memory.estimate`; no weight is read or made.
 
     Args:
-        workloads: what is to run with the same model and weights: training, evaluation.
+        workloads: those of one model: training, evaluation.
         accelerator: as on a GPU; otherwise as on a CPU.
         blocks: the list of blocks, as in :func:`zotune.offload`.
 
     Raises:
-        ValueError: no blocks are found, or a method makes no sense on the model.
+        ValueError: no blocks are found, or a method does not apply to the model.
     """
     growth = max((_growth(workload) for workload in workloads), default=1.0)
     most = 0
@@ -40,13 +40,13 @@ def needs(workloads: Sequence[Workload], *, accelerator: bool, blocks: str | Seq
         split = estimate(workload, accelerator=accelerator)
         with torch.device("meta"):
             whole, rest, _, _ = budget.sizes(build(workload.config, workload.dtype), blocks)
-        travels = (_growth(workload) - 1) * (whole - rest)  # residuals, of which only those of the blocks that are here are in memory
-        most = max(most, split.total - split.kinds["weights"] - int(travels))
+        residuals = (_growth(workload) - 1) * (whole - rest)  # they move with their blocks
+        most = max(most, split.total - split.kinds["weights"] - int(residuals))
     return Needs(most, growth)
 
 
 def _growth(workload: Workload) -> float:
-    """How much larger a block is than its weights: in half precision a weight that is written every step has 16 bits more."""
+    """Bytes of a block over those of its weights: in half precision, a weight that is written every step has a residual of 16 bits."""
     method = workload.method
     written = isinstance(method, Method) and type(method.subspace) is Full and workload.scheme.scheme == "full"
     return 2.0 if written and workload.dtype in HALF else 1.0
@@ -55,16 +55,7 @@ def _growth(workload: Workload) -> float:
 def needs_of(
     model: ModelArguments, plan: ModelPlan, config: ZOConfig, data: PreparedData, method: Method | Baseline | None, scheme: Scheme
 ) -> Needs | None:
-    """What `zotune estimate` predicts for the longest batches of training and of evaluation; None without `--max_memory`.
-
-    Args:
-        model: the user's options.
-        plan: of the model.
-        config: batch sizes and device.
-        data: encoded.
-        method: None where nothing is trained.
-        scheme: which parameters are trained.
-    """
+    """The needs of the longest batches of training (``method`` None: no training) and of evaluation; None without `--max_memory`."""
     if model.max_memory is None:
         return None
     dtype = resolve_dtype(model.dtype, config.device)

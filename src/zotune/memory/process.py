@@ -1,7 +1,6 @@
-"""What a process really takes: a step in a process of its own, and the peak of its resident set.
+"""The resident memory of training, measured in a process of its own.
 
-The C library keeps freed memory back, which would count as used: large tensors are made to go back to the system when they are freed. So
-does MKL with its work space for matrix products, by an amount that depends on the processor.
+The C library and MKL keep freed memory, which would count as used: the environment makes them return it to the system.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from zotune.memory.estimate import measure
 from zotune.memory.workload import Workload
 from zotune.training.peak_memory import PeakMemory
 
-#: glibc returns allocations above so many bytes to the system at once, and MKL its work space.
+#: glibc returns allocations above so many bytes at once, and MKL its work space.
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -29,9 +28,6 @@ _ENVIRONMENT = {
 def process_peak(workload: Workload) -> int:
     """Bytes by which a training process grows at its peak, over one that has loaded its libraries.
 
-    Args:
-        workload: what it trains.
-
     Raises:
         MemoryError: the process failed.
     """
@@ -40,16 +36,16 @@ def process_peak(workload: Workload) -> int:
     done = subprocess.run(command, input=workload.to_json(), env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise MemoryError(f"the process that was to be measured failed: {reason[0]}")
+        raise MemoryError(f"the measured process failed: {reason[0]}")
     return int(json.loads(done.stdout.splitlines()[-1])["added"])
 
 
 def main() -> None:
-    """The measured process: reads a workload as JSON from standard input, prints the bytes by which it grew."""
+    """The measured process: reads a workload (JSON) from standard input and prints the bytes by which it grew."""
     from transformers import GPT2Config
 
     workload = Workload.from_json(sys.stdin.read())
-    # Once on a toy: the libraries' own buffers and code belong to no model.
+    # First on a toy model, for the buffers and code of the libraries.
     toy = GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=1000, n_positions=64, bos_token_id=0, eos_token_id=0)
     measure(workload.with_(config=toy, batch_size=2, sequence_length=32, scored=None), ledger=False)
     memory = PeakMemory(torch.device("cpu"))

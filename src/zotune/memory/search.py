@@ -1,4 +1,4 @@
-"""The largest batch or sequence that fits a card, by few estimates."""
+"""Search for the largest batch or sequence that fits a memory limit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 
 def largest(need: Callable[[int], int], limit: int, most: int) -> int:
-    """The largest n up to ``most`` with ``need(n) <= limit``, 0 if even 1 does not fit; above 64 to about 2% (what is given does fit).
+    """The largest n ≤ ``most`` with ``need(n) <= limit``, 0 if even 1 does not fit; above 64 it may be about 2% too small.
 
-    ``need`` grows with n, about linearly, and is called a few times only.
+    ``need`` grows with n, about linearly; it is called a few times.
 
     Example:
         >>> largest(lambda n: 100 + 7 * n, limit=200, most=1000)
@@ -27,7 +27,7 @@ def largest(need: Callable[[int], int], limit: int, most: int) -> int:
             low, at_low = guess, size
         else:
             high, at_high = guess, size
-        if at_high is None:  # the line goes on
+        if at_high is None:  # extrapolate
             guess = min(most, 16 * low) if slope <= 0 else min(16 * low, int(low + (limit - at_low) / slope))
         elif halve:
             guess = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Models by their configuration alone: a hub id, a folder, a file, or one of the well-known shapes that come with the package."""
+"""Models without weights, by their configuration: a hub id, a folder, a file, or a well-known shape that comes with the package."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from zotune.training.loading import explained
 
 
 def shipped() -> dict[str, str]:
-    """Hub ids whose shapes come with the package, to their file's name."""
+    """The hub ids whose configurations come with the package, and their file names."""
     folder = resources.files("zotune.memory") / "configs"
     return {file.name.removesuffix(".json").replace("--", "/"): file.name for file in folder.iterdir() if file.name.endswith(".json")}
 
 
 def config_of(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The ``transformers`` configuration of a model; no weight is read, and for a shipped one nothing is asked of the hub.
+    """The ``transformers`` configuration of a model; a shipped one is read without the hub.
 
     Args:
-        name: a folder with a config.json, a config file, one of :func:`shipped` (the last part of its name will do), or a hub id.
-        trust_remote_code: whether a model's own code may run.
+        name: a folder with a config.json, a config file, one of :func:`shipped` (or the last part of its name), or a hub id.
+        trust_remote_code: allow the model's own code.
 
     Raises:
-        FileNotFoundError: there is no such folder, file or hub id. ValueError: the file is no model's configuration.
+        FileNotFoundError: there is no such folder, file or hub id.
+        ValueError: the file is no model's configuration.
     """
     from transformers import AutoConfig
 
@@ -53,11 +54,7 @@ def _read(text: str, name: str) -> Any:
 
 
 def config_from(values: Any, name: str) -> Any:
-    """The ``transformers`` configuration of a mapping such as a config.json holds.
-
-    Args:
-        values: its entries, ``model_type`` among them.
-        name: where it is from, for messages.
+    """The ``transformers`` configuration of a config.json's entries; ``name`` is its source, for messages.
 
     Raises:
         ValueError: it is no model's configuration.
@@ -71,7 +68,7 @@ def config_from(values: Any, name: str) -> Any:
 
 
 def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model of a configuration with its head: a classifier for an encoder, else a causal language model. Random weights."""
+    """The model of a configuration, with random weights: a classifier for an encoder, else a causal language model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if is_encoder(config) else AutoModelForCausalLM
@@ -83,12 +80,12 @@ def _text(config: Any) -> Any:
 
 
 def context_of(config: Any) -> int:
-    """The longest sequence the model takes, 0 where its configuration does not say."""
+    """The longest sequence the model takes; 0: unknown."""
     return int(getattr(_text(config), "max_position_embeddings", 0) or 0)
 
 
 def depth_of(config: Any) -> int:
-    """The number of layers, 0 where the configuration does not say."""
+    """The number of layers; 0: unknown."""
     return int(getattr(_text(config), "num_hidden_layers", 0) or 0)
 
 

@@ -1,4 +1,4 @@
-"""What is trained and on batches of which shape: :class:`Workload`."""
+"""A method on a model with batches of a given shape: :class:`Workload`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from zotune.training.schemes import Scheme
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, and how.
+    """What is trained and on which batches.
 
     Args:
         config: of the model, from :func:`zotune.memory.config_of`.
         method: from :func:`zotune.baselines.catalog.get`; ``"zero-shot"`` evaluates and trains nothing.
-        scheme: which parameters move.
-        batch_size: examples a step, B.
-        sequence_length: tokens an example, T.
+        scheme: which parameters are trained.
+        batch_size: examples per step, B.
+        sequence_length: tokens per example, T.
         dtype: of the weights.
         scored: tokens of an example whose logits the loss needs; None: T − 1, all that can be predicted.
         forward_batching: as in :class:`zotune.ZerothOrder`.
-        activation_checkpointing: first-order methods run forwards again in place of keeping activations.
+        activation_checkpointing: first-order methods recompute activations in the backward pass.
     """
 
     config: Any
@@ -80,7 +80,7 @@ _PLAIN_FIELDS = ("batch_size", "sequence_length", "scored", "forward_batching", 
 
 
 def prepared(model: nn.Module, workload: Workload) -> nn.Module:
-    """The model with what the workload's scheme trains; ValueError where the method makes no sense on it."""
+    """The model under the workload's scheme; ValueError where the method does not apply to it."""
     model = schemes.apply(model, workload.scheme)
     problem = schemes.refusal(workload.method, model, workload.scheme) if trains(workload.method) else None
     if problem is not None:
@@ -93,7 +93,7 @@ def prepared(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def elements_of(workload: Workload) -> tuple[int, int]:
-    """Elements of all parameters of the model, and of its largest one."""
+    """Elements of all parameters of the model, and of the largest one."""
     with torch.device("meta"):
         counts = {name: p.numel() for name, p in build(workload.config, workload.dtype).named_parameters()}
     return sum(counts.values()), max(counts.values())
@@ -118,7 +118,7 @@ def batch_of(workload: Workload) -> dict[str, Tensor]:
 
 
 def other_phases(workload: Workload) -> list[Workload]:
-    """The workload begun with those of its phases that come late, and evaluate more at once than the first does."""
+    """The workload from its later phases on, which may need more memory than the first."""
     method = workload.method
     if not (isinstance(method, Method) and isinstance(method.subspace, Guided) and not method.subspace.begin):
         return []

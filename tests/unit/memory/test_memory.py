@@ -1,4 +1,4 @@
-"""Memory: the ledger counts what is alive, a rehearsal allocates what a real step does, deep models continue shallow ones."""
+"""Memory: the ledger counts what is alive, a dry run allocates what a real step does, deep models extrapolate shallow ones."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("model", "method", "options"), PAIRS)
-def test_a_rehearsal_allocates_what_a_real_step_does(model, method, options):
+def test_a_dry_run_allocates_what_a_real_step_does(model, method, options):
     predicted, measured = estimate(plan(model, method, **options)), measure(plan(model, method, **options))
     assert predicted.total == pytest.approx(measured.total, rel=0.05)
     for kind in KINDS:
@@ -87,7 +87,7 @@ def test_two_shallow_models_continue_to_a_deep_one(method):
     assert continued.kinds["weights"] == whole.kinds["weights"]
 
 
-def test_a_rehearsal_leaves_no_trace():
+def test_a_dry_run_leaves_no_trace():
     key = Key(0, 0, 0, "w")
     before = Directions("gaussian").draw(key, (40, 40))
     state, loop = torch.get_rng_state(), directions.for_blocks
@@ -98,7 +98,7 @@ def test_a_rehearsal_leaves_no_trace():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:this model's attention kernel has no forward derivative")
-def test_every_method_can_be_rehearsed():
+def test_every_method_has_a_dry_run():
     """No method reads a number that a fake tensor does not have."""
     small = Workload(shallow(MODELS["llama"], 1), catalog.get("mezo"), batch_size=4, sequence_length=8)
     numbers, _ = elements_of(small)
@@ -213,7 +213,7 @@ def test_what_is_kept_on_the_host_is_none_of_an_accelerators():
     assert estimate(many).total > 1.2 * estimate(few).total
 
 
-def test_the_turns_of_a_method_that_come_late_are_rehearsed_too() -> None:
+def test_later_phases_of_a_method_count_too() -> None:
     """LOZO-G's first turns evaluate a batch at one point, LOZO-E's at four at once."""
     workload = Workload(MODELS["opt"], catalog.get("lozo-g"), batch_size=4, sequence_length=32, forward_batching="batched")
     guided, plain = (estimate(workload.with_(method=catalog.get(name))) for name in ("lozo-g", "lozo-e"))
