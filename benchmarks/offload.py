@@ -141,7 +141,7 @@ def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes a second of reading the shards past the page cache."""
     from zotune.weights.offload import direct_io
 
-    reader, into, seconds, size = direct_io.Files(), direct_io.room(256 << 20), 0.0, 0
+    reader, into, seconds, size = direct_io.DirectFiles(), direct_io.page_aligned(256 << 20), 0.0, 0
     for path in sorted(args.model.glob("*.safetensors")):
         count = path.stat().st_size
         for first in range(0, count, 256 << 20):

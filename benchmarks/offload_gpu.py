@@ -117,7 +117,7 @@ def row(args: argparse.Namespace, what: str, ids: torch.Tensor) -> dict[str, Any
     found = measured(lambda: optimizer.step(loss, ids), args.steps, ids.numel())
     if stream is not None:
         moved = (stream.traffic.bytes - before) / (args.steps + 1)
-        found |= {"gib_a_step": moved / 2**30, "link_used": moved / found["seconds"] / args.link, "blocks_away": len(stream.parts)}
+        found |= {"gib_a_step": moved / 2**30, "link_used": moved / found["seconds"] / args.link, "blocks_away": len(stream.blocks)}
     return found
 
 

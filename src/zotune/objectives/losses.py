@@ -1,8 +1,7 @@
 """Per-example losses of a batch: language-model loss, choice scoring, classification.
 
-Every batch is a mapping of tensors with the examples along dimension 0 and every loss has shape (B,), so a caller may
-stack k copies of a batch and read k * B losses. Only the hidden states that predict a scored token go through the
-language-model head.
+A batch is a mapping of tensors with the examples along dimension 0 and a loss has shape (B,), so k stacked copies of a batch give k * B
+losses. Only hidden states that predict a scored token go through the language-model head.
 """
 
 from __future__ import annotations
@@ -18,17 +17,6 @@ from zotune.io.memory_tags import tagged
 from zotune.objectives import output_gradients, packed_choices
 from zotune.objectives.token_logprobs import IGNORE, at_least_float32, cross_entropy, logits_of, scored_logits, token_logprobs
 from zotune.weights.structure import head_of
-
-__all__ = [
-    "IGNORE",
-    "ChoiceLoss",
-    "ClassifierLoss",
-    "LanguageModelLoss",
-    "choice_scores",
-    "class_scores",
-    "objective",
-    "token_logprobs",
-]
 
 Batch = Mapping[str, Tensor]
 
@@ -62,9 +50,8 @@ def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False
             :func:`zotune.objectives.packed_choices.option_logprobs`) with option_mask (B, C); or one row an option (input_ids
             (B, C, T), attention_mask, positions (B, C, S), targets (B, C, S), option_mask (B, C)). Options outside the
             mask score -inf.
-        length_normalize: divide each score by the option's number of tokens. A batch with option_lengths (B, C) asks for it itself.
-        answers: for a loss that is :class:`ChoiceLoss`'s at these answers, (B,): where every option is a single token whoever watches is
-            told the errors (``output_errors``).
+        length_normalize: divide each score by the option's number of tokens. A batch with option_lengths (B, C) is always normalized.
+        answers: (B,), of a :class:`ChoiceLoss`: with single-token options an active recorder gets the output gradients.
     """
     if "option_ids" in batch:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -93,7 +80,7 @@ def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False
 class ChoiceLoss:
     """Cross-entropy in nats of the right answer under the softmax of the options' scores, ``loss(batch) -> (B,)``.
 
-    The batch is one that :func:`choice_scores` takes, with ``answer`` (B,), the index of the right option.
+    The batch is one of :func:`choice_scores`, with ``answer`` (B,), the index of the right option.
     """
 
     model: nn.Module

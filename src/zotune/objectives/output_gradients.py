@@ -1,11 +1,11 @@
-"""Output errors: what a language model's scored positions get wrong, told while a loss is computed, for a subspace that goes by them.
+"""Output gradients: the gradient of a language model's loss in its head's input, recorded while the loss is computed.
 
-For −log softmax(W h)[y] the gradient in the hidden state h that the head W is given is
+For −log softmax(W h)[y] the gradient in the hidden state h, the input of the head W, is
 
     δ = Wᵀ (softmax(W h) − e_y)      (d,),
 
-known in closed form from the forward pass alone; where a text's loss is a mean over its scored tokens, by the share that each has in it. A
-loss that can tell it does so where somebody watches, and costs nothing more elsewhere.
+a closed form of the forward pass. Where an example's loss is a mean over its scored tokens, δ is weighted by each token's share. A loss
+computes δ only while a recorder is active.
 """
 
 from __future__ import annotations
@@ -16,141 +16,140 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-#: Positions of any kind that are looked at: for each text; of a forward, as long as there are not enough. A guide made of too few takes
-#: what no other position shows for quiet.
-SOME, AT_FIRST, ENOUGH = 4, 64, 512
-#: Probabilities are made so many at a time (16 MiB), never of a whole batch at once.
+#: Sampled positions: for each example; of a forward, until there are enough. Too small a sample underestimates the inputs' variance.
+SAMPLED_PER_EXAMPLE, SAMPLED_AT_FIRST, ENOUGH = 4, 64, 512
+#: Elements of probabilities computed at a time (16 MiB), never of a whole batch.
 CHUNK_ELEMENTS = 2**22
 
-_watches: list[OutputGradientRecorder] = []
+_recorders: list[OutputGradientRecorder] = []
 
 
 class OutputGradientRecorder:
-    """The errors of the losses that are computed while it lasts.
+    """The output gradients of the losses computed while it is active.
 
     Args:
-        most: scored positions that are kept, at most; None: every position that may be scored, those that are not with errors of 0, so
+        max_positions: scored positions to record, at most; None: all positions that may be scored, with zeros for those that are not, so
             that nothing waits for a device.
 
     Attributes:
-        scored: of the forward that runs now: the numbers (n,) of the positions (R, S) that are kept, None for all, their texts and places
-            (n,), and the attention mask (R, T).
-        errors: δ of the kept positions, by how much they count in their text's loss, (n, d) in float32 of every forward so far.
-        texts: the text that each belongs to, (n,) of every forward, counted through all of them.
-        number: texts so far.
+        scored: of the current forward: the indices (n,) of the recorded positions (R, S), None for all, their examples and positions (n,),
+            and the attention mask (R, T).
+        gradients: δ of the recorded positions, weighted, (n, d) in float32 of every forward so far.
+        examples: the example of each, (n,) of every forward, counted through all of them.
+        num_examples: examples so far.
     """
 
-    def __init__(self, most: int | None = None) -> None:
-        self.most = most
+    def __init__(self, max_positions: int | None = None) -> None:
+        self.max_positions = max_positions
         self.scored: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None
-        self.errors: list[Tensor] = []
-        self.texts: list[Tensor] = []
-        self.number = self.rows = 0
-        self.few = self.looked = 0  # positions of any kind, of this forward and of all
+        self.gradients: list[Tensor] = []
+        self.examples: list[Tensor] = []
+        self.num_examples = self.num_positions = 0
+        self.sample_size = self.sampled = 0  # sampled positions of this forward, and of all
 
     def begin(self, positions: Tensor, scored: Tensor, mask: Tensor) -> None:
-        """A forward begins that scores ``positions`` (R, S) where ``scored`` (R, S), of texts with the attention ``mask`` (R, T)."""
-        self.few = max(SOME * len(positions), AT_FIRST if self.looked < ENOUGH else 0)
-        self.looked += self.few
-        texts = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions).flatten()
-        if self.most is None:
-            self.scored = None, texts, positions.flatten(), mask
+        """A forward starts that scores ``positions`` (R, S) where ``scored`` (R, S), with the attention ``mask`` (R, T)."""
+        self.sample_size = max(SAMPLED_PER_EXAMPLE * len(positions), SAMPLED_AT_FIRST if self.sampled < ENOUGH else 0)
+        self.sampled += self.sample_size
+        examples = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions).flatten()
+        if self.max_positions is None:
+            self.scored = None, examples, positions.flatten(), mask
         else:
-            kept = scored.flatten().nonzero()[: self.most - self.rows, 0]
-            self.scored = kept, texts[kept], positions.flatten()[kept], mask
+            kept = scored.flatten().nonzero()[: self.max_positions - self.num_positions, 0]
+            self.scored = kept, examples[kept], positions.flatten()[kept], mask
 
-    def rows_of(self, states: Tensor) -> Tensor | None:
-        """What a layer is given at the kept positions, (n, width), of its input (R, T′, width) or (R · T′, width); None if it is neither.
+    def scored_rows(self, states: Tensor) -> Tensor | None:
+        """Rows (n, width) of a layer's input (R, T′, width) or (R · T′, width) at the recorded positions; None for other shapes.
 
-        T′ is T, or longer by what a model puts before the text (prompt tuning).
+        T′ is T plus the length of a soft prompt (prompt tuning).
         """
         if self.scored is None:
             return None
-        _, texts, places, _ = self.scored
-        return self._at(states, texts, places)
+        _, examples, positions, _ = self.scored
+        return self._rows(states, examples, positions)
 
-    def some_of(self, states: Tensor) -> Tensor | None:
-        """The same at ``few`` positions or some more, as far apart as can be."""
+    def sampled_rows(self, states: Tensor) -> Tensor | None:
+        """The same at ``sample_size`` or more positions of any kind, evenly spaced."""
         if self.scored is None:
             return None
-        texts, places = self.scored[3].nonzero(as_tuple=True)
-        few = slice(None, None, max(1, len(texts) // self.few))
-        return self._at(states, texts[few], places[few])
+        examples, positions = self.scored[3].nonzero(as_tuple=True)
+        sample = slice(None, None, max(1, len(examples) // self.sample_size))
+        return self._rows(states, examples[sample], positions[sample])
 
-    def _at(self, states: Tensor, texts: Tensor, places: Tensor) -> Tensor | None:
+    def _rows(self, states: Tensor, examples: Tensor, positions: Tensor) -> Tensor | None:
         assert self.scored is not None
         rows, length = self.scored[3].shape
         flat = states.flatten(0, -2)
-        longer = flat.shape[0] // rows - length
-        if flat.shape[0] % rows or longer < 0:
+        prompt = flat.shape[0] // rows - length
+        if flat.shape[0] % rows or prompt < 0:
             return None
-        return flat[(texts * (length + longer) + places + longer).to(flat.device)]
+        return flat[(examples * (length + prompt) + positions + prompt).to(flat.device)]
 
     def end(self, logits: Tensor, targets: Tensor, head: nn.Module | None, shares: Tensor) -> None:
-        """The forward has given ``logits`` (R, S, vocabulary) for ``targets`` (R, S), ``shares`` (R,) of which make a text's loss.
+        """The forward gave ``logits`` (R, S, vocabulary) for ``targets`` (R, S), each ``shares`` (R,) of its example's loss.
 
-        Targets below 0 are not scored. Without a head that is known it tells nothing.
+        Targets below 0 are not scored. Without a known head nothing is recorded.
         """
-        (kept, texts), number = self._ended(), len(targets)
+        (kept, examples), count = self._end_forward(), len(targets)
         weight = _matrix(head, logits.shape[-1])
         logits, targets = logits.flatten(0, 1), targets.flatten()
-        count = len(targets) if kept is None else len(kept)
-        if weight is None or not count:
+        size = len(targets) if kept is None else len(kept)
+        if weight is None or not size:
             return
-        parts, few = [], max(1, CHUNK_ELEMENTS // logits.shape[-1])
-        for start in range(0, count, few):
-            some = slice(start, start + few) if kept is None else kept[start : start + few]
-            wrong, target = logits[some].float().softmax(dim=-1), targets[some].clamp_min(0)
-            wrong.scatter_add_(1, target.unsqueeze(1), torch.full_like(wrong[:, :1], -1.0))
-            parts.append((wrong.to(weight.dtype) @ weight.detach()).float())
-        counts = shares[texts] * ((targets if kept is None else targets[kept]) >= 0)
-        self._tell(torch.cat(parts) * counts.unsqueeze(1), texts, number)
+        parts, step = [], max(1, CHUNK_ELEMENTS // logits.shape[-1])
+        for start in range(0, size, step):
+            part = slice(start, start + step) if kept is None else kept[start : start + step]
+            error, target = logits[part].float().softmax(dim=-1), targets[part].clamp_min(0)
+            error.scatter_add_(1, target.unsqueeze(1), torch.full_like(error[:, :1], -1.0))
+            parts.append((error.to(weight.dtype) @ weight.detach()).float())
+        weights = shares[examples] * ((targets if kept is None else targets[kept]) >= 0)
+        self._record(torch.cat(parts) * weights.unsqueeze(1), examples, count)
 
     def end_options(self, logits: Tensor, options: Tensor, answers: Tensor, head: nn.Module | None) -> None:
         """The same for −log softmax over the logits of ``options`` (R, C) alone at ``answers`` (R,), of ``logits`` (R, vocabulary).
 
         δ = Σ_c (p_c − [c = answer]) W[option c].
         """
-        (kept, texts), number = self._ended(), len(options)
+        (kept, examples), count = self._end_forward(), len(options)
         weight = _matrix(head, logits.shape[-1])
         if kept is not None:
             logits, options, answers = (tensor[kept] for tensor in (logits, options, answers))
         if weight is None or not len(options):
             return
-        wrong = logits.gather(1, options).float().softmax(dim=-1)
-        wrong.scatter_add_(1, answers.unsqueeze(1), torch.full_like(wrong[:, :1], -1.0))
-        self._tell((wrong.unsqueeze(2) * weight.detach()[options].float()).sum(dim=1), texts, number)
+        error = logits.gather(1, options).float().softmax(dim=-1)
+        error.scatter_add_(1, answers.unsqueeze(1), torch.full_like(error[:, :1], -1.0))
+        self._record((error.unsqueeze(2) * weight.detach()[options].float()).sum(dim=1), examples, count)
 
-    def _ended(self) -> tuple[Tensor | None, Tensor]:
+    def _end_forward(self) -> tuple[Tensor | None, Tensor]:
         assert self.scored is not None
-        kept, texts, _, _ = self.scored
+        kept, examples, _, _ = self.scored
         self.scored = None
-        return kept, texts
+        return kept, examples
 
-    def _tell(self, errors: Tensor, texts: Tensor, number: int) -> None:
-        self.errors.append(errors)
-        self.texts.append(texts + self.number)
-        self.number += number
-        self.rows += len(errors)
+    def _record(self, gradients: Tensor, examples: Tensor, count: int) -> None:
+        self.gradients.append(gradients)
+        self.examples.append(examples + self.num_examples)
+        self.num_examples += count
+        self.num_positions += len(gradients)
 
 
 def _matrix(head: nn.Module | None, vocabulary: int) -> Tensor | None:
-    """The weight (vocabulary, d) of a head, if that is what it is."""
+    """The weight of a head, if it is (vocabulary, d)."""
     weight = getattr(head, "weight", None)
     return weight if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == vocabulary else None
 
 
 @contextmanager
-def recording(most: int | None = None) -> Iterator[OutputGradientRecorder]:
-    """OutputGradientRecorder the losses that are computed within, ``most`` scored positions of them at most."""
-    recorder = OutputGradientRecorder(most)
-    _watches.append(recorder)
+def recording(max_positions: int | None = None) -> Iterator[OutputGradientRecorder]:
+    """A recorder that is active within the block, for ``max_positions`` scored positions at most."""
+    recorder = OutputGradientRecorder(max_positions)
+    _recorders.append(recorder)
     try:
         yield recorder
     finally:
-        _watches.remove(recorder)
+        _recorders.remove(recorder)
 
 
 def active_recorder() -> OutputGradientRecorder | None:
-    """Whoever watches now."""
-    return _watches[-1] if _watches else None
+    """The innermost active recorder."""
+    return _recorders[-1] if _recorders else None

@@ -1,14 +1,14 @@
-"""Answer options that share their prompt: one row an example, in which the prompt stands once and every option behind it.
+"""Packed choices: one row an example, with its prompt once and all answer options after it.
 
-An option's tokens see the prompt and themselves, no other option, and are at the positions they have behind the prompt alone::
+An option's tokens attend to the prompt and themselves, and have the position ids of a row of the prompt and this option::
 
     tokens      the  cat  sat   on  a  mat   by  the  door
     segments      0    0    0    1  1    1    2    2     2
     position_ids  0    1    2    3  4    5    3    4     5
 
-so a token's hidden state is what it is in a row of the prompt and its option, up to rounding, and the rows of a batch stay its examples.
-The model's part in it is a four-dimensional attention mask and ``position_ids``. The first batch is scored both ways; a model whose two
-answers differ (it ignores the mask, or the positions) scores one row an option from then on, with one warning.
+so a token's hidden state equals that of the option's own row, up to rounding, and the rows of a batch are its examples. The model must
+support a four-dimensional attention mask and ``position_ids``. The first batch is scored both ways; if the results differ (the model
+ignores the mask or the positions), every option has a row of its own from then on, with one warning.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from zotune.weights.precision import HALF
 
 Batch = Mapping[str, Tensor]
 
-# Attention implementations of transformers that take a four-dimensional mask, and whether as booleans (or else as numbers to add).
+# Attention implementations of transformers that take a four-dimensional mask: as booleans, or else as terms to add.
 _MASKS = {"sdpa": True, "eager": False}
-# Names under which configurations keep the reach of attention; a packed row that is longer may be cut where its texts would not be.
-_REACHES = ("sliding_window", "attention_chunk_size", "window_size")
+# Configuration fields with the window of attention: a packed row may exceed it where its texts do not.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
-#: What the first batch has shown of a model.
+#: Whether a model's first batch agreed, by model.
 _agrees: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def is_packed(batch: Batch) -> bool:
-    """Whether a batch is in this form."""
+    """Whether a batch is packed."""
     return "segments" in batch
 
 
@@ -46,15 +46,15 @@ def option_logprobs(model: nn.Module, batch: Batch) -> Tensor:
     Args:
         model: a causal language model.
         batch: input_ids, position_ids and segments (B, L) (segments: 0 the prompt, c an option's number from 1, -1 padding);
-            positions (B, Q), the places along L whose hidden states predict something; places (B, C, S), which of the Q predicts a
-            token; targets (B, C, S); own_rows (B, C, T), the places along L that make an option's row of its own, -1 for padding.
+            positions (B, Q), the indices along L whose hidden states predict something; places (B, C, S), which of the Q predicts a
+            token; targets (B, C, S); own_rows (B, C, T), the indices along L of an option's own row, -1 for padding.
     """
     if batch["positions"].shape[1] == 1:
-        return _run_on(model, batch)  # options of one token: the row is the prompt alone, as any model reads it
+        return _as_one_text(model, batch)  # options of one token: the row is the prompt alone
     agrees = _agrees.get(model)
     if agrees is False or not _may_pack(model, batch["input_ids"].shape[1]):
-        return _apart(model, batch, 0, batch["targets"].shape[1])
-    return _together(model, batch) if agrees else _compared(model, batch)
+        return _separate(model, batch, 0, batch["targets"].shape[1])
+    return _packed(model, batch) if agrees else _compared(model, batch)
 
 
 def _may_pack(model: nn.Module, length: int) -> bool:
@@ -62,20 +62,20 @@ def _may_pack(model: nn.Module, length: int) -> bool:
     if getattr(config, "_attn_implementation", None) not in _MASKS or not takes(model, "position_ids"):
         return False
     adapter: Any = getattr(model, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):  # PEFT puts tokens before the text and sets masks and positions itself
+    if getattr(adapter, "is_prompt_learning", False):  # PEFT adds a soft prompt and sets masks and positions itself
         return False
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    reaches = [getattr(config, name, None) for name in _REACHES]
-    return all(length <= reach for reach in reaches if isinstance(reach, int))
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    return all(length <= window for window in windows if isinstance(window, int))
 
 
-def _together(model: nn.Module, batch: Batch) -> Tensor:
+def _packed(model: nn.Module, batch: Batch) -> Tensor:
     """All options in the row of their prompt."""
     return _row_logprobs(model, batch, {"attention_mask": _visible(model, batch["segments"]), "position_ids": batch["position_ids"]})
 
 
-def _run_on(model: nn.Module, batch: Batch) -> Tensor:
-    """The row as one text, in which an option reads on behind the one before: what a model makes of it that heeds nothing."""
+def _as_one_text(model: nn.Module, batch: Batch) -> Tensor:
+    """The row as one text: the result of a model that ignores mask and positions."""
     return _row_logprobs(model, batch, {"attention_mask": (batch["segments"] >= 0).long()})
 
 
@@ -89,7 +89,7 @@ def _row_logprobs(model: nn.Module, batch: Batch, inputs: dict[str, Tensor]) -> 
 
 
 def _visible(model: nn.Module, segments: Tensor) -> Tensor:
-    """The attention mask (B, 1, L, L): a token sees what stands before it in the prompt and in its own segment."""
+    """The attention mask (B, 1, L, L): a token attends to earlier tokens of the prompt and of its own segment."""
     length = segments.shape[1]
     seen = (segments == 0).unsqueeze(1) | (segments.unsqueeze(1) == segments.unsqueeze(2))
     seen &= torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
@@ -101,11 +101,11 @@ def _visible(model: nn.Module, segments: Tensor) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _apart(model: nn.Module, batch: Batch, first: int, last: int) -> Tensor:
+def _separate(model: nn.Module, batch: Batch, first: int, last: int) -> Tensor:
     """Options ``first`` to ``last - 1``, each in a row with the prompt: (B, last - first, S)."""
     targets, rows = batch["targets"][:, first:last], batch["own_rows"][:, first:last]
     places = batch["places"][:, first:last].flatten(1)
-    # A token's position id is its place in a row of its own.
+    # A token's position id is its index in the option's own row.
     positions = batch["position_ids"].gather(1, batch["positions"].gather(1, places)).view(targets.shape)
     ids = batch["input_ids"].gather(1, rows.clamp(min=0).flatten(1)).view(rows.shape)
     real = (rows >= 0).long()
@@ -114,27 +114,27 @@ def _apart(model: nn.Module, batch: Batch, first: int, last: int) -> Tensor:
 
 
 def _compared(model: nn.Module, batch: Batch) -> Tensor:
-    """Both ways, and the verdict; the result is that of the way that is taken from now on."""
-    # One option after the other: whatever fits in memory packed shall not run out of it in being checked.
-    apart = torch.cat([_apart(model, batch, option, option + 1) for option in range(batch["targets"].shape[1])], dim=1)
-    if model.training or not bool(apart.isfinite().all()):
-        return apart  # dropout, or a model that has diverged: nothing can be told from it
+    """Score both ways, and choose the one to use from now on; its result."""
+    # One option at a time: the comparison must not need more memory than packed scoring.
+    separate = torch.cat([_separate(model, batch, option, option + 1) for option in range(batch["targets"].shape[1])], dim=1)
+    if model.training or not bool(separate.isfinite().all()):
+        return separate  # dropout or divergence: no comparison
     try:
-        together, run_on = _together(model, batch), _run_on(model, batch)
+        packed, one_text = _packed(model, batch), _as_one_text(model, batch)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a model does with a mask or positions it did not expect
+    except Exception as error:  # any failure of the model with this mask or these positions
         _give_up(model, str(error))
-        return apart
+        return separate
     half = any(p.dtype in HALF for p in model.parameters())
-    rounding = (2e-3 if half else 1e-4) * (1 + apart.abs().mean())
-    difference, effect = (together - apart).abs(), (run_on - apart).abs()
+    rounding = (2e-3 if half else 1e-4) * (1 + separate.abs().mean())
+    difference, effect = (packed - separate).abs(), (one_text - separate).abs()
     if not bool(difference.mean() <= rounding + 0.2 * effect.mean()):
         _give_up(model, f"a token's log-probability differs by {difference.max():.3g} from that in a row of its own")
-        return apart
-    if bool((batch["segments"] > 1).any()):  # else no option stood behind another, and nothing could go wrong
+        return separate
+    if bool((batch["segments"] > 1).any()):  # else no option followed another: nothing was compared
         _agrees[model] = True
-    return together
+    return packed
 
 
 def _give_up(model: nn.Module, reason: str) -> None:

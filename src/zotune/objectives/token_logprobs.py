@@ -1,4 +1,4 @@
-"""Log-probabilities of scored tokens: a causal language model's forward in which its head sees scored positions only."""
+"""Log-probabilities of scored tokens: a causal language model's forward whose head computes scored positions only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zotune.weights.structure import head_of
 #: Target value of a position that is not scored.
 IGNORE = -100
 
-# The float32 copy of the logits is made this many elements at a time (64 MiB), never for the whole batch at once.
+# Elements of the logits that are converted to float32 at a time (64 MiB), never of a whole batch.
 CHUNK_ELEMENTS = 2**24
 
 
@@ -33,7 +33,7 @@ def token_logprobs(
         attention_mask: 1 for real tokens, 0 for padding, (R, T).
         positions: index along T of the hidden state that predicts each scored token, (R, S).
         targets: ids of the scored tokens, (R, S); -100 where there is none.
-        shares: for losses that are −shares[r] Σ_s of these log-probabilities, (R,): whoever watches is told the errors (``output_errors``).
+        shares: (R,), of losses −shares[r] Σ_s of these log-probabilities: an active recorder gets the output gradients.
 
     Returns:
         Natural-log probabilities in float32 (float64 for a float64 model), (R, S); 0 where the target is -100.
@@ -49,7 +49,7 @@ def token_logprobs(
 
 @tagged("activations")
 def scored_logits(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """Logits (R, S, vocabulary) at `positions` (R, S), as the model's own forward makes them of ``input_ids`` (R, T) and other inputs."""
+    """Logits (R, S, vocabulary) at `positions` (R, S), by the model's own forward of ``input_ids`` (R, T) and other inputs."""
     arguments: dict[str, Tensor | bool] = dict(inputs)
     if takes(model, "use_cache"):
         arguments["use_cache"] = False
@@ -62,10 +62,10 @@ def scored_logits(model: nn.Module, inputs: Mapping[str, Tensor], positions: Ten
 
 @contextmanager
 def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) -> Iterator[list[bool]]:
-    """For the length of the block the head sees only the hidden states at `positions`.
+    """Within the block the head's input is the hidden states at `positions` only.
 
-    Yields a list that is non-empty once the head was given gathered states. What the model does to the logits after
-    its head (soft-capping, scaling) is its own code and acts on the gathered ones.
+    Yields a list that is non-empty once the head was called so. The model's own code after its head (soft-capping, scaling) then acts on
+    the gathered logits.
     """
     gathered: list[bool] = []
     head = head_of(model)
@@ -76,7 +76,7 @@ def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) 
     def gather(_module: nn.Module, args: tuple) -> tuple | None:
         states = args[0] if args else None
         if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[0] != shape[0] or states.shape[1] < shape[1]:
-            return None  # a head that is fed something else: the logits are gathered afterwards instead
+            return None  # another kind of input: the logits are gathered afterwards
         gathered.append(True)
         return (_select(states, _behind_own_tokens(states, positions, shape[1])), *args[1:])
 
@@ -89,7 +89,7 @@ def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) 
 
 @tagged("activations")
 def _behind_own_tokens(states: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Positions where a model has put tokens of its own before the text, as prompt tuning does."""
+    """Positions shifted by the length of a soft prompt (prompt tuning)."""
     return positions + (states.shape[1] - length)
 
 
@@ -128,7 +128,7 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def logits_of(output: object) -> Tensor:
-    """The logits of what a model returned.
+    """The logits of a model's output.
 
     Raises:
         ValueError: it has none.

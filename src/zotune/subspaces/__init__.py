@@ -1,11 +1,10 @@
-"""Subspaces: which coordinates θ of a model move, and the map from coordinates to weights.
+"""Subspaces: which coordinates θ of a model are trained, and the map from coordinates to weights.
 
-A *subspace* is a small configuration (:class:`Full`, :class:`LowRank`, ...); applied to a model it gives one *coordinate* object for each
-trainable parameter. A coordinate knows how to hand out its weight at θ + offset without writing it, how to take an update, and what
-must be kept to resume. Everything it keeps is float32 (or float32 split over a half-precision weight and a residual): no update is lost
-to rounding.
+A *subspace* is a small configuration (:class:`Full`, :class:`LowRank`, ...); applied to a model it makes one *coordinate* object for each
+trainable parameter. A coordinate gives its weight at θ + offset without writing it, applies updates, and keeps what resuming needs. It
+stores θ in float32 (or as a half-precision weight and a residual): no update is lost to rounding.
 
-Adapters (LoRA, prefix, prompt) need no class of their own: they are :class:`Full` over whatever parameters PEFT leaves trainable.
+Adapters (LoRA, prefix, prompt) are :class:`Full` over the parameters that PEFT leaves trainable.
 """
 
 from __future__ import annotations

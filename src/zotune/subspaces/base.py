@@ -1,83 +1,65 @@
-"""What a subspace is: a small configuration that makes the coordinates of a model's trainable parameters."""
+"""The interface of a subspace: a small configuration that makes the coordinates of a model's trainable parameters."""
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 from torch import Tensor, nn
 
 from zotune.subspaces.coordinate import Coordinate
 
+#: ``losses()`` evaluates the losses of the step's micro-batches at θ, one after the other, as the loss function returns them;
+#: ``losses(offset, others)`` at θ + offset along the coordinates ``others``, by name, in place of those of the same names.
+Losses = Callable[..., Iterator[Tensor]]
 
-class Subspace(Protocol):
-    """Which coordinates of a model move.
+
+class Subspace(abc.ABC):
+    """Which coordinates of a model are trained. By default they are weights, independent of each other and of data.
 
     Attributes:
-        full: whether the coordinates are the weights themselves, all or some of them.
+        full: whether the coordinates are weights, all or some of them.
     """
-
-    @property
-    def full(self) -> bool: ...
-
-    def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
-        """The coordinates of one parameter."""
-        ...
-
-    def attach(self, model: nn.Module, coordinates: Sequence[Coordinate]) -> int:
-        """Tell the coordinates of a whole model what they need to know of each other; how many parts have directions of their own."""
-        ...
-
-    def needs_data(self, step: int) -> bool:
-        """Whether the subspace looks at the data of a step before it begins."""
-        ...
-
-    def sample_size(self, step: int) -> int:
-        """At how many examples it wants to look then, where more than the step's are to be had; 0: at the step's."""
-        ...
-
-    def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
-    ) -> dict[str, Tensor]:
-        """What is to be known of the data, by name of the coordinate.
-
-        Args:
-            losses: evaluates the losses of the step's micro-batches at θ, one after the other, as the loss function returns them;
-                ``losses(offset, moved)`` at θ + offset along coordinates ``moved``, by name, in place of those of the same names.
-        """
-        ...
-
-    def elements(self, shape: Sequence[int]) -> tuple[int, int]:
-        """(numbers in θ, float32 numbers kept beside the weights) for a parameter of this shape."""
-        ...
-
-    def memory(self, update_rule_state: float) -> str:
-        """What is kept between steps beyond the weights, for people, if the rule keeps so many numbers a coordinate."""
-        ...
-
-
-class Space:
-    """A subspace whose coordinates are the weights and know nothing of each other."""
 
     full = True
 
+    @abc.abstractmethod
+    def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
+        """The coordinates of one parameter."""
+
     def attach(self, model: nn.Module, coordinates: Sequence[Coordinate]) -> int:
+        """Set what the coordinates of a whole model share; returns the number of parts with directions of their own."""
         return 1
 
     def needs_data(self, step: int) -> bool:
+        """Whether :meth:`observe` is due before a step."""
         return False
 
     def sample_size(self, step: int) -> int:
+        """Examples for :meth:`observe`, where more than the step's are available; 0: the step's."""
         return 0
 
-    def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
-    ) -> dict[str, Tensor]:
+    def observe(self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Losses, seed: int, step: int) -> dict[str, Tensor]:
+        """What the next redraw takes from data, by name of the coordinate."""
         return {}
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(elements of θ, float32 elements kept beside the weights) for a parameter of this shape."""
         return math.prod(shape), 0
 
     def memory(self, update_rule_state: float) -> str:
+        """A formula of what is kept between steps beyond the weights, if the rule keeps so many elements a coordinate."""
         return f"{update_rule_state:g} × W" if update_rule_state else "none"
+
+
+def at_least_one(field: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}.")
+
+
+def check_density(density: object) -> None:
+    """Raises ValueError unless ``density`` lies in (0, 1]."""
+    if not (isinstance(density, (int, float)) and 0 < density <= 1):
+        raise ValueError(f"density must lie in (0, 1], not {density!r}.")

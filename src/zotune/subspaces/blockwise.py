@@ -1,13 +1,13 @@
-"""Blocks: the parameters of a model move in turn, or each block by differences of its own."""
+"""Block coordinate descent: a block of parameters at a time, or each block by loss differences of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from zotune.subspaces.base import Subspace
+from zotune.subspaces.base import Losses, Subspace
 from zotune.subspaces.coordinate import BlockSchedule, Coordinate
 from zotune.subspaces.factory import Full
 from zotune.weights.structure import repeated_layers
@@ -17,15 +17,15 @@ ORDERS = ("gauss-seidel", "jacobi")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Subspace):
     """Coordinates of another subspace, a block of them at a time.
 
     Args:
-        unit: ``"layer"``: each of a model's repeated layers is a block, what lies outside them another one; ``"linear"``: every module
-            with parameters of its own is. A model without repeated layers has blocks of the second kind.
-        order: ``"gauss-seidel"``: block t mod B moves in step t, the others rest; ``"jacobi"``: all move in every step, direction k
-            being 0 outside block k mod B, so that each block has a loss difference of its own.
-        inner: how a block moves.
+        unit: ``"layer"``: each of a model's repeated layers is a block, everything else another one; ``"linear"``: every module with
+            parameters of its own is. A model without repeated layers has blocks of the second kind.
+        order: ``"gauss-seidel"``: step t trains block t mod B; ``"jacobi"``: every step trains all blocks, direction k being 0 outside
+            block k mod B, so that each block has a loss difference of its own.
+        inner: the subspace within a block.
 
     Raises:
         ValueError: unit or order is unknown.
@@ -41,7 +41,7 @@ class Blocks:
                 raise ValueError(f"unknown {name} of blocks {value!r}; choose one of {', '.join(known)}.")
 
     @property
-    def full(self) -> bool:
+    def full(self) -> bool:  # type: ignore[override]
         return self.inner.full
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
@@ -53,7 +53,7 @@ class Blocks:
         for place, block in enumerate(blocks):
             for coordinate in block:
                 coordinate.schedule = BlockSchedule(place, len(blocks), by_direction=jacobi)
-                if jacobi:  # the mean over the directions of all blocks is to be the mean over those of its own
+                if jacobi:  # turns the mean over the directions of all blocks into that over the block's own
                     coordinate.lr_scale *= len(blocks)
         return len(blocks) if jacobi else 1
 
@@ -63,9 +63,7 @@ class Blocks:
     def sample_size(self, step: int) -> int:
         return self.inner.sample_size(step)
 
-    def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
-    ) -> dict[str, Tensor]:
+    def observe(self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Losses, seed: int, step: int) -> dict[str, Tensor]:
         return self.inner.observe(model, coordinates, losses, seed, step)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
@@ -76,7 +74,7 @@ class Blocks:
 
 
 def blocks_of(model: nn.Module, coordinates: Sequence[Coordinate], unit: str) -> list[list[Coordinate]]:
-    """The coordinates by block, in the order of the model; one that several blocks own (a tied weight) belongs to the first."""
+    """The coordinates by block, in the model's order; one shared by several blocks (a tied weight) belongs to the first."""
     layers = repeated_layers(model) if unit == "layer" else []
     modules: list[list[nn.Module]] = [list(layer.modules()) for layer in layers]
     inside = {id(module) for layer in modules for module in layer}

@@ -1,4 +1,4 @@
-"""Full space: every parameter gets coordinates that fit where it is stored, whole or sharded."""
+"""Full space of every parameter, stored whole or sharded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from zotune.subspaces.base import Space
+from zotune.subspaces.base import Subspace
 from zotune.subspaces.coordinate import Coordinate
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.sharded import ShardedCoordinate
@@ -14,14 +14,14 @@ from zotune.weights.placement import is_sharded
 
 
 @dataclass(frozen=True)
-class Full(Space):
-    """Every trainable parameter moves in its own full space."""
+class Full(Subspace):
+    """Every trainable parameter is trained in its own full space."""
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
         return full_coordinate(name, parameter)
 
 
 def full_coordinate(name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> FullCoordinate:
-    """The coordinates of a parameter in full space, wherever its numbers are."""
+    """The full-space coordinates of a parameter, whole or sharded."""
     kind = ShardedCoordinate if is_sharded(parameter) else FullCoordinate
     return kind(name, parameter, keep_residual=keep_residual)

@@ -1,8 +1,8 @@
-"""Full space: every number of a parameter moves."""
+"""Full space: every element of a parameter is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,25 +19,39 @@ from zotune.weights.precision import HALF, join, split_into, stochastic_round
 
 
 class FullCoordinate(Coordinate):
-    """θ = W. In half precision W is the upper part of a float32 value whose lower 16 bits live beside it (see ``precision``)."""
+    """θ = W. In half precision W is the upper part of a float32 value; the lower 16 bits are the residual (see ``precision``).
 
-    #: Whether this process holds only some of its numbers.
+    One class, though long: the ways of perturbing W (whole, strips, rows, by a kernel) agree bit for bit because they share its block code.
+
+    Attributes:
+        start, stop: the elements of the parameter, flat, that this process stores.
+    """
+
+    #: Whether this process stores only some of the elements.
     sharded = False
 
     @tagged("directions")
     def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
         super().__init__(name, parameter, parameter.shape)
+        self.start, self.stop = 0, self.numel
         self.thin = parameter.dim() == 1 or (parameter.dim() == 2 and min(parameter.shape) <= THIN)
         self.half = parameter.dtype in HALF
         self.residual: Tensor | None = None
         if self.half and keep_residual:
             self.residual = torch.zeros(self.numel, dtype=torch.int16, device=parameter.device)
-            away = placement.offload_handle(parameter)
-            if away is not None:
-                away.attach(self.residual)
+            handle = placement.offload_handle(parameter)
+            if handle is not None:
+                handle.attach(self.residual)
+
+    # -- elements of θ --------------------------------------------------------------------------------------------------------------
+
+    def _flat(self) -> Tensor:
+        """The stored elements of W; a copy where W is not contiguous."""
+        data = self.parameter.data
+        return data.view(-1) if data.is_contiguous() else data.reshape(-1)
 
     def _block(self, flat: Tensor, part: slice) -> Tensor:
-        """A block of θ in float32 (a view, where the weight is float32 itself; float64 weights stay float64)."""
+        """A block of θ in float32 (a view where the weight is float32; float64 weights stay float64)."""
         if not self.half:
             return flat[part]
         return flat[part].float() if self.residual is None else join(flat[part], self.residual[part])
@@ -49,23 +63,51 @@ class FullCoordinate(Coordinate):
             return weight
         return weight.float() if self.residual is None else join(weight, self.residual.view(self.shape)[rows])
 
-    def _flat(self) -> Tensor:
-        data = self.parameter.data
-        return data.view(-1) if data.is_contiguous() else data.reshape(-1)
-
-    def _store(self, flat: Tensor, part: slice, block: Tensor, key: Key) -> None:
-        """Make ``block`` (flat, contiguous; its memory may be used up) a block of θ."""
+    def _write(self, flat: Tensor, part: slice, block: Tensor, key: Key) -> None:
+        """Write ``block`` (flat, contiguous; its memory may be reused) to a block of θ."""
         if not self.half:
             if block.data_ptr() != flat[part].data_ptr():
                 flat[part] = block
         elif self.residual is None:
-            flat[part] = stochastic_round(block, flat.dtype, key, part.start)
+            flat[part] = stochastic_round(block, flat.dtype, key, self.start + part.start)
         else:
             split_into(block, flat[part], self.residual[part])
 
     def _finish(self, flat: Tensor) -> None:
+        """Copy :meth:`_flat` back where it is a copy."""
         if not self.parameter.data.is_contiguous():
             self.parameter.data.copy_(flat.view(self.shape))
+
+    def _rounding(self, seed: int, step: int) -> Key:
+        return Key(seed, step, 0, self.name, "rounding")
+
+    def _for_blocks(self, work: Callable[[slice, slice], None]) -> None:
+        """Call ``work(part, here)`` for every block: its elements of the parameter, and of what this process stores."""
+        for_blocks(self.stop, self.device, lambda part: work(part, self._here(part)), self.start)
+
+    def _here(self, part: slice) -> slice:
+        return slice(part.start - self.start, part.stop - self.start)
+
+    def _strips(self, height: int) -> Iterator[tuple[slice, slice]]:
+        """(rows, their elements) of a matrix, ``height`` rows at a time."""
+        columns = self.shape[1]
+        bottom = self.stop // columns
+        for top in walked(range(self.start // columns, bottom, height)):
+            rows = slice(top, min(bottom, top + height))
+            yield rows, slice(rows.start * columns, rows.stop * columns)
+
+    def _product_height(self) -> int:
+        """Rows of a product at a time: what a cache holds, or few, large launches on an accelerator."""
+        few = self.sharded or self.device.type == "cpu"
+        return max(1, (1 << 17 if few else 1 << 23) // self.shape[1])
+
+    def _perturb_kernels(self, directions: Directions, flat: Tensor) -> Any:
+        return perturb_kernels(flat, self.residual) if directions.dense and not self.sharded else None
+
+    def _low_rank_kernels(self, rank: int) -> Any:
+        return low_rank_kernels(self.parameter.data, rank) if self.parameter.is_contiguous() and not self.sharded else None
+
+    # -- W + s Z --------------------------------------------------------------------------------------------------------------------
 
     @tagged("directions")
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
@@ -84,111 +126,106 @@ class FullCoordinate(Coordinate):
         return out.view(self.shape)
 
     def move_scale(self, directions: Directions, offset: Offset) -> float:
-        """What the numbers of the direction are multiplied by at ``offset``."""
+        """The factor of the direction's elements at ``offset``."""
         return offset.scale * directions.scale(offset.key(self.name), self.numel, self.device)
 
     def _perturb(self, directions: Directions, offset: Offset, flat: Tensor, out: Tensor, whole: slice, scale: float) -> None:
         """Write elements ``whole`` of the perturbed weight to ``out``."""
         key = offset.key(self.name)
-        kernel = perturb_kernels(flat, self.residual) if directions.dense else None
-        if kernel is not None and out.numel() == self.numel:
-            kernel.perturb(directions, key, scale, flat, self.residual, out)
+        kernels = self._perturb_kernels(directions, flat)
+        if kernels is not None and out.numel() == self.numel:
+            kernels.perturb(directions, key, scale, flat, self.residual, out)
             return
 
         def perturb(part: slice) -> None:
             move = directions.block(key, part, self.device, scale)
-            here = out[part.start - whole.start : part.stop - whole.start]
+            target = out[part.start - whole.start : part.stop - whole.start]
             if self.half:
-                here.copy_(move.add_(self._block(flat, part)))
+                target.copy_(move.add_(self._block(flat, self._here(part))))
             else:
-                torch.add(flat[part], move, out=here)
+                torch.add(flat[self._here(part)], move, out=target)
 
         for_blocks(whole.stop, self.device, perturb, whole.start)
 
     @tagged("directions")
     def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, these rows of :meth:`at`) for strips of ``height`` rows of a matrix that is not thin; each in the memory of the last."""
+        """(rows, these rows of :meth:`at`) for strips of ``height`` rows of a matrix that is not thin; all strips share memory."""
         flat, columns = self._flat(), self.shape[1]
         scale = self.move_scale(directions, offset)
-        room = torch.empty(height * columns, dtype=flat.dtype, device=flat.device)
-        for top in walked(range(0, self.shape[0], height)):
-            rows = slice(top, min(self.shape[0], top + height))
-            strip = room[: (rows.stop - top) * columns]
-            self._perturb(directions, offset, flat, strip, slice(top * columns, rows.stop * columns), scale)
+        buffer = torch.empty(height * columns, dtype=flat.dtype, device=flat.device)
+        for rows, part in self._strips(height):
+            strip = buffer[: part.stop - part.start]
+            self._perturb(directions, offset, flat, strip, part, scale)
             yield rows, strip.view(-1, columns)
 
     @tagged("directions")
-    def strips_at_scales(self, directions: Directions, key: Key, scales: Sequence[float], height: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    def strips_at_scales(
+        self, directions: Directions, key: Key, scales: Sequence[float], height: int
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
         """(rows, these rows of W + s Z for every s of ``scales``) for strips of a matrix that is not thin, bit for bit those of :meth:`at`.
 
-        Z is drawn once for all of them, and W joined with its residual once; each strip is in the memory of the last.
+        Z is drawn once for all scales, and W joined with its residual once; all strips share memory.
         """
         flat, columns = self._flat(), self.shape[1]
-        both = self.antithetic_pair(directions, key, scales) if height >= self.shape[0] else None
-        if both is not None:
-            yield slice(0, self.shape[0]), list(both)
+        pair = self.antithetic_pair(directions, key, scales) if height >= self.shape[0] else None
+        if pair is not None:
+            yield slice(0, self.shape[0]), list(pair)
             return
         unit = directions.scale(key, self.numel, self.device)
-        largest = max(scales, key=abs)
-        room = torch.empty(len(scales), height * columns, dtype=flat.dtype, device=flat.device)
-        for top in range(0, self.shape[0], height):
-            rows = slice(top, min(self.shape[0], top + height))
-            whole = slice(top * columns, rows.stop * columns)
-            strips = [strip[: whole.stop - whole.start] for strip in room]
-            for_blocks(
-                whole.stop, self.device, partial(self._together, directions, key, scales, largest, unit, flat, strips, whole), whole.start
-            )
+        buffers = torch.empty(len(scales), height * columns, dtype=flat.dtype, device=flat.device)
+        for rows, part in self._strips(height):
+            strips = [buffer[: part.stop - part.start] for buffer in buffers]
+            self._perturb_at_scales(directions, key, scales, unit, flat, strips, part)
             yield rows, [strip.view(-1, columns) for strip in strips]
+
+    def _perturb_at_scales(
+        self, directions: Directions, key: Key, scales: Sequence[float], unit: float, flat: Tensor, strips: Sequence[Tensor], whole: slice
+    ) -> None:
+        largest = max(scales, key=abs)
+        # Scales with a draw of their own come last: the draw overwrites ``move``.
+        ordered = sorted(zip(scales, strips, strict=True), key=lambda pair: abs(pair[0]) != abs(largest))
+
+        def perturb(part: slice) -> None:
+            move = directions.block(key, part, self.device, largest * unit)
+            base = self._block(flat, part)
+            target = slice(part.start - whole.start, part.stop - whole.start)
+            for scale, strip in ordered:
+                if scale == largest:
+                    torch.add(base, move, out=strip[target])
+                elif scale == -largest:
+                    torch.sub(base, move, out=strip[target])
+                elif scale:
+                    torch.add(base, directions.block(key, part, self.device, scale * unit), out=strip[target])
+                else:
+                    strip[target].copy_(base)
+
+        for_blocks(whole.stop, self.device, perturb, whole.start)
 
     @tagged("directions")
     def antithetic_pair(self, directions: Directions, key: Key, scales: Sequence[float], source: Any = None) -> Tensor | None:
-        """W + s Z and W − s Z, (2, m, n), or the first alone, where a kernel makes them at once; ``source``: from where it reads the key,
-        to be recorded."""
-        flat = self._flat()
-        fits = directions.dense and (len(scales) == 1 or (len(scales) == 2 and scales[0] == -scales[1]))
-        kernel = perturb_kernels(flat, self.residual) if fits else None
-        if kernel is None:
-            return None
-        found = torch.empty(len(scales), *self.shape, dtype=flat.dtype, device=flat.device)
-        scale = scales[0] * directions.scale(key, self.numel, self.device)
-        (kernel.perturb if len(scales) == 1 else kernel.perturb_pair)(directions, key, scale, flat, self.residual, found, source)
-        return found
+        """W + s Z and W − s Z, (2, m, n), or the first alone, where a kernel makes them at once, else None.
 
-    def _together(
-        self,
-        directions: Directions,
-        key: Key,
-        scales: Sequence[float],
-        largest: float,
-        unit: float,
-        flat: Tensor,
-        strips: Sequence[Tensor],
-        whole: slice,
-        part: slice,
-    ) -> None:
-        move = directions.block(key, part, self.device, largest * unit)
-        base = self._block(flat, part)
-        here = slice(part.start - whole.start, part.stop - whole.start)
-        # what needs a draw of its own comes last: it takes the place of ``move``
-        for scale, strip in sorted(zip(scales, strips, strict=True), key=lambda pair: abs(pair[0]) != abs(largest)):
-            if scale == largest:
-                torch.add(base, move, out=strip[here])
-            elif scale == -largest:
-                torch.sub(base, move, out=strip[here])
-            elif scale:
-                torch.add(base, directions.block(key, part, self.device, scale * unit), out=strip[here])
-            else:
-                strip[here].copy_(base)
+        ``source``: device memory of the key, for a CUDA graph.
+        """
+        flat = self._flat()
+        fits = len(scales) == 1 or (len(scales) == 2 and scales[0] == -scales[1])
+        kernels = self._perturb_kernels(directions, flat) if fits else None
+        if kernels is None:
+            return None
+        out = torch.empty(len(scales), *self.shape, dtype=flat.dtype, device=flat.device)
+        scale = scales[0] * directions.scale(key, self.numel, self.device)
+        (kernels.perturb if len(scales) == 1 else kernels.perturb_both)(directions, key, scale, flat, self.residual, out, source)
+        return out
 
     @tagged("directions")
     def kernel_rows_at(self, directions: Directions, offset: Offset, rows: Tensor, source: Any = None) -> Tensor | None:
-        """:meth:`rows_at` where a kernel makes them; ``source`` as in :meth:`antithetic_pair`."""
+        """:meth:`rows_at` where a kernel makes them, else None; ``source`` as in :meth:`antithetic_pair`."""
         weight = self.parameter.data
-        kernel = perturb_kernels(weight, self.residual) if directions.dense and weight.is_contiguous() else None
-        if kernel is None:
+        kernels = self._perturb_kernels(directions, weight) if weight.is_contiguous() else None
+        if kernels is None:
             return None
         scale = self.move_scale(directions, offset)
-        found: Tensor = kernel.perturb_rows(directions, offset.key(self.name), scale, weight, self.residual, rows, source)
+        found: Tensor = kernels.perturb_rows(directions, offset.key(self.name), scale, weight, self.residual, rows, source)
         return found
 
     @tagged("directions")
@@ -201,6 +238,8 @@ class FullCoordinate(Coordinate):
         move = directions.rows(key, rows, columns).mul_(self.move_scale(directions, offset))
         return torch.add(self._rows(rows), move).to(self.parameter.dtype)
 
+    # -- θ and its update -----------------------------------------------------------------------------------------------------------
+
     @tagged("directions")
     def value(self) -> Tensor:
         flat = self._flat()
@@ -208,12 +247,12 @@ class FullCoordinate(Coordinate):
 
     @tagged("directions")
     def assign(self, value: Tensor, seed: int, step: int) -> None:
-        if value.data_ptr() == self.parameter.data_ptr():  # a float32 weight was handed out as it is and updated in place
+        if value.data_ptr() == self.parameter.data_ptr():  # a float32 weight itself, updated in place
             return
         flat, new = self._flat(), value.reshape(-1)
-        key = Key(seed, step, 0, self.name, "rounding")
-        keep = self.residual is not None  # storing uses up what it is given
-        for_blocks(self.numel, self.device, lambda part: self._store(flat, part, new[part].clone() if keep else new[part], key))
+        key = self._rounding(seed, step)
+        copies = self.residual is not None  # splitting overwrites its input
+        self._for_blocks(lambda _, here: self._write(flat, here, new[here].clone() if copies else new[here], key))
         self._finish(flat)
 
     @tagged("directions")
@@ -221,40 +260,42 @@ class FullCoordinate(Coordinate):
         if keep == 1.0 and not any(weights):
             return
         flat = self._flat()
-        rounding = Key(seed, step, 0, self.name, "rounding")
+        rounding = self._rounding(seed, step)
         if self.thin:
             whole = slice(0, self.numel)
             block = self._block(flat, whole)
             if keep != 1.0:
                 block.mul_(keep)
             self._add_weighted(block, directions, weights, seed, step)
-            self._store(flat, whole, block, rounding)
+            self._write(flat, whole, block, rounding)
             self._finish(flat)
             return
         keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
         moves = [(key, weight * directions.scale(key, self.numel, self.device)) for key, weight in keys]
-        kernel = perturb_kernels(flat, self.residual) if directions.dense else None
-        if kernel is not None and moves:
+        kernels = self._perturb_kernels(directions, flat)
+        if kernels is not None and moves:
             for place, (key, scale) in enumerate(moves):
-                kernel.update(directions, key, scale, flat, self.residual, 1.0 if place else keep)
+                kernels.update(directions, key, scale, flat, self.residual, 1.0 if place else keep)
             self._finish(flat)
             return
 
-        def move(part: slice) -> None:
-            block = self._block(flat, part)
+        def move(part: slice, here: slice) -> None:
+            block = self._block(flat, here)
             if keep != 1.0:
                 block = block.mul_(keep)
             directions.add_to(block, part, moves)
-            self._store(flat, part, block, rounding)
+            self._write(flat, here, block, rounding)
 
-        for_blocks(self.numel, self.device, move)
+        self._for_blocks(move)
         self._finish(flat)
+
+    # -- products -------------------------------------------------------------------------------------------------------------------
 
     @tagged("directions")
     def add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float = 1.0) -> None:
-        """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r): a block of rows at a time.
+        """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r), a block of rows at a time.
 
-        Where W is away, when it comes back: the factors are kept as they are now.
+        An offloaded W is written when it is next loaded, from copies of the factors.
         """
         layer = quantized_linear.owner_of(self.parameter)
         if layer is not None:
@@ -263,30 +304,30 @@ class FullCoordinate(Coordinate):
         if placement.offload_handle(self.parameter) is not None:
             left, right = left.clone(), right.clone()
         work = partial(self._add_product, left, right, seed, step, keep)
-        placement.when_loaded(self.parameter, work, held=4 * (left.numel() + right.numel()))
+        placement.when_loaded(self.parameter, work, 4 * (left.numel() + right.numel()))
 
     @tagged("directions")
     def _add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float) -> None:
-        columns = self.parameter.shape[1]
-        rounding = Key(seed, step, 0, self.name, "rounding")
-        kernel = low_rank_kernels(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
-        if kernel is not None:
-            kernel.fold(self.parameter.data, self.residual, left.float(), right.float(), keep, rounding)
+        columns = self.shape[1]
+        rounding = self._rounding(seed, step)
+        kernels = self._low_rank_kernels(left.shape[1])
+        if kernels is not None:
+            kernels.fold(self.parameter.data, self.residual, left.float(), right.float(), keep, rounding)
             return
         flat = self._flat()
-        for rows in self._row_blocks():
-            part = slice(rows.start * columns, rows.stop * columns)
-            block = self._block(flat, part)
+        for rows, part in self._strips(self._product_height()):
+            here = self._here(part)
+            block = self._block(flat, here)
             block.view(-1, columns).addmm_(left[rows].to(block.dtype), right.T.to(block.dtype), beta=keep)
-            self._store(flat, part, block, rounding)
+            self._write(flat, here, block, rounding)
         self._finish(flat)
 
     @tagged("directions")
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
-        """W + left · rightᵀ in W's dtype, a new tensor, made like :meth:`add_product`."""
-        kernel = low_rank_kernels(self.parameter.data, left.shape[1]) if self.parameter.is_contiguous() else None
-        if kernel is not None:
-            return kernel.plus(self.parameter.data, self.residual, left.float().unsqueeze(0), right.float())[0]
+        """W + left · rightᵀ in W's dtype, a new tensor, computed like :meth:`add_product`."""
+        kernels = self._low_rank_kernels(left.shape[1])
+        if kernels is not None:
+            return kernels.plus(self.parameter.data, self.residual, left.float().unsqueeze(0), right.float())[0]
         out = torch.empty(self.shape, dtype=self.parameter.dtype, device=self.device)
         for rows, block in self.product_strips(left, right):
             out[rows] = block
@@ -302,21 +343,21 @@ class FullCoordinate(Coordinate):
     def product_strips(self, left: Tensor, right: Tensor, height: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(rows, these rows of :meth:`plus_product`) for strips of ``height`` rows."""
         flat, columns = self._flat(), self.shape[1]
-        for rows in self._row_blocks(height):
-            block = self._block(flat, slice(rows.start * columns, rows.stop * columns)).view(-1, columns)
-            out = block if self.half else torch.empty_like(block)  # in half precision it is a copy
+        for rows, part in self._strips(height or self._product_height()):
+            block = self._block(flat, part).view(-1, columns)
+            out = block if self.half else torch.empty_like(block)  # in half precision the block is a copy
             yield rows, torch.addmm(block, left[rows].to(block.dtype), right.T.to(block.dtype), out=out).to(flat.dtype)
-            del block, out  # before there is another
+            del block, out  # freed before the next strip
 
-    def _row_blocks(self, height: int | None = None) -> Iterator[slice]:
-        """Rows of a matrix, ``height`` or about as many at a time as a cache holds; an accelerator wants few, large launches."""
-        rows, columns = self.parameter.shape
-        height = height or max(1, (1 << 17 if self.device.type == "cpu" else 1 << 23) // columns)
-        return (slice(top, min(rows, top + height)) for top in walked(range(0, rows, height)))
+    # -- storage --------------------------------------------------------------------------------------------------------------------
 
     @property
     def supports_multi_tensor(self) -> bool:  # type: ignore[override]
         return type(self) is FullCoordinate and not self.thin
+
+    @property
+    def supports_offload(self) -> bool:  # type: ignore[override]
+        return type(self) is FullCoordinate
 
     def stored_tensor(self) -> Tensor | None:
         return self.parameter.data if self.parameter.is_contiguous() else None
@@ -332,28 +373,24 @@ class FullCoordinate(Coordinate):
         assert self.residual is not None
         return self.residual
 
+    def kept(self) -> list[Tensor]:
+        return [] if self.residual is None else [self.residual]
+
     def reset(self) -> None:
         if self.residual is not None:
             placement.when_loaded(self.parameter, self.residual.zero_)
 
-    def kept(self) -> list[Tensor]:
-        return [] if self.residual is None else [self.residual]
-
-    @property
-    def supports_offload(self) -> bool:  # type: ignore[override]
-        return type(self) is FullCoordinate
-
     @tagged("directions")
     def state(self) -> dict[str, Tensor]:
-        return {} if self.residual is None else {"residual": alone(placement.snapshot(self.residual))}
+        return {} if self.residual is None else {"residual": unshared(placement.snapshot(self.residual))}
 
     @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         if self.residual is not None:
             residual, saved = self.residual, state["residual"]
-            placement.when_loaded(self.parameter, lambda: residual.copy_(saved.to(self.device)), held=2 * self.numel)
+            placement.when_loaded(self.parameter, lambda: residual.copy_(saved.to(self.device)), 2 * self.numel)
 
 
-def alone(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where it is a part of another one: what is saved has memory of its own."""
+def unshared(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a view: what is saved has memory of its own."""
     return tensor if tensor._base is None else tensor.clone()

@@ -1,55 +1,40 @@
-"""Guided low rank: LOZO's subspace, and one that the model's output errors point to, take turns (LOZO-G)."""
+"""Guided low rank: phases in LOZO's subspace alternate with phases in a subspace of the output gradients (LOZO-G)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
+from zotune.objectives.output_gradients import OutputGradientRecorder, recording
 from zotune.rng.directions import Directions
-from zotune.subspaces.activation import ActivationCoordinate, given
+from zotune.subspaces.activation import ActivationCoordinate, observing_inputs
+from zotune.subspaces.base import Losses, at_least_one
 from zotune.subspaces.coordinate import Coordinate, MomentTransport
-from zotune.subspaces.guided_projection import Rows, guide
-from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
+from zotune.subspaces.guided_projection import CompressedRows, fit_projection
+from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 from zotune.weights.layouts import is_outputs_first, residual_width
 from zotune.weights.structure import head_of, trained_layers
 
-#: Scored positions whose output gradients choose a subspace, at most: a text scores all of its own.
-MOST_ROWS = 256
-#: Examples that a turn's steps see for each that is looked at.
-SHARE = 3.75
-
-
-class OutputGradients(Protocol):
-    """What the losses of an evaluation tell of the model's outputs, as ``output_errors.OutputGradientRecorder`` keeps it.
-
-    Attributes:
-        errors: the gradient of the loss in the hidden state before the head, at the scored positions, (n, d) in float32 a forward.
-    """
-
-    errors: list[Tensor]
-
-    def rows_of(self, states: Tensor) -> Tensor | None:
-        """The rows (n, width) of a layer's input at the same positions; None if it has no such rows."""
-        ...
-
-    def some_of(self, states: Tensor) -> Tensor | None:
-        """The same at some of all positions."""
-        ...
+#: Scored positions whose output gradients make a subspace, at most: every position of a text may be scored.
+MAX_POSITIONS = 256
+#: Examples that a phase trains on for each one that it observes.
+TRAINED_PER_OBSERVED = 3.75
 
 
 class GuidedCoordinate(ActivationCoordinate):
-    """θ (m, r) of W + E(θ) Vᵀ: as in LOZO, or *guided* by the output errors, an interval each.
+    """θ (m, r) of W + E(θ) Vᵀ: E(θ) = θ in a LOZO phase, E(θ) = P S in a guided phase.
 
-    Guided, E(θ) = P S with S (q, q) the first q² numbers of θ, so that W moves as W + P S Vᵀ: of P and V the one on the side of the layer's
-    outputs is orthonormal, and the other its inputs' combinations that tell the errors. P and V are bfloat16 numbers, as the journal
-    keeps them.
+    S (q, q) is the first q² elements of θ: W is trained as W + P S Vᵀ. The one of P and V on the layer's output side is orthonormal,
+    the other combines its inputs. Both are bfloat16 values, as the journal stores them.
+
+    Attributes:
+        fixed_direction: a direction in S, (q²,), for evaluations instead of a drawn one.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int, guide: int, begin: int) -> None:
@@ -57,14 +42,14 @@ class GuidedCoordinate(ActivationCoordinate):
         self.begin = begin  # intervals to the first redraw
         rows, columns = parameter.shape
         self.p = torch.zeros(rows, guide, device=parameter.device)
-        self._room = torch.zeros(max(rank, guide), columns, device=parameter.device).T  # where V lies, r or q columns of it
-        self.v = self._room[:, :rank]
+        self._v_buffer = torch.zeros(max(rank, guide), columns, device=parameter.device).T  # V is its first r or q columns
+        self.v = self._v_buffer[:, :rank]
         self.guided = False
-        self.fixed_direction: Tensor | None = None  # the direction in S, (q²,), that evaluations go along in place of a drawn one
+        self.fixed_direction: Tensor | None = None
 
     @property
     def num_guided(self) -> int:
-        """Numbers that move in a guided turn."""
+        """Elements trained in a guided phase, q²."""
         return self.p.shape[1] ** 2
 
     @tagged("directions")
@@ -75,10 +60,10 @@ class GuidedCoordinate(ActivationCoordinate):
         return self.p @ core.flatten(-2)[..., : q * q].unflatten(-1, (q, q))
 
     @tagged("directions")
-    def expand_guided(self, numbers: Tensor) -> Tensor:
-        """θ (m, r) of the numbers of S, (q²,)."""
+    def expand_guided(self, elements: Tensor) -> Tensor:
+        """θ (m, r) of the elements of S, (q²,)."""
         theta = torch.zeros(self.numel, device=self.device)
-        theta[: self.num_guided] = numbers.to(self.device)
+        theta[: self.num_guided] = elements.to(self.device)
         return theta.view(self.shape)
 
     @tagged("directions")
@@ -89,18 +74,18 @@ class GuidedCoordinate(ActivationCoordinate):
         return self.expand_guided(self.fixed_direction).unsqueeze(0)
 
     def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
-        observed, was, self.guided = self.observed, self.guided, False
-        self.v = self._room[:, : self.rank].zero_()  # a guide has a rank of its own
+        observed, was_guided, self.guided = self.observed, self.guided, False
+        self.v = self._v_buffer[:, : self.rank].zero_()  # q may differ from r
         if observed is None:
-            carry = super().redraw(seed, redraw)
-            self.v = self._room[:, : self.rank].copy_(self.v)
+            transport = super().redraw(seed, redraw)
+            self.v = self._v_buffer[:, : self.rank].copy_(self.v)
         else:
-            self.observed, self.seen, self.guided = None, True, True
+            self.observed, self.from_data, self.guided = None, True, True
             found = observed.to(self.device, torch.float32)
             self.p.copy_(found[: self.shape[0]])
-            self.v = self._room[:, : self.p.shape[1]].copy_(found[self.shape[0] :])
-            carry = None
-        return torch.zeros_like if was or self.guided else carry  # the two subspaces have nothing to do with each other
+            self.v = self._v_buffer[:, : self.p.shape[1]].copy_(found[self.shape[0] :])
+            transport = None
+        return torch.zeros_like if was_guided or self.guided else transport  # the two subspaces are unrelated
 
     @tagged("directions")
     def begin_step(self, seed: int, step: int) -> MomentTransport | None:
@@ -110,7 +95,7 @@ class GuidedCoordinate(ActivationCoordinate):
         return max(0, step // self.interval - self.begin + 1)
 
     def kept(self) -> list[Tensor]:
-        return [self._room if kept is self.v else kept for kept in super().kept()] + [self.p]
+        return [self._v_buffer if kept is self.v else kept for kept in super().kept()] + [self.p]
 
     def state(self) -> dict[str, Tensor]:
         state = super().state()
@@ -121,27 +106,24 @@ class GuidedCoordinate(ActivationCoordinate):
 
 @dataclass(frozen=True)
 class Guided(LowRank):
-    """Matrices move as in ``LowRank`` for an interval, or only those that write to the hidden state, guided by errors: two turns.
+    """Two kinds of phases: LOZO's, as in ``LowRank``, and guided ones that train the layers writing to the residual stream.
 
-    δ_i (d,) is the gradient of scored position i's loss in the hidden state that the head is given, which a forward pass tells (see
-    ``output_errors``), and x_i (n,) what a layer is given there. A layer that adds to that state, y = W x, has about the gradient
-    Σ_i δ_i x_iᵀ: exactly so, up to what the last norm does, in the last layer, and as if nothing stood between in the others. Its useful
-    part is what x can tell of δ: with the ridge regression δ̂ = B x of δ on x,
+    δ_i (d,) is the gradient of the loss of scored position i in the head's input, which a forward pass gives (``output_gradients``), and
+    x_i (n,) a layer's input there. A layer y = W x that writes to the residual stream has the gradient Σ_i δ_i x_iᵀ approximately: up to
+    the last norm in the last layer, as feedback alignment in the others. With the ridge regression δ̂ = B x of δ on x,
 
-        P = the leading right singular vectors of the fitted δ̂ (N, d),   V = Bᵀ P, scaled to answer to a text as loudly as in LOZO.
+        P = the leading right singular vectors of the fitted δ̂ (N, d),   V = Bᵀ P, scaled to LOZO's response to a text.
 
-    In a guided turn W moves as W + P S Vᵀ, and one forward pass a step tells the derivatives along the numbers of S, Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ
-    (see ``guidance``). The other turn reaches all weights, whatever the errors can tell of them; who has the next one is ``guidance``'s to
-    say. Where no errors are told (a loss of one's own, a model without a head) every turn is LOZO's.
+    A guided phase trains W + P S Vᵀ; one forward pass a step gives the derivatives in S, Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ. ``output_gradient_steps``
+    chooses the next phase. Without output gradients (a custom loss, a model without a head) every phase is LOZO's.
 
     Args:
-        rank: r of LOZO's turns.
-        interval: steps of a turn.
-        layer_scales: as in ``LowRank``, measured in LOZO's turns.
-        guide: q, rank of the guide.
-        begin: turns of LOZO's before there may be a guided one.
-        examples: how many the errors are taken from at a guided turn, where there are so many to be had.
-        watched: watches the losses evaluated in its block, so many scored positions of them at most (``output_errors.watched``).
+        rank: r of LOZO's phases.
+        interval: steps of a phase.
+        layer_scales: as in ``LowRank``, measured in LOZO's phases.
+        guide: q, rank of a guided phase.
+        begin: LOZO phases before the first guided one.
+        examples: examples observed before a guided phase, where so many are available.
 
     Raises:
         ValueError: a number is below 1, or ``begin`` below 0.
@@ -150,7 +132,6 @@ class Guided(LowRank):
     guide: int = 3
     begin: int = 0
     examples: int = 128
-    recording: Callable[[int], AbstractContextManager[OutputGradients]] = field(kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,8 +141,8 @@ class Guided(LowRank):
             raise ValueError(f"begin must be a whole number of at least 0, not {self.begin!r}.")
 
     def interval_for(self, batch: int) -> int:
-        """Steps of ``batch`` examples that a turn is to have at least, so that looking takes a fifth of the sequences or less."""
-        return max(self.interval, math.ceil(SHARE * self.examples / batch))
+        """Steps of ``batch`` examples in a phase, at least, so that observing takes a fifth of the sequences or less."""
+        return max(self.interval, math.ceil(TRAINED_PER_OBSERVED * self.examples / batch))
 
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
         return GuidedCoordinate(name, parameter, self.rank, self.interval, self.guide, self.begin)
@@ -179,48 +160,46 @@ class Guided(LowRank):
         return step >= self.begin * self.interval and step % self.interval == 0
 
     @tagged("directions")
-    def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
-    ) -> dict[str, Tensor]:
-        """[P; V] (m + n, q) of every layer that is guided, bfloat16, by name; nothing where none is."""
+    def observe(self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Losses, seed: int, step: int) -> dict[str, Tensor]:
+        """[P; V] (m + n, q) of every guided layer, bfloat16, by name; empty for a LOZO phase."""
         wanted = {id(c.parameter): c for c in coordinates if isinstance(c, GuidedCoordinate)}
         layers = trained_layers(model, wanted)
         width = getattr(getattr(head_of(model), "weight", None), "shape", (0,))[-1]
         if not any(residual_width(layer) == width for layer in layers):
             return {}
-        with self.recording(MOST_ROWS) as recorder:
-            writers = _Writers(recorder, layers)
-            with given(layers, writers.look):
+        with recording(MAX_POSITIONS) as recorder:
+            inputs = _LayerInputs(recorder, layers)
+            with observing_inputs(layers, inputs.observe):
                 for _ in losses():
-                    if not recorder.gradients:  # nor will the others tell any
+                    if not recorder.gradients:  # this loss gives none
                         break
         found: dict[str, Tensor] = {}
         if not recorder.gradients:
             return found
-        errors = torch.cat(recorder.gradients).cpu()
+        gradients = torch.cat(recorder.gradients).cpu()
         for layer, coordinate in layers.items():
-            inputs, others = writers.take(coordinate.name)
-            fits = residual_width(layer) == errors.shape[1] and coordinate.num_guided <= coordinate.numel
-            if fits and inputs is not None and len(inputs) == len(errors):
-                told = guide(inputs, errors, others, self.guide)
-                if told is not None:
-                    p, v = told
+            scored, sampled = inputs.take(coordinate.name)
+            fits = residual_width(layer) == gradients.shape[1] and coordinate.num_guided <= coordinate.numel
+            if fits and scored is not None and len(scored) == len(gradients):
+                projection = fit_projection(scored, gradients, sampled, self.guide)
+                if projection is not None:
+                    p, v = projection
                     found[coordinate.name] = torch.cat([p, v] if is_outputs_first(layer) else [v, p])
         return found
 
 
-class _Writers:
-    """What the layers are given that may write to the hidden state, which no other layer is given."""
+class _LayerInputs:
+    """Inputs of the layers that may write to the residual stream; a layer that shares its input with another does not."""
 
-    def __init__(self, recorder: OutputGradients, layers: dict[nn.Module, GuidedCoordinate]) -> None:
+    def __init__(self, recorder: OutputGradientRecorder, layers: dict[nn.Module, GuidedCoordinate]) -> None:
         self.recorder, self.layers = recorder, layers
-        self.inputs: dict[str, Rows] = {}
-        self.others: dict[str, Rows] = {}
+        self.scored: dict[str, CompressedRows] = {}
+        self.sampled: dict[str, CompressedRows] = {}
         self.shared: set[str] = set()
         self._last: tuple[Any, str] | None = None
 
     @tagged("directions")
-    def look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def observe(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name, states = self.layers[module].name, args[0] if args else None
         if not isinstance(states, Tensor):
             return
@@ -229,15 +208,15 @@ class _Writers:
         self._last = states, name
         if name in self.shared or residual_width(module) is None:
             return
-        scored, others = self.recorder.scored_rows(states), self.recorder.sampled_rows(states)
-        if scored is not None and others is not None:
-            self.inputs.setdefault(name, Rows(torch.bfloat16)).add(scored)
-            self.others.setdefault(name, Rows(torch.float8_e4m3fn)).add(others)
+        scored, sampled = self.recorder.scored_rows(states), self.recorder.sampled_rows(states)
+        if scored is not None and sampled is not None:
+            self.scored.setdefault(name, CompressedRows(torch.bfloat16)).add(scored)
+            self.sampled.setdefault(name, CompressedRows(torch.float8_e4m3fn)).add(sampled)
 
     @tagged("directions")
     def take(self, name: str) -> tuple[Tensor | None, Tensor]:
-        """Inputs at the scored positions, (N, n), and at some of all positions, which are not kept any longer."""
-        inputs, others = self.inputs.pop(name, None), self.others.pop(name, None)
-        if name in self.shared or inputs is None or others is None:
+        """Remove and return a layer's inputs at the scored positions, (N, n), and at a sample of all positions."""
+        scored, sampled = self.scored.pop(name, None), self.sampled.pop(name, None)
+        if name in self.shared or scored is None or sampled is None:
             return None, torch.empty(0)
-        return inputs.all(), others.all()
+        return scored.all(), sampled.all()

@@ -1,8 +1,8 @@
-"""Full space with a diagonal metric: directions H^-½ Z, H an estimate of the Hessian's diagonal (HiZOO), whole or factored (HiZOO-L)."""
+"""Full space with directions H^-½ Z, H an estimate of the Hessian's diagonal, whole (HiZOO) or factored (HiZOO-L)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key, for_blocks
-from zotune.subspaces.base import Space
+from zotune.subspaces.base import Subspace
 from zotune.subspaces.coordinate import Coordinate
 from zotune.subspaces.scaled_directions import Factors, ScaledCoordinate
 
 
 class HessianScaledCoordinate(ScaledCoordinate):
-    """θ = W with directions H^-½ Z; H, diagonal, float32, begins at 1.
+    """θ = W with directions H^-½ Z; H, diagonal, float32, starts at 1.
 
     H ← (1 − α) H + α (1/K) Σ_k q_k H ⊙ Z_k²,   q_k = |L(θ + εH^-½Z_k) + L(θ − εH^-½Z_k) − 2 L(θ)| / 2ε²
     """
@@ -31,19 +31,26 @@ class HessianScaledCoordinate(ScaledCoordinate):
 
     @tagged("directions")
     def update_curvature(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
-        """Take in the q_k of a step, once its update has been made."""
-        alpha = self.smoothing
-        terms = [(Key(seed, step, k, self.name), alpha * q / len(curvatures)) for k, q in enumerate(curvatures)]
+        """Update H by the q_k of a step, after the step's update of θ."""
+        add_squares = self._squares(directions, curvatures, seed, step)
+
+        def update(part: slice) -> None:
+            h = self.h[part]
+            h.mul_(add_squares(torch.full_like(h, 1 - self.smoothing), part))
+
+        for_blocks(self.numel, self.device, update)
+
+    def _squares(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> Callable[[Tensor, slice], Tensor]:
+        """A function that adds α (1/K) Σ_k q_k Z_k² of a block to a tensor, in place."""
+        terms = [(Key(seed, step, k, self.name), self.smoothing * q / len(curvatures)) for k, q in enumerate(curvatures)]
         scales = {key: directions.scale(key, self.numel, self.device) for key, _ in terms}
 
-        def take_in(part: slice) -> None:
-            h = self.h[part]
-            gain = torch.full_like(h, 1 - alpha)
+        def add(total: Tensor, part: slice) -> Tensor:
             for key, weight in terms:
-                gain.add_(directions.block(key, part, self.device, scales[key]).square_(), alpha=weight)
-            h.mul_(gain)
+                total.add_(directions.block(key, part, self.device, scales[key]).square_(), alpha=weight)
+            return total
 
-        for_blocks(self.numel, self.device, take_in)
+        return add
 
     def kept(self) -> list[Tensor]:
         return [*super().kept(), self.h]
@@ -57,63 +64,59 @@ class HessianScaledCoordinate(ScaledCoordinate):
 
 
 class FactoredCoordinate(HessianScaledCoordinate):
-    """:class:`HessianScaledCoordinate` of a matrix W (m, n) with H_ij = r_i c_j / mean r: r (m,) and c (n,) float32 are all that is kept.
+    """:class:`HessianScaledCoordinate` of a matrix W (m, n) with H_ij = r_i c_j / mean r; only r (m,) and c (n,), float32, are kept.
 
     r_i ← (1 − α) r_i + α (1/K) Σ_k q_k mean_j (H ⊙ Z_k²)_ij,   c_j likewise with the mean over i: Adafactor's factoring.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, smoothing: float) -> None:
         super().__init__(name, parameter, smoothing)
-        self.rows_of, self.columns = parameter.shape
-        self.h = torch.ones(self.rows_of + self.columns, device=parameter.device)  # r, then c
+        self.num_rows, self.num_columns = parameter.shape
+        self.h = torch.ones(self.num_rows + self.num_columns, device=parameter.device)  # r, then c
 
     def factors(self, seed: int, step: int) -> Factors:
-        return lambda part: self._curvature(*self._places(part)).rsqrt()
+        return lambda part: self._curvature(*self._positions(part)).rsqrt()
 
-    def _places(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Row and column of a block's numbers."""
-        places = torch.arange(part.start, part.stop, device=self.device)
-        row = torch.div(places, self.columns, rounding_mode="floor")
-        return row, places - row * self.columns
+    def _positions(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Row and column of a block's elements."""
+        elements = torch.arange(part.start, part.stop, device=self.device)
+        row = torch.div(elements, self.num_columns, rounding_mode="floor")
+        return row, elements - row * self.num_columns
 
     def _curvature(self, row: Tensor, column: Tensor) -> Tensor:
-        r, c = self.h[: self.rows_of], self.h[self.rows_of :]
+        r, c = self.h[: self.num_rows], self.h[self.num_rows :]
         return r[row] * c[column] / r.mean()
 
     @tagged("directions")
     def update_curvature(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
-        alpha = self.smoothing
-        terms = [(Key(seed, step, k, self.name), alpha * q / len(curvatures)) for k, q in enumerate(curvatures)]
-        scales = {key: directions.scale(key, self.numel, self.device) for key, _ in terms}
+        add_squares = self._squares(directions, curvatures, seed, step)
         sums: dict[int, Tensor] = {}
 
-        def take_in(part: slice) -> None:
-            row, column = self._places(part)
-            found = torch.zeros(len(row), device=self.device)
-            for key, weight in terms:
-                found.add_(directions.block(key, part, self.device, scales[key]).square_(), alpha=weight)
+        def update(part: slice) -> None:
+            row, column = self._positions(part)
+            found = add_squares(torch.zeros(len(row), device=self.device), part)
             found.mul_(self._curvature(row, column))
-            mine = torch.zeros_like(self.h)
-            mine[: self.rows_of].index_add_(0, row, found, alpha=1 / self.columns)
-            mine[self.rows_of :].index_add_(0, column, found, alpha=1 / self.rows_of)
-            sums[part.start] = mine
+            block = torch.zeros_like(self.h)
+            block[: self.num_rows].index_add_(0, row, found, alpha=1 / self.num_columns)
+            block[self.num_rows :].index_add_(0, column, found, alpha=1 / self.num_rows)
+            sums[part.start] = block
 
-        for_blocks(self.numel, self.device, take_in)
-        self.h.mul_(1 - alpha)
-        for start in sorted(sums):  # in one order, however many threads there were
+        for_blocks(self.numel, self.device, update)
+        self.h.mul_(1 - self.smoothing)
+        for start in sorted(sums):  # one order for any number of threads
             self.h.add_(sums[start])
 
 
 @dataclass(frozen=True)
-class HessianScaled(Space):
-    """Every number moves, by directions that an estimate of the Hessian's diagonal scales.
+class HessianScaled(Subspace):
+    """Every element is trained, along directions scaled by an estimate of the Hessian's diagonal.
 
     Args:
         smoothing: α, in [0, 1).
         factored: keep a matrix's H as a row and a column.
 
     Raises:
-        ValueError: it does not lie there.
+        ValueError: smoothing is outside [0, 1).
     """
 
     smoothing: float = 1e-8
@@ -128,8 +131,8 @@ class HessianScaled(Space):
         return kind(name, parameter, self.smoothing)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
-        moving, _ = super().elements(shape)
-        return moving, sum(shape) if self.factored and len(shape) == 2 else moving
+        trained, _ = super().elements(shape)
+        return trained, sum(shape) if self.factored and len(shape) == 2 else trained
 
     def memory(self, update_rule_state: float) -> str:
         return "Σ m + n" if self.factored else f"{1 + update_rule_state:g} × W"

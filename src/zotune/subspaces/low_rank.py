@@ -1,4 +1,4 @@
-"""Low rank: a matrix moves as W + A Vᵀ, one factor following from θ and the other fixed until it is redrawn."""
+"""Low rank: W + A Vᵀ with a trained factor A and a fixed factor V that is redrawn every interval."""
 
 from __future__ import annotations
 
@@ -6,34 +6,41 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key
-from zotune.subspaces.base import Space
+from zotune.subspaces.base import Subspace, at_least_one
 from zotune.subspaces.coordinate import Coordinate, MomentTransport, Offset
 from zotune.subspaces.factory import full_coordinate
-from zotune.subspaces.full import alone
+from zotune.subspaces.full import unshared
 from zotune.weights import placement, quantized_linear
 
 
 class LowRankCoordinate(Coordinate):
     """θ = A of W + A Vᵀ: W (m, n) the parameter as stored, A (m, r) float32, V (n, r) ~ N(0, 1) redrawn every ``interval`` steps.
 
-    A starts at 0 after each redraw; at the redraw A Vᵀ is folded into W. In between W is not written at all: where the modules that own
-    W have a *side path* (``uses_hook=True``; see ``probe``) they add (x V) Aᵀ to their output. Where they have none, the update is
-    folded after every step instead and A is always 0.
+    A starts at 0 after each redraw; the redraw folds A Vᵀ into W. In between W is not written: low-rank hooks of the modules that own W add
+    (x V) Aᵀ to their outputs. Without hooks (``uses_hook`` False) every update is folded at once and A is always 0.
 
-    The gradient in A is G V; the update −η c U Vᵀ / r of LOZO (2410.07698) is therefore SGD on A with rate η / r (``lr_scale``), which
-    makes E[c U Vᵀ] / r = G: unbiased for the whole matrix.
+    The gradient in A is G V. LOZO's update −η c U Vᵀ / r (2410.07698) is SGD on A with rate η / r (``lr_scale``), so that
+    E[c U Vᵀ] / r = G: unbiased for the whole matrix.
 
-    Subclasses have θ of another shape, of which A is a linear function (:meth:`expand`), or another fixed factor (:meth:`redraw`). With
-    ``transposed`` it is the left factor that is fixed: W + V Aᵀ, V (m, r), A (n, r).
+    Subclasses have θ of another shape, from which A follows linearly (:meth:`expand`), or another fixed factor (:meth:`redraw`). With
+    ``transposed`` the left factor is fixed: W + V Aᵀ, V (m, r), A (n, r).
+
+    Attributes:
+        core: θ.
+        hook_core: what the hooks add: θ, θ + offset during an evaluation, None where the hooks add nothing.
+        scale: σ of the layer (see ``layer_scales``), a factor of V.
+        pending: whether θ is nonzero.
+        keep: weight decay that the next fold applies to W.
+        updated_at: (seed, step) of the last update, the key of the fold's rounding.
     """
 
-    #: Whether the fixed factor is the left one.
     transposed = False
     supports_offload = True
     decays_weights = False
@@ -43,40 +50,40 @@ class LowRankCoordinate(Coordinate):
         moving, fixed = (columns, rows) if self.transposed else (rows, columns)
         super().__init__(name, parameter, self.core_shape(moving, rank), lr_scale=self.core_rate(rank))
         self.rank, self.interval = rank, interval
-        self.scale = 1.0  # σ of the layer (see ``layer_scales``), which V carries
+        self.scale = 1.0
         self.uses_hook = True
         self.core = torch.zeros(self.shape, device=parameter.device)
         self.v = torch.zeros(fixed, rank, device=parameter.device)
-        self.pending = False  # whether θ is anything but 0
-        self.keep = 1.0  # weight decay that W has still to take at the next fold
-        self.moved: Tensor | None = self.core  # θ, θ + offset during an evaluation, None while the side path is to keep out
-        self.clock = (0, 0)  # (seed, step) of the last change, the key of the fold's rounding
+        self.pending = False
+        self.keep = 1.0
+        self.hook_core: Tensor | None = self.core
+        self.updated_at = (0, 0)
         self._merged: weakref.ref[Tensor] | None = None
         self._weight = full_coordinate(name, parameter, keep_residual=False)
 
-    # -- what a subspace of its own overrides -----------------------------------------------------------------------------------------
+    # -- what subclasses override -----------------------------------------------------------------------------------------------------
 
     def core_shape(self, moving: int, rank: int) -> tuple[int, ...]:
-        """The shape of θ, for a moving factor of so many rows."""
+        """The shape of θ for a trained factor of ``moving`` rows."""
         return moving, rank
 
     def core_rate(self, rank: int) -> float:
-        """What the learning rate is multiplied by."""
+        """The learning-rate scale."""
         return 1.0 / rank
 
     def expand(self, core: Tensor) -> Tensor:
-        """The moving factor A of θ, (..., rows of A, r) for θ (..., *shape); linear."""
+        """The trained factor A of θ, (..., rows of A, r) for θ (..., *shape); linear."""
         return core
 
     def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
-        """Draw the fixed factors of an interval; how first moments of θ follow from the old ones to the new."""
+        """Draw the fixed factors of an interval; the map of first moments of θ to the new factors."""
         v = self._gaussian(seed, redraw, "subspace", self.v.shape)
         if self.scale != 1.0:
             v *= self.scale
-        v = self._laid_out(v)
+        v = self._row_major(v)
         transport = self.v.T @ v / (v.shape[0] * self.scale**2)
         if self.device.type != "cpu" and v.stride() == self.v.stride():
-            self.v.copy_(v)  # a recorded forward reads it there
+            self.v.copy_(v)  # a CUDA graph reads it there
         else:
             self.v = v
         return lambda moment: moment @ transport
@@ -88,20 +95,20 @@ class LowRankCoordinate(Coordinate):
         return Directions("gaussian").draw(Key(seed, redraw, 0, self.name, purpose), tuple(shape), self.device)
 
     @staticmethod
-    def _laid_out(v: Tensor) -> Tensor:
-        return v.T.contiguous().T  # r rows of n numbers: on a CPU x V is many times faster so
+    def _row_major(v: Tensor) -> Tensor:
+        return v.T.contiguous().T  # Vᵀ contiguous: x V is many times faster on a CPU
 
     # -- θ, A and the weight ----------------------------------------------------------------------------------------------------------
 
     @property
     @tagged("directions")
     def a(self) -> Tensor:
-        """The moving factor."""
+        """The trained factor."""
         return self.expand(self.core)
 
     @tagged("directions")
     def factors(self, core: Tensor) -> tuple[Tensor, Tensor]:
-        """(left, right) of the product that is added to W at θ, (m, r) and (n, r)."""
+        """(left, right) of the product that θ adds to W, (m, r) and (n, r)."""
         a = self.expand(core)
         return (self.v, a) if self.transposed else (a, self.v)
 
@@ -110,13 +117,13 @@ class LowRankCoordinate(Coordinate):
         if step % self.interval if self.interval else step:
             return None
         self.fold()
-        carry = self.redraw(seed, self._redraws(step))
-        return carry if step else None
+        transport = self.redraw(seed, self._redraws(step))
+        return transport if step else None
 
     @tagged("directions")
     def rescale(self, scale: float, seed: int, step: int) -> MomentTransport:
-        """Change σ at a redraw; how first moments of θ follow."""
-        assert not self.pending and step % self.interval == 0, f"{self.name} has moved since V was drawn"
+        """Change σ at a redraw; the map of first moments of θ."""
+        assert not self.pending and step % self.interval == 0, f"{self.name} was updated since V was drawn"
         ratio, self.scale = scale / self.scale, scale
         self.redraw(seed, self._redraws(step))
         return lambda moment: moment / ratio
@@ -132,16 +139,15 @@ class LowRankCoordinate(Coordinate):
         u = self.draw(directions, offset.seed, offset.step, offset.direction, 1)[0]
         return torch.add(self.core, u, alpha=offset.scale)
 
-    def shift(self, directions: Directions, offset: Offset | None) -> None:
-        """Make the side path use θ + offset (None: θ)."""
-        self.moved = self.core_at(directions, offset)
+    def set_hook_core(self, directions: Directions, offset: Offset | None) -> None:
+        """Have the hooks add the product of θ + offset (None: of θ)."""
+        self.hook_core = self.core_at(directions, offset)
 
     @tagged("directions")
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         if offset is None and not self.pending:
             return self.parameter.detach()
-        left, right = self.factors(self.core_at(directions, offset))
-        return self._weight.plus_product(left, right)
+        return self._weight.plus_product(*self.factors(self.core_at(directions, offset)))
 
     @tagged("directions")
     def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
@@ -159,19 +165,28 @@ class LowRankCoordinate(Coordinate):
     def assign(self, value: Tensor, seed: int, step: int) -> None:
         if value.data_ptr() != self.core.data_ptr():
             self.core.copy_(value)
-        self._changed(seed, step)
+        self.mark_updated(1.0, seed, step)
 
     @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
-        self.decay(keep)
+        if keep != 1.0:
+            self.core.mul_(keep)
         self._add_weighted(self.core, directions, weights, seed, step)
-        self._changed(seed, step)
+        self.mark_updated(keep, seed, step)
 
     def decay(self, keep: float) -> None:
-        # W itself takes its share of the decay at the next fold: an interval late, in exchange for no pass over W.
+        # W takes its decay at the next fold: up to an interval late, in exchange for no pass over W.
         if keep != 1.0:
             self.core.mul_(keep)
             self.keep *= keep
+
+    def mark_updated(self, keep: float, seed: int, step: int) -> None:
+        self.keep *= keep
+        self.pending = True
+        self.updated_at = (seed, step)
+        self._merged = None
+        if not self.uses_hook:
+            self.fold()
 
     def stored_tensor(self) -> Tensor | None:
         return self.core
@@ -181,39 +196,34 @@ class LowRankCoordinate(Coordinate):
         return self.core
 
     def rebind(self, memory: Tensor) -> None:
-        rests = self.moved is self.core
+        at_theta = self.hook_core is self.core
         self.core = memory.view(self.shape)
-        self.moved = self.core if rests else self.moved
+        self.hook_core = self.core if at_theta else self.hook_core
 
-    def mark_updated(self, keep: float, seed: int, step: int) -> None:
-        self.keep *= keep
-        self._changed(seed, step)
-
-    def _changed(self, seed: int, step: int) -> None:
-        self.pending = True
-        self.clock = (seed, step)
-        self._merged = None
-        if not self.uses_hook:
-            self.fold()
+    # -- folding ----------------------------------------------------------------------------------------------------------------------
 
     @tagged("directions")
     def fold_every_step(self) -> None:
-        """Go without a side path. W is then written every step, so in half precision it needs a residual as in full space."""
+        """Stop using hooks. W is then written every step, so in half precision it needs a residual as in full space."""
         assert not self.pending
         self.uses_hook = False
         self._weight = full_coordinate(self.name, self.parameter)
 
+    @property
+    def _unchanged(self) -> bool:
+        return not self.pending and self.keep == 1.0
+
     @tagged("directions")
     def fold(self) -> None:
-        """W ← W + A Vᵀ, θ ← 0; a half-precision W rounds stochastically, keyed by the step that changed θ last."""
-        if not self.pending and self.keep == 1.0:
+        """W ← keep · W + A Vᵀ, θ ← 0; a half-precision W rounds stochastically, keyed by the last update's step."""
+        if self._unchanged:
             return
-        self._weight.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
+        self._weight.add_product(*self.factors(self.core), *self.updated_at, keep=self.keep)
         self._clear()
 
     @tagged("directions")
     def pending_factors(self) -> tuple[Tensor | None, Tensor | None]:
-        """(left, right) of what the next fold would add, None for nothing."""
+        """(left, right) of the product that the next fold adds, None for nothing."""
         if not self.pending:
             return None, None
         left, right = self.factors(self.core)
@@ -221,8 +231,8 @@ class LowRankCoordinate(Coordinate):
 
     @tagged("directions")
     def merged(self) -> Tensor:
-        """What :meth:`fold` would make of W, as a copy; the same tensor for every owner of a shared weight."""
-        if not self.pending and self.keep == 1.0:
+        """A copy of W as :meth:`fold` would leave it; the same tensor for every owner of a shared weight."""
+        if self._unchanged:
             return placement.snapshot(self.parameter)
         merged = None if self._merged is None else self._merged()
         if merged is not None:
@@ -230,13 +240,15 @@ class LowRankCoordinate(Coordinate):
         with placement.loaded(self.parameter):
             merged = self.parameter.detach().clone()
         copy = full_coordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
-        copy.add_product(*self.factors(self.core), *self.clock, keep=self.keep)
+        copy.add_product(*self.factors(self.core), *self.updated_at, keep=self.keep)
         self._merged = weakref.ref(merged)
         return merged
 
     def _clear(self) -> None:
         self.core.zero_()
         self.pending, self.keep, self._merged = False, 1.0, None
+
+    # -- state ------------------------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         self._clear()
@@ -246,19 +258,15 @@ class LowRankCoordinate(Coordinate):
     def state(self) -> dict[str, Tensor]:
         layer = quantized_linear.owner_of(self.parameter)
         stored = {} if layer is None else {"left": layer.left, "right": layer.right, "factor": layer.factor}
-        if not self.pending and self.keep == 1.0:
+        if self._unchanged:
             return self._weight.state() | stored
-        # W as stored goes along because the model's own state dict carries the merged weights, from which W cannot be had back exactly.
+        # The model's state dict holds the merged weights, from which W cannot be recovered exactly: it is saved too.
         return {
-            "a": alone(self.core),
+            "a": unshared(self.core),
             **({"base": placement.snapshot(self.parameter)} if layer is None else stored),
             "keep": torch.tensor(self.keep, dtype=torch.float64),
-            "clock": torch.tensor(self.clock[1]),
+            "clock": torch.tensor(self.updated_at[1]),
         }
-
-    def _restore(self, base: Tensor) -> None:
-        work = lambda: self.parameter.data.copy_(base.to(self.device))  # noqa: E731
-        placement.when_loaded(self.parameter, work, held=base.numel() * base.element_size())
 
     @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
@@ -273,13 +281,17 @@ class LowRankCoordinate(Coordinate):
         if "a" in state:
             self.core.copy_(state["a"].to(self.device))
             if layer is None:
-                self._restore(state["base"])
-            self.pending, self.keep, self.clock = True, float(state["keep"]), (seed, int(state["clock"]))
+                self._load_weight(state["base"])
+            self.pending, self.keep, self.updated_at = True, float(state["keep"]), (seed, int(state["clock"]))
+
+    def _load_weight(self, base: Tensor) -> None:
+        work = lambda: self.parameter.data.copy_(base.to(self.device))  # noqa: E731
+        placement.when_loaded(self.parameter, work, base.numel() * base.element_size())
 
 
 @dataclass(frozen=True)
-class LowRank(Space):
-    """Matrices move as W + A Vᵀ (LOZO, 2410.07698); vectors (bias, norm) and tensors of other ranks move in full space.
+class LowRank(Subspace):
+    """Matrices are trained as W + A Vᵀ (LOZO, 2410.07698); vectors (bias, norm) and tensors of other ranks in full space.
 
     Args:
         rank: columns r of A (m, r) and V (n, r).
@@ -295,27 +307,24 @@ class LowRank(Space):
     layer_scales: bool = False
 
     full = False
+    kind: ClassVar[type[LowRankCoordinate]] = LowRankCoordinate
 
     def __post_init__(self) -> None:
         for field in ("rank", "interval"):
             at_least_one(field, getattr(self, field))
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
-        if not self.fits(parameter.shape):
-            return full_coordinate(name, parameter)
-        return self.factored(name, parameter)
+        return self.factored(name, parameter) if self.fits(parameter.shape) else full_coordinate(name, parameter)
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a parameter of this shape moves in a low-rank subspace."""
+        """Whether a parameter of this shape is trained in a low-rank subspace."""
         return len(shape) == 2 and min(shape) > self.rank
 
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
-        return LowRankCoordinate(name, parameter, self.rank, self.interval)
+        return self.kind(name, parameter, self.rank, self.interval)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
-        if not self.fits(shape):
-            return math.prod(shape), 0
-        return self.factored_elements(*shape)
+        return self.factored_elements(*shape) if self.fits(shape) else (math.prod(shape), 0)
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return rows * self.rank, (rows + columns) * self.rank
@@ -324,12 +333,6 @@ class LowRank(Space):
         return "Σ r·(m + n)" + times(update_rule_state, "r·m")
 
 
-def at_least_one(field: str, number: object) -> None:
-    """Raises ValueError unless ``number`` is a whole number of at least 1."""
-    if not isinstance(number, int) or number < 1:
-        raise ValueError(f"{field} must be a whole number of at least 1, not {number!r}.")
-
-
-def times(count: float, what: str) -> str:
-    """What is to follow a formula, for ``count`` times ``what``; nothing for none."""
-    return f" + {what}" if count == 1 else f" + {count:g}·{what}" if count else ""
+def times(count: float, term: str) -> str:
+    """The suffix of a formula for ``count`` times ``term``; empty for 0."""
+    return f" + {term}" if count == 1 else f" + {count:g}·{term}" if count else ""

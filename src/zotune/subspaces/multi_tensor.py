@@ -40,8 +40,8 @@ class MultiTensorGroup:
         stored = [c.parameter.data.view(-1) for c in self.members]
         residuals = [c.residual_tensor() for c in self.members] if stored[0].element_size() == 2 else None
         kernel = perturb_kernels(stored[0], None if residuals is None else residuals[0])
-        if self._many is None or self._many.places != kernel.Many.places_of(stored, residuals):
-            self._many = kernel.Many(stored, residuals)
+        if self._many is None or self._many.places != kernel.MultiTensorUpdate.places_of(stored, residuals):
+            self._many = kernel.MultiTensorUpdate(stored, residuals)
         for place, (direction, weight) in enumerate(taken):
             self._many.update(directions, seed, step, direction, self.names, weight, 1.0 if place else keep)
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
+from zotune.subspaces.base import at_least_one
 from zotune.subspaces.coordinate import MomentTransport
-from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, at_least_one, times
+from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 
 
 @tagged("directions")
 def orthonormal(gaussian: Tensor) -> Tensor:
     """Q of the QR decomposition of a Gaussian matrix (n, r), its columns' signs such that Q is uniformly distributed; float32.
 
-    On the CPU in float64 whatever the device, so that the last bits do not hang on who computes it.
+    On the CPU in float64 whatever the device, so that all devices agree to the last bit.
     """
     q, r = torch.linalg.qr(gaussian.double().cpu())
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).float().to(gaussian.device)
@@ -48,7 +49,7 @@ class TwoSidedCoordinate(LowRankCoordinate):
     def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         p, q = self.p, self.v
         self.p = orthonormal(self._gaussian(seed, redraw, "left", self.p.shape)).mul_(self.sigma)
-        self.v = self._laid_out(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
+        self.v = self._row_major(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
         left, right = self.p.T @ p / self.sigma**2, q.T @ self.v
         return lambda moment: left @ moment @ right
 
@@ -58,7 +59,7 @@ class TwoSidedCoordinate(LowRankCoordinate):
 
 @dataclass(frozen=True)
 class TwoSided(LowRank):
-    """Matrices move as W + σ P S Qᵀ with orthonormal P and Q and σ = √(mn) / r; everything else in full space.
+    """Matrices are trained as W + σ P S Qᵀ with orthonormal P and Q and σ = √(mn) / r; everything else in full space.
 
     Args:
         rank: r.
@@ -68,8 +69,7 @@ class TwoSided(LowRank):
         ValueError: either is below 1.
     """
 
-    def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
-        return TwoSidedCoordinate(name, parameter, self.rank, self.interval)
+    kind = TwoSidedCoordinate
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return self.rank**2, self.rank * (rows + columns + self.rank)
@@ -81,7 +81,7 @@ class TwoSided(LowRank):
 class LeftCoordinate(LowRankCoordinate):
     """θ = uᵀ (n, r) of W + P u, P (m, r) orthonormal (ZO-Muon, 2602.17155).
 
-    The gradient in u is PᵀG: what of the gradient lies in the span of P, which on average over P is r/m of it.
+    The gradient in u is PᵀG: the part of G in the span of P, on average r/m of it.
     """
 
     transposed = True
@@ -91,14 +91,14 @@ class LeftCoordinate(LowRankCoordinate):
 
     def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         old = self.v
-        self.v = self._laid_out(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
+        self.v = self._row_major(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
         transport = old.T @ self.v
         return lambda moment: moment @ transport
 
 
 @dataclass(frozen=True)
 class Left(LowRank):
-    """Matrices move as W + P u with orthonormal P (m, r); everything else in full space.
+    """Matrices are trained as W + P u with orthonormal P (m, r); everything else in full space.
 
     Args:
         rank: r.
@@ -108,8 +108,7 @@ class Left(LowRank):
         ValueError: either is below 1.
     """
 
-    def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
-        return LeftCoordinate(name, parameter, self.rank, self.interval)
+    kind = LeftCoordinate
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return columns * self.rank, (rows + columns) * self.rank
@@ -121,8 +120,8 @@ class Left(LowRank):
 class RankOnesCoordinate(LowRankCoordinate):
     """θ = τ (r,) of W + U diag(τ) Vᵀ, U (m, r) and V (n, r) ~ N(0, 1), the same for the whole run (TeZO, 2501.19057)."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, rank: int) -> None:
-        super().__init__(name, parameter, rank, interval=0)
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int = 0) -> None:
+        super().__init__(name, parameter, rank, interval=0)  # drawn once
         self.u = torch.zeros(parameter.shape[0], rank, device=parameter.device)
 
     def core_shape(self, moving: int, rank: int) -> tuple[int, ...]:
@@ -134,7 +133,7 @@ class RankOnesCoordinate(LowRankCoordinate):
 
     def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         self.u = self._gaussian(seed, redraw, "left", self.u.shape)
-        self.v = self._laid_out(self._gaussian(seed, redraw, "subspace", self.v.shape))
+        self.v = self._row_major(self._gaussian(seed, redraw, "subspace", self.v.shape))
         return None
 
     def kept(self) -> list[Tensor]:
@@ -143,10 +142,10 @@ class RankOnesCoordinate(LowRankCoordinate):
 
 @dataclass(frozen=True)
 class RankOnes(LowRank):
-    """Matrices move as W + U diag(τ) Vᵀ with U and V drawn once; everything else in full space.
+    """Matrices are trained as W + U diag(τ) Vᵀ with U and V drawn once; everything else in full space.
 
     Args:
-        rank: how many rank-one matrices r.
+        rank: number r of rank-one matrices.
 
     Raises:
         ValueError: it is below 1.
@@ -155,11 +154,10 @@ class RankOnes(LowRank):
     rank: int = 64
     interval: int = 1  # not used: nothing is redrawn
 
+    kind = RankOnesCoordinate
+
     def __post_init__(self) -> None:
         at_least_one("rank", self.rank)
-
-    def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
-        return RankOnesCoordinate(name, parameter, self.rank)
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return self.rank, self.rank * (rows + columns + 1)

@@ -1,4 +1,4 @@
-"""Full space with shaped directions: every number of Z is multiplied by a factor of its own before it moves a weight."""
+"""Full space with elementwise scaled directions s ⊙ Z."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Factors = Callable[[slice], Tensor]
 
 
 class ScaledDirections(Directions):
-    """The numbers of other directions times ``factors``; for one parameter."""
+    """Other directions times ``factors``, elementwise; for one parameter."""
 
     dense = False
 
@@ -46,41 +46,56 @@ class ScaledDirections(Directions):
         return z.mul_(self.factors(slice(0, z[0].numel())).view(shape))
 
 
-class ScaledCoordinate(FullCoordinate, abc.ABC):
-    """θ = W with directions s ⊙ Z, s the :meth:`factors` of the step. Evaluations and the update see the same ones."""
+class TransformedCoordinate(FullCoordinate, abc.ABC):
+    """θ = W with directions of its own, made from the method's by :meth:`transformed`."""
 
     draws_separately = True
 
     @abc.abstractmethod
-    def factors(self, seed: int, step: int) -> Factors:
-        """The factors of a step, while W is what it is."""
+    def transformed(self, directions: Directions, seed: int, step: int) -> Directions:
+        """The directions of evaluations in a step."""
 
-    def fixed_factors(self, seed: int, step: int) -> Factors:
-        """The factors of a step as they are now, whatever happens to W."""
-        return self.factors(seed, step)
-
-    def _shaped(self, directions: Directions, seed: int, step: int) -> Directions:
-        return directions if isinstance(directions, ScaledDirections) else ScaledDirections(directions, self.factors(seed, step))
+    def updating(self, directions: Directions, seed: int, step: int) -> Directions:
+        """The same for the step's update, which changes W."""
+        return self.transformed(directions, seed, step)
 
     def draw(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
-        return super().draw(self._shaped(directions, seed, step), seed, step, first, count, alone)
+        return super().draw(self.transformed(directions, seed, step), seed, step, first, count, alone)
 
     @tagged("directions")
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
-        return super().at(directions if offset is None else self._shaped(directions, offset.seed, offset.step), offset)
+        return super().at(directions if offset is None else self.transformed(directions, offset.seed, offset.step), offset)
 
     def at_in(self, out: Tensor, directions: Directions, offset: Offset) -> Tensor:
-        return super().at_in(out, self._shaped(directions, offset.seed, offset.step), offset)
+        return super().at_in(out, self.transformed(directions, offset.seed, offset.step), offset)
 
     def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
-        return super().strips_at(self._shaped(directions, offset.seed, offset.step), offset, height)
+        return super().strips_at(self.transformed(directions, offset.seed, offset.step), offset, height)
 
     def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
-        return super().rows_at(self._shaped(directions, offset.seed, offset.step), offset, rows)
+        return super().rows_at(self.transformed(directions, offset.seed, offset.step), offset, rows)
 
     def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
-        return super().weighted(self._shaped(directions, seed, step), weights, seed, step)
+        return super().weighted(self.transformed(directions, seed, step), weights, seed, step)
 
     @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
-        super().descend(ScaledDirections(directions, self.fixed_factors(seed, step)), weights, keep, seed, step)
+        super().descend(self.updating(directions, seed, step), weights, keep, seed, step)
+
+
+class ScaledCoordinate(TransformedCoordinate):
+    """θ = W with directions s ⊙ Z, s the :meth:`factors` of the step, the same for evaluations and the update."""
+
+    @abc.abstractmethod
+    def factors(self, seed: int, step: int) -> Factors:
+        """The factors of a step, until W changes."""
+
+    def fixed_factors(self, seed: int, step: int) -> Factors:
+        """The factors of a step as they are now, even when W changes."""
+        return self.factors(seed, step)
+
+    def transformed(self, directions: Directions, seed: int, step: int) -> Directions:
+        return directions if isinstance(directions, ScaledDirections) else ScaledDirections(directions, self.factors(seed, step))
+
+    def updating(self, directions: Directions, seed: int, step: int) -> Directions:
+        return ScaledDirections(directions, self.fixed_factors(seed, step))

@@ -1,9 +1,9 @@
-"""Sparse full space with a static mask: of every matrix the numbers to which the loss is most sensitive, by index (SensZOQ)."""
+"""Sparse full space with a static mask: the elements of every matrix with the largest squared gradients, by index (SensZOQ)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,38 +12,35 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key, block_size
-from zotune.subspaces.base import Space
+from zotune.subspaces.base import Losses, Subspace, check_density
 from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.full import FullCoordinate
+from zotune.subspaces.scaled_directions import TransformedCoordinate
 from zotune.weights.precision import HALF, join, split_into
 
 #: ε of the differences.
 EPS = 1e-3
-#: Number of the step whose directions are used, beyond those of any run, ``layer_scales`` and ``calibration``.
+#: The step of their directions, beyond the steps of any run, of ``layer_scales`` and of ``calibration``.
 STEP = 1 << 60
 
 SIGNS = Directions("rademacher")
 
-#: ``losses(offset, moved)``: losses of the step's micro-batches, one after the other, with the coordinates ``moved`` at θ + offset.
-Losses = Callable[..., Iterator[Tensor]]
-
 
 class IndexedCoordinate(Coordinate):
-    """θ = W[index], k numbers of one weight, int32 indices into it laid out flat. A residual, where there is one, has k numbers too."""
+    """θ = W[index], k elements of one weight by int32 indices into the flat weight. A half-precision W has a residual of k elements."""
 
     thin = False
 
     def __init__(self, name: str, parameter: nn.Parameter, count: int) -> None:
         super().__init__(name, parameter, (count,))
         self.index = torch.arange(count, dtype=torch.int32, device=parameter.device)
-        self.half = parameter.dtype in HALF
-        self.residual = torch.zeros(count, dtype=torch.int16, device=parameter.device) if self.half else None
+        self.residual = torch.zeros(count, dtype=torch.int16, device=parameter.device) if parameter.dtype in HALF else None
 
     def begin_step(self, seed: int, step: int) -> None:
         if self.observed is not None:
             self.index, self.observed = self.observed.to(self.device), None
 
-    def _store(self, weight: Tensor, value: Tensor, residual: Tensor | None) -> None:
+    def _write(self, weight: Tensor, value: Tensor, residual: Tensor | None) -> None:
         if residual is not None:
             upper = torch.empty_like(value, dtype=weight.dtype)
             split_into(value, upper, residual)
@@ -54,10 +51,9 @@ class IndexedCoordinate(Coordinate):
     def at(self, directions: Directions, offset: Offset | None) -> Tensor:
         if offset is None:
             return self.parameter.detach()
-        key = offset.key(self.name)
-        moved = torch.add(self.value(), directions.draw(key, self.shape, self.device), alpha=offset.scale)
+        perturbed = torch.add(self.value(), directions.draw(offset.key(self.name), self.shape, self.device), alpha=offset.scale)
         weight = self.parameter.detach().clone(memory_format=torch.contiguous_format)
-        weight.view(-1).index_copy_(0, self.index.long(), moved.to(weight.dtype))
+        self._write(weight, perturbed, None)
         return weight
 
     @tagged("directions")
@@ -68,12 +64,10 @@ class IndexedCoordinate(Coordinate):
     @tagged("directions")
     def assign(self, value: Tensor, seed: int, step: int) -> None:
         data = self.parameter.data
-        if data.is_contiguous():
-            self._store(data, value, self.residual)
-            return
         flat = data.contiguous()
-        self._store(flat, value, self.residual)
-        data.copy_(flat)
+        self._write(flat, value, self.residual)
+        if flat.data_ptr() != data.data_ptr():
+            data.copy_(flat)
 
     @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
@@ -87,7 +81,7 @@ class IndexedCoordinate(Coordinate):
             self.residual.zero_()
 
     def kept(self) -> list[Tensor]:
-        return [self.index] if self.residual is None else [self.index, self.residual]
+        return list(self.state().values())
 
     def state(self) -> dict[str, Tensor]:
         return {"index": self.index} | ({} if self.residual is None else {"residual": self.residual})
@@ -100,23 +94,22 @@ class IndexedCoordinate(Coordinate):
 
 
 @dataclass(frozen=True)
-class Sensitive(Space):
-    """Of every matrix the fraction ``density`` of the numbers with the largest squared gradient moves; vectors (bias, norm) move whole.
+class Sensitive(Subspace):
+    """The fraction ``density`` of every matrix with the largest squared gradients is trained; vectors (bias, norm) are trained whole.
 
     Args:
         density: the fraction, in (0, 1].
         directions: 0: squared gradients by backpropagation; K: estimated from loss differences along K directions.
 
     Raises:
-        ValueError: one of them does not lie there.
+        ValueError: density or directions is out of range.
     """
 
     density: float = 1e-3
     directions: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.density, (int, float)) and 0 < self.density <= 1):
-            raise ValueError(f"density must lie in (0, 1], not {self.density!r}.")
+        check_density(self.density)
         if not (isinstance(self.directions, int) and self.directions >= 0):
             raise ValueError(f"mask_directions must be a whole number of at least 0 (0: by backpropagation), not {self.directions!r}.")
 
@@ -140,13 +133,11 @@ class Sensitive(Space):
         return step == 0
 
     @tagged("directions")
-    def observe(
-        self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Callable[..., Iterator[Tensor]], seed: int, step: int
-    ) -> dict[str, Tensor]:
-        """The indices of every matrix, rising, int32, by name: by backpropagation, an example of the batch after the other, or by forwards.
+    def observe(self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Losses, seed: int, step: int) -> dict[str, Tensor]:
+        """The indices of every matrix, sorted, int32, by name, from backpropagation of one example after the other, or from forwards.
 
         Raises:
-            ValueError: backpropagation is asked for, and the loss cannot be differentiated.
+            ValueError: backpropagation is requested, and the loss cannot be differentiated.
         """
         indexed = [c for c in coordinates if isinstance(c, IndexedCoordinate)]
         if not indexed:
@@ -180,45 +171,36 @@ class Sensitive(Space):
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    # A stable sort, so that equal scores (rows of an embedding that the batch did not use) are chosen alike everywhere.
+    # A stable sort: equal scores (rows of an embedding that the batch did not use) are chosen alike on all devices.
     order = scores.sort(descending=True, stable=True).indices[:count]
     return order.sort().values.to(torch.int32)
 
 
-# -- squared gradients of single weights from loss differences alone, where nothing can be differentiated ----------------------------
+# -- squared gradients from loss differences, where the loss cannot be differentiated ---------------------------------------------
 
 
-class _Signs(FullCoordinate):
-    """All numbers of a parameter, which move by ±1 whatever the method's own directions are."""
+class _SignCoordinate(TransformedCoordinate):
+    """All elements of a parameter, with Rademacher directions whatever the method's are."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.thin = False  # block by block, as they are put together again
+        self.thin = False  # drawn in blocks, as squared_gradients draws them
 
-    def at(self, directions: Directions, offset: Offset | None) -> Tensor:
-        return super().at(SIGNS, offset)
-
-    def at_in(self, out: Tensor, directions: Directions, offset: Offset) -> Tensor:
-        return super().at_in(out, SIGNS, offset)
-
-    def strips_at(self, directions: Directions, offset: Offset, height: int) -> Iterator[tuple[slice, Tensor]]:
-        return super().strips_at(SIGNS, offset, height)
-
-    def rows_at(self, directions: Directions, offset: Offset, rows: Tensor) -> Tensor:
-        return super().rows_at(SIGNS, offset, rows)
+    def transformed(self, directions: Directions, seed: int, step: int) -> Directions:
+        return SIGNS
 
 
 @tagged("directions")
 def squared_gradients(coordinates: Sequence[Coordinate], losses: Losses, seed: int, count: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, estimate of Σ_b (∂ℓ_b/∂W_i)² for every number of W, flat) of each coordinate, by ``count`` directions, 2 · ``count`` forwards.
+    """(name, estimate of Σ_b (∂ℓ_b/∂W_i)² for every element of W, flat) of each coordinate, by 2 · ``count`` forwards.
 
     c_bk = (ℓ_b(W + εZ_k) − ℓ_b(W − εZ_k)) / 2ε,   s_i = Σ_b ((1/K) Σ_k c_bk Z_ki)²,   Z of ±1, all these parameters together
 
-    E s_i = Σ_b ((1 − 1/K) g_bi² + ‖g_b‖² / K) as ε → 0: the order is right on average, and the noise of g_bi is ‖g_b‖/√K, so that weights
-    are found whose share of the gradient's square is above 1/K or so.
+    E s_i = Σ_b ((1 − 1/K) g_bi² + ‖g_b‖² / K) as ε → 0: the order is right in expectation. The noise of g_bi is ‖g_b‖/√K, so s finds
+    weights whose share of the gradient's square exceeds about 1/K.
     """
-    moved = {c.name: _Signs(c.name, c.parameter, keep_residual=False) for c in coordinates}
-    slopes = torch.stack([_slopes(losses, moved, seed, k) for k in range(count)]) / count  # (K, B)
+    perturbed = {c.name: _SignCoordinate(c.name, c.parameter, keep_residual=False) for c in coordinates}
+    slopes = torch.stack([_slopes(losses, perturbed, seed, k) for k in range(count)]) / count  # (K, B)
     slopes = torch.where(slopes.isfinite(), slopes, 0.0)
     for coordinate in coordinates:
         device, numel = coordinate.device, coordinate.parameter.numel()
@@ -232,12 +214,12 @@ def squared_gradients(coordinates: Sequence[Coordinate], losses: Losses, seed: i
         yield coordinate.name, found
 
 
-def _slopes(losses: Losses, moved: Mapping[str, FullCoordinate], seed: int, direction: int) -> Tensor:
+def _slopes(losses: Losses, perturbed: Mapping[str, FullCoordinate], seed: int, direction: int) -> Tensor:
     """c_b of every example b, float32, on the CPU."""
     high, low = (
-        torch.cat([found.detach().reshape(-1).double().cpu() for found in losses(Offset(sign * EPS, seed, STEP, direction), moved)])
+        torch.cat([found.detach().reshape(-1).double().cpu() for found in losses(Offset(sign * EPS, seed, STEP, direction), perturbed)])
         for sign in (+1, -1)
     )
-    for coordinate in moved.values():
+    for coordinate in perturbed.values():
         coordinate.drop()
     return ((high - low) / (2 * EPS)).float()

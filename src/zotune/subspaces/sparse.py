@@ -1,4 +1,4 @@
-"""Sparse full space: of every matrix only the numbers under a mask move, the mask being a function of a key or of the weights."""
+"""Sparse full space: of every matrix only the elements under a mask are trained, a function of a key or of the weights."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Key, for_blocks, uniform_integers
-from zotune.subspaces.base import Space
+from zotune.subspaces.base import Subspace, at_least_one, check_density
 from zotune.subspaces.coordinate import Coordinate
 from zotune.subspaces.full import FullCoordinate
-from zotune.subspaces.low_rank import at_least_one
 from zotune.subspaces.scaled_directions import Factors, ScaledCoordinate
 
-#: What chooses the numbers that move.
+#: Kinds of masks.
 CHOICES = ("uniform", "magnitude", "small")
 _BITS = 24
-#: Magnitudes are told apart by the upper 16 of the 31 bits of a float32's: to within 0.4%.
+#: Magnitudes are binned by the upper 16 of the 31 bits of a float32's: to within 0.4%.
 _SHIFT = 15
 _BLOCK = 1 << 22
 
@@ -27,8 +26,8 @@ _BLOCK = 1 << 22
 class MaskedCoordinate(ScaledCoordinate):
     """θ = W with directions m ⊙ Z, m a mask of zeros and ones.
 
-    - a *random* mask keeps every number with probability ``share``, drawn from a key, anew every ``interval`` steps;
-    - the mask of *small* weights is |W| ≤ ``threshold``, of W as it is.
+    - a *random* mask keeps every element with probability ``share``, drawn from a key, anew every ``interval`` steps;
+    - the mask of *small* weights is |W| ≤ ``threshold``, of the current W.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, interval: int, share: float | None) -> None:
@@ -54,8 +53,8 @@ class MaskedCoordinate(ScaledCoordinate):
 
     @tagged("directions")
     def state(self) -> dict[str, Tensor]:
-        number = self.threshold if self.share is None else self.share
-        return super().state() | {"mask": torch.tensor(number, dtype=torch.float64)}
+        value = self.threshold if self.share is None else self.share
+        return super().state() | {"mask": torch.tensor(value, dtype=torch.float64)}
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         super().load_state(state, seed, step)
@@ -66,17 +65,17 @@ class MaskedCoordinate(ScaledCoordinate):
 
 
 @dataclass(frozen=True)
-class Sparse(Space):
-    """Of every matrix a fraction of the numbers moves; vectors (bias, norm) move whole.
+class Sparse(Subspace):
+    """A fraction of every matrix is trained; vectors (bias, norm) are trained whole.
 
     Args:
         density: the fraction, in (0, 1].
-        choice: ``"uniform"``: random numbers, as many of every matrix; ``"magnitude"``: random numbers, of a matrix as many as it has
-            among the ``density`` largest magnitudes of all matrices together; ``"small"``: the smallest magnitudes of each matrix.
+        choice: ``"uniform"``: random elements, the same fraction of every matrix; ``"magnitude"``: random elements, of a matrix as many
+            as it has among the ``density`` largest magnitudes of all matrices; ``"small"``: the smallest magnitudes of each matrix.
         interval: steps between two draws of random masks.
 
     Raises:
-        ValueError: one of them makes no sense.
+        ValueError: an argument is invalid.
     """
 
     density: float = 0.8
@@ -84,8 +83,7 @@ class Sparse(Space):
     interval: int = 100
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.density, (int, float)) and 0 < self.density <= 1):
-            raise ValueError(f"density must lie in (0, 1], not {self.density!r}.")
+        check_density(self.density)
         if self.choice not in CHOICES:
             raise ValueError(f"unknown choice of a mask {self.choice!r}; choose one of {', '.join(CHOICES)}.")
         at_least_one("interval", self.interval)
@@ -115,14 +113,14 @@ def _bin(values: Tensor) -> Tensor:
 
 
 def _histogram(values: Tensor) -> Tensor:
-    """How many of the numbers have which magnitude, int64 on the CPU."""
+    """Number of elements by magnitude bin, int64 on the CPU."""
     flat = values.detach().reshape(-1)
     parts = [torch.bincount(_bin(flat[at : at + _BLOCK]), minlength=1 << (31 - _SHIFT)).cpu() for at in range(0, len(flat), _BLOCK)]
     return torch.stack(parts).sum(dim=0)
 
 
 def magnitude(histogram: Tensor, fraction: float) -> float:
-    """The magnitude that at least a fraction of the numbers of a :func:`_histogram` do not exceed, to within 0.4%; 0 for none of them."""
+    """The quantile ``fraction`` of the magnitudes of a :func:`_histogram`, to within 0.4%; 0 for ``fraction`` 0."""
     if fraction <= 0:
         return 0.0
     reached = histogram.cumsum(0) >= fraction * int(histogram.sum()) - 0.5

@@ -1,8 +1,8 @@
-"""Linear layers whose weights another library holds in few bits, trained by factors beside them.
+"""Linear layers whose weights another library has quantized, trained by low-rank factors beside them.
 
-torchao keeps a quantized weight as a tensor subclass in an ordinary Linear, bitsandbytes as packed numbers in a Linear of its own. Either
-way the layer computes y = x Wᵀ, and that is all that is asked of it: such layers are found by what their weight is, not by their class, W
-itself where it is needed is what the layer makes of unit vectors, and nothing is ever written to it.
+torchao stores a quantized weight as a tensor subclass in an ordinary Linear, bitsandbytes as packed integers in a Linear of its own. Both
+compute y = x Wᵀ, and nothing else is assumed: layers are found by their weight, not by their class; W is computed from unit vectors; the
+external weight is never written.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from zotune.weights.placement import is_sharded
 from zotune.weights.quantized_linear import QuantizedLinear, own
 from zotune.weights.structure import matching_children, replace_children
 
-#: Unit vectors that a layer is given at a time.
+#: Unit vectors to a call of the layer.
 UNITS = 256
 
 
 def is_external(parameter: Tensor) -> bool:
-    """Whether a weight is in a form of another library: a tensor subclass of its own, or packed whole numbers."""
-    sharded = hasattr(parameter, "full_tensor")
-    return not sharded and (is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point())
+    """Whether another library has quantized a weight: a tensor subclass, or packed integers."""
+    return not is_sharded(parameter) and (is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point())
 
 
 class ExternalLinear(QuantizedLinear):
-    """y = f h(x) + (x R) Lᵀ + b, h the layer as it was, without its bias, and whatever ``weight`` is lent.
+    """y = f h(x) + (x R) Lᵀ + b, h the external layer without its bias; an overridden ``weight`` is added (see :class:`QuantizedLinear`).
 
-    h is no submodule: it is in no state dict and no list of parameters, for nothing in it is ever another than its library has made it.
+    h is no submodule, so neither state dicts nor parameter lists contain it.
 
     Args:
-        linear: the layer to take over; it becomes ``external``, and its bias this layer's.
+        linear: the external layer; its bias becomes this layer's.
     """
 
     external: nn.Linear
@@ -46,11 +45,9 @@ class ExternalLinear(QuantizedLinear):
         linear.bias = None  # type: ignore[assignment]
         self.__dict__["external"] = linear
         weight, device = linear.weight, linear.weight.device
-        dtype = next((d for d in _dtypes(self, linear, weight) if d is not None and d.is_floating_point), torch.get_default_dtype())
-        self.register_buffer("factor", torch.ones((), device=device))
-        self.register_buffer("left", torch.zeros(self.out_features, 0, device=device))
-        self.register_buffer("right", torch.zeros(self.in_features, 0, device=device))
-        self.weight = nn.Parameter(self._nothing(dtype, device))
+        dtype = next((d for d in _dtypes(self, weight) if d is not None and d.is_floating_point), torch.get_default_dtype())
+        self._register_factors(device)
+        self.weight = nn.Parameter(self._zero_weight(dtype, device))
 
     @torch.no_grad()
     def with_factors(self, left: Tensor, right: Tensor) -> Tensor:
@@ -63,13 +60,7 @@ class ExternalLinear(QuantizedLinear):
         return torch.cat(columns, dim=1).mul_(self.factor).addmm_(left, right.T).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.external(x) * self.factor.to(x.dtype)
-        if self.left.shape[1]:
-            out = out + (x @ self.right.to(x.dtype)) @ self.left.T.to(x.dtype)
-        bias, moves = self.bias, self.weight
-        if type(moves) is not nn.Parameter:  # lent: what it adds
-            return out + F.linear(x, moves, bias)
-        return out if bias is None else out + bias
+        return self._with_trained(x, x, self.external(x) * self.factor.to(x.dtype))
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExternalLinear:
         super()._apply(fn, recurse)
@@ -81,10 +72,10 @@ class ExternalLinear(QuantizedLinear):
 
 
 def pieces(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, plain tensor) of all that such layers of a model hold."""
+    """(name, plain tensor) of everything that external layers of a model store."""
     for name, module in model.named_modules():
         if isinstance(module, ExternalLinear):
-            yield from _pieces(f"{name}.held", module.external.weight)
+            yield from _pieces(f"{name}.held", module.external.weight)  # digests in existing journals contain this name
 
 
 def _pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -96,9 +87,9 @@ def _pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """Have low-rank methods train the Linear layers whose weights torchao or bitsandbytes holds in few bits, in place.
+    """Make the Linear layers that torchao or bitsandbytes has quantized trainable by low-rank methods, in place.
 
-    What is learnt stays beside the weights, as factors (see :func:`zotune.weights.quantized_linear.quantize`). Adapters (PEFT) need none of this.
+    The update stays beside the weights, as factors (see :mod:`zotune.weights.quantized_linear`). PEFT adapters do not need this.
 
     Args:
         model: any module, after it has been quantized.
@@ -111,17 +102,17 @@ def wrap(model: nn.Module) -> nn.Module:
     """
     found = external_layers(model)
     if not found:
-        raise ValueError("no Linear layer of the model has a weight that another library holds in few bits: nothing is to be done.")
+        raise ValueError("no Linear layer of the model is quantized by another library: there is nothing to wrap.")
     replace_children(found, lambda linear: own(ExternalLinear(linear)))
     return model
 
 
 def external_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, name in it, layer) of the Linear layers whose weights another library holds."""
+    """(parent, name in it, layer) of the Linear layers that another library has quantized."""
     return matching_children(model, lambda _, child: isinstance(child, nn.Linear) and is_external(child.weight))
 
 
-def _dtypes(layer: ExternalLinear, linear: nn.Linear, weight: Any) -> list[torch.dtype | None]:
-    """Where the dtype of the layer's numbers may be told."""
+def _dtypes(layer: ExternalLinear, weight: Any) -> list[torch.dtype | None]:
+    """Candidates for the dtype in which the layer computes."""
     state = getattr(weight, "quant_state", None)
     return [weight.dtype, None if layer.bias is None else layer.bias.dtype, getattr(state, "dtype", None)]

@@ -1,7 +1,6 @@
-"""Layouts of matrix layers: how wide their inputs and outputs are, and which of the two the rows of the weight belong to.
+"""Layouts of matrix layers: the widths of inputs and outputs, and which of them the rows of the weight belong to.
 
-A layer type states its layout in its file of ``forward.layers``, which registers a reader here; subspaces that are built from what layers
-see ask :func:`layout_of`.
+A layer type's file in ``forward.layers`` registers a reader of its layout; subspaces built from layer inputs call :func:`layout_of`.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ class Layout(NamedTuple):
     """The layout of one matrix layer.
 
     Attributes:
-        inputs: width n of what it is given.
-        outputs: width m of what it returns.
+        inputs: width n of its input.
+        outputs: width m of its output.
         outputs_first: True for a weight (m, n), y = x Wᵀ; False for (n, m), y = x W (GPT-2's ``Conv1D``).
     """
 
@@ -31,7 +30,7 @@ _READERS: list[Reader] = []
 
 
 def register_layout(reader: Reader) -> None:
-    """Let :func:`layout_of` ask ``reader``, before those that are registered; it returns None for modules of other types."""
+    """Have :func:`layout_of` call ``reader`` first; it returns None for modules of other types."""
     _READERS.insert(0, reader)
 
 
@@ -51,6 +50,6 @@ def is_outputs_first(module: nn.Module) -> bool:
 
 
 def residual_width(module: nn.Module) -> int | None:
-    """The width of what a layer may add to the residual stream; None if it adds nothing: it is wider than its input, or no matrix layer."""
+    """The output width of a layer that may write to the residual stream; None if wider than its input, or for other layers."""
     layout = layout_of(module)
     return layout.outputs if layout is not None and layout.outputs <= layout.inputs else None

@@ -1,9 +1,8 @@
-"""Where a weight is while nobody computes with it: in place as a rule, elsewhere where the model is offloaded (``offloading``).
+"""Where a weight is stored while it is not computed with: on the device, or offloaded (see ``weights.offload``).
 
-A tensor that comes and goes has a *home*, told by an attribute. Whoever reads such a weight outside of a forward pass does so
-``with loaded(weight)``, and whoever writes it says what is to be done ``when_loaded``: at once where the weight has no home, else as it
-next passes by. Writes of one weight happen in the order in which they were asked for. They are pure functions of keys and coefficients, so
-that nothing depends on when they happen, and a run that is killed before has lost nothing that its journal does not say.
+An offloaded tensor carries a *handle*. Code outside of a forward pass reads it ``with loaded(weight)`` and writes it by
+``when_loaded(weight, work)``: at once where the weight is not offloaded, else when it is next loaded, in the order of the calls. Writes are
+pure functions of keys and coefficients, so nothing depends on when they happen, and a killed run loses nothing that its journal holds.
 """
 
 from __future__ import annotations
@@ -14,65 +13,63 @@ from typing import Protocol
 
 from torch import Tensor
 
-_ATTRIBUTE = "_zotune_home"
+_ATTRIBUTE = "_zotune_offload_handle"
 
 
 class OffloadHandle(Protocol):
-    """Keeps a tensor while it is away.
-
-    Attributes:
-        rounds: whether it keeps fewer bits than the tensor has, so that the tensor can only be read.
-    """
+    """Loads and writes an offloaded tensor."""
 
     @property
-    def lossy(self) -> bool: ...
-
-    def loaded(self) -> AbstractContextManager[None]:
-        """Brings the tensor in, with all that was to be written, for the length of a block."""
+    def lossy(self) -> bool:
+        """Whether the stored copy has fewer bits than the tensor, which is then read-only."""
         ...
 
-    def write(self, work: Callable[[], object], held: int) -> None:
-        """Calls ``work``, which writes the tensor, now or when it is next at hand; until then ``held`` bytes are kept for it."""
+    def loaded(self) -> AbstractContextManager[None]:
+        """Within the block the tensor has its values, with all pending writes."""
+        ...
+
+    def write(self, work: Callable[[], object], pending_bytes: int) -> None:
+        """Call ``work``, which writes the tensor, now or when it is next loaded; until then ``work`` keeps ``pending_bytes`` in memory."""
         ...
 
     def attach(self, tensor: Tensor) -> None:
-        """Lets another tensor, of zeros, come and go with this one."""
+        """Offload another tensor, of zeros, together with this one."""
         ...
 
 
 def offload_handle(tensor: Tensor) -> OffloadHandle | None:
-    """The home of a tensor that comes and goes; None for one that stays."""
+    """The handle of an offloaded tensor; None for others."""
     return getattr(tensor, _ATTRIBUTE, None)
 
 
-def set_offload_handle(tensor: Tensor, where: OffloadHandle) -> None:
-    """Tell a tensor where its home is."""
-    setattr(tensor, _ATTRIBUTE, where)
+def set_offload_handle(tensor: Tensor, handle: OffloadHandle) -> None:
+    """Mark a tensor as offloaded."""
+    setattr(tensor, _ATTRIBUTE, handle)
 
 
 def clear_offload_handle(tensor: Tensor) -> None:
-    """The tensor stays from now on."""
+    """Mark a tensor as not offloaded."""
     if hasattr(tensor, _ATTRIBUTE):
         delattr(tensor, _ATTRIBUTE)
 
 
 def loaded(tensor: Tensor) -> AbstractContextManager[None]:
-    """For the length of a block the tensor holds its values."""
-    where = offload_handle(tensor)
-    return nullcontext() if where is None else where.loaded()
+    """Within the block the tensor has its values."""
+    handle = offload_handle(tensor)
+    return nullcontext() if handle is None else handle.loaded()
 
 
-def when_loaded(tensor: Tensor, work: Callable[[], object], held: int = 0) -> None:
-    """Call ``work``, which writes the tensor, as soon as it is at hand."""
-    where = offload_handle(tensor)
-    if where is None:
+def when_loaded(tensor: Tensor, work: Callable[[], object], pending_bytes: int = 0) -> None:
+    """Call ``work``, which writes the tensor, now or when it is next loaded."""
+    handle = offload_handle(tensor)
+    if handle is None:
         work()
     else:
-        where.write(work, held)
+        handle.write(work, pending_bytes)
 
 
 def snapshot(tensor: Tensor) -> Tensor:
-    """The tensor's values for as long as one likes: itself, or a copy where it comes and goes."""
+    """The tensor's values beyond the next load: itself, or a copy where it is offloaded."""
     if offload_handle(tensor) is None:
         return tensor.detach()
     with loaded(tensor):
@@ -80,5 +77,5 @@ def snapshot(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor, of which other processes may hold the other part."""
+    """Whether it is a DTensor, of which other processes may store other rows."""
     return hasattr(parameter, "full_tensor") and hasattr(parameter, "device_mesh")

@@ -1,12 +1,12 @@
 """Half-precision weights that lose no update: float32 coordinates kept as (half weight, int16 residual), and stochastic rounding.
 
 A bfloat16 weight of size 0.02 has a spacing of 1.2e-4; a zeroth-order update is around 1e-6. Added in place, 99% of it is rounded
-away. Two cures:
+away. Two remedies:
 
 - **residual**: the float32 value x is split into the model's own half-precision weight and 16 more bits beside it. For bfloat16 the
   pair is x bit for bit; for float16 it is x to 2^-25 of its size. No update is lost, at 2 bytes a weight.
-- **stochastic rounding** to one of the two neighbors with probabilities that make the result right on average, its random bits keyed
-  like everything else. No memory, unbiased, but noisy: for updates that are rare and large, such as folding A Vᵀ once an interval.
+- **stochastic rounding** to one of the two adjacent numbers, unbiased, its random bits keyed like directions. No memory, but noisy: for
+  rare, large updates, such as folding A Vᵀ once an interval.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from zotune.rng.directions import Key, uniform_integers
 
 HALF = (torch.bfloat16, torch.float16)
 
-
-#: The bits of a float32 number that hold its exponent: alone, they are the power of two at or below it.
+#: The exponent bits of a float32; alone, they are the power of two at or below it.
 _EXPONENT = 0x7F800000
 
 
@@ -32,7 +31,7 @@ def _float16_spacing(x: Tensor, fraction: float = 1.0) -> Tensor:
 
 @tagged("directions")
 def join(half: Tensor, residual: Tensor) -> Tensor:
-    """The float32 value that (half, residual) stands for; shapes equal, residual int16."""
+    """The float32 value of (half, residual); shapes equal, residual int16."""
     x = half.float()
     if half.dtype == torch.bfloat16:
         x.view(torch.int32).add_(residual)
@@ -42,14 +41,14 @@ def join(half: Tensor, residual: Tensor) -> Tensor:
 
 @tagged("directions")
 def split_into(x: Tensor, half: Tensor, residual: Tensor) -> None:
-    """Write x (float32, contiguous; its memory is used up) as (half, residual), int16, with ``join(half, residual) == x``.
+    """Write x (float32, contiguous; overwritten) as (half, residual), int16, with ``join(half, residual) == x``.
 
-    half is x rounded to nearest, the residual what that left out.
+    half is x rounded to nearest, the residual the rounding error.
     """
     if half.dtype == torch.bfloat16:
         bits = x.view(torch.int32)
         residual.copy_(bits)  # the lower 16 bits, as a signed number
-        half.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))  # ties away from zero, so that the rest fits 16 bits
+        half.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))  # ties away from zero: the rest fits 16 bits
         return
     half.copy_(x)
     nearest = half.float()
@@ -66,10 +65,9 @@ def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @tagged("directions")
 def stochastic_round(x: Tensor, dtype: torch.dtype, key: Key, first: int = 0) -> Tensor:
-    """x (float32, flat) rounded to a neighbor in ``dtype``, up with probability (x - lower) / spacing, so E[result] = x.
+    """x (float32, flat) rounded to an adjacent number of ``dtype``, up with probability (x - lower) / spacing, so E[result] = x.
 
-    A number that ``dtype`` represents stays what it is. Float32 comes back unchanged. ``first``: number of x's first element in the
-    parameter, to which the random bits belong.
+    Numbers that ``dtype`` represents do not change. ``first``: index of x's first element in the parameter, which keys the random bits.
     """
     part = slice(first, first + x.numel())
     if dtype == torch.bfloat16:

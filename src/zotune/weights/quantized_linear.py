@@ -1,11 +1,10 @@
-"""Linear layers held in 8 or 4 bits that are never written, and move by factors beside them.
+"""Linear layers quantized to 8 or 4 bits, trained by low-rank factors beside them.
 
-W (m, n) is kept as Q ⊙ s: signed whole numbers of 8 bits with a scale a row, or of 4 bits (two a byte) with a scale for each 32 numbers of
-a row. What training adds to W is a sum of products L Rᵀ, which stay factors (float32): rounding Q again at every fold would lose them. So a
-run of T steps that folds every ν keeps rank · T / ν columns; a long run wants a long interval.
+W (m, n) is stored as Q ⊙ s and never written: signed integers of 8 bits with a scale a row, or of 4 bits (two a byte) with a scale for each
+32 elements of a row. What training adds to W is a sum of products L Rᵀ, stored as factors in float32: requantizing at every fold would
+round it away. A run of T steps that folds every ν steps stores rank · T / ν columns, so a long run wants a long interval.
 
-``weight`` is what moves: zeros of W's shape that take no memory. Low-rank coordinates of it (``subspaces``) and PEFT adapters need no more
-than that and a side path.
+``weight`` is zeros of W's shape that take no memory. Low-rank coordinates of it (``subspaces``) and PEFT adapters work by low-rank hooks.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from zotune.weights import placement
 from zotune.weights.structure import linear_of, matching_children, replace_children, unshared_linears
 
 #: Attribute of a weight that names its layer.
-_OWNER = "_zotune_frozen"
+_OWNER = "_zotune_quantized"
 
-#: Numbers that share a scale in 4 bits.
+#: Elements that share a scale in 4 bits.
 GROUP = 32
-#: Weights that are unpacked at a time on a CPU.
+#: Elements dequantized at a time on a CPU.
 STRIP = 1 << 20
 
 
 class QuantizedLinear(nn.Linear):
-    """y = f x (Q ⊙ s)ᵀ + (x R) Lᵀ + b, f what weight decay has left of 1, and whatever ``weight`` is lent (see ``probe``).
+    """y = f x (Q ⊙ s)ᵀ + (x R) Lᵀ + b, f the product of all weight decays; a ``weight`` that is overridden in a forward is added to Q ⊙ s.
 
     Args:
-        linear: the layer to take over; its weight is rounded to the nearest of the numbers that can be had. Its bias is shared.
+        linear: the layer to quantize, by rounding to nearest. Its bias is shared.
         bits: 8 or 4.
 
     Raises:
-        ValueError: other bits, or 4 bits of rows that are no multiple of 32.
+        ValueError: other bits, or 4 bits and a number of inputs that is no multiple of 32.
     """
 
     codes: Tensor
@@ -48,44 +47,46 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, bits: int) -> None:
         nn.Module.__init__(self)
         if bits not in (8, 4):
-            raise ValueError(f"weights can be held in 8 or 4 bits, not {bits!r}.")
+            raise ValueError(f"weights can be quantized to 8 or 4 bits, not {bits!r}.")
         self.bits = bits
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if bits == 4 and self.in_features % GROUP:
             raise ValueError(f"4 bits need inputs in multiples of {GROUP}, and this layer has {self.in_features}: use int8.")
         with placement.loaded(linear.weight):
             self._pack(linear.weight.detach())
-        self.weight = nn.Parameter(self._nothing(linear.weight.dtype, linear.weight.device), requires_grad=linear.weight.requires_grad)
+        self._register_factors(linear.weight.device)
+        weight = self._zero_weight(linear.weight.dtype, linear.weight.device)
+        self.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         self.bias = linear.bias
 
     def _pack(self, weight: Tensor) -> None:
-        bits = self.bits
-        group = GROUP if bits == 4 else self.in_features
-        most = 127 if bits == 8 else 7
+        group, largest = (GROUP, 7) if self.bits == 4 else (self.in_features, 127)
         grouped = weight.float().view(self.out_features, -1, group)
-        scales = grouped.abs().amax(dim=2, keepdim=True).clamp_min(1e-12) / most
+        scales = grouped.abs().amax(dim=2, keepdim=True).clamp_min(1e-12) / largest
         codes = (grouped / scales).round().to(torch.int8).view(self.out_features, -1)
-        if bits == 4:
+        if self.bits == 4:
             codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.squeeze(2))
-        self.register_buffer("factor", torch.ones((), device=weight.device))
-        self.register_buffer("left", torch.zeros(self.out_features, 0, device=weight.device))
-        self.register_buffer("right", torch.zeros(self.in_features, 0, device=weight.device))
 
-    def _nothing(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _register_factors(self, device: torch.device) -> None:
+        self.register_buffer("factor", torch.ones((), device=device))
+        self.register_buffer("left", torch.zeros(self.out_features, 0, device=device))
+        self.register_buffer("right", torch.zeros(self.in_features, 0, device=device))
+
+    def _zero_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros((), dtype=dtype, device=device).expand(self.out_features, self.in_features)
 
     def unpacked(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Rows of f Q ⊙ s, in ``dtype``."""
         codes = self.codes[rows]
         if self.bits == 4:
-            codes = torch.stack([(codes << 4) >> 4, codes >> 4], dim=2)  # the shifts of signed bytes keep the sign
+            codes = torch.stack([(codes << 4) >> 4, codes >> 4], dim=2)  # shifts of signed bytes keep the sign
         scales = (self.scales[rows] * self.factor).unsqueeze(2)
         return codes.reshape(*scales.shape[:2], -1).to(torch.float32).mul_(scales).view(len(codes), -1).to(dtype)
 
     def dense(self) -> Tensor:
-        """The weight that all this stands for, in the layer's dtype."""
+        """The weight f Q ⊙ s + L Rᵀ, in the layer's dtype."""
         return self.with_factors(self.left, self.right)
 
     def with_factors(self, left: Tensor, right: Tensor) -> Tensor:
@@ -102,21 +103,24 @@ class QuantizedLinear(nn.Linear):
         self.right = torch.cat([self.right, right], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        out = flat.new_empty(len(flat), self.out_features)
-        height = max(1, STRIP // self.in_features) if x.device.type == "cpu" else self.out_features
+        rows = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled() and x.requires_grad:
-            out = flat @ self.unpacked(slice(0, self.out_features), x.dtype).T
-        else:
-            for top in range(0, self.out_features, height):
-                rows = slice(top, min(top + height, self.out_features))
-                torch.mm(flat, self.unpacked(rows, x.dtype).T, out=out[:, rows])
+            return self._with_trained(x, rows, rows @ self.unpacked(slice(0, self.out_features), x.dtype).T)
+        out = rows.new_empty(len(rows), self.out_features)
+        height = max(1, STRIP // self.in_features) if x.device.type == "cpu" else self.out_features
+        for top in range(0, self.out_features, height):
+            strip = slice(top, min(top + height, self.out_features))
+            torch.mm(rows, self.unpacked(strip, x.dtype).T, out=out[:, strip])
+        return self._with_trained(x, rows, out)
+
+    def _with_trained(self, x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+        """``out`` + (x R) Lᵀ + x · weightᵀ where the weight is overridden + b; ``rows`` is x in the shape of ``out``."""
         if self.left.shape[1]:
-            out = out + (flat @ self.right.to(x.dtype)) @ self.left.T.to(x.dtype)
-        bias, moves = self.bias, self.weight
+            out = out + (rows @ self.right.to(x.dtype)) @ self.left.T.to(x.dtype)
         out = out.view(*x.shape[:-1], self.out_features)
-        if type(moves) is not nn.Parameter:  # lent: what it adds
-            return out + F.linear(x, moves, bias)
+        bias, weight = self.bias, self.weight
+        if type(weight) is not nn.Parameter:
+            return out + F.linear(x, weight, bias)
         return out if bias is None else out + bias
 
     # -- state ----------------------------------------------------------------------------------------------------------------------
@@ -125,9 +129,9 @@ class QuantizedLinear(nn.Linear):
         stored = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, before in stored.items():
-            if getattr(self, name).dtype != before.dtype:  # a model that is made half precision keeps its scales
+            if getattr(self, name).dtype != before.dtype:  # scales stay float32 in a half-precision model
                 self._buffers[name] = before.to(self.weight.device)
-        self.weight.data = self._nothing(self.weight.dtype, self.weight.device)
+        self.weight.data = self._zero_weight(self.weight.dtype, self.weight.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -136,40 +140,40 @@ class QuantizedLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("left", "right"):
-            if prefix + name in state_dict:  # as many columns as there are
+            if prefix + name in state_dict:  # the number of columns may differ
                 self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.codes.device)
-        # A checkpoint of ordinary layers has nothing that could be written here: what training added comes with the optimizer's state.
-        own = {prefix + name: buffer for name, buffer in self._buffers.items()} if prefix + "weight" in state_dict else {}
-        super()._load_from_state_dict({**own, **state_dict, prefix + "weight": self.weight}, prefix, *rest)
+        # A checkpoint of ordinary layers is ignored here: the factors come with the optimizer's state.
+        buffers = {prefix + name: buffer for name, buffer in self._buffers.items()} if prefix + "weight" in state_dict else {}
+        super()._load_from_state_dict({**buffers, **state_dict, prefix + "weight": self.weight}, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
 def own(layer: QuantizedLinear) -> QuantizedLinear:
-    """Registers the layer for :func:`owner_of` on its weight; the layer."""
+    """Register the layer for :func:`owner_of`; the layer."""
     setattr(layer.weight, _OWNER, layer)
     return layer
 
 
 def owner_of(parameter: Tensor) -> QuantizedLinear | None:
-    """The layer whose ``weight`` a parameter is, if it is one that is never written."""
+    """The quantized or external layer whose ``weight`` a parameter is; None for other parameters."""
     return getattr(parameter, _OWNER, None)
 
 
 def quantize(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
-    """Hold the Linear layers of a model in few bits, in place, one after the other.
+    """Quantize the Linear layers of a model in place, one after the other.
 
     Args:
         model: any module.
         bits: 8 or 4.
-        skip: last names of layers to leave as they are; a layer whose weight is another module's too (a tied head) is left anyway.
+        skip: last names of layers to leave unchanged; a layer that shares its weight (a tied head) is left unchanged anyway.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: it has no Linear layer to hold in few bits.
+        ValueError: it has no Linear layer to quantize.
 
     Example:
         >>> model = quantize(nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 2)), 8)
@@ -178,14 +182,14 @@ def quantize(model: nn.Module, bits: int, *, skip: tuple[str, ...] = ("lm_head",
     """
     chosen = unshared_linears(model, (nn.Linear,), skip)
     if not chosen:
-        raise ValueError("the model has no Linear layer of its own to hold in few bits.")
+        raise ValueError("the model has no Linear layer of its own to quantize.")
     replace_children(chosen, lambda linear: own(QuantizedLinear(linear, bits)))
     return model
 
 
 @torch.no_grad()
 def dequantize(model: nn.Module) -> nn.Module:
-    """Give a model ordinary Linear layers of what :func:`freeze` and training have made of them, in place; the model."""
+    """Replace quantized layers by ordinary Linear layers with their trained weights, in place; the model."""
     layers = matching_children(model, lambda _, child: isinstance(child, QuantizedLinear))
     replace_children(layers, lambda layer: linear_of(nn.Parameter(layer.dense(), requires_grad=layer.weight.requires_grad), layer.bias))
     return model
@@ -197,11 +201,11 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def dense_state(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict of a module as if it had ordinary Linear layers, weights in full; ``prefix`` stands before the names."""
+    """The state dict of a module with dense weights for its quantized layers; ``prefix`` stands before the names."""
     state = model.state_dict(prefix=prefix)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             here = f"{prefix}{name}." if name else prefix
             parts = {part: state.pop(here + part) for part in module._buffers}
-            state[here + "weight"] = module.with_factors(parts["left"], parts["right"])  # with what is pending
+            state[here + "weight"] = module.with_factors(parts["left"], parts["right"])  # with pending factors
     return state

@@ -1,4 +1,4 @@
-"""The structure of a model, found from its modules alone: its head, its repeated blocks, and the layers that write to the hidden state."""
+"""The structure of a model, found from its modules: its head, its repeated blocks, and the layers that write to the residual stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSIFIERS = ("classifier", "score", "classification_head")
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
-    """``model.modules()``, each once and in whatever order: without its nested generators, which a step would notice."""
+    """``model.modules()``, each once, in any order, without its nested generators, which are slow."""
     found = {id(model): model}
     waiting = [model]
     while waiting:
@@ -75,7 +75,7 @@ def replace_children(found: Iterable[tuple[nn.Module, str, Any]], make: Callable
 
 
 def trained_layers(model: nn.Module, by_weight: Mapping[int, T]) -> dict[nn.Module, T]:
-    """The matrix layers whose weight is among ``by_weight``, a mapping from ids of parameters; with what it maps to."""
+    """The matrix layers whose weight is in ``by_weight``, a mapping from ids of parameters, with its values."""
     return {m: by_weight[id(m.weight)] for m in model.modules() if id(m._parameters.get("weight")) in by_weight and layout_of(m)}
 
 
@@ -83,17 +83,17 @@ def trained_layers(model: nn.Module, by_weight: Mapping[int, T]) -> dict[nn.Modu
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """What ``get_output_embeddings`` returns; None where a model has no such method or no such layer."""
+    """The layer that ``get_output_embeddings`` returns, if any."""
     get = getattr(model, "get_output_embeddings", None)
     try:
         found = get() if get is not None else None
-    except NotImplementedError:  # what transformers raises for models without a head
+    except NotImplementedError:  # transformers' models without a head
         found = None
     return found if isinstance(found, nn.Module) else None
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    """The layer that maps the last hidden states of a language model to logits; None where it cannot be told.
+    """The layer that maps the last hidden states of a language model to logits; None where it is unknown.
 
     A head that is the input embedding itself is called with token ids, so it is not one.
     """
@@ -107,7 +107,7 @@ def classifier_of(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def last_module(model: nn.Module) -> nn.Module | None:
-    """The module that makes a model's outputs: its output embeddings, its classifier, or its last Linear layer."""
+    """The module that computes a model's outputs: its output embeddings, its classifier, or its last Linear layer."""
     head = output_embeddings(model)
     if head is not None:
         return head
@@ -151,7 +151,7 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def outermost_lists(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """(name, list) of the module lists that lie in no other list, trained or not."""
+    """(name, list) of the module lists outside any other list, trained or not."""
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList) and len(child):
             yield prefix + name, child
@@ -167,7 +167,7 @@ def longest_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
-    """The modules of each of a model's repeated layers; without such, every module that has weights to train is a block."""
+    """The modules of each of a model's repeated layers; without such, every module with trained weights is a block."""
     layers = repeated_layers(model)
     if layers:
         return [list(layer.modules()) for layer in layers]
@@ -175,10 +175,10 @@ def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def last_blocks(model: nn.Module, blocks: int) -> list[str]:
-    """Names of the trained parameters that backprop reaches: those of the last blocks, and of a head that shares none with other modules.
+    """Names of the trained parameters of the last blocks, and of a head that shares none with other modules.
 
-    What else lies outside the blocks (embeddings, norms) is not among them, wherever it is used: a norm after the last block is a
-    vector, and a parameter read before the last blocks would draw the whole model into the graph.
+    Other parameters outside the blocks (embeddings, norms) are left out: a norm after the last block is only a vector, and a parameter read
+    before the last blocks would make backpropagation pass through the whole model.
     """
     found: dict[int, nn.Parameter] = {}
     last = [module for block in blocks_of(model)[-blocks:] for module in block]

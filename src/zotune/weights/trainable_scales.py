@@ -1,8 +1,7 @@
-"""Linear layers held in 8 bits, of which only the scales are parameters: what QZO trains (2505.13430).
+"""Linear layers quantized to 8 bits whose scales are the trained parameters: QZO (2505.13430).
 
-W (m, n) is kept as diag(s) Q, Q signed bytes with one float32 scale s_i for each row. Q is a buffer and never moves, so a zeroth-order
-method that trains the model's parameters trains the scales: m numbers for m·n bytes. The products are with Q itself, and the scales are
-applied to the output, a vector a layer, so that several points are evaluated in one forward.
+W (m, n) is stored as diag(s) Q: signed bytes Q, a constant buffer, and one float32 scale s_i a row, m parameters for m·n bytes. Products
+are with Q; the scales multiply the output, so that one forward evaluates several points.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ class TrainableScaleLinear(nn.Module):
     """y = (x Qᵀ) ⊙ s + b.
 
     Args:
-        linear: the layer to take over; its weight is rounded to Q_ij = round(W_ij / s_i), s_i = max_j |W_ij| / 127. Its bias is shared.
-            A layer that is held in 8 bits already, and to which nothing was added, gives its numbers and scales as they are.
+        linear: the layer to quantize: Q_ij = round(W_ij / s_i), s_i = max_j |W_ij| / 127. Its bias is shared. An 8-bit
+            :class:`QuantizedLinear` without factors gives its Q and s.
 
     Raises:
-        ValueError: the layer is held in 4 bits, or has factors beside it.
+        ValueError: the layer is quantized to 4 bits, or has factors.
     """
 
     quantized: Tensor
@@ -31,7 +30,7 @@ class TrainableScaleLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         if isinstance(linear, QuantizedLinear):
-            codes, scale = _held(linear)
+            codes, scale = _scaled_rows(linear)
         else:
             weight = linear.weight.detach().float()
             scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
@@ -46,36 +45,36 @@ class TrainableScaleLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def dense(self) -> Tensor:
-        """diag(s) Q, in the dtype that the weight had."""
+        """diag(s) Q, in the dtype of the original weight."""
         return (self.quantized.float() * self.scale.detach().float().unsqueeze(1)).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def _held(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
-    """Q and s of a layer that is held in 8 bits."""
+def _scaled_rows(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
+    """Q and s of an 8-bit layer."""
     if layer.bits != 8:
-        raise ValueError("the scales of 4 bits, one for every 32 numbers of a row, are inside the product and cannot move: use int8.")
-    if layer.left.shape[1]:
         raise ValueError(
-            "training has put factors beside this layer's weight: thaw the model first (zotune.weights.quantized_linear.dequantize)."
+            "the scales of 4 bits, one for every 32 elements of a row, cannot be trained: they are inside the product. Use int8."
         )
+    if layer.left.shape[1]:
+        raise ValueError("training has added factors to this layer: dequantize it first (zotune.weights.quantized_linear.dequantize).")
     return layer.codes, layer.scales.squeeze(1) * layer.factor
 
 
 def quantize(model: nn.Module, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
-    """Put the Linear layers of a model in 8 bits, in place, and leave their scales as all that trains.
+    """Quantize the Linear layers of a model to 8 bits in place; their scales are its only trained parameters.
 
     Args:
         model: any module.
-        skip: last names of layers to leave as they are; a layer whose weight is another module's too (a tied head) is left anyway.
+        skip: last names of layers to leave unchanged; a layer that shares its weight (a tied head) is left unchanged anyway.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: it has no Linear layer to quantize, or one that is held in 4 bits.
+        ValueError: it has no Linear layer to quantize, or one of 4 bits.
 
     Example:
         >>> from zotune import ZerothOrder
@@ -93,7 +92,7 @@ def quantize(model: nn.Module, *, skip: tuple[str, ...] = ("lm_head",)) -> nn.Mo
 
 @torch.no_grad()
 def dequantize(model: nn.Module) -> nn.Module:
-    """Give a model ordinary Linear layers of what :func:`quantize` and training have made of them, in place; the model."""
+    """Replace layers with trained scales by ordinary Linear layers, in place; the model."""
     layers = matching_children(model, lambda _, child: isinstance(child, TrainableScaleLinear))
     replace_children(layers, lambda layer: linear_of(nn.Parameter(layer.dense()), layer.bias))
     return model

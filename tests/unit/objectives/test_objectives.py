@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 
 import pytest
@@ -19,7 +20,6 @@ from transformers import (
     Qwen2Config,
 )
 
-from zotune.objectives import token_logprobs as token_scores
 from zotune.objectives.losses import ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, objective, token_logprobs
 from zotune.tasks import ChoicesCollator, LanguageModelCollator
 
@@ -297,7 +297,7 @@ def test_losses_of_a_bfloat16_model_are_float32_log_softmax_of_its_logits(llama)
 def test_the_logits_may_be_taken_in_pieces(llama, monkeypatch):
     batch = LanguageModelCollator(pad_token_id=0)(mixed_examples())
     whole = LanguageModelLoss(llama)(batch)
-    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", VOCABULARY)
+    monkeypatch.setattr(importlib.import_module("zotune.objectives.token_logprobs"), "CHUNK_ELEMENTS", VOCABULARY)
     close(LanguageModelLoss(llama)(batch), whole)
 
 

@@ -65,7 +65,7 @@ def test_architectures_stream_from_their_files_unmodified(name, tmp_path):
     plain = kind.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     streamed = load(tmp_path / "model", kind, dtype=torch.bfloat16)
     stream = stream_of(streamed)
-    assert len(stream.parts) == 4
+    assert len(stream.blocks) == 4
     assert digest(streamed) == digest(plain)
     expected, _ = train(plain, "lozo")
     found, _ = train(streamed, "lozo")
@@ -154,9 +154,9 @@ def test_one_block_more_than_is_computed_with_is_in_memory():
     model = model_of("llama")
     stream = offload(model, "disk", prefetch=2)
     train(model, "lozo", steps=2)
-    assert len(stream._rooms) == 3
+    assert len(stream.pool.buffers) == 3
     largest = max(layout.size for layout in stream.store.layouts)
-    assert sum(room.memory.numel() for room in stream._rooms) <= 3 * direct_io.pages(largest)
+    assert sum(buffer.memory.numel() for buffer in stream.pool.buffers) <= 3 * direct_io.pages(largest)
     for name, parameter in model.named_parameters():
         if placement.offload_handle(parameter) is not None:
             assert parameter.untyped_storage().nbytes() == parameter.element_size(), name
@@ -227,9 +227,9 @@ def test_few_bits_and_a_stream_go_together(bits):
 
     plain, moved = model(), model()
     stream = offload(moved, "disk")
-    assert {one.local for block in stream._blocks for one in block.moving} == {"codes"}
+    assert {one.local for block in stream.blocks for one in block.tensors} == {"codes"}
     packed = sum(buffer.numel() for name, buffer in plain.named_buffers() if name.endswith("codes"))
-    assert sum(map(stream.store.size, range(len(stream.parts)))) < 1.5 * packed, "nothing else comes along"
+    assert sum(map(stream.store.size, range(len(stream.blocks)))) < 1.5 * packed, "nothing else comes along"
     assert digest(plain) == digest(moved)
     assert train(moved, "lozo")[0] == train(plain, "lozo")[0]
     assert_equal(dense_state(moved), dense_state(plain))
@@ -270,13 +270,13 @@ def test_a_run_killed_with_updates_waiting_is_in_its_journal(tmp_path):
 
 CUT_OFF = """
 import os, signal, sys
-from zotune.cli import main
+from zotune.cli.main import main
 from zotune.optim.evaluator import Evaluator
 from zotune.weights.offload import stream_of
 evaluate = Evaluator.evaluate
 def cut_off(self, context):
     if context.step == 5:  # the update of the step before, or the fold of the steps before, is still to be done
-        assert any(block.waiting for block in stream_of(self.forward.model)._blocks), "nothing waits"
+        assert any(block.pending for block in stream_of(self.forward.model).blocks), "nothing waits"
         os.kill(os.getpid(), signal.SIGKILL)
     return evaluate(self, context)
 Evaluator.evaluate = cut_off
@@ -316,7 +316,7 @@ def test_where_no_blocks_are_found_the_reason_is_told():
         offload(model_of("llama"), blocks="model.layer")
     with pytest.raises(ValueError, match="no matrix of its own"):
         offload(nn.Sequential(nn.ModuleList([nn.LayerNorm(8) for _ in range(3)])))
-    assert len(blocks.find(model_of("gpt2"), "transformer.h")) == 4
+    assert len(blocks.find_blocks(model_of("gpt2"), "transformer.h")) == 4
 
 
 def test_unreasonable_requests_are_refused():
@@ -348,13 +348,13 @@ def test_a_cap_keeps_as_many_blocks_as_fit():
     whole = sum(blocks.bytes_of(p) for p in model.parameters()) + sum(blocks.bytes_of(b) for b in model.buffers())
     rest = whole - 4 * block
 
-    def under(resident: int) -> budget.Arrangement:
+    def under(resident: int) -> budget.OffloadPlan:
         size = (rest + 2 * block + resident * block) / (1 - budget.SPARE)
-        return budget.arrange(model, int(size) + 2, torch.device("cpu"), taken=lambda device: 0)
+        return budget.plan_offload(model, int(size) + 2, torch.device("cpu"), taken=lambda device: 0)
 
     assert [under(n).resident for n in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="must be at least"):
-        budget.arrange(model, int((rest + 2 * block) / (1 - budget.SPARE)) - 8, torch.device("cpu"), taken=lambda device: 0)
+        budget.plan_offload(model, int((rest + 2 * block) / (1 - budget.SPARE)) - 8, torch.device("cpu"), taken=lambda device: 0)
 
 
 def test_a_cap_leaves_a_step_what_the_estimate_says():
@@ -373,10 +373,10 @@ def test_a_cap_leaves_a_step_what_the_estimate_says():
 
     base = budget.sizes(model)
     least = int((base[1] + written.step + 2 * 2 * base[2]) / (1 - budget.ROUNDING)) + 2
-    found = budget.arrange(model, least, torch.device("cpu"), taken=lambda device: 0, needs=written)
+    found = budget.plan_offload(model, least, torch.device("cpu"), taken=lambda device: 0, needs=written)
     assert (found.resident, found.prefetch, found.step) == (0, 1, written.step) and found.total <= least
     with pytest.raises(ValueError, match="a step's computing"):
-        budget.arrange(model, least - 64, torch.device("cpu"), taken=lambda device: 0, needs=written)
+        budget.plan_offload(model, least - 64, torch.device("cpu"), taken=lambda device: 0, needs=written)
 
 
 def test_amounts_of_memory():
@@ -399,9 +399,9 @@ def test_spans_of_a_file_arrive_where_the_plan_says(tmp_path, monkeypatch):
         Path(path).write_bytes(data)
     spans = [(path, at, 3000) for path in content for at in (8, 3008, 40_000, 97_001)]
     generator.shuffle(spans)
-    segments, places, size = direct_io.plan(spans)
+    segments, places, size = direct_io.plan_reads(spans)
     assert len(segments) < len(spans)
-    room, reader = direct_io.room(size), direct_io.Files()
+    room, reader = direct_io.page_aligned(size), direct_io.DirectFiles()
     reader.read(segments, room)
     for (path, at, count), place in zip(spans, places, strict=True):
         assert bytes(room[place : place + count].tolist()) == content[path][at : at + count]
@@ -432,7 +432,7 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
     for name, extra in (("a", []), ("b", ["--offload", "disk", "--max_memory", "64GiB", "--offload_dir", "."])):
         result = run_command(capsys, *common, *extra, "--output_dir", name)
         assert result.code == 0, result.err
-    assert "come and go" in result.out and "--max_memory 64 GiB fits" in result.out and "of it for a step" in result.out
+    assert "blocks stream through" in result.out and "--max_memory 64 GiB fits" in result.out and "of it for a step" in result.out
     assert Path("a/journal.zo").read_bytes() == Path("b/journal.zo").read_bytes()
     result = run_command(capsys, *common, "--offload", "disk", "--output_dir", "b", "--resume_from_checkpoint", "b/checkpoint-4")
     assert result.code == 0, result.err
@@ -442,7 +442,7 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
         (["--max_memory", "1GiB"], "--offload"),
         (["--offload", "cpu", "--use_cpu"], "for a model that computes on a GPU"),
         (["--offload", "disk", "--method", "fo-sgd"], "backward"),
-        (["--quantize", "int8", "--load_best_model_at_end", "--save_only_model", "--eval_steps", "2"], "optimizer states: leave"),
+        (["--quantize", "int8", "--load_best_model_at_end", "--save_only_model", "--eval_steps", "2"], "of its checkpoints: leave"),
     ):
         words = [word for word in common if word not in ("--interval", "3")] if "fo-sgd" in wrong else common
         result = run_command(capsys, *words, *wrong, "--output_dir", "c")

@@ -1,6 +1,6 @@
-"""Models larger than memory: their blocks come from host memory or disk while they are needed.
+"""Models larger than memory: blocks are loaded from host memory or disk as a forward reaches them.
 
-A zeroth-order step only reads the weights, so a model streams one way: nothing is sent back but what an update has changed.
+A zeroth-order step only reads the weights, so only blocks that an update has written are saved.
 """
 
 from zotune.weights.offload.blocks import NotOffloadable

@@ -1,4 +1,4 @@
-"""How much of a model stays under a memory cap, and what a step then costs."""
+"""How many blocks are resident under a memory cap."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import torch
 from torch import nn
 
 from zotune.io.sizes import size_text
-from zotune.weights.offload import blocks
-from zotune.weights.offload.blocks import NotOffloadable, bytes_of, moving_of
+from zotune.weights.offload.blocks import NotOffloadable, bytes_of, find_blocks, offloaded_tensors
 
-#: Of the cap, what is left to activations, to directions and to what the allocator rounds up to, where nobody knows what a step takes.
+#: Fraction of the cap for activations, directions and the allocator, where the memory of a step is unknown.
 SPARE = 0.15
-#: Where that is known, what is left to the allocator.
+#: Fraction for the allocator, where the memory of a step is known.
 ROUNDING = 0.05
-#: What a CUDA context and the libraries' workspaces take of a card.
+#: Bytes of a CUDA context and the libraries' workspaces.
 CONTEXT = 700 << 20
-#: Blocks on their way at a time, at most: one more hides no more than unsteadiness of the link.
+#: Blocks prefetched at a time, at most.
 DEEPEST = 3
 
 _binary = partial(size_text, binary=True)
@@ -30,16 +29,20 @@ _binary = partial(size_text, binary=True)
 
 @dataclass(frozen=True)
 class Needs:
-    """What computing takes beside weights (``memory.offloaded`` predicts it): bytes of a step, and how many times larger than its weights
-    a block is with what training keeps for it."""
+    """Memory beside the weights, as ``memory.offload_needs`` predicts it.
+
+    Attributes:
+        step: bytes of a step.
+        growth: size of a block with everything that training keeps for it, in units of its weights.
+    """
 
     step: int
     growth: float = 1.0
 
 
 @dataclass(frozen=True)
-class Arrangement:
-    """Under a cap: blocks that stay, blocks on their way, and the bytes that all this takes, those of a step among them where known."""
+class OffloadPlan:
+    """Blocks that are resident and prefetched under a cap, and the total bytes, with those of a step where known."""
 
     resident: int
     prefetch: int
@@ -48,45 +51,45 @@ class Arrangement:
     step: int | None = None
 
     def describe(self) -> str:
-        """What is where, and how much of the cap it is predicted to take."""
+        """The plan and its predicted peak."""
         step = f", {_binary(self.step)} of it for a step" if self.step is not None else ""
         return (
-            f"--max_memory {_binary(self.cap)} fits: {self.resident} blocks stay, {self.prefetch} at a time on their way; predicted peak "
+            f"--max_memory {_binary(self.cap)} fits: {self.resident} blocks resident, {self.prefetch} prefetched at a time; predicted peak "
             f"{_binary(self.total)}{step}"
         )
 
 
-def arrange(
+def plan_offload(
     model: nn.Module,
     cap: int,
     device: torch.device,
     named: str | Sequence[str] | None = None,
     taken: Callable[[torch.device], int] | None = None,
     needs: Needs | None = None,
-) -> Arrangement:
-    """As many blocks as fit beside what always stays and the rooms for those that come and go.
+) -> OffloadPlan:
+    """As many resident blocks as fit beside the rest of the model and the buffers of the offloaded ones.
 
     Args:
         model: the model, with or without memory.
-        cap: bytes, of the device where it computes.
-        device: which that is.
+        cap: bytes of the device that computes.
+        device: the device that computes.
         named: the list of blocks, as in :func:`zotune.weights.offload.offload`.
-        taken: bytes that the process takes already; the default looks.
-        needs: what a step takes; None: a share of the cap.
+        taken: bytes in use by the process; the default measures.
+        needs: memory of a step; None: a fraction of the cap.
 
     Raises:
-        ValueError: the smallest arrangement does not fit; how much it takes.
+        ValueError: the smallest plan does not fit; the message says how much it takes.
     """
-    plain = _of_blocks(model, named)
+    plain = _block_sizes(model, named)
     step, growth, spare = (0, 1.0, SPARE) if needs is None else (needs.step, needs.growth, ROUNDING)
     sizes = [int(size * growth) for size in plain]
-    room, base = max(sizes), (taken or process)(device) + _whole(model) - sum(plain)
+    buffer, base = max(sizes), (taken or process)(device) + _whole(model) - sum(plain)
     usable = int(cap * (1 - spare))
-    least = base + step + 2 * room
+    least = base + step + 2 * buffer
     if least > usable:
-        computing = "" if needs is None else f", a step's computing {_binary(step)}"
+        computing = "" if needs is None else f", a step {_binary(step)}"
         raise NotOffloadable(
-            f"a cap of {_binary(cap)} is too small: what always stays takes {_binary(base)}{computing} and two blocks {_binary(2 * room)}, "
+            f"a cap of {_binary(cap)} is too small: the rest takes {_binary(base)}{computing} and two blocks {_binary(2 * buffer)}, "
             f"so --max_memory must be at least {_up(least / (1 - spare))}."
         )
     resident = 0
@@ -94,20 +97,20 @@ def arrange(
         resident += 1
     total = least + sum(sizes[:resident])
     prefetch = 1
-    while prefetch < DEEPEST and resident < len(sizes) - 1 - prefetch and total + room <= usable:
-        prefetch, total = prefetch + 1, total + room
-    return Arrangement(resident, prefetch, total, cap, None if needs is None else step)
+    while prefetch < DEEPEST and resident < len(sizes) - 1 - prefetch and total + buffer <= usable:
+        prefetch, total = prefetch + 1, total + buffer
+    return OffloadPlan(resident, prefetch, total, cap, None if needs is None else step)
 
 
 def sizes(model: nn.Module, named: str | Sequence[str] | None = None) -> tuple[int, int, int, int]:
-    """(bytes of all weights, of what always stays, of the largest block's part that can be away, blocks)."""
-    of_blocks, whole = _of_blocks(model, named), _whole(model)
+    """(bytes of all weights, of those that are never offloaded, of the largest block's offloaded ones, number of blocks)."""
+    of_blocks, whole = _block_sizes(model, named), _whole(model)
     return whole, whole - sum(of_blocks), max(of_blocks), len(of_blocks)
 
 
-def _of_blocks(model: nn.Module, named: str | Sequence[str] | None) -> list[int]:
-    parts = blocks.find(model, named)
-    return [sum(bytes_of(one.tensor) for one in some) for some in moving_of(parts, model, torch.device("cpu"))]
+def _block_sizes(model: nn.Module, named: str | Sequence[str] | None) -> list[int]:
+    found = offloaded_tensors(find_blocks(model, named), model, torch.device("cpu"))
+    return [sum(bytes_of(one.tensor) for one in some) for some in found]
 
 
 def _whole(model: nn.Module) -> int:
@@ -115,13 +118,13 @@ def _whole(model: nn.Module) -> int:
 
 
 def _up(count: float) -> str:
-    """A size that is enough, as one writes it for ``--max_memory``."""
+    """A sufficient size, as written for ``--max_memory``."""
     unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
     return f"{math.ceil(count / unit * 100) / 100:.2f}{name}"
 
 
 def process(device: torch.device) -> int:
-    """Bytes of the device that are taken before any weight is."""
+    """Bytes of the device in use before any weight is loaded."""
     if device.type == "cuda":
         return CONTEXT
     statm = Path("/proc/self/statm")

@@ -1,8 +1,8 @@
-"""Reading and writing large parts of files past the page cache, into memory of our own.
+"""Reading and writing large parts of files without the page cache.
 
-A model that does not fit passes through memory once a step; kept in the page cache on its way it would push out everything else, itself
-included, and be copied once more. So files are opened with ``O_DIRECT`` where the system has it, which wants places and lengths to be
-multiples of a page; elsewhere they are read as usual and the kernel is told to forget the pages.
+A model that does not fit is read once a step; the page cache would evict everything else for it, and copy it once more. So files are opened
+with ``O_DIRECT`` where the system has it, which needs offsets and lengths in multiples of a page; elsewhere their pages are dropped from
+the cache after use.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 
 PAGE = 4096
 HUGE = 2 << 20
-#: Bytes of one call, of which several are under way at a time: a solid-state disk is fastest so.
+#: Bytes of a call and calls at a time, for the throughput of a solid-state disk.
 CHUNK = 8 << 20
 AT_ONCE = 4
-#: A gap of at most so many bytes is read over rather than left out.
+#: Gaps of at most so many bytes are read too.
 GAP = 1 << 20
 
 
 @dataclass(frozen=True)
 class Segment:
-    """``length`` bytes of a file from ``offset`` on, for place ``place`` in a room; all multiples of a page, but for a file's end."""
+    """``length`` bytes of a file from ``offset`` on, for position ``place`` of a buffer; multiples of a page, except at a file's end."""
 
     path: str
     offset: int
@@ -42,7 +42,7 @@ def pages(count: int) -> int:
     return -(-count // PAGE) * PAGE
 
 
-def room(count: int, pinned: bool = False) -> Tensor:
+def page_aligned(count: int, pinned: bool = False) -> Tensor:
     """Memory of at least ``count`` bytes that starts at a page, uint8."""
     if pinned:
         memory = torch.empty(pages(count) + PAGE, dtype=torch.uint8, pin_memory=True)
@@ -50,14 +50,14 @@ def room(count: int, pinned: bool = False) -> Tensor:
     mapped = mmap.mmap(-1, pages(count) + HUGE)
     memory = torch.frombuffer(mapped, dtype=torch.uint8)
     begin = -memory.data_ptr() % HUGE
-    if hasattr(mmap, "MADV_HUGEPAGE") and count >= HUGE:  # a device writes to fewer pages, and so does the kernel that keeps them
+    if hasattr(mmap, "MADV_HUGEPAGE") and count >= HUGE:  # fewer pages for the device and the kernel
         with suppress(OSError):
             mapped.madvise(mmap.MADV_HUGEPAGE)
     return memory[begin:][: pages(count)]
 
 
-def plan(spans: list[tuple[str, int, int]]) -> tuple[list[Segment], list[int], int]:
-    """How to read several spans (path, offset, bytes) of files: (segments, where each span then lies in the room, bytes of the room)."""
+def plan_reads(spans: list[tuple[str, int, int]]) -> tuple[list[Segment], list[int], int]:
+    """How to read spans (path, offset, bytes) of files: (segments, position of each span in the buffer, bytes of the buffer)."""
     segments: list[Segment] = []
     places = [0] * len(spans)
     end = 0
@@ -76,7 +76,7 @@ def plan(spans: list[tuple[str, int, int]]) -> tuple[list[Segment], list[int], i
     return segments, places, end
 
 
-class Files:
+class DirectFiles:
     """Open files, by path, and the threads that read them."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Files:
         self._readers = ThreadPoolExecutor(AT_ONCE, "zotune-read")
 
     def adopt(self, path: str, descriptor: int) -> None:
-        """Take over an open file under a name of its own."""
+        """Register an open file under a name of its own."""
         self._descriptors[path] = descriptor, _direct(descriptor)
 
     def _open(self, path: str) -> tuple[int, bool]:
@@ -96,7 +96,7 @@ class Files:
         return found
 
     def read(self, segments: list[Segment], into: Tensor) -> None:
-        """Fill a room (uint8, from :func:`room`)."""
+        """Fill a buffer (uint8, from :func:`page_aligned`)."""
         bytes_ = _bytes(into)
         list(self._readers.map(partial(self._read, bytes_), _chunks(segments)))
 
@@ -108,19 +108,19 @@ class Files:
             count = os.preadv(descriptor, [bytes_[place + done : place + length]], offset + done)
             done += count
             if count == 0 or count % PAGE:
-                break  # the end of the file, which need not be that of a page
+                break  # the end of the file
         if not direct:
-            _forget(descriptor, offset, length)
+            _drop_pages(descriptor, offset, length)
 
     def write(self, path: str, offset: int, source: Tensor) -> None:
-        """Write a room to a file that was adopted."""
+        """Write a buffer to an adopted file."""
         descriptor, direct = self._open(path)
         bytes_ = _bytes(source)
         done = 0
         while done < len(bytes_):
             done += os.pwritev(descriptor, [bytes_[done : done + CHUNK]], offset + done)
         if not direct:
-            _forget(descriptor, offset, len(bytes_))
+            _drop_pages(descriptor, offset, len(bytes_))
 
     def close(self) -> None:
         self._readers.shutdown()
@@ -141,26 +141,26 @@ def _chunks(segments: list[Segment]) -> list[Segment]:
     ]
 
 
-def _bytes(room: Tensor) -> memoryview:
-    return memoryview(room.numpy())  # type: ignore[arg-type]
+def _bytes(buffer: Tensor) -> memoryview:
+    return memoryview(buffer.numpy())  # type: ignore[arg-type]
 
 
 def _direct(descriptor: int) -> bool:
-    """Have a file read and written past the page cache, if that can be."""
+    """Turn off the page cache for a file, if supported; whether it is."""
     try:
         import fcntl
 
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
-        trial = room(PAGE)
+        trial = page_aligned(PAGE)
         os.preadv(descriptor, [_bytes(trial)], 0)
         return True
-    except (ImportError, AttributeError):  # no such thing on this system
+    except (ImportError, AttributeError):  # not on this system
         return False
     except OSError:  # nor on this file system
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
         return False
 
 
-def _forget(descriptor: int, offset: int, length: int) -> None:
+def _drop_pages(descriptor: int, offset: int, length: int) -> None:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from zotune.weights.offload import blocks as finding
-from zotune.weights.offload.blocks import Moving, NotOffloadable, Part, bytes_of, moving_of
-from zotune.weights.offload.budget import Arrangement, Needs, arrange, process
-from zotune.weights.offload.stores import DiskStore, Form, HostStore, Store
+from zotune.weights.offload.blocks import Block, NotOffloadable, bytes_of, find_blocks, offloaded_tensors
+from zotune.weights.offload.budget import Needs, OffloadPlan, plan_offload, process
+from zotune.weights.offload.stores import DiskStore, HostStore, Store
 from zotune.weights.offload.stream import Stream, stream_of
 
-#: Where weights can be while they are away.
+#: Where offloaded weights are stored.
 PLACES = ("cpu", "disk")
 
 
@@ -31,23 +30,23 @@ def offload(
     scratch: str | Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> Stream:
-    """Have the blocks of a model come and go; the model is used as before, for zeroth-order training and evaluation.
+    """Offload the blocks of a model; it is used as before, for zeroth-order training and evaluation.
 
     Args:
-        model: any module with repeated blocks; everything else in it moves to ``device`` and stays.
+        model: any module with repeated blocks; everything else in it moves to ``device``.
         to: ``"cpu"`` (host memory) or ``"disk"`` (a scratch file). For a model that does not fit in memory, see
             :func:`zotune.training.offloaded_loading.load`.
-        device: where it computes; None: where it is.
+        device: the device that computes; None: the model's.
         blocks: name of the list of blocks, or of several; None: found by structure.
-        resident: so many blocks stay.
-        prefetch: blocks on their way at a time.
+        resident: number of blocks that are not offloaded.
+        prefetch: blocks prefetched at a time.
         max_memory: bytes of ``device``; chooses ``resident`` and ``prefetch``.
-        needs: what computing takes of that (``memory.offloaded`` predicts it); None: 15%.
+        needs: memory of a step (``memory.offload_needs`` predicts it); None: 15% of ``max_memory``.
         scratch: folder for the scratch file.
-        dtype: keep floating-point weights in this dtype while they are away, for models whose offloaded weights are not trained.
+        dtype: store offloaded floating-point weights in this dtype, if they are not trained.
 
     Raises:
-        ValueError: an argument makes no sense, the model is offloaded already, or no blocks are found.
+        ValueError: an argument is invalid, the model is offloaded already, or no blocks are found.
 
     Example:
         >>> model = nn.Sequential(nn.ModuleList([nn.Linear(128, 128) for _ in range(3)]))
@@ -58,23 +57,23 @@ def offload(
     if stream_of(model) is not None:
         raise NotOffloadable("the model is offloaded already.")
     if dtype is not None and to == "disk":
-        raise NotOffloadable("dtype is of weights in host memory: offload to 'cpu', or convert the model before.")
+        raise NotOffloadable("dtype applies to weights in host memory: offload to 'cpu', or convert the model before.")
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    # Weights that are in this process's memory now leave it.
-    weights = sum(bytes_of(t) for t in [*model.parameters(), *model.buffers()] if t.device.type == "cpu") if device.type == "cpu" else 0
-    arrangement = arranged(model, resident, prefetch, max_memory, device, blocks, needs, weights)
-    resident, prefetch = arrangement.resident, arrangement.prefetch
-    parts = parts_away(model, blocks, resident)
-    moving = moving_of(parts, model, device)
-    values = [[(form_of(one), one.tensor.detach()) for one in some] for some in moving]
+    # Weights in this process's memory leave it.
+    leaving = sum(bytes_of(t) for t in [*model.parameters(), *model.buffers()] if t.device.type == "cpu") if device.type == "cpu" else 0
+    plan = chosen_plan(model, resident, prefetch, max_memory, device, blocks, needs, leaving)
+    resident, prefetch = plan.resident, plan.prefetch
+    away = offloaded_blocks(model, blocks, resident)
+    tensors = offloaded_tensors(away, model, device)
+    values = [[(one.spec, one.tensor.detach()) for one in some] for some in tensors]
     store: Store = HostStore(values, device, dtype) if to == "cpu" else DiskStore.of_values(values, device, scratch)
-    stream = Stream(parts, moving, store, device, prefetch + 1, arrangement if max_memory is not None else None)
+    stream = Stream(away, tensors, store, device, prefetch + 1, plan if max_memory is not None else None)
     del values
     model.to(device)
     return stream
 
 
-def arranged(
+def chosen_plan(
     model: nn.Module,
     resident: int,
     prefetch: int,
@@ -83,31 +82,26 @@ def arranged(
     named: str | Sequence[str] | None,
     needs: Needs | None,
     leaving: int = 0,
-) -> Arrangement:
-    """As asked for, or chosen under a cap; ``leaving`` bytes of what the process takes will be free by then."""
+) -> OffloadPlan:
+    """The requested plan, or one chosen under a cap; ``leaving`` bytes of the process's memory will be freed."""
     if cap is None:
-        return Arrangement(resident, prefetch, 0, 0)
+        return OffloadPlan(resident, prefetch, 0, 0)
     if resident or prefetch != 1:
-        raise NotOffloadable("max_memory chooses how many blocks stay and how many are on their way: leave resident and prefetch out.")
-    return arrange(model, cap, device, named, lambda device: max(0, process(device) - leaving), needs)
+        raise NotOffloadable("max_memory chooses how many blocks are resident and prefetched: leave resident and prefetch out.")
+    return plan_offload(model, cap, device, named, lambda device: max(0, process(device) - leaving), needs)
 
 
 def check_options(to: str, resident: int, prefetch: int) -> None:
-    """Refuse what makes no sense."""
+    """Raises ValueError for invalid options."""
     if to not in PLACES:
         raise NotOffloadable(f"weights can be offloaded to {' or '.join(PLACES)}, not to {to!r}.")
     if resident < 0 or prefetch < 1:
         raise NotOffloadable(f"resident must be at least 0 and prefetch at least 1, not {resident} and {prefetch}.")
 
 
-def parts_away(model: nn.Module, named: str | Sequence[str] | None, resident: int) -> list[Part]:
-    """The blocks that come and go: all but the first ``resident``."""
-    parts = finding.find(model, named)
-    if resident >= len(parts):
-        raise NotOffloadable(f"{resident} resident blocks are all that the model has ({len(parts)}): train it without offloading.")
-    return parts[resident:]
-
-
-def form_of(one: Moving) -> Form:
-    """What of a tensor a store has to know."""
-    return Form(one.name, one.tensor.dtype, tuple(one.tensor.shape))
+def offloaded_blocks(model: nn.Module, named: str | Sequence[str] | None, resident: int) -> list[Block]:
+    """All blocks but the first ``resident``."""
+    blocks = find_blocks(model, named)
+    if resident >= len(blocks):
+        raise NotOffloadable(f"{resident} resident blocks are all that the model has ({len(blocks)}): train it without offloading.")
+    return blocks[resident:]
