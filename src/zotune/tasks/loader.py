@@ -1,4 +1,4 @@
-"""Tasks from YAML files, bundled or the user's own, with every mistake in one named at once."""
+"""Tasks from YAML files, bundled or the user's own; a mistake in one is found when it is loaded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from zotune.tasks.metrics import ANSWER_METRICS, METRICS
 from zotune.tasks.task import ANSWER, Task
 from zotune.tasks.template import CHANGES, columns_of
 
-_KEYS = {
-    "name", "title", "hub", "subset", "splits", "files", "columns", "derived", "encoder", "label", "labels", "drop_labels",
-    "answers", "candidates", "max_new_tokens", "template", "templates", "options", "answer", "length_normalize", "metrics", "citation",
-}  # fmt: skip
 _REQUIRED = ("name", "columns", "templates")
 
 
@@ -84,11 +80,8 @@ def _folder() -> Traversable:
 def _parse(raw: Any, chosen: str | None) -> Task:
     if not isinstance(raw, dict):
         raise ValueError("the file must hold a mapping of keys such as name, columns, label, labels, templates.")
-    for key in raw:
-        if key not in _KEYS:
-            raise ValueError(f"unknown key {key!r}{did_you_mean(key, _KEYS)}.")
-    raw = {key: value for key, value in raw.items() if value is not None}
     schema.check(raw)
+    raw = {key: value for key, value in raw.items() if value is not None}
     gold = _gold(raw)
     for key in _REQUIRED if gold else (*_REQUIRED, "label", "labels"):
         if not raw.get(key):
@@ -115,7 +108,7 @@ def _parse(raw: Any, chosen: str | None) -> Task:
                 "or give a prompt of your own with {column} placeholders."
             )
         prompt, options = _template_parts(raw, name)
-    columns_of(prompt)  # malformed placeholders are found here, not at the first row
+    columns_of(prompt)  # finds malformed placeholders before the first row
 
     encoder = tuple(raw.get("encoder") or (f"{{{column}}}" for column in columns[:2]))
     if len(encoder) > 2:
@@ -153,13 +146,13 @@ def _parse(raw: Any, chosen: str | None) -> Task:
         files=raw.get("files") or {},
         gold=gold,
         candidates=candidates,
-        max_new_tokens=_max_new_tokens(raw) if generation else None,
+        max_new_tokens=raw.get("max_new_tokens", 50) if generation else None,
         length_normalize=bool(raw.get("length_normalize", False)),
     )
 
 
 def _gold(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """Column and field of the right answers' texts; () for a task with labels."""
+    """Column and field of the right answers; () for a task with labels."""
     value = raw.get("answers")
     if value is None:
         for key in ("candidates", "max_new_tokens", "answer"):
@@ -172,15 +165,8 @@ def _gold(raw: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
 
 
-def _max_new_tokens(raw: Mapping[str, Any]) -> int:
-    value = raw.get("max_new_tokens", 50)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"'max_new_tokens' is {value!r}; give a number of tokens, 1 or more.")
-    return value
-
-
 def _check_answer(template: Any, derived: Mapping[str, Any]) -> None:
-    """What answers are written as must hold the answer, itself or in a column made with it."""
+    """The template of an answer must hold the answer, itself or in a derived column."""
     if not isinstance(template, str):
         raise ValueError("a task with 'answers' writes them by one text, e.g. answer: \" {answer}\".")
     holding = {ANSWER} | {
@@ -191,7 +177,7 @@ def _check_answer(template: Any, derived: Mapping[str, Any]) -> None:
 
 
 def _template_parts(raw: Mapping[str, Any], name: str) -> tuple[str, Any]:
-    """Prompt and options of a template, written as a string (with the task's `options`) or as a mapping of both."""
+    """Prompt and options of a template: a string (with the task's `options`), or a mapping of both."""
     entry = raw["templates"][name]
     if isinstance(entry, str):
         entry = {"prompt": entry}
@@ -220,26 +206,21 @@ def _options(options: Sequence[str] | Mapping[Any, str], labels: Sequence[Any], 
         if not text.strip():
             raise ValueError(f"an option is blank; give {wanted}.")
     if len(set(texts)) != len(texts):
-        raise ValueError(f"two options are the same in {list(texts)}; they could not be told apart.")
+        raise ValueError(f"two options are the same in {list(texts)}; they cannot be distinguished.")
     return texts
 
 
 def _check_derived(derived: Any, columns: Sequence[str]) -> None:
-    if not isinstance(derived, dict):
-        raise ValueError("'derived' must map new columns to {column: ..., map: ...}, {..., apply: ...} or {..., replace: ...}.")
     for name, rule in derived.items():
-        if not isinstance(rule, dict) or not set(rule) <= {"column", "map", "apply", "replace"} or "column" not in rule:
+        if not set(rule) <= {"column", "map", "apply", "replace"} or "column" not in rule:
             raise ValueError(f"derived column {name!r} needs 'column' and 'map', 'apply' or 'replace'.")
         if rule["column"] not in columns:
             raise ValueError(f"derived column {name!r} comes from {rule['column']!r}, which is not in 'columns'.")
         for change in rule.get("apply", ()):
             if change not in CHANGES:
                 raise ValueError(f"unknown change {change!r}{did_you_mean(change, CHANGES)}; there are {', '.join(CHANGES)}.")
-        replacements = rule.get("replace", {})
-        if not isinstance(replacements, dict):
-            raise ValueError(f"derived column {name!r}: 'replace' must map a text to what stands in its place.")
-        for new in replacements.values():
-            for column in columns_of(str(new)):
+        for new in rule.get("replace", {}).values():
+            for column in columns_of(new):
                 if column not in columns:
                     raise ValueError(
                         f"derived column {name!r} puts in {column!r}, which is not in 'columns'{did_you_mean(column, columns)}."
@@ -247,7 +228,7 @@ def _check_derived(derived: Any, columns: Sequence[str]) -> None:
 
 
 def _check_join(task: Task) -> None:
-    """Two words must not run into each other where the option begins: "… It was" + "great"."""
+    """ValueError where prompt and option join two words: "… It was" + "great"."""
     end, words = task.prompt[-1:], " ".join(task.prompt.split()[-2:])
     ends_in_text = end.isascii() and (end.isalnum() or (end and end in '.,:;!?}"'))
     for option in task.options:

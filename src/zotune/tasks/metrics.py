@@ -49,7 +49,7 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def normalized(text: str) -> str:
-    """An answer as SQuAD's evaluation compares it: lower case, no punctuation, no articles, single blanks (1606.05250)."""
+    """An answer in SQuAD's normal form: lower case, no punctuation, no articles, single blanks (1606.05250)."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -60,10 +60,7 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
-    """F1 of the answer's words and a reference's, as bags of normalized words, for the reference it is best for.
-
-    Where one of the two has no words left, 1 if neither has, else 0.
-    """
+    """F1 of the bags of normalized words of answer and reference, the best over references; if one is empty, whether both are."""
     return max(_word_f1(normalized(answer).split(), normalized(reference).split()) for reference in references)
 
 
@@ -73,7 +70,7 @@ def _word_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * sum((Counter(answer) & Counter(reference)).values()) / (len(answer) + len(reference))
 
 
-#: Of one generated answer and its right ones.
+#: Metrics of a generated answer and its references.
 ANSWER_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "token_f1": token_f1,
     "exact_match": exact_match,
@@ -100,9 +97,9 @@ class ComputeMetrics:
 
 @dataclass(frozen=True)
 class ComputeAnswerMetrics:
-    """The same for generated answers: token ids (N, S), -100 for none, and each one's number in `references` (N,) -> means.
+    """The same for generated answers: token ids (N, S), -100 for none, and indices into `references` (N,) -> means.
 
-    An answer is the text up to its first line break, where the demonstrations and training answers end.
+    An answer ends at its first line break, as demonstrations and training answers do.
     """
 
     decode: Callable[[Sequence[int]], str]
@@ -115,11 +112,11 @@ class ComputeAnswerMetrics:
         return {name: float(np.mean([ANSWER_METRICS[name](*pair) for pair in pairs])) for name in self.metrics}
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The answer that generated tokens stand for."""
+        """The answer of generated tokens."""
         return self.decode([int(token) for token in tokens if token != PADDING]).strip().partition("\n")[0].strip()
 
 
-#: What a Trainer fills up with where batches differ in width.
+#: Padding of a Trainer where batches differ in width.
 PADDING = -100
 
 

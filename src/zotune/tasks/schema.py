@@ -1,9 +1,11 @@
-"""What each key of a task file may hold: :func:`check`, before anything is made of it."""
+"""The keys of a task file and the types of their values: :func:`check`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from zotune.io.suggest import did_you_mean
 
 
 def _text(value: Any) -> bool:
@@ -23,14 +25,16 @@ def _by_text(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _inside(value: Any) -> bool:
-    """A name that leads to no other folder: the rows of a task from elsewhere come from the folder that its user names."""
+    """A name within the data folder: a task file of somebody else's must not read other folders."""
     return _text(value) and not value.startswith(("/", "\\", "~")) and ":" not in value and ".." not in value.replace("\\", "/").split("/")
 
 
+def _scalars(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_scalar, [*value, *value.values()]))
+
+
 def _options(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_scalar, value)) and all(map(_scalar, value.values()))
-    return _text(value) or (isinstance(value, list) and all(map(_scalar, value)))
+    return _scalars(value) or _text(value) or (isinstance(value, list) and all(map(_scalar, value)))
 
 
 def _derived(rule: Any) -> bool:
@@ -41,7 +45,7 @@ def _derived(rule: Any) -> bool:
 
 
 _NAME = "a name without '..', ':' or a leading '/'"
-_SHAPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+SHAPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_inside, _NAME),
     "title": (_text, "a text"),
     "hub": (_inside, "the id of a data set on the hub"),
@@ -52,22 +56,27 @@ _SHAPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "derived": (_by_text(_derived), "a mapping of new columns to {column: ..., map: ...}, {..., apply: ...} or {..., replace: ...}"),
     "encoder": (_texts, "a list of one template or two"),
     "label": (_text, "a column's name"),
-    "labels": (lambda value: isinstance(value, dict) and all(map(_scalar, value)) and all(map(_scalar, value.values())), "a mapping"),
+    "labels": (_scalars, "a mapping"),
     "drop_labels": (lambda value: isinstance(value, list) and all(map(_scalar, value)), "a list of labels"),
     "answers": (lambda value: _text(value) or _texts(value), "a column's name, or a list of a column's and its fields'"),
     "candidates": (_text, "a column's name"),
+    "max_new_tokens": (lambda value: isinstance(value, int) and value >= 1, "a number of tokens, 1 or more"),
     "template": (_text, "a template's name"),
     "templates": (lambda value: isinstance(value, dict) and all(map(_text, value)), "a mapping"),
     "options": (_options, "a list of texts, or a mapping from labels to texts"),
     "answer": (_text, "a text"),
+    "length_normalize": (lambda value: isinstance(value, bool), "true or false"),
     "metrics": (_texts, "a list of names"),
     "citation": (_text, "a text"),
 }
 
 
 def check(raw: Mapping[str, Any]) -> None:
-    """ValueError for the first key that holds what it cannot; null is the same as no key."""
-    for key, (fits, wanted) in _SHAPES.items():
+    """ValueError for the first unknown key or value of a wrong type; null is the same as no key."""
+    for key in raw:
+        if key not in SHAPES:
+            raise ValueError(f"unknown key {key!r}{did_you_mean(key, SHAPES)}.")
+    for key, (fits, wanted) in SHAPES.items():
         if raw.get(key) is not None and not fits(raw[key]):
             raise ValueError(f"{key!r} must be {wanted}.")
     for name, entry in (raw.get("templates") or {}).items():

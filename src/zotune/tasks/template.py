@@ -68,7 +68,7 @@ def _lower_first(text: str) -> str:
     return text if first == "I" else first.lower() + blank + rest
 
 
-#: Text changes a task may name under ``derived: <column>: {apply: [...]}``.
+#: Text changes for ``derived: <column>: {apply: [...]}``.
 CHANGES: dict[str, Callable[[str], str]] = {
     "lower": str.lower,
     "lower_first": _lower_first,

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import paths
 from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder
+from zotune.training import run_folder
 from zotune.training.checkpoint import contents, storage
 
 
@@ -183,6 +184,30 @@ def test_a_schedule_that_is_not_plain_data_is_refused(tmp_path: Path) -> None:
     optimizer = ZerothOrder(torch.nn.Linear(2, 2), "mezo")
     with pytest.raises(ValueError, match="the state of Odd cannot be written as JSON"):
         contents.save_scheduler(tmp_path, Odd(optimizer, lambda step: 1.0))
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (1, r"earlier version of zotune \(format 1; this one reads 2\): use that version, or start a new run in another output_dir"),
+        (None, "earlier version of zotune"),
+        (3, r"later version of zotune \(format 3; this one reads 2\): upgrade zotune"),
+    ],
+)
+def test_folders_of_another_format_are_refused(version: int | None, message: str, tmp_path: Path) -> None:
+    run = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, callbacks=[StopAt(3)], **run).train()
+    saved = tmp_path / "checkpoint-2"
+    for path in (saved / storage.MANIFEST, saved / storage.STATE):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": version}))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, tiny_llama(), **run).train(resume_from_checkpoint=str(saved))
+    with pytest.raises(ValueError, match=message):
+        contents.load_optimizer(saved, ZerothOrder(torch.nn.Linear(2, 2), "mezo"))
+    (tmp_path / run_folder.RUN_FILE).write_text(json.dumps({"format": version, "command": "zotune train"}))
+    with pytest.raises(ValueError, match=message):
+        run_folder.read_run(tmp_path)
 
 
 def test_damaged_json_is_an_error_that_names_the_file(tmp_path: Path) -> None:
