@@ -47,7 +47,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 def test_help_and_version_import_nothing_heavy() -> None:
     script = (
-        "import sys; from zotune.cli import main; codes = [main(['--help']), main(['--version']), main([])]; "
+        "import sys; from zotune.cli.main import main; codes = [main(['--help']), main(['--version']), main([])]; "
         "heavy = {'torch', 'transformers', 'numpy', 'rich', 'yaml', 'datasets'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else any(codes))"
     )
@@ -326,7 +326,7 @@ def test_own_text_is_evaluated_by_loss(command: Command, workplace: Path) -> Non
 #: `zotune` with the words after a signal's number; the process sends itself that signal in its 7th step, whatever the machine's load.
 SIGNALLED = """
 import os, sys
-from zotune.cli import main
+from zotune.cli.main import main
 from zotune import ZOTrainer
 number, *words = sys.argv[1:]
 genuine, steps = ZOTrainer.training_step, 0

@@ -115,11 +115,11 @@ def test_pieces_cover_a_range_of_parts(columns: range) -> None:
 
 
 def test_wrong_words_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown share 'dada'"):
+    with pytest.raises(ValueError, match="unknown parallelism 'dada'"):
         Workers(parallelism="dada")
     with pytest.raises(ValueError, match="needs workers with the same batch"):
         Workers(parallelism="directions", batches="own")
-    with pytest.raises(ValueError, match="unknown share"):
+    with pytest.raises(ValueError, match="unknown parallelism"):
         zotune.ZOConfig(output_dir="x", parallelism="dada")
 
 
@@ -232,7 +232,7 @@ def test_a_rank_that_dies_comes_back(two_processes: tuple[Path, list[dict[str, A
 
 STOPPED = """
 import os, sys
-from zotune.cli import main
+from zotune.cli.main import main
 from zotune import ZOTrainer
 genuine = ZOTrainer.training_step
 def step(self, *args, **kwargs):

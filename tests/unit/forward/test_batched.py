@@ -14,7 +14,7 @@ import toys
 from batching import agree
 from zotune import ZerothOrder, methods, objectives
 from zotune.errors import NotBatchableError
-from zotune.forward.batches import Assignment, assign_directions, batch_rows, assigned_layout, shared_layout, take_rows
+from zotune.forward.batches import Assignment, assign_directions, assigned_layout, batch_rows, shared_layout, take_rows
 from zotune.methods.estimators import ESTIMATORS, Point
 from zotune.rng.directions import GROUPED_NUMEL, Directions, Key, group_of
 from zotune.subspaces import FullCoordinate

@@ -48,11 +48,11 @@ def test_directions_that_are_held_are_renewed(method):
         return loss((tokens.repeat(3, 1), classes.repeat(3, 1)))
 
     forward = steps.forward
-    context = BatchContext(stack(3), forward.directions, forward.siblings, hold=True)
+    context = BatchContext(stack(3), forward.directions, forward.siblings, persistent=True)
     first = forward.evaluate_in(function, context)
     assert torch.equal(first, forward.evaluate_batched(function, stack(3)))
     steps.flush_updates()
-    context.renew(stack(7))
+    context.advance(stack(7))
     second = forward.evaluate_in(function, context)
     assert torch.equal(second, forward.evaluate_batched(function, stack(7)))
     assert not torch.allclose(first, second, rtol=1e-6)
@@ -64,11 +64,11 @@ def test_only_batches_of_tensors_and_losses_that_say_so_are_recorded():
     ours, own = objectives.LanguageModelLoss(model), toys.transformer_loss(model)
     rows = {"input_ids": toys.tokens()}
     auto, always = CudaGraphs(forward, "auto"), CudaGraphs(forward, True)
-    assert auto._takes(ours, rows) and not auto._takes(own, rows) and always._takes(own, rows)
+    assert auto.captures(ours, rows) and not auto.captures(own, rows) and always.captures(own, rows)
     for more in ("text", 3, None, torch.tensor(1.0)):
-        assert not auto._takes(ours, rows | {"more": more}) and not always._takes(ours, rows | {"more": more})
+        assert not auto.captures(ours, rows | {"more": more}) and not always.captures(ours, rows | {"more": more})
     large = torch.zeros(1 << 20, 1 << 20, dtype=torch.long, device="meta")
-    assert not auto._takes(ours, {"input_ids": large}) and always._takes(own, {"input_ids": large})
+    assert not auto.captures(ours, {"input_ids": large}) and always.captures(own, {"input_ids": large})
 
 
 def test_the_objectives_say_so():

@@ -63,7 +63,7 @@ def whole(probe: PerturbedForward, module: nn.Module, x: Tensor, scale: float, d
     with torch.no_grad(), probe.at(None):
         for coordinate in probe.coordinates:
             if isinstance(coordinate, LowRankCoordinate):
-                coordinate.moved = None  # no hook adds to it
+                coordinate.hook_core = None  # no hook adds to it
         return functional_call(module, weights, x)
 
 
@@ -106,7 +106,7 @@ def test_the_general_way(case, dtype, kind, monkeypatch):
     module, x = layer(case, dtype)
     probe = probe_of(module, kind)
     offset = Offset(EPS, SEED, STEP, 0)
-    with torch.no_grad(), probe.at(offset, low_rank_hooks=False):
+    with torch.no_grad(), probe.at(offset, hooks=False):
         found = module(x)
     assert type(found) is Tensor and agree(found, whole(probe, module, x, EPS), dtype)
 
@@ -140,7 +140,7 @@ def product_kernel(monkeypatch) -> Callable[[float], None]:
     def plus(weight: Tensor, residual: None, left: Tensor, right: Tensor) -> Tensor:
         return (weight.float() + left.float() @ right.float().T).to(weight.dtype)
 
-    monkeypatch.setattr(materialized, "kernel_of", lambda coordinate: SimpleNamespace(plus=plus))
+    monkeypatch.setattr(materialized, "kernel_of", lambda coordinate: SimpleNamespace(add_low_rank=plus))
     return lambda passes: monkeypatch.setattr(materialized, "PASSES", passes)
 
 
@@ -179,7 +179,7 @@ def test_a_state_dict_has_the_trained_weight_and_loading_one_starts_anew(case):
     module.load_state_dict(saved)
     assert not any(c.pending for c in probe.coordinates if isinstance(c, LowRankCoordinate))
     assert agree(module(x), expected, torch.float32)
-    probe.detach()
+    probe.remove_hooks()
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -198,9 +198,9 @@ def test_lazy_weights_are_lent_where_rows_are_looked_up():
     module, _ = layer("Embedding: alone", torch.float32)
     for kind in ("full", "low rank"):
         probe = probe_of(module, kind)
-        with torch.no_grad(), probe.at(Offset(EPS, SEED, STEP, 0), low_rank_hooks=False):
+        with torch.no_grad(), probe.at(Offset(EPS, SEED, STEP, 0), hooks=False):
             assert isinstance(module.weight, LazyWeight)
-        probe.detach()
+        probe.remove_hooks()
 
 
 def test_two_layer_types_cannot_compute_one_function():

@@ -203,7 +203,7 @@ def test_low_rank_weights_are_used_a_part_at_a_time(dtype, short_strips, monkeyp
     whole, bias = (coordinate.at(probe.directions, far) for coordinate in probe.coordinates)
     expected = F.linear(F.embedding(ids(3000), whole), whole, bias)
     monkeypatch.setattr(LowRankCoordinate, "at", lambda *unused: pytest.fail("the whole weight was formed"))
-    with torch.no_grad(), probe.at(far, low_rank_hooks=False):
+    with torch.no_grad(), probe.at(far, hooks=False):
         assert isinstance(model.head.weight, LazyWeight) and isinstance(model.embed.weight, LazyWeight)
         found = model(ids(3000))
     size = float(expected.double().abs().max())
@@ -217,6 +217,6 @@ def test_a_low_rank_weight_that_somebody_reaches_into_is_whole():
     probe = low_rank_probe(model)
     whole = probe.coordinates[0].at(probe.directions, OFFSET)
     x = whole[ids(1000)]
-    with torch.no_grad(), probe.at(OFFSET, low_rank_hooks=False):
+    with torch.no_grad(), probe.at(OFFSET, hooks=False):
         found = model(ids(1000))
     assert torch.allclose(found, F.linear(x, whole) + x @ whole.T + torch.stack([whole, whole]).sum(), atol=1e-3)

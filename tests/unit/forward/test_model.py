@@ -111,7 +111,7 @@ def test_side_paths_and_general_path_agree(name, dtype):
     assert probe.low_rank_hooks, "no layer of this architecture has a side path"
 
     def run(low_rank_hooks: bool) -> torch.Tensor:
-        with torch.no_grad(), probe.at(offset, low_rank_hooks=low_rank_hooks):
+        with torch.no_grad(), probe.at(offset, hooks=low_rank_hooks):
             return toys.transformer_loss(model)(ids)
 
     assert torch.allclose(run(True), run(False), atol=2e-5 if dtype == torch.float32 else 8e-2)
