@@ -1,4 +1,4 @@
-"""The curve of a run: training loss and evaluation metric against steps, from the trainer's log history."""
+"""The curve of a run: training loss and evaluation metric over steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from zotune.io.text import is_share, metric_text
 
 @dataclass
 class Curve:
-    """Points of a run: training loss and an evaluation metric against steps.
+    """Training loss and an evaluation metric over steps.
 
     Attributes:
         loss: (step, mean training loss since the last entry).
-        metric: (step, value) of the evaluations during training, the one before it (step 0) and the last one.
+        metric: (step, value) of the evaluations, the one before training at step 0.
         metric_name: such as "accuracy" or "loss".
     """
 
@@ -27,13 +27,7 @@ class Curve:
 
 
 def curve_of(log_history: Sequence[Mapping[str, Any]], metric_name: str, first: float | None = None) -> Curve:
-    """The curve in a `transformers` log history.
-
-    Args:
-        log_history: `trainer.state.log_history`.
-        metric_name: metric of the evaluations, without its `eval_` prefix.
-        first: its value before training.
-    """
+    """The curve of a `transformers` log history, for a metric without `eval_` prefix and its value before training."""
     loss = {int(entry["step"]): float(entry["loss"]) for entry in log_history if "loss" in entry}
     metric = {int(entry["step"]): float(entry[f"eval_{metric_name}"]) for entry in log_history if f"eval_{metric_name}" in entry}
     if first is not None:
@@ -42,7 +36,7 @@ def curve_of(log_history: Sequence[Mapping[str, Any]], metric_name: str, first: 
 
 
 def write_curve(curve: Curve, path: Path, title: str = "") -> None:
-    """Draws loss (left) and metric (right) against steps, side by side."""
+    """Draws loss (left) and metric (right) over steps."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure, panels = new_figure(1, 2, (9.6, 3.6))

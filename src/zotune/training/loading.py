@@ -1,4 +1,4 @@
-"""Loading what a command works on: the model with its head, its adapter, its tokenizer."""
+"""Loading a model with its head, its adapter and its tokenizer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from zotune.weights.quantized_linear import quantize
 
 @dataclass
 class ModelPlan:
-    """What is known of a model before any weight is read.
+    """A model before its weights are read.
 
     Attributes:
         name: folder (absolute) or hub id of the base model.
-        adapter: folder of a trained adapter that comes on top, or None.
+        adapter: folder of a trained adapter, or None.
         config: its transformers configuration.
     """
 
@@ -38,15 +38,7 @@ class ModelPlan:
 
 
 def plan_model(args: ModelArguments, command: str) -> ModelPlan:
-    """Reads the model's configuration.
-
-    Args:
-        args: the user's options.
-        command: for messages.
-
-    Raises:
-        FileNotFoundError: there is no such folder or hub id. ValueError: the folder holds no model.
-    """
+    """Reads the model's configuration; FileNotFoundError for an unknown folder or hub id, ValueError for a folder without a model."""
     from transformers import AutoConfig
 
     name, adapter = _located(args.require(command)), None
@@ -73,16 +65,14 @@ def load_model(
     classes: Sequence[str] | None = None,
     needs: Needs | None = None,
 ) -> tuple[nn.Module, list[str]]:
-    """The model on the CPU, and the names of the parameters that its files lack and that were drawn at random.
-
-    Only a classifier's new head may be missing.
+    """The model on the CPU, and the names of the parameters missing from its files (a classifier's new head, initialized at random).
 
     Args:
         plan: from `plan_model`.
         args: the user's options.
-        device: where it will run; decides what dtype "auto" means.
+        device: where it will run, for dtype "auto".
         classes: names of a classifier's classes; None for a language model.
-        needs: what computing takes of `--max_memory` (:func:`zotune.memory.offload_needs.needs_of`).
+        needs: memory of a step beside the weights, for `--max_memory`.
 
     Raises:
         ValueError: the head has another number of classes, or a language model's files are incomplete.
@@ -90,7 +80,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if args.offload == "cpu" and device.type == "cpu":
-        raise ValueError("--offload cpu is for a model that computes on a GPU; on a CPU, --offload disk keeps blocks in the model's files.")
+        raise ValueError("--offload cpu needs a GPU; on a CPU, --offload disk keeps blocks in the model's files.")
     options: dict[str, Any] = {"dtype": resolve_dtype(args.dtype, device), "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
@@ -126,7 +116,7 @@ def load_model(
 def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, needs: Needs | None, **options: Any) -> Any:
     if args.offload == "disk" and args.quantize is None:
         return offloaded_loading.load(name, kind, device=device, **_how(args, needs), **options)
-    if args.quantize is not None:  # a block at a time, so that the model need never fit whole
+    if args.quantize is not None:  # one block at a time: the model need not fit into memory
         return offloaded_loading.load(name, kind, blocks=args.offload_blocks, **options)
     return kind.from_pretrained(name, **options)
 
@@ -141,29 +131,26 @@ def _how(args: ModelArguments, needs: Needs | None) -> dict[str, Any]:
 
 
 def resolve_dtype(name: str, device: torch.device) -> Any:
-    """The torch dtype of a name; "auto" is float32 on a CPU and the stored one elsewhere.
-
-    Half precision has no fast kernels on many CPUs, and a model small enough for one fits in float32.
-    """
+    """The torch dtype of a name; "auto": float32 on a CPU, where half precision is slow, else as stored."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     return getattr(torch, name)
 
 
 def _located(name: str) -> str:
-    """The absolute path of a model folder, or the hub id as it is; FileNotFoundError for a path that is no folder."""
+    """The absolute path of a model folder, or the hub id; FileNotFoundError for another path."""
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path.resolve())
     if path.exists():
         raise ValueError(f"{name} is a file; --model_name_or_path takes a model folder or a Hugging Face hub id.")
-    if not re.fullmatch(r"[\w\-][\w.\-]*(/[\w.\-]+)?", name):  # nothing that the hub could know
+    if not re.fullmatch(r"[\w\-][\w.\-]*(/[\w.\-]+)?", name):  # no hub id
         raise FileNotFoundError(f"there is no model folder {name!r}.")
     return name
 
 
 def _base_of(adapter: Path) -> str:
-    """The base model's name in an adapter's configuration; ValueError where it names none."""
+    """The base model's name in an adapter's configuration."""
     path = adapter / "adapter_config.json"
     try:
         name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -175,7 +162,7 @@ def _base_of(adapter: Path) -> str:
 
 
 def _check_index(folder: Path) -> None:
-    """ValueError if a model folder's index takes weights from elsewhere."""
+    """ValueError where a model folder's index names files outside of the folder."""
     for path in folder.glob("*.index.json") if folder.is_dir() else ():
         try:
             names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
@@ -187,7 +174,7 @@ def _check_index(folder: Path) -> None:
 
 
 def explained(name: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns; its long-winded errors as one sentence."""
+    """The result of ``load``; its errors as one sentence."""
     try:
         return load()
     except (offload.NotOffloadable, ImportError, MemoryError, torch.OutOfMemoryError):

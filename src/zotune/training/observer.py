@@ -1,4 +1,4 @@
-"""What a run reports while it goes: :class:`RunObserver`."""
+"""The events of a run: :class:`RunObserver`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a run is, known once model and data are loaded.
+    """A run, once model and data are loaded.
 
     Attributes:
         method: its title.
         model: folder or hub id.
-        trainable, parameters: elements that are trained, and all.
+        trainable, parameters: trained elements, and all.
         dtype, device: of the weights, and of the computation.
         data: its name.
         sizes: part of the data ("to train on", "held out", "to evaluate on") → examples.
@@ -38,25 +38,20 @@ class RunStart:
 
 
 class RunObserver:
-    """Receives the events of a run on its first process. These methods do nothing; a subclass prints or records."""
+    """Receives the events of a run on its first process; a subclass prints or records them."""
 
     def begin(self, start: RunStart) -> None:
         """Model and data are loaded."""
 
     def evaluated(self, when: str, metric: str, value: float) -> None:
-        """An evaluation outside of training has ended; ``when`` is such as "before training"."""
+        """An evaluation outside of training is complete; ``when``: "before training", for example."""
 
     def callbacks(self, metric: str, first: float | None) -> Sequence[TrainerCallback]:
-        """Callbacks of the trainer.
-
-        Args:
-            metric: main metric of the evaluations, without its `eval_` prefix.
-            first: its value before training.
-        """
+        """Callbacks of the trainer, from the main metric without `eval_` prefix and its value before training."""
         return ()
 
     def stopped(self) -> None:
-        """The training loop has been left, whether it was complete or not."""
+        """The training loop has ended, complete or not."""
 
     def finished(self, result: RunResult) -> None:
-        """The run is complete and all its files are written."""
+        """The run is complete, with all files written."""

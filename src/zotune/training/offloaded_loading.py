@@ -1,4 +1,4 @@
-"""Loading a pretrained model from its files without ever holding it whole: its blocks stay on disk until they are needed."""
+"""Loading a pretrained model whose blocks stay on disk until they are needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zotune.weights.offload.blocks import NotOffloadable, offloaded_tensors
 from zotune.weights.offload.budget import Needs
-from zotune.weights.offload.loading import chosen_plan, check_options, offloaded_blocks
+from zotune.weights.offload.loading import check_options, chosen_plan, offloaded_blocks
 from zotune.weights.offload.stores import DiskStore, FileSpan
 from zotune.weights.offload.stream import Stream, stream_of
 
@@ -40,15 +40,15 @@ def load(
     Args:
         name: model folder or hub id.
         kind: an auto class of transformers; None: ``AutoModelForCausalLM``.
-        dtype: of the weights when they are here; "auto": as stored.
+        dtype: of the weights in memory; "auto": as stored.
         device: where it computes.
         blocks: as in :func:`offload`.
-        resident: so many blocks stay.
-        prefetch: blocks on their way at a time.
+        resident: number of blocks that stay in memory.
+        prefetch: number of blocks loaded ahead.
         max_memory: bytes of ``device``; chooses ``resident`` and ``prefetch``.
-        needs: what computing takes of that (``memory.offloaded`` predicts it); None: 15%.
-        scratch: folder for a scratch file of weights that training changes, as large as those; None: the system's temporary one.
-        options: more for ``from_pretrained``.
+        needs: memory of a step beside the weights; None: 15%.
+        scratch: folder for a scratch file of the trained weights, as large as those; None: the system's temporary one.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
         ValueError: no blocks are found, the weights are not in safetensors files, or ``max_memory`` is too small.
@@ -72,8 +72,8 @@ def load(
     away = [one.name for some in offloaded_tensors(parts, empty, torch.device("cpu")) for one in some]
     del empty
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        # transformers finds which tensor of which shard becomes which weight, whatever it is called there.
-        with _unalarmed():
+        # transformers maps tensors of shards to weights, under whatever names.
+        with _without_warning():
             loaded = kind.from_pretrained(name, config=config, dtype=dtype, device_map=where_to, offload_folder=folder, **options)
         model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
         index = _index(model)
@@ -96,8 +96,8 @@ def load(
 
 
 @contextmanager
-def _unalarmed() -> Iterator[None]:
-    """Without accelerate's warning that weights are not there, which is what was asked for."""
+def _without_warning() -> Iterator[None]:
+    """Without accelerate's warning of offloaded weights."""
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -111,7 +111,7 @@ _OF_CONFIG = ("attn_implementation", "trust_remote_code")
 
 
 def _device_map(model: nn.Module, away: set[str], prefix: str = "") -> dict[str, str]:
-    """Which modules are to be loaded, and which are not."""
+    """Module → "disk" or "cpu"."""
     placed = dict.fromkeys((prefix + name for name in [*model._parameters, *model._buffers]), "cpu")
     for name, child in model.named_children():
         name = prefix + name
@@ -131,7 +131,7 @@ def _resolved(dtype: torch.dtype | str, config: Any) -> torch.dtype:
 
 
 def _index(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By name of a weight: the shard and the name that it has there, as accelerate's hooks know it."""
+    """Name of a weight → its shard and its name there, from accelerate's hooks."""
     for module in model.modules():
         hooks = [hook for hook in [getattr(module, "_hf_hook", None)] for hook in getattr(hook, "hooks", [hook])]
         for hook in hooks:
@@ -148,7 +148,7 @@ _DTYPES = {
 
 
 def _places(index: dict[str, dict[str, Any]], folder: str) -> dict[str, FileSpan]:
-    """Where each weight's bytes are."""
+    """The place of each weight's bytes."""
     headers: dict[str, tuple[dict[str, Any], int]] = {}
     found = {}
     for name, entry in index.items():
@@ -170,7 +170,7 @@ def _places(index: dict[str, dict[str, Any]], folder: str) -> dict[str, FileSpan
 
 
 def _settle_small(model: nn.Module, index: dict[str, dict[str, Any]], away: set[str], device: torch.device) -> None:
-    """Load what stays of the blocks that come and go; what leaves gets a form without memory."""
+    """Loads the resident weights of offloaded blocks; the others become tensors without memory."""
     from safetensors import safe_open
 
     for name, parameter in list(model.named_parameters()):

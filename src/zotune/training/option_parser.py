@@ -1,8 +1,4 @@
-"""Options as dataclasses, from flags and YAML: :class:`OptionParser`.
-
-`HfArgumentParser` supplies the types. Added here: an unknown flag, an unknown YAML key, a wrong type and a wrong choice are each one
-sentence with the nearest name.
-"""
+"""Options as dataclasses, from flags and YAML: :class:`OptionParser`."""
 
 from __future__ import annotations
 
@@ -21,12 +17,12 @@ from zotune.io.suggest import did_you_mean
 
 
 class OptionParser(HfArgumentParser):
-    """Parses flags (and a YAML file of the same names) into dataclasses.
+    """`HfArgumentParser` with YAML files, whose errors are one sentence with the nearest name.
 
     Args:
-        dataclass_types: what to fill; a field is a flag `--field`.
+        dataclass_types: dataclasses whose fields are the flags.
         command: for messages and usage, such as `zotune train`.
-        defaults: field name to the default that this command wants in place of the dataclass's own.
+        defaults: field name → default, in place of the dataclass's.
     """
 
     def __init__(self, dataclass_types: Sequence[type], command: str, defaults: Mapping[str, Any] | None = None):
@@ -37,15 +33,14 @@ class OptionParser(HfArgumentParser):
     def parse(
         self, argv: Sequence[str], adjust: Callable[[dict[str, Any], set[str]], None] | None = None
     ) -> tuple[tuple[Any, ...], set[str]]:
-        """The dataclasses, and the names that the user gave.
+        """The dataclasses, and the names of the given options.
 
         Args:
             argv: the words after the command's name.
-            adjust: called with the values by name and the names that were given, before the dataclasses are made.
+            adjust: called with the values by name and the given names, before the dataclasses are created.
 
         Raises:
-            ValueError: unknown flag or key, wrong type or choice, with the nearest name.
-            FileNotFoundError: the YAML file does not exist.
+            ValueError: unknown flag or key, wrong type or choice. FileNotFoundError: the YAML file does not exist.
         """
         config = self._config_of(argv)
         words = [*self._yaml_words(config), *argv] if config else list(argv)
@@ -64,12 +59,12 @@ class OptionParser(HfArgumentParser):
             instances = tuple(
                 dtype(**{f.name: values[f.name] for f in dataclasses.fields(dtype) if f.init}) for dtype in self.dataclass_types
             )
-        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # Hugging Face's own fields are not checked by it all
-            raise ValueError(f"a value of an option makes no sense ({' '.join(str(error).split())}).") from error
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # Hugging Face checks its fields incompletely
+            raise ValueError(f"the value of an option is invalid ({' '.join(str(error).split())}).") from error
         return instances, given
 
     def options(self) -> dict[str, argparse.Action]:
-        """The options by the name of their field."""
+        """The options by field name."""
         return {action.dest: action for action in self._actions}
 
     def _config_of(self, argv: Sequence[str]) -> str | None:
@@ -81,7 +76,7 @@ class OptionParser(HfArgumentParser):
             raise ValueError("--config needs the name of a YAML file.") from error
 
     def _yaml_words(self, path: str) -> list[str]:
-        """The options of a flat YAML file as command-line words, each checked on its own so that errors name the file."""
+        """The options of a flat YAML file as command-line words, each checked here so that errors name the file."""
         try:
             text = Path(path).expanduser().read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -113,8 +108,8 @@ class OptionParser(HfArgumentParser):
         return [flag for flag in self._option_string_actions if "_" in flag or "-" not in flag[2:]]
 
     def error(self, message: str) -> Any:
-        """argparse's errors, as the ValueError that the command line prints as one sentence."""
-        # "argument --max_steps/--max-steps: invalid int value: 'x'": one spelling of the flag is enough
+        """Raises argparse's errors as ValueError."""
+        # "argument --max_steps/--max-steps: invalid int value: 'x'" names one spelling of the flag only
         raise ValueError(re.sub(r"^argument (--\w+)(/--[\w-]+)*", r"\1", message))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -125,7 +120,7 @@ class OptionParser(HfArgumentParser):
 
 
 def option_words(name: str, value: Any) -> list[str]:
-    """The words of a command line that give an option a value: `1` as ``["--rank=1"]``, `True` as ``["--truncate=true"]``."""
+    """The command-line words of an option: ``["--rank=1"]``, ``["--truncate=true"]``."""
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What third-party libraries may print during a run: their errors, and one line for a warning."""
+"""Third-party libraries print errors only, and a warning in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def quiet_environment() -> None:
 
 
 def quiet_libraries() -> None:
-    """Turns down logs and progress bars of transformers, datasets and peft, and prints a warning as one line."""
+    """Silences logs and progress bars of transformers, datasets and peft; a warning is one line."""
     import datasets
     import transformers
 

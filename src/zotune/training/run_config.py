@@ -1,4 +1,4 @@
-"""What a run is asked to do: :class:`RunConfig`, and reading it from the words of a command line."""
+"""The configuration of a run: :class:`RunConfig`, and its parser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zotune.training.config import ZOConfig
 from zotune.training.option_parser import OptionParser
 from zotune.training.schemes import Scheme
 
-#: Where a run's defaults are others than those of :class:`zotune.ZOConfig`.
+#: Defaults of a run that differ from those of :class:`zotune.ZOConfig`.
 DEFAULTS = {
     "method": default().name,
     "eval_strategy": "steps",
@@ -24,15 +24,10 @@ DEFAULTS = {
 
 @dataclass
 class RunConfig:
-    """One fine-tuning run.
+    """One fine-tuning run; ``training.output_dir`` is its folder.
 
     Args:
-        model: which model, and how it is loaded.
-        data: what it is trained and evaluated on.
-        training: settings of training; ``output_dir`` is the run's folder.
-        scheme: which parameters are trained.
-        output: what happens to a folder that is in use.
-        data_name: what reports call the data; None: the name of the task or of the training file.
+        data_name: name of the data in reports; None: the task, or the name of the training file.
         words: the options as words of `zotune train`, for the command that resumes the run.
     """
 
@@ -46,12 +41,12 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The folder of the run."""
         return Path(self.training.output_dir)
 
     @property
     def name_of_data(self) -> str:
-        """What reports call the data."""
+        """Name of the data in reports."""
         return self.data_name or self.data.task or Path(self.data.train_file or "").name
 
 
@@ -64,22 +59,22 @@ def option_parser() -> OptionParser:
 
 
 def parse(words: Sequence[str], parser: OptionParser | None = None) -> RunConfig:
-    """The run that the words after `zotune train` describe.
+    """The run of the words after `zotune train`.
 
     Args:
         words: flags and their values; ``--config FILE`` reads more from a YAML file.
-        parser: from :func:`option_parser`, where many runs are read.
+        parser: from :func:`option_parser`, to parse many runs with one.
 
     Raises:
-        ValueError: an unknown option, or a value that makes no sense. FileNotFoundError: a file or folder does not exist.
+        ValueError: an unknown option, or an invalid value. FileNotFoundError: a file or folder does not exist.
     """
     (model, data, scheme, output, training), _ = (parser or option_parser()).parse(words, _adjust)
     return RunConfig(model, data, training, scheme, output, words=list(words))
 
 
 def _adjust(values: dict[str, Any], given: set[str]) -> None:
-    """What must be settled before ZOConfig looks at its fields."""
+    """Adjustments before the checks of ZOConfig."""
     if not values["output_dir"]:
         raise ValueError("zotune train needs --output_dir: the folder to put the run in.")
     if values["load_best_model_at_end"] and "save_steps" not in given and "save_strategy" not in given:
-        values["save_steps"] = values["eval_steps"]  # the best evaluation needs its checkpoint
+        values["save_steps"] = values["eval_steps"]  # the best evaluation needs a checkpoint

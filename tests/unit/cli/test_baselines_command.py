@@ -168,7 +168,7 @@ def test_scales_train_resume_replay_and_are_saved_as_ordinary_weights(workplace:
     ("words", "message"),
     [
         (["--scheme", "scales"], "it needs --quantize int8"),
-        (["--scheme", "scales", "--quantize", "int4"], "in int4 they are inside the product: it needs --quantize int8"),
+        (["--scheme", "scales", "--quantize", "int4"], "it needs --quantize int8"),
         (["--scheme", "scales", "--quantize", "int8", "--offload", "disk"], "leave --offload out"),
         (["--scheme", "scales", "--quantize", "int8", "--method", "lozo"], "trains vectors only: choose a method in full space"),
         (["--method", "fo-adam"], "did you mean 'fo-adamw'"),
