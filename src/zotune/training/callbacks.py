@@ -1,4 +1,4 @@
-"""Callbacks of a run: :class:`StopOnSignal` ends it after a step, :class:`StepClock` adds times and forward passes to its log."""
+"""Callbacks of a run: :class:`StopOnSignal` ends it after a step, :class:`StepClock` adds times and forward passes to the log."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def load(
     check_options("disk", resident, prefetch)
     parts = offloaded_blocks(empty, blocks, resident)
     where_to = _device_map(empty, {name for part in parts for name in part.names})
-    away = [one.name for some in offloaded_tensors(parts, empty, torch.device("cpu")) for one in some]
+    offloaded = [one.name for some in offloaded_tensors(parts, empty, torch.device("cpu")) for one in some]
     del empty
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         # transformers maps tensors of shards to weights, under whatever names.
@@ -80,8 +80,8 @@ def load(
         remove_hook_from_module(model, recurse=True)
         for attribute in ("to", "cuda", "hf_device_map", "_offloaded_modules"):
             model.__dict__.pop(attribute, None)
-        where = _places({n: entry for n, entry in index.items() if n in set(away)}, folder)
-        _settle_small(model, index, set(away), device)
+        where = _places({n: entry for n, entry in index.items() if n in set(offloaded)}, folder)
+        _load_resident(model, index, set(offloaded), device)
     parts = offloaded_blocks(model, blocks, resident)
     moving = offloaded_tensors(parts, model, device)
     missing = [one.name for some in moving for one in some if one.name not in where]
@@ -110,15 +110,15 @@ def _without_warning() -> Iterator[None]:
 _OF_CONFIG = ("attn_implementation", "trust_remote_code")
 
 
-def _device_map(model: nn.Module, away: set[str], prefix: str = "") -> dict[str, str]:
+def _device_map(model: nn.Module, offloaded: set[str], prefix: str = "") -> dict[str, str]:
     """Module → "disk" or "cpu"."""
     placed = dict.fromkeys((prefix + name for name in [*model._parameters, *model._buffers]), "cpu")
     for name, child in model.named_children():
         name = prefix + name
-        if name in away:
+        if name in offloaded:
             placed[name] = "disk"
-        elif any(other.startswith(f"{name}.") for other in away):
-            placed |= _device_map(child, away, f"{name}.")
+        elif any(other.startswith(f"{name}.") for other in offloaded):
+            placed |= _device_map(child, offloaded, f"{name}.")
         else:
             placed[name] = "cpu"
     return placed
@@ -169,7 +169,7 @@ def _places(index: dict[str, dict[str, Any]], folder: str) -> dict[str, FileSpan
     return found
 
 
-def _settle_small(model: nn.Module, index: dict[str, dict[str, Any]], away: set[str], device: torch.device) -> None:
+def _load_resident(model: nn.Module, index: dict[str, dict[str, Any]], offloaded: set[str], device: torch.device) -> None:
     """Loads the resident weights of offloaded blocks; the others become tensors without memory."""
     from safetensors import safe_open
 
@@ -178,7 +178,7 @@ def _settle_small(model: nn.Module, index: dict[str, dict[str, Any]], away: set[
             continue
         owner_name, _, local = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        if name in away:
+        if name in offloaded:
             value: Tensor = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
         else:
             entry = index[name]

@@ -61,7 +61,7 @@ def eval_sampler(dataset: Any, args: Any) -> Sampler[int] | None:
 
 
 def balanced_group_size(classes: int, examples: int) -> int | None:
-    """Neighbors in a stratified order that share directions in a step of so many examples; None: each example has its own.
+    """Neighbors in a stratified order that share directions in a step of ``examples``; None: each example has its own.
 
     The common part of a class's gradients, most of the variance between examples, cancels in a group with every class once. More groups
     mean more directions, so with many classes the groups are pairs of two classes.

@@ -147,7 +147,7 @@ def refusal(method: Method | Any, model: nn.Module, scheme: Scheme) -> str | Non
     where = f"--scheme {scheme.scheme}" + (" with --trainable" if scheme.trainable else "")
     if scheme.scheme == "full" and external_layers(model):
         return (
-            "another library holds the model's weights in few bits, which cannot be written: train an adapter on them (--scheme lora), or "
+            "another library has quantized the model's weights, which are read-only: train an adapter on them (--scheme lora), or "
             "in Python factors beside them (zotune.weights.external_linear.wrap and a low-rank method)."
         )
     if hasattr(method, "refusal"):
@@ -227,7 +227,7 @@ def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
             raise ValueError(f"--scheme lora: {' '.join(str(error).split())} Name layers with --lora_target_modules.") from error
     if classifier:
         raise ValueError(
-            f"--scheme {scheme.scheme} is for causal language models: tokens put before a classifier's text move the token that it reads. "
+            f"--scheme {scheme.scheme} is for causal language models: tokens before a classifier's text shift the token that it reads. "
             "Choose lora, head or full."
         )
     if not causal:

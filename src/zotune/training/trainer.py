@@ -373,7 +373,7 @@ class _SteppedOptimizer(AcceleratedOptimizer):
 
 
 def _split(batch: Batch, pieces: int) -> list[Batch]:
-    """A batch in so many contiguous pieces, at most one per example."""
+    """A batch in contiguous pieces, at most one per example."""
     rows = batch_rows(batch)
     return [take_rows(batch, torch.arange(piece.start, piece.stop), rows) for piece in partition.cut(rows, min(pieces, rows))]
 
