@@ -3,7 +3,7 @@
     python benchmarks/choice_rows.py --shapes tiny-llama opt-125m --dtypes float32
 
 Batches like those of real tasks (random tokens, lengths ±30%), random weights, one thread, time on the processor, medians over repeats in
-which the forms take turns. Forms: one row an option, each with the whole prompt; the options in one row behind their prompt, which is what
+which the forms alternate. Forms: one row per option, each with the whole prompt; the options in one row behind their prompt, which is what
 ``ChoicesCollator`` makes; and, for comparison, the prompts first and then the options against their cached keys and values, which
 takes two forwards and a copy of the cache an option. Tokens are those fed, padding included; MB the peak of tensor bytes over the weights.
 """
@@ -96,8 +96,8 @@ def measure(model: nn.Module, name: str, repeats: int) -> list[str]:
     plain = ChoicesCollator(1, single_token_form=False, shared_prompt=False)(examples)
     chosen, cached = ChoicesCollator(1)(examples), cached_batch(examples)
     forms: dict[str, tuple[int, Callable[[], Tensor]]] = {
-        "one row an option": (plain["input_ids"].numel(), lambda: choice_scores(model, plain)),
-        "one row an example": (chosen["input_ids"].numel(), lambda: choice_scores(model, chosen)),
+        "one row per option": (plain["input_ids"].numel(), lambda: choice_scores(model, plain)),
+        "one row per example": (chosen["input_ids"].numel(), lambda: choice_scores(model, chosen)),
         "cached prompts": (cached["prompts"].numel() + cached["fed"].numel(), lambda: cached_scores(model, cached)),
     }
     results = {form: work() for form, (_, work) in forms.items()}  # also the comparison of the first batch
@@ -107,8 +107,8 @@ def measure(model: nn.Module, name: str, repeats: int) -> list[str]:
             times[form].append(timed(work, device, CLOCKS["cpu"]))
     lines = []
     for form, (tokens, work) in forms.items():
-        off = (results[form] - results["one row an option"]).abs().max()
-        faster = statistics.median(a / b for a, b in zip(times["one row an option"], times[form], strict=True))
+        off = (results[form] - results["one row per option"]).abs().max()
+        faster = statistics.median(a / b for a, b in zip(times["one row per option"], times[form], strict=True))
         peak = peak_bytes(work, device) / 1e6
         lines.append(f"{name} | {form} | {tokens} | {statistics.median(times[form]):.0f} | {faster:.2f} | {peak:.0f} | {off:.1e} |")
     return lines

@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--template")
     parser.add_argument("--objective", choices=["lm", "choices", "similarity"], default="choices", help="similarity: for encoders")
-    parser.add_argument("--scheme", default="full", help="what moves: full, lora, prefix, prompt, head, bias")
+    parser.add_argument("--scheme", default="full", help="what is trained: full, lora, prefix, prompt, head, bias")
     parser.add_argument("--methods", nargs="+", default=["mezo", "lozo"])
     parser.add_argument("--lr", nargs="+", type=number_or_auto, default=["auto"])
     parser.add_argument(

@@ -89,7 +89,7 @@ def mean(numbers: list[float], digits: int = 3) -> str:
 
 
 def rows(args: argparse.Namespace) -> Iterator[str]:
-    yield "| method | scheme | rate | training loss | accuracy | memory of a step | s a step |"
+    yield "| method | scheme | rate | training loss | accuracy | memory of a step | s per step |"
     yield "|---|---|---|---|---|---|---|"
     for scheme in args.schemes:
         for name in args.methods:

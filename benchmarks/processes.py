@@ -2,7 +2,7 @@
 
     python benchmarks/processes.py --processes 2 --methods lozo lozo-e mezo
 
-Runs of one process and of several take turns, since a machine's load changes; what counts are medians over the rounds. Beside the time on
+Runs of one process and of several alternate, since a machine's load changes; what counts are medians over the rounds. Beside the time on
 the clock stands the processor time of a step (the most that one process takes): the clock on a machine that does nothing else cannot
 be faster, and it is the steadier of the two where others compute beside us.
 """
@@ -95,7 +95,7 @@ def main() -> None:
             kept.append(launch(args, processes))
             print(f"round {number + 1}, {processes} process(es): load {os.getloadavg()[0]:.1f}, {kept[-1]}", flush=True)
     print(f"\n{args.batch} x {args.length} tokens, medians over {args.rounds} rounds of {args.steps} steps; load {os.getloadavg()[0]:.1f}")
-    print("method      | s/step, 1 | clock | speed-up | processor, 1 | processor | speed-up | bytes a step")
+    print("method      | s/step, 1 | clock | speed-up | processor, 1 | processor | speed-up | bytes per step")
     for method in args.methods:
         one, several = (
             {kind: statistics.median(found[method][kind] for found in rounds[p]) for kind in ("wall", "cpu", "bytes")}

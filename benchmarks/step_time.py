@@ -6,7 +6,7 @@ For every model shape (random weights), batch × tokens, dtype and method: milli
 needs (eval mode, no grad, the same loss; one forward of the stacked rows for a batched step, one forward of the batch for each point of
 a sequential one), the speed over a plain implementation of published MeZO, and the peak of tensor bytes alive during the step over that of
 one bare forward of the batch, weights and state counted in both. Beside them AdamW with backprop. Times are medians over repeats in which
-all contenders take turns, "step / bare" the median of the repeats' ratios; "least / least" is what a busy machine disturbs least, "mean /
+all contenders alternate, "step / bare" the median of the repeats' ratios; "least / least" is what a busy machine disturbs least, "mean /
 mean" has the steps in it that fold and redraw, given more repeats than an interval has steps. On a GPU:
 
     python benchmarks/step_time.py --device cuda --alone --repeats 51 --shapes opt-1.3b --batches 1x256 16x256 --dtypes bfloat16
@@ -81,13 +81,13 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lozo-e, sequential": ("lozo-e", {}, "sequential"),
     "lozo-e, two forwards": ("lozo-e", {"num_directions": 1, "estimator": "central"}, "batched"),
     "lozo-g, guided": ("lozo-g", {}, "sequential"),
-    "lozo-m, one an example": ("lozo-m", {"directions_per": "example", "rank": 1}, "batched"),
+    "lozo-m, one per example": ("lozo-m", {"directions_per": "example", "rank": 1}, "batched"),
     "mezo": ("mezo", {}, "sequential"),
     "mezo, rademacher": ("mezo", {"direction": "rademacher"}, "sequential"),
     "mezo, batched": ("mezo", {}, "batched"),
     "mezo, rademacher, batched": ("mezo", {"direction": "rademacher"}, "batched"),
     "mezo on LoRA": ("mezo", {}, "batched"),
-    "mezo on LoRA, one an example": ("mezo", {"directions_per": "example"}, "batched"),
+    "mezo on LoRA, one per example": ("mezo", {"directions_per": "example"}, "batched"),
 }
 
 
@@ -97,7 +97,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class PublishedMeZO:
-    """MeZO as published (2305.17333): one seed a step for torch's global generator, from which the same normals are drawn again for
+    """MeZO as published (2305.17333): one seed per step for torch's global generator, from which the same normals are drawn again for
     θ + εz, θ − εz, back to θ, and the update: four passes over the weights, in place."""
 
     def __init__(self, model: nn.Module, lr: float = 1e-6, eps: float = 1e-3) -> None:
@@ -349,9 +349,9 @@ def main() -> None:
                 dtype = getattr(torch, dtype)
                 place, clock = torch.device(args.device), CLOCKS[args.clock]
                 sizes = (shape, int(rows), int(tokens), dtype)
-                turns = [[name] for name in args.methods] if args.alone else [args.methods]
+                groups = [[name] for name in args.methods] if args.alone else [args.methods]
                 how = (args.repeats, place, clock, args.alone, CAPTURE[args.cuda_graphs])
-                found = [r for names in turns for r in measure(*sizes, names, *how)]
+                found = [r for names in groups for r in measure(*sizes, names, *how)]
                 print(table(found), flush=True)
                 results += found
     if args.out:

@@ -1,4 +1,4 @@
-"""What the workers of a step have to tell each other, in bytes and seconds, beside what gradients would take."""
+"""The traffic of a step between workers, in bytes and seconds, beside that of gradients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ LOSS = 4
 
 
 def sent(points: int, examples: int, workers: int) -> int:
-    """Bytes that the busiest worker sends in a step: its block of the table of losses, P · N / W of them, and a count."""
+    """Bytes that the busiest worker sends per step: its block of the table of losses, P · N / W of them, and a count."""
     return LOSS * (points * math.ceil(examples / workers) + 1)
 
 
 def received(points: int, examples: int, workers: int) -> int:
-    """Bytes that every worker receives in a step: everybody's blocks."""
+    """Bytes that every worker receives per step: everybody's blocks."""
     return (workers - 1) * sent(points, examples, workers)
 
 
