@@ -256,17 +256,9 @@ class ZOConfig(TrainingArguments):
 
 
 _LOWEST = {
-    "rank": 1,
-    "interval": 1,
-    "max_nonfinite_steps": 1,
-    "check_workers_steps": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-}
+    "rank": 1, "interval": 1, "max_nonfinite_steps": 1, "check_workers_steps": 0, "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
+}  # fmt: skip
 
 
 def _number_or_auto(name: str, value: float | str | None) -> float | str | None:

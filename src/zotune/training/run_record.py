@@ -127,17 +127,13 @@ class RunRecord:
         """
         config, history = self.config, self.trainer.state.log_history
         method = config.training.chosen_method()
-        files: dict[str, Any] = {"summary": str(self.folder / run_folder.SUMMARY_FILE)}
-        figures: dict[str, Any] = {}
+        files = {"summary": run_folder.SUMMARY_FILE}
         if fit is None:
             optimizer = self.trainer.zo_optimizer
             losses = [entry["loss"] for entry in history if "loss" in entry]
-            files = {"model": str(self.folder)}
-            if not isinstance(optimizer, FirstOrder):
-                files["journal"] = str(self.folder / run_folder.JOURNAL_FILE)
-            for name, file in (("curve", run_folder.CURVE_FILE), ("summary", run_folder.SUMMARY_FILE)):
-                files[name] = str(self.folder / file)
-            figures = {
+            journal = {} if isinstance(optimizer, FirstOrder) else {"journal": run_folder.JOURNAL_FILE}
+            files = {"model": "", **journal, "curve": run_folder.CURVE_FILE, **files}
+            figures: dict[str, Any] = {
                 "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
                 "learning_rate": config.training.learning_rate,
                 "first_learning_rate": next((e["learning_rate"] for e in history if "learning_rate" in e), None),
@@ -174,7 +170,10 @@ class RunRecord:
             **figures,
             "total_seconds": total,
             "memory": dict(memory),
-            "files": {**files, "checkpoints": [str(path) for path in storage.checkpoints(self.folder)] if fit is None else []},
+            "files": {
+                **{name: str(self.folder / file) for name, file in files.items()},
+                "checkpoints": [str(path) for path in storage.checkpoints(self.folder)] if fit is None else [],
+            },
         }
 
     def trainable(self) -> int:

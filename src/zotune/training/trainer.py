@@ -332,8 +332,7 @@ class ZOTrainer(EvaluatedTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a micro-batch: for each evaluation a third of a forward and backward pass."""
-        forwards = 1 if getattr(self.zo_optimizer, "guided", False) else self.zo_optimizer.method.forwards_per_step
-        return super().floating_point_ops(inputs) // 3 * forwards
+        return super().floating_point_ops(inputs) // 3 * self.zo_optimizer.method.forwards_per_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs; entries of training steps also have the loss difference, its standard error, the forward passes and the speed."""
