@@ -57,15 +57,7 @@ class ActivationCoordinate(LowRankCoordinate):
 
 @dataclass(frozen=True)
 class Activation(LowRank):
-    """Matrices of Linear layers are trained as W + A Vᵀ, V from the inputs of the step that redraws it; all else as in ``LowRank``.
-
-    Args:
-        rank: r.
-        interval: steps between two redraws of V.
-
-    Raises:
-        ValueError: either is below 1.
-    """
+    """``LowRank`` with V of Linear layers from their inputs in the step that redraws V."""
 
     kind = ActivationCoordinate
 

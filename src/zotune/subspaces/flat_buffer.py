@@ -217,17 +217,19 @@ class BatchedValues:
         self.base = buffer.values()
         self._runs: dict[int, dict[str, Tensor]] = {}
 
-    @tagged("directions")
     def of(self, name: str) -> Tensor:
         """θ + s Z_g of one member, (G · S, numel)."""
-        buffer = self.flat_buffer
-        index = buffer.run_of[name]
+        index = self.flat_buffer.run_of[name]
         values = self._runs.get(index)
-        if values is None:
-            if len(self._runs) >= self.CACHED:
-                del self._runs[next(iter(self._runs))]
-            run, members = buffer.runs[index], buffer.members_of[index]
-            moved = torch.addcmul(self.base[run], self.z[:, run].unsqueeze(1).to(self.base.dtype), self.scales.unsqueeze(2))
-            parts = moved.flatten(0, 1).to(self.dtype).split([c.numel for c in members], dim=1)
-            values = self._runs[index] = {c.name: part for c, part in zip(members, parts, strict=True)}
-        return values[name]
+        return (self._evaluate(index) if values is None else values)[name]
+
+    @tagged("directions")
+    def _evaluate(self, index: int) -> dict[str, Tensor]:
+        """The values of a run, by member."""
+        if len(self._runs) >= self.CACHED:
+            del self._runs[next(iter(self._runs))]
+        run, members = self.flat_buffer.runs[index], self.flat_buffer.members_of[index]
+        moved = torch.addcmul(self.base[run], self.z[:, run].unsqueeze(1).to(self.base.dtype), self.scales.unsqueeze(2))
+        parts = moved.flatten(0, 1).to(self.dtype).split([c.numel for c in members], dim=1)
+        self._runs[index] = {c.name: part for c, part in zip(members, parts, strict=True)}
+        return self._runs[index]

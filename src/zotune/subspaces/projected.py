@@ -59,15 +59,7 @@ class TwoSidedCoordinate(LowRankCoordinate):
 
 @dataclass(frozen=True)
 class TwoSided(LowRank):
-    """Matrices are trained as W + σ P S Qᵀ with orthonormal P and Q and σ = √(mn) / r; everything else in full space.
-
-    Args:
-        rank: r.
-        interval: steps between two redraws of P and Q.
-
-    Raises:
-        ValueError: either is below 1.
-    """
+    """``LowRank`` with W + σ P S Qᵀ: orthonormal P and Q, redrawn every ``interval`` steps, and σ = √(mn) / r."""
 
     kind = TwoSidedCoordinate
 
@@ -98,15 +90,7 @@ class LeftCoordinate(LowRankCoordinate):
 
 @dataclass(frozen=True)
 class Left(LowRank):
-    """Matrices are trained as W + P u with orthonormal P (m, r); everything else in full space.
-
-    Args:
-        rank: r.
-        interval: steps between two redraws of P.
-
-    Raises:
-        ValueError: either is below 1.
-    """
+    """``LowRank`` with W + P u: orthonormal P (m, r), redrawn every ``interval`` steps."""
 
     kind = LeftCoordinate
 
@@ -142,14 +126,7 @@ class RankOnesCoordinate(LowRankCoordinate):
 
 @dataclass(frozen=True)
 class RankOnes(LowRank):
-    """Matrices are trained as W + U diag(τ) Vᵀ with U and V drawn once; everything else in full space.
-
-    Args:
-        rank: number r of rank-one matrices.
-
-    Raises:
-        ValueError: it is below 1.
-    """
+    """``LowRank`` with W + U diag(τ) Vᵀ: ``rank`` rank-one matrices, drawn once."""
 
     rank: int = 64
     interval: int = 1  # not used: nothing is redrawn

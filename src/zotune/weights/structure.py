@@ -34,7 +34,7 @@ def module_mode(model: nn.Module, training: bool | None = None) -> Iterator[None
     """All modules in training mode (True), in evaluation mode (False), or as they are (None); afterwards each has its earlier flag."""
     flags = [(module, module.training) for module in every_module(model)]
     if training is not None:
-        _set_flags((module, training) for module, _ in flags)
+        _set_flags([(module, training) for module, _ in flags])
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from zotune.rng import directions as directions_room
 from zotune.rng.directions import CPU_BLOCK, Directions, Key, for_blocks, uniform_integers
 from zotune.subspaces import Full
 from zotune.subspaces.coordinate import Offset
-from zotune.subspaces.flat_buffer import draw_together
+from zotune.subspaces.flat_buffer import build_flat_buffers
 
 KEY = Key(seed=7, step=3, direction=1, name="model.layers.0.weight")
 LARGE = (3, CPU_BLOCK + 5)
@@ -148,7 +148,7 @@ def test_a_coordinate_has_the_same_directions_with_neighbors_and_without(kind, k
     shapes = {"a": (30,), "b": (7, 3), "c": (100, 20), "large": (100, 100, 1)}
     alone = [Full().coordinate(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
     beside = [Full().coordinate(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
-    draw_together(beside)
+    build_flat_buffers(beside)
     weights = [0.1 * (i + 1) for i in range(k)]
     for direction in range(k):
         for a, b in zip(alone, beside, strict=True):
@@ -165,7 +165,7 @@ def test_the_update_does_not_draw_all_parameters_for_each(monkeypatch):
     inner = Directions.draw_together
     monkeypatch.setattr(Directions, "draw_together", lambda *args: calls.append(1) or inner(*args))
     coordinates = [Full().coordinate(str(i), nn.Parameter(torch.ones(30))) for i in range(50)]
-    draw_together(coordinates)
+    build_flat_buffers(coordinates)
     directions = Directions("gaussian")
     for direction in range(40):
         for coordinate in coordinates:

@@ -375,7 +375,7 @@ def test_a_cap_leaves_a_step_what_the_estimate_says():
     least = int((base[1] + written.step + 2 * 2 * base[2]) / (1 - budget.ROUNDING)) + 2
     found = budget.plan_offload(model, least, torch.device("cpu"), taken=lambda device: 0, needs=written)
     assert (found.resident, found.prefetch, found.step) == (0, 1, written.step) and found.total <= least
-    with pytest.raises(ValueError, match="a step's computing"):
+    with pytest.raises(ValueError, match=r", a step [0-9]"):
         budget.plan_offload(model, least - 64, torch.device("cpu"), taken=lambda device: 0, needs=written)
 
 
@@ -440,7 +440,7 @@ def test_the_command_line_trains_from_disk_as_from_memory(tmp_path, capsys, monk
     assert_equal(found, expected)
     for wrong, said in (
         (["--max_memory", "1GiB"], "--offload"),
-        (["--offload", "cpu", "--use_cpu"], "for a model that computes on a GPU"),
+        (["--offload", "cpu", "--use_cpu"], "--offload cpu needs a GPU"),
         (["--offload", "disk", "--method", "fo-sgd"], "backward"),
         (["--quantize", "int8", "--load_best_model_at_end", "--save_only_model", "--eval_steps", "2"], "of its checkpoints: leave"),
     ):

@@ -6,12 +6,13 @@ safetensors shards, written ones from an unlinked scratch file, which vanishes w
 
 from __future__ import annotations
 
+import abc
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class Layout:
         ]
 
 
-class Store(Protocol):
+class Store(abc.ABC):
     """Stores blocks, by number.
 
     Attributes:
@@ -80,25 +81,28 @@ class Store(Protocol):
         lossy: whether the stored dtypes have fewer bits than the tensors'.
     """
 
-    layouts: list[Layout]
-    lossy: bool
+    lossy = False
 
+    def __init__(self) -> None:
+        self.layouts: list[Layout] = []
+
+    @abc.abstractmethod
     def load(self, block: int, buffer: Tensor) -> None:
         """Load a block into a buffer; returns when complete."""
-        ...
 
+    @abc.abstractmethod
     def save(self, block: int, buffer: Tensor) -> None:
         """Replace the block by a buffer's contents."""
-        ...
 
+    @abc.abstractmethod
     def size(self, block: int) -> int:
         """Bytes transferred for a block."""
-        ...
 
+    @abc.abstractmethod
     def close(self) -> None: ...
 
 
-class HostStore:
+class HostStore(Store):
     """Blocks in host memory, pinned where they go to an accelerator, each in one piece.
 
     Args:
@@ -110,9 +114,10 @@ class HostStore:
     def __init__(
         self, blocks: Sequence[Sequence[tuple[TensorSpec, Tensor]]], device: torch.device, dtype: torch.dtype | None = None
     ) -> None:
+        super().__init__()
         self._pinned = device.type == "cuda"
-        self.lossy = False
-        self.layouts, self._stored, self._memory = [], [], []
+        self._stored: list[Layout] = []
+        self._memory: list[Tensor] = []
         for block in blocks:
             specs = [spec for spec, _ in block]
             kept = [spec._replace(dtype=dtype) if dtype is not None and spec.dtype.is_floating_point else spec for spec in specs]
@@ -165,7 +170,7 @@ class _OnDisk:
     scratch_offset: int | None = None  # in the scratch file, once written
 
 
-class DiskStore:
+class DiskStore(Store):
     """Blocks in safetensors shards, and in a scratch file where they have changed.
 
     Args:
@@ -178,8 +183,8 @@ class DiskStore:
     def __init__(
         self, blocks: Sequence[Sequence[TensorSpec]], where: Mapping[str, FileSpan], device: torch.device, scratch: str | Path | None = None
     ) -> None:
-        self.lossy = False
-        self.layouts, self._blocks = [], []
+        super().__init__()
+        self._blocks: list[_OnDisk] = []
         self._device, self._folder = device, scratch
         self._files = DirectFiles()
         self._staging: Tensor | None = None
