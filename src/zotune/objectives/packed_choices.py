@@ -32,7 +32,7 @@ _MASKS = {"sdpa": True, "eager": False}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
 #: Whether a model's first batch agreed, by model.
-_agrees: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+packing_agrees: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def is_packed(batch: Batch) -> bool:
@@ -51,7 +51,7 @@ def option_logprobs(model: nn.Module, batch: Batch) -> Tensor:
     """
     if batch["positions"].shape[1] == 1:
         return _as_one_text(model, batch)  # options of one token: the row is the prompt alone
-    agrees = _agrees.get(model)
+    agrees = packing_agrees.get(model)
     if agrees is False or not _may_pack(model, batch["input_ids"].shape[1]):
         return _separate(model, batch, 0, batch["targets"].shape[1])
     return _packed(model, batch) if agrees else _compared(model, batch)
@@ -133,12 +133,12 @@ def _compared(model: nn.Module, batch: Batch) -> Tensor:
         _give_up(model, f"a token's log-probability differs by {difference.max():.3g} from that in a row of its own")
         return separate
     if bool((batch["segments"] > 1).any()):  # else no option followed another: nothing was compared
-        _agrees[model] = True
+        packing_agrees[model] = True
     return packed
 
 
 def _give_up(model: nn.Module, reason: str) -> None:
-    _agrees[model] = False
+    packing_agrees[model] = False
     warnings.warn(
         f"the answer options of {type(model).__name__} cannot share their prompt: {reason}. Scoring one row an option instead: results "
         "are right, steps are slower; ChoicesCollator(shared_prompt=False) avoids this warning.",

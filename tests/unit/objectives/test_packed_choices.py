@@ -56,7 +56,7 @@ def test_scores_are_those_of_a_row_an_option(name, attention):
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
         normal, other = (choice_scores(model, collate(rows), length_normalize=True) for collate in (packed, apart))
         torch.testing.assert_close(normal, other, rtol=1e-4, atol=1e-4)
-    assert packed_choices._agrees[model]
+    assert packed_choices.packing_agrees[model]
     assert tokens_seen(model, packed(rows)) == [(3, 16)]  # the second: 11 of the prompt, 1 + 4 of the options
 
 
@@ -70,7 +70,7 @@ def test_in_half_precision_the_scores_agree_as_far_as_it_goes(name, dtype):
         parameter.mul_(0.4 if parameter.dim() > 1 else 1)
     rows = examples(*UNEVEN)
     torch.testing.assert_close(choice_scores(model, packed(rows)), choice_scores(model, apart(rows)), rtol=2e-2, atol=2e-2)
-    assert packed_choices._agrees[model]
+    assert packed_choices.packing_agrees[model]
 
 
 @pytest.mark.parametrize("per", [{}, {"num_directions": 3}, {"directions_per": "example"}, {"directions_per": "group", "group_size": 2}])
@@ -174,14 +174,14 @@ def test_nothing_is_concluded_from_dropout_from_losses_that_are_not_finite_or_wh
     rows = examples(*UNEVEN)
     model = toys.transformer("opt").train()
     choice_scores(model, packed(rows))
-    assert model not in packed_choices._agrees
+    assert model not in packed_choices.packing_agrees
     model = toys.transformer("opt").eval()
     model.lm_head.weight.fill_(float("inf"))
     assert not choice_scores(model, packed(rows))[0].isfinite().any()
-    assert model not in packed_choices._agrees
+    assert model not in packed_choices.packing_agrees
     model, rows = toys.transformer("opt").eval(), examples((6, [3, 1]), (8, [2, 1]))
     torch.testing.assert_close(choice_scores(model, packed(rows)), choice_scores(model, apart(rows)), rtol=1e-4, atol=1e-4)
-    assert model not in packed_choices._agrees
+    assert model not in packed_choices.packing_agrees
 
 
 @torch.no_grad()

@@ -312,7 +312,7 @@ def test_looking_at_examples_is_counted_and_writes_nothing():
 def test_a_trainer_gives_examples_of_its_own_data_the_same_whenever_asked(tmp_path):
     made = ZOTrainer(model=tiny_llama(), args=config(tmp_path, method="lozo-g"), train_dataset=ROWS, data_collator=collate_completions)
     state = torch.get_rng_state()
-    first, again, other = made._examples(15, 40), made._examples(15, 40), made._examples(45, 40)
+    first, again, other = made._sample_batches(15, 40), made._sample_batches(15, 40), made._sample_batches(45, 40)
     assert torch.equal(torch.get_rng_state(), state)
     ids = [torch.cat([one["input_ids"] for one in found]) for found in (first, again, other)]
     assert ids[0].shape[0] == 40 and torch.equal(ids[0], ids[1]) and not torch.equal(ids[0], ids[2])
