@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,12 +143,14 @@ def parsed(content: Any, title: str = "grid") -> Grid:
     models = _axis(content["models"], "models", "model")
     tasks = _axis(content["tasks"], "tasks", "task")
     schemes = _axis(content.get("schemes", ["full"]), "schemes", "scheme")
-    labels = {"models": _labels(models), "tasks": _labels(tasks), "schemes": _labels(schemes)}
+    axes = {"models": models, "tasks": tasks, "schemes": schemes}
+    labels = {axis: [entry.label for entry in entries] for axis, entries in axes.items()}
     methods = tuple(_method(each, f"methods[{index}]", labels) for index, each in enumerate(_list(content["methods"], "methods")))
     _check_labels_differ(methods, labels)
     seeds = _seeds(content.get("seeds", [0]), "seeds")
     tune_seeds = _seeds(content.get("tune_seeds", list(seeds[:1])), "tune_seeds")
-    grid = Grid(
+    published = _list(content.get("published", []), "published")
+    return Grid(
         title=_text(content.get("title", title), "title"),
         about=_text(content.get("about", ""), "about"),
         models=models,
@@ -160,11 +161,8 @@ def parsed(content: Any, title: str = "grid") -> Grid:
         tune_seeds=tune_seeds,
         budget=_budget(content["budget"], "budget"),
         options=_options(content.get("options"), "options"),
+        published=tuple(_published(each, f"published[{index}]", labels) for index, each in enumerate(published)),
     )
-    published = tuple(
-        _published(each, f"published[{index}]", grid) for index, each in enumerate(_list(content.get("published", []), "published"))
-    )
-    return dataclasses.replace(grid, published=published)
 
 
 _WANTED = {
@@ -173,9 +171,6 @@ _WANTED = {
     "methods": "a list of methods (`zotune methods` lists them)",
     "budget": "one of steps, forward_passes, sequences, such as `budget: {steps: 20000}`",
 }
-
-
-# -- the axes -----------------------------------------------------------------------------------------------------------------------
 
 
 def _axis(value: Any, where: str, kind: str) -> tuple[Entry, ...]:
@@ -244,9 +239,6 @@ def _check_labels_differ(methods: Sequence[MethodEntry], labels: Mapping[str, Se
         seen |= places
 
 
-# -- pieces -------------------------------------------------------------------------------------------------------------------------
-
-
 def _options(value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}
@@ -280,12 +272,12 @@ def _seeds(value: Any, where: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _published(value: Any, where: str, grid: Grid) -> Published:
+def _published(value: Any, where: str, labels: Mapping[str, Sequence[str]]) -> Published:
     value = _mapping(value, where, _PUBLISHED_KEYS)
     source = _text(value.get("source"), f"{where}.source")
     what = _known(value.get("what", "score"), ("score", "memory"), f"{where}.what")
-    model = _the_one(value, "model", _labels(grid.models), where)
-    tasks, schemes = _labels(grid.tasks), _labels(grid.schemes)
+    models, tasks, schemes = (labels[axis] for axis in ("models", "tasks", "schemes"))
+    model = _the_one(value, "model", models, where)
     columns = [_text(each, f"{where}.columns") for each in _list(value.get("columns", []), f"{where}.columns")]
     over_schemes = bool(columns) and columns[0] in schemes and columns[0] not in tasks
     for each in columns:
@@ -350,7 +342,3 @@ def _known(value: Any, known: Sequence[str], where: str) -> str:
 
 def _twice(values: Sequence[Any]) -> Any | None:
     return next((each for index, each in enumerate(values) if each in values[:index]), None)
-
-
-def _labels(entries: Sequence[Entry]) -> list[str]:
-    return [entry.label for entry in entries]

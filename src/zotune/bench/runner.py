@@ -119,7 +119,7 @@ class Runner:
             if run_folder.holds_run(place):
                 command += ["--overwrite_output_dir"]
         slot = min(set(range(self.processes)) - {slot for _, slot in self._running.values()})
-        job = Job(command, str(Path.cwd()), str(place), self.threads, _environment(slot), self.observer)
+        job = Job(command, str(Path.cwd()), str(place), self.threads, environment(slot), self.observer)
         process = context.Process(target=work, args=(job,))
         process.start()
         self._running[run] = process, slot
@@ -132,19 +132,12 @@ class Runner:
         self.progress.ended(run, self.results.collect(run, code))
 
 
-def _devices() -> list[str]:
-    """The GPUs for the runs, as in CUDA_VISIBLE_DEVICES."""
+def environment(slot: int) -> dict[str, str]:
+    """Variables that give the run in a slot one of several GPUs, of those that CUDA_VISIBLE_DEVICES names if it is set."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name.strip()]
-    return [str(index) for index in range(torch.cuda.device_count())]
-
-
-def _environment(slot: int) -> dict[str, str]:
-    """Of several GPUs, a run sees one, by its slot."""
-    known = _devices()
+    known = list(map(str, range(torch.cuda.device_count()))) if named is None else [name for name in named.split(",") if name.strip()]
     return {"CUDA_VISIBLE_DEVICES": known[slot % len(known)]} if len(known) > 1 else {}
 
 

@@ -24,17 +24,9 @@ def methods(argv: Sequence[str]) -> int:
     rows = []
     for each in registry.names():
         method = registry.get(each)
-        rows.append(
-            (
-                each + (" *" if each == chosen else ""),
-                method.title,
-                method.arxiv,
-                method.forwards_text,
-                method.extra_memory,
-                f"{method.lr:g}",
-                f"{method.eps:g}",
-            )
-        )
+        name = each + (" *" if each == chosen else "")
+        rates = (f"{method.lr:g}", f"{method.eps:g}")
+        rows.append((name, method.title, method.arxiv, method.forwards_text, method.extra_memory, *rates))
     print(wide_table(("name", "title", "arXiv", "forwards per step", "extra memory", "lr", "eps"), rows))
     print("* the default of `zotune train`. W: the trained weights; r: rank; m, n: sides of a matrix.\n")
     print("Baselines, on the same data and in the same report (a backward pass counts as two forwards, states are float32):")
@@ -92,15 +84,9 @@ def tasks(argv: Sequence[str]) -> int:
     rows = []
     for each in registry.names():
         task = registry.load(each)
-        rows.append(
-            (
-                each,
-                task.title,
-                "generated" if task.generation else "the row's" if task.candidates else str(len(task.options)),
-                ", ".join(name + (" *" if name == task.template else "") for name in task.templates),
-                ", ".join(task.metrics),
-            )
-        )
+        options = "generated" if task.generation else "the row's" if task.candidates else str(len(task.options))
+        templates = ", ".join(name + (" *" if name == task.template else "") for name in task.templates)
+        rows.append((each, task.title, options, templates, ", ".join(task.metrics)))
     print(wide_table(("name", "title", "options", "templates", "metrics"), rows))
     print("* the default template. `zotune tasks NAME` shows prompts, answer options and columns.")
     return 0

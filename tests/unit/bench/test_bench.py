@@ -159,9 +159,9 @@ def test_the_best_cell_is_chosen_by_held_out_examples_and_only_it_runs_under_all
 
 def test_several_gpus_are_dealt_out_to_the_runs(monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert [runner._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "7", "4"]
+    assert [runner.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "7", "4"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
-    assert runner._environment(1) == {}
+    assert runner.environment(1) == {}
 
 
 # -- the report's parts ---------------------------------------------------------------------------------------------------------------
