@@ -7,7 +7,7 @@ import torch
 
 import zotune.forward.materialized
 from zotune.kernels import layer_norm_kernels, low_rank_kernels, perturb_kernels
-from zotune.rng.device_keys import Keys
+from zotune.rng.device_keys import DeviceKeys
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Full
 from zotune.subspaces.coordinate import Offset
@@ -54,10 +54,10 @@ def check(device: torch.device) -> None:
     # numbers do not depend on how many words a program makes
     small = torch.empty(5000, device=device)
     kernel.perturb(Directions("gaussian"), KEY, 1.0, torch.zeros(5000, device=device), None, small)
-    tile, kernel._TILE = kernel._TILE, 512
+    tile, kernel.TILE = kernel.TILE, 512
     smaller = torch.empty(5000, device=device)
     kernel.perturb(Directions("gaussian"), KEY, 1.0, torch.zeros(5000, device=device), None, smaller)
-    kernel._TILE = tile
+    kernel.TILE = tile
     assert torch.equal(small, smaller)
     # coordinates take the kernel where it fits
     for dtype in (torch.float32, torch.bfloat16):
@@ -77,7 +77,7 @@ def check_rows_and_fleets(directions: Directions, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(5)
     weights = [torch.randn(*shape, generator=generator).to(device) for shape in ((70, 90), (3, 700), (130, 66))]
     rows = torch.tensor([2, 0, 2, 1], device=device)
-    keys = Keys(directions, KEY.seed, 0, device)
+    keys = DeviceKeys(directions, KEY.seed, 0, device)
     for dtype in (torch.float32, torch.bfloat16):
         pairs = [(w, None) if dtype == w.dtype else split(w, dtype) for w in weights]
         kernel = perturb_kernels(*pairs[0])
@@ -88,7 +88,7 @@ def check_rows_and_fleets(directions: Directions, device: torch.device) -> None:
             expected = (value + directions.draw(key, w.shape, device) * 1e-3).to(dtype)
             found = kernel.perturb_rows(directions, key, 1e-3, w, residual, rows)
             assert torch.equal(found, expected[rows])
-            keys.renew(KEY.seed, KEY.step)
+            keys.advance(KEY.seed, KEY.step)
             assert torch.equal(kernel.perturb_rows(directions, key, 1e-3, w, residual, rows, source), found)
             flat = None if residual is None else residual.view(-1)
             kernel.perturb_pair(
@@ -96,7 +96,7 @@ def check_rows_and_fleets(directions: Directions, device: torch.device) -> None:
             )
             assert torch.equal(both[0], expected)
         residuals = None if pairs[0][1] is None else [residual.view(-1) for _, residual in pairs]
-        many = kernel.Many([w.view(-1) for w, _ in pairs], residuals)
+        many = kernel.MultiTensorUpdate([w.view(-1) for w, _ in pairs], residuals)
         many.update(directions, KEY.seed, KEY.step, KEY.direction, "abc", -1e-5, 0.9)
         for name, (w, residual), value in zip("abc", pairs, values, strict=True):
             moved = value * 0.9 + directions.draw(KEY._replace(name=name), w.shape, device) * -1e-5
@@ -112,7 +112,7 @@ def check_products(device: torch.device) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             stored, exact = w.to(dtype), w.to(dtype) + left @ right.T
             kernel = low_rank_kernels(stored, rank)
-            found = kernel.plus(stored, None, left, right)
+            found = kernel.add_low_rank(stored, None, left, right)
             assert found.dtype == dtype and torch.allclose(
                 found.float(), exact.to(dtype).float(), rtol=1e-2 if dtype != w.dtype else 1e-5, atol=1e-5
             )
@@ -148,7 +148,7 @@ def check_norms(device: torch.device) -> None:
 
 
 def check_layers(device: torch.device) -> None:
-    """A layer that sees many tokens forms its weight, whichever way the points are evaluated, and one that sees few goes beside."""
+    """A layer materializes its weight for many tokens, batched or sequential, and uses the hook for few."""
     x = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(2)).to(device)
     for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
         with torch.random.fork_rng(), torch.device(device):
@@ -163,7 +163,7 @@ def check_layers(device: torch.device) -> None:
                 for _ in range(3):
                     optimizer.step(lambda rows, twin=twin: twin(rows).float().square().mean(dim=(1, 2)), x.to(dtype))
                 low_rank = [c for group in optimizer.run.state.coordinates for c in group if len(c.shape) == 2]
-                assert all(zotune.forward.materialized.forms(c, 80) == (passes == 1.5) for c in low_rank)
+                assert all(zotune.forward.materialized.should_materialize(c, 80) == (passes == 1.5) for c in low_rank)
                 found[passes, forward_batching] = optimizer.last_report.coefficients
         expected = found[math.inf, "sequential"]
         for way, coefficients in found.items():

@@ -1,11 +1,11 @@
-"""BatchedParameter parameters: what a module is lent in a batched evaluation, where every block of rows has weights of its own.
+"""Batched parameters: what modules read in a batched evaluation, where every block of rows has its own weights.
 
-A :class:`BatchedParameter` is a tensor with the parameter's shape and dtype that knows its coordinate. torch hands every function it is used in
-to ``__torch_function__`` here, which finds in :data:`FUNCTIONS` what computes that function with W as it is stored, once for all rows,
-plus what each block adds. The layer types enter their functions there (``forward.layers``, one file each).
+A :class:`BatchedParameter` is a tensor with the parameter's shape and dtype and a reference to its coordinate. torch passes every function
+that uses one to ``__torch_function__``. It looks up the batched form of that function in :data:`FUNCTIONS`, where the layer types register
+theirs (``forward.layers``). A function without a batched form raises :class:`~zotune.errors.NotBatchableError`, so no function computes
+with unperturbed weights unnoticed.
 
-Whatever else is done with one raises :class:`~zotune.errors.NotBatchableError`: no function silently sees unperturbed weights.
-Shapes: B = G · S blocks of q rows (of tokens, after flattening); x (B·q, n), V (n, r), U (G, m, r).
+Shapes: B = G · S blocks of q rows (tokens, after flattening); x (B·q, n), V (n, r), U (G, m, r).
 """
 
 from __future__ import annotations
@@ -24,45 +24,59 @@ from zotune.kernels import low_rank_kernels
 from zotune.subspaces import LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate, Offset
 
-#: What computes a torch function with batched parameters among its arguments, by the name under which ``__torch_function__`` gets it.
+#: Batched forms of torch functions, by the name of the function in ``__torch_function__``.
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {}
+#: Properties of the stored tensor.
+_METADATA = {
+    "__get__", "__len__", "dim", "size", "numel", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex",
+    "get_device",
+}  # fmt: skip
 
 
 class BatchedParameter(torch.Tensor):
-    """A parameter with a value a block; made by :func:`batched_parameter`."""
+    """A parameter with a value per block.
 
-    plain: Tensor
+    Attributes:
+        stored: the parameter.
+        context: of the evaluation.
+        converted: the values, if the model has converted them already.
+    """
+
+    stored: Tensor
     coordinate: Coordinate
     context: BatchContext
-    blockwise: Tensor | None
+    converted: Tensor | None
 
     @staticmethod
-    def of(plain: Tensor, coordinate: Coordinate, context: BatchContext, blockwise: Tensor | None = None) -> BatchedParameter:
-        stacked = make_subclass(BatchedParameter, plain)
-        stacked.plain, stacked.coordinate, stacked.context, stacked.blockwise = plain, coordinate, context, blockwise
-        return stacked
+    def of(stored: Tensor, coordinate: Coordinate, context: BatchContext, converted: Tensor | None = None) -> BatchedParameter:
+        parameter = make_subclass(BatchedParameter, stored)
+        parameter.stored, parameter.coordinate, parameter.context, parameter.converted = stored, coordinate, context, converted
+        return parameter  # type: ignore[no-any-return]
 
     @property
     def low_rank(self) -> LowRankCoordinate | None:
         return self.coordinate if isinstance(self.coordinate, LowRankCoordinate) else None
 
-    @tagged("directions")
-    def full(self) -> Tensor:
-        """The values of the blocks in the parameter's dtype, (B, *shape); for coordinates in full space."""
-        if self.blockwise is not None:
-            return self.blockwise
+    def block_values(self) -> Tensor:
+        """The value of every block in the parameter's dtype, (B, *shape); for full-space coordinates."""
+        if self.converted is not None:
+            return self.converted
         if not self.coordinate.thin:
-            if self.context.hold:
-                raise NotBatchableError(f"{self.coordinate.name} is read as a whole")
-            return torch.stack([self.coordinate.at(self.context.directions, offset) for offset in self.offsets()])
-        return self.context.values(self.coordinate, self.plain.dtype)
+            return self._materialized()
+        return self.context.values(self.coordinate, self.stored.dtype)
+
+    @tagged("directions")
+    def _materialized(self) -> Tensor:
+        if self.context.persistent:
+            raise NotBatchableError(f"{self.coordinate.name} is read as a whole")
+        return torch.stack([self.coordinate.at(self.context.directions, offset) for offset in self.offsets()])
 
     def offsets(self) -> list[Offset | None]:
-        """Where each block evaluates; None: at θ."""
-        stack, moves = self.context.stack, self.coordinate.moves
+        """The offset of each block; None: θ."""
+        layout, is_active = self.context.layout, self.coordinate.is_active
         return [
-            Offset(scale, stack.seed, stack.step, direction) if scale and moves(stack.step, direction) else None
-            for direction, scales in zip(stack.directions, stack.scales, strict=True)
+            Offset(scale, layout.seed, layout.step, direction) if scale and is_active(layout.step, direction) else None
+            for direction, scales in zip(layout.directions, layout.scales, strict=True)
             for scale in scales
         ]
 
@@ -74,7 +88,7 @@ class BatchedParameter(torch.Tensor):
             function = FUNCTIONS.get(name)
             if function is not None:
                 return function(*args, **kwargs)
-            if name == "__get__" or name in _QUESTIONS:  # dtype, device, shape...
+            if name in _METADATA:
                 found = func(*args, **kwargs)
                 if not isinstance(found, Tensor):
                     return found
@@ -82,23 +96,15 @@ class BatchedParameter(torch.Tensor):
         raise NotBatchableError(f"the model uses {names[0] if names else 'a parameter'} in {name!r}, which has no batched form")
 
 
-_QUESTIONS = {"dim", "size", "numel", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex", "get_device", "__len__"}
+def batched_parameter(coordinate: Coordinate, context: BatchContext) -> Tensor:
+    """The batched parameter of a coordinate; the same object for every module that reads it."""
+    parameter = context.parameters.get(coordinate.name)
+    if parameter is None:
+        parameter = context.parameters[coordinate.name] = BatchedParameter.of(coordinate.parameter, coordinate, context)
+    return parameter
 
 
-def batched_parameter(coordinate: Coordinate, context: BatchContext) -> BatchedParameter:
-    """The coordinate's parameter at the stack's points; the same one for every module that reads it."""
-    stacked = context.lent.get(coordinate.name)
-    if stacked is None:
-        stacked = context.lent[coordinate.name] = BatchedParameter.of(coordinate.parameter, coordinate, context)
-    return stacked  # type: ignore[return-value]
-
-
-# -- for the functions of layer types -----------------------------------------------------------------------------------------------------
-
-
-def stored(tensor: Tensor | None) -> Tensor | None:
-    """A parameter as it is stored, batched or not."""
-    return tensor.plain if isinstance(tensor, BatchedParameter) else tensor
+# -- for the batched functions of layer types ---------------------------------------------------------------------------------------------
 
 
 def context_of(*tensors: Any) -> BatchContext:
@@ -113,58 +119,57 @@ def context_of(*tensors: Any) -> BatchContext:
     raise NotBatchableError("a layer is called in a way that has no batched form")
 
 
-def require_batchable(x: Any, **options: Any) -> None:
-    """Raises NotBatchableError if a layer's input is a batched parameter itself, or an option is set that has no batched form."""
-    if isinstance(x, BatchedParameter) or any(options.values()):
+def require_batchable(x: Any, unsupported: bool = False) -> None:
+    """Raises NotBatchableError if a layer's input is a batched parameter itself, or the call uses an option without a batched form."""
+    if unsupported or isinstance(x, BatchedParameter):
         raise NotBatchableError("a layer is called in a way that has no batched form")
 
 
-@tagged("activations")
-def by_block(x: Tensor, context: BatchContext, size: int) -> Tensor:
-    """x (..., n) as (B, q, n), for a vector of ``size`` = n numbers.
-
-    Raises:
-        NotBatchableError: the sizes differ.
-    """
-    if x.shape[-1] != size:
-        raise NotBatchableError(f"a vector of {size} numbers meets rows of {x.shape[-1]}")
-    return context.spread(x, 1).reshape(context.blocks, -1, size)
+def vector_by_block(vector: Tensor | None) -> Tensor | None:
+    """A vector that is added to or multiplied with rows (B, q, n): (B, 1, n) if batched, else unchanged."""
+    return vector.block_values().unsqueeze(1) if isinstance(vector, BatchedParameter) else vector
 
 
 def low_rank_of(weight: BatchedParameter) -> LowRankCoordinate:
     """The low-rank coordinate of a weight that has one."""
-    coordinate = weight.low_rank
-    assert coordinate is not None
+    coordinate = weight.coordinate
+    assert isinstance(coordinate, LowRankCoordinate)
     return coordinate
 
 
-@tagged("activations")
-def low_rank_output(first: Tensor | None, x: Tensor, weight: BatchedParameter, *, fixed_first: bool) -> Tensor:
-    """What W's product is added to: the side path and the bias, (B, q, width), in as many passes over it as a bias takes alone.
+def low_rank_output(bias: Tensor | None, x: Tensor, weight: BatchedParameter, *, fixed_first: bool) -> Tensor:
+    """b + (x V)(A + s U_g)ᵀ, (B, q, width), to which W's product is then added; as many passes over the output as a bias alone.
 
-    The input meets the fixed factor first, whose product siblings share, or the moving factor of its block.
+    Args:
+        bias: (B, 1, width), (width,) or None.
+        x: (B · q, n).
+        fixed_first: the input meets the fixed factor first, whose product siblings share; otherwise the trained factor of its block.
     """
     coordinate, blocks = low_rank_of(weight), weight.context.blocks
-    moved = trained_factor(weight, x.dtype)
+    trained = trained_factor(weight, x.dtype)
     if fixed_first:
-        left, right = weight.context.thin(coordinate, x), moved.transpose(1, 2)
+        left, right = weight.context.project(coordinate, x), trained.transpose(1, 2)
     else:
         v = coordinate.v.T.to(x.dtype)
-        left, right = torch.bmm(x.reshape(blocks, -1, x.shape[-1]), moved), v.expand(blocks, *v.shape)
-    if first is None:
+        left, right = torch.bmm(x.reshape(blocks, -1, x.shape[-1]), trained), v.expand(blocks, *v.shape)
+    if bias is None:
         return torch.bmm(left, right)
     kernel = low_rank_kernels(left, left.shape[2])
     if kernel is not None:
-        return kernel.outer(first, left, right)
+        return kernel.outer(bias, left, right)  # type: ignore[no-any-return]
     if left.shape[2] == 1:
-        return torch.addcmul(first, left, right)  # several times faster than a batched product with nothing to sum over
-    return torch.baddbmm(first, left, right)
+        return torch.addcmul(bias, left, right)  # several times faster than a batched product of inner dimension 1
+    return torch.baddbmm(bias, left, right)
 
 
-@tagged("directions")
 def trained_factor(weight: BatchedParameter, dtype: torch.dtype) -> Tensor:
-    """The moving factor A + s U_g of every block, (B, rows of A, r)."""
+    """The trained factor A + s U_g of every block, (B, rows of A, r)."""
     coordinate = low_rank_of(weight)
     if type(coordinate).expand is LowRankCoordinate.expand:
         return weight.context.values(coordinate, dtype)
-    return coordinate.expand(weight.context.values(coordinate, torch.float32)).to(dtype)
+    return _expanded_factor(coordinate, weight.context, dtype)
+
+
+@tagged("directions")
+def _expanded_factor(coordinate: LowRankCoordinate, context: BatchContext, dtype: torch.dtype) -> Tensor:
+    return coordinate.expand(context.values(coordinate, torch.float32)).to(dtype)

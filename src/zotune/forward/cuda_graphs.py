@@ -1,14 +1,13 @@
-"""Batched evaluations recorded once as a CUDA graph and replayed: a forward without the host's work of launching it.
+"""CUDA graphs of batched evaluations, captured once and replayed: a forward without the host's launches.
 
-A forward of a transformer is some hundred launches, and what is evaluated low_rank_output it some hundred more. Where a batch is small the device
-waits for them. Recorded, all of it is one call. What changes from step to step is brought in from outside: the batch and the directions
-are copied to where the recording reads them; weights, low-rank factors and norms are read where they lie.
+A forward of a transformer takes hundreds of kernel launches, and a small batch leaves the device waiting for them. A captured graph is
+one launch. The batch and the directions of a step are copied to the addresses that the graph reads; weights, low-rank factors and norms are
+read in place.
 
-A recording repeats what the device did, not what Python did. So only loss functions that say so are recorded (``capturable = True``:
-tensors in, tensors out, nothing read back, nothing remembered), and only where no weight comes and goes. One that draws random numbers, or
-waits for the device, is evaluated as ever. Whether a batch is recorded depends on its shape alone, and every evaluation of it is then a
-replay, the first as well, so that a run that is resumed sees the same losses.
-"""
+A graph repeats the work of the device, not that of Python. So only loss functions with ``capturable = True`` are captured (tensors in,
+tensors out, no synchronization, no state), and only without offloaded weights. A loss that draws random numbers or synchronizes is
+evaluated directly. Whether a batch is captured depends on its shape alone, and every evaluation of it is then a replay, including the
+first, so that a resumed run gets the same losses."""
 
 from __future__ import annotations
 
@@ -20,133 +19,137 @@ import torch
 from torch import Tensor
 
 from zotune.errors import NotBatchableError
-from zotune.forward import batches
 from zotune.forward.batch_context import BatchContext
-from zotune.forward.batches import BatchLayout
+from zotune.forward.batches import BatchLayout, batch_rows, batch_tensors, take_rows
 from zotune.forward.model import PerturbedForward
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 
 CHOICES = ("auto", True, False)
-#: Floating-point operations of a forward above which launching it costs the device nothing: it is busy meanwhile.
+#: Floating-point operations of a forward from which launching it takes less time than the device's work.
 BUSY = 1e14
-#: Recordings kept, one a shape of batch.
-KEPT = 32
+#: Graphs kept, one per shape of batch.
+MAX_GRAPHS = 32
 
 
-class Recording:
-    """One evaluation: where it reads its batch and directions, and where it leaves its losses."""
+class CapturedForward:
+    """The graph of one evaluation, with the tensors it reads the batch and directions from and writes the losses to."""
 
     def __init__(
-        self, probe: PerturbedForward, loss_fn: Callable[..., Any], function: Callable[[Any], Tensor], rows: Any, stack: BatchLayout, pool: Any
+        self,
+        forward: PerturbedForward,
+        loss_fn: Callable[..., Any],
+        function: Callable[[Any], Tensor],
+        rows: Any,
+        layout: BatchLayout,
+        pool: Any,
     ) -> None:
-        self.loss_fn = loss_fn  # by whose identity a recording is found
-        self.rows = _twin(rows)
-        self.context = BatchContext(stack, probe.directions, probe.siblings, hold=True)
-        states = _states(probe.devices)
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):  # what is compiled, or made once, is not to be recorded
-            probe.evaluate_in(lambda: function(self.rows), self.context)
-        current.wait_stream(aside)
-        if any(not torch.equal(a, b) for a, b in zip(states, _states(probe.devices), strict=True)):
+        self.loss_fn = loss_fn  # graphs are found by its id, so it has to stay alive
+        count = batch_rows(rows)
+        self.rows = take_rows(rows, torch.arange(count), count)  # a copy
+        self.context = BatchContext(layout, forward.directions, forward.siblings, persistent=True)
+        states = _generator_states(forward.devices)
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # warm-up: compilation and caches are not captured
+            forward.evaluate_in(lambda: function(self.rows), self.context)
+        current.wait_stream(side)
+        if any(not torch.equal(a, b) for a, b in zip(states, _generator_states(forward.devices), strict=True)):
             raise NotBatchableError("the loss draws random numbers")
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.losses = probe.evaluate_in(lambda: function(self.rows), self.context)
+            self.losses = forward.evaluate_in(lambda: function(self.rows), self.context)
 
-    def replay(self, rows: Any, stack: BatchLayout) -> Tensor:
-        for held, new in zip(batches.batch_tensors(self.rows), batches.batch_tensors(rows), strict=True):
-            held.copy_(new)
-        self.context.renew(stack)
+    def replay(self, rows: Any, layout: BatchLayout) -> Tensor:
+        for captured, new in zip(batch_tensors(self.rows), batch_tensors(rows), strict=True):
+            captured.copy_(new)
+        self.context.advance(layout)
         self.graph.replay()
         return self.losses.clone()
 
 
 class CudaGraphs:
-    """The recordings of a run.
+    """The captured forwards of a run.
 
     Args:
-        probe: evaluates the model.
-        choice: True: every loss function; ``"auto"``: those that say ``capturable``, and small batches; False: none.
+        forward: evaluates the model.
+        choice: True: every loss function; ``"auto"``: those with ``capturable``, and small batches; False: none.
+
+    Attributes:
+        enabled: whether evaluations are captured, as far as is known.
+        captured: graphs captured so far.
+
+    Raises:
+        ValueError: another choice.
     """
 
-    def __init__(self, probe: PerturbedForward, choice: bool | str) -> None:
+    def __init__(self, forward: PerturbedForward, choice: bool | str) -> None:
         if choice not in CHOICES:
             raise ValueError(f"cuda_graphs must be True, False or 'auto', not {choice!r}.")
-        self.probe, self.choice = probe, choice
-        possible = [device.type for device in probe.devices] == ["cuda"] and not probe.sharded and not probe.streams
-        #: Whether evaluations are recorded, as far as is known.
-        self.enabled = bool(choice) and possible and _recordable(probe)
-        self._stay = [*probe.model.parameters(), *probe.model.buffers()]
-        self._low_rank = [c for c in probe.coordinates if isinstance(c, LowRankCoordinate)]
-        self._weights = sum(parameter.numel() for parameter in probe.model.parameters())
-        self._kept: OrderedDict[Any, Recording] = OrderedDict()
+        self.forward, self.choice = forward, choice
+        possible = [device.type for device in forward.devices] == ["cuda"] and not forward.sharded and not forward.streams
+        self.enabled = bool(choice) and possible and _is_capturable(forward)
         self.captured = 0
-        self._places: list[int] = []
+        self._parameters = [*forward.model.parameters(), *forward.model.buffers()]
+        self._low_rank = [c for c in forward.coordinates if isinstance(c, LowRankCoordinate)]
+        self._numel = sum(parameter.numel() for parameter in forward.model.parameters())
+        self._graphs: OrderedDict[Any, CapturedForward] = OrderedDict()
+        self._addresses: list[int] = []
         self._pool: Any = None
 
-    def losses(self, loss_fn: Callable[..., Any], function: Callable[[Any], Tensor], rows: Any, stack: BatchLayout) -> Tensor | None:
-        """The losses of stacked rows, ``function(rows)`` of ``loss_fn``; None where they are not recorded."""
-        if not self.enabled or not self._takes(loss_fn, rows):
+    def losses(self, loss_fn: Callable[..., Any], function: Callable[[Any], Tensor], rows: Any, layout: BatchLayout) -> Tensor | None:
+        """The losses of the rows of a layout, ``function(rows)`` of ``loss_fn``; None where they are not captured."""
+        if not self.enabled or not self.captures(loss_fn, rows):
             return None
-        places = [tensor.data_ptr() for tensor in self._stay] + [c.v.data_ptr() for c in self._low_rank]
-        if places != self._places:
-            self._forget()
-            self._places = places
-        signature = id(loss_fn), _shape(rows), stack.directions, stack.scales, stack.rows
-        recording = self._kept.get(signature)
-        if recording is None:
-            while len(self._kept) >= KEPT:
-                self._kept.popitem(last=False)
+        addresses = [tensor.data_ptr() for tensor in self._parameters] + [c.v.data_ptr() for c in self._low_rank]
+        if addresses != self._addresses:
+            self._clear()
+            self._addresses = addresses
+        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in batch_tensors(rows))
+        signature = id(loss_fn), shapes, layout.directions, layout.scales, layout.rows
+        graph = self._graphs.get(signature)
+        if graph is None:
+            while len(self._graphs) >= MAX_GRAPHS:
+                self._graphs.popitem(last=False)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             try:
-                recording = self._kept[signature] = Recording(self.probe, loss_fn, function, rows, stack, self._pool)
-            except Exception:  # whatever a model does that cannot be recorded, it does again, where it is seen
+                graph = self._graphs[signature] = CapturedForward(self.forward, loss_fn, function, rows, layout, self._pool)
+            except Exception:  # an error that is not due to the capture is raised again by the direct evaluation
                 self.enabled = False
-                self._forget()
-                for device in self.probe.devices:  # one that breaks off leaves the generator as if it were being recorded
+                self._clear()
+                for device in self.forward.devices:  # an aborted capture leaves the generator in capture mode
                     generator = torch.cuda.default_generators[device.index or 0]
                     generator.graphsafe_set_state(generator.clone_state())
                 return None
             self.captured += 1
-        self._kept.move_to_end(signature)
-        return recording.replay(rows, stack)
+        self._graphs.move_to_end(signature)
+        return graph.replay(rows, layout)
 
-    def _forget(self) -> None:
-        self._kept.clear()
-        self._pool = None  # which goes with the last recording in it
-
-    def _takes(self, loss_fn: Callable[..., Any], rows: Any) -> bool:
-        if not (self.choice is True or getattr(loss_fn, "capturable", False)) or not _of_tensors(rows):
+    def captures(self, loss_fn: Callable[..., Any], rows: Any) -> bool:
+        """Whether losses of such rows are captured, where graphs are enabled."""
+        if not (self.choice is True or getattr(loss_fn, "capturable", False)) or not _is_tensors_only(rows):
             return False
-        tokens = max((tensor.numel() for tensor in batches.batch_tensors(rows)), default=0)
-        return self.choice is True or 2.0 * self._weights * tokens < BUSY
+        tokens = max((tensor.numel() for tensor in batch_tensors(rows)), default=0)
+        return self.choice is True or 2.0 * self._numel * tokens < BUSY
+
+    def _clear(self) -> None:
+        self._graphs.clear()
+        self._pool = None  # freed with its last graph
 
 
-def _recordable(probe: PerturbedForward) -> bool:
-    """Whether what moves is told of a step by directions and keys alone, which can be brought in from outside."""
-    known = all(type(c) in (FullCoordinate, LowRankCoordinate) and c.schedule is None for c in probe.coordinates)
-    return known and (probe.dense is None or (probe.directions.dense and probe.directions.kind != "sphere"))
+def _is_capturable(forward: PerturbedForward) -> bool:
+    """Whether a step's perturbation depends on directions and keys only, which can be copied into a graph's inputs."""
+    known = all(type(c) in (FullCoordinate, LowRankCoordinate) and c.schedule is None for c in forward.coordinates)
+    return known and (forward.dense is None or (forward.directions.dense and forward.directions.kind != "sphere"))
 
 
-def _states(devices: list[torch.device]) -> list[Tensor]:
+def _generator_states(devices: list[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
-def _of_tensors(batch: Any) -> bool:
-    """Whether there is nothing else in a batch than tensors of rows."""
+def _is_tensors_only(batch: Any) -> bool:
+    """Whether a batch holds nothing but tensors of rows."""
     if isinstance(batch, Tensor):
         return batch.dim() > 0
     parts = batch.values() if isinstance(batch, Mapping) else batch
-    return isinstance(batch, (Mapping, tuple, list)) and all(_of_tensors(part) for part in parts)
-
-
-def _twin(batch: Any) -> Any:
-    """A batch of the same things with tensors of its own."""
-    rows = batches.batch_rows(batch)
-    return batches.take_rows(batch, torch.arange(rows), rows)
-
-
-def _shape(batch: Any) -> tuple[Any, ...]:
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in batches.batch_tensors(batch))
+    return isinstance(batch, (Mapping, tuple, list)) and all(_is_tensors_only(part) for part in parts)

@@ -1,7 +1,7 @@
 """Forward-mode differentiation: a loss and its derivative along one direction, in one forward and without a graph.
 
-Every weight is lent as a dual number, W with the tangent Z; both travel through the model together, and nothing is kept for a way back. Z
-is made where a module asks for its weight, so the tangents of one module's weights are alive at a time, not those of the model.
+Every weight is overridden by a dual number, W with the tangent Z, and nothing is stored for a backward pass. Z is generated when a module
+reads its weight, so only the tangents of one module's weights are in memory at a time.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ def dual(coordinate: Coordinate, directions: Directions, offset: Offset) -> Tens
 
 
 class ForwardMode:
-    """Differentiates losses; remembers whether attention has to be computed step by step for that."""
+    """Differentiates losses; remembers whether attention needs the kernel-free implementation."""
 
     def __init__(self) -> None:
-        self.plain_attention = False
+        self.math_attention = False
 
     def derivative(self, function: Callable[[], Any], seeded: Callable[[], AbstractContextManager[None]]) -> tuple[Tensor, Tensor]:
         """(loss, derivative), shapes as ``function`` returns them.
 
         Args:
-            function: the loss of a model whose weights are lent as dual numbers.
-            seeded: a context in which torch's generators are at a fixed state.
+            function: the loss of a model whose weights are dual numbers.
+            seeded: a context with torch's generators in a fixed state.
 
         Raises:
-            ValueError: something has no forward derivative, or the loss was cut off from the weights.
+            ValueError: something has no forward derivative, or the loss was detached from the weights.
         """
         try:
             return self._once(function, seeded)
         except NotImplementedError as error:
             if "forward AD" not in str(error):
                 raise
-            if self.plain_attention or "scaled_dot_product" not in str(error):
+            if self.math_attention or "scaled_dot_product" not in str(error):
                 raise ValueError(
                     f"the model uses an operation without a forward derivative ({str(error).splitlines()[0]}); load it with "
                     "attn_implementation='eager', or use a method that needs losses only, such as mezo."
@@ -61,12 +61,12 @@ class ForwardMode:
             "same, and a forward takes more memory.",
             stacklevel=2,
         )
-        self.plain_attention = True
+        self.math_attention = True
         return self.derivative(function, seeded)
 
     @tagged("directions")
     def _once(self, function: Callable[[], Any], seeded: Callable[[], AbstractContextManager[None]]) -> tuple[Tensor, Tensor]:
-        attention = sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext()
+        attention = sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext()
         with attention, forward_ad.dual_level(), seeded():
             loss, tangent = forward_ad.unpack_dual(torch.as_tensor(function()))
             if tangent is None:

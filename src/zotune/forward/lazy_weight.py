@@ -1,17 +1,16 @@
-"""Weights that are perturbed a part at a time, inside the operation that uses them.
+"""Lazy weights: perturbed a part at a time, inside the function that uses them.
 
-Directions come from counters (``counter``), so any rows of a matrix can be drawn without the others, and the rows of W + A Vᵀ need those
-of W and A alone. What an ``nn.Embedding`` or a large
-``nn.Linear`` is lent is a tensor of the stored weight's shape that knows its coordinate; torch hands every function it is used in to
-``__torch_function__`` here:
+Directions are counter-based (``rng.counter``), so any rows of a matrix can be drawn alone, and rows of W + A Vᵀ need those of W and A only.
+A :class:`LazyWeight` has the stored weight's shape and a reference to its coordinate. torch passes every function that uses one to
+``__torch_function__``:
 
-- a lookup makes the rows of the ids it is given, bit for bit those of the whole perturbed table;
-- a linear layer makes a strip of rows, uses it, and makes the next in the same memory: a head over a large vocabulary costs a few
-  megabytes, not a copy of itself (in full space on a CPU only; an accelerator is fastest with one large product. Low rank goes this way
-  for once, to be compared with the side path, or seldom);
-- smaller linear layers in half precision on a CPU make their weights one after the other in the same memory: the C library hands
-  memory of such a size back to the system when it is let go, and asking for it anew costs a page fault every 4 KiB;
-- any other function (a lookup with ``max_norm``, a parent that reaches in) gets the whole perturbed weight.
+- a lookup generates the rows of its ids, bit for bit those of the whole perturbed table;
+- a large linear layer generates a strip of rows, multiplies, and generates the next in the same memory: a head over a large vocabulary
+  costs a few megabytes, not a copy of itself. In full space on a CPU only: an accelerator is fastest with one large product. Low-rank
+  weights go this way when they are compared with the hook, or rarely;
+- smaller linear layers in half precision on a CPU share one :class:`WeightBuffer`: the C library returns memory of that size to the system
+  when it is freed, and new memory costs a page fault every 4 KiB;
+- any other function (a lookup with ``max_norm``, a parent that reads the weight) gets the whole perturbed weight.
 """
 
 from __future__ import annotations
@@ -30,59 +29,62 @@ from zotune.rng.directions import Directions
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.subspaces.coordinate import Offset
 
-#: A linear layer with more weights than this is computed in strips of about so many.
+#: A linear layer with more than ``LARGE`` elements is computed in strips of about ``STRIP``.
 STRIP = 1 << 20
 LARGE = 1 << 22
-#: The strips of a low-rank one have about so many, on an accelerator and on a CPU: a product is all that a strip costs.
+#: Elements of a low-rank strip, on an accelerator and on a CPU: a strip costs only its product.
 LOW_RANK_STRIP = (1 << 22, 1 << 17)
-#: One with at most so many is formed in memory of its own, as one is that has more than this part of all numbers that move.
+#: The shared buffer takes weights of more elements than ``SMALL``, up to one ``PART``-th of all trained elements.
 SMALL = 1 << 18
 PART = 40
-#: What computes a torch function with an :class:`LazyWeight` among its arguments; layer types enter theirs.
+#: Lazy forms of torch functions; the layer types register theirs.
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
 
 
-class Room(threading.local):
-    """Where the linear layers of one evaluation make their weights, a thread's in one place; ``moving``: how many numbers move in all."""
+class WeightBuffer(threading.local):
+    """Memory shared by the weights of one evaluation's linear layers, one buffer per thread.
 
-    def __init__(self, moving: int) -> None:
-        self.most = min(LARGE, moving // PART)
+    Args:
+        trained: trained elements of the model.
+    """
+
+    def __init__(self, trained: int) -> None:
+        self.max_numel = min(LARGE, trained // PART)
         self.flat: Tensor | None = None
 
-    def takes(self, coordinate: FullCoordinate) -> bool:
-        """Whether it is worth it: float32 weights, whose forwards take twice as long, gained nothing that could be measured."""
-        fits = coordinate.half and SMALL < coordinate.numel <= self.most and coordinate.device.type == "cpu"
+    def accepts(self, coordinate: FullCoordinate) -> bool:
+        """Whether it pays off. It does not for float32 weights, whose forwards take twice as long."""
+        fits = coordinate.half and SMALL < coordinate.numel <= self.max_numel and coordinate.device.type == "cpu"
         return fits and not current().whole_weights
 
     @tagged("directions")
-    def of(self, numel: int, like: Tensor) -> Tensor:
-        """Memory for ``numel`` numbers, which whoever comes next is given again."""
+    def take(self, numel: int, like: Tensor) -> Tensor:
+        """The memory of ``numel`` elements; the next call returns the same memory."""
         if self.flat is None or self.flat.dtype != like.dtype or self.flat.numel() < numel:
-            self.flat = None  # before there is another
+            self.flat = None  # frees it before the next allocation
             self.flat = torch.empty(numel, dtype=like.dtype, device=like.device)
         return self.flat[:numel]
 
 
 def in_strips(coordinate: FullCoordinate) -> bool:
-    """Whether a linear layer makes its weight in strips."""
+    """Whether a linear layer generates its weight in strips."""
     return coordinate.numel > LARGE and coordinate.device.type == "cpu" and not current().whole_weights
 
 
 class LazyWeight(torch.Tensor):
-    """A weight at θ + offset, of which nothing is made before it is asked for."""
+    """A weight at θ + offset, generated when it is used."""
 
     coordinate: FullCoordinate | LowRankCoordinate
     directions: Directions
     offset: Offset
-    room: Room
+    buffer: WeightBuffer
 
     @staticmethod
-    def of(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, room: Room) -> LazyWeight:
-        unformed = make_subclass(LazyWeight, coordinate.parameter.detach())
-        unformed.coordinate, unformed.directions, unformed.offset, unformed.room = coordinate, directions, offset, room
-        return unformed
+    def of(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, buffer: WeightBuffer) -> LazyWeight:
+        lazy = make_subclass(LazyWeight, coordinate.parameter.detach())
+        lazy.coordinate, lazy.directions, lazy.offset, lazy.buffer = coordinate, directions, offset, buffer
+        return lazy  # type: ignore[no-any-return]
 
-    @tagged("directions")
     def whole(self) -> Tensor:
         return self.coordinate.at(self.directions, self.offset)
 
@@ -93,7 +95,7 @@ class LazyWeight(torch.Tensor):
             function = FUNCTIONS.get(func)
             if function is not None:
                 return function(*args, **kwargs)
-            if getattr(func, "__name__", "") == "__get__":  # dtype, device, shape: what is stored answers for it
+            if getattr(func, "__name__", "") == "__get__":  # dtype, device, shape: those of the stored weight
                 found = func(*args, **kwargs)
                 if not isinstance(found, Tensor):
                     return found
@@ -102,22 +104,21 @@ class LazyWeight(torch.Tensor):
 
 
 def whole(argument: Any) -> Any:
-    """An argument of a torch function with whole perturbed weights in place of lazy ones."""
+    """An argument of a torch function, with whole perturbed weights in place of lazy ones."""
     if isinstance(argument, (list, tuple)):
         return type(argument)(whole(a) for a in argument)
     return argument.whole() if isinstance(argument, LazyWeight) else argument
 
 
 @tagged("directions")
-def rows_looked_up(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, ids: Tensor) -> Tensor | None:
+def looked_up_rows(coordinate: FullCoordinate | LowRankCoordinate, directions: Directions, offset: Offset, ids: Tensor) -> Tensor | None:
     """(W + s Z)[ids] from the rows of these ids alone; None where that saves nothing."""
-    number = coordinate.parameter.shape[0]
-    if ids.device.type != "cpu":  # to count the different ones would mean waiting for the device
-        if 2 * ids.numel() >= number:
+    height = coordinate.parameter.shape[0]
+    if ids.device.type != "cpu":  # counting unique ids would wait for the device
+        if 2 * ids.numel() >= height:
             return None
-        rows: Tensor = coordinate.rows_at(directions, offset, ids.reshape(-1).long())
-        return rows.view(*ids.shape, -1)
-    rows, places = torch.unique(ids, return_inverse=True)
-    if 2 * rows.numel() >= number:
+        return coordinate.rows_at(directions, offset, ids.reshape(-1).long()).view(*ids.shape, -1)
+    unique, places = torch.unique(ids, return_inverse=True)
+    if 2 * unique.numel() >= height:
         return None
-    return F.embedding(places, coordinate.rows_at(directions, offset, rows.long()))
+    return F.embedding(places, coordinate.rows_at(directions, offset, unique.long()))

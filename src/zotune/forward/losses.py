@@ -1,4 +1,4 @@
-"""What loss functions return, as one tensor of losses."""
+"""The return values of loss functions, as one tensor of losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LossFunction = Callable[..., Any]
 
 
 def evaluation(loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[], Tensor]:
-    """A function without arguments that gives the losses of all micro-batches, float32, shape (n,)."""
+    """A function without arguments that returns the losses of all micro-batches, float32, (n,)."""
     if parts is None:
         return lambda: as_losses([loss_fn()])
     return lambda: as_losses([loss_fn(part) for part in parts])
@@ -27,7 +27,7 @@ def losses_of(loss_fn: LossFunction, rows: Any) -> Tensor:
 
 @tagged("activations")
 def as_losses(parts: list[Any]) -> Tensor:
-    """What a loss function returned for each micro-batch, as one float32 tensor of shape (n,).
+    """The return values of a loss function, one per micro-batch, as one float32 tensor, (n,).
 
     Raises:
         ValueError: one of them is neither a scalar nor one loss per example.
@@ -45,10 +45,10 @@ class Losses(NamedTuple):
     """Losses of a step's examples, points × examples.
 
     Attributes:
-        values: (P, N): by point of the estimator; with own directions by sign, an example once for each direction it has.
-        owners: with own directions the direction of each column, (N,).
+        values: (P, N), by point of the estimator. With directions per example or part: by sign, with a column per (example, direction).
+        owners: with directions per example or part, the direction of each column, (N,).
         num_directions: K.
-        evaluated: sequences that went through the model for them.
+        evaluated: sequences that the model evaluated for them.
     """
 
     values: Tensor

@@ -1,16 +1,15 @@
-"""The probe: evaluates a model at θ + offset without writing to any weight.
+"""The perturbed forward: evaluates a model at θ + offset without writing to any weight.
 
-Two ways to show a module a perturbed weight:
+A module sees a perturbed weight in one of two ways:
 
-- **lent parameters** (general, any module): for the length of an evaluation the module's parameter table is exchanged for one that
-  computes θ + offset at the moment somebody reads ``module.weight``, and nothing keeps it longer than that somebody does. It does not
-  matter whether the module reads it in its own forward or a parent reaches in (``nn.MultiheadAttention`` does).
-- **side paths** (``uses_hook``): low-rank coordinates of Linear, Conv1D and Embedding layers, no weight formed at all.
+- **overrides** (the general path, any module; ``overrides``): for the length of an evaluation the module's parameter table is replaced by
+  one that computes θ + offset when ``module.weight`` is read;
+- **low-rank hooks** (``low_rank_hook``): low-rank coordinates of Linear, Conv1D and Embedding layers, without a perturbed weight.
 
-Several points at once (``stacking``) are evaluated by context *stacked parameters*, for layers of any kind that have a batched form.
+Several points are evaluated at once (``batches``) by overriding with *batched parameters*, for layers with a batched form.
 
-Either way the stored tensors are only read: whatever is raised inside a forward, the model is bit for bit what it was, and the tables are
-back in place. :meth:`PerturbedForward.prepare` compares the two ways on real data once and distrusts side paths that disagree.
+Stored tensors are only read: whatever a forward raises, the model is unchanged bit for bit, and the tables are restored.
+:meth:`PerturbedForward.prepare` compares hooks and general path once on real data and disables hooks that disagree.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from zotune.forward.batch_context import BatchContext
 from zotune.forward.batched import batched_parameter
 from zotune.forward.batches import BatchLayout
 from zotune.forward.jvp import ForwardMode, dual
-from zotune.forward.lazy_weight import Room
+from zotune.forward.lazy_weight import WeightBuffer
 from zotune.forward.low_rank_hook import LowRankHook
-from zotune.forward.overrides import Makers, OverriddenParameters, Overrides
+from zotune.forward.overrides import Factories, OverriddenParameters, Overrides
 from zotune.forward.siblings import siblings_of
 from zotune.rng.counter import prefetch
 from zotune.rng.directions import Directions, Key
@@ -40,7 +39,6 @@ from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.flat_buffer import build_flat_buffers
 from zotune.subspaces.multi_tensor import build_multi_tensor_groups
 from zotune.weights import placement
-from zotune.weights.placement import is_sharded
 from zotune.weights.precision import HALF
 from zotune.weights.structure import module_mode
 
@@ -55,11 +53,17 @@ class PerturbedForward:
         coordinates: the coordinates of its trainable parameters (see ``subspaces``).
         directions: the distribution of Z.
 
+    Attributes:
+        devices: of the coordinates.
+        sharded: whether a parameter is split among processes, which then have to evaluate the same points together.
+        streams: whether a parameter is offloaded between forwards.
+        low_rank_hooks: the hooks on the model.
+
     Example:
         >>> from zotune.subspaces import Full
         >>> model = nn.Linear(3, 1)
-        >>> probe = PerturbedForward(model, [Full().coordinate(n, p) for n, p in model.named_parameters()], Directions("gaussian"))
-        >>> plus = probe.evaluate(lambda: model(torch.ones(1, 3)), Offset(1e-3, seed=0, step=0, direction=0))
+        >>> forward = PerturbedForward(model, [Full().coordinate(n, p) for n, p in model.named_parameters()], Directions("gaussian"))
+        >>> plus = forward.evaluate(lambda: model(torch.ones(1, 3)), Offset(1e-3, seed=0, step=0, direction=0))
     """
 
     def __init__(self, model: nn.Module, coordinates: Sequence[Coordinate], directions: Directions) -> None:
@@ -67,81 +71,63 @@ class PerturbedForward:
         self.directions = directions
         self.coordinates = list(coordinates)
         self._low_rank = [c for c in self.coordinates if isinstance(c, LowRankCoordinate)]
+        self._numel = sum(c.numel for c in self.coordinates)
         self._flat_buffers = build_flat_buffers(self.coordinates)
         build_multi_tensor_groups(self.coordinates, directions)
-        self._names = [c.name for c in self.coordinates]
         self.devices = sorted({c.device for c in self.coordinates}, key=str)
         self._overrides = Overrides(model, self.coordinates)
         self.siblings = siblings_of(model, {id(c.parameter): c for c in self.coordinates})
-        #: Whether a parameter, trained or not, is split among processes: all of them then have to evaluate the same points together.
-        self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
-        #: Whether a parameter is away between forwards (``residence``), so that every forward brings it in again.
+        self.sharded = any(placement.is_sharded(parameter) for parameter in model.parameters())
         self.streams = any(placement.offload_handle(parameter) is not None for parameter in model.parameters())
         self.forward_mode = ForwardMode()
         self.low_rank_hooks: list[LowRankHook] = []
-        self._attach_side_paths()
-        owned = Counter(id(c) for owner in self._overrides.owners for c in owner.parameters.values())
-        #: Names of weights that one layer alone reads, on a device where it may materialize them.
-        self._formable = {
-            c.name
-            for owner in self._overrides.owners
-            for c in owner.parameters.values()
-            if isinstance(c, LowRankCoordinate)
-            and owner.rule is not None
-            and owned[id(c)] == 1
-            and not self.sharded
-            and owner.rule.materializes(owner.module, c)
-        }
+        self._attach_hooks()
+        self._materializable = set() if self.sharded else self._find_materializable()
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------------
 
     def evaluate(self, function: Callable[[], T], offset: Offset | None, only: Collection[str] | None = None) -> T:
         """``function()`` with the model at θ + offset (None: at θ); no autograd graph, evaluation mode, generators isolated.
 
-        ``only`` moves no coordinates but the named ones.
+        ``only``: names of the coordinates that are perturbed; None: all.
         """
-        # Not inference_mode, though that takes a few percent less: what a model or a loss keeps from a forward (a table of positions, a
-        # running mean) has to stay an ordinary tensor, for a later backward pass or an update in place.
+        # Not inference_mode, which is a few percent faster: what a model or a loss keeps from a forward (a table of positions, a running
+        # mean) has to stay an ordinary tensor, for a later backward pass or an update in place.
         with torch.no_grad(), module_mode(self.model, training=False), self.at(offset, only=only):
             if offset is None:
                 return function()
-            with isolated_generators(Key(offset.seed, offset.step, 0, "", "loss"), self.devices):
+            with isolated_generators(_loss_key(offset), self.devices):
                 return function()
 
     def tangent(self, function: Callable[[], Any], offset: Offset) -> tuple[Tensor, Tensor]:
-        """The loss ``function()`` at θ and its derivative along the direction of ``offset``, in one forward; see ``forward_mode``.
+        """The loss ``function()`` at θ and its derivative along the direction of ``offset``, in one forward; see ``jvp``.
 
         Raises:
             ValueError: something between the weights and the loss has no forward derivative.
         """
-        makers = self._overrides.makers(dual, self.directions, offset)
-        key = Key(offset.seed, offset.step, 0, "", "loss")
-        with torch.no_grad(), module_mode(self.model, training=False), self._lent(makers):
-            return self.forward_mode.derivative(function, lambda: isolated_generators(key, self.devices))
+        factories = self._overrides.factories(dual, self.directions, offset)
+        with torch.no_grad(), module_mode(self.model, training=False), self._overrides.active(factories, self._reset_hooks):
+            return self.forward_mode.derivative(function, lambda: isolated_generators(_loss_key(offset), self.devices))
 
-    def evaluate_batched(self, function: Callable[[], T], stack: BatchLayout) -> T:
-        """``function()`` on stacked rows, each block of rows at its own point.
+    def evaluate_batched(self, function: Callable[[], T], layout: BatchLayout) -> T:
+        """``function()`` on the rows of ``layout``, each block of rows at its own point.
 
         Raises:
-            NotBatchableError: the model does something with a parameter that has no batched form.
+            NotBatchableError: the model uses a parameter in a function without a batched form.
         """
-        with isolated_generators(Key(stack.seed, stack.step, 0, "", "loss"), self.devices):
-            return self.evaluate_in(function, BatchContext(stack, self.directions, self.siblings))
+        with isolated_generators(_loss_key(layout), self.devices):
+            return self.evaluate_in(function, BatchContext(layout, self.directions, self.siblings))
 
     def evaluate_in(self, function: Callable[[], T], context: BatchContext) -> T:
-        """:meth:`evaluate_batched` with what is lent given, and the generators as they are."""
-        with torch.no_grad(), module_mode(self.model, training=False), self._stacked(context):
-            return function()
-
-    @contextmanager
-    def _stacked(self, context: BatchContext) -> Iterator[None]:
+        """:meth:`evaluate_batched` in a given context, without isolating generators."""
         try:
-            with self._lent(self._overrides.makers(batched_parameter, context)):
+            factories = self._overrides.factories(batched_parameter, context)
+            with torch.no_grad(), module_mode(self.model, training=False), self._overrides.active(factories, self._reset_hooks):
                 for coordinate in self._low_rank:
-                    coordinate.moved = None  # side paths keep out
-                yield
+                    coordinate.hook_core = None  # batched parameters include A
+                return function()
         finally:
-            context.end()
+            context.clear()
 
     @property
     def dense(self) -> Coordinate | None:
@@ -150,57 +136,66 @@ class PerturbedForward:
 
     @property
     def batches_dense(self) -> bool:
-        """Whether all points of one direction can be evaluated at once all the same: by a weight for each, formed layer by layer."""
+        """Whether all points of one direction can be evaluated at once all the same, by a perturbed weight for each."""
         return all(c.thin or (type(c) is FullCoordinate and len(c.shape) == 2) for c in self.coordinates)
 
     @contextmanager
-    def at(self, offset: Offset | None, *, low_rank_hooks: bool = True, only: Collection[str] | None = None) -> Iterator[list[OverriddenParameters]]:
-        """Show the model θ + offset for the length of a block.
+    def at(self, offset: Offset | None, *, hooks: bool = True, only: Collection[str] | None = None) -> Iterator[list[OverriddenParameters]]:
+        """For the length of a block, the model is at θ + offset.
 
-        ``low_rank_hooks=False`` takes the general way everywhere; ``only`` moves no coordinates but the named ones.
+        Args:
+            offset: None: θ.
+            hooks: False: the general path for all parameters.
+            only: names of the coordinates that are perturbed; None: all.
         """
-        makers: dict[int, Makers] = {}
-        room = Room(sum(coordinate.numel for coordinate in self.coordinates))
+        factories: dict[int, Factories] = {}
+        buffer = WeightBuffer(self._numel)
         if offset is not None:
             for owner in self._overrides.owners:
                 for name, coordinate in owner.parameters.items():
                     if only is not None and coordinate.name not in only:
                         continue
-                    if not (low_rank_hooks and isinstance(coordinate, LowRankCoordinate) and coordinate.uses_hook):
-                        makers.setdefault(id(owner), {})[name] = owner.maker(coordinate, self.directions, offset, room)
-                    elif self._forms(coordinate, offset):
-                        makers.setdefault(id(owner), {})[name] = materialized.lender(coordinate, self.directions, offset)
-        with self._lent(makers) as tables:
+                    if not (hooks and isinstance(coordinate, LowRankCoordinate) and coordinate.uses_hook):
+                        factories.setdefault(id(owner), {})[name] = owner.factory(coordinate, self.directions, offset, buffer)
+                    elif self._materializable and self._materializes(coordinate, offset):
+                        make = materialized.weight_factory(coordinate, self.directions, offset)
+                        factories.setdefault(id(owner), {})[name] = make
+        with self._overrides.active(factories, self._reset_hooks) as tables:
             for coordinate in self._low_rank:
-                moves = only is None or coordinate.name in only
-                if moves and (not low_rank_hooks or self._forms(coordinate, offset)):
-                    coordinate.moved = None  # the weight that is lent has A in it already
-                elif moves and coordinate.uses_hook:
-                    still = offset is None or not coordinate.is_active(offset.step, offset.direction)
-                    coordinate.shift(self.directions, None if still else offset)
+                if only is not None and coordinate.name not in only:
+                    continue
+                if not hooks or (self._materializable and self._materializes(coordinate, offset)):
+                    coordinate.hook_core = None  # the weight that is read includes A
+                elif coordinate.uses_hook:
+                    active = offset is not None and coordinate.is_active(offset.step, offset.direction)
+                    coordinate.set_hook_core(self.directions, offset if active else None)
             yield tables
 
-    def _forms(self, coordinate: LowRankCoordinate, offset: Offset | None) -> bool:
-        """Whether its layer is lent a weight that it may form, instead of going low_rank_output."""
-        here = coordinate.uses_hook and coordinate.name in self._formable
-        return here and offset is not None and coordinate.is_active(offset.step, offset.direction)
+    def _materializes(self, coordinate: LowRankCoordinate, offset: Offset | None) -> bool:
+        """Whether its layer reads a weight that it may materialize, instead of using the hook."""
+        if coordinate.name not in self._materializable or not coordinate.uses_hook:
+            return False
+        return offset is not None and coordinate.is_active(offset.step, offset.direction)
 
     def replace_coordinates(self, coordinates: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """For the length of a block, evaluate with other objects in place of the coordinates of these names; they need :meth:`at`."""
+        """For the length of a block, other objects, with a method ``at``, replace the coordinates of these names."""
         return self._overrides.replace_coordinates(coordinates)
 
-    def _lent(self, makers: Mapping[int, Makers]) -> AbstractContextManager[list[OverriddenParameters]]:
-        """Modules read what ``makers`` make; afterwards tables and hooks are as they were."""
-        return self._overrides.lent(makers, self._rest)
+    def prefetch(self, seed: int, step: int) -> None:
+        """Do the host's work for the directions of ``step`` while a device is busy."""
+        if len(self.devices) == 1 and self.devices[0].type != "cpu":
+            prefetch(seed, step, [c.name for c in self.coordinates], self.devices[0])
+            for buffer in self._flat_buffers:
+                buffer.prefetch(self.directions, seed, step)
 
-    def _rest(self) -> None:
-        """Hooks add what belongs to θ."""
-        for coordinate in self._low_rank:
-            coordinate.shift(self.directions, None)
+    def drop_directions(self) -> None:
+        """Discard the directions that are cached between a step's evaluations and its update."""
+        for coordinate in self.coordinates:
+            coordinate.drop()
 
-    # -- side paths ---------------------------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------------------------
 
-    def _attach_side_paths(self) -> None:
+    def _attach_hooks(self) -> None:
         for coordinate in self._low_rank:
             owners = [(o.module, name) for o in self._overrides.owners for name, c in o.parameters.items() if c is coordinate]
             if not all(LowRankHook.fits(module, name) for module, name in owners):
@@ -209,57 +204,57 @@ class PerturbedForward:
             try:
                 self.low_rank_hooks += [LowRankHook(module, name, coordinate) for module, name in owners]
             except ValueError:
-                self.detach()
+                self.remove_hooks()
                 raise
 
-    def prefetch(self, seed: int, step: int) -> None:
-        """While a device is busy: what the directions of ``step`` will need of the host."""
-        if len(self.devices) == 1 and self.devices[0].type != "cpu":
-            prefetch(seed, step, self._names, self.devices[0])
-            for buffer in self._flat_buffers:
-                buffer.prefetch(self.directions, seed, step)
+    def _find_materializable(self) -> set[str]:
+        """Names of the weights that only one layer reads, on a device where it may materialize them."""
+        pairs = [(owner, c) for owner in self._overrides.owners for c in owner.parameters.values() if isinstance(c, LowRankCoordinate)]
+        count = Counter(id(c) for _, c in pairs)
+        return {c.name for owner, c in pairs if owner.rule is not None and count[id(c)] == 1 and owner.rule.materializes(owner.module, c)}
 
-    def drop_directions(self) -> None:
-        """Let go of directions that are kept between a step's evaluations and its update."""
-        for coordinate in self.coordinates:
-            coordinate.drop()
+    def _reset_hooks(self) -> None:
+        """Hooks add the product at θ."""
+        for coordinate in self._low_rank:
+            coordinate.hook_core = coordinate.core
 
     def disable_hooks(self, names: Sequence[str]) -> None:
-        """Give the named coordinates the general way from now on."""
-        for path in [p for p in self.low_rank_hooks if p.coordinate.name in names]:
-            path.remove()
-            self.low_rank_hooks.remove(path)
+        """The named coordinates take the general path from now on."""
+        for hook in [hook for hook in self.low_rank_hooks if hook.coordinate.name in names]:
+            hook.remove()
+            self.low_rank_hooks.remove(hook)
         for coordinate in self._low_rank:
             if coordinate.name in names and coordinate.uses_hook:
                 coordinate.fold_every_step()
 
-    def detach(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove every hook from the model."""
-        for path in self.low_rank_hooks:
-            path.remove()
+        for hook in self.low_rank_hooks:
+            hook.remove()
         self.low_rank_hooks.clear()
 
-    def agree(self, quick: Tensor, slow: Tensor, here: Tensor) -> bool:
-        """Whether two evaluations of perturbed losses differ by rounding and 5% of what the perturbation changes; ``here``: at θ."""
-        half = any(p.dtype in HALF for p in self.model.parameters())  # a float32 adapter on a half-precision model, for one
-        return path_check.agree(quick, slow, here, half=half)
+    def agree(self, fast: Tensor, general: Tensor, base: Tensor) -> bool:
+        """Whether two evaluations of perturbed losses agree, given the losses at θ; see :func:`path_check.agree`."""
+        half = any(p.dtype in HALF for p in self.model.parameters())  # also with a float32 adapter on a half-precision model
+        return path_check.agree(fast, general, base, half=half)
 
     def prepare(self, function: Callable[[], Tensor], offset: Offset) -> list[str]:
-        """Compare hooks and general way on one evaluation; the names of coordinates that go the general way from now on.
-
-        Each finding is a warning; see :mod:`zotune.forward.path_check`.
-        """
+        """Compare hooks and general path on one evaluation; the names of coordinates whose hooks are disabled, each with a warning."""
         if not self.low_rank_hooks:
             return []
-        key = Key(offset.seed, offset.step, 0, "", "loss")
 
         def evaluate(at: Offset | None, hooks: bool, only: Collection[str] | None) -> tuple[Tensor, list[OverriddenParameters]]:
             with (
                 torch.no_grad(),
                 module_mode(self.model, training=False),
-                self.at(at, low_rank_hooks=hooks, only=only) as tables,
-                isolated_generators(key, self.devices),
+                self.at(at, hooks=hooks, only=only) as tables,
+                isolated_generators(_loss_key(offset), self.devices),
             ):
                 return function().detach().float(), tables
 
         return path_check.check(evaluate, self.low_rank_hooks, offset, self.agree, self.disable_hooks)
+
+
+def _loss_key(at: Offset | BatchLayout) -> Key:
+    """The key of the generators that a loss sees in a step."""
+    return Key(at.seed, at.step, 0, "", "loss")

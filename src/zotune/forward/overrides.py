@@ -1,9 +1,8 @@
 """Overrides: for the length of an evaluation, modules read other parameters than they store.
 
-A module's parameter table is exchanged for one that makes a parameter at the moment somebody reads ``module.weight``, and nothing keeps it
-longer than that somebody does. It does not matter whether the module reads it in its own forward or a parent reaches in
-(``nn.MultiheadAttention`` does). The stored tensors are only read: whatever is raised inside a forward, the tables are back in place.
-"""
+A module's parameter table is replaced by one that makes a parameter when ``module.weight`` is read and keeps no reference to it. It does
+not matter whether the module reads it in its own forward or a parent does (``nn.MultiheadAttention``). Stored tensors are only read, and
+the tables are restored whatever a forward raises."""
 
 from __future__ import annotations
 
@@ -15,27 +14,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from zotune.forward.layers import LayerRule, rule_of
-from zotune.forward.lazy_weight import LazyWeight, Room
+from zotune.forward.lazy_weight import LazyWeight, WeightBuffer
 from zotune.rng.directions import Directions
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.weights.placement import is_sharded
 
-#: What makes the parameters of one owner, by their local names.
-Makers = dict[str, Callable[[], Tensor]]
+#: Functions that make the parameters of one module, by local name.
+Factories = dict[str, Callable[[], Tensor]]
 
 
 class OverriddenParameters(dict[str, Any]):
-    """A module's ``_parameters`` that hands out, on reading, what ``lend`` makes for a name. Iteration shows the originals."""
+    """A module's ``_parameters`` in which reading a name calls its factory. Iteration shows the originals."""
 
-    def __init__(self, originals: dict[str, Any], lend: Makers, coordinates: dict[str, Coordinate]) -> None:
+    def __init__(self, originals: dict[str, Any], factories: Factories, coordinates: dict[str, Coordinate]) -> None:
         super().__init__(originals)
-        self.lend = lend
+        self.factories = factories
         self.coordinates = coordinates  # by local name
-        self.reads: dict[str, int] = dict.fromkeys(lend, 0)
+        self.reads: dict[str, int] = dict.fromkeys(factories, 0)
 
     def __getitem__(self, name: str) -> Any:
-        make = self.lend.get(name)
+        make = self.factories.get(name)
         if make is None:
             return super().__getitem__(name)
         self.reads[name] += 1
@@ -43,12 +42,12 @@ class OverriddenParameters(dict[str, Any]):
 
 
 class Owner:
-    """A module and those of its own parameters that are coordinates.
+    """A module that owns trained parameters.
 
     Attributes:
         module: the module.
-        rule: of its layer type, None if it is of none.
-        parameters: its coordinates, by local name.
+        rule: of its layer type, None without one.
+        parameters: the coordinates of its own parameters, by local name.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -56,27 +55,21 @@ class Owner:
         self.rule: LayerRule | None = rule_of(module)
         self.parameters: dict[str, Coordinate] = {}
 
-    def table(self, lend: Makers) -> OverriddenParameters:
-        """What stands in for the module's parameter table."""
-        return OverriddenParameters(self.module._parameters, lend, self.parameters)
-
-    def maker(self, coordinate: Coordinate, directions: Directions, offset: Offset, room: Room) -> Callable[[], Tensor]:
-        """What makes a parameter of the module at θ + offset, in the general way: whole, or lazy where the layer type knows how."""
+    def factory(self, coordinate: Coordinate, directions: Directions, offset: Offset, buffer: WeightBuffer) -> Callable[[], Tensor]:
+        """A function that makes a parameter at θ + offset on the general path: whole, or lazy if the layer type supports it."""
         if not coordinate.is_active(offset.step, offset.direction):
             return partial(coordinate.at, directions, None)
-        rule, module = self.rule, self.module
+        rule, module, lazy = self.rule, self.module, False
         if isinstance(coordinate, FullCoordinate):
             matrix = len(coordinate.shape) == 2 and not (coordinate.thin or coordinate.sharded)
-            if matrix and rule is not None and rule.is_lazy_in_full(module, coordinate, room):
-                return partial(LazyWeight.of, coordinate, directions, offset, room)
+            lazy = matrix and rule is not None and rule.is_lazy_in_full(module, coordinate, buffer)
         elif isinstance(coordinate, LowRankCoordinate):
-            whole = is_sharded(coordinate.parameter) or rule is None or not rule.is_lazy_low_rank(module, coordinate)
-            return partial(coordinate.at, directions, offset) if whole else partial(LazyWeight.of, coordinate, directions, offset, room)
-        return partial(coordinate.at, directions, offset)
+            lazy = rule is not None and rule.is_lazy_low_rank(module, coordinate) and not is_sharded(coordinate.parameter)
+        return partial(LazyWeight.of, coordinate, directions, offset, buffer) if lazy else partial(coordinate.at, directions, offset)
 
 
 class Overrides:
-    """The owners of a model's coordinates, and the exchange of their parameter tables.
+    """The modules that own a model's trained parameters, and the replacement of their parameter tables.
 
     Args:
         model: any module.
@@ -92,51 +85,51 @@ class Overrides:
                 if coordinate is not None:
                     owners.setdefault(id(module), Owner(module)).parameters[local_name] = coordinate
         self.owners = list(owners.values())
-        self._gathering: list[Any] = [module for module in model.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
-        for module in self._gathering[:1]:
-            module._get_fsdp_state()._lazy_init()  # looks at the parameters, and would find those that are lent
+        self._fsdp: list[Any] = [module for module in model.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")]
+        for module in self._fsdp[:1]:
+            module._get_fsdp_state()._lazy_init()  # reads the parameters, so it must not run while they are overridden
 
-    def makers(self, make: Callable[..., Tensor], *rest: Any) -> dict[int, Makers]:
-        """What makes every parameter, ``make(coordinate, *rest)``, by id of its owner and local name."""
+    def factories(self, make: Callable[..., Tensor], *rest: Any) -> dict[int, Factories]:
+        """Factories ``make(coordinate, *rest)`` of all parameters, by id of the owner and local name."""
         return {id(owner): {name: partial(make, c, *rest) for name, c in owner.parameters.items()} for owner in self.owners}
 
     @contextmanager
-    def lent(self, lend: Mapping[int, Makers], finish: Callable[[], object]) -> Iterator[list[OverriddenParameters]]:
-        """For the length of a block, modules read what ``lend`` makes; then ``finish()`` is called, and the tables are as they were.
+    def active(self, factories: Mapping[int, Factories], finish: Callable[[], object]) -> Iterator[list[OverriddenParameters]]:
+        """For the length of a block, modules read what ``factories`` make; then ``finish()`` is called and the tables are restored.
 
         Args:
-            lend: by id of an owner.
-            finish: called before the tables are put back, whatever was raised.
+            factories: by id of the owner.
+            finish: called before the tables are restored, whatever was raised.
         """
-        lent: list[tuple[nn.Module, dict[str, Any]]] = []
+        replaced: list[tuple[nn.Module, dict[str, Any]]] = []
         flat: list[tuple[nn.Module, list[Any]]] = []
         tables = []
         try:
             for owner in self.owners:
-                makers = lend.get(id(owner))
+                makers = factories.get(id(owner))
                 if not makers:
                     continue
                 module = owner.module
-                table = owner.table(makers)
+                table = OverriddenParameters(module._parameters, makers, owner.parameters)
                 tables.append(table)
-                lent.append((module, module._parameters))
+                replaced.append((module, module._parameters))
                 module.__dict__["_parameters"] = table
-                if isinstance(module, nn.RNNBase):  # recurrent kernels take their weights from a list of their own
+                if isinstance(module, nn.RNNBase):  # recurrent kernels read their weights from a separate list
                     flat.append((module, module._flat_weights))
                     module.__dict__["_flat_weights"] = [getattr(module, name) for name in module._flat_weights_names]
             yield tables
         finally:
             finish()
-            for module in self._gathering:  # FSDP2: what it has put in a table goes while the table is there
+            for module in self._fsdp:  # unsharded parameters are removed from the tables they were put into
                 module.reshard()
             for module, weights in flat:
                 module.__dict__["_flat_weights"] = weights
-            for module, parameters in lent:
+            for module, parameters in replaced:
                 module.__dict__["_parameters"] = parameters
 
     @contextmanager
     def replace_coordinates(self, coordinates: Mapping[str, Any]) -> Iterator[None]:
-        """For the length of a block, other objects stand in place of the coordinates of these names."""
+        """For the length of a block, other objects replace the coordinates of these names."""
         originals = [dict(owner.parameters) for owner in self.owners]
         try:
             for owner in self.owners:

@@ -1,5 +1,5 @@
-"""Kernels of our own for accelerators, each with a plain reference: ``moves`` gives the same numbers as ``directions`` and ``precision``,
-``products`` and ``norms`` the same up to the rounding of float32 sums."""
+"""Triton kernels for accelerators, each with a reference in torch: ``perturb`` is bit for bit equal to ``rng.directions`` and
+``weights.precision``; ``low_rank`` and ``layer_norm`` up to the rounding of float32 sums."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: A product's rank is unrolled in its kernel.
-MOST_RANK = 16
+#: Largest rank of a low-rank product: its loop is unrolled.
+MAX_RANK = 16
 
 
 @functools.cache
@@ -21,27 +21,27 @@ def _module(name: str) -> Any:
     return None if importlib.util.find_spec("triton") is None else importlib.import_module(f"zotune.kernels.{name}")
 
 
-def _reach(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"  # triton's interpreter works on a CPU
+def _is_reachable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"  # triton's interpreter runs on a CPU
 
 
 def perturb_kernels(weight: Tensor, residual: Tensor | None) -> Any:
-    """The module with ``perturb`` and ``update`` for such a weight on its device; None where torch's own operations have to do."""
-    if _reach(weight) and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and residual is not None)):
+    """The module ``perturb`` if it supports such a weight on its device; otherwise None."""
+    if _is_reachable(weight) and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and residual is not None)):
         return _module("perturb")
     return None
 
 
 def low_rank_kernels(tensor: Tensor, rank: int) -> Any:
-    """The module with ``plus``, ``fold`` and ``outer`` for tensors like this one and factors of this rank; None as above."""
-    if _reach(tensor) and tensor.dtype in (torch.float32, torch.bfloat16) and rank <= MOST_RANK:
+    """The module ``low_rank`` if it supports tensors like this one and factors of this rank; otherwise None."""
+    if _is_reachable(tensor) and tensor.dtype in (torch.float32, torch.bfloat16) and rank <= MAX_RANK:
         return _module("low_rank")
     return None
 
 
 def layer_norm_kernels(x: Tensor) -> Any:
-    """The module with ``layer_norm`` for such rows; None as above."""
-    if not _reach(x) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    """The module ``layer_norm`` if it supports such rows; otherwise None."""
+    if not _is_reachable(x) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     module = _module("layer_norm")
-    return module if module is not None and x.shape[-1] <= module.LONGEST else None
+    return module if module is not None and x.shape[-1] <= module.MAX_ROW else None

@@ -1,4 +1,4 @@
-"""Triton: layer norm with a weight and a bias for each block of rows, in one pass; sums in float32, rounded once."""
+"""Triton: layer norm with a weight and a bias per block of rows, in one pass; sums in float32, rounded once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zotune.io.memory_tags import tagged
-
-#: Numbers in the longest row that a program holds.
-LONGEST = 1 << 15
+#: Elements of the longest row of a program.
+MAX_ROW = 1 << 15
 
 
 @triton.jit
@@ -31,15 +29,14 @@ def _norm(
     tl.store(out + row * n + place, y.to(out.dtype.element_ty), mask=inside)
 
 
-@tagged("activations")
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x − mean) / √(variance + ε) · w + b over the last dimension of x (B, q, n), with w and b (B, n), (n,) or None."""
     x = x.contiguous()
     blocks, rows, n = x.shape
     out = torch.empty_like(x)
-    beside = [(x, 0) if one is None else (one, one.stride(0) if one.dim() == 2 else 0) for one in (weight, bias)]
-    assert all(one.stride(-1) == 1 for one, _ in beside)
-    (w, w_block), (b, b_block) = beside
+    vectors = [(x, 0) if v is None else (v, v.stride(0) if v.dim() == 2 else 0) for v in (weight, bias)]
+    assert all(v.stride(-1) == 1 for v, _ in vectors)
+    (w, w_block), (b, b_block) = vectors
     size = triton.next_power_of_2(n)
     with torch.cuda.device_of(x):
         _norm[(blocks * rows,)](

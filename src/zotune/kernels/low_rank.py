@@ -1,8 +1,8 @@
 """Triton: W + A_b Vᵀ for a few A_b in one pass over W, products and sums in float32.
 
-Two uses. To evaluate at several points, a weight for each of them, rounded to nearest (``plus``): W is read once, and where a layer sees
-many tokens that is less traffic than passes over its output. To fold a low-rank update into W (``fold``): bfloat16 is rounded up or down
-by the dither of ``precision.stochastic_round``, the same bits, or takes the 16 bits beside it along.
+``add_low_rank`` makes a weight per point, rounded to nearest: for layers with many tokens this is less traffic than passes over the output.
+``fold`` adds a low-rank update to W: bfloat16 is rounded by the dither of ``precision.stochastic_round``, with the same bits, or updated
+together with its residual.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zotune.io.memory_tags import tagged
 from zotune.kernels.perturb import nearest, words_of
 from zotune.rng.counter import Key, page_words, signed, stream
 
@@ -41,18 +40,18 @@ def _add(
     if KEEP:
         w = w * keep
     for block in tl.static_range(BLOCKS):
-        moved = w
+        total = w
         for k in tl.static_range(RANK):
             a = tl.load(left + block * left_block + row * left_row + k * left_rank, mask=row < m, other=0.0)
             v = tl.load(right + column * right_row + k * right_rank, mask=column < n, other=0.0)
-            moved = moved + a[:, None] * v[None, :]
+            total = total + a[:, None] * v[None, :]
         place = element + block * m * n
         if not HALF:
-            tl.store(out + place, moved, mask=inside)
+            tl.store(out + place, total, mask=inside)
         else:
-            bits = moved.to(tl.int32, bitcast=True)
+            bits = total.to(tl.int32, bitcast=True)
             if MODE == 0:
-                tl.store(out + place, nearest(moved), mask=inside)
+                tl.store(out + place, nearest(total), mask=inside)
             elif MODE == 1:
                 word = words_of(base, origin, element >> 1)
                 dither = ((word >> ((element & 1) << 5)) & 0xFFFF).to(tl.int32)
@@ -78,15 +77,13 @@ def _launch(
         )  # fmt: skip
 
 
-@tagged("directions")
-def plus(weight: Tensor, residual: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def add_low_rank(weight: Tensor, residual: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """W + left_b · rightᵀ in W's dtype, (B, m, n), for W (m, n), left (B, m, r) and right (n, r) float32."""
     out = torch.empty(left.shape[0], *weight.shape, dtype=weight.dtype, device=weight.device)
     _launch(weight, residual, left, right, out, 1.0, 0, None)
     return out
 
 
-@tagged("directions")
 def fold(weight: Tensor, residual: Tensor | None, left: Tensor, right: Tensor, keep: float, rounding: Key) -> None:
     """W ← keep · W + left · rightᵀ; left (m, r), right (n, r) float32. A bfloat16 W without residual rounds by ``rounding``'s dither."""
     mode = 2 if residual is not None else 1
@@ -110,7 +107,6 @@ def _outer(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < m)[None, :])
 
 
-@tagged("activations")
 def outer(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """b_B + left_B · right_B, (B, q, m), in left's dtype, for left (B, q, r), right (B, r, m) and b (B, 1, m) or (m,): written once."""
     (blocks, rows, rank), m = left.shape, right.shape[2]

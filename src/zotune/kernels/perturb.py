@@ -1,11 +1,10 @@
 """Triton: out = keep · W + scale · Z in one pass over W, Z made in registers from its key.
 
-The numbers are those of ``counter`` and ``quantiles``, bit for bit: the same integers, the same table (multiplied by the scale
-beforehand), one rounded addition. A weight is float32, or bfloat16 with the 16 bits beside it that make it float32 (``precision``).
+Bit for bit equal to ``rng.counter`` and ``rng.tables``: the same integers, the same table (multiplied by the scale beforehand), one
+rounded addition. A weight is float32, or bfloat16 with a residual, the lower 16 bits of the float32 value (``weights.precision``).
 
-A program makes the numbers of ``WORDS`` words, which never span two pages. What is different every step, the words of its pages and the
-beginning of a parameter's stream, comes as numbers, or (``held_keys``) is read from the device, so that a launch can be recorded.
-"""
+A program generates the elements of ``WORDS`` words, which never span two pages. What differs between steps, the page words and the origin
+of a parameter's stream, is an argument, or is read from device memory (``rng.device_keys``) so that a launch can be captured."""
 
 from __future__ import annotations
 
@@ -16,15 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zotune.io.memory_tags import tagged
 from zotune.rng.counter import GOLDEN_SIGNED, PAGE, Key, page_words, signed, stream
-from zotune.rng.device_keys import Source, table_of
+from zotune.rng.device_keys import KeySource, lookup_table
 from zotune.rng.directions import Directions
 from zotune.rng.tables import BITS, LATTICE
 from zotune.rng.transfer import send_list
 
-#: Numbers to a program.
-_TILE = 2048
+#: Elements of a program.
+TILE = 2048
 _PAGE_BITS = tl.constexpr(PAGE.bit_length() - 1)
 _IN_PAGE = tl.constexpr(PAGE - 1)
 _LATTICE = tl.constexpr(LATTICE)
@@ -42,7 +40,7 @@ def _shift_xor(x, BITS: tl.constexpr):
 
 @triton.jit
 def words_of(base, origin, word):
-    """The words of the stream ``origin`` with the numbers ``word``, int64."""
+    """Words number ``word`` of the stream ``origin``, int64."""
     m = (word >> _PAGE_BITS) * _GOLDEN + origin
     m = _shift_xor(m, 30) * _FIRST
     m = _shift_xor(m, 27) * _SECOND
@@ -52,12 +50,12 @@ def words_of(base, origin, word):
 
 
 @triton.jit
-def _numbers(table, word, place, SIGNS: tl.constexpr):
-    """Numbers ``place`` of words, times the scale: of 64 signs to a word, or 8 normals."""
-    if SIGNS:  # a byte chooses eight signs
+def _elements(table, word, place, SIGNS: tl.constexpr):
+    """Elements ``place`` of words, times the scale: 64 signs per word, or 8 normals."""
+    if SIGNS:  # a byte selects eight signs
         index = ((word >> (place >> 3 << 3)) & 0xFF) * 8 + (place & 7)
         z = tl.load(table + index)
-    else:  # 16 bits choose two numbers: a sign each, and a magnitude for both. The magnitudes fit the cache next to a processor's units
+    else:  # 16 bits select two normals: a sign each, and one index for both magnitudes, whose table fits into the L1 cache
         bits = (word >> (place >> 1 << 4)).to(tl.int32) & 0xFFFF
         second = (place & 1).to(tl.int32)
         magnitude = bits >> 2
@@ -69,7 +67,7 @@ def _numbers(table, word, place, SIGNS: tl.constexpr):
 
 @triton.jit
 def _read(source, residual, element, inside, HALF: tl.constexpr):
-    """float32 weights, joined with the 16 bits beside them where they are bfloat16."""
+    """float32 weights, joined from bfloat16 weights and residuals if HALF."""
     if HALF:
         bits = tl.load(source + element, mask=inside, other=0).to(tl.int32) << 16
         bits += tl.load(residual + element, mask=inside, other=0).to(tl.int32)
@@ -81,7 +79,7 @@ def _read(source, residual, element, inside, HALF: tl.constexpr):
 
 @triton.jit
 def nearest(w):
-    """The bits of float32 numbers as bfloat16, to nearest, ties to even; the interpreter's own conversion cuts off."""
+    """float32 values as the bits of bfloat16, to nearest, ties to even; the interpreter's own conversion truncates."""
     bits = w.to(tl.int32, bitcast=True)
     even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(w == w, even, 0x7FC0).to(tl.int16)
@@ -100,13 +98,13 @@ def _tile(
     source, residual, out, base, table, numel, origin, keep, first,
     SIGNS: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, BOTH: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """HALF: bfloat16 and residual. WRITE: the residual of the result too. SIGNS: 64 numbers to a word instead of 8. BOTH: W − scale · Z
-    as well, behind W + scale · Z. ``first``: the first word."""
-    NUMBERS: tl.constexpr = 64 if SIGNS else 8
+    """HALF: bfloat16 and residual. WRITE: also write the residual. SIGNS: 64 elements per word instead of 8. BOTH: also W − scale · Z,
+    after W + scale · Z. ``first``: the first word."""
+    ELEMENTS: tl.constexpr = 64 if SIGNS else 8
     word = first + tl.arange(0, WORDS).to(tl.int64)
-    place = tl.arange(0, NUMBERS)[None, :]
-    z = _numbers(table, words_of(base, origin, word)[:, None], place, SIGNS)
-    element = word[:, None] * NUMBERS + place
+    place = tl.arange(0, ELEMENTS)[None, :]
+    z = _elements(table, words_of(base, origin, word)[:, None], place, SIGNS)
+    element = word[:, None] * ELEMENTS + place
     inside = element < numel
     w = _read(source, residual, element, inside, HALF)
     if KEEP:
@@ -123,12 +121,12 @@ def _tile(
 
 
 @triton.jit(do_not_specialize=["origin"])
-def _move(
+def _perturb(
     source, residual, out, base, table, numel, origin, keep,
     SIGNS: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, BOTH: tl.constexpr, READ: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
-    """READ: ``origin`` is read from the device."""
+    """READ: ``origin`` is in device memory."""
     if READ:  # noqa: SIM108 - the two have different types
         begin = tl.load(origin)
     else:
@@ -138,11 +136,11 @@ def _move(
 
 
 @triton.jit
-def _move_many(
+def _perturb_many(
     sources, residuals, numels, origins, owners, starts, base, table, keep,
     SIGNS: tl.constexpr, HALF: tl.constexpr, KEEP: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Updates of many weights at once; ``owners``: whose weight a program works on, ``starts``: which program is its first."""
+    """Updates of many weights at once; ``owners``: index of a program's weight, ``starts``: first program of each weight."""
     program = tl.program_id(0)
     owner = tl.load(owners + program)
     if HALF:
@@ -157,7 +155,7 @@ def _move_many(
 
 
 @triton.jit(do_not_specialize=["origin"])
-def _move_rows(
+def _perturb_rows(
     source, residual, rows, out, base, table, n, origin,
     SIGNS: tl.constexpr, HALF: tl.constexpr, READ: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -165,12 +163,12 @@ def _move_rows(
         begin = tl.load(origin)
     else:
         begin = origin
-    NUMBERS: tl.constexpr = 64 if SIGNS else 8
+    ELEMENTS: tl.constexpr = 64 if SIGNS else 8
     here = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = column < n
     element = tl.load(rows + here) * n + column
-    z = _numbers(table, words_of(base, begin, element // NUMBERS), element % NUMBERS, SIGNS)
+    z = _elements(table, words_of(base, begin, element // ELEMENTS), element % ELEMENTS, SIGNS)
     _write(out, here * n + column, inside, _read(source, residual, element, inside, HALF) + z, HALF)
 
 
@@ -178,7 +176,7 @@ def _move_rows(
 
 
 def _source(directions: Directions, key: Key, scale: float, device: torch.device) -> tuple[Tensor, int, Tensor]:
-    return page_words(key.seed, key.step, device), signed(stream(key)), table_of(directions, scale, device)
+    return page_words(key.seed, key.step, device), signed(stream(key)), lookup_table(directions, scale, device)
 
 
 def _launch(
@@ -191,7 +189,7 @@ def _launch(
     keep: float = 1.0,
     write: bool = False,
     both: bool = False,
-    source: Source | None = None,
+    source: KeySource | None = None,
 ) -> None:
     device, numel = weight.device, weight.numel()
     per_word = directions.source.per_word
@@ -200,30 +198,27 @@ def _launch(
     target = out.view(torch.int16) if half else out
     base, origin, table = source or _source(directions, key, scale, device)
     with torch.cuda.device_of(weight):
-        _move[(triton.cdiv(numel, _TILE),)](
+        _perturb[(triton.cdiv(numel, TILE),)](
             raw, residual if half else raw, target, base, table, numel, origin, keep,
-            SIGNS=per_word == 64, HALF=half, WRITE=write, KEEP=keep != 1.0, BOTH=both, READ=source is not None, WORDS=_TILE // per_word,
+            SIGNS=per_word == 64, HALF=half, WRITE=write, KEEP=keep != 1.0, BOTH=both, READ=source is not None, WORDS=TILE // per_word,
             enable_fp_fusion=False,
         )  # fmt: skip
 
 
-@tagged("directions")
 def perturb(
-    directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, out: Tensor, source: Source | None = None
+    directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, out: Tensor, source: KeySource | None = None
 ) -> None:
     """out ← W + scale · Z(key) in W's dtype; flat, contiguous tensors."""
     _launch(directions, key, scale, weight, residual, out, source=source)
 
 
-@tagged("directions")
 def perturb_pair(
-    directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, out: Tensor, source: Source | None = None
+    directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, out: Tensor, source: KeySource | None = None
 ) -> None:
-    """out[0] ← W + scale · Z(key), out[1] ← W − scale · Z(key), in W's dtype; Z drawn and W read once."""
+    """out[0] ← W + scale · Z(key), out[1] ← W − scale · Z(key), in W's dtype, in one pass."""
     _launch(directions, key, scale, weight, residual, out, both=True, source=source)
 
 
-@tagged("directions")
 def perturb_rows(
     directions: Directions,
     key: Key,
@@ -231,7 +226,7 @@ def perturb_rows(
     weight: Tensor,
     residual: Tensor | None,
     rows: Tensor,
-    source: Source | None = None,
+    source: KeySource | None = None,
 ) -> Tensor:
     """Rows ``rows`` (int64, (R,)) of W + scale · Z(key) for a matrix W, in W's dtype."""
     n, half, per_word = weight.shape[1], residual is not None, directions.source.per_word
@@ -239,31 +234,29 @@ def perturb_rows(
     raw, target = (weight.view(torch.int16), out.view(torch.int16)) if half else (weight, out)
     base, origin, table = source or _source(directions, key, scale, weight.device)
     with torch.cuda.device_of(weight):
-        _move_rows[(len(rows), triton.cdiv(n, 1024))](
+        _perturb_rows[(len(rows), triton.cdiv(n, 1024))](
             raw, residual if half else raw, rows, target, base, table, n, origin,
             SIGNS=per_word == 64, HALF=half, READ=source is not None, SIZE=1024, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-@tagged("directions")
 def update(directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, keep: float = 1.0) -> None:
-    """W ← keep · W + scale · Z(key), the residual with it."""
+    """W ← keep · W + scale · Z(key), with its residual."""
     _launch(directions, key, scale, weight, residual, weight, keep, write=True)
 
 
-class Many:
-    """Many weights of one dtype on one device that are updated by one launch; each begins at a multiple of 16 bytes.
+class MultiTensorUpdate:
+    """Weights of one dtype on one device, updated by one launch; each starts at a multiple of 16 bytes.
 
     Args:
         weights: flat, contiguous.
-        residuals: the 16 bits beside each, None for float32.
+        residuals: of each, None for float32.
     """
 
-    @tagged("directions")
     def __init__(self, weights: Sequence[Tensor], residuals: Sequence[Tensor] | None) -> None:
         device, self.half = weights[0].device, residuals is not None
-        tiles = [triton.cdiv(weight.numel(), _TILE) for weight in weights]
+        tiles = [triton.cdiv(weight.numel(), TILE) for weight in weights]
         self.places = self.places_of(weights, residuals)
         self.weights = send_list([weight.data_ptr() for weight in weights], device)
         self.residuals = send_list([one.data_ptr() for one in residuals], device) if residuals is not None else self.weights
@@ -275,17 +268,16 @@ class Many:
 
     @staticmethod
     def places_of(weights: Sequence[Tensor], residuals: Sequence[Tensor] | None) -> list[int]:
-        """Where they lie, by which it can be told that something has moved."""
+        """Their addresses, to notice that a tensor was reallocated."""
         return [tensor.data_ptr() for tensor in [*weights, *(residuals or ())]]
 
-    @tagged("directions")
     def update(self, directions: Directions, seed: int, step: int, direction: int, names: Sequence[str], scale: float, keep: float) -> None:
-        """W ← keep · W + scale · Z of every weight, along a direction of a step; ``names``: under which it is drawn."""
+        """W ← keep · W + scale · Z of every weight, along a direction of a step; ``names``: of the weights, in their keys."""
         origins = send_list([signed(stream(Key(seed, step, direction, name))) for name in names], self.device)
         per_word = directions.source.per_word
         with torch.cuda.device_of(origins):
-            _move_many[(self.tiles,)](
+            _perturb_many[(self.tiles,)](
                 self.weights, self.residuals, self.numels, origins, self.owners, self.starts, page_words(seed, step, self.device),
-                table_of(directions, scale, self.device), keep,
-                SIGNS=per_word == 64, HALF=self.half, KEEP=keep != 1.0, WORDS=_TILE // per_word, enable_fp_fusion=False,
+                lookup_table(directions, scale, self.device), keep,
+                SIGNS=per_word == 64, HALF=self.half, KEEP=keep != 1.0, WORDS=TILE // per_word, enable_fp_fusion=False,
             )  # fmt: skip

@@ -1,17 +1,17 @@
-"""Counter-based random words: word number i of a stream is a function of (the stream's key, i) alone, computed with integers.
+"""Counter-based random words: word i of a stream is a function of (the stream's key, i), computed with integers.
 
-No state is carried from one word to the next, so any part of a stream can be had without the rest, in blocks of any size, by any thread,
-in any order; and 64-bit integer arithmetic is the same everywhere, so a CPU and a GPU get the same words.
+There is no state, so any part of a stream can be generated alone, in blocks of any size, by any thread, in any order. 64-bit integer
+arithmetic is the same on every device, so a CPU and a GPU generate the same words.
 
 With i = 2¹⁴ p + j ("word j of page p"), all arithmetic modulo 2⁶⁴:
 
-- B_j is the splitmix64 sequence of a hash of (run seed, step): 2¹⁴ words, made once a step and shared by all streams of it;
-- M_p is an odd number, two splitmix64 finalizers of a hash of the whole key, the direction and the page entering one each;
+- B_j is the splitmix64 sequence of a hash of (run seed, step): 2¹⁴ words, made once per step and shared by its streams;
+- M_p is an odd number: two splitmix64 finalizers of a hash of the whole key, one for the direction and one for the page;
 - x = B_j · M_p,  y = x ⊕ (x ≫ 32) with the arithmetic shift (torch has no logical one),  word = y · 0x9E3779B97F4A7C15.
 
-The product is a multiplicative hash of two words that are random already: pairs are as good as independent in their upper halves, the
-fold brings the upper half to the lower one, the last product carries it up again. That is four operations for 64 bits. Philox, at 60 for
-64 in the integer operations torch has, would cost more than all the rest of a step. The fold loses one bit of 64: two x in 2⁶⁴ share a y.
+The product is a multiplicative hash of two random words: pairs are practically independent in their upper halves, the fold copies the upper
+half to the lower one, the last product mixes it up again. That is four operations for 64 bits; Philox takes 60 of torch's integer
+operations, more than the rest of a step. The fold loses one bit of 64: two x in 2⁶⁴ share a y.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from zotune.io.caches import tensor_cache
+from zotune.io.execution import current
 from zotune.io.memory_tags import tagged
 from zotune.rng.transfer import send, send_list
 
@@ -33,7 +34,7 @@ _MASK = (1 << 64) - 1
 
 
 class Key(NamedTuple):
-    """What determines a random tensor: (run seed, step, direction index k, parameter name, what the numbers are for)."""
+    """The key of a random tensor: (run seed, step, direction index k, parameter name, purpose)."""
 
     seed: int
     step: int
@@ -52,7 +53,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 #: The constants as the int64 that torch and the kernels compute with.
 GOLDEN_SIGNED, FIRST_SIGNED, SECOND_SIGNED = signed(GOLDEN), signed(_FIRST), signed(_SECOND)
-#: The same as tensors: torch makes one of every number it is given, which for small tensors costs as much as the operation.
+#: The same as tensors: converting a number costs torch as much as an operation on a small tensor.
 _GOLDEN_TENSOR, _FOLD_TENSOR = torch.tensor(GOLDEN_SIGNED), torch.tensor(32)
 
 
@@ -87,7 +88,7 @@ def _origin(seed: int, step: int, name: str, purpose: str) -> int:
 
 
 def stream(key: Key, direction: int | None = None) -> int:
-    """The 64 bits that the pages of a key (or of its neighbor, another ``direction``) are derived from."""
+    """The 64-bit origin of the pages of a key, or of the same key with another ``direction``."""
     return mix64(_origin(key.seed, key.step, key.name, key.purpose) + (key.direction if direction is None else direction) * GOLDEN)
 
 
@@ -101,7 +102,7 @@ def multipliers(origin: int, pages: Tensor) -> Tensor:
     return _mix64((pages * GOLDEN_SIGNED).add_(signed(origin))).bitwise_or_(1)
 
 
-#: Most steps need no more words than these, and making a whole page takes as long as several small parameters' directions.
+#: Words that are enough for most steps; a whole page takes as long as the directions of several small parameters.
 _FRONT = PAGE >> 3
 
 
@@ -123,9 +124,9 @@ def _finish(x: Tensor, spare: Tensor) -> Tensor:
 
 
 def words(key: Key, first: int, count: int, out: Tensor, spare: Tensor) -> Tensor:
-    """Words ``first`` to ``first + count - 1`` of a stream, written to ``out``, int64, shape (count,); ``spare``: room for as many."""
+    """Words ``first`` to ``first + count - 1`` of a stream, written to ``out``, int64, (count,); ``spare``: scratch memory like it."""
     page, start = divmod(first, PAGE)
-    if start + count > 2 * PAGE and out.device.type != "cpu":  # few large launches
+    if start + count > 2 * PAGE and out.device.type != "cpu":  # few, large launches
         return out.copy_(words_at(key, torch.arange(first, first + count, device=out.device)))
     base, origin = page_words(key.seed, key.step, out.device), stream(key)
     if count == PAGE and not start:
@@ -136,6 +137,8 @@ def words(key: Key, first: int, count: int, out: Tensor, spare: Tensor) -> Tenso
         size = min(count - done, PAGE - start)
         torch.mul(base[start : start + size], multiplier(origin, page), out=out[done : done + size])
         done, page, start = done + size, page + 1, 0
+        if current().first_block_only:  # a dry run: the other pages allocate nothing
+            break
     return _finish(out, spare)
 
 
@@ -155,7 +158,7 @@ def words_together(
 ) -> Tensor:
     """The front words of several parameters' streams, flat: direction ``first`` of all parameters, then the next, ``count`` of them.
 
-    ``lengths`` (count · parameters,): how many words of each in turn; ``index``: their numbers, 0 ... length - 1 for each.
+    ``lengths`` (count · parameters,): words of each in turn; ``index``: their numbers, 0 ... length - 1 for each.
     """
     origins = torch.tensor([signed(_origin(seed, step, name, purpose)) for name in names])
     directions = torch.arange(first, first + count).mul_(_GOLDEN_TENSOR).unsqueeze(1)
@@ -166,8 +169,8 @@ def words_together(
 
 
 @tagged("directions")
-def foresee(seed: int, step: int, names: Sequence[str], device: torch.device) -> None:
-    """Do now what the directions of a step to come will ask of the host: it may have time to spare while a device is busy."""
+def prefetch(seed: int, step: int, names: Sequence[str], device: torch.device) -> None:
+    """Do the host's work for the directions of a coming step, while a device is busy."""
     for name in names:
         _origin(seed, step, name, Key._field_defaults["purpose"])
     page_words(seed, step, device)

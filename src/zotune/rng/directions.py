@@ -1,12 +1,12 @@
-"""Keyed random directions: every number is a pure function of (run seed, step, direction, parameter, element).
+"""Keyed random directions: every element is a pure function of (run seed, step, direction, parameter, element).
 
-A zeroth-order step needs the direction Z three times (at +, at -, and in the update) and keeps it at none of them. So Z is never
-stored: it is made again from its key, a block at a time, straight into the tensor that consumes it. The bits come from ``counter``, the
-numbers from the tables of ``quantiles``: blocks may have any size and be drawn in any order, by any thread, on any rank, after any
-resume, and rows of a matrix may be drawn alone. torch's global generators are neither read nor advanced.
+A zeroth-order step uses the direction Z three times (at +, at −, and in the update). Z is not stored but generated from its key each time,
+a block at a time, into the tensor that uses it. The bits come from ``counter``, the values from ``tables``: blocks may have any size and be
+drawn in any order, by any thread, on any rank, after any resume, and rows of a matrix may be drawn alone. torch's global generators are
+neither read nor advanced.
 
-Only integer arithmetic, lookups and one rounded product (number × scale) are involved, so the numbers are the same bit for bit on every
-device; a sphere's scale is a sum over a parameter, and is the same on one type of device.
+Only integer arithmetic, lookups and one rounded product (value × scale) are involved, so directions are equal bit for bit on every device;
+a sphere's scale is a sum over a parameter, equal on devices of one type.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from zotune.rng.transfer import send, send_list
 
 __all__ = ["GROUP", "GROUPED_NUMEL", "Directions", "Key", "block_size", "for_blocks", "generator_seed", "group_of", "uniform_integers"]
 
-#: Elements to a block. One thread alone takes large blocks, which spread the cost of a call. Among several, torch runs an elementwise
-#: kernel of at most 2¹⁵ numbers on the thread that calls it, which leaves the parallelism to the block loop below.
+#: Elements of a block. One thread takes large blocks, which amortize the cost of a call. With several, torch runs an elementwise kernel of
+#: at most 2¹⁵ elements on the calling thread, which leaves parallelism to the block loop below.
 CPU_BLOCK = 1 << 18
 SHARED_CPU_BLOCK = 1 << 15
-#: An accelerator wants few, large launches; its scratch memory is ten bytes a number.
+#: An accelerator wants few, large launches; its scratch memory is ten bytes per element.
 ACCELERATOR_BLOCK = 1 << 22
-#: Most directions of one parameter that are drawn together, and the most numbers a parameter may have for that.
+#: Directions of one parameter that are drawn together, at most, and the largest parameter for which they are.
 GROUP = 16
 GROUPED_NUMEL = 1 << 13
 
@@ -57,9 +57,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def for_blocks(numel: int, device: torch.device, work: Callable[[slice], None], start: int = 0) -> None:
-    """Call ``work(slice)`` for every block of elements ``start`` to ``numel - 1``; on CPU the blocks are shared out over torch's threads.
+    """Call ``work(slice)`` for every block of elements ``start`` to ``numel - 1``, on a CPU with as many threads as torch has.
 
-    The result cannot depend on the number of threads: numbers belong to elements, not to blocks.
+    Results do not depend on the number of threads.
     """
     size = block_size(device)
     if current().first_block_only:
@@ -86,10 +86,10 @@ def for_blocks(numel: int, device: torch.device, work: Callable[[slice], None], 
 
 
 def group_of(direction: int, numel: int) -> tuple[int, int]:
-    """(first, count): the directions of a parameter of ``numel`` numbers that are worth drawing when one of them is wanted.
+    """(first, count): the directions of a parameter of ``numel`` elements that are drawn when ``direction`` is needed.
 
-    The calls it takes to draw one direction of a small parameter cost as much as thousands of numbers, so the directions of small
-    parameters come in groups {0}, {1, 2, 3}, {4..15}, {16..31}, {32..47}, ...: few calls and few numbers drawn in vain whatever K is.
+    The calls that draw one direction of a small parameter cost as much as thousands of elements, so its directions are drawn in groups
+    {0}, {1, 2, 3}, {4..15}, {16..31}, {32..47}, ...: few calls and few unused elements for any K.
     """
     if numel > GROUPED_NUMEL or direction == 0:
         return direction, 1
@@ -102,11 +102,11 @@ def group_of(direction: int, numel: int) -> tuple[int, int]:
 
 
 class _Gaussian:
-    """16 bits of a word choose a pair of normals (``quantiles``)."""
+    """16 bits of a word select a pair of normals (``tables``)."""
 
     per_word = 8
     index_dtype = torch.uint16  # the bits of one lookup
-    container = torch.int64  # a pair: what one lookup copies
+    container = torch.int64  # a pair, copied by one lookup
     columns = 1
 
     @staticmethod
@@ -115,7 +115,7 @@ class _Gaussian:
 
 
 class _Rademacher:
-    """A bit of a word is a sign; a byte is looked up at a time."""
+    """A bit of a word is a sign; one lookup takes a byte."""
 
     per_word = 64
     index_dtype = torch.uint8
@@ -131,14 +131,14 @@ _Source = type[_Gaussian] | type[_Rademacher]
 
 
 def _expand(source: _Source, bits: Tensor) -> Tensor:
-    """The numbers of a few words (flat), float32, flat."""
+    """The elements of a few words (flat), float32, flat."""
     found = source.table(1.0, bits.device).index_select(0, bits.view(source.index_dtype).int())
     return found.view(torch.float32) if source.columns == 1 else found.view(-1)
 
 
 @tensor_cache(maxsize=16)
 def _front_index(numels: tuple[int, ...], per_word: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What :func:`words_together` wants to know of parameters of so many numbers; which numbers are used, None for all."""
+    """``index`` and ``lengths`` of :func:`words_together` for parameters of these sizes, and which elements are used, None for all."""
     with torch.inference_mode(False):
         widths = [-(-numel // per_word) for numel in numels]
         index = torch.cat([torch.arange(width) for width in widths]).repeat(count)
@@ -150,8 +150,8 @@ def _front_index(numels: tuple[int, ...], per_word: int, count: int, device: tor
         return send(index, device), send_list(widths, device).repeat(count), used
 
 
-class _Room:
-    """Memory in which one thread makes the numbers of one block, with the views of it that every call needs."""
+class _Workspace:
+    """Memory in which one thread generates one block, with the views of it that every call needs."""
 
     def __init__(self, source: _Source, words: Tensor, spare: Tensor, index: Tensor, numbers: Tensor) -> None:
         self.words, self.spare, self.index, self.numbers = words, spare, index, numbers
@@ -160,43 +160,43 @@ class _Room:
         self.found = found if source.columns == 1 else found.view(-1, source.columns)
 
     @classmethod
-    def of(cls, source: _Source, count: int, device: torch.device) -> _Room:
-        with torch.inference_mode(False):  # whoever makes the room, everybody may write to it
+    def of(cls, source: _Source, count: int, device: torch.device) -> _Workspace:
+        with torch.inference_mode(False):  # writable in any mode later
             numbers = torch.empty(count * source.per_word, device=device)
-            words, spare = numbers.view(torch.int64)[: 2 * count].chunk(2)  # both used up before the numbers are looked up
+            words, spare = numbers.view(torch.int64)[: 2 * count].chunk(2)  # both are read before the lookup writes
             index = torch.empty(words.view(source.index_dtype).numel(), dtype=torch.int32, device=device)
             return cls(source, words, spare, index, numbers)
 
-    def part(self, source: _Source, count: int) -> _Room:
-        """The front of this room, for ``count`` words."""
+    def part(self, source: _Source, count: int) -> _Workspace:
+        """The front of this workspace, for ``count`` words."""
         index, numbers = self.index[: self.index.numel() // self.words.numel() * count], self.numbers[: count * source.per_word]
-        return _Room(source, self.words[:count], self.spare[:count], index, numbers)
+        return _Workspace(source, self.words[:count], self.spare[:count], index, numbers)
 
 
-class _Rooms(threading.local):
+class _Workspaces(threading.local):
     def __init__(self) -> None:
-        self.kept: dict[tuple[_Source, torch.device], _Room] = {}
+        self.cached: dict[tuple[_Source, torch.device], _Workspace] = {}
 
-    def get(self, source: _Source, count: int, device: torch.device) -> _Room:
-        room = self.kept.get((source, device))
+    def get(self, source: _Source, count: int, device: torch.device) -> _Workspace:
+        workspace = self.cached.get((source, device))
         whole = block_size(device) // source.per_word
-        if room is None or room.words.numel() != whole:
-            if count < whole // 4:  # too little work for a room of its own
-                return _Room.of(source, count, device)
-            room = self.kept[source, device] = _Room.of(source, whole, device)
+        if workspace is None or workspace.words.numel() != whole:
+            if count < whole // 4:  # too little work to cache it
+                return _Workspace.of(source, count, device)
+            workspace = self.cached[source, device] = _Workspace.of(source, whole, device)
         if count == whole:
-            return room
-        return room.part(source, count) if count < whole else _Room.of(source, count, device)
+            return workspace
+        return workspace.part(source, count) if count < whole else _Workspace.of(source, count, device)
 
 
-_rooms = _Rooms()
-on_clear(lambda: _rooms.kept.clear())
+_workspaces = _Workspaces()
+on_clear(lambda: _workspaces.cached.clear())
 
 
 class Directions:
     """A distribution of directions Z with E[Z] = 0 and E[Z Zᵀ] = I, drawn from keys.
 
-    - ``gaussian``: Z ~ N(0, I) (2305.17333), to the resolution of ``quantiles``;
+    - ``gaussian``: Z ~ N(0, I) (2305.17333), to the resolution of ``tables``;
     - ``rademacher``: independent signs ±1 (2506.09034);
     - ``sphere``: uniform on the sphere of radius √d of each parameter. With ‖Z‖² = d exactly over the whole model this has the second
       moment of the sphere of radius √d, and, unlike it, needs no pass over all parameters before the first number is known.
@@ -214,7 +214,7 @@ class Directions:
     """
 
     KINDS = ("gaussian", "rademacher", "sphere")
-    #: Whether kernels that draw every number for themselves may stand in.
+    #: Whether kernels that generate every element may be used.
     dense = True
 
     def __init__(self, kind: str = "gaussian") -> None:
@@ -230,17 +230,17 @@ class Directions:
     def block(self, key: Key, part: slice, device: torch.device, scale: float = 1.0) -> Tensor:
         """``scale`` times elements ``part`` of the direction, float32, flat; for the sphere still without its :meth:`scale`.
 
-        The result lies in memory that this thread's next call uses again.
+        The result is in memory that this thread's next call overwrites.
         """
         source = self.source
         first, lead = divmod(part.start, source.per_word)
         count = -(-part.stop // source.per_word) - first
-        room = _rooms.get(source, count, device)
-        words(key, first, count, room.words, room.spare)
-        room.index.copy_(room.index_bits)
+        workspace = _workspaces.get(source, count, device)
+        words(key, first, count, workspace.words, workspace.spare)
+        workspace.index.copy_(workspace.index_bits)
         large = count * source.per_word >= SHARED_CPU_BLOCK  # the product is the same before the lookup and after it
-        torch.index_select(source.table(scale if large else 1.0, device), 0, room.index, out=room.found)
-        numbers = room.numbers if large or scale == 1.0 else room.numbers.mul_(scale)
+        torch.index_select(source.table(scale if large else 1.0, device), 0, workspace.index, out=workspace.found)
+        numbers = workspace.numbers if large or scale == 1.0 else workspace.numbers.mul_(scale)
         size = part.stop - part.start
         return numbers if size == numbers.numel() else numbers[lead : lead + size]
 
@@ -258,7 +258,7 @@ class Directions:
 
     @tagged("directions")
     def scale(self, key: Key, numel: int, device: torch.device) -> float:
-        """What a block is to be multiplied by: 1, or √d / ‖z‖ for the sphere (which takes one pass over the numbers)."""
+        """The factor of a block: 1, or √d / ‖z‖ for the sphere (one pass over the elements)."""
         if self.kind != "sphere":
             return 1.0
         # The order in which squares are added must not depend on the number of threads.
@@ -293,7 +293,7 @@ class Directions:
         width = -(-numel // self.source.per_word)
         if width > PAGE:
             return torch.stack([self.draw(key._replace(direction=key.direction + row), shape, device) for row in range(count)])
-        together = count if device.type != "cpu" else max(1, SHARED_CPU_BLOCK // (width * self.source.per_word))  # what a cache holds
+        together = count if device.type != "cpu" else max(1, SHARED_CPU_BLOCK // (width * self.source.per_word))  # fits into a cache
         if together >= count:
             z = self._together(key, count, width, numel, device)
         else:
@@ -318,8 +318,8 @@ class Directions:
     def draw_together(self, key: Key, count: int, names: Sequence[str], numels: Sequence[int], device: torch.device) -> Tensor:
         """:meth:`draw_many` for several small parameters, side by side: (count, sum of ``numels``).
 
-        A call costs more than a small parameter's numbers do, so those of all parameters are made by one set of calls (but for the
-        sphere, whose scales are the parameters' own).
+        A call costs more than a small parameter's elements, so all parameters are drawn by one set of calls (except for the sphere, which
+        has a scale per parameter).
         """
         if self.kind == "sphere":
             each = [self.draw_many(key._replace(name=name), count, (numel,), device) for name, numel in zip(names, numels, strict=True)]
@@ -336,7 +336,7 @@ class Directions:
         shape: tuple[int, ...] | torch.Size,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Σ weight · Z(key) over ``terms``, float32, of the given shape; no single Z is ever whole."""
+        """Σ weight · Z(key) over ``terms``, float32, of the given shape; no Z is materialized."""
         device, numel = torch.device(device), math.prod(shape)
         weights = [(key, weight * self.scale(key, numel, device)) for key, weight in terms]
         with memory_tag("gradients"):
@@ -346,18 +346,18 @@ class Directions:
 
     @tagged("directions")
     def add_to(self, target: Tensor, part: slice, moves: Sequence[tuple[Key, float]]) -> None:
-        """target += Σ scale · Z(key)[part] over ``moves``; ``target`` flat, and the scales with those of the sphere in them."""
+        """target += Σ scale · Z(key)[part] over ``moves``; ``target`` is flat, and the scales include the sphere's."""
         for key, scale in moves:
             if len(moves) == 1:
                 target.add_(self.block(key, part, target.device, scale))
-            else:  # a table for each scale would not stay in a cache; the products are the same
+            else:  # a table per scale would not fit in a cache; the products are the same
                 target.add_(self.block(key, part, target.device).mul_(scale))
 
 
 @tagged("directions")
 def add_weighted(total: Tensor, z: Tensor, weights: Sequence[float]) -> Tensor:
-    """total += Σ_k weights[k] · z[k], one direction after the other: products and sums apart, so that every element is rounded alike
-    wherever it lies and whatever computes it."""
+    """total += Σ_k weights[k] · z[k], one direction after the other; products and sums are separate, so that rounding does not depend on
+    an element's position or device."""
     for one, weight in zip(z, weights, strict=True):
         if weight:
             total.add_(one.to(total.dtype) * weight)

@@ -1,4 +1,4 @@
-"""Isolation of torch's global generators: code in a block sees random numbers of its own, and the program around it notices nothing."""
+"""Isolation of torch's global generators: a block gets its own random numbers, and the program around it is not affected."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from zotune.rng.directions import Key, generator_seed
 def isolated_generators(key: Key, devices: Sequence[torch.device]) -> Iterator[None]:
     """Seed torch's global generators from ``key`` for the length of a block, and restore their states after it.
 
-    A loss with randomness of its own sees the same numbers at every evaluation of a step (common random numbers), new ones each step,
-    and the same ones again after a resume.
+    A loss that draws random numbers gets the same ones at every evaluation of a step (common random numbers), new ones each step, and the
+    same ones after a resume.
 
     Args:
-        key: where the seed comes from.
-        devices: the CUDA devices among them have a generator of their own, which is isolated too.
+        key: determines the seed.
+        devices: generators of the CUDA devices among them are isolated too.
     """
     if not current().isolates_generators:
         yield

@@ -1,8 +1,8 @@
-"""Directions that are not 0 on a few chosen coordinates only: one, a row, or rows × columns of every parameter (JAGUAR).
+"""Sparse directions: nonzero on a few elements, a row, or rows × columns of every parameter (JAGUAR).
 
-Z = ± 1 on what is chosen, 0 elsewhere, so that θ ± εZ shifts the chosen coordinates together by a constant. What is chosen, and one sign
-a parameter, are a pure function of the key. The sign changes nothing for a single parameter, for which c Z is the same with either; with
-several it makes what the others add to the loss difference noise of mean 0 instead of a bias.
+Z = ± 1 on the selected elements and 0 elsewhere. The selection and one sign per parameter are a pure function of the key. With one
+parameter c Z does not depend on the sign; with several, the sign turns the other parameters' part of the loss difference into noise of mean
+0.
 
 A vector counts as a matrix of one column, a tensor of more dimensions as (first, all others).
 """
@@ -23,10 +23,10 @@ _BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
 
 
 def directions(kind: str, shapes: Mapping[str, Sequence[int]]) -> Directions:
-    """The distribution of a name, for coordinates of these names and shapes.
+    """The distribution called ``kind``, for coordinates of these names and shapes.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such distribution.
     """
     if kind in ("coordinate", "row") or _BLOCK.fullmatch(kind):
         return Chosen(kind, shapes)

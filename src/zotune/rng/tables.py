@@ -1,17 +1,17 @@
-"""Tables that turn random bits into numbers: 16 bits into two normals, 8 bits into eight signs.
+"""Inverse-CDF tables from random bits to numbers: 16 bits to two normals, 8 bits to eight signs.
 
-**Normals.** 16 bits i choose a pair: two bits are the signs, the other fourteen, m, the magnitudes (h_m, h_π(m)). h is the half-normal
-distribution cut into 2¹⁴ parts of equal probability, each part at its mean, all scaled so that the variance is 1; π(m) = 10881 m mod 2¹⁴
-is a lattice that fills the plane evenly (the shortest vector of its dual has length 125, of 137 possible). So:
+**Normals.** 16 bits select a pair: two bits are the signs, the other fourteen, m, the magnitudes (h_m, h_π(m)). h is the half-normal
+distribution in 2¹⁴ parts of equal probability, each part at its mean, scaled to variance 1; π(m) = 10881 m mod 2¹⁴ is a lattice that
+fills the plane evenly (the shortest vector of its dual has length 125, of 137 possible). So:
 
-- one number has 2¹⁵ equally likely values, the largest 4.22; its distribution function is nowhere further than 2⁻¹⁵ from the normal one;
+- one number has 2¹⁵ equally likely values, the largest 4.22; its CDF differs from the normal one by at most 2⁻¹⁵;
   mean 0 exactly, variance 1 to 1e-8, kurtosis 2.9995, sixth moment 14.98;
 - the two numbers of a pair (elements 2i and 2i + 1) are uncorrelated exactly, E[z₁² z₂²] = 1 − 5e-6, but they are one of 2¹⁶ points in
-  the plane, not a product of 2¹⁵ × 2¹⁵: no pair has both numbers beyond 3, as one in 137 000 should;
+  the plane, not of 2¹⁵ × 2¹⁵: no pair has both numbers beyond 3, where one in 137 000 should;
 - pairs are independent.
 
 Values are rounded to multiples of 2⁻²⁰, so that two implementations of the quantile function that differ in the last bit of float64
-agree on the table. A lookup costs a third of what Box and Muller's transform does in torch, and is exact on every device.
+agree on the table. A lookup costs a third of the Box–Muller transform in torch, and is exact on every device.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def normal_pairs(device: torch.device) -> Tensor:
 
 @tensor_cache()
 def sign_bytes(device: torch.device) -> Tensor:
-    """The signs that a byte stands for, bit j the j-th, 1 for −1: float32, shape (256, 8)."""
+    """The signs of a byte, bit j the j-th, 1 for −1: float32, (256, 8)."""
     with torch.inference_mode(False):
         bits = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
         return (1 - 2 * bits).float().to(device)
@@ -62,7 +62,7 @@ def sign_bytes(device: torch.device) -> Tensor:
 
 @tensor_cache(maxsize=4)
 def scaled_pairs(scale: float, device: torch.device) -> Tensor:
-    """``scale`` times :func:`normal_pairs`, a pair as one int64, shape (2¹⁶,): a lookup of one number copies two."""
+    """``scale`` times :func:`normal_pairs`, a pair as one int64, (2¹⁶,): one lookup copies two numbers."""
     with torch.inference_mode(False):
         table = normal_pairs(device)
         return (table if scale == 1.0 else table * scale).view(torch.int64).view(-1)

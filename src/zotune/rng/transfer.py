@@ -1,7 +1,7 @@
-"""Small tensors on their way from the host to a device, without waiting for what the device is doing.
+"""Copies of small tensors from the host to a device without synchronization.
 
-torch's ``.to("cuda")`` of ordinary host memory waits until the device has done all it was given. A copy of a few kilobytes that need not
-be waited for is staged before the call returns, so the host's tensor may go.
+torch's ``.to("cuda")`` of pageable host memory waits for all work of the device. A non-blocking copy of a few kilobytes is staged before
+the call returns, so the host's tensor may be freed.
 """
 
 from __future__ import annotations
@@ -19,5 +19,5 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def send_list(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """``torch.tensor`` of these numbers on ``device``."""
+    """``torch.tensor`` of these values on ``device``."""
     return send(torch.tensor(values, dtype=dtype), device)

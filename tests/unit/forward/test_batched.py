@@ -354,5 +354,5 @@ def test_both_points_of_a_dense_step_in_one_forward(architecture, estimator):
 
 
 def test_several_dense_directions_are_not_evaluated_together():
-    with pytest.raises(ValueError, match="use one direction a step"):
+    with pytest.raises(ValueError, match="use one direction per step"):
         ZerothOrder(toys.transformer("llama", **WIDE["llama"]), methods.mezo(num_directions=2), lr=1e-3, forward_batching="batched")

@@ -46,22 +46,22 @@ def layer(case: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
 
 
 def probe_of(module: nn.Module, kind: str, pending: bool = True) -> PerturbedForward:
-    """A probe of θ ≠ 0."""
+    """A forward of θ ≠ 0."""
     coordinates = [SUBSPACES[kind].coordinate(name, p) for name, p in module.named_parameters()]
-    probe = PerturbedForward(module, coordinates, Directions("gaussian"))
+    forward = PerturbedForward(module, coordinates, Directions("gaussian"))
     for coordinate in coordinates:
         coordinate.begin_step(SEED, 5)
         if pending:
-            coordinate.descend(probe.directions, [0.1], 1.0, SEED, 5)
-    return probe
+            coordinate.descend(forward.directions, [0.1], 1.0, SEED, 5)
+    return forward
 
 
-def whole(probe: PerturbedForward, module: nn.Module, x: Tensor, scale: float, direction: int = 0) -> Tensor:
+def whole(forward: PerturbedForward, module: nn.Module, x: Tensor, scale: float, direction: int = 0) -> Tensor:
     """The layer computed with whole perturbed weights, by torch alone: what every way is to agree with."""
     offset = Offset(scale, SEED, STEP, direction) if scale else None
-    weights = {c.name: c.at(probe.directions, offset) for c in probe.coordinates}
-    with torch.no_grad(), probe.at(None):
-        for coordinate in probe.coordinates:
+    weights = {c.name: c.at(forward.directions, offset) for c in forward.coordinates}
+    with torch.no_grad(), forward.at(None):
+        for coordinate in forward.coordinates:
             if isinstance(coordinate, LowRankCoordinate):
                 coordinate.hook_core = None  # no hook adds to it
         return functional_call(module, weights, x)
@@ -85,13 +85,13 @@ def test_one_point(case, dtype, kind, pending):
     """With hooks where there are any, in the general way elsewhere."""
     skip_unless_trainable(case, kind)
     module, x = layer(case, dtype)
-    probe = probe_of(module, kind, pending)
+    forward = probe_of(module, kind, pending)
     stored = [p.detach().clone() for p in module.parameters()]
     for scale in (EPS, -EPS):
-        found = probe.evaluate(lambda: module(x), Offset(scale, SEED, STEP, 0))
-        expected = whole(probe, module, x, scale)
+        found = forward.evaluate(lambda: module(x), Offset(scale, SEED, STEP, 0))
+        expected = whole(forward, module, x, scale)
         assert agree(found, expected, dtype)
-        assert not agree(found, whole(probe, module, x, 0.0), dtype), "the offset makes no difference"
+        assert not agree(found, whole(forward, module, x, 0.0), dtype), "the offset makes no difference"
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), stored, strict=True))
 
 
@@ -104,11 +104,11 @@ def test_the_general_way(case, dtype, kind, monkeypatch):
     for bound, value in {"LARGE": 100, "STRIP": 1700, "LOW_RANK_STRIP": (1700, 1700)}.items():
         monkeypatch.setattr(lazy_weight, bound, value)
     module, x = layer(case, dtype)
-    probe = probe_of(module, kind)
+    forward = probe_of(module, kind)
     offset = Offset(EPS, SEED, STEP, 0)
-    with torch.no_grad(), probe.at(offset, hooks=False):
+    with torch.no_grad(), forward.at(offset, hooks=False):
         found = module(x)
-    assert type(found) is Tensor and agree(found, whole(probe, module, x, EPS), dtype)
+    assert type(found) is Tensor and agree(found, whole(forward, module, x, EPS), dtype)
 
 
 @examples
@@ -119,17 +119,17 @@ def test_batched(case, dtype, kind, own_directions):
     """All points in one forward of stacked rows: a direction for all rows, or one for each."""
     skip_unless_trainable(case, kind)
     module, x = layer(case, dtype)
-    probe = probe_of(module, kind)
-    if own_directions and not all(c.thin for c in probe.coordinates):
+    forward = probe_of(module, kind)
+    if own_directions and not all(c.thin for c in forward.coordinates):
         pytest.skip("a matrix in full space has one direction a forward")
     if own_directions:
         stack = assigned_layout((1, -1), EPS, assign_directions([ROWS], ROWS, 1)[0], SEED, STEP)
     else:
         stack = shared_layout([Point(+1, 0), Point(-1, 0)], EPS, ROWS, SEED, STEP)
-    found = probe.evaluate_batched(lambda: module(x[stack.source]), stack)
+    found = forward.evaluate_batched(lambda: module(x[stack.source]), stack)
     for losses, scale in zip(stack.losses, (EPS, -EPS), strict=True):
         for row, place in enumerate(losses.tolist()):
-            expected = whole(probe, module, x[row : row + 1], scale, row if own_directions else 0)
+            expected = whole(forward, module, x[row : row + 1], scale, row if own_directions else 0)
             assert agree(found[place : place + 1], expected, dtype), (scale, row)
 
 
@@ -148,38 +148,38 @@ def product_kernel(monkeypatch) -> Callable[[float], None]:
 @every_layer
 @pytest.mark.parametrize("passes", [0.0, math.inf], ids=["materialized", "thin products"])
 def test_materialized(case, dtype, passes, product_kernel):
-    """One point, and all of them, with the weight formed for one product or with its factors low_rank_output it."""
+    """One point, and all of them, with a materialized weight or with thin products."""
     product_kernel(passes)
     module, x = layer(case, dtype)
-    probe = probe_of(module, "low rank")
-    expected = whole(probe, module, x, EPS)
-    with torch.no_grad(), probe.at(Offset(EPS, SEED, STEP, 0)):
+    forward = probe_of(module, "low rank")
+    expected = whole(forward, module, x, EPS)
+    with torch.no_grad(), forward.at(Offset(EPS, SEED, STEP, 0)):
         weight = getattr(module, "weight", None)
         rule = rule_of(module)
-        coordinate = next(c for c in probe.coordinates)
+        coordinate = next(c for c in forward.coordinates)
         formable = rule is not None and isinstance(coordinate, LowRankCoordinate) and rule.materializes(module, coordinate)
         assert isinstance(weight, MaterializedWeight) == formable
         assert agree(module(x), expected, dtype)
     stack = shared_layout([Point(+1, 0), Point(-1, 0)], EPS, ROWS, SEED, STEP)
-    found = probe.evaluate_batched(lambda: module(x[stack.source]), stack)
+    found = forward.evaluate_batched(lambda: module(x[stack.source]), stack)
     assert agree(found[stack.losses[0]], expected, dtype)
-    assert agree(found[stack.losses[1]], whole(probe, module, x, -EPS), dtype)
+    assert agree(found[stack.losses[1]], whole(forward, module, x, -EPS), dtype)
 
 
 @examples
 def test_a_state_dict_has_the_trained_weight_and_loading_one_starts_anew(case):
     module, x = layer(case, torch.float32)
-    probe = probe_of(module, "low rank")
+    forward = probe_of(module, "low rank")
     expected = module(x).detach()
     saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    assert any(isinstance(c, LowRankCoordinate) for c in probe.coordinates) == bool(probe.low_rank_hooks)
+    assert any(isinstance(c, LowRankCoordinate) for c in forward.coordinates) == bool(forward.low_rank_hooks)
     twin, _ = layer(case, torch.float32)
     twin.load_state_dict(saved)
     assert agree(twin(x), expected, torch.float32)
     module.load_state_dict(saved)
-    assert not any(c.pending for c in probe.coordinates if isinstance(c, LowRankCoordinate))
+    assert not any(c.pending for c in forward.coordinates if isinstance(c, LowRankCoordinate))
     assert agree(module(x), expected, torch.float32)
-    probe.remove_hooks()
+    forward.remove_hooks()
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -197,10 +197,10 @@ def test_a_rule_owns_the_layers_of_its_examples(name):
 def test_lazy_weights_are_lent_where_rows_are_looked_up():
     module, _ = layer("Embedding: alone", torch.float32)
     for kind in ("full", "low rank"):
-        probe = probe_of(module, kind)
-        with torch.no_grad(), probe.at(Offset(EPS, SEED, STEP, 0), hooks=False):
+        forward = probe_of(module, kind)
+        with torch.no_grad(), forward.at(Offset(EPS, SEED, STEP, 0), hooks=False):
             assert isinstance(module.weight, LazyWeight)
-        probe.remove_hooks()
+        forward.remove_hooks()
 
 
 def test_two_layer_types_cannot_compute_one_function():
@@ -232,8 +232,8 @@ def test_coordinates_without_a_rule_go_the_general_way():
 
     module = Scale()
     assert rule_of(module) is None
-    probe = probe_of(module, "low rank")
-    coordinate: Coordinate = probe.coordinates[0]
-    assert isinstance(coordinate, LowRankCoordinate) and not coordinate.uses_hook and not probe.low_rank_hooks
+    forward = probe_of(module, "low rank")
+    coordinate: Coordinate = forward.coordinates[0]
+    assert isinstance(coordinate, LowRankCoordinate) and not coordinate.uses_hook and not forward.low_rank_hooks
     x = torch.ones(2, 70)
-    assert agree(probe.evaluate(lambda: module(x), Offset(EPS, SEED, STEP, 0)), whole(probe, module, x, EPS), torch.float32)
+    assert agree(forward.evaluate(lambda: module(x), Offset(EPS, SEED, STEP, 0)), whole(forward, module, x, EPS), torch.float32)

@@ -37,27 +37,27 @@ def ids(rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("columns", [96, 131])
 def test_rows_looked_up_are_those_of_the_whole_table(kind, dtype, columns):
     model = embedding(3000, columns, dtype)
-    probe = probe_of(model, kind)
-    found = probe.evaluate(lambda: model(ids(3000)), OFFSET)
-    whole = probe.coordinates[0].at(probe.directions, OFFSET)
+    forward = probe_of(model, kind)
+    found = forward.evaluate(lambda: model(ids(3000)), OFFSET)
+    whole = forward.coordinates[0].at(forward.directions, OFFSET)
     assert found.dtype == dtype and torch.equal(found, whole[ids(3000)])
     assert not torch.equal(found, model.weight[ids(3000)])
 
 
 def test_a_lookup_of_few_rows_makes_no_other_row(monkeypatch):
     model = embedding(3000, 96)
-    probe = probe_of(model)
-    monkeypatch.setattr(FullCoordinate, "at", lambda *unused: pytest.fail("the whole table was formed"))
-    probe.evaluate(lambda: model(ids(3000)), OFFSET)
+    forward = probe_of(model)
+    monkeypatch.setattr(FullCoordinate, "at", lambda *unused: pytest.fail("the whole table was materialized"))
+    forward.evaluate(lambda: model(ids(3000)), OFFSET)
 
 
 @pytest.mark.parametrize("rows, options", [(150, {}), (3000, {"max_norm": 1.0}), (3000, {"padding_idx": 0})])
 def test_other_lookups_agree_with_the_whole_table(rows, options):
     model = embedding(rows, 96, **options)
-    probe = probe_of(model)
+    forward = probe_of(model)
     before = model.weight.detach().clone()
-    found = probe.evaluate(lambda: model(ids(rows)), OFFSET)
-    whole = probe.coordinates[0].at(probe.directions, OFFSET)
+    found = forward.evaluate(lambda: model(ids(rows)), OFFSET)
+    whole = forward.coordinates[0].at(forward.directions, OFFSET)
     assert torch.equal(found, F.embedding(ids(rows), whole.clone(), max_norm=model.max_norm))
     assert torch.equal(model.weight, before)
 
@@ -78,9 +78,9 @@ class ReachingHead(nn.Module):
 
 def test_whoever_reaches_in_sees_the_whole_perturbed_weight():
     model = ReachingHead()
-    probe = probe_of(model)
-    found = probe.evaluate(lambda: model(ids(1000)), OFFSET)
-    whole = probe.coordinates[0].at(probe.directions, OFFSET)
+    forward = probe_of(model)
+    found = forward.evaluate(lambda: model(ids(1000)), OFFSET)
+    whole = forward.coordinates[0].at(forward.directions, OFFSET)
     x = whole[ids(1000)]
     assert torch.equal(found, F.linear(x, whole) + x @ whole.T + torch.stack([whole, whole]).sum())
     assert type(found) is torch.Tensor
@@ -88,8 +88,8 @@ def test_whoever_reaches_in_sees_the_whole_perturbed_weight():
 
 def test_a_lookup_is_lent_to_large_embeddings_in_full_space_only():
     model = nn.Sequential(embedding(1000, 96), embedding(1000, 8))
-    probe = probe_of(model)
-    with torch.no_grad(), probe.at(OFFSET):
+    forward = probe_of(model)
+    with torch.no_grad(), forward.at(OFFSET):
         assert isinstance(model[0].weight, LazyWeight)
         assert not isinstance(model[1].weight, LazyWeight)  # thin: its directions are kept anyway
     assert not isinstance(model[0].weight, LazyWeight)
@@ -107,10 +107,10 @@ def small_strips(monkeypatch):
 def test_a_linear_layer_in_strips_agrees_with_the_whole(kind, dtype, bias, small_strips):
     model = nn.Linear(100, 333, bias=bias, dtype=dtype).eval()
     x = torch.randn(2, 5, 100, generator=torch.Generator().manual_seed(2)).to(dtype)
-    probe = probe_of(model, kind)
+    forward = probe_of(model, kind)
     far = Offset(1.0, seed=3, step=5, direction=1)
-    found = probe.evaluate(lambda: model(x), far)
-    weight, *rest = [c.at(probe.directions, far) for c in probe.coordinates]
+    found = forward.evaluate(lambda: model(x), far)
+    weight, *rest = [c.at(forward.directions, far) for c in forward.coordinates]
     expected = F.linear(x, weight, *rest)
     assert found.dtype == dtype and found.shape == expected.shape
     assert torch.allclose(
@@ -136,9 +136,9 @@ def test_strips_are_the_rows_of_the_whole_weight(kind, dtype):
 
 def test_a_large_layer_is_never_formed_whole(small_strips, monkeypatch):
     model = nn.Linear(100, 333, bias=False).eval()
-    probe = probe_of(model)
-    monkeypatch.setattr(FullCoordinate, "at", lambda *unused: pytest.fail("the whole weight was formed"))
-    probe.evaluate(lambda: model(torch.ones(1, 100)), OFFSET)
+    forward = probe_of(model)
+    monkeypatch.setattr(FullCoordinate, "at", lambda *unused: pytest.fail("the whole weight was materialized"))
+    forward.evaluate(lambda: model(torch.ones(1, 100)), OFFSET)
 
 
 @pytest.mark.parametrize("kind", Directions.KINDS)
@@ -148,25 +148,25 @@ def test_linear_layers_that_share_a_room_see_their_own_weights(kind, dtype, monk
     monkeypatch.setattr(lazy_weight, "PART", 1)
     model = nn.Sequential(nn.Linear(90, 100), nn.Linear(100, 80), nn.Linear(80, 100, bias=False), nn.Linear(100, 90)).to(dtype).eval()
     x = torch.randn(2, 5, 90, generator=torch.Generator().manual_seed(2)).to(dtype)
-    probe = probe_of(model, kind)
+    forward = probe_of(model, kind)
     stored = [p.detach().clone() for p in model.parameters()]
-    with torch.no_grad(), probe.at(OFFSET):
+    with torch.no_grad(), forward.at(OFFSET):
         weights = [layer.weight for layer in model]
         assert all(isinstance(weight, LazyWeight) for weight in weights)
         kept = model[0](x)
-        rooms = {weight.room.flat.data_ptr() for weight in weights}
+        buffers = {weight.buffer.flat.data_ptr() for weight in weights}
         before = kept.clone()
         found = model(x)
-        assert len(rooms) == 1 and torch.equal(kept, before)
+        assert len(buffers) == 1 and torch.equal(kept, before)
     expected = x
     for layer in model:
-        perturbed = [c.at(probe.directions, OFFSET) for p in layer.parameters() for c in probe.coordinates if c.parameter is p]
+        perturbed = [c.at(forward.directions, OFFSET) for p in layer.parameters() for c in forward.coordinates if c.parameter is p]
         expected = F.linear(expected, *perturbed)
     assert torch.equal(found, expected)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), stored, strict=True))
 
 
-# -- low rank: what a side path is compared with ------------------------------------------------------------------------------------------
+# -- low rank: the general path, to which hooks are compared ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -189,21 +189,21 @@ class Tied(nn.Module):
 
 def low_rank_probe(model: nn.Module) -> PerturbedForward:
     low_rank = LowRank(rank=3, interval=5)
-    probe = PerturbedForward(model, [low_rank.coordinate(name, p) for name, p in model.named_parameters()], Directions("gaussian"))
-    for coordinate in probe.coordinates:
+    forward = PerturbedForward(model, [low_rank.coordinate(name, p) for name, p in model.named_parameters()], Directions("gaussian"))
+    for coordinate in forward.coordinates:
         coordinate.begin_step(3, 5)
-        coordinate.descend(probe.directions, [0.1], 1.0, 3, 5)  # something is pending
-    return probe
+        coordinate.descend(forward.directions, [0.1], 1.0, 3, 5)  # something is pending
+    return forward
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_low_rank_weights_are_used_a_part_at_a_time(dtype, short_strips, monkeypatch):
     model, far = Tied(dtype).eval(), Offset(1.0, seed=3, step=5, direction=1)
-    probe = low_rank_probe(model)
-    whole, bias = (coordinate.at(probe.directions, far) for coordinate in probe.coordinates)
+    forward = low_rank_probe(model)
+    whole, bias = (coordinate.at(forward.directions, far) for coordinate in forward.coordinates)
     expected = F.linear(F.embedding(ids(3000), whole), whole, bias)
-    monkeypatch.setattr(LowRankCoordinate, "at", lambda *unused: pytest.fail("the whole weight was formed"))
-    with torch.no_grad(), probe.at(far, hooks=False):
+    monkeypatch.setattr(LowRankCoordinate, "at", lambda *unused: pytest.fail("the whole weight was materialized"))
+    with torch.no_grad(), forward.at(far, hooks=False):
         assert isinstance(model.head.weight, LazyWeight) and isinstance(model.embed.weight, LazyWeight)
         found = model(ids(3000))
     size = float(expected.double().abs().max())
@@ -214,9 +214,9 @@ def test_low_rank_weights_are_used_a_part_at_a_time(dtype, short_strips, monkeyp
 
 def test_a_low_rank_weight_that_somebody_reaches_into_is_whole():
     model = ReachingHead()
-    probe = low_rank_probe(model)
-    whole = probe.coordinates[0].at(probe.directions, OFFSET)
+    forward = low_rank_probe(model)
+    whole = forward.coordinates[0].at(forward.directions, OFFSET)
     x = whole[ids(1000)]
-    with torch.no_grad(), probe.at(OFFSET, hooks=False):
+    with torch.no_grad(), forward.at(OFFSET, hooks=False):
         found = model(ids(1000))
     assert torch.allclose(found, F.linear(x, whole) + x @ whole.T + torch.stack([whole, whole]).sum(), atol=1e-3)

@@ -71,19 +71,19 @@ def test_a_forward_that_raises_leaves_every_bit_and_every_table_as_it_was(method
 @pytest.mark.parametrize("kind", SUBSPACES)
 def test_evaluating_writes_nothing(kind, dtype):
     model = toys.classifier(dtype)
-    probe, before = probe_of(model, SUBSPACES[kind]), bits(model)
+    forward, before = probe_of(model, SUBSPACES[kind]), bits(model)
     x = toys.batch()[0]
     here = model(x)
-    there = probe.evaluate(lambda: model(x), Offset(1e-1, 0, 0, 0))
+    there = forward.evaluate(lambda: model(x), Offset(1e-1, 0, 0, 0))
     assert not torch.equal(here, there)
     assert unchanged(model, before) and torch.equal(model(x), here)
 
 
-def perturbed_by_hand(model: nn.Module, probe: PerturbedForward, offset: Offset) -> nn.Module:
+def perturbed_by_hand(model: nn.Module, forward: PerturbedForward, offset: Offset) -> nn.Module:
     hand = copy.deepcopy(model)
     with torch.no_grad():
-        for coordinate, parameter in zip(probe.coordinates, hand.parameters(), strict=True):
-            z = probe.directions.draw(offset.key(coordinate.name), coordinate.shape)
+        for coordinate, parameter in zip(forward.coordinates, hand.parameters(), strict=True):
+            z = forward.directions.draw(offset.key(coordinate.name), coordinate.shape)
             move = z @ coordinate.v.T if isinstance(coordinate, LowRankCoordinate) else z
             parameter.copy_(parameter.float() + offset.scale * move)
     return hand
@@ -95,10 +95,10 @@ def perturbed_by_hand(model: nn.Module, probe: PerturbedForward, offset: Offset)
 def test_plus_and_minus_losses_are_those_of_weights_perturbed_by_hand(name, kind, scale):
     model = toys.transformer(name).eval()
     clean = copy.deepcopy(model)
-    probe, offset, ids = probe_of(model, SUBSPACES[kind]), Offset(scale, 0, 0, 0), toys.tokens()
-    hand = perturbed_by_hand(clean, probe, offset)
+    forward, offset, ids = probe_of(model, SUBSPACES[kind]), Offset(scale, 0, 0, 0), toys.tokens()
+    hand = perturbed_by_hand(clean, forward, offset)
     expected, base = toys.transformer_loss(hand)(ids), toys.transformer_loss(clean)(ids)
-    losses = probe.evaluate(lambda: toys.transformer_loss(model)(ids), offset)
+    losses = forward.evaluate(lambda: toys.transformer_loss(model)(ids), offset)
     assert (expected - base).abs().max() > 1e-3
     assert torch.allclose(losses, expected, atol=2e-5)
 
@@ -107,11 +107,11 @@ def test_plus_and_minus_losses_are_those_of_weights_perturbed_by_hand(name, kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_side_paths_and_general_path_agree(name, dtype):
     model = toys.transformer(name, dtype).eval()
-    probe, offset, ids = probe_of(model, LowRank(rank=2, interval=5)), Offset(1e-2, 0, 0, 0), toys.tokens()
-    assert probe.low_rank_hooks, "no layer of this architecture has a side path"
+    forward, offset, ids = probe_of(model, LowRank(rank=2, interval=5)), Offset(1e-2, 0, 0, 0), toys.tokens()
+    assert forward.low_rank_hooks, "no layer of this architecture has a low-rank hook"
 
     def run(low_rank_hooks: bool) -> torch.Tensor:
-        with torch.no_grad(), probe.at(offset, hooks=low_rank_hooks):
+        with torch.no_grad(), forward.at(offset, hooks=low_rank_hooks):
             return toys.transformer_loss(model)(ids)
 
     assert torch.allclose(run(True), run(False), atol=2e-5 if dtype == torch.float32 else 8e-2)
@@ -120,19 +120,19 @@ def test_side_paths_and_general_path_agree(name, dtype):
 @pytest.mark.parametrize("name", toys.ARCHITECTURES)
 def test_most_of_a_transformer_goes_by_side_paths_and_preparing_finds_no_fault(name):
     model = toys.transformer(name)
-    probe = probe_of(model, LowRank(rank=2, interval=5))
+    forward = probe_of(model, LowRank(rank=2, interval=5))
     ids = toys.tokens()
-    assert probe.prepare(lambda: toys.transformer_loss(model)(ids), Offset(1e-2, 0, 0, 0)) == []
-    matrices = [c for c in probe.coordinates if isinstance(c, LowRankCoordinate)]
+    assert forward.prepare(lambda: toys.transformer_loss(model)(ids), Offset(1e-2, 0, 0, 0)) == []
+    matrices = [c for c in forward.coordinates if isinstance(c, LowRankCoordinate)]
     assert sum(c.uses_hook for c in matrices) >= len(matrices) - 1  # OPT's position table shifts its ids: the general path
 
 
-def test_a_side_path_forms_nothing_of_the_size_of_the_weight():
+def test_a_low_rank_hook_makes_nothing_of_the_size_of_the_weight():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     model = nn.Sequential(nn.Embedding(300, 200), nn.Linear(200, 300, bias=False))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    probe = probe_of(model, LowRank(rank=2, interval=5))
+    forward = probe_of(model, LowRank(rank=2, interval=5))
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -144,15 +144,15 @@ def test_a_side_path_forms_nothing_of_the_size_of_the_weight():
             return out
 
     with Largest():
-        probe.evaluate(lambda: model(torch.tensor([[1, 2]])), Offset(1e-2, 0, 0, 0))
+        forward.evaluate(lambda: model(torch.tensor([[1, 2]])), Offset(1e-2, 0, 0, 0))
     assert 0 < Largest.numel < 200 * 300 / 10
 
 
 def test_tied_weights_share_one_coordinate_and_move_together():
     model = toys.transformer("llama")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    probe = probe_of(model, LowRank(rank=2, interval=5))
-    tied = [path for path in probe.low_rank_hooks if path.coordinate.name == "model.embed_tokens.weight"]
+    forward = probe_of(model, LowRank(rank=2, interval=5))
+    tied = [path for path in forward.low_rank_hooks if path.coordinate.name == "model.embed_tokens.weight"]
     assert len(tied) == 2
 
 
@@ -169,11 +169,11 @@ def test_a_weight_a_parent_reaches_into_is_noticed_and_still_right():
     torch.manual_seed(0)
     model = Attention().eval()
     clean = copy.deepcopy(model)
-    probe, offset, x = probe_of(model, LowRank(rank=2, interval=5)), Offset(1e-1, 0, 0, 0), toys.batch()[0]
+    forward, offset, x = probe_of(model, LowRank(rank=2, interval=5)), Offset(1e-1, 0, 0, 0), toys.batch()[0]
     with pytest.warns(UserWarning, match=r"out_proj\.weight: read from outside"):
-        assert probe.prepare(lambda: model(x), offset) == ["attention.out_proj.weight"]
-    expected = perturbed_by_hand(clean, probe, offset)(x)
-    assert torch.allclose(probe.evaluate(lambda: model(x), offset), expected, atol=1e-6)
+        assert forward.prepare(lambda: model(x), offset) == ["attention.out_proj.weight"]
+    expected = perturbed_by_hand(clean, forward, offset)(x)
+    assert torch.allclose(forward.evaluate(lambda: model(x), offset), expected, atol=1e-6)
 
 
 def test_a_weight_whose_dtype_a_parent_looks_at_keeps_its_side_path():
@@ -186,8 +186,8 @@ def test_a_weight_whose_dtype_a_parent_looks_at_keeps_its_side_path():
             return self.inner(x.to(self.inner.weight.dtype)).square().sum(dim=-1)
 
     model, x = Casting(), torch.randn(4, 8)
-    probe = probe_of(model, LowRank(rank=2, interval=5))
-    assert probe.prepare(lambda: model(x), Offset(1e-3, 0, 0, 0)) == [] and len(probe.low_rank_hooks) == 1
+    forward = probe_of(model, LowRank(rank=2, interval=5))
+    assert forward.prepare(lambda: model(x), Offset(1e-3, 0, 0, 0)) == [] and len(forward.low_rank_hooks) == 1
 
 
 def test_a_side_path_that_computes_something_else_falls_back_with_a_warning():
@@ -205,12 +205,12 @@ def test_a_side_path_that_computes_something_else_falls_back_with_a_warning():
     torch.manual_seed(0)
     model, x = Doubling(), torch.randn(4, 8)
     clean = copy.deepcopy(model)
-    probe, offset = probe_of(model, LowRank(rank=2, interval=5)), Offset(1e-1, 0, 0, 0)
+    forward, offset = probe_of(model, LowRank(rank=2, interval=5)), Offset(1e-1, 0, 0, 0)
     with pytest.warns(UserWarning, match="disagree"):
-        probe.prepare(lambda: model(x), offset)
-    assert not probe.low_rank_hooks
-    expected = perturbed_by_hand(clean, probe, offset)(x)
-    assert torch.allclose(probe.evaluate(lambda: model(x), offset), expected, atol=1e-5)
+        forward.prepare(lambda: model(x), offset)
+    assert not forward.low_rank_hooks
+    expected = perturbed_by_hand(clean, forward, offset)(x)
+    assert torch.allclose(forward.evaluate(lambda: model(x), offset), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SUBSPACES)
@@ -235,19 +235,19 @@ def test_any_module_works(kind, build):
         out = module(*args)
         return out[0] if isinstance(out, tuple) else out
 
-    probe, offset = probe_of(model, SUBSPACES[kind]), Offset(1e-1, 0, 0, 0)
+    forward, offset = probe_of(model, SUBSPACES[kind]), Offset(1e-1, 0, 0, 0)
     with torch.no_grad():
         if kind == "low rank" and isinstance(model, nn.TransformerEncoderLayer):
             with pytest.warns(UserWarning, match="read from outside"):
-                probe.prepare(lambda: output(model), offset)
-        expected = output(perturbed_by_hand(clean, probe, offset))
-    assert torch.allclose(probe.evaluate(lambda: output(model), offset), expected, atol=1e-5)
+                forward.prepare(lambda: output(model), offset)
+        expected = output(perturbed_by_hand(clean, forward, offset))
+    assert torch.allclose(forward.evaluate(lambda: output(model), offset), expected, atol=1e-5)
     assert not torch.allclose(output(clean), expected, atol=1e-3)
 
 
 def test_a_loss_with_randomness_sees_the_same_numbers_at_plus_and_minus_and_new_ones_each_step():
     model, seen = toys.classifier(), []
-    optimizer = ZerothOrder(model, "mezo", lr=0.0, probe="sequential")
+    optimizer = ZerothOrder(model, "mezo", lr=0.0, forward_batching="sequential")
 
     def noisy(batch):
         seen.append(float(torch.rand(())))

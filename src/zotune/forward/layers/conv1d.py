@@ -1,7 +1,7 @@
-"""GPT-2's ``Conv1D`` of transformers, recognized by its name: y = x W + b, W (n, m) transposed against ``nn.Linear``.
+"""GPT-2's ``Conv1D`` of transformers, recognized by its name: y = x W + b, W (n, m), transposed relative to ``nn.Linear``.
 
-- Low-rank hook: y += (x A) Vᵀ, for A belongs to the side of the input.
-- Batched: as in ``linear``, with a batched product of the input and the moving factor of each block.
+- Low-rank hook: y += (x A) Vᵀ; A is on the input side.
+- Batched: as in ``linear``, with a batched product of the input and the trained factor of each block.
 """
 
 from __future__ import annotations
@@ -12,34 +12,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from zotune.forward.batched import BatchedParameter, context_of, low_rank_of, low_rank_output, require_batchable, stored
+from zotune.forward.batched import BatchedParameter, context_of, low_rank_of, low_rank_output, require_batchable, vector_by_block
 from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
-from zotune.io.memory_tags import tagged
 from zotune.weights.layouts import Layout
 
 
-@tagged("activations")
 def batched_addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """y = b + x W, W (n, m), with a point a block of rows: x (A + s U_g), then Vᵀ."""
-    require_batchable(x, scaled=beta != 1 or alpha != 1)
+    """y = b + x W, W (n, m), with a point per block of rows: x (A + s U_g), then Vᵀ."""
+    require_batchable(x, beta != 1 or alpha != 1)
     context = context_of(bias, weight)
     blocks, width = context.blocks, weight.shape[1]
-    x = context.spread(x, 1)
+    x = context.expand_rows(x, 1)
     rows = x.reshape(blocks, -1, x.shape[-1])
-    if isinstance(weight, BatchedParameter) and weight.low_rank is None:
-        first = bias.full().unsqueeze(1) if isinstance(bias, BatchedParameter) else bias
-        return torch.baddbmm(first, rows, weight.full()).view(-1, width)
-    first, plain = (bias.full().unsqueeze(1) if isinstance(bias, BatchedParameter) else bias), stored(weight)
-    assert plain is not None
-    if isinstance(weight, BatchedParameter):
-        output = low_rank_output(first, x, weight, fixed_first=low_rank_of(weight).transposed)
-    else:
-        output = first.expand(blocks, rows.shape[1], width).contiguous()
-    return output.view(-1, width).addmm_(x, plain)
+    first = vector_by_block(bias)
+    assert first is not None
+    if not isinstance(weight, BatchedParameter):
+        return first.expand(blocks, rows.shape[1], width).contiguous().view(-1, width).addmm_(x, weight)
+    if weight.low_rank is None:
+        return torch.baddbmm(first, rows, weight.block_values()).view(-1, width)
+    output = low_rank_output(first, x, weight, fixed_first=low_rank_of(weight).transposed)
+    return output.view(-1, width).addmm_(x, weight.stored)
 
 
 class Conv1D(LayerRule):
-    """A module of that name with ``nf`` outputs; transformers need not be imported for it."""
+    """A module of that name with ``nf`` outputs; transformers is not imported."""
 
     batched: ClassVar[Mapping[str, Function]] = {"addmm": batched_addmm}
 
@@ -62,7 +58,7 @@ class Conv1D(LayerRule):
 
 
 class _Twin(nn.Module):
-    """What transformers' Conv1D computes."""
+    """The computation of transformers' Conv1D."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

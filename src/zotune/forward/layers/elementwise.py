@@ -1,6 +1,6 @@
-"""Vectors that a model's own Python multiplies with rows or adds to them: norms written out, scales, offsets.
+"""Vectors that a model's own Python code multiplies with rows or adds to them: norms written out, scales, offsets.
 
-- Batched: a vector a block. A number times or plus such a vector is a batched vector again, and so is one in another dtype.
+- Batched: a vector per block. A number times or plus a vector, and a vector in another dtype, are batched vectors again.
 """
 
 from __future__ import annotations
@@ -12,43 +12,41 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import NotBatchableError
-from zotune.forward.batched import BatchedParameter, by_block
+from zotune.forward.batched import BatchedParameter
 from zotune.forward.layers.rule import Example, Function, LayerRule, register
-from zotune.io.memory_tags import tagged
 
 
 def _commuting(operation: Callable[[Tensor, Any], Tensor]) -> Callable[..., Tensor]:
-    """A commuting operation of a vector with rows, or with a number (which gives a batched vector again)."""
+    """A commuting operation of a vector with rows, or with a number (the result is a batched vector)."""
 
-    @tagged("activations")
     def elementwise(one: Any, other: Any) -> Tensor:
         vector, x = (one, other) if isinstance(one, BatchedParameter) else (other, one)
-        if vector.plain.dim() != 1 or isinstance(x, BatchedParameter):
-            raise NotBatchableError(f"the model computes with {vector.coordinate.name}, which has no batched form")
+        context, coordinate = vector.context, vector.coordinate
+        if vector.stored.dim() != 1 or isinstance(x, BatchedParameter):
+            raise NotBatchableError(f"the model computes with {coordinate.name}, which has no batched form")
         if not isinstance(x, Tensor) or x.dim() == 0:
-            return BatchedParameter.of(operation(vector.plain, x), vector.coordinate, vector.context, operation(vector.full(), x))
-        rows = by_block(x, vector.context, vector.plain.shape[0])
-        lead = x.shape if x.shape[0] != 1 else (vector.context.lead, *x.shape[1:])
-        return operation(rows, vector.full().unsqueeze(1)).view(lead)
+            return BatchedParameter.of(operation(vector.stored, x), coordinate, context, operation(vector.block_values(), x))
+        rows = context.by_block(x, vector.stored.shape[0])
+        shape = x.shape if x.shape[0] != 1 else (context.input_rows, *x.shape[1:])
+        return operation(rows, vector.block_values().unsqueeze(1)).view(shape)
 
     return elementwise
 
 
 def _cast(method: str) -> Callable[..., Tensor]:
-    @tagged("activations")
     def elementwise(vector: BatchedParameter, *args: Any, **kwargs: Any) -> Tensor:
-        plain = getattr(vector.plain, method)(*args, **kwargs)
-        if plain is vector.plain:
+        stored = getattr(vector.stored, method)(*args, **kwargs)
+        if stored is vector.stored:
             return vector
-        if plain.dim() != 1:
-            raise NotBatchableError(f"the model converts {vector.coordinate.name} to {plain.dtype}")
-        return BatchedParameter.of(plain, vector.coordinate, vector.context, vector.full().to(plain.dtype))
+        if stored.dim() != 1:
+            raise NotBatchableError(f"the model converts {vector.coordinate.name} to {stored.dtype}")
+        return BatchedParameter.of(stored, vector.coordinate, vector.context, vector.block_values().to(stored.dtype))
 
     return elementwise
 
 
 class Elementwise(LayerRule):
-    """No module type of its own: what a forward does with a vector."""
+    """Owns no module type; covers what a forward does with a vector."""
 
     batched: ClassVar[Mapping[str, Function]] = {
         **dict.fromkeys(("mul", "__mul__", "__rmul__"), _commuting(torch.mul)),

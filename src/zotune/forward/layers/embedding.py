@@ -1,7 +1,7 @@
 """``nn.Embedding``: y = W[ids], W (m, n).
 
 - Low-rank hook: y += A[ids] Vᵀ.
-- Batched: the same with the rows of each block's A; a table a block for thin tables in full space, rows of the ids for others.
+- Batched: the same with the rows of each block's A. In full space: a table per block if it is thin, else the rows of the ids.
 - Lazy: the rows of the ids alone, bit for bit those of the whole perturbed table.
 """
 
@@ -14,16 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zotune.forward import lazy_weight
 from zotune.forward.batched import BatchedParameter, require_batchable, trained_factor
 from zotune.forward.layers.rule import Example, Function, LayerRule, add_product, register
-from zotune.forward.lazy_weight import LazyWeight, rows_looked_up, whole
+from zotune.forward.lazy_weight import LazyWeight, WeightBuffer, looked_up_rows, whole
 from zotune.io.memory_tags import tagged
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.subspaces.coordinate import Offset
 
 
-@tagged("activations")
 def batched_embedding(
     ids: Tensor,
     weight: Tensor,
@@ -33,49 +31,48 @@ def batched_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """y = W[ids], with a point a block of rows."""
-    require_batchable(ids, rescaled=max_norm is not None)
+    """y = W[ids], with a point per block of rows."""
+    require_batchable(ids, max_norm is not None)
     assert isinstance(weight, BatchedParameter)
     context = weight.context
     if ids.dim() == 2 and ids.shape[0] % context.total == 0:
-        context.lead = ids.shape[0]
-    ids = context.spread(ids, 0)
+        context.input_rows = ids.shape[0]
+    ids = context.expand_rows(ids, 0)
     blocks, height = context.blocks, weight.shape[0]
     by_block = ids.reshape(blocks, -1)
     if not weight.coordinate.thin:
-        return torch.stack([_looked_up(weight, offset, some) for offset, some in zip(weight.offsets(), by_block, strict=True)]).view(
-            *ids.shape, -1
-        )
+        rows = [_perturbed_rows(weight, offset, some) for offset, some in zip(weight.offsets(), by_block, strict=True)]
+        return torch.stack(rows).view(*ids.shape, -1)
     coordinate = weight.low_rank
     if coordinate is None:
-        table = weight.full().flatten(0, 1)
+        table = weight.block_values().flatten(0, 1)
         first = torch.arange(blocks, device=ids.device).unsqueeze(1) * height
         return F.embedding((by_block + first).view(ids.shape), table)
-    output = F.embedding(ids, weight.plain)
+    output = F.embedding(ids, weight.stored)
     if coordinate.transposed:
         left = F.embedding(by_block, coordinate.v).to(output.dtype)
         output.view(blocks, -1, output.shape[-1]).baddbmm_(left, trained_factor(weight, output.dtype).transpose(1, 2))
         return output
-    z = context.z(coordinate)
+    z = context.expanded_z(coordinate)
     groups, rank = z.shape[0], coordinate.rank
     by_group = ids.reshape(groups, -1)
     first = torch.arange(groups, device=ids.device).unsqueeze(1) * height
     left = F.embedding(by_group + first, z.flatten(0, 1)).view(groups, blocks // groups, -1, rank)
     left = left * context.scales(z, 2)
-    if coordinate.pending or context.hold:
+    if coordinate.pending or context.persistent:
         left += F.embedding(by_block, coordinate.a).view(left.shape)
     output.view(-1, output.shape[-1]).addmm_(left.view(-1, rank).to(output.dtype), coordinate.v.T.to(output.dtype))
     return output
 
 
-def _looked_up(weight: BatchedParameter, offset: Offset | None, ids: Tensor) -> Tensor:
-    """(W + s Z)[ids] of a table in full space."""
+def _perturbed_rows(weight: BatchedParameter, offset: Offset | None, ids: Tensor) -> Tensor:
+    """(W + s Z)[ids] of a full-space table."""
     coordinate, directions = weight.coordinate, weight.context.directions
     assert isinstance(coordinate, FullCoordinate)
-    if weight.context.hold:
-        return weight.context.rows(coordinate, offset, ids)
-    found = None if offset is None else rows_looked_up(coordinate, directions, offset, ids)
-    return F.embedding(ids, coordinate.at(directions, offset)) if found is None else found
+    if weight.context.persistent:
+        return weight.context.perturbed_rows(coordinate, offset, ids)
+    rows = None if offset is None else looked_up_rows(coordinate, directions, offset, ids)
+    return F.embedding(ids, coordinate.at(directions, offset)) if rows is None else rows
 
 
 @tagged("directions")
@@ -84,14 +81,14 @@ def lazy_embedding(
 ) -> Tensor:
     """y = (W + s Z)[ids] from the rows of the ids, where they are fewer than half of the table."""
     if max_norm is None and isinstance(weight, LazyWeight):
-        found = rows_looked_up(weight.coordinate, weight.directions, weight.offset, input)
-        if found is not None:
-            return found
+        rows = looked_up_rows(weight.coordinate, weight.directions, weight.offset, input)
+        if rows is not None:
+            return rows
     return F.embedding(whole(input), whole(weight), padding_idx, max_norm, *others, **named)
 
 
 class Embedding(LayerRule):
-    """``nn.Embedding``; with ``max_norm``, which rescales the stored rows in place as they are looked up, it has no hook."""
+    """``nn.Embedding``; no hook with ``max_norm``, which rescales stored rows in place."""
 
     batched: ClassVar[Mapping[str, Function]] = {"embedding": batched_embedding}
     lazy: ClassVar[Mapping[Callable[..., Any], Function]] = {F.embedding: lazy_embedding}
@@ -105,7 +102,7 @@ class Embedding(LayerRule):
     def add_low_rank(self, left: Tensor, right: Tensor, x: Tensor, output: Tensor) -> Tensor:
         return add_product(output, F.embedding(x, left), right.T)
 
-    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, room: lazy_weight.Room) -> bool:
+    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, buffer: WeightBuffer) -> bool:
         return True
 
     def is_lazy_low_rank(self, module: nn.Module, coordinate: LowRankCoordinate) -> bool:
@@ -118,7 +115,7 @@ class Embedding(LayerRule):
 
 
 class _Tied(nn.Module):
-    """A table that is the head's weight too."""
+    """A table tied to the head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""``nn.LayerNorm`` and ``nn.RMSNorm``: rows normalized, times a vector w, plus a vector b. Their vectors move in full space.
+"""``nn.LayerNorm`` and ``nn.RMSNorm``: normalized rows, times a vector w, plus a vector b. Both vectors are trained in full space.
 
-- Batched: a vector a block; a fused kernel on accelerators.
+- Batched: a vector per block; a fused kernel on accelerators.
 """
 
 from __future__ import annotations
@@ -12,43 +12,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zotune.forward.batched import BatchedParameter, by_block, context_of, require_batchable
+from zotune.forward.batched import BatchedParameter, context_of, require_batchable, vector_by_block
 from zotune.forward.layers.rule import Example, Function, LayerRule, register
-from zotune.io.memory_tags import tagged
 from zotune.kernels import layer_norm_kernels
 
 
 def affine(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """rows (B, q, n) · w + b with a vector a block, or the same one for all."""
-    w, b = (t.full().unsqueeze(1) if isinstance(t, BatchedParameter) else t for t in (weight, bias))
+    """rows (B, q, n) · w + b, with a vector per block or one for all."""
+    w, b = vector_by_block(weight), vector_by_block(bias)
     if w is None:
         return rows if b is None else rows.add_(b)
     return rows.mul_(w) if b is None else torch.addcmul(b, rows, w)
 
 
-@tagged("activations")
 def batched_layer_norm(
     x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """LayerNorm(x) over the last dimension, with a point a block of rows."""
-    require_batchable(x, several_dimensions=len(normalized_shape) != 1)
+    """LayerNorm(x) over the last dimension, with a point per block of rows."""
+    require_batchable(x, len(normalized_shape) != 1)
     context = context_of(weight, bias)
-    x = context.spread(x, 1)
+    x = context.expand_rows(x, 1)
     kernel = layer_norm_kernels(x)
     if kernel is not None:
-        vectors = (vector.full() if isinstance(vector, BatchedParameter) else vector for vector in (weight, bias))
-        return kernel.layer_norm(by_block(x, context, x.shape[-1]), *vectors, eps).view(x.shape)
-    rows = by_block(F.layer_norm(x, normalized_shape, None, None, eps), context, x.shape[-1])
+        vectors = (vector.block_values() if isinstance(vector, BatchedParameter) else vector for vector in (weight, bias))
+        return kernel.layer_norm(context.by_block(x, x.shape[-1]), *vectors, eps).view(x.shape)  # type: ignore[no-any-return]
+    rows = F.layer_norm(x, normalized_shape, None, None, eps).reshape(context.blocks, -1, x.shape[-1])
     return affine(rows, weight, bias).view(x.shape)
 
 
-@tagged("activations")
 def batched_rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """RMSNorm(x) over the last dimension, with a point a block of rows."""
-    require_batchable(x, several_dimensions=len(normalized_shape) != 1)
+    """RMSNorm(x) over the last dimension, with a point per block of rows."""
+    require_batchable(x, len(normalized_shape) != 1)
     context = context_of(weight)
-    x = context.spread(x, 1)
-    return affine(by_block(F.rms_norm(x, normalized_shape, None, eps), context, x.shape[-1]), weight, None).view(x.shape)
+    x = context.expand_rows(x, 1)
+    rows = F.rms_norm(x, normalized_shape, None, eps).reshape(context.blocks, -1, x.shape[-1])
+    return affine(rows, weight, None).view(x.shape)
 
 
 class Norms(LayerRule):

@@ -1,6 +1,6 @@
-"""Linear layers whose weight is stored in few bits (``frozen_linear``): as ``nn.Linear``, but W is never formed and never written.
+"""Quantized linear layers (``weights.quantized_linear``): as ``nn.Linear``, but W is never materialized and never written.
 
-The layer's ``weight`` is an empty stand-in; a lent weight is what the layer adds to its own product.
+The layer's ``weight`` is an empty placeholder; the layer adds the product with a batched ``weight`` to its own product.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from zotune.forward.layers.rule import Example, LayerRule, add_product, register
 from zotune.subspaces import LowRankCoordinate
-from zotune.weights.quantized_linear import QuantizedLinear, quantize
+from zotune.weights import quantized_linear
 
 
 class QuantizedLinear(LayerRule):
-    """A ``QuantizedLinear``: low-rank coordinates only."""
+    """A ``weights.QuantizedLinear``: low-rank coordinates only."""
 
     writable = False
 
     def owns(self, module: nn.Module) -> bool:
-        return isinstance(module, QuantizedLinear)
+        return isinstance(module, quantized_linear.QuantizedLinear)
 
     def has_hook(self, module: nn.Module) -> bool:
         return True
@@ -35,7 +35,7 @@ class QuantizedLinear(LayerRule):
         return None if coordinate.transposed else coordinate.parameter.shape[1]
 
     def save_merged(self, module: nn.Module, coordinate: LowRankCoordinate, state_dict: dict[str, Any], name: str) -> None:
-        """A product more, rather than another weight."""
+        """Save A Vᵀ as additional columns of the layer's own low-rank factors."""
         for part, more in zip(("left", "right"), coordinate.pending_factors(), strict=True):
             if more is not None:
                 part = name.removesuffix("weight") + part
@@ -51,7 +51,7 @@ class QuantizedLinear(LayerRule):
 
 
 def _quantized(bits: int, bias: bool) -> nn.Module:
-    return quantize(nn.Sequential(nn.Linear(96, 80, bias=bias)), bits)
+    return quantized_linear.quantize(nn.Sequential(nn.Linear(96, 80, bias=bias)), bits)
 
 
 register(QuantizedLinear())

@@ -1,16 +1,15 @@
-"""What the library knows of one layer type, stated in one file of this package.
+"""Layer rules: all evaluation paths of one layer type.
 
-A layer of weight W at θ + offset can be evaluated in these ways, and all of them are the same function up to rounding:
+A layer of weight W can be evaluated at θ + offset in these ways, which are equal up to rounding:
 
-- *general*: the module reads a whole perturbed weight; works for any module and needs no rule;
-- *low-rank hook*: the module computes with W as stored, and :meth:`LayerRule.add_low_rank` adds what W + A Vᵀ has more;
-- *batched*: every block of rows has a point of its own; torch hands each function that a batched parameter is used in to
-  :attr:`LayerRule.batched`;
-- *materialized*: W + A Vᵀ is formed for one product (``materialized`` functions), where that costs less traffic than the hook;
-- *lazy*: strips or rows of the perturbed weight are made inside the function that uses them (``lazy`` functions).
+- *general*: the module reads a whole perturbed weight; works for any module without a rule;
+- *low-rank hook*: the module computes with the stored W, and :meth:`LayerRule.add_low_rank` adds the product with A Vᵀ;
+- *batched*: every block of rows has its own point; torch passes each function that uses a batched parameter to :attr:`LayerRule.batched`;
+- *materialized*: W + A Vᵀ is materialized for one product (``materialized`` functions), where that costs less traffic than the hook;
+- *lazy*: strips or rows of the perturbed weight are generated inside the function that uses them (``lazy`` functions).
 
-:func:`register` enters the functions of a rule in the dispatch tables, so a new layer type is one new file. ``tests/test_layer_rules.py``
-holds every registered rule to the equality of all ways on its :meth:`LayerRule.examples`.
+:func:`register` puts the functions of a rule into the dispatch tables, so a new layer type is one new file.
+``tests/unit/forward/test_layer_rules.py`` compares all paths of every registered rule on its :meth:`LayerRule.examples`.
 """
 
 from __future__ import annotations
@@ -22,9 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zotune.forward import batched as stacked_parameters
-from zotune.forward import lazy_weight
-from zotune.forward import materialized as formed
+from zotune.forward import batched, lazy_weight, materialized
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.weights.layouts import Layout, register_layout
 
@@ -36,9 +33,9 @@ class Example:
     """A small module of a layer type and its inputs, for the conformance test.
 
     Attributes:
-        label: names it in the test's output.
+        label: its name in the test's output.
         build: makes the module, with random weights, float32.
-        inputs: makes what it is called with, of so many rows, float32 or ids.
+        inputs: makes inputs of so many rows, float32 or ids.
     """
 
     label: str
@@ -47,15 +44,15 @@ class Example:
 
 
 class LayerRule:
-    """All that a layer type states of itself; what it leaves out it does not have, and takes the general way."""
+    """The paths of a layer type; without a path, the general one is taken."""
 
-    #: Whether the stored weight is ever written; where it is not, it cannot move in full space.
+    #: Whether the stored weight can be written; otherwise it cannot be trained in full space.
     writable: ClassVar[bool] = True
-    #: By the name of the torch function: what computes it with batched parameters among its arguments.
+    #: Batched forms of torch functions, by the function's name.
     batched: ClassVar[Mapping[str, Function]] = {}
-    #: By torch function: what computes it with a lazy weight among its arguments.
+    #: Forms of torch functions with a lazy weight among their arguments.
     lazy: ClassVar[Mapping[Callable[..., Any], Function]] = {}
-    #: By torch function: what computes it with a weight, its second argument, that it may materialize.
+    #: Forms of torch functions whose second argument is a weight that they may materialize.
     materialized: ClassVar[Mapping[Callable[..., Any], Function]] = {}
 
     def owns(self, module: nn.Module) -> bool:
@@ -63,33 +60,33 @@ class LayerRule:
         return False
 
     def has_hook(self, module: nn.Module) -> bool:
-        """Whether :meth:`add_low_rank` is right for ``module``, of this type: a subclass with a forward of its own may not be."""
+        """Whether :meth:`add_low_rank` is valid for ``module``, of this type; not for a subclass with its own forward."""
         return False
 
     def add_low_rank(self, left: Tensor, right: Tensor, x: Tensor, output: Tensor) -> Tensor:
         """The output of the layer at W + left · rightᵀ.
 
         Args:
-            left, right: the factors of what is added to W, (rows of W, r) and (columns of W, r).
-            x: what the layer was given.
-            output: what it computed of that with W; may be overwritten.
+            left, right: factors (rows of W, r) and (columns of W, r).
+            x: the layer's input.
+            output: the layer's output with W; may be overwritten.
         """
         raise NotImplementedError(f"{type(self).__name__} has no low-rank hook")
 
-    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, room: lazy_weight.Room) -> bool:
-        """Whether ``module`` is lent a lazy weight for a matrix in full space that is not thin."""
+    def is_lazy_in_full(self, module: nn.Module, coordinate: FullCoordinate, buffer: lazy_weight.WeightBuffer) -> bool:
+        """Whether ``module`` reads a lazy weight for a full-space matrix that is not thin."""
         return False
 
     def is_lazy_low_rank(self, module: nn.Module, coordinate: LowRankCoordinate) -> bool:
-        """Whether ``module`` is lent a lazy weight for low-rank coordinates, where it goes the general way."""
+        """Whether ``module`` reads a lazy weight for low-rank coordinates on the general path."""
         return False
 
     def materializes(self, module: nn.Module, coordinate: LowRankCoordinate) -> bool:
-        """Whether ``module``, which alone owns the weight, may materialize it for one product."""
+        """Whether ``module``, the only owner of the weight, may materialize it for one product."""
         return False
 
     def shared_width(self, module: nn.Module, coordinate: LowRankCoordinate) -> int | None:
-        """The width of the input that meets V first, so that layers with the same input share that product; None if there is none."""
+        """The width n of an input x that is first multiplied by V, so that layers with the same input share x V; None: not applicable."""
         return None
 
     def layout(self, module: nn.Module) -> Layout | None:
@@ -97,33 +94,33 @@ class LayerRule:
         return None
 
     def save_merged(self, module: nn.Module, coordinate: LowRankCoordinate, state_dict: dict[str, Any], name: str) -> None:
-        """Put the merged weight in a state dict that has the stored one under ``name``."""
+        """Replace the stored weight ``name`` of a state dict by the merged one."""
         if name in state_dict:
             state_dict[name] = coordinate.merged()
 
     def is_loaded(self, module: nn.Module, state_dict: Mapping[str, Any], name: str) -> bool:
-        """Whether loading a state dict replaces the weight that it calls ``name``."""
+        """Whether loading a state dict replaces the weight ``name``."""
         return name in state_dict
 
     def examples(self) -> Iterable[Example]:
-        """The smallest modules of this type, with and without what is optional, for the conformance test."""
+        """Small modules of this type, with and without optional parts, for the conformance test."""
         raise NotImplementedError
 
 
-#: Rules by the name of their class, in the order of registration.
+#: Rules by class name, in order of registration.
 RULES: dict[str, LayerRule] = {}
 
 
 def register(rule: LayerRule) -> None:
-    """Enter a layer type.
+    """Add a layer type.
 
     Raises:
-        ValueError: another one has a function of its own under the same name.
+        ValueError: another layer type has registered one of its functions.
     """
     tables: tuple[tuple[dict[Any, Function], Mapping[Any, Function]], ...] = (
-        (stacked_parameters.FUNCTIONS, rule.batched),
+        (batched.FUNCTIONS, rule.batched),
         (lazy_weight.FUNCTIONS, rule.lazy),
-        (formed.FUNCTIONS, rule.materialized),
+        (materialized.FUNCTIONS, rule.materialized),
     )
     for table, functions in tables:
         taken = [key for key in functions if key in table]
@@ -135,12 +132,12 @@ def register(rule: LayerRule) -> None:
 
 
 def rule_of(module: nn.Module) -> LayerRule | None:
-    """The rule of a module's layer type, the latest registered that owns it; None for a module that is of none."""
+    """The rule of a module's layer type, the latest registered that owns it; None without one."""
     return next((rule for rule in reversed(RULES.values()) if rule.owns(module)), None)
 
 
 def add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """output + left @ right in output's dtype; in place where autograd does not look on, for that saves a pass over the output."""
+    """output + left @ right in output's dtype; in place where autograd allows, which saves a pass over the output."""
     left, right = left.to(output.dtype), right.to(output.dtype)
     if torch.is_grad_enabled() and output.requires_grad:
         return output + left @ right
