@@ -81,7 +81,7 @@ def test_both_points_at_once_are_the_two_points(dtype, kind):
     weight = torch.randn(70, 90, generator=torch.Generator().manual_seed(0)).to(dtype).cuda()
     coordinate, directions = Full().coordinate("w", nn.Parameter(weight, requires_grad=False)), Directions(kind)
     coordinate.descend(directions, [1e-4], 1.0, 0, 0)  # something below the weight's last bit
-    found = [part.clone() for _, parts in coordinate.together_at(directions, Key(3, 4, 0, "w"), [1e-2, -1e-2], 70) for part in parts]
+    found = [part.clone() for _, parts in coordinate.strips_at_scales(directions, Key(3, 4, 0, "w"), [1e-2, -1e-2], 70) for part in parts]
     for scale, one in zip((1e-2, -1e-2), found, strict=True):
         assert torch.equal(one, coordinate.at(directions, Offset(scale, 3, 4, 0)))
 
@@ -175,7 +175,7 @@ def test_a_recorded_evaluation_is_the_evaluation(architecture, name, options, fo
             recorded = 4
         if not cuda_graphs or (architecture == "gpt2" and name == "mezo"):  # whose Conv1D in full space has no kernel
             recorded = 0
-        assert optimizer.evaluator.captures.made == recorded
+        assert optimizer.evaluator.graphs.captured == recorded
     for one, other in zip(*found.values(), strict=True):
         assert abs(one.loss - other.loss) < 1e-4 * other.loss
         assert torch.allclose(one.coefficients, other.coefficients, rtol=1e-2, atol=1e-2 + 1e-2 * float(other.coefficients.abs().max()))
@@ -195,7 +195,7 @@ def test_what_cannot_be_recorded_is_evaluated_as_ever():
         optimizer = ZerothOrder(model, "lozo", lr=1e-4, forward_batching="batched", cuda_graphs=True)
         for _ in range(2):
             optimizer.step(loss, toys.tokens(6, 7).cuda())
-        assert not optimizer.evaluator.captures.on
+        assert not optimizer.evaluator.graphs.enabled
         optimizer.remove_hooks()
 
 
