@@ -174,7 +174,7 @@ def test_scales_train_resume_replay_and_are_saved_as_ordinary_weights(workplace:
         (["--method", "fo-adam"], "did you mean 'fo-adamw'"),
         (["--method", "mezo", "--max_grad_norm", "1"], "no gradient is computed"),
         (["--method", "mezo", "--num_demonstrations", "3"], "is an option of --method icl"),
-        (["--method", "zero-shot", "--scheme", "lora"], "a --scheme has no meaning"),
+        (["--method", "zero-shot", "--scheme", "lora"], "a --scheme has no effect"),
         (["--method", "lozo", "--scheme", "bias"], "this model has no bias"),
         (["--method", "mkor", "--scheme", "prompt"], "mkor makes no sense with --scheme prompt: no Linear layer"),
         (["--method", "fo-sgd", "--scheme", "prefix", "--activation_checkpointing", "true"], "leave one of them out"),
