@@ -16,7 +16,7 @@ from zotune import Journal, ZerothOrder, methods, replay
 from zotune.optim import resume
 from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.calibrator import INTERVAL
-from zotune.optim.journal import StepRecord, verify
+from zotune.optim.journal import FORMAT, MAGIC, StepRecord, verify
 from zotune.weights.digest import digest
 
 
@@ -83,11 +83,27 @@ def test_a_record_cut_out_is_noticed(tmp_path):
         Journal.open(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"ZOJ", b"not a journal at all", b"ZOJ1\xff\xff\xff\xff{}"])
+@pytest.mark.parametrize("content", [b"", b"ZOJ", b"not a journal at all", MAGIC + b"\xff\xff\xff\xff{}"])
 def test_what_is_not_a_journal_is_refused(tmp_path, content):
     (tmp_path / "j").write_bytes(content)
     with pytest.raises(ValueError, match="journal"):
         Journal.open(tmp_path / "j")
+
+
+@pytest.mark.parametrize(("version", "which"), [(FORMAT - 1, "an earlier"), (FORMAT + 1, "a later")])
+def test_a_journal_of_another_version_is_refused(tmp_path, version, which):
+    written(tmp_path / "j")
+    content = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(b"ZOJ%d" % version + content[len(MAGIC) :])
+    message = f"was written by {which} version of zotune and cannot be replayed by this one; start the run anew"
+    with pytest.raises(ValueError, match=message):
+        Journal.open(tmp_path / "j")
+    assert message in verify(tmp_path / "j").message
+
+
+def test_the_header_says_its_version(tmp_path):
+    ZerothOrder(toys.classifier(), "mezo", journal=tmp_path / "j")
+    assert Journal.open(tmp_path / "j").header["format"] == FORMAT
 
 
 def test_an_existing_journal_is_not_overwritten(tmp_path):

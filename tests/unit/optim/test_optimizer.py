@@ -238,6 +238,7 @@ def other_model() -> nn.Module:
         (lambda m: ZerothOrder(m, "mezo").step(toys.loss_function(m), []), "empty list of micro-batches"),
         (lambda m: ZerothOrder(m, "mezo").step(lambda b: m(b[0]), toys.batch()), "returned shape"),
         (lambda m: ZerothOrder(m, "mezo").load_state_dict({"state": {}, "param_groups": []}), "not the state of a ZerothOrder"),
+        (lambda m: ZerothOrder(m, "mezo").load_state_dict({"zotune": {"version": 1}}), "saved by another version of zotune"),
         (lambda m: ZerothOrder(m, "mezo", seed=1).load_state_dict(ZerothOrder(m, "mezo").state_dict()), "has seed 0"),
         (lambda m: ZerothOrder(m, "mezo").load_state_dict(ZerothOrder(m, "mezo-adam").state_dict()), "has method 'mezo-adam'"),
         (

@@ -1,4 +1,7 @@
-"""TODO: eps."""
+"""The choice of ε: coefficients are measured at a ladder of ε, and the largest ε that agrees with its neighbor is taken.
+
+Below the right range coefficients are rounding noise; above it they follow the curvature of the loss.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,15 @@ from zotune.errors import NonFiniteLossError
 from zotune.io.memory_tags import tagged
 from zotune.methods.estimators import Estimator
 
-#: The values of ε that are tried; where climbing begins, and in well-behaved single precision goes on from.
+#: The values of ε that are tried; where climbing begins in well-behaved single precision.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-
-
 FIRST_RUNG = 2
-
-
-#: Directions that the ladder is measured along, and those that the first learning rate is made of.
+#: Directions that the ladder is measured along, and those of the first learning rate.
 LADDER_DIRECTIONS, FIRST_DIRECTIONS = 2, 8
-
-
 #: Number of the first direction that measurements use, beyond those of any step.
 DIRECTION = 1 << 24
-
-
 #: Relative error of the coefficients that a larger ε may bring: small beside that of a random direction, which is 100%.
 TOLERANCE = 0.03
-
-
 #: Losses of the batch at θ + scale · Z_direction, (n,).
 At = Callable[[float, int], Tensor]
 
@@ -42,7 +35,7 @@ def choose_eps(at: At, estimator: Estimator) -> float:
 
     Args:
         at: losses at a point; scale 0 is θ itself.
-        estimator: whose coefficients count.
+        estimator: computes the coefficients.
 
     Raises:
         NonFiniteLossError: losses on the ladder are not finite.
@@ -60,14 +53,14 @@ def choose_eps(at: At, estimator: Estimator) -> float:
 
     @functools.cache
     def distance(rung: int) -> float:
-        """Between a rung and the next."""
+        """Between a rung's coefficients and the next's."""
         return _distance(coefficients(rung), coefficients(rung + 1))
 
     steps = range(len(LADDER) - 1)
     best = FIRST_RUNG if distance(FIRST_RUNG) <= TOLERANCE else min(steps, key=distance)
     if not math.isfinite(distance(best)):
         if all(bool(coefficients(rung).isfinite().all()) for rung in range(len(LADDER))):
-            return LADDER[-1]  # a loss that does not move, or by rounding only
+            return LADDER[-1]  # a loss that is constant up to rounding
         raise NonFiniteLossError(
             "the loss is not finite near the model's weights, so no eps can be chosen; look at the model and the first batch."
         )
@@ -78,7 +71,7 @@ def choose_eps(at: At, estimator: Estimator) -> float:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ over the root of ‖a‖ ‖b‖; infinite where that says nothing."""
+    """‖a − b‖ over the root of ‖a‖ ‖b‖; infinite where that is undefined."""
     size = float((a.norm() * b.norm()).sqrt())
     distance = float((a - b).norm()) / size if size > 0 else math.inf
     return distance if math.isfinite(distance) else math.inf

@@ -1,4 +1,4 @@
-"""TODO: gains."""
+"""Factors between plain SGD's η and that of other update rules and transformed coefficients."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from zotune.methods.rules import EMASGD, Rule, Sign
 
 
 def rule_gain(rule: Rule, moment: float, directions: int, step: int = 1 << 20) -> float:
-    """What to multiply plain SGD's η by for another rule: 1 − β under momentum; Adam's step is η whatever the size of ĝ.
+    """The factor of plain SGD's η for another rule: 1 − β under momentum; √(M/K) where a step is η whatever the size of ĝ (Adam).
 
-    RMSprop's does not either, once its average, which starts at 0, has taken in enough of the ``step`` steps so far. The sign of ĝ moves
-    every number by η too, and for a noisy ĝ, whose numbers are normal with the variance M/K, has the mean √(2/π) ∇ over their standard
-    deviation.
+    RMSprop's average starts at 0 and has seen ``step`` steps. The sign of a noisy ĝ, normal with the variance M/K, has the mean
+    √(2/π) ∇ over its standard deviation.
 
     Raises:
-        ValueError: a rule of which that is not known.
+        ValueError: the factor is not known for this rule.
     """
     names = {cls.__name__ for cls in rule.cls.__mro__}
     if rule.cls is EMASGD:
@@ -40,13 +39,13 @@ def rule_gain(rule: Rule, moment: float, directions: int, step: int = 1 << 20) -
 def gain(
     method: Method, rule: Rule, moment: float, directions: int, eps: float, step: int = 1 << 20, shaping: State | None = None
 ) -> float:
-    """What to multiply plain SGD's η by in a method's step number ``step``, of coefficients with the mean square ``moment``, K directions.
+    """The factor of plain SGD's η in a method's step number ``step``: coefficients of mean square ``moment``, K directions.
 
     Args:
-        shaping: what the method's shaping has kept so far.
+        shaping: the state of the method's shaping.
 
     Raises:
-        ValueError: its update rule is one of which that is not known.
+        ValueError: the factor is not known for the method.
     """
     transforms, state = method.transforms, shaping or {}
     for transform in transforms:

@@ -1,4 +1,4 @@
-"""A mean that forgets."""
+"""A mean with forgetting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class RunningMean:
-    """A mean that forgets: each new number weighs 1 / count, but never below ``forgetting``. Keeps the variance of the mean too."""
+    """A mean with forgetting: a new value weighs 1 / count, but never below ``forgetting``. Its variance is kept too."""
 
     forgetting: float
     count: int = 0

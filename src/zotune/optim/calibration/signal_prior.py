@@ -1,8 +1,8 @@
-"""How much of a step's coefficients is signal, where no losses can tell: a guess that is held to what comes of it.
+"""The signal's part of a step's coefficients where losses do not show it: a guess, corrected by the falls of the loss.
 
-A step of rate η is expected to lower the loss by ½ η s, and η goes by s, so whoever takes s to be twice what it is expects four times the
-fall. Losses of single examples hide the fall of a step, but not that of many: as soon as a stretch of steps should have lowered the loss by
-more than its mean is uncertain, the means of two stretches tell how much of it came.
+A step of rate η should lower the loss by ½ η s, and η is proportional to s, so a guess of 2s expects four times the fall. Losses of single
+examples hide the fall of one step, but not that of many: once a window of steps should have lowered the loss by more than the error of its
+mean, the means of two windows show how much of it came.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 
 from zotune.optim.calibration.running_mean import RunningMean
 
-#: What is guessed at first, and what is guessed at most.
+#: The first guess, and the largest.
 FIRST, MOST = 0.125, 0.5
-#: Standard errors that an expected fall has to exceed for what came to be compared with it, and by which a loss has risen for sure.
+#: Standard errors that an expected fall has to exceed to be compared, and by which a loss has risen for sure.
 VISIBLE, RISEN = 2.0, 2.5
-#: Steps of a stretch, at least.
+#: Steps of a window, at least.
 SHORTEST = 6
 
 
 @dataclass
 class GuessedSignal:
-    """s / M by what steps achieve.
+    """s / M from the falls of the loss.
 
     Attributes:
         signal: s / M.
-        held: whether it is held to what comes of it; else it stays as it is.
-        earlier, later: losses of the last whole stretch of steps, and of the one that runs.
-        expected_earlier, expected: by how much their steps should have lowered the loss.
+        held: whether it is corrected; else it is constant.
+        earlier, later: losses of the last complete window of steps, and of the current one.
+        expected_earlier, expected: the falls expected of their steps.
     """
 
     signal: float = FIRST
@@ -40,16 +40,16 @@ class GuessedSignal:
     expected: float = 0.0
 
     def reset(self) -> None:
-        """Others have moved the loss."""
+        """Start again: other steps have changed the loss."""
         self.earlier, self.later = RunningMean(0.0), RunningMean(0.0)
         self.expected_earlier = self.expected = 0.0
 
     def expect(self, fall: float) -> None:
-        """A step is taken that should lower the loss by so much."""
+        """Record the expected fall of a step."""
         self.expected += fall
 
     def record(self, loss: float) -> None:
-        """Take in the loss before the next step, and correct the guess where that can be done."""
+        """Record the loss before the next step, and correct the guess where the falls show it."""
         if not self.held:
             return
         self.later.add(loss)
@@ -60,7 +60,7 @@ class GuessedSignal:
         if not risen and self.expected < VISIBLE * math.sqrt(2) * self.later.error:
             return
         if self.earlier.count:
-            came = fall / max(1e-30, 0.5 * (self.expected_earlier + self.expected))  # from the middle of a stretch to that of the next
+            came = fall / max(1e-30, 0.5 * (self.expected_earlier + self.expected))  # from the middle of a window to that of the next
             factor = 0.25 if came < 0 else 0.5 if came < 0.5 else 2.0 if came > 1.5 else 1.0
             self.signal = min(MOST, factor * self.signal)
         self.earlier, self.expected_earlier = self.later, self.expected
@@ -68,5 +68,5 @@ class GuessedSignal:
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> GuessedSignal:
-        """From plain data, as ``dataclasses.asdict`` makes it."""
+        """From the result of ``dataclasses.asdict``."""
         return cls(**{**state, "earlier": RunningMean(**state["earlier"]), "later": RunningMean(**state["later"])})
