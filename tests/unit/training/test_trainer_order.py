@@ -13,7 +13,7 @@ import torch
 from trainer_cases import StopAt, choice_rows, journal_of, labelled_rows, losses, same_weights, tiny_llama, trainer, weights
 from zotune.objectives.losses import choice_scores
 from zotune.tasks import ChoicesCollator
-from zotune.training.samplers import GroupedByLength, LongestFirst, lengths_of
+from zotune.training.samplers import GroupedByLength, LongestFirst, eval_sampler, lengths_of
 
 collate = ChoicesCollator(pad_token_id=0)
 
@@ -154,7 +154,7 @@ def test_evaluation_takes_the_longest_first_and_answers_in_the_datas_order(strat
     ],
 )
 def test_where_the_order_could_matter_evaluation_keeps_it(rows: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    sampler = trainer(tmp_path, **options)._get_eval_sampler(rows)
+    sampler = eval_sampler(rows, trainer(tmp_path, **options).args)
     assert list(sampler) == list(range(len(rows)))
 
 
