@@ -59,13 +59,17 @@ class Owner:
         """A function that makes a parameter at θ + offset on the general path: whole, or lazy if the layer type supports it."""
         if not coordinate.is_active(offset.step, offset.direction):
             return partial(coordinate.at, directions, None)
-        rule, module, lazy = self.rule, self.module, False
-        if isinstance(coordinate, FullCoordinate):
-            matrix = len(coordinate.shape) == 2 and not (coordinate.thin or coordinate.sharded)
-            lazy = matrix and rule is not None and rule.is_lazy_in_full(module, coordinate, buffer)
-        elif isinstance(coordinate, LowRankCoordinate):
-            lazy = rule is not None and rule.is_lazy_low_rank(module, coordinate) and not is_sharded(coordinate.parameter)
-        return partial(LazyWeight.of, coordinate, directions, offset, buffer) if lazy else partial(coordinate.at, directions, offset)
+        if isinstance(coordinate, FullCoordinate | LowRankCoordinate) and self._is_lazy(coordinate, buffer):
+            return partial(LazyWeight.of, coordinate, directions, offset, buffer)
+        return partial(coordinate.at, directions, offset)
+
+    def _is_lazy(self, coordinate: FullCoordinate | LowRankCoordinate, buffer: WeightBuffer) -> bool:
+        if self.rule is None:
+            return False
+        if isinstance(coordinate, LowRankCoordinate):
+            return self.rule.is_lazy_low_rank(self.module, coordinate) and not is_sharded(coordinate.parameter)
+        matrix = len(coordinate.shape) == 2 and not (coordinate.thin or coordinate.sharded)
+        return matrix and self.rule.is_lazy_in_full(self.module, coordinate, buffer)
 
 
 class Overrides:

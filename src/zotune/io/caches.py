@@ -1,4 +1,4 @@
-"""Caches of tensors that can be emptied all at once: their tables must not be shared between real steps and dry runs."""
+"""Caches of tensors that are cleared together, because real steps and dry runs must not share cached tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _clears: list[Callable[[], None]] = []
 
 
 def on_clear(clear: Callable[[], None]) -> None:
-    """Call ``clear`` whenever the caches are to be emptied."""
+    """Call ``clear`` whenever the caches are cleared."""
     _clears.append(clear)
 
 
 def tensor_cache(maxsize: int | None = None) -> Callable[[F], F]:
-    """``functools.lru_cache`` of a function that makes tensors, emptied by :func:`clear_tensor_caches`."""
+    """``functools.lru_cache`` of a function that makes tensors, cleared by :func:`clear_tensor_caches`."""
 
     def decorate(function: F) -> F:
         cached = functools.lru_cache(maxsize)(function)
@@ -28,6 +28,6 @@ def tensor_cache(maxsize: int | None = None) -> Callable[[F], F]:
 
 
 def clear_tensor_caches() -> None:
-    """Empty all caches of tensors."""
+    """Clear all caches of tensors."""
     for clear in _clears:
         clear()

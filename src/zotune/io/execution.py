@@ -1,6 +1,6 @@
-"""How steps are executed: on real numbers, or as a dry run on tensors without data.
+"""The mode of execution of steps: real, or a dry run on tensors without data.
 
-The few places at which a dry run differs ask here. A dry run sets its own :class:`Execution` for its length.
+The few functions that differ in a dry run read :func:`current`; the dry run sets its own :class:`Execution`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Execution:
-    """One way of executing steps. The defaults are those of real steps.
+    """A mode of execution. The defaults are those of real steps.
 
     Args:
-        block_size: elements to a block of a loop over a large tensor; None: what suits the device.
+        block_size: elements per block of a loop over a large tensor; None: the device's default.
         first_block_only: of the blocks of a large tensor, and of the strips of a matrix, only the first is computed.
         whole_weights: a large weight is materialized whole, never in strips.
-        isolates_generators: a loss is evaluated with torch's generators at a state of its own.
-        clock: seconds from some moment on.
+        isolates_generators: a loss is evaluated with isolated torch generators.
+        clock: a clock in seconds.
         make_subclass: makes a tensor of a class from (class, tensor); None: ``Tensor._make_subclass``.
     """
 
@@ -39,13 +39,13 @@ _current = REAL
 
 
 def current() -> Execution:
-    """How steps are executed now."""
+    """The current mode."""
     return _current
 
 
 @contextmanager
 def executing(execution: Execution) -> Iterator[None]:
-    """For the length of a block steps are executed so, in every thread."""
+    """For the length of a block, the mode of all threads."""
     global _current
     before, _current = _current, execution
     try:
@@ -55,16 +55,16 @@ def executing(execution: Execution) -> Iterator[None]:
 
 
 def walked(blocks: Iterable[Any]) -> Iterable[Any]:
-    """Those of the blocks that are to be computed."""
+    """The blocks that are computed: all, or the first one."""
     return itertools.islice(blocks, 1) if _current.first_block_only else blocks
 
 
 def clock() -> float:
-    """Seconds from some moment on; differences are what counts."""
+    """Seconds; only differences are meaningful."""
     return _current.clock()
 
 
 def make_subclass(cls: Any, tensor: Any) -> Any:
-    """``tensor`` as a tensor of class ``cls``, which shares its memory."""
+    """``tensor`` as a tensor of class ``cls`` that shares its memory."""
     make = _current.make_subclass
     return cls._make_subclass(cls, tensor) if make is None else make(cls, tensor)

@@ -1,7 +1,8 @@
-"""Memory tags: what the tensors of a block of code are for, told by the code that allocates them.
+"""Memory tags: the code that allocates tensors states their purpose, for a memory ledger.
 
-A tag holds for all that runs inside of it; the innermost one counts. Tags are a stack for each thread. While nobody listens (see
-:func:`listening`) a tagged function costs one comparison and a call, and a block two empty calls.
+A tag holds for everything that runs inside its block; the innermost tag counts. Each thread has its own stack of tags. Without a ledger
+(:func:`recording_tags`) a tagged function costs one comparison and one call. Tag functions that allocate, not every layer: functions called
+inside of a model's modules count as activations anyway.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar, cast, get_args
 
-#: What a tensor may be tagged as: a kind of memory; the memory of the host, whatever device the model is on; or something made in an
-#: update, whose kind depends on how long it lives.
+#: A kind of memory; "host": memory of the host, whatever the model's device; or something made in an update, whose kind depends on how long
+#: it lives.
 Tag = Literal["gradients", "activations", "directions", "logits", "temporary", "host", "update", "backward update", "model"]
 TAGS: tuple[str, ...] = get_args(Tag)
 
@@ -29,11 +30,12 @@ class _Tags(threading.local):
 
 
 _tags = _Tags()
-_listeners = 0
+_ledgers = 0
+_NOTHING = nullcontext()
 
 
 class _Block:
-    """A tag for the length of a block; whatever was left above it by an exception goes with it."""
+    """A tag for the length of a block; leaving it also drops tags that an exception left above it."""
 
     __slots__ = ("depth", "stack", "tag")
 
@@ -48,21 +50,8 @@ class _Block:
         del self.stack[self.depth :]
 
 
-class _Nothing:
-    """A block without a tag."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-_NOTHING = _Nothing()
-
-
 class _Values:
-    """An iterator that makes each of its values under a tag, and holds on to none of them."""
+    """An iterator that generates each of its values under a tag, and keeps no reference to them."""
 
     __slots__ = ("close", "tag", "values")
 
@@ -78,14 +67,14 @@ class _Values:
 
 
 def memory_tag(tag: Tag) -> AbstractContextManager[None]:
-    """For the length of a block, tensors are allocated for what ``tag`` says.
+    """For the length of a block, tensors are allocated for the purpose ``tag``.
 
     Example:
-        >>> with listening(), memory_tag("directions"):
+        >>> with recording_tags(), memory_tag("directions"):
         ...     tags()
         ['directions']
     """
-    return _Block(tag) if _listeners else _NOTHING
+    return _Block(tag) if _ledgers else _NOTHING
 
 
 def tagged(tag: Tag) -> Callable[[F], F]:
@@ -98,20 +87,16 @@ def tagged(tag: Tag) -> Callable[[F], F]:
         raise ValueError(f"{tag!r} is no memory tag; there are {', '.join(TAGS)}.")
 
     def decorate(function: F) -> F:
-        if inspect.isgeneratorfunction(function):
+        generates = inspect.isgeneratorfunction(function)
 
-            @functools.wraps(function)
-            def call(*args: Any, **kwargs: Any) -> Any:
-                values = function(*args, **kwargs)
-                return _Values(values, tag) if _listeners else values
-        else:
-
-            @functools.wraps(function)
-            def call(*args: Any, **kwargs: Any) -> Any:
-                if not _listeners:
-                    return function(*args, **kwargs)
-                with _Block(tag):
-                    return function(*args, **kwargs)
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not _ledgers:
+                return function(*args, **kwargs)
+            if generates:
+                return _Values(function(*args, **kwargs), tag)
+            with _Block(tag):
+                return function(*args, **kwargs)
 
         return cast(F, call)
 
@@ -119,29 +104,29 @@ def tagged(tag: Tag) -> Callable[[F], F]:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """For the length of a block tags are kept, for :func:`tags` to read."""
-    global _listeners
-    _listeners += 1
+def recording_tags() -> Iterator[None]:
+    """For the length of a block tags are recorded, for :func:`tags` to read."""
+    global _ledgers
+    _ledgers += 1
     try:
         yield
     finally:
-        _listeners -= 1
-        if not _listeners:
+        _ledgers -= 1
+        if not _ledgers:
             _tags.stack.clear()
 
 
 def tags() -> Sequence[str]:
-    """This thread's tags, the innermost last; not to be changed."""
+    """This thread's tags, the innermost last; read-only."""
     return _tags.stack
 
 
 def push(tag: Tag) -> None:
-    """A tag from here to :func:`pop`: for hooks, which are told of a beginning and of an end."""
+    """Set a tag until :func:`pop`: for hooks at the beginning and the end of a module."""
     _tags.stack.append(tag)
 
 
 def pop() -> None:
-    """Take back the innermost tag, if there is one."""
+    """Remove the innermost tag, if there is one."""
     if _tags.stack:
         _tags.stack.pop()

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from zotune.baselines import FirstOrder
-from zotune.io.memory_tags import listening, pop, push, tags
+from zotune.io.memory_tags import pop, push, recording_tags, tags
 from zotune.optim.optimizer import ZerothOrder
 from zotune.weights.structure import output_embeddings
 
@@ -129,7 +129,7 @@ class Ledger(TorchDispatchMode):
 
     def __enter__(self) -> Ledger:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(listening())
+            stack.enter_context(recording_tags())
             for handle in (
                 register_optimizer_step_pre_hook(self._first_order_update),
                 register_module_forward_pre_hook(self._enter_module),

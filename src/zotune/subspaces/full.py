@@ -214,7 +214,7 @@ class FullCoordinate(Coordinate):
             return None
         out = torch.empty(len(scales), *self.shape, dtype=flat.dtype, device=flat.device)
         scale = scales[0] * directions.scale(key, self.numel, self.device)
-        (kernels.perturb if len(scales) == 1 else kernels.perturb_both)(directions, key, scale, flat, self.residual, out, source)
+        (kernels.perturb if len(scales) == 1 else kernels.perturb_pair)(directions, key, scale, flat, self.residual, out, source)
         return out
 
     @tagged("directions")
@@ -327,7 +327,7 @@ class FullCoordinate(Coordinate):
         """W + left · rightᵀ in W's dtype, a new tensor, computed like :meth:`add_product`."""
         kernels = self._low_rank_kernels(left.shape[1])
         if kernels is not None:
-            return kernels.plus(self.parameter.data, self.residual, left.float().unsqueeze(0), right.float())[0]
+            return kernels.add_low_rank(self.parameter.data, self.residual, left.float().unsqueeze(0), right.float())[0]
         out = torch.empty(self.shape, dtype=self.parameter.dtype, device=self.device)
         for rows, block in self.product_strips(left, right):
             out[rows] = block

@@ -10,7 +10,7 @@ from torch import nn
 
 from memory_models import MODELS
 from zotune.baselines import catalog
-from zotune.io.memory_tags import listening, memory_tag, tagged, tags
+from zotune.io.memory_tags import memory_tag, recording_tags, tagged, tags
 from zotune.memory import Ledger, Workload, measure
 from zotune.memory.ledger import UntaggedError
 from zotune.memory.shapes import shallow
@@ -28,7 +28,7 @@ def values():
 
 
 def test_the_innermost_tag_is_the_last_and_goes_with_its_block():
-    with listening():
+    with recording_tags():
         with memory_tag("activations"):
             assert inner() == ["activations", "directions"]
             assert tags() == ["activations"]
@@ -36,7 +36,7 @@ def test_the_innermost_tag_is_the_last_and_goes_with_its_block():
 
 
 def test_a_generator_is_tagged_while_it_makes_a_value_and_not_in_between():
-    with listening():
+    with recording_tags():
         for found in values():
             assert found == ["logits"] and tags() == []
 
@@ -47,7 +47,7 @@ def test_an_exception_takes_back_all_tags_inside():
         memory_tag("host").__enter__()
         raise ValueError
 
-    with listening(), memory_tag("temporary"):
+    with recording_tags(), memory_tag("temporary"):
         with pytest.raises(ValueError):
             broken()
         assert tags() == ["temporary"]
@@ -55,7 +55,7 @@ def test_an_exception_takes_back_all_tags_inside():
 
 def test_tags_belong_to_a_thread():
     found = []
-    with listening(), memory_tag("directions"):
+    with recording_tags(), memory_tag("directions"):
         thread = threading.Thread(target=lambda: found.append(list(tags())))
         thread.start()
         thread.join()

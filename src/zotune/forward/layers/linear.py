@@ -99,8 +99,8 @@ def _batched_dense(x: Tensor, weight: BatchedParameter, bias: Tensor | None) -> 
                     _product(rows[block], one, bias, block, out[block])
                 else:
                     torch.mm(rows[block], one.T, out=out[block][:, part])
-    if bias is not None and strip < height:
-        out += vector_by_block(bias)
+    if strip < height and (vector := vector_by_block(bias)) is not None:
+        out += vector
     return out
 
 
