@@ -1,7 +1,6 @@
 """Estimators: how losses at points θ + s ε Z_k become coefficients c_k, the gradient estimate being ĝ = (1/K) Σ_k c_k Z_k.
 
-An estimator is two pure functions: the points it wants, and the coefficients it makes of the losses there. Nothing larger than the vector
-of K coefficients leaves it.
+An estimator is two pure functions: points to evaluate, and coefficients from the losses there: a vector of K, and nothing larger.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ class Point(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a step's losses amount to.
+    """A step's estimate.
 
     Attributes:
         loss: mean loss of the batch (float).
         coefficients: c_k, float32 on the CPU, shape (K,); 0 where skipped.
         skipped: per direction, whether a loss was not finite.
-        loss_diff: mean over k of the absolute loss difference that c_k is made of.
+        loss_diff: mean over k of the absolute loss difference behind c_k.
         loss_diff_stderr: its standard error over the examples of the batch; None if the loss is a scalar or the batch one example.
-        curvatures: q_k, float32 on the CPU, shape (K,), 0 where skipped; empty for estimators that do not look at it.
+        curvatures: q_k, float32 on the CPU, shape (K,), 0 where skipped; empty for estimators without curvature.
     """
 
     loss: float
@@ -45,7 +44,7 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    """Points to evaluate, and what the losses there amount to.
+    """Points to evaluate, and the estimate from the losses there.
 
     Attributes:
         signs: the signs at which one direction alone is evaluated.
@@ -81,7 +80,6 @@ class Central:
 
     @tagged("activations")
     def estimate_own(self, losses: Tensor, owners: Tensor, eps: float, num_directions: int) -> Estimate:
-        """Of losses (2, N), rows by sign, where example i belongs to direction ``owners[i]``; see :func:`_estimate_own`."""
         return _estimate_own(losses[0], losses[1], losses.double().mean(dim=0), owners, 2 * eps, num_directions)
 
     @tagged("activations")
@@ -106,7 +104,6 @@ class Forward:
 
     @tagged("activations")
     def estimate_own(self, losses: Tensor, owners: Tensor, eps: float, num_directions: int) -> Estimate:
-        """Of losses (2, N), rows by sign, where example i belongs to direction ``owners[i]``; see :func:`_estimate_own`."""
         return _estimate_own(losses[1], losses[0], losses[0].double(), owners, eps, num_directions)
 
     @tagged("activations")
@@ -139,14 +136,14 @@ class Curvature(Central):
 
 @dataclass(frozen=True)
 class Tangent(Central):
-    """c_k = ∇L(θ) · Z_k by forward-mode differentiation: exact, one evaluation a direction, which is about two forwards' work."""
+    """c_k = ∇L(θ) · Z_k by forward-mode differentiation: exact, one evaluation per direction, at the cost of about two forwards."""
 
     def points(self, num_directions: int) -> list[Point]:
         return [Point(0, k) for k in range(num_directions)]
 
     @tagged("activations")
     def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate:
-        """Of losses and their derivatives in turn, 2K tensors."""
+        """From losses and their derivatives, alternating, 2K tensors."""
         primals, tangents = losses[0::2], losses[1::2]
         levels = [_mean(primal) for primal in primals]
         kept = [t if math.isfinite(level) else torch.full_like(t, math.nan) for t, level in zip(tangents, levels, strict=True)]
@@ -167,7 +164,7 @@ def _mean(losses: Tensor) -> float:
 
 @tagged("activations")
 def _estimate(pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[float], width: float) -> Estimate:
-    coefficients, skipped, gaps, noises = [], [], [], []
+    coefficients, skipped, differences, errors = [], [], [], []
     for high, low in pairs:
         difference = high.double() - low.double()
         loss_diff = float(difference.mean())
@@ -175,16 +172,16 @@ def _estimate(pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[float], w
         skipped.append(bad)
         coefficients.append(0.0 if bad else loss_diff / width)
         if not bad:
-            gaps.append(abs(loss_diff))
+            differences.append(abs(loss_diff))
             if difference.numel() > 1:
-                noises.append(float(difference.std()) / math.sqrt(difference.numel()))
+                errors.append(float(difference.std()) / math.sqrt(difference.numel()))
     finite = [level for level in levels if math.isfinite(level)]
     return Estimate(
         loss=sum(finite) / len(finite) if finite else math.nan,
         coefficients=torch.tensor(coefficients, dtype=torch.float32),
         skipped=tuple(skipped),
-        loss_diff=sum(gaps) / len(gaps) if gaps else math.nan,
-        loss_diff_stderr=sum(noises) / len(noises) if noises else None,
+        loss_diff=sum(differences) / len(differences) if differences else math.nan,
+        loss_diff_stderr=sum(errors) / len(errors) if errors else None,
     )
 
 
@@ -192,11 +189,11 @@ def _estimate(pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[float], w
 def _estimate_own(high: Tensor, low: Tensor, levels: Tensor, owners: Tensor, width: float, num_directions: int) -> Estimate:
     """Every example under its own direction, or its group's: c_k = K/(N · width) Σ over the examples i of direction k of (high_i − low_i).
 
-    With groups of one size that is the mean difference of the group over ``width``; otherwise a group counts as its examples do, and the
-    mean of c_k Z_k over k stays the mean over examples. A direction with a loss that is not finite is skipped, it alone.
+    With groups of one size that is the group's mean difference over ``width``; otherwise a group counts by its examples, so that the mean
+    of c_k Z_k over k is the mean over examples. Only directions with a non-finite loss are skipped.
 
     Args:
-        high, low, levels: losses that make the difference, and the ones to report, (N,).
+        high, low, levels: losses of the difference, and those to report, (N,).
         owners: direction of each example, (N,), every number below ``num_directions`` at least once.
     """
     k, n = num_directions, len(owners)
@@ -207,15 +204,15 @@ def _estimate_own(high: Tensor, low: Tensor, levels: Tensor, owners: Tensor, wid
     sums = sums.masked_fill(skipped, 0.0)
     finite = levels[levels.isfinite()]
     kept = ~skipped
-    gaps = (sums / counts).abs()[kept]
-    noise = None
+    differences = (sums / counts).abs()[kept]
+    error = None
     if int(counts.min()) > 1 and bool(kept.any()):
         squares = difference.new_zeros(k).index_add_(0, owners, (difference - (sums / counts)[owners]).square())
-        noise = float((squares[kept] / (counts[kept] - 1) / counts[kept]).sqrt().mean())
+        error = float((squares[kept] / (counts[kept] - 1) / counts[kept]).sqrt().mean())
     return Estimate(
         loss=float(finite.mean()) if len(finite) else math.nan,
         coefficients=(sums * (k / (n * width))).float(),
         skipped=tuple(skipped.tolist()),
-        loss_diff=float(gaps.mean()) if len(gaps) else math.nan,
-        loss_diff_stderr=noise,
+        loss_diff=float(differences.mean()) if len(differences) else math.nan,
+        loss_diff_stderr=error,
     )

@@ -145,8 +145,9 @@ def build(
         scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
         calibrator = Calibrator(forward, method, rule, scale, unknown_eps, measured) if measured or unknown_eps else None
         subspace = method.subspace
-        guided = isinstance(subspace, Guided)
-        output_gradients = OutputGradientSteps(forward, evaluator, rule, subspace.interval, measured) if guided else None
+        output_gradients = None
+        if isinstance(subspace, Guided):
+            output_gradients = OutputGradientSteps(forward, evaluator, rule, subspace.interval, measured)
     except ValueError:
         forward.remove_hooks()
         raise

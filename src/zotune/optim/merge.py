@@ -1,4 +1,4 @@
-"""Merging: base weights and several journals make one model, the average of what the runs have learnt."""
+"""Merging: base weights and several journals make one model, the average of the trained weights."""
 
 from __future__ import annotations
 

@@ -77,10 +77,10 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
 
 
 def checked_header(journal: Journal) -> dict[str, Any]:
-    """A journal's header, if it is that of a run.
+    """A journal's header, checked to be that of a run.
 
     Raises:
-        ValueError: it lacks something, or holds something of another type.
+        ValueError: an entry is missing or of another type.
     """
     header = journal.header
     try:

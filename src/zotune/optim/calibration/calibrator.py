@@ -1,13 +1,9 @@
-"""ε and η from the loss itself: what ``eps="auto"`` and ``lr="auto"`` do, in forward passes only.
+"""ε and η from the loss itself: ``eps="auto"`` (see ``eps``) and ``lr="auto"``, by forward passes only.
 
-**ε.** Along a few directions the coefficients are measured at a ladder of ε. Below the right range they are rounding noise, above it they
-bend with the loss; in between neighbors agree. The largest ε that still agrees with its neighbor is taken.
-
-**η.** Measurements of curvature and signal (see ``step_size``) are made on the first batch, after 1, 2, 4, ... steps, and every
-:data:`INTERVAL` steps, since curvature grows and signal falls while a model learns. Curvature is measured as far from θ as a step goes: an
-adapter's B = 0 is a saddle with walls around it, and a loss that is flat within ε may be anything there. What a step's own losses tell is
-taken in too; of directions that examples have of their own that is little, and how far sets of examples agree is looked at under
-directions that all of them share. A loss that rises all the same halves the rate.
+Curvature and signal (see ``step_size``) are measured on the first batch, after 1, 2, 4, ... steps, and every :data:`INTERVAL` steps, since
+curvature grows and signal falls during training. Curvature is measured as far from θ as a step goes: an adapter's B = 0 is a saddle with
+walls around it, and a loss that is flat within ε may be anything there. A step's own losses are recorded too. Where examples have
+directions of their own they show little, so the agreement of groups is measured under shared directions. A loss that rises halves η.
 """
 
 from __future__ import annotations
@@ -32,9 +28,9 @@ from zotune.optim.calibration.step_size import WIDER, StepSize, in_units
 from zotune.subspaces import Guided
 from zotune.subspaces.coordinate import Offset
 
-#: Times that every part of the first batch is looked at, under an own direction each time.
+#: Draws for the first batch, where groups of examples have directions of their own.
 FIRST_DRAWS = 4
-#: The same when coordinates have their turn again.
+#: The same at the start of a later phase.
 FADED_DRAWS = 3
 #: Steps between two measurements, each three evaluations of the batch, once the first steps are over.
 INTERVAL = 20
@@ -55,16 +51,16 @@ Around = Callable[[int, float], Losses]
 
 
 class Calibrator:
-    """Makes the measurements of a run, and knows what has come of them.
+    """Makes the measurements of a run, and holds the results.
 
     Args:
         forward: evaluates the model.
         method, rule: what is calibrated.
-        lr_scale: what low-rank coordinates multiply a learning rate by.
-        chooses_eps, chooses_lr: what is to be chosen.
+        lr_scale: the factor of low-rank coordinates' learning rate.
+        chooses_eps, chooses_lr: what is measured.
 
     Raises:
-        ValueError: a learning rate is to be chosen for a rule of which no scale is known.
+        ValueError: the learning rate of this method cannot be measured.
     """
 
     def __init__(self, forward: PerturbedForward, method: Method, rule: Rule, lr_scale: float, chooses_eps: bool, chooses_lr: bool) -> None:
@@ -73,20 +69,20 @@ class Calibrator:
         self.forward, self.method, self.rule, self.lr_scale = forward, method, rule, lr_scale
         self.estimator = ESTIMATORS[method.estimator]
         self.chooses_eps, self.chooses_lr = chooses_eps, chooses_lr
-        #: steps of a turn, where coordinates have theirs by turns (see ``guidance``)
+        #: Steps of a phase, where phases alternate (see ``output_gradient_steps``).
         self.interval = method.subspace.interval if isinstance(method.subspace, Guided) else None
         self.step_size = StepSize(few=method.own)
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
 
     def state(self) -> dict[str, Any]:
-        """Plain data; :meth:`restore` takes it back exactly."""
+        """Its state as JSON; :meth:`restore` takes it back exactly."""
         return self.step_size.state()
 
     def restore(self, state: dict[str, Any]) -> None:
         self.step_size = StepSize.restored(state)
 
     def eps(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> float:
-        """ε for the run, of the losses that ``evaluate`` gives on its first batch."""
+        """ε for the run; ``evaluate`` returns the losses of its first batch."""
         self.forwards = self.sequences = 0
         found = choose_eps(self._at(evaluate, seed, step), self.estimator)
         self.forward.drop_directions()
@@ -94,7 +90,7 @@ class Calibrator:
 
     @tagged("activations")
     def measure(self, evaluate: Callable[[], Tensor], around: Around | None, eps: float, seed: int, step: int) -> None:
-        """Measure what a learning rate is made of, where that is due.
+        """Measure curvature and signal, where that is due.
 
         Args:
             evaluate: losses of the step's examples at the model's weights.
@@ -124,19 +120,19 @@ class Calibrator:
         self.forward.drop_directions()
 
     def _due(self, step: int) -> bool:
-        """At steps 0, 1, 2, 4, ..., every so often, and whenever steps have become much longer than the distance last looked at.
+        """At steps 0, 1, 2, 4, ..., every :data:`INTERVAL`, and when steps are much longer than the distance last sampled.
 
-        And when a turn begins; of coordinates that have theirs by turns only their own steps count.
+        Also when a phase begins; only steps along drawn directions count.
         """
         size = self.step_size
         if self.interval is not None:
             if not step % self.interval:
                 return True
-            step = size.taken  # what is new to move is looked at as often as at the beginning of a run
+            step = size.taken  # sampled as often as at the beginning of a run
         return not step % INTERVAL or not step & (step - 1) or size.leapt or min(size.stride, WIDEST) > LONGER * size.radius
 
     def _sample(self, sample: Sample, at: At, radius: float, eps: float) -> bool:
-        """Measure at ``radius``; whether the rate that comes of it is one whose steps go so much farther that this has to be done there."""
+        """Measure at ``radius``; whether the resulting steps go so much farther that they have to be measured there."""
         size = self.step_size
         draws = 1
         if size.waited:
@@ -168,9 +164,9 @@ class Calibrator:
         return size.stride > WIDER * radius and radius < WIDEST
 
     def _shared(self, at: At, here: Tensor, direction: int, eps: float) -> Tensor:
-        """Coefficients (1, U) of the parts of a batch that have directions of their own in steps, under one direction for all of them.
+        """Coefficients (1, U) of a batch's groups under one direction for all of them.
 
-        That is what tells how far parts agree: under directions of their own only neighbors can be compared.
+        They show how far groups agree; under directions of their own only neighbors can be compared.
         """
         low, high = min(self.estimator.signs), max(self.estimator.signs)
         plus, minus = (at(sign * eps, direction).cpu() if sign else here for sign in (high, low))
@@ -178,13 +174,13 @@ class Calibrator:
         return in_units(slopes, number=max(2, self.method.parts(len(here))))
 
     def record(self, losses: Losses, estimate: Estimate, eps: float) -> None:
-        """Take in a step's losses and what was made of them."""
+        """Record a step's losses and estimate."""
         if losses.owners is None:
             self.step_size.record_examples(self.estimator.singles(losses.values.cpu(), eps, losses.num_directions))
         self.step_size.record_step(estimate.coefficients.tolist(), estimate.loss)
 
     def rate(self, directions: int, examples: int, eps: float, step: int, shaping: State | None = None) -> float:
-        """η for step ``step``, of K directions on N examples; ``shaping``: what the method's has kept so far."""
+        """η for step ``step``, of K directions on N examples; ``shaping``: the state of the method's shaping."""
         size = self.step_size
         plain = size.within_reach(size.rate(directions, examples), directions)
         size.expected_fall = 0.5 * plain * size.signal * size.moment.mean

@@ -1,13 +1,13 @@
-"""Scales of layers: how loud each layer's direction is beside the others'.
+"""Scales of layers, from the share of each layer's direction in the loss difference.
 
-All layers are perturbed together and share one loss difference, so the loudest decide the learning rate and drown the rest. For the layers
-of a language model the second moment of the directional derivative, n_l = E[(Z_l · ∇_l ℓ)²], spreads over two decades. For a
+All layers are perturbed together and share one loss difference, so those with the largest derivatives decide the learning rate. For the
+layers of a language model the second moment of the directional derivative, n_l = E[(Z_l · ∇_l ℓ)²], spreads over two decades. For a
 log-likelihood n_l is also the trace of the layer's Fisher information, and so about that of its Hessian. With directions σ_l Z_l in place
 of Z_l, in the perturbation and in the update alike, layer l moves at the rate σ_l² η; zotune takes
 
     σ_l² ∝ d_l / n_l,      Σ σ_l² n_l = Σ n_l,
 
-d_l numbers of layer l: Newton's step with one number for each layer, learnt from forward passes. Every coordinate then has the same share
+d_l elements of layer l: Newton's step with one scalar per layer, from forward passes. Every coordinate then has the same share
 in the loss difference, whatever its layer, and all layers together as much as without scales. n_l is measured by perturbing one layer at a
 time, at the first step and at some of the redraws.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from zotune.io.memory_tags import tagged
 from zotune.subspaces import LowRankCoordinate
 
-#: Layers told apart, at most: repeated blocks beyond these are taken together, neighbors with neighbors.
+#: Layers with scales of their own, at most; more repeated blocks share scales, neighbors with neighbors.
 LAYERS = 8
 #: Coefficients that a layer's n_l is the mean square of, at least.
 SAMPLES = 8
@@ -52,8 +52,8 @@ def layers(coordinates: Sequence[LowRankCoordinate]) -> list[list[LowRankCoordin
             alone.append([coordinate])
         else:
             blocks.setdefault(".".join(parts[: number + 1]), []).append(coordinate)
-    room = max(1, LAYERS - len(alone))
-    size = max(1, math.ceil(len(blocks) / room))
+    left = max(1, LAYERS - len(alone))
+    size = max(1, math.ceil(len(blocks) / left))
     members = list(blocks.values())
     found = alone + [list(itertools.chain(*members[i : i + size])) for i in range(0, len(members), size)]
     return found if len(found) > 1 else []
@@ -67,7 +67,7 @@ def due(step: int, interval: int) -> bool:
 
 @tagged("activations")
 def measure(layers: Sequence[Sequence[LowRankCoordinate]], coefficients: Coefficients) -> list[float] | None:
-    """Scales σ_l of the layers, whatever they are now; None where the losses do not tell.
+    """Scales σ_l of the layers, whatever they are now; None where the losses do not show them.
 
     Args:
         layers: from :func:`layers`.
@@ -78,7 +78,7 @@ def measure(layers: Sequence[Sequence[LowRankCoordinate]], coefficients: Coeffic
     samples = 0
     for draw in itertools.count():
         with silenced(everything):
-            rest = coefficients(draw).double()  # vectors, which move in any case
+            rest = coefficients(draw).double()  # vectors, which are perturbed in any case
         for index, layer in enumerate(layers):
             with silenced([c for c in everything if not any(c is member for member in layer)]):
                 own = coefficients(draw).double() - rest
@@ -93,17 +93,17 @@ def measure(layers: Sequence[Sequence[LowRankCoordinate]], coefficients: Coeffic
     sizes = [sum(c.parameter.numel() for c in layer) for layer in layers]
     mean = total / sum(sizes)
     weights = [1 / max(moment / size, FLATTEST * mean) for moment, size in zip(moments, sizes, strict=True)]
-    loudness = sum(weight * moment for weight, moment in zip(weights, moments, strict=True)) / total
-    return [math.sqrt(weight / loudness) for weight in weights]
+    total_weight = sum(weight * moment for weight, moment in zip(weights, moments, strict=True)) / total
+    return [math.sqrt(weight / total_weight) for weight in weights]
 
 
 @contextmanager
 def silenced(coordinates: Sequence[LowRankCoordinate]) -> Iterator[None]:
-    """Within, directions do not move these: their V is 0."""
+    """Within, directions do not perturb these coordinates: their V is 0."""
     kept = [c.v.clone() for c in coordinates]
     for coordinate in coordinates:
         assert not coordinate.pending, f"{coordinate.name} has moved since V was drawn"
-        coordinate.v.zero_()  # where it is: a recorded forward reads it there
+        coordinate.v.zero_()  # in place: a captured forward reads it there
     try:
         yield
     finally:

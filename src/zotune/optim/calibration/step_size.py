@@ -12,13 +12,12 @@ curvature along the gradient itself, which is at most ‖H‖_F = √(Var[ZᵀHZ
 
 the ½ because without it η is best for one step, but what the step's noise adds to the sharp directions costs the next ones too.
 
-How weak the signal of a batch may be is the one thing few forwards cannot tell: near the end of a run the examples' gradients are many
-times larger than their mean, and a batch shows noise only. Then K s / M is taken to be the number of examples whose noise a
+Few forwards cannot show how weak the signal of a batch is: near the end of a run the examples' gradients are many times larger than their
+mean, and a batch shows noise only. Then K s / M is taken to be the number of examples whose noise a
 step averages, N or K n / M if that is more (n: the mean square of single examples' coefficients), over :data:`NOISE_SCALE`: a batch of so
 many examples, the "simple noise scale", is where their mean stands out (1812.06162).
 
-A batch of one loss, of one example or a mean, shows nothing at all of s / M. It is guessed then, and the guess goes by what comes of it
-(see ``guessed_signal``).
+A batch of one loss, of one example or a mean, does not show s / M. It is guessed then (see ``signal_prior``).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from zotune.optim.calibration.signal_prior import GuessedSignal
 NOISE_SCALE = 100.0
 #: Part of the rate best for one step that is best for many.
 CAUTION = 0.5
-#: What a rising loss multiplies η by, and what every measurement since then multiplies it by until it is back.
+#: The factor of η after a rising loss, and the factor of every later measurement until η is restored.
 BRAKE, RELEASE = 0.5, 1.1
 #: Weight of a new measurement in the running means.
 FORGETTING = 0.1
@@ -49,11 +48,11 @@ FORGETTING_CURVATURE = 0.25
 FORGETTING_AGREEMENT = 0.15
 #: ‖H‖_F is never taken to be less than this part of the trace: few directions may miss the sharp ones.
 LEAST_NORM = 0.25
-#: Standard errors that a curvature is above 0 where it can be told from that of a saddle.
-TOLD = 3.0
-#: How many times farther from θ than before curvature is looked at as if for the first time.
+#: Standard errors above 0 at which a curvature is not a saddle's.
+SADDLE_ERRORS = 3.0
+#: Factor of the distance from θ at which earlier curvatures are discarded.
 WIDER = 4.0
-#: Times the distance at which curvature has been looked at that a step may go, and that it may be meant to go before one samples again.
+#: Multiples of the distance at which curvature was sampled: how far a step may go, and may want to go before a new sample.
 REACH, LEAP = 2.0, 3.0
 #: Units of examples that are compared under a shared direction, at most.
 UNITS = 4
@@ -73,12 +72,12 @@ class StepSize:
         units: units of examples, as agreement compares them, that make a coefficient of a step together, U.
         few: whether agreement is seen in measurements only, because steps have directions of examples' own.
         latest: the mean square of the last step's coefficients.
-        leapt: whether the last step would have gone much farther than curvature has been looked at.
+        leapt: whether the last step would have gone much farther than curvature was sampled.
         brake: factor that a rising loss has taken the rate back by.
         radius: distance from θ at which curvature has been measured last, 0 before.
         stride: how far a step goes, as a multiple of a direction's length: η √(M / K), 0 before one is known.
         expected_fall: by how much the last step was expected to lower the loss, ½ η s.
-        waited: turns that others have had since.
+        waited: phases of another kind since.
         taken: steps of its own.
     """
 
@@ -102,7 +101,7 @@ class StepSize:
     taken: int = 0
 
     def fade(self) -> None:
-        """Others have moved for some time: what is seen next counts for more than what was known."""
+        """Lower the weight of earlier measurements, since steps of another kind have changed the model."""
         for mean in (self.curvature, self.spread, self.agreement, self.single, self.moment):
             mean.count = min(mean.count, 3)
         if self.waited:
@@ -110,7 +109,7 @@ class StepSize:
         self.recent, self.lowest, self.waited = RunningMean(2 * FORGETTING), None, 0
 
     def sample_at(self, radius: float) -> bool:
-        """Whether the next measurements, at ``radius``, begin anew: what was seen much nearer says little of what happens there."""
+        """Whether the next measurements, at ``radius``, begin anew: measurements much nearer say little about it."""
         anew = not self.curvature.count or radius > WIDER * self.radius
         if anew:
             self.curvature, self.spread = RunningMean(FORGETTING_CURVATURE), RunningMean(FORGETTING_CURVATURE)
@@ -119,7 +118,7 @@ class StepSize:
 
     @tagged("activations")
     def record_losses(self, losses: Tensor, radius: float, owners: Tensor | None = None) -> None:
-        """Take in the losses (3, n) of a batch at θ and θ ± radius · Z, Z the same for all examples or each its owner's, (n,)."""
+        """Record the losses (3, n) of a batch at θ and θ ± radius · Z, Z the same for all examples or each its owner's, (n,)."""
         here, plus, minus = losses.double()
         self.record_curvature((plus + minus - 2 * here).unsqueeze(0) / radius**2, owners)
         each = (plus - minus).unsqueeze(0) / (2 * radius)
@@ -130,7 +129,7 @@ class StepSize:
 
     @tagged("activations")
     def record_curvature(self, each: Tensor, owners: Tensor | None = None) -> None:
-        """Take in ZᵀHZ of single examples, (1, n)."""
+        """Record ZᵀHZ of single examples, (1, n)."""
         self.curvature.add(float(each.mean()))
         if owners is None:
             self.spread.add(float(each.mean()) ** 2)
@@ -141,7 +140,7 @@ class StepSize:
 
     @tagged("activations")
     def record_examples(self, each: Tensor) -> None:
-        """Take in coefficients of single examples, (K, n), under directions that they share."""
+        """Record coefficients of single examples, (K, n), under directions that they share."""
         if not bool(each.isfinite().all()):
             return
         self.single.add(float(each.square().mean()))
@@ -150,7 +149,7 @@ class StepSize:
         self.compare(units)
 
     def compare(self, *tables: Tensor, samples: int = 1) -> None:
-        """Take in coefficients of units of examples; tables (m, U), U units under one direction, count by their pairs."""
+        """Record coefficients of units of examples; tables (m, U), U units under one direction, count by their pairs."""
         found = [(table.shape[0] * math.comb(table.shape[1], 2), agreement(table)) for table in tables]
         seen = [(pairs, kappa) for pairs, kappa in found if kappa is not None and math.isfinite(kappa)]
         if seen:
@@ -159,7 +158,7 @@ class StepSize:
                 self.agreement.add(mean)
 
     def record_step(self, coefficients: Sequence[float], loss: float) -> None:
-        """Take in a step's coefficients and loss."""
+        """Record a step's coefficients and loss."""
         self.taken += 1
         kept = [c for c in coefficients if c]
         if kept:
@@ -180,7 +179,7 @@ class StepSize:
             self.lowest = None
 
     def expect(self, factor: float) -> None:
-        """The step that is expected_falld is taken, its rate multiplied by ``factor``."""
+        """Record that the expected step is taken, its rate multiplied by ``factor``."""
         self.guess.expect(factor * (self.expected_fall or 0.0))
 
     @property
@@ -189,8 +188,8 @@ class StepSize:
         if not self.agreement.count:
             return self.guess.signal
         mean, error = self.agreement.mean, self.agreement.error
-        # What it is at least can be told where every step is looked at. Of few samples that would say nothing for most of a run: then the
-        # mean, less what chance is likely to have added to it.
+        # With a sample every step, a lower bound. With few, a bound would be 0 for most of a run: then the mean, less what chance is likely
+        # to have added to it.
         kappa = min(1.0, mean - (error**2 / mean if self.few else error)) if mean > error else 0.0
         return kappa * self.units / (1 + kappa * (self.units - 1))
 
@@ -206,11 +205,13 @@ class StepSize:
             mean = math.sqrt(curvature.square)
         if not (moment > 0 and mean > 0):
             return 0.0
-        # A loss that does not tell its examples apart hides how noisy it is: the noise of so many is averaged out, as far as can be seen.
+        # A loss over examples that cannot be told apart hides its noise: the noise of so many is averaged out.
         alone = max(directions * self.single.mean / moment, float(examples))
         gain = min(float(directions), max(directions * self.signal, alone / NOISE_SCALE))
         spread = self.spread.mean
-        if self.few and curvature.mean < TOLD * curvature.error:  # a saddle, where products of few halves may well come out negative too
+        if (
+            self.few and curvature.mean < SADDLE_ERRORS * curvature.error
+        ):  # a saddle, where products of few halves may well come out negative too
             spread += self.spread.error
         norm = max(math.sqrt(max(0.0, spread - curvature.mean**2) / 2), LEAST_NORM * mean)
         rate = self.brake * CAUTION / (mean / gain + norm)
@@ -218,7 +219,7 @@ class StepSize:
         return rate
 
     def within_reach(self, rate: float, directions: int) -> float:
-        """``rate``, or what takes the step of the last coefficients no farther than ``REACH`` times where curvature has been looked at.
+        """``rate``, or what takes the step of the last coefficients no farther than ``REACH`` times where curvature was sampled.
 
         Gradients of an adapter whose B leaves 0, or at a cliff's edge, grow within a few steps; no running mean follows them.
         """
@@ -231,7 +232,7 @@ class StepSize:
         return {"curvature": self.curvature.mean, "signal": self.signal, "moment": self.moment.mean, "brake": self.brake}
 
     def state(self) -> dict[str, Any]:
-        """Plain data; :meth:`restored` takes it back exactly."""
+        """Its state as JSON; :meth:`restored` takes it back exactly."""
         return asdict(self)
 
     @classmethod
