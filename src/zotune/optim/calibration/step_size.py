@@ -211,7 +211,7 @@ class StepSize:
         spread = self.spread.mean
         if (
             self.few and curvature.mean < SADDLE_ERRORS * curvature.error
-        ):  # a saddle, where products of few halves may well come out negative too
+        ):  # a saddle: products of few halves may be negative
             spread += self.spread.error
         norm = max(math.sqrt(max(0.0, spread - curvature.mean**2) / 2), LEAST_NORM * mean)
         rate = self.brake * CAUTION / (mean / gain + norm)
