@@ -43,7 +43,7 @@ _REFUSED = {
     "max_grad_norm": "no gradient is computed, so none can be clipped; leave it at 0",
     "neftune_noise_alpha": "its noise acts in training mode and forwards run in evaluation mode; leave it out",
     "deepspeed": "DeepSpeed shards gradients and optimizer states that do not exist here; run without it",
-    "fsdp": "sharded models are not supported yet; every process holds the model, or one process spreads it with device_map='auto'",
+    "fsdp": "sharded models are not supported yet by the trainer; spread it with device_map='auto', or use FSDP2 in your own loop",
     "parallelism_config": "sharded models are not supported yet; run in one process",
     "torch_compile": "compiled models are not supported yet: zotune attaches to the model's modules; leave it out",
     "auto_find_batch_size": "a step of inference memory has one batch size; set per_device_train_batch_size",
