@@ -20,12 +20,12 @@ def estimates(method: methods.Method, model: nn.Module, loss, x, keys: int) -> t
     """One ĝ per key, as a matrix (keys, d) in the space of the weights."""
     coordinates = [method.subspace.coordinate(n, p) for n, p in model.named_parameters()]
     directions, estimator, k = Directions(method.direction), ESTIMATORS[method.estimator], method.num_directions
-    probe, rows = PerturbedForward(model, coordinates, directions), []
+    forward, rows = PerturbedForward(model, coordinates, directions), []
     for step in range(keys):
         for coordinate in coordinates:
             coordinate.begin_step(0, step * getattr(method.subspace, "interval", 1))  # a new V for every key
         points = [Offset(p.sign * method.eps, 0, step, p.direction) for p in estimator.points(k)]
-        found = estimator.estimate([probe.evaluate(lambda: loss(x), p) for p in points], method.eps, k)
+        found = estimator.estimate([forward.evaluate(lambda: loss(x), p) for p in points], method.eps, k)
         row = []
         for coordinate in coordinates:
             z = sum(
@@ -36,7 +36,7 @@ def estimates(method: methods.Method, model: nn.Module, loss, x, keys: int) -> t
                 z = z @ coordinate.v.T * coordinate.lr_scale
             row.append(z.reshape(-1))
         rows.append(torch.cat(row))
-    probe.detach()
+    forward.remove_hooks()
     return torch.stack(rows).double()
 
 
@@ -77,11 +77,11 @@ def test_on_a_quadratic_the_central_difference_is_the_directional_derivative():
         return (w @ h @ h.T @ w)[None]
 
     coordinate = Full().coordinate("weight", model.weight)
-    probe, directions = PerturbedForward(model, [coordinate], Directions("gaussian")), Directions("gaussian")
+    forward, directions = PerturbedForward(model, [coordinate], Directions("gaussian")), Directions("gaussian")
     g = gradient(model, loss, None)
     for step in range(20):
         z = directions.draw(Key(0, step, 0, "weight"), (6,)).double()
-        losses = [probe.evaluate(lambda: loss(None), Offset(s * 0.1, 0, step, 0)) for s in (1, -1)]
+        losses = [forward.evaluate(lambda: loss(None), Offset(s * 0.1, 0, step, 0)) for s in (1, -1)]
         c = ESTIMATORS["central"].estimate(losses, 0.1, 1).coefficients
         assert float(c) == pytest.approx(float(g @ z), rel=1e-5)
 
