@@ -8,7 +8,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from zotune.io.suggest import did_you_mean_or
 
@@ -16,9 +16,12 @@ from zotune.io.suggest import did_you_mean_or
 class Product(Protocol):
     """What a recipe returns: a dataclass that knows its name and the options it was made with."""
 
-    __dataclass_fields__: Any
-    name: Any
-    options: Any
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def options(self) -> dict[str, Any]: ...
 
 
 T = TypeVar("T", bound=Product)
@@ -93,7 +96,7 @@ class Registry(Generic[T]):
         self._entry_points_loaded = self.group is None
 
     def _load_entry_points(self) -> None:
-        if self._entry_points_loaded:
+        if self._entry_points_loaded or self.group is None:
             return
         self._entry_points_loaded = True
         for point in entry_points(group=self.group):
