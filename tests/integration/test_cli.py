@@ -342,7 +342,7 @@ sys.exit(main(words))
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_sigterm_save_and_name_the_command_that_continues_and_it_does(command: Command, workplace: Path) -> None:
+def test_after_ctrl_c_or_sigterm_the_named_command_continues(command: Command, workplace: Path) -> None:
     words = [*BASICS, "--max_steps", "12", "--save_steps", "100", "--eval_strategy", "no"]
     assert command("train", *words, "--output_dir", "straight").code == 0
     for number in (signal.SIGINT, signal.SIGTERM):

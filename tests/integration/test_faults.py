@@ -272,7 +272,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(name: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("saving", ["no", "steps"])
-def test_a_disk_without_room_for_the_model_keeps_the_journal_which_brings_it_back(
+def test_a_full_disk_keeps_the_journal_which_restores_the_model(
     saving: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full_disk: Callable[[int], None]
 ) -> None:
     """The whole command: one sentence, nothing half-written, and the same command goes on when there is room."""

@@ -28,7 +28,7 @@ def gaussians(rows: int, columns: int, step: int = 0) -> torch.Tensor:
     return Directions("gaussian").draw(Key(0, step, 0, "theta"), (rows, columns), CPU).double()
 
 
-def test_the_bias_of_smoothing_is_that_of_the_smoothed_loss_and_below_its_bound():
+def test_the_smoothing_bias_is_below_its_bound():
     """f = Σ sin θ_i has ∇f_ε = e^(−ε²/2) cos θ, and ‖∇f_ε − ∇f‖ ≤ (ε/2) L (d+3)^(3/2), L = 1."""
     draws, eps = 200_000, 0.8
     theta = torch.tensor([0.0, 0.5, 1.0, 3.0], dtype=torch.float64)

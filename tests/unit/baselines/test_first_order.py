@@ -285,7 +285,7 @@ def test_scale_normalises_outputs_and_an_embeddings_features() -> None:
     assert optimizer.inner.ends == {by_name["lm_head.weight"]}
 
 
-def test_adahessians_curvature_is_the_hessians_diagonal_where_that_is_all_there_is() -> None:
+def test_adahessian_finds_a_diagonal_hessian() -> None:
     """On Σ aᵢ wᵢ² / 2 the estimate z ∘ H z is a, whatever z is: the first step is η g / a = η w."""
     a = torch.tensor([1.0, 10.0, 100.0])
     model = nn.Linear(3, 1, bias=False)

@@ -140,7 +140,7 @@ def test_a_budget_is_the_steps_it_pays_for(kind: str, amount: int, mezo: int, ad
     assert steps == {"zero-shot": None, "mezo": mezo, "AdamW": adam}
 
 
-def test_the_best_cell_is_chosen_by_held_out_examples_and_only_it_runs_under_all_seeds() -> None:
+def test_only_the_best_held_out_cell_runs_under_all_seeds() -> None:
     places = cells(grid.parsed(SMALL))
     mezo = next(found for place, found in places.items() if place.method == "mezo")
     results: dict[Run, dict[str, Any]] = {}

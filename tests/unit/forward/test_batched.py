@@ -154,7 +154,7 @@ def test_a_step_after_the_first_is_one_forward():
 
 
 @pytest.mark.parametrize("batch", [toys.batch(), None], ids=["scalar", "closure"])
-def test_a_scalar_loss_and_a_closure_go_one_point_after_the_other_without_a_word(batch):
+def test_scalar_losses_and_closures_are_evaluated_sequentially(batch):
     model = toys.classifier()
     optimizer = ZerothOrder(model, "lozo", lr=1e-3)
     loss = toys.loss_function(model)

@@ -118,7 +118,7 @@ def test_side_paths_and_general_path_agree(name, dtype):
 
 
 @pytest.mark.parametrize("name", toys.ARCHITECTURES)
-def test_most_of_a_transformer_goes_by_side_paths_and_preparing_finds_no_fault(name):
+def test_most_of_a_transformer_takes_side_paths_that_agree(name):
     model = toys.transformer(name)
     forward = probe_of(model, LowRank(rank=2, interval=5))
     ids = toys.tokens()
@@ -245,7 +245,7 @@ def test_any_module_works(kind, build):
     assert not torch.allclose(output(clean), expected, atol=1e-3)
 
 
-def test_a_loss_with_randomness_sees_the_same_numbers_at_plus_and_minus_and_new_ones_each_step():
+def test_a_step_evaluates_all_points_under_the_same_random_numbers():
     model, seen = toys.classifier(), []
     optimizer = ZerothOrder(model, "mezo", lr=0.0, forward_batching="sequential")
 

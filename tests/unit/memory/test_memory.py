@@ -198,7 +198,7 @@ def test_steps_of_low_rank_take_the_memory_of_inference(dtype):
         assert split.total - split.kinds["optimizer state"] <= 1.03 * inference + ANYWAY
 
 
-def test_what_is_kept_of_the_examples_that_a_guided_turn_looks_at_is_a_byte_or_two_a_number():
+def test_guided_phases_keep_a_byte_or_two_per_sampled_element():
     """Of a text four positions in a byte a number, for layers that write to the hidden state; those of one layer at a time in four."""
     shape = {"batch_size": 64, "sequence_length": 32, "scored": 1, "forward_batching": "sequential"}
     few, many = (measure(Workload(MODELS["opt"], catalog.get("lozo-g", examples=n), **shape)).total for n in (4096, 8192))

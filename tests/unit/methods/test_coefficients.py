@@ -21,7 +21,7 @@ def test_signs():
     assert BySign().shape([0.5, -3.0, 0.0], [False] * 3, 1e-3, {}) == [1.0, -1.0, 0.0]
 
 
-def test_the_deviation_is_that_of_the_losses_and_skipped_directions_do_not_count():
+def test_the_deviation_is_of_the_losses_without_skipped_directions():
     eps, here, losses = 1e-2, 2.0, torch.tensor([2.5, 1.0, 3.0, 2.25], dtype=torch.float64)
     coefficients = ((losses - here) / eps).tolist()
     shaped = ByDeviation().shape(coefficients, [False] * 4, eps, {})
@@ -53,7 +53,7 @@ def test_z_scores_and_ranks_of_a_population():
 
 
 @pytest.mark.parametrize("fitness", ["z-score", "ranks"])
-def test_the_units_of_a_loss_do_not_matter_to_fitness_nor_its_outliers_to_ranks(fitness):
+def test_fitness_ignores_units_and_ranks_ignore_outliers(fitness):
     generator = torch.Generator().manual_seed(0)
     plus, minus = torch.randn(2, 6, generator=generator).double()
     there = FITNESS[fitness].coefficients(plus, minus)

@@ -86,7 +86,7 @@ def test_jaguar_muon_orthogonalises_matrices_and_takes_the_sign_of_vectors():
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)])
-def test_orthogonalized_has_the_singular_vectors_and_singular_values_near_one(shape):
+def test_orthogonalized_keeps_singular_vectors_with_values_near_one(shape):
     m = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     u, _, v = torch.linalg.svd(m, full_matrices=False)
     values = u.T @ orthogonalized(m) @ v.T

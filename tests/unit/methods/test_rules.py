@@ -166,7 +166,7 @@ def test_first_moments_follow_a_change_of_basis():
 
 
 @pytest.mark.parametrize("rule", ["Adam", "AdamW", "SGD"])
-def test_weight_decay_means_what_it_means_to_the_optimizer_and_spares_vectors(rule):
+def test_weight_decay_is_the_optimizers_and_spares_vectors(rule):
     model, x = toys.classifier(), toys.batch()
     reference = copy.deepcopy(model)
     optimizer = ZerothOrder(model, methods.mezo(update_rule=rule), lr=1e-2, weight_decay=0.3)

@@ -147,7 +147,7 @@ def test_length_normalised_scores_are_means_over_the_options_tokens(llama):
 
 
 @torch.no_grad()
-def test_language_model_loss_is_the_mean_over_the_scored_tokens_of_each_example(model):
+def test_language_model_loss_averages_each_examples_scored_tokens(model):
     examples = [
         {"prompt_ids": ids(5, 8), "completion_ids": ids(3, 9)},
         {"prompt_ids": ids(2, 10), "completion_ids": ids(7, 11)},
@@ -170,7 +170,7 @@ def test_a_completion_mask_leaves_tokens_out_of_the_loss(llama):
 
 
 @torch.no_grad()
-def test_an_answer_as_language_model_loss_is_the_negative_score_of_the_right_option(model):
+def test_language_model_loss_of_an_answer_is_its_negative_score(model):
     examples = single_token_examples()
     losses = LanguageModelLoss(model)(LanguageModelCollator(pad_token_id=0)(examples))
     scores = choice_scores(model, ChoicesCollator(pad_token_id=0)(examples))

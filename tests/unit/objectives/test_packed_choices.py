@@ -170,7 +170,7 @@ def test_a_sliding_window_keeps_its_meaning():
 
 
 @torch.no_grad()
-def test_nothing_is_concluded_from_dropout_from_losses_that_are_not_finite_or_where_nothing_can_go_wrong():
+def test_packing_is_not_checked_under_dropout_or_non_finite_losses():
     rows = examples(*UNEVEN)
     model = toys.transformer("opt").train()
     choice_scores(model, packed(rows))

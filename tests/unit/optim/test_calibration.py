@@ -58,7 +58,7 @@ def test_eps_stays_above_rounding():
     assert choose_eps(line(1e-2, 0.1), ESTIMATORS["central"]) == 0.1
 
 
-def test_a_forward_difference_bends_with_the_curvature_a_central_one_does_not():
+def test_only_a_forward_difference_is_biased_by_curvature():
     assert choose_eps(line(0.0, 0.0, quadratic=10.0), ESTIMATORS["central"]) == LADDER[-1]
     assert choose_eps(line(0.0, 0.0, quadratic=10.0), ESTIMATORS["forward"]) <= 3e-3
 
@@ -169,7 +169,7 @@ def test_the_rate_is_its_formula():
     assert known.rate(1, 16) == pytest.approx(CAUTION / (10 / 0.2 + 3))
 
 
-def test_the_norm_of_a_saddle_is_taken_to_be_large_where_few_halves_tell_of_it():
+def test_a_saddles_norm_is_assumed_large_from_few_halves():
     """Var[ZᵀHZ] and its standard error, where h is within three of its own from 0 and directions belong to examples."""
     saddle, norm = RunningMean(0.1, 9, 1.0, 10.0), math.sqrt((4.0 + 1.0 - 1.0) / 2)  # h = 1 ± 1.06; 4 ± 1
     known = StepSize(
@@ -415,7 +415,7 @@ def test_a_step_goes_no_farther_than_curvature_has_been_looked_at_allows():
     assert StepSize().within_reach(7.0, 1) == 7.0  # nothing has been looked at
 
 
-def test_after_a_gradient_that_is_suddenly_large_curvature_is_looked_at_again():
+def test_a_suddenly_large_gradient_triggers_a_curvature_measurement():
     weights = nn.Parameter(torch.zeros(20))
     model = nn.ParameterList([weights])
     optimizer = ZerothOrder(model, methods.get("mezo", eps="auto"), lr="auto", seed=0, forward_batching="sequential")

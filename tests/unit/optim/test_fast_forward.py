@@ -108,7 +108,7 @@ def test_a_torn_journal_goes_on_from_what_is_whole(cut: int, stopped: Path, stra
     check_goes_on(folder, straight)
 
 
-def test_what_a_run_can_follow_ends_with_a_step_or_with_all_that_was_measured() -> None:
+def test_fast_forward_ends_with_a_step_or_complete_measurements() -> None:
     step, event, kept = StepRecord(0, (1.0,), 0.0, (1.0,), (False,)), {"event": "measured"}, {"event": "measured", "state": {}}
     assert usable([event, step, event], measured=False) == 2
     assert usable([kept, step, event, step], measured=True) == 1

@@ -125,7 +125,7 @@ def test_a_guide_is_the_regression_of_errors_on_inputs(number):
     assert torch.allclose((others.float() @ v).square().mean(dim=0), others.float().square().sum(dim=1).mean(), rtol=2e-2)
 
 
-def test_errors_that_are_multiples_of_one_vector_have_one_guide_and_no_rounding():
+def test_collinear_output_gradients_give_one_exact_projection():
     """As those of two options have: (p − y) (W₁ − W₂)."""
     generator = torch.Generator().manual_seed(0)
     x, others = torch.randn(128, 12, generator=generator), torch.randn(500, 12, generator=generator)
@@ -204,7 +204,7 @@ def test_gpt2s_layers_are_guided_too():
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_guided_turn_moves_its_layers_within_the_guide_and_leaves_everything_else_alone():
+def test_a_guided_phase_trains_its_layers_within_the_projection_only():
     model = tiny_llama()
     steps = optimizer(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -260,7 +260,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_turn(monkeypatch, at, rate):
     assert same_weights(weights(resumed), weights(straight))
 
 
-def test_lozo_has_the_first_turns_where_it_is_asked_for_and_a_guide_has_a_rank_of_its_own(monkeypatch):
+def test_begin_delays_guided_phases_and_guide_sets_their_rank(monkeypatch):
     monkeypatch.setattr(output_gradient_steps, "MIN_PHASES", 1)
     model = tiny_llama()
     steps, seen = optimizer(model, begin=2, rank=1, guide=3), []

@@ -138,7 +138,7 @@ def test_an_append_is_on_disk_before_the_update_counts(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and optimizer.steps == 0
 
 
-def test_twenty_thousand_steps_of_a_direction_per_example_of_sixteen_stay_below_two_megabytes(tmp_path, monkeypatch):
+def test_a_journal_of_20000_steps_stays_below_two_megabytes(tmp_path, monkeypatch):
     """From a real run with measured rates: as many records of each kind as 20,000 steps write, each as long as the longest of its kind."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     model = toys.classifier()

@@ -87,7 +87,7 @@ def test_several_tokens_of_a_text_add_up():
         assert torch.allclose(slopes[:, example], (last.p.T @ gradient @ last.v).flatten(), rtol=1e-3, atol=1e-6)
 
 
-def test_micro_batches_tell_what_the_batch_does_and_a_loss_of_one_number_their_mean():
+def test_micro_batches_give_the_output_gradients_of_the_batch():
     model = tiny_llama()
     steps, data = begun(model), batch(1)
     whole = told(steps, model, [data])
@@ -234,7 +234,7 @@ def test_they_come_half_as_often_while_they_promise_less():
     assert turns(steps, 17 + 17, StepSize(expected_fall=0.05)) == ("g" * 16 + "l") * 2
 
 
-def test_each_turn_has_a_rate_of_its_own_and_what_was_known_before_others_moved_counts_for_less(monkeypatch):
+def test_each_phase_has_its_own_rate_and_old_measurements_fade(monkeypatch):
     monkeypatch.setattr("zotune.optim.output_gradient_steps.MIN_PHASES", 1)
     model = tiny_llama()
     steps = optimizer(model, lr="auto", eps="auto")

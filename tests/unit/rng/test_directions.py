@@ -80,7 +80,7 @@ def test_elements_are_uncorrelated_at_any_distance_and_so_are_their_powers(kind,
 
 
 @pytest.mark.parametrize("kind", Directions.KINDS)
-def test_directions_of_neighboring_keys_are_orthogonal_as_independent_ones_are(kind):
+def test_directions_of_neighboring_keys_are_independent(kind):
     count, numel = 48, 4096
     keys = [KEY._replace(seed=s, step=t, direction=k, name=n) for s in (0, 1) for t in range(4) for k in range(3) for n in ("a", "b")]
     z = torch.stack([Directions(kind).draw(key, (numel,)) for key in keys]).double()

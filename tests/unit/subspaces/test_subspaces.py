@@ -48,7 +48,7 @@ PLAIN = {
 @pytest.mark.parametrize("forward_batching", ["sequential", "auto"])
 @pytest.mark.parametrize("num_directions", [1, 3])
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_update_is_along_the_direction_that_was_evaluated_redraw_steps_included(name, num_directions, forward_batching):
+def test_the_update_is_along_the_evaluated_direction_at_redraws_too(name, num_directions, forward_batching):
     """ΔW = −η s (1/K) Σ c_k (W₊ − W₋) / 2ε with the weights that the evaluations computed with, s = 1 or 1/r."""
     model, eps, lr = matrix(), 1e-2, 1e-2
     method = methods.get(name, eps=eps, num_directions=num_directions, **PLAIN[name])

@@ -264,7 +264,7 @@ def test_metrics():
     assert predictions(scores).tolist() == [0, 1, -1]
 
 
-def test_answers_are_compared_without_case_punctuation_articles_and_with_the_best_reference():
+def test_answers_are_normalized_and_compared_with_the_best_reference():
     assert normalized("  The Cat's, a\tHat! ") == "cats hat"
     assert exact_match("the  U.S.", ["Us", "America"]) == 1 and exact_match("us all", ["Us"]) == 0
     assert token_f1("the black cat", ["cat", "a black dog"]) == pytest.approx(2 / 3)  # of "cat": 1/2 and 1; of "black dog": 1/2

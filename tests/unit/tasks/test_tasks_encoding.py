@@ -53,7 +53,7 @@ def scored_text(tokenizer, example) -> str:
     return tokenizer.decode(batch["targets"][0])
 
 
-def test_choices_are_the_prompt_with_its_special_tokens_and_the_options_without(tokenizer):
+def test_only_the_prompt_of_choices_has_special_tokens(tokenizer):
     (example,) = Encoder(tokenizer).choices(rows({"sentence": "a joy . ", "label": 1}), tasks.load("sst2"))
     assert example["prompt_ids"][0] == tokenizer.bos_token_id
     assert tokenizer.decode(example["prompt_ids"]) == "<s>a joy . This movie is"

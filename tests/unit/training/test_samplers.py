@@ -54,5 +54,5 @@ def test_data_without_classes_has_none():
     ("classes", "examples", "size"),
     [(2, 16, 2), (2, 8, 2), (2, 7, None), (1, 16, None), (0, 16, None), (6, 16, 2), (4, 32, 4), (6, 32, 4), (6, 48, 6), (3, 1000, 3)],
 )
-def test_sets_have_every_class_where_there_are_eight_of_them_and_are_pairs_otherwise(classes: int, examples: int, size: int | None) -> None:
+def test_groups_have_every_class_up_to_eight_and_are_pairs_otherwise(classes: int, examples: int, size: int | None) -> None:
     assert balanced_group_size(classes, examples) == size

@@ -75,7 +75,7 @@ def test_a_scheme_moves_what_it_says_and_nothing_else(name: str, method: str, tm
     assert all(torch.equal(before[key], after[key]) for key in before if not moves(key))
 
 
-def test_an_untied_head_leaves_the_embeddings_and_the_function_alone_and_is_saved(tmp_path: Path) -> None:
+def test_an_untied_head_keeps_the_function_and_is_saved(tmp_path: Path) -> None:
     model = llama(tied=True)
     ids = torch.arange(12).view(2, 6)
     before = model(ids).logits.detach()
@@ -117,7 +117,7 @@ def test_a_prefix_is_what_the_model_makes_of_real_tokens(kv_heads: int) -> None:
     assert torch.allclose(behind[mask.bool()], whole[mask.bool()], atol=1e-5)
 
 
-def test_a_soft_prompt_starts_from_real_embeddings_and_is_scored_at_the_right_places() -> None:
+def test_a_soft_prompt_starts_from_embeddings_and_shifts_scores() -> None:
     model = llama().eval()
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -237,7 +237,7 @@ def test_wrong_requests_name_the_fix(make: Any, message: str) -> None:
         make()
 
 
-def test_an_encoder_without_a_head_takes_lora_and_no_tokens_put_before_its_text() -> None:
+def test_an_encoder_without_a_head_takes_lora_but_no_prefix() -> None:
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=60)
     with torch.random.fork_rng():
         torch.manual_seed(0)

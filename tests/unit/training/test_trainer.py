@@ -325,7 +325,7 @@ def test_checkpoints_beyond_the_limit_are_deleted(tmp_path: Path) -> None:
 def test_afterwards_the_model_is_a_plain_one_with_the_trained_weights(tmp_path: Path) -> None:
     run = trainer(tmp_path, method="lozo", max_steps=5, save_strategy="steps", save_steps=5)
     run.train()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in run.model.modules())  # noqa: SLF001
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in run.model.modules())
     run.save_model()
     batch = collate_choices(choice_rows(4))
     for folder in (tmp_path, tmp_path / "checkpoint-5"):

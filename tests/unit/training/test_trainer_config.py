@@ -25,7 +25,7 @@ def test_rate_and_eps_are_measured_unless_they_are_given(tmp_path: Path) -> None
     assert config(tmp_path, learning_rate="1e-3", eps="0.01").zo_method().eps == 0.01
 
 
-def test_a_rate_that_nobody_gives_and_nobody_can_measure_is_the_methods_own_and_that_is_said(tmp_path: Path, caplog) -> None:
+def test_without_a_rate_the_methods_own_is_taken_with_a_message(tmp_path: Path, caplog) -> None:
     made = config(tmp_path, method="jaguar-sign")
     assert made.learning_rate == zotune.methods.jaguar_sign().lr
     assert [record.message.partition(":")[0] for record in caplog.records] == [

@@ -81,7 +81,7 @@ def test_resumed_run_equals_straight_run_in_bfloat16(method: str, tmp_path: Path
     assert losses(straight) == losses(resumed)
 
 
-def test_resumed_run_equals_straight_run_with_accumulation_and_the_models_own_loss(tmp_path: Path) -> None:
+def test_a_resumed_run_with_accumulation_equals_the_straight_run(tmp_path: Path) -> None:
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, **method_options("lozo-m")}
     run = {**RUN, "train_dataset": labelled_rows(40), "data_collator": None, **options}
     straight = trainer(tmp_path / "straight", **run)
