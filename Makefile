@@ -50,7 +50,7 @@ check: lint
 ROUNDS ?= 200
 SEED ?= 0
 chaos: setup
-	$(TEST_ENV) $(BIN)/python tests/integration/chaos.py --rounds $(ROUNDS) --seed $(SEED)
+	$(TEST_ENV) PYTHONPATH=tests/helpers $(BIN)/python tests/integration/chaos.py --rounds $(ROUNDS) --seed $(SEED)
 
 quickstart: setup
 	$(BIN)/zotune quickstart

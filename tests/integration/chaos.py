@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from zotune.training.checkpoint.folder import checkpoints
 
 import zotune
 from trainer_cases import choice_rows, tiny_llama, trainer
 from zotune.subspaces import LowRankCoordinate
+from zotune.training.checkpoint.storage import checkpoints
 
 PLACES = ("time", "before", "during", "after", "sync", "rename", "fold")
 METHODS = ("lozo-m", "mezo-adam", "lozo-e")

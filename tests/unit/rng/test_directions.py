@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from zotune.rng import directions as directions_room
+from zotune.rng import directions as drawing
 from zotune.rng.directions import CPU_BLOCK, Directions, Key, for_blocks, uniform_integers
 from zotune.subspaces import Full
 from zotune.subspaces.coordinate import Offset
@@ -95,8 +95,8 @@ def test_directions_of_neighboring_keys_are_independent(kind):
 def test_numbers_do_not_depend_on_the_size_of_blocks(kind, size, monkeypatch):
     directions = Directions(kind)
     expected = directions.draw(KEY, (300_001,))
-    monkeypatch.setattr(directions_room, "CPU_BLOCK", size)
-    monkeypatch.setattr(directions_room, "SHARED_CPU_BLOCK", size)
+    monkeypatch.setattr(drawing, "CPU_BLOCK", size)
+    monkeypatch.setattr(drawing, "SHARED_CPU_BLOCK", size)
     drawn = directions.draw(KEY, (300_001,))
     if kind == "sphere":  # its scale is a sum over blocks
         assert torch.allclose(drawn, expected, rtol=1e-6)
@@ -176,7 +176,7 @@ def test_the_update_does_not_draw_all_parameters_for_each(monkeypatch):
 
 
 def test_room_for_numbers_made_in_inference_mode_serves_outside_it():
-    directions_room._rooms.kept.clear()
+    drawing._workspaces.cached.clear()
     with torch.inference_mode():
         inside = Directions("gaussian").draw(KEY, LARGE)
     assert torch.equal(Directions("gaussian").draw(KEY, LARGE), inside)
@@ -184,7 +184,7 @@ def test_room_for_numbers_made_in_inference_mode_serves_outside_it():
 
 @pytest.mark.parametrize(("kind", "bytes_a_number"), [("gaussian", 6), ("rademacher", 4.5)])
 def test_a_block_is_made_in_the_memory_of_its_numbers_and_their_index(kind, bytes_a_number):
-    room = directions_room._Room.of(Directions(kind).source, 1 << 10, CPU)
+    room = drawing._Workspace.of(Directions(kind).source, 1 << 10, CPU)
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (room.words, room.spare, room.index, room.numbers)}
     assert sum(memory.values()) == bytes_a_number * room.numbers.numel()
     assert room.words.data_ptr() + room.words.nbytes <= room.spare.data_ptr()
