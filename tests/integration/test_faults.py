@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import paths
 import toys
 from command_cases import run_command, save_data
 from command_cases import save_model as save_small_model
@@ -83,7 +84,7 @@ def test_a_dozen_kills_end_as_the_undisturbed_run() -> None:
         [sys.executable, str(Path(__file__).with_name("chaos.py")), "--rounds", "12", "--seed", "1"],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(paths.HELPERS)},
     )
     assert done.returncode == 0, done.stderr
     assert "seed 1: 12 kills and resumptions" in done.stdout
