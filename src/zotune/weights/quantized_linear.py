@@ -141,7 +141,7 @@ class QuantizedLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("left", "right"):
             if prefix + name in state_dict:  # the number of columns may differ
-                self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.codes.device)
+                self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.factor.device)
         # A checkpoint of ordinary layers is ignored here: the factors come with the optimizer's state.
         buffers = {prefix + name: buffer for name, buffer in self._buffers.items()} if prefix + "weight" in state_dict else {}
         super()._load_from_state_dict({**buffers, **state_dict, prefix + "weight": self.weight}, prefix, *rest)

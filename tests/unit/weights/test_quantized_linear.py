@@ -231,6 +231,9 @@ def test_low_rank_on_weights_that_another_library_holds(library, tolerance, tmp_
     again = wrap(quantized(library))
     replay(again, tmp_path / "j")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in dense_state(again).items())
+    loaded = wrap(quantized(library))
+    loaded.load_state_dict(model.state_dict())
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in dense_state(loaded).items())
     optimizer.remove_hooks()
 
 
