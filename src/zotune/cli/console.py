@@ -12,8 +12,7 @@ from zotune.cli.progress import RunProgress
 from zotune.cli.table import facts_table
 from zotune.io.sizes import size_text
 from zotune.io.text import duration_text, metric_text
-from zotune.training.observer import RunObserver, RunStart
-from zotune.training.run import RunResult
+from zotune.training.observer import RunObserver, RunResult, RunStart
 
 
 def new_console() -> Console:

@@ -19,7 +19,7 @@ from zotune.rng.device_keys import DeviceKeys, KeySource
 from zotune.rng.directions import Directions, Key
 from zotune.rng.transfer import send_list
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
-from zotune.subspaces.coordinate import Coordinate, Offset
+from zotune.subspaces.coordinate import Coordinate, CoordinateBuffer, Offset
 from zotune.subspaces.flat_buffer import BatchedValues, FlatBuffer
 
 
@@ -142,7 +142,8 @@ class BatchContext:
         return values.of(coordinate.name).view(self.blocks, *coordinate.shape)
 
     @tagged("directions")
-    def _buffer_values(self, buffer: FlatBuffer, dtype: torch.dtype) -> BatchedValues:
+    def _buffer_values(self, buffer: CoordinateBuffer, dtype: torch.dtype) -> BatchedValues:
+        assert isinstance(buffer, FlatBuffer)
         z = self._draw(buffer)
         values = self._values[id(buffer), dtype] = BatchedValues(buffer, z, self.scales(z, 0), dtype)
         return values

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.io import version
 from zotune.methods import AUTO
 from zotune.optim.construction import RunParts
 from zotune.optim.journal import FORMAT
@@ -119,7 +120,7 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
 
 def header(run: RunParts, *, base: bool) -> dict[str, Any]:
     """See :meth:`ZerothOrder.header`."""
-    versions = {"zotune": _version(), "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"zotune": version.VERSION, "torch": torch.__version__, "python": platform.python_version()}
     versions |= {n: sys.modules[n].__version__ for n in ("transformers", "peft") if n in sys.modules}
     return {
         "format": FORMAT,
@@ -146,9 +147,3 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
         key: list(value) if isinstance(value, tuple) else value.__name__ if isinstance(value, type) else value
         for key, value in options.items()
     }
-
-
-def _version() -> str:
-    from zotune import __version__
-
-    return __version__

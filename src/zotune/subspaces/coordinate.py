@@ -6,16 +6,13 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import GROUP, Directions, Key, add_weighted, group_of
-
-if TYPE_CHECKING:
-    from zotune.subspaces.flat_buffer import FlatBuffer
 
 #: Full-space matrices with a side of at most this many (adapters) are thin: several of their directions are in memory at a time.
 THIN = 64
@@ -64,6 +61,29 @@ class CoordinateGroup(Protocol):
         ...
 
 
+class CoordinateBuffer(CoordinateGroup, Protocol):
+    """Coordinates whose elements are drawn together; :class:`~zotune.subspaces.flat_buffer.FlatBuffer` is one."""
+
+    places: dict[str, slice]
+    stored: bool
+
+    def draw(self, directions: Directions, seed: int, step: int, first: int, count: int) -> Tensor:
+        """Directions of all members, (count, elements)."""
+        ...
+
+    def weighted(self, directions: Directions, weights: Sequence[float], seed: int, step: int) -> Tensor:
+        """Σ_k weights[k] · Z_k of all members, (elements,)."""
+        ...
+
+    def caches(self, name: str) -> bool:
+        """Whether directions are cached for a member."""
+        ...
+
+    def release(self, name: str) -> None:
+        """A member needs the cached directions no more."""
+        ...
+
+
 class Coordinate(abc.ABC):
     """The coordinates of one parameter.
 
@@ -97,7 +117,7 @@ class Coordinate(abc.ABC):
         self.lr_scale = lr_scale
         self.observed: Tensor | None = None
         self.schedule: BlockSchedule | None = None
-        self.flat_buffer: FlatBuffer | None = None
+        self.flat_buffer: CoordinateBuffer | None = None
         self.multi_tensor: CoordinateGroup | None = None
         self._drawn: tuple[Key, Tensor] | None = None  # cached directions, from key.direction on
 

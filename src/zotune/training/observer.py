@@ -1,15 +1,13 @@
-"""The events of a run: :class:`RunObserver`."""
+"""What a run reports: its start, its result, and the events between."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from zotune.training.run import RunResult
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,31 @@ class RunStart:
     data: str
     sizes: dict[str, int]
     offload: str | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a run.
+
+    Attributes:
+        folder: of the run.
+        summary: the contents of `summary.json`.
+        history: the trainer's log entries.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @property
+    def before(self) -> dict[str, float] | None:
+        """Metrics before training."""
+        return self.summary["before"]
+
+    @property
+    def after(self) -> dict[str, float] | None:
+        """Metrics after training."""
+        return self.summary["after"]
 
 
 class RunObserver:

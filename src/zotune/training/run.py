@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,7 +22,7 @@ from zotune.training.checkpoint import storage
 from zotune.training.compatibility import check_request, under_scheme
 from zotune.training.config import ZOConfig
 from zotune.training.loading import ModelPlan, load_model, load_tokenizer, plan_model
-from zotune.training.observer import RunObserver, RunStart
+from zotune.training.observer import RunObserver, RunResult, RunStart
 from zotune.training.peak_memory import PeakMemory
 from zotune.training.run_config import RunConfig
 from zotune.training.run_record import RunRecord, dtype_of
@@ -35,31 +33,6 @@ from zotune.weights.offload.budget import Needs
 
 #: Predicts the memory of a step beside the weights, for `--max_memory`; None without that option.
 NeedsPredictor = Callable[[ModelArguments, ModelPlan, ZOConfig, PreparedData, Method | Baseline, Scheme], Needs | None]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run.
-
-    Attributes:
-        folder: of the run.
-        summary: the contents of `summary.json`.
-        history: the trainer's log entries.
-    """
-
-    folder: Path
-    summary: dict[str, Any]
-    history: list[dict[str, Any]]
-
-    @property
-    def before(self) -> dict[str, float] | None:
-        """Metrics before training."""
-        return self.summary["before"]
-
-    @property
-    def after(self) -> dict[str, float] | None:
-        """Metrics after training."""
-        return self.summary["after"]
 
 
 def run(config: RunConfig, observer: RunObserver | None = None, predict_needs: NeedsPredictor | None = None) -> RunResult:

@@ -1,0 +1,3 @@
+"""The version of zotune."""
+
+VERSION = "0.1.0"
