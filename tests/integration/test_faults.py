@@ -322,7 +322,7 @@ def test_a_read_only_folder_is_refused_before_any_work(tmp_path: Path) -> None:
 READ_ONLY = """
 import os, sys
 from pathlib import Path
-from zotune.checkpoint import draft
+from zotune.training.checkpoint.storage import draft
 from zotune.optim.journal import Journal, StepRecord
 from zotune.io.figures import save_figure, stacked_bars
 from zotune.io.json_files import write_json

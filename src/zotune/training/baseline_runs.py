@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import EvalPrediction
 
 from zotune.baselines import Baseline
-from zotune.baselines.linear_probe import features_of, fit
+from zotune.baselines.logistic_regression import features_of, fit
 from zotune.io.atomic import whole_file
 from zotune.tasks import LanguageModelCollator, PreparedData
 from zotune.training.run_folder import PROBE_FILE

@@ -362,7 +362,7 @@ def test_the_config_gives_a_baseline_its_options(tmp_path: Path) -> None:
         ({"method": "fo-sgd", "bf16": True}, "load the model in that dtype"),
         ({"method": "mezo", "max_grad_norm": 1.0}, "no gradient is computed"),
         ({"method": "fo-sgd", "max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
-        ({"method": "hybrid", "activation_checkpointing": True}, "keeps the activations of its last blocks alone"),
+        ({"method": "hybrid", "activation_checkpointing": True}, "stores the activations of its last blocks only"),
         ({"method": "hybrid", "forward_batching": "batched"}, "hybrid evaluates one point after the other"),
         ({"method": "hybrid", "update_rule": "Adam"}, "update_rule must be 'AdamW' or 'SGD'"),
         ({"method": "hybrid", "method_args": {"blocks": 0}}, "blocks must be a whole number of at least 1"),

@@ -216,7 +216,7 @@ def test_a_killed_bench_goes_on_and_ends_with_the_table_of_an_unbroken_one(tmp_p
     again = start(tmp_path, "broken")
     said, _ = again.communicate()
     assert again.returncode == 0, said
-    assert "runs are there already" in said
+    assert "runs are done already" in said
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # none of them was run again
     assert json.loads((tmp_path / "broken/table.json").read_text()) == expected
     assert len(list(runs.iterdir())) == 7

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from command_cases import Result, run_command, save_data, save_encoder, save_model, weights_digest
 from zotune import baselines, methods, tasks
-from zotune.baselines import linear_probe
+from zotune.baselines import logistic_regression
 from zotune.weights.trainable_scales import quantize
 
 pytest.importorskip("peft")
@@ -117,7 +117,7 @@ def test_a_linear_probe_learns_what_the_words_say(workplace: Path, command: Comm
 def test_the_probe_is_at_its_minimum() -> None:
     generator = torch.Generator().manual_seed(0)
     features, answers = torch.randn(50, 4, generator=generator), torch.randint(0, 3, (50,), generator=generator)
-    probe = linear_probe.fit(features, answers, 3, l2=0.1)
+    probe = logistic_regression.fit(features, answers, 3, l2=0.1)
     weight, bias = probe.weight.clone().requires_grad_(), probe.bias.clone().requires_grad_()
     standard = (features.double() - probe.mean) / probe.deviation
     loss = torch.nn.functional.cross_entropy(standard @ weight.T + bias, answers) + 0.05 * weight.square().sum()

@@ -48,7 +48,7 @@ def test_layers_are_blocks_and_matrices_outside_of_them():
         ["blocks.1.0.weight", "blocks.1.2.weight"],
     ]
     many = nn.ModuleList([nn.Linear(4, 4) for _ in range(20)])
-    coordinates = [c for group in ZerothOrder(many, methods.lozo(rank=1)).coordinates for c in group if hasattr(c, "v")]
+    coordinates = [c for group in ZerothOrder(many, methods.lozo(rank=1)).run.state.coordinates for c in group if hasattr(c, "v")]
     merged = layer_scales.layers(coordinates)
     assert len(merged) <= layer_scales.LAYERS and [c for layer in merged for c in layer] == coordinates
     assert layer_scales.layers(coordinates[:1]) == []
