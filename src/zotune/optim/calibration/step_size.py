@@ -209,9 +209,7 @@ class StepSize:
         alone = max(directions * self.single.mean / moment, float(examples))
         gain = min(float(directions), max(directions * self.signal, alone / NOISE_SCALE))
         spread = self.spread.mean
-        if (
-            self.few and curvature.mean < SADDLE_ERRORS * curvature.error
-        ):  # a saddle: products of few halves may be negative
+        if self.few and curvature.mean < SADDLE_ERRORS * curvature.error:  # a saddle: products of few halves may be negative
             spread += self.spread.error
         norm = max(math.sqrt(max(0.0, spread - curvature.mean**2) / 2), LEAST_NORM * mean)
         rate = self.brake * CAUTION / (mean / gain + norm)
