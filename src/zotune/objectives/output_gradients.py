@@ -177,12 +177,12 @@ class OutputGradientRecorder:
 
     def _observe_head(self, logits: Tensor, head: nn.Module | None) -> None:
         """Compare the logits (R, S, vocabulary) of a few recorded positions with the head's output, up to one factor."""
-        if self.max_positions is None or self.scored is None or self.scored[0] is None or not len(self.scored[0]):
+        kept, examples, positions, _ = self.scored or (None, None, None, None)
+        if kept is None or examples is None or positions is None or not len(kept):  # all positions are recorded: nothing is compared
             return
         if self._from_head is None:
             self.logits_differ = True
             return
-        kept, examples, positions, _ = self.scored
         states, output = self._from_head
         gathered = states.shape[:-1] == logits.shape[:-1]
         inputs = states.flatten(0, -2)[kept] if gathered else self._rows(states, examples, positions)
