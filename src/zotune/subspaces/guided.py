@@ -188,6 +188,8 @@ class Guided(LowRank):
             fits = residual_width(layer) == gradients.shape[1] and coordinate.num_guided <= coordinate.numel
             if fits and inputs.rows(coordinate.name) == len(gradients):
                 fitting[layer] = coordinate
+            else:
+                inputs.drop(coordinate.name)
         if fault is None and any(c.writes is None for c in fitting.values()):
             verdict = residual_check.verify({layer: c.name for layer, c in fitting.items()}, losses, MAX_POSITIONS, seed, step)
             if verdict.constant_factors:
@@ -207,6 +209,7 @@ class Guided(LowRank):
                 if projection is not None:
                     p, v = projection
                     found[coordinate.name] = torch.cat([p, v] if is_outputs_first(layer) else [v, p])
+            del scored, sampled  # before those of the next layer are made
         return found
 
 
@@ -270,6 +273,10 @@ class _LayerInputs:
         """Scored rows of a layer, None for one that shares its input or has none."""
         scored = self.scored.get(name)
         return None if name in self.shared or scored is None else sum(len(part) for part, _ in scored.parts)
+
+    def drop(self, name: str) -> None:
+        self.scored.pop(name, None)
+        self.sampled.pop(name, None)
 
     @tagged("directions")
     def take(self, name: str) -> tuple[Tensor | None, Tensor]:
