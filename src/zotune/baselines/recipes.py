@@ -94,6 +94,10 @@ def hybrid(
     _at_least_one("hybrid", blocks=blocks)
     if update_rule not in ("AdamW", "SGD"):
         raise ValueError(f"hybrid: update_rule must be 'AdamW' or 'SGD', not {update_rule!r}.")
+    if update_rule == "AdamW" and momentum:
+        raise ValueError("hybrid: AdamW has no momentum of this name: set adam_beta1, or update_rule='SGD'.")
+    if update_rule == "SGD" and (adam_beta1, adam_beta2, adam_epsilon) != (0.9, 0.999, 1e-8):
+        raise ValueError("hybrid: SGD takes none of adam_beta1, adam_beta2 and adam_epsilon: set momentum, or update_rule='AdamW'.")
     for label, number in (("eps", eps), ("zo_lr", zo_lr)):
         if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= (0 if label == "zo_lr" else 1e-12)):
             raise ValueError(f"hybrid: {label} must be a positive number, not {number!r}.")

@@ -21,6 +21,11 @@ from zotune.weights.structure import head_of
 Batch = Mapping[str, Tensor]
 
 
+def _recorded(losses: Tensor) -> Tensor:
+    recorder = output_gradients.active_recorder()
+    return losses if recorder is None else recorder.end_losses(losses)
+
+
 @dataclass
 class LanguageModelLoss:
     """Mean negative log-likelihood in nats of each example's scored tokens, ``loss(batch) -> (B,)``.
@@ -36,7 +41,7 @@ class LanguageModelLoss:
         targets = batch["targets"]
         scored = (targets != IGNORE).sum(dim=1).clamp(min=1)
         logprobs = token_logprobs(self.model, batch["input_ids"], batch["attention_mask"], batch["positions"], targets, shares=1 / scored)
-        return -logprobs.sum(dim=1) / scored
+        return _recorded(-logprobs.sum(dim=1) / scored)
 
 
 @tagged("activations")
@@ -90,7 +95,7 @@ class ChoiceLoss:
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
         scores = choice_scores(self.model, batch, self.length_normalize, answers=batch["answer"])
-        return F.cross_entropy(scores, batch["answer"], reduction="none")
+        return _recorded(F.cross_entropy(scores, batch["answer"], reduction="none"))
 
 
 @dataclass

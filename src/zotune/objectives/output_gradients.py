@@ -6,20 +6,30 @@ For −log softmax(W h)[y] the gradient in the hidden state h, the input of the 
 
 a closed form of the forward pass. Where an example's loss is a mean over its scored tokens, δ is weighted by each token's share. A loss
 computes δ only while a recorder is active.
+
+δ is the gradient of the recorded loss. The recorder therefore also follows what the loss function makes of that loss
+(:mod:`zotune.objectives.returned_losses`), and, where it samples positions, whether the logits are what the head gave.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from zotune.objectives import returned_losses
+from zotune.weights.layouts import layout_of
 
 #: Sampled positions: for each example; of a forward, until there are enough. Too small a sample underestimates the inputs' variance.
 SAMPLED_PER_EXAMPLE, SAMPLED_AT_FIRST, ENOUGH = 4, 64, 512
 #: Elements of probabilities computed at a time (16 MiB), never of a whole batch.
 CHUNK_ELEMENTS = 2**22
+#: Recorded positions whose logits are compared with the head's output, and the difference that is rounding, relative to the largest.
+COMPARED, ROUNDING, ROUNDING_HALF = 16, 1e-3, 2e-2
 
 _recorders: list[OutputGradientRecorder] = []
 
@@ -37,6 +47,9 @@ class OutputGradientRecorder:
         gradients: δ of the recorded positions, weighted, (n, d) in float32 of every forward so far.
         examples: the example of each, (n,) of every forward, counted through all of them.
         num_examples: examples so far.
+        hidden: the head's input at the recorded positions of every forward so far, (n, d), where ``keeps_hidden``.
+        factors: of every call so far, the factor of each example's recorded loss in what was returned.
+        logits_differ: whether some logits were not a multiple of the head's output, or not comparable.
     """
 
     def __init__(self, max_positions: int | None = None) -> None:
@@ -46,11 +59,20 @@ class OutputGradientRecorder:
         self.examples: list[Tensor] = []
         self.num_examples = self.num_positions = 0
         self.sample_size = self.sampled = 0  # sampled positions of this forward, and of all
+        self.keeps_hidden = False
+        self.hidden: list[Tensor] = []
+        self.factors: list[Tensor] = []
+        self.logits_differ = self._following = False
+        self._losses: list[Tensor] = []  # recorded in this call
+        self._from_head: tuple[Tensor, Tensor] | None = None  # the head's input and output in this forward
+        self._recorded = False  # this forward has output gradients
+        self._call = 0, 0  # output gradients and examples before this call
 
     def begin(self, positions: Tensor, scored: Tensor, mask: Tensor) -> None:
         """A forward starts that scores ``positions`` (R, S) where ``scored`` (R, S), with the attention ``mask`` (R, T)."""
         self.sample_size = max(SAMPLED_PER_EXAMPLE * len(positions), SAMPLED_AT_FIRST if self.sampled < ENOUGH else 0)
         self.sampled += self.sample_size
+        self._from_head, self._recorded = None, False
         examples = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions).flatten()
         if self.max_positions is None:
             self.scored = None, examples, positions.flatten(), mask
@@ -76,20 +98,32 @@ class OutputGradientRecorder:
         sample = slice(None, None, max(1, len(examples) // self.sample_size))
         return self._rows(states, examples[sample], positions[sample])
 
+    def scored_places(self, states: Tensor) -> Tensor | None:
+        """Where the rows of :meth:`scored_rows` are among all rows of ``states``, (n,)."""
+        if self.scored is None:
+            return None
+        _, examples, positions, _ = self.scored
+        return self._places(states, examples, positions)
+
     def _rows(self, states: Tensor, examples: Tensor, positions: Tensor) -> Tensor | None:
+        places = self._places(states, examples, positions)
+        return None if places is None else states.flatten(0, -2)[places]
+
+    def _places(self, states: Tensor, examples: Tensor, positions: Tensor) -> Tensor | None:
         assert self.scored is not None
         rows, length = self.scored[3].shape
-        flat = states.flatten(0, -2)
-        prompt = flat.shape[0] // rows - length
-        if flat.shape[0] % rows or prompt < 0:
+        total = states.shape[:-1].numel()
+        prompt = total // rows - length
+        if total % rows or prompt < 0:
             return None
-        return flat[(examples * (length + prompt) + positions + prompt).to(flat.device)]
+        return (examples * (length + prompt) + positions + prompt).to(states.device)
 
     def end(self, logits: Tensor, targets: Tensor, head: nn.Module | None, shares: Tensor) -> None:
         """The forward gave ``logits`` (R, S, vocabulary) for ``targets`` (R, S), each ``shares`` (R,) of its example's loss.
 
         Targets below 0 are not scored. Without a known head nothing is recorded.
         """
+        self._observe_head(logits, head)
         (kept, examples), count = self._end_forward(), len(targets)
         weight = _matrix(head, logits.shape[-1])
         logits, targets = logits.flatten(0, 1), targets.flatten()
@@ -110,6 +144,7 @@ class OutputGradientRecorder:
 
         δ = Σ_c (p_c − [c = answer]) W[option c].
         """
+        self._observe_head(logits.unsqueeze(1), head)
         (kept, examples), count = self._end_forward(), len(options)
         weight = _matrix(head, logits.shape[-1])
         if kept is not None:
@@ -131,6 +166,87 @@ class OutputGradientRecorder:
         self.examples.append(examples + self.num_examples)
         self.num_examples += count
         self.num_positions += len(gradients)
+        self._recorded = True
+
+    # -- the head ---------------------------------------------------------------------------------------------------------------------
+
+    def head_called(self, states: Tensor, output: Tensor) -> None:
+        """The head gave ``output`` (..., vocabulary) for ``states`` (..., d) in this forward."""
+        if self.scored is not None and self.max_positions is not None:
+            self._from_head = states, output
+
+    def _observe_head(self, logits: Tensor, head: nn.Module | None) -> None:
+        """Compare the logits (R, S, vocabulary) of a few recorded positions with the head's output, up to one factor."""
+        kept, examples, positions, _ = self.scored or (None, None, None, None)
+        if kept is None or examples is None or positions is None or not len(kept):  # all positions are recorded: nothing is compared
+            return
+        if self._from_head is None:
+            self.logits_differ = True
+            return
+        states, output = self._from_head
+        gathered = states.shape[:-1] == logits.shape[:-1]
+        inputs = states.flatten(0, -2)[kept] if gathered else self._rows(states, examples, positions)
+        if inputs is None:
+            self.logits_differ = True
+            return
+        if self.keeps_hidden:
+            self.hidden.append(inputs.detach().float())
+        weight, few = _matrix(head, logits.shape[-1]), slice(0, COMPARED)
+        if weight is None:
+            return
+        given = logits.flatten(0, 1)[kept[few]].float()
+        if head is not None and layout_of(head) is not None:  # its output includes updates that its weight does not
+            made = output.flatten(0, -2)[kept[few]] if gathered else self._rows(output, examples[few], positions[few])
+        else:
+            bias = getattr(head, "bias", None)
+            made = nn.functional.linear(inputs[few].to(weight.dtype), weight.detach(), bias if isinstance(bias, Tensor) else None)
+        if made is None or made.shape != given.shape:
+            self.logits_differ = True
+            return
+        made = made.detach().float()
+        factor = (made * given).sum() / made.square().sum().clamp_min(1e-30)
+        rounding = ROUNDING if weight.dtype.itemsize >= 4 else ROUNDING_HALF
+        close = (given - factor * made).abs().max() <= rounding * given.abs().max()
+        self.logits_differ |= not (bool(close) and (float(factor) > 0 or not given.any()))
+
+    # -- what is returned -------------------------------------------------------------------------------------------------------------
+
+    def end_losses(self, losses: Tensor) -> Tensor:
+        """Record the losses (R,) of the forward that just ended; returns them, for the loss function to make its own of."""
+        if not self._recorded:
+            return losses
+        self._recorded = False
+        first = sum(map(len, self._losses))
+        self._losses.append(losses.detach())
+        if not self._following:
+            return losses
+        return forward_ad.make_dual(losses, returned_losses.tangents(losses, first))
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """For one call of a loss function: derivatives in the recorded losses are followed through what it computes of them."""
+        self._losses, self._call = [], (len(self.gradients), self.num_examples)
+        self._following = True
+        try:
+            with forward_ad.dual_level():
+                yield
+        finally:
+            self._following = False
+
+    def end_call(self, returned: Any) -> Tensor:
+        """The call returned this: whether each of these losses is a known multiple of a recorded one (or of their mean), (n,).
+
+        The output gradients of the call are multiplied by the factors, by 0 where there is none.
+        """
+        if not self._losses:
+            full = self.max_positions is not None and self.num_positions >= self.max_positions
+            return torch.full((returned.numel() if isinstance(returned, Tensor) else 1,), full)
+        factors, valid = returned_losses.factors(returned, torch.cat(self._losses))
+        self.factors.append(factors)
+        first, base = self._call
+        for place in range(first, len(self.gradients)):
+            self.gradients[place] = self.gradients[place] * factors[self.examples[place] - base].unsqueeze(1)
+        return valid
 
 
 def _matrix(head: nn.Module | None, vocabulary: int) -> Tensor | None:

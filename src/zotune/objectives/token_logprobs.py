@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +81,20 @@ def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) 
         gathered.append(True)
         return (_select(states, _behind_own_tokens(states, positions, shape[1])), *args[1:])
 
-    handle = head.register_forward_pre_hook(gather)
+    recorder = output_gradients.active_recorder()
+
+    def record(_module: nn.Module, args: tuple, output: Any) -> None:
+        if recorder is not None and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            recorder.head_called(args[0], output)
+
+    handles: list[Any] = [head.register_forward_pre_hook(gather)]
+    if recorder is not None:
+        handles.append(head.register_forward_hook(record))
     try:
         yield gathered
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @tagged("activations")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,14 +203,14 @@ class Evaluator:
         return lambda: work.gather(work.losses().unsqueeze(0) if work.share.pieces else None)[0][0]
 
     @tagged("activations")
-    def table(self, context: StepContext, each: int, rows_of: Callable[[Callable[[], Tensor]], Tensor]) -> tuple[Tensor, int]:
+    def table(self, context: StepContext, each: int, rows_of: Callable[[Callable[[], Any]], Tensor]) -> tuple[Tensor, int]:
         """The table (each, N) of what ``rows_of`` makes of every micro-batch's losses, and the sequences evaluated for it.
 
         Args:
-            rows_of: (each, n) of a function that evaluates the losses of n examples, float32, (n,).
+            rows_of: (each, n) of a function that evaluates the losses of n examples, as the loss function returns them.
         """
         work = self._work(context, 1)
-        found = [rows_of(evaluation(call, None)) for call in work.calls]
+        found = [rows_of(call) for call in work.calls]
         values, evaluated = work.gather(torch.cat(found, dim=1) if found else None, each)
         return values, evaluated // each
 

@@ -19,7 +19,8 @@ as a step of the latter lowers the loss less per evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zotune.forward.losses import as_losses
 from zotune.forward.model import PerturbedForward
 from zotune.io.memory_tags import tagged
 from zotune.methods.estimators import Estimate
@@ -104,6 +106,7 @@ class OutputGradientSteps:
         self.max_phases = MIN_PHASES
         self.drawn_phases = 0  # with drawn directions, in all
         self.forwards = self.sequences = 0  # of the last measurement
+        self.lost = False  # a batch of this phase had losses without output gradients
 
     @property
     def active_coordinates(self) -> list[GuidedCoordinate]:
@@ -114,6 +117,16 @@ class OutputGradientSteps:
     def active(self) -> bool:
         """Whether this phase goes along output gradients."""
         return any(c.guided for c in self.coordinates)
+
+    @property
+    def rejected(self) -> list[str] | None:
+        """Names of the layers that do not write to the residual stream; None before they are known."""
+        return [c.name for c in self.coordinates if not c.writes] if all(c.writes is not None for c in self.coordinates) else None
+
+    def reject(self, names: Collection[str]) -> None:
+        """Take the run's check as done, with this result."""
+        for coordinate in self.coordinates:
+            coordinate.writes = coordinate.name not in names
 
     def parts(self, elements: Tensor) -> list[tuple[GuidedCoordinate, Tensor]]:
         """The part of all elements (C,) of each active coordinate."""
@@ -131,7 +144,7 @@ class OutputGradientSteps:
         """
         if self.active:
             self.phases += 1
-            return self.phases < self.max_phases and self.alpha > 0
+            return self.phases < self.max_phases and self.alpha > 0 and not self.lost
         if self.drawn_phases and drawn is not None:
             worth = (drawn.expected_fall or 0.0) / evaluations >= (self.size.expected_fall or 0.0)
             self.max_phases = MIN_PHASES if worth else min(2 * self.max_phases, MAX_PHASES)
@@ -140,6 +153,7 @@ class OutputGradientSteps:
 
     def phase_began(self) -> None:
         """Record that a phase has begun."""
+        self.lost = False
         if self.active:
             self.size.fade()
         else:
@@ -153,20 +167,30 @@ class OutputGradientSteps:
         layers = {layer: coordinate for layer, coordinate in self.layers.items() if coordinate.guided}
         key = Key(context.seed, context.step, 0, "", "loss")
 
-        def rows_of(call: Callable[[], Tensor]) -> Tensor:
+        def rows_of(call: Callable[[], Any]) -> Tensor:
             @tagged("activations")
             def work() -> Tensor:
                 with isolated_generators(key, self.forward.devices), recording() as recorder:
                     inputs = _LayerInputs(recorder, layers)
-                    with observing_inputs(layers, inputs.record):
-                        losses = call()
-                return torch.cat([losses.unsqueeze(0), inputs.slopes(active, losses.numel()).to(losses.device)])
+                    with observing_inputs(layers, inputs.record), recorder.following():
+                        returned = call()
+                        valid = recorder.end_call(returned)
+                        losses = as_losses([returned])
+                found = inputs.slopes(active, losses.numel()).to(losses.device)
+                return torch.cat([losses.unsqueeze(0), valid.to(losses).unsqueeze(0), found])
 
             return self.forward.evaluate(work, None)
 
-        values, evaluated = self.evaluator.table(context, 1 + sum(c.num_guided for c in active), rows_of)
+        values, evaluated = self.evaluator.table(context, 2 + sum(c.num_guided for c in active), rows_of)
         values = values.cpu()
-        return Derivatives(values[0], values[1:], evaluated)
+        if not self.lost and not bool(values[1].all()):
+            self.lost = True
+            warnings.warn(
+                "a batch's loss is no constant multiple of the recorded one: its output gradients are left out, and the next phase goes "
+                "along drawn directions.",
+                stacklevel=2,
+            )
+        return Derivatives(values[0], values[2:], evaluated)
 
     @property
     def alpha(self) -> float:
@@ -286,6 +310,8 @@ class OutputGradientSteps:
             "max_phases": self.max_phases,
             "phases": self.phases,
             "drawn_phases": self.drawn_phases,
+            "lost": self.lost,
+            "rejected": self.rejected,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -293,6 +319,9 @@ class OutputGradientSteps:
         self.scale = RunningMean(**state["scale"])
         self.wall = math.inf if state["wall"] is None else state["wall"]
         self.max_phases, self.phases, self.drawn_phases = state["max_phases"], state["phases"], state["drawn_phases"]
+        self.lost = state["lost"]
+        if state["rejected"] is not None:
+            self.reject(state["rejected"])
 
 
 class _LayerInputs:

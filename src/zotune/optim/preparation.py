@@ -105,14 +105,26 @@ class Preparation:
             with isolated_generators(common, forward.devices):
                 return subspace.observe(run.model, forward.coordinates, losses, context.seed, step)
 
+        known = run.output_gradients is None or run.output_gradients.rejected is not None
+
+        def made(found: dict[str, Tensor]) -> list[dict[str, Any]]:
+            rejected = None if known or run.output_gradients is None else run.output_gradients.rejected
+            checked = [] if rejected is None else [{"event": "residual", "rejected": rejected}]
+            return [*checked, *journal_events.events(step, found)]
+
         if run.workers.several:
             # One worker observes for all, so that all have the same to the last bit.
-            first = run.workers.from_first(lambda: [list(journal_events.events(step, forward.evaluate(work, None))), forwards, counted])
+            first = run.workers.from_first(lambda: [made(forward.evaluate(work, None)), forwards, counted])
             events, forwards, counted = first
-            assembler = journal_events.TensorAssembler()
-            return {name: tensor for event in events for name, tensor in assembler.add(event).items()}, events, forwards, counted
+            assembler, found = journal_events.TensorAssembler(), dict[str, Tensor]()
+            for event in events:
+                if event["event"] == "residual":
+                    self.updater.apply_event(event)
+                else:
+                    found |= assembler.add(event)
+            return found, events, forwards, counted
         found = forward.evaluate(work, None)
-        events = [] if self.state.journal is None else list(journal_events.events(step, found))
+        events = [] if self.state.journal is None else made(found)
         return found, events, forwards, counted
 
     def _compare_paths(self, context: StepContext) -> None:

@@ -104,7 +104,10 @@ class Updater:
             keep = 1 - lr * float(group["weight_decay"])
             for coordinate in coordinates:
                 coordinate.drop()
-                coordinate.decay(keep)
+                if not coordinate.decays_weights:
+                    coordinate.decay(keep)
+                elif keep != 1:  # a vector of a group with decay
+                    coordinate.assign(coordinate.value() * keep, self.state.seed, record.step)
                 if isinstance(coordinate, GuidedCoordinate) and coordinate.guided:
                     value = coordinate.value()
                     value = run.rule.update(coordinate.name, value, coordinate.expand_guided(derivatives[id(coordinate)]), lr, 0.0)
@@ -183,6 +186,9 @@ class Updater:
                 for layer, scale in zip(run.layers, event["values"], strict=True):
                     for coordinate in layer:
                         run.rule.transport(coordinate.name, coordinate.rescale(float(scale), state.seed, state.steps))
+            case "residual":
+                if run.output_gradients is not None:
+                    run.output_gradients.reject(event["rejected"])
             case "measured":
                 pass  # the steps' learning rates contain the result
             case "forward_batching":

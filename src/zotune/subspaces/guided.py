@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from zotune.io.memory_tags import tagged
 from zotune.objectives.output_gradients import OutputGradientRecorder, recording
 from zotune.rng.directions import Directions
+from zotune.subspaces import residual_check
 from zotune.subspaces.activation import ActivationCoordinate, observing_inputs
 from zotune.subspaces.base import Losses, at_least_one
 from zotune.subspaces.coordinate import Coordinate, MomentTransport
@@ -35,6 +38,7 @@ class GuidedCoordinate(ActivationCoordinate):
 
     Attributes:
         fixed_direction: a direction in S, (q²,), for evaluations instead of a drawn one.
+        writes: whether the layer was found to write to the residual stream; None before the run's check (``residual_check``).
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int, guide: int, begin: int) -> None:
@@ -46,6 +50,7 @@ class GuidedCoordinate(ActivationCoordinate):
         self.v = self._v_buffer[:, :rank]
         self.guided = False
         self.fixed_direction: Tensor | None = None
+        self.writes: bool | None = None
 
     @property
     def num_guided(self) -> int:
@@ -115,7 +120,9 @@ class Guided(LowRank):
         P = the leading right singular vectors of the fitted δ̂ (N, d),   V = Bᵀ P, scaled to LOZO's response to a text.
 
     A guided phase trains W + P S Vᵀ; one forward pass a step gives the derivatives in S, Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ. ``output_gradient_steps``
-    chooses the next phase. Without output gradients (a custom loss, a model without a head) every phase is LOZO's.
+    chooses the next phase. Without output gradients (a custom loss, a model without a head) every phase is LOZO's, and so it is where the
+    loss returned is not a multiple of the recorded one, or the logits not one of the head's output. Which layers write to the stream is
+    checked once a run.
 
     Args:
         rank: r of LOZO's phases.
@@ -162,30 +169,79 @@ class Guided(LowRank):
     @tagged("directions")
     def observe(self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Losses, seed: int, step: int) -> dict[str, Tensor]:
         """[P; V] (m + n, q) of every guided layer, bfloat16, by name; empty for a LOZO phase."""
-        wanted = {id(c.parameter): c for c in coordinates if isinstance(c, GuidedCoordinate)}
-        layers = trained_layers(model, wanted)
-        width = getattr(getattr(head_of(model), "weight", None), "shape", (0,))[-1]
+        guided = [c for c in coordinates if isinstance(c, GuidedCoordinate)]
+        head, wanted = head_of(model), {id(c.parameter): c for c in guided if c.writes is not False}
+        layers = {layer: c for layer, c in trained_layers(model, wanted).items() if layer is not head}
+        width = getattr(getattr(head, "weight", None), "shape", (0,))[-1]
         if not any(residual_width(layer) == width for layer in layers):
             return {}
         with recording(MAX_POSITIONS) as recorder:
             inputs = _LayerInputs(recorder, layers)
             with observing_inputs(layers, inputs.observe):
-                for _ in losses():
-                    if not recorder.gradients:  # this loss gives none
-                        break
+                fault = _follow(recorder, losses)
         found: dict[str, Tensor] = {}
         if not recorder.gradients:
             return found
         gradients = torch.cat(recorder.gradients).cpu()
+        fitting: dict[nn.Module, GuidedCoordinate] = {}
         for layer, coordinate in layers.items():
-            scored, sampled = inputs.take(coordinate.name)
             fits = residual_width(layer) == gradients.shape[1] and coordinate.num_guided <= coordinate.numel
-            if fits and scored is not None and len(scored) == len(gradients):
+            if fits and inputs.rows(coordinate.name) == len(gradients):
+                fitting[layer] = coordinate
+            else:
+                inputs.drop(coordinate.name)
+        if fault is None and any(c.writes is None for c in fitting.values()):
+            verdict = residual_check.verify({layer: c.name for layer, c in fitting.items()}, losses, MAX_POSITIONS, seed, step)
+            if verdict.constant_factors:
+                for coordinate in guided:
+                    coordinate.writes = coordinate.name not in verdict.rejected
+                if verdict.rejected:
+                    _say_once(model, f"{len(verdict.rejected)} layers do not write to the residual stream, such as {verdict.rejected[0]}")
+            else:
+                fault = "the loss returned is the recorded one times a factor that depends on the model"
+        if fault is not None:
+            _say_once(model, f"output gradients are not used, for {fault}")
+            return found
+        for layer, coordinate in fitting.items():
+            scored, sampled = inputs.take(coordinate.name)
+            if coordinate.writes and scored is not None:
                 projection = fit_projection(scored, gradients, sampled, self.guide)
                 if projection is not None:
                     p, v = projection
                     found[coordinate.name] = torch.cat([p, v] if is_outputs_first(layer) else [v, p])
+            del scored, sampled  # before those of the next layer are made
         return found
+
+
+def _follow(recorder: OutputGradientRecorder, losses: Losses) -> str | None:
+    """Evaluate the losses; what keeps their output gradients from being used, if anything does. None too where there are none."""
+    calls = losses()
+    while True:
+        with recorder.following():
+            try:
+                returned = next(calls)
+            except StopIteration:
+                return None
+            except NotImplementedError as error:  # an operation without a forward derivative
+                return f"the loss returned cannot be followed ({' '.join(str(error).split())[:120]})"
+            valid = recorder.end_call(returned)
+        if not recorder.gradients:  # this loss gives none
+            return None
+        if recorder.logits_differ:
+            return "the logits are not the output of the model's head (a soft cap, for instance)"
+        if not bool(valid.all()):
+            return "the loss returned is neither the recorded one of zotune.objectives, nor a constant multiple of it for each example"
+
+
+#: What was said about each model.
+_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def _say_once(model: nn.Module, fact: str) -> None:
+    said = _said.setdefault(model, set())
+    if fact not in said:
+        said.add(fact)
+        warnings.warn(f"{fact}; drawn directions train the weights, as in lozo-e.", stacklevel=2)
 
 
 class _LayerInputs:
@@ -212,6 +268,15 @@ class _LayerInputs:
         if scored is not None and sampled is not None:
             self.scored.setdefault(name, CompressedRows(torch.bfloat16)).add(scored)
             self.sampled.setdefault(name, CompressedRows(torch.float8_e4m3fn)).add(sampled)
+
+    def rows(self, name: str) -> int | None:
+        """Scored rows of a layer, None for one that shares its input or has none."""
+        scored = self.scored.get(name)
+        return None if name in self.shared or scored is None else sum(len(part) for part, _ in scored.parts)
+
+    def drop(self, name: str) -> None:
+        self.scored.pop(name, None)
+        self.sampled.pop(name, None)
 
     @tagged("directions")
     def take(self, name: str) -> tuple[Tensor | None, Tensor]:

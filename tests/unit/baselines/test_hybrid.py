@@ -142,3 +142,11 @@ def test_a_model_that_has_only_one_of_the_parts_is_refused(trainable: str, block
 def test_plain_backprop_does_not_pass_for_it() -> None:
     with pytest.raises(ValueError, match=r"step with zotune\.baselines\.Hybrid"):
         FirstOrder(toys.classifier(), "hybrid")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"momentum": 0.9}, "has no momentum"), ({"update_rule": "SGD", "adam_beta1": 0.5}, "takes none")]
+)
+def test_options_of_the_other_rule_are_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        baselines.get("hybrid", **options)

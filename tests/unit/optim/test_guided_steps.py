@@ -263,7 +263,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_turn(monkeypatch, at, rate):
 def test_begin_delays_guided_phases_and_guide_sets_their_rank(monkeypatch):
     monkeypatch.setattr(output_gradient_steps, "MIN_PHASES", 1)
     model = tiny_llama()
-    steps, seen = optimizer(model, begin=2, rank=1, guide=3), []
+    steps, seen = optimizer(model, lr=1e-3, begin=2, rank=1, guide=3), []
     for step in range(4 * INTERVAL):
         run(model, steps, step, step + 1)
         seen.append({tuple(c.p.shape[1:]) + tuple(c.v.shape[1:]) for c in guided_coordinates(steps)})

@@ -205,6 +205,16 @@ def test_weight_decay_goes_on_in_guided_turns():
     assert torch.allclose(model.model.layers[0].self_attn.q_proj.weight, before * (1 - 0.05) ** 2, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_of_a_decayed_group_are_decayed_too(dtype):
+    model = tiny_llama(dtype=dtype)
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.5}]
+    steps = ZerothOrder(model, methods.lozo_g(interval=4, guide=2, examples=48), lr=0.1, params=groups, sample_batches=examples)
+    run(model, steps, 0, 3)
+    assert steps.run.along_output_gradients
+    assert torch.allclose(model.model.norm.weight.detach().float(), torch.full((32,), 0.95**3), atol=1e-6 if dtype.itemsize == 4 else 4e-3)
+
+
 # -- turns -----------------------------------------------------------------------------------------------------------------------------
 
 
