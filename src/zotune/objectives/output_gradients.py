@@ -203,6 +203,8 @@ class OutputGradientRecorder:
         if made is None or made.shape != given.shape:
             self.logits_differ = True
             return
+        if not bool(given.isfinite().all()):  # nothing to compare; the step itself refuses a loss that is not finite
+            return
         made = made.detach().float()
         factor = (made * given).sum() / made.square().sum().clamp_min(1e-30)
         rounding = ROUNDING if weight.dtype.itemsize >= 4 else ROUNDING_HALF
