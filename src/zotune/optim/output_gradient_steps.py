@@ -161,6 +161,7 @@ class OutputGradientSteps:
 
     # -- derivatives ----------------------------------------------------------------------------------------------------------------
 
+    @tagged("activations")
     def derivatives(self, context: StepContext) -> Derivatives:
         """Losses of the step's examples at θ, and their derivatives."""
         active = self.active_coordinates
