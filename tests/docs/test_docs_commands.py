@@ -112,7 +112,7 @@ def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_image_is_there_and_nothing_is_left_to_be_filled_in(page: Path) -> None:
+def test_every_image_is_there_and_nothing_is_left_to_fill_in(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
         assert (page.parent / image).is_file(), f"{name_of(page)} shows {image}"

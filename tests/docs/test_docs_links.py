@@ -46,7 +46,7 @@ def test_the_index_lists_every_page() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_no_page_is_too_long_or_mentions_a_path_outside_the_repository(page: Path) -> None:
+def test_no_page_is_too_long_or_names_a_path_outside(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 400
     assert "../shared" not in text

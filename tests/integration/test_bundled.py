@@ -24,7 +24,7 @@ def words(sentence: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("split", COUNTS)
-def test_each_split_has_its_declared_number_of_rows_half_of_them_positive(split):
+def test_each_split_has_its_number_of_rows_half_of_them_positive(split):
     labels = [row["label"] for row in rows(split)]
     assert len(labels) == COUNTS[split]
     assert all(type(label) is int and label in (0, 1) for label in labels)
@@ -82,7 +82,7 @@ def test_weights_on_disk_are_bfloat16():
     assert dtypes == {"BF16"}
 
 
-def test_model_and_tokenizer_load_from_the_folder_and_score_a_sentence():
+def test_model_and_tokenizer_load_and_score_a_sentence():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -229,7 +229,7 @@ def test_a_wrong_yaml_file_is_named(line: str, expected: str, command: Command, 
 
 
 @pytest.mark.parametrize("method", ["lozo-m", "mezo-adam"])
-def test_a_run_leaves_a_model_a_summary_a_curve_and_a_journal_that_replays(method: str, command: Command, workplace: Path) -> None:
+def test_a_run_leaves_model_summary_curve_and_replayable_journal(method: str, command: Command, workplace: Path) -> None:
     result = command("train", *BASICS, "--method", method, "--output_dir", "out", "--logging_steps", "2")
     assert result.code == 0, result.err
     assert result.err == ""

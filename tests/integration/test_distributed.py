@@ -245,7 +245,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_torchrun_that_is_told_to_stop_saves_and_one_process_goes_on(
+def test_a_stopped_torchrun_saves_and_one_process_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGTERM to torchrun: both processes finish the step and save, and say how to go on; one does."""
@@ -291,7 +291,7 @@ def test_torchrun_that_is_told_to_stop_saves_and_one_process_goes_on(
 # -- weights on several devices --------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_accelerate_has_dispatched_trains_as_the_plain_one(tmp_path: Path) -> None:
+def test_a_model_accelerate_dispatched_trains_as_the_plain_one(tmp_path: Path) -> None:
     """What `device_map="auto"` makes of a model: hooks around its modules that move what goes in and out."""
     found = []
     for dispatched in (False, True):

@@ -125,7 +125,7 @@ def test_these_are_the_files_of_a_checkpoint(stopped_once: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name: str, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(name: str, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, journal = stopped / "checkpoint-4" / name, stopped / "journal.zo"
     whole = path.read_bytes()
     assert storage.problem(path.parent, journal) is None
@@ -162,7 +162,7 @@ def test_a_whole_run_is_verified(stopped: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("content", [b"", None, "half", "flipped"])
-def test_a_damaged_journal_stops_a_resumption_and_is_left_as_it_is(content: Any, stopped: Path) -> None:
+def test_a_damaged_journal_stops_a_resumption_and_stays_as_it_is(content: Any, stopped: Path) -> None:
     path = stopped / "journal.zo"
     whole = path.read_bytes()
     if content == "half":

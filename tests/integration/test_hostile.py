@@ -127,7 +127,7 @@ def test_any_bytes_are_no_journal(data: bytes, tmp_path: Path) -> None:
 
 @fuzz
 @given(records=st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.binary(max_size=60)), max_size=3), added=events | pieces | json_values)
-def test_records_with_right_checksums_and_any_content_replay_or_are_named(
+def test_records_of_any_content_replay_or_are_named(
     records: list[tuple[int, bytes]], added: Any, real: bytes, tmp_path: Path
 ) -> None:
     path = tmp_path / "j"
@@ -382,7 +382,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
-def test_a_model_from_elsewhere_is_refused_in_a_sentence_and_runs_nothing(case: str, model_folder: Path) -> None:
+def test_a_foreign_model_is_refused_and_runs_nothing(case: str, model_folder: Path) -> None:
     spoil, message = BAD_MODELS[case]
     load(model_folder)
     spoil(model_folder)

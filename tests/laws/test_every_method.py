@@ -263,7 +263,7 @@ def test_saving_does_not_change_the_run(name):
 
 
 @every_method
-def test_between_steps_the_model_computes_with_what_state_dict_holds(name):
+def test_between_steps_the_model_computes_with_its_state_dict(name):
     model, optimizer = build(name)
     run(model, optimizer, 0, 10)
     plain = toys.classifier()
@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_said(name, tmp_path):
 
 
 @every_method
-def test_bfloat16_steps_at_rate_zero_leave_every_weight_unchanged(name):
+def test_bfloat16_steps_at_rate_zero_change_no_weight(name):
     model, optimizer = build(name, torch.bfloat16, lr=0.0)
     before = copy.deepcopy(model)
     run(model, optimizer, 0, 30)

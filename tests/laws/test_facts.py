@@ -62,7 +62,7 @@ def test_steps_follow_the_effective_rank_and_not_the_dimension():
 
 
 @pytest.mark.parametrize("share", [0.9, 1.1])
-def test_one_gaussian_direction_is_mean_square_stable_up_to_its_limit(share):
+def test_one_gaussian_direction_is_stable_up_to_its_limit(share):
     """θ ← θ − η z zᵀ H θ: E θ_i² ← (1 − 2ηλ_i + 2η²λ_i²) E θ_i² + η² Σ_j λ_j² E θ_j², stable iff Σ ηλ_i / (1 − ηλ_i) < 2."""
     curvature = torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
 

@@ -198,7 +198,7 @@ def test_mkors_first_step_is_its_equation() -> None:
     assert torch.allclose(start - model.weight.detach(), change, rtol=1e-3, atol=1e-5)
 
 
-def test_mkor_h_goes_over_to_first_order_when_the_loss_no_longer_falls() -> None:
+def test_mkor_h_turns_to_first_order_when_the_loss_stalls() -> None:
     optimizer = FirstOrder(net(), baseline("mkor-h"), lr=0.0)
     run(optimizer, 5)
     assert not optimizer.inner.first_order
@@ -306,7 +306,7 @@ def test_dropout_acts_in_a_step_and_the_flags_are_left_as_found() -> None:
     assert [module.training for module in model.modules()] == [False, False, True, False]
 
 
-def test_steps_without_a_finite_loss_change_nothing_and_end_the_run() -> None:
+def test_steps_without_a_finite_loss_change_nothing_then_stop() -> None:
     model = net()
     before = weights(model)
     optimizer = FirstOrder(model, "fo-adamw", max_nonfinite_steps=2)

@@ -38,7 +38,7 @@ def test_before_the_last_blocks_it_is_mezo_bit_for_bit(dtype: torch.dtype) -> No
     assert not torch.equal(model[0].weight, toys.classifier(dtype)[0].weight)
 
 
-def test_the_last_blocks_move_along_the_mean_of_both_points_gradients() -> None:
+def test_last_blocks_step_along_the_mean_gradient_of_both_points() -> None:
     model = toys.classifier()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = hybrid(model, lr=0.5, zo_lr=0.0, update_rule="SGD", eps=0.1)

@@ -121,7 +121,7 @@ def test_the_command_names_the_file_and_writes_nothing(tmp_path: Path, monkeypat
 # -- the plan -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_option_that_differs_makes_another_run_and_folders_say_which() -> None:
+def test_a_differing_option_makes_another_run_and_folder() -> None:
     (mezo,) = (found for place, found in cells(grid.parsed(SMALL)).items() if place.method == "mezo")
     keys = {cell.key(seed) for cell in mezo for seed in (0, 1)}
     assert len(keys) == 4
@@ -167,7 +167,7 @@ def test_several_gpus_are_dealt_out_to_the_runs(monkeypatch) -> None:
 # -- the report's parts ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_page_escapes_what_it_shows_and_needs_nothing_beside_it() -> None:
+def test_a_page_escapes_what_it_shows_and_stands_alone() -> None:
     blocks = [Paragraph("a < b"), Table(("x|y",), [("<script>",)])]
     shown = page("T & U", blocks)
     assert "a &lt; b" in shown and "&lt;script&gt;" in shown and "<script>" not in shown and "T &amp; U" in shown
@@ -175,7 +175,7 @@ def test_a_page_escapes_what_it_shows_and_needs_nothing_beside_it() -> None:
     assert "| x\\|y |\n|---|" in markdown("T", blocks, "figures")
 
 
-def test_a_curve_is_the_mean_over_runs_at_the_steps_that_all_have() -> None:
+def test_a_curve_is_the_mean_over_runs_at_their_common_steps() -> None:
     histories = [
         [{"step": 1, "seconds": 1.0, "loss": 2.0}, {"step": 2, "seconds": 2.0, "loss": 1.0}, {"step": 3, "seconds": 3.0, "loss": 0.0}],
         [{"step": 1, "seconds": 3.0, "loss": 4.0}, {"step": 2, "seconds": 4.0, "loss": 3.0}, {"step": 2, "eval_accuracy": 0.5}],
@@ -192,7 +192,7 @@ def start(folder: Path, name: str, *extra: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_killed_bench_goes_on_and_ends_with_the_table_of_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_killed_bench_ends_with_the_table_of_an_unbroken_one(tmp_path: Path) -> None:
     save_model(tmp_path / "my-model")
     save_data(tmp_path)
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(changed(title="Test")))

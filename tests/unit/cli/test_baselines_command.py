@@ -138,7 +138,7 @@ def test_a_schemes_run_evaluates_and_replays(scheme: str, workplace: Path, comma
     assert Path("run/model.safetensors").exists() == (scheme == "head")
 
 
-def test_scales_train_resume_replay_and_are_saved_as_ordinary_weights(workplace: Path, command: Command) -> None:
+def test_scales_train_resume_replay_and_save_as_ordinary_weights(workplace: Path, command: Command) -> None:
     """QZO: the whole numbers of every layer stay, so a trained row is a multiple of the row as it was held."""
     run = [*BASICS, "--quantize", "int8", "--scheme", "scales", "--method", "mezo", "--learning_rate", "1e-6", "--eps", "1e-4"]
     run += ["--max_steps", "6"]

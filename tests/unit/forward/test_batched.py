@@ -118,7 +118,7 @@ def test_norms_written_in_python():
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
-def test_a_batched_forward_that_raises_leaves_every_bit_and_every_table(error):
+def test_a_batched_forward_that_raises_leaves_every_bit(error):
     model = toys.transformer("gpt2")
     optimizer = ZerothOrder(model, methods.lozo(directions_per="example"), lr=1e-3, forward_batching="batched")
     loss, ids = toys.transformer_loss(model), toys.tokens(4)
@@ -165,7 +165,7 @@ def test_scalar_losses_and_closures_are_evaluated_sequentially(batch):
     assert optimizer.evaluator.batched is False
 
 
-def test_dense_matrices_go_one_point_after_the_other_unless_asked_otherwise():
+def test_dense_matrices_are_evaluated_sequentially_by_default():
     model = nn.Linear(80, 70)
     optimizer = ZerothOrder(model, "mezo", lr=1e-3)
     optimizer.step(lambda x: model(x).mean(dim=1), torch.ones(2, 80))
@@ -244,7 +244,7 @@ def test_a_batch_keeps_its_type_and_what_is_no_tensor_of_rows():
 
 
 @pytest.mark.parametrize("batch", ["text", {"x": torch.ones(2, 3), "y": torch.ones(1, 3)}])
-def test_a_batch_without_a_common_first_dimension_is_not_stackable(batch):
+def test_a_batch_without_a_common_first_size_is_not_stackable(batch):
     with pytest.raises(NotBatchableError):
         batch_rows(batch)
 
@@ -262,7 +262,7 @@ def test_rows_of_a_stack_are_direction_major():
     assert uneven.directions == (0, 0, 0, 1, 1) and uneven.rows == 1
 
 
-def test_several_directions_an_example_share_its_evaluation_at_theta():
+def test_an_examples_directions_share_its_evaluation_at_theta():
     """Two examples, two directions each: rows θ, θ, then each pair moved; the pairs read their example's row at θ."""
     (owned,) = assign_directions([2], 2, 2)
     assert (owned.examples, owned.directions) == ((0, 0, 1, 1), (0, 1, 2, 3))

@@ -58,7 +58,7 @@ def test_directions_that_are_held_are_renewed(method):
     assert not torch.allclose(first, second, rtol=1e-6)
 
 
-def test_only_batches_of_tensors_and_losses_that_say_so_are_recorded():
+def test_only_tensor_batches_and_capturable_losses_are_recorded():
     model = toys.transformer("opt")
     forward = optimizer(model).forward
     ours, own = objectives.LanguageModelLoss(model), toys.transformer_loss(model)

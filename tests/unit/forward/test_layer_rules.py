@@ -167,7 +167,7 @@ def test_materialized(case, dtype, passes, product_kernel):
 
 
 @examples
-def test_a_state_dict_has_the_trained_weight_and_loading_one_starts_anew(case):
+def test_a_state_dict_has_the_trained_weight_and_loads_anew(case):
     module, x = layer(case, torch.float32)
     forward = probe_of(module, "low rank")
     expected = module(x).detach()

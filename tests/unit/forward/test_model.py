@@ -48,7 +48,7 @@ class Broken(nn.Module):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", methods.names())
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, ZeroDivisionError])
-def test_a_forward_that_raises_leaves_every_bit_and_every_table_as_it_was(method, dtype, error):
+def test_a_forward_that_raises_leaves_every_bit_as_it_was(method, dtype, error):
     inner = toys.classifier(dtype)
     model = Broken(inner, error)
     model.train()
@@ -92,7 +92,7 @@ def perturbed_by_hand(model: nn.Module, forward: PerturbedForward, offset: Offse
 @pytest.mark.parametrize("name", toys.ARCHITECTURES)
 @pytest.mark.parametrize("kind", SUBSPACES)
 @pytest.mark.parametrize("scale", [1e-2, -1e-2])
-def test_plus_and_minus_losses_are_those_of_weights_perturbed_by_hand(name, kind, scale):
+def test_plus_and_minus_losses_are_of_weights_perturbed_by_hand(name, kind, scale):
     model = toys.transformer(name).eval()
     clean = copy.deepcopy(model)
     forward, offset, ids = probe_of(model, SUBSPACES[kind]), Offset(scale, 0, 0, 0), toys.tokens()
@@ -156,7 +156,7 @@ def test_tied_weights_share_one_coordinate_and_move_together():
     assert len(tied) == 2
 
 
-def test_a_weight_a_parent_reaches_into_is_noticed_and_still_right():
+def test_a_weight_a_parent_reads_directly_is_noticed_and_right():
     class Attention(nn.Module):  # MultiheadAttention reads out_proj.weight without calling out_proj
         def __init__(self) -> None:
             super().__init__()
@@ -176,7 +176,7 @@ def test_a_weight_a_parent_reaches_into_is_noticed_and_still_right():
     assert torch.allclose(forward.evaluate(lambda: model(x), offset), expected, atol=1e-6)
 
 
-def test_a_weight_whose_dtype_a_parent_looks_at_keeps_its_side_path():
+def test_a_weight_whose_dtype_is_read_keeps_its_side_path():
     class Casting(nn.Module):  # PEFT's LoRA does this
         def __init__(self) -> None:
             super().__init__()
@@ -190,7 +190,7 @@ def test_a_weight_whose_dtype_a_parent_looks_at_keeps_its_side_path():
     assert forward.prepare(lambda: model(x), Offset(1e-3, 0, 0, 0)) == [] and len(forward.low_rank_hooks) == 1
 
 
-def test_a_side_path_that_computes_something_else_falls_back_with_a_warning():
+def test_a_wrong_side_path_falls_back_with_a_warning():
     class Doubling(nn.Module):
         """Sends its input through the layer twice as large as the layer's hook can see."""
 
@@ -245,7 +245,7 @@ def test_any_module_works(kind, build):
     assert not torch.allclose(output(clean), expected, atol=1e-3)
 
 
-def test_a_step_evaluates_all_points_under_the_same_random_numbers():
+def test_a_steps_points_are_evaluated_under_the_same_randomness():
     model, seen = toys.classifier(), []
     optimizer = ZerothOrder(model, "mezo", lr=0.0, forward_batching="sequential")
 

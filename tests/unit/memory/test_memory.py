@@ -32,7 +32,7 @@ def plan(model: str, method: str, **options) -> Workload:
     return Workload(MODELS[model], catalog.get(method), **{"batch_size": 6, "sequence_length": 32, **options})
 
 
-def test_the_ledger_counts_every_storage_once_and_forgets_what_is_freed():
+def test_the_ledger_counts_a_storage_once_until_it_is_freed():
     model = nn.Linear(100, 50, bias=False)
     with Ledger(model) as ledger:
         x = torch.ones(10, 100)

@@ -35,7 +35,7 @@ def test_the_innermost_tag_is_the_last_and_goes_with_its_block():
         assert tags() == []
 
 
-def test_a_generator_is_tagged_while_it_makes_a_value_and_not_in_between():
+def test_a_generator_is_tagged_only_while_it_makes_a_value():
     with recording_tags():
         for found in values():
             assert found == ["logits"] and tags() == []
@@ -82,6 +82,6 @@ def test_a_strict_ledger_names_who_does_not_tag():
 
 @pytest.mark.filterwarnings("ignore:this model's attention kernel has no forward derivative")
 @pytest.mark.parametrize("method", catalog.names())
-def test_every_tensor_that_a_step_makes_outside_of_the_model_is_tagged(method):
+def test_every_tensor_made_outside_of_the_model_is_tagged(method):
     """Real steps; the error names the file and line of an allocation without a tag."""
     measure(Workload(shallow(MODELS["llama"], 1), catalog.get(method), batch_size=4, sequence_length=8), strict=True)

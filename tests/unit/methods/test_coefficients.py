@@ -21,7 +21,7 @@ def test_signs():
     assert BySign().shape([0.5, -3.0, 0.0], [False] * 3, 1e-3, {}) == [1.0, -1.0, 0.0]
 
 
-def test_the_deviation_is_of_the_losses_without_skipped_directions():
+def test_the_deviation_leaves_out_skipped_directions():
     eps, here, losses = 1e-2, 2.0, torch.tensor([2.5, 1.0, 3.0, 2.25], dtype=torch.float64)
     coefficients = ((losses - here) / eps).tolist()
     shaped = ByDeviation().shape(coefficients, [False] * 4, eps, {})

@@ -25,7 +25,7 @@ def estimates(optimizer: ZerothOrder, past, model) -> list[dict[str, torch.Tenso
 
 @pytest.mark.parametrize("num_directions", [1, 3])
 @pytest.mark.parametrize("name", ["replayed-momentum", "replayed-adam"])
-def test_an_update_is_that_of_the_plain_rule_started_afresh_h_steps_ago(name, num_directions):
+def test_an_update_is_the_plain_rules_started_h_steps_ago(name, num_directions):
     h, lr = 4, 1e-2
     model = toys.classifier()
     optimizer = ZerothOrder(model, methods.get(name, history=h, num_directions=num_directions), lr=lr)

@@ -43,7 +43,7 @@ def test_every_way_of_drawing_gives_the_same_numbers(kind):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_coordinate_is_chosen_equally_often_and_signs_balance(name):
+def test_coordinates_are_chosen_equally_often_and_signs_balance(name):
     shape = SHAPES[name]
     directions, steps = Chosen("coordinate", SHAPES), 4000
     z = torch.stack([directions.draw(Key(0, step, 0, name), shape).flatten() for step in range(steps)])
@@ -62,7 +62,7 @@ def follow(rule: str, estimates: list[torch.Tensor], **options) -> torch.Tensor:
     return p.detach()
 
 
-def test_jaguar_sign_renews_what_was_chosen_and_moves_by_all_it_knows():
+def test_jaguar_sign_renews_the_chosen_and_steps_by_all_known():
     first, second = torch.zeros(3, 2), torch.zeros(3, 2)
     first[0], second[0, 0], second[2] = 2.0, -1.0, 4.0
     after = follow("JaguarSign", [first, second], beta=0.25)
@@ -76,7 +76,7 @@ def test_persistent_signs_keep_a_byte_and_forget_sizes():
     assert torch.equal(follow("PersistentSign", [first, second]), -0.5 * torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
 
 
-def test_jaguar_muon_orthogonalises_matrices_and_takes_the_sign_of_vectors():
+def test_jaguar_muon_orthogonalizes_matrices_and_signs_vectors():
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(5, 3, generator=generator)
     u, _, v = torch.linalg.svd(g, full_matrices=False)
@@ -86,7 +86,7 @@ def test_jaguar_muon_orthogonalises_matrices_and_takes_the_sign_of_vectors():
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)])
-def test_orthogonalized_keeps_singular_vectors_with_values_near_one(shape):
+def test_orthogonalized_keeps_singular_vectors_values_near_one(shape):
     m = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     u, _, v = torch.linalg.svd(m, full_matrices=False)
     values = u.T @ orthogonalized(m) @ v.T
@@ -96,7 +96,7 @@ def test_orthogonalized_keeps_singular_vectors_with_values_near_one(shape):
 
 
 @pytest.mark.parametrize("choice", ["coordinate", "row", "block:3x2"])
-def test_a_step_shifts_the_chosen_by_a_constant_and_remembers_the_derivative(choice):
+def test_a_step_shifts_the_chosen_and_remembers_the_derivative(choice):
     """On a linear loss δ is exactly the sum of the slopes over what was chosen."""
     model = nn.Linear(4, 3, bias=False)
     slopes = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from zotune.rng.directions import Directions, Key
 
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("num_directions", [1, 3])
-def test_lozo_updates_along_the_direction_it_perturbed_on_every_step(rank, num_directions):
+def test_lozo_updates_along_its_perturbed_direction_every_step(rank, num_directions):
     """ΔW = −η (1/K) Σ c_k U_k Vᵀ / r with the U_k and V of the evaluation, redraw steps included."""
     model = nn.Linear(6, 5, bias=False)
     seen: list[torch.Tensor] = []
@@ -64,7 +64,7 @@ def test_lozo_m_transports_its_momentum_at_a_redraw():
 
 
 @pytest.mark.parametrize("name", ["mezo", "lozo", "lozo-m"])
-def test_1000_bfloat16_steps_at_rate_zero_leave_every_weight_unchanged(name):
+def test_1000_bfloat16_steps_at_rate_zero_change_no_weight(name):
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).to(torch.bfloat16)
     before = copy.deepcopy(model)
     optimizer = ZerothOrder(model, methods.get(name), lr=0.0)

@@ -28,7 +28,7 @@ RULES = [
 
 
 @pytest.mark.parametrize(("rule", "options"), RULES)
-def test_a_rule_does_what_its_optimizer_does_with_the_same_estimates(rule, options):
+def test_a_rule_does_what_its_optimizer_does_with_its_estimates(rule, options):
     if rule in ("Lion", "Prodigy"):
         pytest.importorskip("pytorch_optimizer")
     model, x = toys.classifier(), toys.batch()
@@ -75,7 +75,7 @@ def test_any_class_that_is_let_in_resumes_bit_for_bit(rule):
     assert not torch.equal(straight[1].weight, toys.classifier()[1].weight)
 
 
-def test_a_rule_for_matrices_leaves_the_rest_to_adamw_at_the_same_rate():
+def test_a_rule_for_matrices_leaves_vectors_to_adamw_at_its_rate():
     model = toys.classifier()
     before = copy.deepcopy(model)
     optimizer = ZerothOrder(model, methods.mezo(update_rule="Muon"), lr=1e-2)

@@ -122,7 +122,7 @@ def test_token_logprobs_equal_the_ungathered_computation(model):
 
 
 @torch.no_grad()
-def test_single_token_form_equals_the_general_form_and_scores_by_hand(model):
+def test_the_single_token_form_equals_the_general_form(model):
     examples = single_token_examples()
     fast = ChoicesCollator(pad_token_id=0)(examples)
     general = ChoicesCollator(pad_token_id=0, single_token_form=False)(examples)
@@ -140,14 +140,14 @@ def test_options_of_several_tokens_equal_scores_by_hand(model):
 
 
 @torch.no_grad()
-def test_length_normalised_scores_are_means_over_the_options_tokens(llama):
+def test_length_normalized_scores_are_means_over_option_tokens(llama):
     batch = ChoicesCollator(pad_token_id=0)(mixed_examples()[:1])
     expected = scores_by_hand(llama, mixed_examples()[:1]) / torch.tensor([[1, 2, 3]])
     close(choice_scores(llama, batch, length_normalize=True), expected)
 
 
 @torch.no_grad()
-def test_language_model_loss_averages_each_examples_scored_tokens(model):
+def test_the_lm_loss_averages_each_examples_scored_tokens(model):
     examples = [
         {"prompt_ids": ids(5, 8), "completion_ids": ids(3, 9)},
         {"prompt_ids": ids(2, 10), "completion_ids": ids(7, 11)},
@@ -192,7 +192,7 @@ def test_padding_changes_no_loss(model, pad, multiple):
 
 
 @torch.no_grad()
-def test_losses_of_a_batch_stacked_k_times_are_the_losses_k_times(model):
+def test_a_batch_stacked_k_times_has_its_losses_k_times(model):
     for examples in (single_token_examples(), mixed_examples()):
         for loss, collator in ((ChoiceLoss, ChoicesCollator), (LanguageModelLoss, LanguageModelCollator)):
             batch = collator(pad_token_id=0)(examples)
@@ -219,7 +219,7 @@ def test_only_scored_hidden_states_go_through_the_head(model):
     assert [tuple(shape) for shape in seen] == [(3, 1, 32), (2, 2, 32)]
 
 
-def test_the_head_is_left_without_hooks_also_after_a_forward_that_raises(llama):
+def test_the_head_has_no_hooks_after_a_forward_that_raises(llama):
     head = llama.get_output_embeddings()
     batch = ChoicesCollator(pad_token_id=0)(single_token_examples())
     choice_scores(llama, batch)
@@ -273,7 +273,7 @@ class NoHead(FlattenedHead):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [FlattenedHead, NoHead])
-def test_where_nothing_can_be_gathered_before_the_head_the_logits_are(kind):
+def test_logits_are_gathered_where_hidden_states_cannot_be(kind):
     model = kind()
     batch = ChoicesCollator(pad_token_id=0)(mixed_examples())
     for row, example in enumerate(mixed_examples()):
@@ -285,7 +285,7 @@ def test_where_nothing_can_be_gathered_before_the_head_the_logits_are(kind):
 
 
 @torch.no_grad()
-def test_losses_of_a_bfloat16_model_are_float32_log_softmax_of_its_logits(llama):
+def test_losses_of_bfloat16_logits_are_float32_log_softmax(llama):
     half = random_model("llama-tied").to(torch.bfloat16)
     examples = single_token_examples()
     losses = LanguageModelLoss(half)(LanguageModelCollator(pad_token_id=0)(examples))

@@ -93,7 +93,7 @@ def test_a_steps_coefficients_do_not_depend_on_the_form():
 
 
 @torch.no_grad()
-def test_the_batch_that_is_compared_scores_bit_for_bit_as_any_later_one():
+def test_the_compared_batch_scores_bit_for_bit_as_later_ones():
     """Else a resumed run, whose first batch is another, would not be the run that was not stopped."""
     model, batch = toys.transformer("llama").eval(), packed(examples(*UNEVEN))
     first = choice_scores(model, batch)
@@ -101,7 +101,7 @@ def test_the_batch_that_is_compared_scores_bit_for_bit_as_any_later_one():
 
 
 @torch.no_grad()
-def test_the_comparison_runs_no_more_rows_at_a_time_than_there_are_examples():
+def test_the_comparison_runs_at_most_as_many_rows_as_examples():
     model, batch = toys.transformer("llama").eval(), packed(examples(*UNEVEN))
     assert tokens_seen(model, batch) == [(3, 15)] * 3 + [(3, 16)] * 2
     assert tokens_seen(model, batch) == [(3, 16)]
@@ -134,7 +134,7 @@ class Careless(LlamaForCausalLM):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ignores", ["mask", "positions", "nothing"])
-def test_a_model_that_cannot_is_warned_of_once_and_scores_a_row_an_option(ignores, dtype):
+def test_a_model_that_cannot_pack_is_warned_of_once(ignores, dtype):
     model = toys.transformer("llama", dtype).eval()
     model.__class__, model.ignores = Careless, ignores
     rows = examples(*UNEVEN)
@@ -170,7 +170,7 @@ def test_a_sliding_window_keeps_its_meaning():
 
 
 @torch.no_grad()
-def test_packing_is_not_checked_under_dropout_or_non_finite_losses():
+def test_packing_is_unchecked_under_dropout_or_non_finite_losses():
     rows = examples(*UNEVEN)
     model = toys.transformer("opt").train()
     choice_scores(model, packed(rows))
@@ -185,7 +185,7 @@ def test_packing_is_not_checked_under_dropout_or_non_finite_losses():
 
 
 @torch.no_grad()
-def test_options_of_one_token_in_different_numbers_are_a_row_of_the_prompt():
+def test_single_token_options_of_any_number_are_one_row():
     model, rows = toys.transformer("gpt2").eval(), examples((6, [1, 1, 1]), (9, [1, 1]))
     assert is_packed(packed(rows)) and tokens_seen(model, packed(rows)) == [(2, 9)]
     torch.testing.assert_close(choice_scores(model, packed(rows)), choice_scores(model, apart(rows)), rtol=1e-4, atol=1e-4)

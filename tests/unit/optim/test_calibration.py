@@ -281,7 +281,7 @@ def test_resume_and_replay_are_bit_for_bit(name, stop, tmp_path):
     assert (second.forward_passes, second.sequences_evaluated) == (optimizer.forward_passes, optimizer.sequences_evaluated)
 
 
-def test_what_was_found_is_in_the_journal_and_its_forwards_are_counted(tmp_path):
+def test_a_calibration_is_in_the_journal_with_its_forwards(tmp_path):
     model = toys.classifier()
     forwards = 0
 
@@ -305,7 +305,7 @@ def test_what_was_found_is_in_the_journal_and_its_forwards_are_counted(tmp_path)
 
 
 @pytest.mark.parametrize(("directions", "expected"), [({"directions_per": "group", "group_size": 2}, 1.0), ({}, 0.0)])
-def test_the_signal_of_directions_of_their_own_is_what_their_sets_agree_in(directions, expected):
+def test_the_signal_of_own_directions_is_what_sets_agree_in(directions, expected):
     """ℓ_b(w) = (g ± a)ᵀw, the sign by turns: pairs have the same gradient, single examples hardly anything in common."""
     generator = torch.Generator().manual_seed(0)
     g, a = torch.randn(2, 40, generator=generator)
@@ -401,7 +401,7 @@ def test_a_distance_where_losses_are_not_finite_is_not_gone_to():
     assert all(math.isfinite(loss) for loss in losses) and float(model.w.detach().abs().amax()) < 0.02
 
 
-def test_a_step_goes_no_farther_than_curvature_has_been_looked_at_allows():
+def test_a_step_goes_no_farther_than_measured_curvature_allows():
     """η rms(c) / √K is how far a step goes, in units of a direction's length."""
     size = StepSize(radius=0.1)
     for rms, directions, leapt in [(1.0, 1, False), (2.5, 1, False), (4.0, 1, True), (4.0, 4, False), (8.0, 4, True)]:
@@ -415,7 +415,7 @@ def test_a_step_goes_no_farther_than_curvature_has_been_looked_at_allows():
     assert StepSize().within_reach(7.0, 1) == 7.0  # nothing has been looked at
 
 
-def test_a_suddenly_large_gradient_triggers_a_curvature_measurement():
+def test_a_suddenly_large_gradient_has_the_curvature_measured():
     weights = nn.Parameter(torch.zeros(20))
     model = nn.ParameterList([weights])
     optimizer = ZerothOrder(model, methods.get("mezo", eps="auto"), lr="auto", seed=0, forward_batching="sequential")

@@ -39,7 +39,7 @@ def perturbed(model: nn.Module, optimizer: ZerothOrder, step: int, direction: in
 @pytest.mark.parametrize("estimator", ["central", "forward"])
 @pytest.mark.parametrize("method", ["lozo", "lozo-m", "mezo"])
 @pytest.mark.parametrize("each", [1, 3])
-def test_a_coefficient_is_that_of_its_example_alone_under_its_direction(method, estimator, forward_batching, each):
+def test_a_coefficient_is_of_its_example_under_its_direction(method, estimator, forward_batching, each):
     model, (tokens, labels), eps = toys.classifier(), toys.batch(6), 1e-2
     plain = copy.deepcopy(model)
     options = {"num_directions": each, "directions_per": "example", "estimator": estimator, "eps": eps}

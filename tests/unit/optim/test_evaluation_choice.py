@@ -84,7 +84,7 @@ def test_a_resumed_run_keeps_the_choice_bit_for_bit(sequential_is_faster, monkey
     assert all(torch.equal(a, b) for a, b in zip(replayed.model.state_dict().values(), model.state_dict().values(), strict=True))
 
 
-def test_a_batched_run_stays_batched_when_it_is_resumed_from_its_journal(monkeypatch, tmp_path, request):
+def test_a_batched_run_resumed_from_its_journal_stays_batched(monkeypatch, tmp_path, request):
     straight = ZerothOrder(toys.classifier(), methods.lozo(eps=1e-2), lr=1e-2, journal=tmp_path / "j")
     run(straight, range(2))
     assert events(tmp_path / "j") == []
@@ -122,7 +122,7 @@ def test_own_directions_in_turn_take_a_forward_of_the_batch_each(way, directions
     assert optimizer.sequences_evaluated - before == sum(rows)
 
 
-def test_examples_that_cannot_be_told_apart_in_a_forward_are_evaluated_alone(tmp_path):
+def test_examples_that_mix_in_a_forward_are_evaluated_alone(tmp_path):
     """A model that mixes its rows: each example by itself, written down and kept on resuming."""
 
     class Mixing(torch.nn.Module):

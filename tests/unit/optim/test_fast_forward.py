@@ -93,7 +93,7 @@ def spoil(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :])
 
 
-def test_with_every_checkpoint_damaged_the_journal_brings_the_run_back(stopped: Path, straight: Any, tmp_path: Path) -> None:
+def test_without_a_sound_checkpoint_the_journal_restores_the_run(stopped: Path, straight: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(stopped, tmp_path / "run")
     for number in (4, 8):
         spoil(folder / f"checkpoint-{number}" / "model.safetensors")

@@ -33,7 +33,7 @@ def in_the_hidden_state(model: torch.nn.Module, loss_fn, data) -> torch.Tensor:
     return given[0].grad
 
 
-def test_an_error_is_the_gradient_in_the_hidden_state_that_the_head_is_given():
+def test_an_error_is_the_gradient_in_the_heads_input():
     model, data = tiny_llama(), batch(0)
     with output_gradients.recording() as recorder, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
@@ -94,7 +94,7 @@ def test_errors_are_made_a_few_rows_at_a_time(monkeypatch):
     assert torch.allclose(*found, atol=1e-6)
 
 
-def test_only_scored_tokens_tell_and_no_more_than_there_is_room_for():
+def test_only_scored_tokens_are_sampled_up_to_the_capacity():
     model, data = tiny_llama(), two_tokens()
     data["targets"][:, 1] = objectives.IGNORE
     data["positions"], data["targets"] = data["positions"][:, :1], data["targets"][:, :1]
@@ -135,7 +135,7 @@ def test_collinear_output_gradients_give_one_exact_projection():
     assert not p[:, 1:].any() and not v[:, 1:].any() and v[:, 0].any()
 
 
-def test_of_few_texts_more_positions_are_looked_at_until_there_are_enough():
+def test_of_few_texts_more_positions_are_sampled():
     states, mask, scored = torch.randn(2, 640, 3), torch.ones(2, 640, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)
     found = []
     with output_gradients.recording(256) as recorder:
@@ -204,7 +204,7 @@ def test_gpt2s_layers_are_guided_too():
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_guided_phase_trains_its_layers_within_the_projection_only():
+def test_a_guided_phase_trains_its_layers_within_the_projection():
     model = tiny_llama()
     steps = optimizer(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -309,7 +309,7 @@ def test_looking_at_examples_is_counted_and_writes_nothing():
     assert same_weights(weights(model), before) and torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_trainer_gives_examples_of_its_own_data_the_same_whenever_asked(tmp_path):
+def test_a_trainer_samples_the_same_examples_whenever_asked(tmp_path):
     made = ZOTrainer(model=tiny_llama(), args=config(tmp_path, method="lozo-g"), train_dataset=ROWS, data_collator=collate_completions)
     state = torch.get_rng_state()
     first, again, other = made._sample_batches(15, 40), made._sample_batches(15, 40), made._sample_batches(45, 40)

@@ -169,7 +169,7 @@ def test_a_journal_of_20000_steps_stays_below_two_megabytes(tmp_path, monkeypatc
     assert whole + 50_000 < 2_000_000, "with 50 kB for the header of a large model"
 
 
-def test_events_are_deflated_where_that_is_shorter_and_both_are_read(tmp_path):
+def test_events_are_deflated_where_shorter_and_both_are_read(tmp_path):
     events = [{"event": "measured", "curvature": 1.25, "signal": 0.5}, {"a": 1}, {"event": "observed", "pieces": ["x" * 60_000]}]
     journal = Journal.create(tmp_path / "j", {})
     for event in events:
@@ -238,7 +238,7 @@ def test_replay_until_a_step_is_the_run_stopped_there(name, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(shorter.state_dict().values(), base.state_dict().values(), strict=True))
 
 
-def test_replay_refuses_another_base_and_a_step_that_is_not_there(tmp_path):
+def test_replay_refuses_another_base_and_a_missing_step(tmp_path):
     base, model, _ = trained(methods.mezo(), torch.float32, tmp_path / "j", 3)
     with pytest.raises(ValueError, match="not the one the journal starts from"):
         replay(model, tmp_path / "j")

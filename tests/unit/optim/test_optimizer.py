@@ -100,7 +100,7 @@ def test_schedulers_of_torch_and_transformers_drive_the_rate():
     cosine.step()
 
 
-def test_parameter_groups_have_rates_of_their_own_and_the_rest_stays():
+def test_parameter_groups_have_their_own_rates_and_others_stay():
     model, x = toys.classifier(), toys.batch()
     before = copy.deepcopy(model)
     groups = [{"params": model[1].parameters(), "lr": 1e-2}, {"params": [model[4].bias], "lr": 0.0}]

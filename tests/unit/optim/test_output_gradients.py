@@ -37,7 +37,7 @@ def gradients(model: nn.Module, data, names: list[str]) -> list[list[torch.Tenso
     return [list(torch.autograd.grad(loss, [parameters[n] for n in names], retain_graph=True)) for loss in losses]
 
 
-def test_what_is_told_the_last_layer_is_the_gradient_within_the_guide():
+def test_the_last_layers_signal_is_its_gradient_within_the_guide():
     """With nothing between it and the head."""
     model = tiny_llama()
     model.model.norm = nn.Identity()
@@ -98,7 +98,7 @@ def test_micro_batches_give_the_output_gradients_of_the_batch():
     assert torch.allclose(single.slopes[:, 0], whole.slopes.mean(dim=1), atol=1e-6) and single.slopes.shape[1] == 1
 
 
-def test_the_scale_is_the_slope_that_the_loss_has_by_the_slope_that_was_told():
+def test_the_scale_is_the_losss_slope_over_the_predicted_slope():
     model = tiny_llama()
     steps = begun(model)
     found, guided = told(steps, model, [batch(0)]), guided_coordinates(steps)
@@ -130,7 +130,7 @@ def test_a_step_moves_s_by_the_scaled_mean_of_what_was_told():
 
 
 @pytest.mark.parametrize("rule", ["SGD", "Adam"])
-def test_measured_rates_lower_the_loss_under_any_rule_that_has_a_scale(rule):
+def test_measured_rates_lower_the_loss_under_rules_with_a_scale(rule):
     model = tiny_llama()
     steps = optimizer(model, lr="auto", eps="auto", update_rule=rule, interval=8)
     losses = []

@@ -125,7 +125,7 @@ REFERENCE = tiny_llama(seed=1)
 
 
 @pytest.mark.parametrize("loss", [with_a_penalty, with_weights_of_the_model, with_weights_of_its_own, below_a_reference, of_two_texts])
-def test_a_loss_that_is_more_than_the_recorded_one_has_drawn_directions(loss):
+def test_a_loss_beyond_the_recorded_one_has_drawn_directions(loss):
     model = tiny_llama()
     steps, said = begun(model, lambda data: loss(model, data))
     assert not steps.run.along_output_gradients and len(said) == 1
@@ -218,7 +218,7 @@ def test_a_head_as_wide_as_the_stream_is_not_guided():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_of_a_pre_norm_decoder_are_all_guided_and_the_check_is_counted(dtype):
+def test_all_layers_of_a_pre_norm_decoder_are_guided(dtype):
     model = tiny_llama(dtype=dtype)
     steps = optimizer(model, lr=0.0)
     steps.step(objectives.LanguageModelLoss(model), batch(0))

@@ -118,7 +118,7 @@ def answering_at_random() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["mezo", "lozo-m"])
-def test_single_examples_with_nothing_to_learn_do_no_lasting_harm(name):
+def test_single_examples_without_signal_do_no_lasting_harm(name):
     whole = tuple(torch.cat(parts) for parts in zip(*(one(step) for step in range(500, 700)), strict=True))
     ends = []
     for seed in range(3):

@@ -73,7 +73,7 @@ def test_gaussian_has_the_distribution_function_of_a_gaussian():
 
 @pytest.mark.parametrize("kind, power", [("gaussian", 1), ("gaussian", 2), ("gaussian", 3), ("rademacher", 1), ("sphere", 1)])
 @pytest.mark.parametrize("lag", [1, 2, 3, 7, 8, 64, 100, 1 << 15, 1 << 17])
-def test_elements_are_uncorrelated_at_any_distance_and_so_are_their_powers(kind, power, lag):
+def test_elements_and_their_powers_are_uncorrelated_at_any_lag(kind, power, lag):
     z = Directions(kind).draw(KEY, (1 << 19,)).double().pow(power)
     z = (z - z.mean()) / z.std()
     assert abs(float(z[lag:] @ z[:-lag])) < 5 * math.sqrt(z.numel() - lag)
@@ -143,7 +143,7 @@ def test_parameters_drawn_together_are_those_drawn_alone(kind, count):
 
 @pytest.mark.parametrize("kind", Directions.KINDS)
 @pytest.mark.parametrize("k", [1, 4, 40])
-def test_a_coordinate_has_the_same_directions_with_neighbors_and_without(kind, k):
+def test_a_coordinate_has_the_same_directions_grouped_or_alone(kind, k):
     directions = Directions(kind)
     shapes = {"a": (30,), "b": (7, 3), "c": (100, 20), "large": (100, 100, 1)}
     alone = [Full().coordinate(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
@@ -175,7 +175,7 @@ def test_the_update_does_not_draw_all_parameters_for_each(monkeypatch):
     assert len(calls) == 5  # {0}, {1, 2, 3}, {4..15}, {16..31}, {32..47}
 
 
-def test_room_for_numbers_made_in_inference_mode_serves_outside_it():
+def test_a_buffer_made_in_inference_mode_serves_outside_it():
     drawing._workspaces.cached.clear()
     with torch.inference_mode():
         inside = Directions("gaussian").draw(KEY, LARGE)
@@ -183,7 +183,7 @@ def test_room_for_numbers_made_in_inference_mode_serves_outside_it():
 
 
 @pytest.mark.parametrize(("kind", "bytes_a_number"), [("gaussian", 6), ("rademacher", 4.5)])
-def test_a_block_is_made_in_the_memory_of_its_numbers_and_their_index(kind, bytes_a_number):
+def test_a_block_takes_the_memory_of_its_numbers_and_index(kind, bytes_a_number):
     room = drawing._Workspace.of(Directions(kind).source, 1 << 10, CPU)
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (room.words, room.spare, room.index, room.numbers)}
     assert sum(memory.values()) == bytes_a_number * room.numbers.numel()

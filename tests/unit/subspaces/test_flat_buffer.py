@@ -48,7 +48,7 @@ def test_neighbors_descend_bit_for_bit_as_each_does_alone(dtype, kind):
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_an_update_holds_a_bounded_number_of_directions_and_is_the_same(monkeypatch, at_once):
+def test_an_update_in_bounded_chunks_of_directions_is_the_same(monkeypatch, at_once):
     """One draws the direction that is asked for, not its group: 16 of them may be more than the forward itself takes."""
     free, bounded = coordinates(), coordinates()
     (unbounded,) = build_flat_buffers(free)

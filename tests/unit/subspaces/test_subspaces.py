@@ -48,7 +48,7 @@ PLAIN = {
 @pytest.mark.parametrize("forward_batching", ["sequential", "auto"])
 @pytest.mark.parametrize("num_directions", [1, 3])
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_update_is_along_the_evaluated_direction_at_redraws_too(name, num_directions, forward_batching):
+def test_the_update_is_along_the_evaluated_direction_at_redraws(name, num_directions, forward_batching):
     """ΔW = −η s (1/K) Σ c_k (W₊ − W₋) / 2ε with the weights that the evaluations computed with, s = 1 or 1/r."""
     model, eps, lr = matrix(), 1e-2, 1e-2
     method = methods.get(name, eps=eps, num_directions=num_directions, **PLAIN[name])
@@ -201,7 +201,7 @@ def test_small_weights_are_those_that_move(dtype, density):
     assert not bool((moved & ~small).any()) and float(moved[small].float().mean()) > 0.9
 
 
-def test_random_masks_have_their_density_and_change_when_they_are_due():
+def test_random_masks_have_their_density_and_change_when_due():
     model = matrix(60, 50)
     optimizer = ZerothOrder(model, methods.zo_sparse(density=0.3, interval=3), lr=0.0)
     (coordinate,) = optimizer.forward.coordinates
@@ -225,7 +225,7 @@ def test_global_magnitude_gives_large_layers_their_share():
         assert coordinate.share == pytest.approx(float((layer.weight.abs() > threshold).float().mean()), abs=0.01)
 
 
-def test_the_sensitive_weights_are_those_of_the_largest_squared_gradients():
+def test_sensitive_weights_have_the_largest_squared_gradients():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 

@@ -36,7 +36,7 @@ def test_the_bundled_tasks():
     assert tasks.names() == NAMES
 
 
-def test_listing_the_tasks_imports_neither_torch_nor_transformers():
+def test_listing_tasks_imports_neither_torch_nor_transformers():
     code = "import sys, zotune.tasks as t; [t.load(n) for n in t.names()]; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
@@ -103,7 +103,7 @@ RECORD = {
 }
 
 
-def test_candidates_are_a_rows_own_each_once_and_several_may_be_right():
+def test_candidates_are_a_rows_own_and_several_may_be_right():
     task = tasks.load("record")
     prompt, options = task.render(RECORD)
     assert prompt == "Ann met Bo.\n- They talked\n-"
@@ -264,7 +264,7 @@ def test_metrics():
     assert predictions(scores).tolist() == [0, 1, -1]
 
 
-def test_answers_are_normalized_and_compared_with_the_best_reference():
+def test_answers_are_normalized_and_take_the_best_reference():
     assert normalized("  The Cat's, a\tHat! ") == "cats hat"
     assert exact_match("the  U.S.", ["Us", "America"]) == 1 and exact_match("us all", ["Us"]) == 0
     assert token_f1("the black cat", ["cat", "a black dog"]) == pytest.approx(2 / 3)  # of "cat": 1/2 and 1; of "black dog": 1/2

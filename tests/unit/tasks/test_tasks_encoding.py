@@ -62,7 +62,7 @@ def test_only_the_prompt_of_choices_has_special_tokens(tokenizer):
     assert example["answer"] == 1
 
 
-def test_prompt_and_option_together_are_the_tokens_of_the_whole_text(tokenizer, data_dir):
+def test_prompt_and_option_are_the_tokens_of_the_whole_text(tokenizer, data_dir):
     for name in tasks.names():
         task = tasks.load(name)
         sample = tasks.load_rows(task, "eval", data_dir).select(range(40))
@@ -72,7 +72,7 @@ def test_prompt_and_option_together_are_the_tokens_of_the_whole_text(tokenizer, 
                 assert example["prompt_ids"] + ids == tokenizer(prompt + option)["input_ids"]
 
 
-def test_no_blank_of_the_tokenizers_own_comes_between_prompt_and_option():
+def test_no_blank_of_the_tokenizer_parts_prompt_and_option():
     tokenizer = word_tokenizer(eos_token="<eos>")
     task = tasks.load("sst2", template="{sentence}:", options=[" bad", " good"])
     (example,) = Encoder(tokenizer).choices(rows({"sentence": "a", "label": 0}), task)
@@ -115,7 +115,7 @@ def test_of_a_text_every_token_is_scored(tokenizer):
     assert scored_text(tokenizer, example) == "The film was a joy.</s>"
 
 
-def test_without_a_start_token_the_first_token_of_a_text_is_not_scored():
+def test_without_a_start_token_the_first_token_is_not_scored():
     tokenizer = word_tokenizer(eos_token="<eos>")
     (example,) = Encoder(tokenizer).completions(rows({"text": "ab"}))
     assert example["prompt_ids"] == []
@@ -139,7 +139,7 @@ def test_messages_after_the_last_answer_do_not_count(chat_tokenizer):
     assert encoder.completions(rows({"messages": CHAT[:3]})) == encoder.completions(rows({"messages": CHAT[:2]}))
 
 
-def test_a_template_that_rewrites_earlier_turns_still_scores_the_last(chat_tokenizer):
+def test_a_template_that_rewrites_earlier_turns_scores_the_last(chat_tokenizer):
     chat_tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]"
         "{{ m['content'] if loop.last else m['content'] | upper }}\n{% endfor %}"
@@ -198,7 +198,7 @@ def test_unknown_columns_of_ones_own_file(tokenizer, columns, message):
 LONG = "this is a long sentence about a film that never ends " * 20
 
 
-def test_a_prompt_longer_than_the_context_names_row_lengths_and_fix(tokenizer):
+def test_a_prompt_beyond_the_context_names_row_lengths_and_fix(tokenizer):
     long = rows({"sentence": "short", "label": 0}, {"sentence": LONG, "label": 0})
     length = len(tokenizer(f"{LONG.strip()} This movie is")["input_ids"])
     with pytest.raises(
@@ -220,7 +220,7 @@ def test_truncation_keeps_the_start_token_and_the_prompts_end(tokenizer):
     assert fits["prompt_ids"] == whole  # the option's one token is predicted, not fed
 
 
-def test_truncation_of_a_text_keeps_its_beginning_and_of_a_chat_its_end(chat_tokenizer):
+def test_truncation_keeps_a_texts_beginning_and_a_chats_end(chat_tokenizer):
     encoder = Encoder(chat_tokenizer, limit=20, truncate=True)
     (text,) = encoder.completions(rows({"text": LONG}))
     whole = chat_tokenizer(LONG)["input_ids"]
@@ -234,7 +234,7 @@ def test_truncation_of_a_text_keeps_its_beginning_and_of_a_chat_its_end(chat_tok
             Encoder(chat_tokenizer, limit=20).completions(rows(row))
 
 
-def test_a_completion_longer_than_the_context_cannot_be_cut_from_the_prompt(tokenizer):
+def test_a_completion_beyond_the_context_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"line 1: its completion has \d+ tokens, more than the model's context of 20"):
         Encoder(tokenizer, limit=20, truncate=True).completions(rows({"prompt": "a", "completion": LONG}))
 

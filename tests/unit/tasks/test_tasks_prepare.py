@@ -48,7 +48,7 @@ def test_zero_shot_accuracy_on_sst2_is_the_models_published_one(tokenizer, confi
 
 
 @torch.inference_mode()
-def test_all_forms_of_a_batch_score_real_rows_as_the_whole_text_does(tokenizer, config, model, data_dir):
+def test_all_forms_of_a_batch_score_rows_as_the_whole_text_does(tokenizer, config, model, data_dir):
     task = tasks.load("sst2")
     data = tasks.prepare(tokenizer, config, task=task, data_dir=data_dir, num_eval=12, parts=["eval"])
     fast = objectives.choice_scores(model, data.collate_eval(data.eval))
@@ -104,7 +104,7 @@ def test_a_generated_answer_is_the_most_likely_token_after_token(tokenizer, conf
             ids.append(token)
 
 
-def test_an_answer_that_is_generated_is_learnt_with_the_end_of_its_line(tokenizer, config, data_dir):
+def test_a_generated_answer_is_learnt_with_the_end_of_its_line(tokenizer, config, data_dir):
     data = tasks.prepare(tokenizer, config, task="drop", data_dir=data_dir, num_train=4, num_dev=2, num_eval=2, truncate=True)
     stops = data.collate_eval(data.eval)["stop_ids"][0].tolist()
     assert all(example["completion_ids"][-1] == stops[0] for example in data.train)
@@ -151,7 +151,7 @@ def test_k_shot_leaves_dev_alone(tokenizer, config, data_dir, k):
     assert few.dev == other.dev
 
 
-def test_training_on_a_task_is_by_default_on_the_right_options_tokens(tokenizer, config, model, data_dir):
+def test_training_is_by_default_on_the_right_options_tokens(tokenizer, config, model, data_dir):
     data = tasks.prepare(tokenizer, config, task="sst2", data_dir=data_dir, num_train=16, num_dev=8, num_eval=8)
     assert (data.train_objective, data.eval_objective, data.main_metric) == ("lm", "choices", "accuracy")
     assert (len(data.train), len(data.dev), len(data.eval)) == (16, 8, 8)

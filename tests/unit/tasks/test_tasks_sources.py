@@ -53,7 +53,7 @@ def test_a_file_that_is_absent_or_no_gzip(tmp_path):
         read_jsonl(tmp_path / "y.jsonl.gz")
 
 
-def test_a_missing_column_is_named_with_those_present_and_the_nearest(tmp_path):
+def test_a_missing_column_is_named_with_those_present(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"sentense": "a", "label": 1}\n')
     with pytest.raises(
         ValueError,
@@ -65,7 +65,7 @@ def test_a_missing_column_is_named_with_those_present_and_the_nearest(tmp_path):
         clean(read_jsonl(tmp_path / "y.jsonl"), tasks.load("sst2"))
 
 
-def test_rows_without_a_gold_label_are_left_out_and_keep_their_line_numbers(tmp_path):
+def test_rows_without_a_label_are_left_out_line_numbers_kept(tmp_path):
     lines = [json.dumps({"premise": "a", "hypothesis": "b", "label": label}) for label in (-1, 2, -1, 0)]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     rows = clean(read_jsonl(tmp_path / "x.jsonl"), tasks.load("snli"))
@@ -117,7 +117,7 @@ def test_a_subset_is_a_pure_function_of_the_seed():
     assert list(sample(rows, 10, seed=1)) == list(sample(rows, 10, seed=1)) != list(sample(rows, 10, seed=2))
 
 
-def test_the_dev_rows_do_not_change_with_the_number_of_training_rows():
+def test_dev_rows_do_not_change_with_the_number_of_training_rows():
     rows = numbered(100)
     _, few = split_train(rows, seed=1, num_train=5, num_dev=20)
     train, many = split_train(rows, seed=1, num_dev=20)
@@ -171,7 +171,7 @@ def test_rows_over_a_datasets_dataset():
     assert len(dev.column("label")) == 3
 
 
-def test_with_k_of_each_class_the_held_out_rows_are_of_each_class_too() -> None:
+def test_k_of_each_class_holds_out_rows_of_each_class_too() -> None:
     rows = Rows([{"n": n} for n in range(60)], "r", range(60))
     answers = [0] * 40 + [1] * 15 + [2] * 5
     train, dev = split_train(rows, seed=0, k_shot=2, num_dev=7, answers=answers)

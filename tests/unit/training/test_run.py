@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_run_returns_its_result_reports_its_events_and_prints_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_returns_its_result_reports_events_prints_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     observer = Recorder()
     result = run(run_config.parse([*WORDS, "--max_steps", "4", "--save_strategy", "no"]), observer)
     assert observer.events == ["begin sst2 48", "before training accuracy", "stopped", "after training accuracy", "finished 4"]
@@ -50,7 +50,7 @@ def test_a_run_returns_its_result_reports_its_events_and_prints_nothing(here: Pa
     assert capsys.readouterr().out == ""
 
 
-def test_the_predictor_of_memory_is_asked_before_the_model_is_loaded(here: Path) -> None:
+def test_memory_is_predicted_before_the_model_is_loaded(here: Path) -> None:
     asked = []
 
     def predict(model, plan, training, data, method, scheme):

@@ -13,7 +13,7 @@ from zotune.training.samplers import Stratified, balanced_group_size, classes_of
 CLASSES = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
 
 
-def test_every_stretch_holds_each_class_as_often_as_the_whole_to_within_one():
+def test_every_stretch_holds_each_class_in_proportion():
     order = list(Stratified(CLASSES, seed=3))
     assert sorted(order) == list(range(100))
     for length in (7, 10, 33):
@@ -54,5 +54,5 @@ def test_data_without_classes_has_none():
     ("classes", "examples", "size"),
     [(2, 16, 2), (2, 8, 2), (2, 7, None), (1, 16, None), (0, 16, None), (6, 16, 2), (4, 32, 4), (6, 32, 4), (6, 48, 6), (3, 1000, 3)],
 )
-def test_groups_have_every_class_up_to_eight_and_are_pairs_otherwise(classes: int, examples: int, size: int | None) -> None:
+def test_groups_have_every_class_up_to_eight_else_are_pairs(classes: int, examples: int, size: int | None) -> None:
     assert balanced_group_size(classes, examples) == size

@@ -172,7 +172,7 @@ def test_a_run_resumes_bit_for_bit_and_its_adapter_loads(scheme: str, method: st
             assert same_weights(weights(base), weights(resumed.model))
 
 
-def test_lora_takes_the_batched_probe_and_a_direction_per_example(tmp_path: Path) -> None:
+def test_lora_takes_batched_forwards_and_a_direction_per_example(tmp_path: Path) -> None:
     losses = []
     for forward_batching in ("batched", "sequential"):
         run = trainer(

@@ -128,7 +128,7 @@ def test_callbacks_see_every_optimizer_step(tmp_path: Path) -> None:
     assert events.optimizer_steps == [1, 2, 3]
 
 
-def test_the_last_step_of_an_epoch_takes_the_micro_batches_that_are_left(tmp_path: Path) -> None:
+def test_an_epochs_last_step_takes_the_remaining_micro_batches(tmp_path: Path) -> None:
     run = trainer(tmp_path, train_dataset=choice_rows(40), per_device_train_batch_size=8, gradient_accumulation_steps=3,
                   num_train_epochs=2, max_steps=-1)  # fmt: skip
     run.train()
@@ -136,7 +136,7 @@ def test_the_last_step_of_an_epoch_takes_the_micro_batches_that_are_left(tmp_pat
     assert run.zo_optimizer.sequences_evaluated == 2 * 2 * 40
 
 
-def test_a_training_step_leaves_generators_and_training_flags_as_found(tmp_path: Path) -> None:
+def test_a_training_step_leaves_generators_and_flags_as_found(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.model.train()
     run.model.model.layers[0].eval()
@@ -322,7 +322,7 @@ def test_checkpoints_beyond_the_limit_are_deleted(tmp_path: Path) -> None:
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 
-def test_afterwards_the_model_is_a_plain_one_with_the_trained_weights(tmp_path: Path) -> None:
+def test_afterwards_the_model_is_plain_with_the_trained_weights(tmp_path: Path) -> None:
     run = trainer(tmp_path, method="lozo", max_steps=5, save_strategy="steps", save_steps=5)
     run.train()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in run.model.modules())

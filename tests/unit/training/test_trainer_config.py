@@ -59,7 +59,7 @@ def test_the_rule_and_further_options(tmp_path: Path) -> None:
     assert config(tmp_path, method="mezo-adam", method_args={"betas": [0.8, 0.9]}).zo_method().update_rule_args == {"betas": (0.8, 0.9)}
 
 
-def test_a_run_is_a_thousand_steps_unless_steps_or_epochs_are_given(tmp_path: Path) -> None:
+def test_a_run_is_a_thousand_steps_by_default(tmp_path: Path) -> None:
     assert config(tmp_path).max_steps == 1000
     assert config(tmp_path, max_steps=5).max_steps == 5
     epochs = config(tmp_path, num_train_epochs=2)

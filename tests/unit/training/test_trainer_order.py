@@ -49,7 +49,7 @@ def orders(run: Any, epochs: int) -> list[list[int]]:
     return found
 
 
-def test_grouping_makes_less_padding_and_takes_every_example_once_an_epoch(tmp_path: Path) -> None:
+def test_grouping_pads_less_and_takes_each_example_once_an_epoch(tmp_path: Path) -> None:
     lengths = lengths_of(GROUPED["train_dataset"], "length")
     padded = {}
     for strategy in ("random", "group_by_length"):
@@ -118,7 +118,7 @@ class Noting:
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_evaluation_takes_the_longest_first_and_answers_in_the_datas_order(strategy: str, tmp_path: Path) -> None:
+def test_evaluation_runs_longest_first_and_answers_in_data_order(strategy: str, tmp_path: Path) -> None:
     rows, seen, noting = uneven_rows(), [], Noting()
 
     def metrics(found: Any) -> dict[str, float]:
@@ -186,7 +186,7 @@ def test_batches_hold_every_class_by_default(tmp_path: Path) -> None:
         ({"method": "lozo"}, (1, "batch", 1)),
     ],
 )
-def test_groups_of_different_classes_have_directions_unless_said_otherwise(tmp_path: Path, options: dict, directions: tuple) -> None:
+def test_groups_of_different_classes_have_directions_by_default(tmp_path: Path, options: dict, directions: tuple) -> None:
     settings = {"method": "lozo-e", "per_device_train_batch_size": 8, **options}
     run = trainer(tmp_path, train_dataset=uneven_rows(), data_collator=collate, **settings)
     run.create_optimizer()

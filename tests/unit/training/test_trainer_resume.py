@@ -140,7 +140,7 @@ def test_the_journal_replays_to_the_trained_weights(tmp_path: Path) -> None:
     assert same_weights(weights(base), weights(resumed.model))
 
 
-def test_a_later_checkpoint_the_journal_does_not_reach_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_beyond_the_journals_end_is_passed_over(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, callbacks=[StopAt(15)], **INTERRUPTED).train()
     with pytest.raises(KeyboardInterrupt):
@@ -173,7 +173,7 @@ def stopped(stopped_run: Path, tmp_path: Path) -> Path:
     "name",
     [checkpoint.SCHEDULER, checkpoint.RNG, checkpoint.STATE, checkpoint.STATE_TENSORS, storage.TRAINER_STATE],
 )
-def test_a_checkpoint_without_one_of_its_files_is_an_error_that_names_it(stopped: Path, name: str) -> None:
+def test_a_file_missing_from_a_checkpoint_is_named(stopped: Path, name: str) -> None:
     (stopped / "checkpoint-7" / name).unlink()
     with pytest.raises(ValueError, match=f"has no {name}.*resume from another checkpoint"):
         trainer(stopped, **INTERRUPTED).train(resume_from_checkpoint=str(stopped / "checkpoint-7"))

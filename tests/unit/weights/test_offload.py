@@ -194,7 +194,7 @@ def test_one_pass_a_step_is_chosen_without_timing_others(adapter, monkeypatch):
     assert stream.traffic.blocks - before <= 3 * 4 + 1
 
 
-def test_a_forward_that_fails_leaves_the_stream_and_the_weights_as_they_were():
+def test_a_failing_forward_leaves_stream_and_weights_as_found():
     model, plain = model_of("llama"), model_of("llama")
     offload(model, "disk")
     handle = model.model.layers[2].mlp.register_forward_hook(lambda *_: 1 / 0)

@@ -51,7 +51,7 @@ def test_a_number_the_dtype_has_rounds_to_itself(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_stochastic_rounding_goes_to_a_neighbor_and_is_right_on_average(dtype):
+def test_stochastic_rounding_is_to_a_neighbor_right_on_average(dtype):
     spacing = torch.finfo(dtype).eps
     x = torch.full((200_000,), 1 + 0.3 * spacing)
     rounded = stochastic_round(x, dtype, KEY).double()
@@ -68,7 +68,7 @@ def test_stochastic_rounding_is_keyed(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_the_random_bits_of_stochastic_rounding_belong_to_elements(dtype):
+def test_random_bits_of_stochastic_rounding_belong_to_elements(dtype):
     x = numbers(dtype)
     whole = stochastic_round(x, dtype, KEY)
     assert torch.equal(stochastic_round(x[1001:], dtype, KEY, first=1001), whole[1001:])
