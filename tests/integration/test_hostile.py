@@ -127,9 +127,7 @@ def test_any_bytes_are_no_journal(data: bytes, tmp_path: Path) -> None:
 
 @fuzz
 @given(records=st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.binary(max_size=60)), max_size=3), added=events | pieces | json_values)
-def test_records_of_any_content_replay_or_are_named(
-    records: list[tuple[int, bytes]], added: Any, real: bytes, tmp_path: Path
-) -> None:
+def test_records_of_any_content_replay_or_are_named(records: list[tuple[int, bytes]], added: Any, real: bytes, tmp_path: Path) -> None:
     path = tmp_path / "j"
     path.write_bytes(real + sealed(2, json.dumps(added).encode()) + b"".join(sealed(*record) for record in records))
     try:
