@@ -100,7 +100,7 @@ def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
             assert command[0] == "zotune", f"only zotune commands can be marked: {shlex.join(words)}"
             extra = ["--max_steps", "4"] if command[1] == "train" else []
             if command is not words:
-                launch = [sys.executable, "-m", "torch.distributed.run", *words[1:], *extra, "--use_cpu"]
+                launch = [sys.executable, "-m", "torch.distributed.run", *words[1:], *extra]
                 done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
                 assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}"
                 assert done.stdout.count("after training") == 1, "one of them speaks"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from zotune import baselines, methods
 from zotune.baselines import Baseline, catalog
 from zotune.methods.rules import Rule
 from zotune.optim.calibration.gains import gain, measurable
-from zotune.optim.distributed import MODES
+from zotune.optim.distributed import MODES, Workers
 from zotune.optim.distributed.workers import CHECK_EVERY
 from zotune.optim.evaluator import FORWARD_BATCHING
 from zotune.training.arguments import option
@@ -153,7 +155,15 @@ class ZOConfig(TrainingArguments):
                 setattr(self, name, _parsed_json(name, value))
         chosen = self.chosen_method()
         self._settle_learning_rate(chosen)
+        launched = max(Workers().size, int(os.environ.get("WORLD_SIZE") or 1))
+        if launched > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else Accelerate looks for a GPU's backend, and makes of each process a run of its own
         super().__post_init__()
+        if launched > 1 and self.world_size == 1:
+            raise ValueError(
+                f"{launched} processes were started, and Accelerate takes each for one alone on {self.device}: set use_cpu=True, or start "
+                "them by torchrun."
+            )
         if self.world_size > 1 and isinstance(chosen, Baseline):
             raise ValueError(
                 f"{self.world_size} processes were launched, and {chosen.name} runs in one: start it without torchrun or accelerate launch."

@@ -198,8 +198,10 @@ class Workers:
 
     @property
     def _device(self) -> torch.device:
-        backend = dist.get_backend(self.group)
-        return torch.device("cpu") if "gloo" in backend or "mpi" in backend else torch.device("cuda", torch.cuda.current_device())
+        """Where the group exchanges tensors: the CPU if it can, since losses end there; else the current accelerator."""
+        served = dist.get_backend_config(self.group)  # "cpu:gloo,cuda:nccl"; get_backend() is "undefined" for a group begun without one
+        devices = [pair.partition(":")[0] for pair in served.split(",")]
+        return torch.device("cpu") if "cpu" in devices else torch.device(devices[0], torch.accelerator.current_device_index())
 
     def _all_gather(self, sent: Tensor) -> Tensor:
         """All workers' tensors of one shape, on the CPU, (workers, ...)."""
