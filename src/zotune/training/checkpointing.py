@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from zotune.baselines import FirstOrder
 from zotune.optim.distributed import Workers
 from zotune.optim.optimizer import ZerothOrder
-from zotune.training.checkpoint import contents, offloaded, storage
+from zotune.training.checkpoint import contents, identity, offloaded, storage
 from zotune.training.config import settings
 from zotune.training.log_sums import StepSums
 from zotune.training.run_folder import JOURNAL_FILE
@@ -33,6 +34,7 @@ class CheckpointedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._since_log = StepSums()
+        self._identity: identity.WeightsIdentity | None = None
         super().__init__(*args, **kwargs)
         if self.args.load_best_model_at_end and self.args.save_only_model and keeps_factors(self.model):
             raise ValueError(
@@ -110,13 +112,15 @@ class CheckpointedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = self.zo_optimizer
         mark = storage.journal_mark(self._journal_path, optimizer.steps) if optimizer.journal is not None else None
-        contents.save_optimizer(Path(output_dir), optimizer, journal=mark, since_log=self._since_log.to_dict())
+        extra = {"journal": mark, "since_log": self._since_log.to_dict(), "weights": dataclasses.asdict(self._weights_identity())}
+        contents.save_optimizer(Path(output_dir), optimizer, **extra)
         contents.save_scheduler(Path(output_dir), self.lr_scheduler)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None:
             return
         extra = contents.load_optimizer(Path(checkpoint_folder), self.zo_optimizer)
+        identity.check_frozen(Path(checkpoint_folder), extra["weights"]["frozen"], self._weights_identity().frozen)
         self._since_log = StepSums(**extra["since_log"])
         contents.load_scheduler(Path(checkpoint_folder), self.lr_scheduler)
 
@@ -130,7 +134,16 @@ class CheckpointedTrainer(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: Hugging Face's loads a pickle, and no gradients are scaled."""
 
+    def _weights_identity(self) -> identity.WeightsIdentity:
+        """That of the run; what is not trained is read once."""
+        if self._identity is None:
+            trained = [parameter for group in self.zo_optimizer.param_groups for parameter in group["params"]]
+            self._identity = identity.identity_of(self.model, trained)
+        return self._identity
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        then = contents.load_json(Path(resume_from_checkpoint) / storage.STATE)["weights"]["dtypes"]
+        identity.check_dtypes(Path(resume_from_checkpoint), then, identity.dtypes_of(self.model))
         with module_mode(self.model):
             if not self._load_offloaded(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -13,7 +13,7 @@ from torch import nn
 from zotune.optim.journal import Journal, Record
 from zotune.optim.optimizer import ZerothOrder
 from zotune.optim.resume import usable
-from zotune.training.checkpoint import contents, storage
+from zotune.training.checkpoint import contents, identity, storage
 from zotune.training.run_folder import ADAPTER_FOLDER, JOURNAL_FILE
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,10 @@ def resume(optimizer: ZerothOrder, path: Path, checkpoint_folder: str | None, *,
     here = optimizer.header(base=checkpoint_folder is None)
     names = [name for name in ("format", "method", "options", "seed", "groups", "base") if name in here]
     different = [name for name in names if journal.header.get(name) != here[name]]
+    identity.check_dtypes(
+        journal.path,
+        *(sorted({dtype for group in each["groups"] for _, _, dtype in group["parameters"]}) for each in (journal.header, here)),
+    )
     if different == ["base"]:
         raise ValueError(
             f"the run of {journal.path} has no checkpoint, and began from other weights than these: pass the model that it began from, "

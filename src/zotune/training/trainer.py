@@ -146,7 +146,7 @@ class ZOTrainer(EvaluatedTrainer):
         if self.workers.first:
             storage.remove_drafts(self._run_folder)
         self._micro_batches = []
-        self._since_log, self._since_train = StepSums(), StepSums()
+        self._since_log, self._since_train, self._identity = StepSums(), StepSums(), None
         try:
             return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
         finally:

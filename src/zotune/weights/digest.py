@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,18 +16,32 @@ from zotune.weights.external_linear import pieces
 
 def digest(model: nn.Module) -> str:
     """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trained or not, and of quantized weights."""
+    return _digest(model, list(model.named_parameters()))
 
+
+def frozen_digest(model: nn.Module, trained: Collection[Tensor]) -> str | None:
+    """:func:`digest` of all but the ``trained`` parameters; None where nothing else is stored."""
+    ours = {id(parameter) for parameter in trained}
+    rest = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in ours]
+    return _digest(model, rest) if rest or _packed(model) else None
+
+
+def _digest(model: nn.Module, parameters: list[tuple[str, Tensor]]) -> str:
     def one(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
         with placement.loaded(tensor):
             return _hash(name, tensor).digest()
 
     if any(placement.is_sharded(parameter) for parameter in model.parameters()):  # all processes gather them in one order
-        return _joined(map(one, ((name, _whole(tensor)) for name, tensor in model.named_parameters())))
+        return _joined(map(one, ((name, _whole(tensor)) for name, tensor in parameters)))
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock
-        packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales", "quantized")]
-        packed += pieces(model)
-        return _joined(pool.map(one, [*model.named_parameters(), *packed]))
+        return _joined(pool.map(one, [*parameters, *_packed(model)]))
+
+
+def _packed(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What quantized layers store, by name."""
+    packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales", "quantized")]
+    return [*packed, *pieces(model)]
 
 
 def digest_of(items: Mapping[str, Tensor | str]) -> str:

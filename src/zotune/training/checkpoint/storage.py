@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 #: Version of the files of checkpoints and runs; raise it when a file's keys, names or meaning change.
-FORMAT = 2
+FORMAT = 3
 
 STATE_TENSORS = "zotune_state.safetensors"
 STATE = "zotune_state.json"
