@@ -44,12 +44,13 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
     @contextmanager
     def _evaluation_collator(self) -> Iterator[None]:
-        usual = self.data_collator
-        self.data_collator = self.eval_data_collator or usual
+        """Within the block data loaders have the evaluation's collator, and every row: drop_last is of training."""
+        usual, drop_last = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = self.eval_data_collator or usual, False
         try:
             yield
         finally:
-            self.data_collator = usual
+            self.data_collator, self.args.dataloader_drop_last = usual, drop_last
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return eval_sampler(eval_dataset, self.args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import has_length
+
+logger = logging.getLogger(__name__)
 
 #: Fewest groups of examples in a step, each of two examples with directions of its own; with more examples twice as many.
 MIN_GROUPS = 4
@@ -47,7 +50,7 @@ def train_sampler(dataset: Any, args: Any, step_size: int) -> Sampler[int] | Non
 
 def eval_sampler(dataset: Any, args: Any) -> Sampler[int] | None:
     """The longest examples first where that changes no result, else the order of the data."""
-    whole = args.eval_do_concat_batches and not args.batch_eval_metrics and not args.dataloader_drop_last
+    whole = args.eval_do_concat_batches and not args.batch_eval_metrics
     # A batch's loss is the mean over its examples of these kinds, whichever are together.
     if (
         whole
@@ -58,6 +61,29 @@ def eval_sampler(dataset: Any, args: Any) -> Sampler[int] | None:
         if lengths is not None:
             return LongestFirst(lengths)
     return SequentialSampler(dataset) if has_length(dataset) else None
+
+
+def check_training_data(dataset: Any, drop_last: bool, batch: int) -> None:
+    """ValueError where an epoch has no batch; says in the log what ``drop_last`` leaves out.
+
+    Args:
+        dataset: training examples; nothing is known of one without a length.
+        drop_last: whether an incomplete batch is left out.
+        batch: examples in a batch of all processes.
+    """
+    if not has_length(dataset):
+        return
+    rows = len(dataset)
+    if rows == 0:
+        raise ValueError("there is no training example: the data set is empty.")
+    left_out = rows % batch if drop_last else 0
+    if left_out == rows:
+        raise ValueError(
+            f"dataloader_drop_last leaves out all {rows} training examples, which are fewer than a batch of {batch}: "
+            "leave dataloader_drop_last out, or choose a smaller per_device_train_batch_size."
+        )
+    if left_out:
+        logger.warning(f"dataloader_drop_last leaves out {left_out} of {rows} training examples in every epoch.")
 
 
 def balanced_group_size(classes: int, examples: int) -> int | None:
@@ -112,15 +138,30 @@ class Stratified(EpochSampler):
 
 def classes_of(dataset: Any) -> list[Hashable] | None:
     """The class of every example: the index of its right answer, or its label; None where there are no or too many classes."""
-    names = getattr(dataset, "column_names", None)
-    first = names or (dataset[0] if len(dataset) else None)
-    column = next((name for name in ("answer", "label", "labels") if isinstance(first, (list, Mapping)) and name in first), None)
-    if column is None:
+    columns, first = getattr(dataset, "column_names", None), dataset[0] if len(dataset) else None
+    if not isinstance(first, Mapping):
         return None
-    found = list(dataset[column]) if names else [example.get(column) for example in dataset]
-    if not all(isinstance(name, (int, str)) for name in found):
+    name = next((name for name in ("answer", "label", "labels") if name in first), None)
+    if name is None or _class(first[name]) is None:  # a label for every token is none of the example
+        return None
+    values = dataset[name] if columns else (example.get(name) for example in examples_of(dataset))
+    found = [_class(value) for value in values]
+    if None in found:
         return None
     return found if 1 < len(set(found)) <= len(found) // 2 else None
+
+
+def _class(label: Any) -> Hashable | None:
+    """A whole number or a text; None for anything else."""
+    if isinstance(label, (torch.Tensor, np.generic, np.ndarray)):
+        whole = not (label.is_floating_point() if isinstance(label, torch.Tensor) else np.issubdtype(label.dtype, np.floating))
+        label = label.item() if whole and np.prod(label.shape) == 1 else None
+    return label if isinstance(label, (int, str)) else None
+
+
+def examples_of(dataset: Any) -> Iterator[Any]:
+    """The examples of a map-style data set. Its length is its end: `__getitem__` need not raise an IndexError."""
+    return (dataset[index] for index in range(len(dataset)))
 
 
 class GroupedByLength(EpochSampler):
@@ -171,7 +212,7 @@ def lengths_of(dataset: Any, column: str) -> list[int] | None:
     """Tokens of every example, from the data's ``column`` or its ids; None where there are neither."""
     if column in (getattr(dataset, "column_names", None) or ()):
         return list(dataset[column])
-    lengths = [_length(example, column) for example in dataset]
+    lengths = [_length(example, column) for example in examples_of(dataset)]
     return None if None in lengths else lengths  # type: ignore[return-value]
 
 

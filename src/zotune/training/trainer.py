@@ -32,7 +32,7 @@ from zotune.training.checkpoint import storage
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
-from zotune.training.samplers import balanced_group_size, classes_of, train_sampler
+from zotune.training.samplers import balanced_group_size, check_training_data, classes_of, train_sampler
 from zotune.weights.structure import head_of
 
 #: Share of the steps over which the default schedule decays.
@@ -143,6 +143,7 @@ class ZOTrainer(EvaluatedTrainer):
             if folder is not None:
                 usual = self.args.train_batch_size
                 self._train_batch_size = resume.batch_size(folder, usual, self.args.per_device_train_batch_size)
+        check_training_data(self.train_dataset, self.args.dataloader_drop_last, self._train_batch_size)
         if self.workers.first:
             storage.remove_drafts(self._run_folder)
         self._micro_batches = []
