@@ -183,7 +183,7 @@ def test_a_manifest_cannot_point_out_of_its_folder(stopped: Path) -> None:
         content["files"][name] = {"bytes": 1, "sha256": ""}
         path.write_text(json.dumps(content))
         fault = storage.problem(path.parent, stopped / "journal.zo")
-        assert fault is not None and "outside of the checkpoint" in fault
+        assert fault is not None and "outside of the folder" in fault
         del content["files"][name]
         path.write_text(json.dumps(content))
 

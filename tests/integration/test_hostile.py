@@ -453,7 +453,7 @@ def test_a_link_out_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     path.rename(tmp_path / "away")
     path.symlink_to(tmp_path / "away")
     fault = storage.problem(path.parent, folder / "journal.zo")
-    assert fault is not None and "outside of the checkpoint" in fault
+    assert fault is not None and "outside of the folder" in fault
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from zotune.io.inside import is_inside
 from zotune.io.suggest import did_you_mean
 
 
@@ -26,7 +27,7 @@ def _by_text(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 def _inside(value: Any) -> bool:
     """A name within the data folder: a task file of somebody else's must not read other folders."""
-    return _text(value) and not value.startswith(("/", "\\", "~")) and ":" not in value and ".." not in value.replace("\\", "/").split("/")
+    return is_inside(value) and ":" not in value
 
 
 def _scalars(value: Any) -> bool:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from zotune.baselines import FirstOrder
 from zotune.optim.distributed import Workers
 from zotune.optim.optimizer import ZerothOrder
+from zotune.training import adapters
 from zotune.training.checkpoint import contents, identity, offloaded, storage
 from zotune.training.config import settings
 from zotune.training.log_sums import StepSums
@@ -147,9 +148,19 @@ class CheckpointedTrainer(Trainer):
         with module_mode(self.model):
             if not self._load_offloaded(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+                if hasattr(self.model, "peft_config"):
+                    adapters.check_fit(self.model, Path(resume_from_checkpoint))
+
+    def _load_callback_state(self) -> None:
+        # The best checkpoint is one of this run's folder, wherever the file of the state says that it was.
+        best = self.state.best_global_step
+        place = self._run_folder / f"checkpoint-{best}"
+        self.state.best_model_checkpoint = str(place) if best and place.is_dir() else None
+        super()._load_callback_state()
 
     def _load_best_model(self) -> None:
         best, optimizer = Path(self.state.best_model_checkpoint or ""), self.zo_optimizer
+        storage.check_index(best)
         with module_mode(self.model):
             if not self._load_offloaded(best):
                 super()._load_best_model()

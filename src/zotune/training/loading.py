@@ -7,12 +7,13 @@ import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from zotune.io.inside import check_indexes
 from zotune.io.sizes import parse_size
 from zotune.training import offloaded_loading
 from zotune.training.arguments import ModelArguments
@@ -45,7 +46,8 @@ def plan_model(args: ModelArguments, command: str) -> ModelPlan:
     if (Path(name) / "adapter_config.json").is_file():
         adapter = name
         name = _located(_base_of(Path(adapter)))
-    _check_index(Path(name))
+    if Path(name).is_dir():
+        check_indexes(Path(name))
     config = explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
     return ModelPlan(name, adapter, config)
 
@@ -159,18 +161,6 @@ def _base_of(adapter: Path) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{path} is damaged: it names no base model (base_model_name_or_path).")
     return name
-
-
-def _check_index(folder: Path) -> None:
-    """ValueError where a model folder's index names files outside of the folder."""
-    for path in folder.glob("*.index.json") if folder.is_dir() else ():
-        try:
-            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{path} is damaged: it does not say which file holds which weight.") from None
-        for name in sorted(map(str, names)):
-            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-                raise ValueError(f"{path} is damaged: it names {name!r}, which is outside of the folder.")
 
 
 def explained(name: str, load: Callable[[], Any]) -> Any:

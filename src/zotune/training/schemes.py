@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zotune.training.adapters import WEIGHTS, check_fit
 from zotune.training.arguments import option
 from zotune.weights.external_linear import external_layers
 from zotune.weights.structure import classifier_of, module_mode, output_embeddings
@@ -262,17 +264,20 @@ def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """The model with a saved adapter, trainable; ValueError where its weights are not in safetensors."""
+    """The model with a saved adapter, trainable; ValueError where its weights are not in safetensors, or are not those of the model."""
     from peft import PeftConfig, PeftModel
 
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise ValueError(f"{folder} has no adapter_model.safetensors: adapters are loaded from safetensors only.")
+    if not (Path(folder) / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS}: adapters are loaded from safetensors only.")
     for_text = PeftConfig.from_pretrained(str(folder)).is_prompt_learning
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=not for_text)  # PEFT loads prompts for inference only
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=not for_text)  # PEFT loads prompts for inference only
     if for_text:
         adapted.active_peft_config.inference_mode = False
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad_("prompt_encoder" in name)
+    check_fit(adapted, Path(folder))
     return adapted
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from zotune.io.inside import indexed_files
 from zotune.subspaces.coordinate import Coordinate
 from zotune.weights.offload.stream import Stream, stream_of
 from zotune.weights.quantized_linear import dense_state
@@ -51,11 +52,11 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
 def load_model(model: nn.Module, folder: str | Path) -> Loaded:
     """Loads the shards of :func:`save_model`, one at a time; quantized layers load nothing."""
     folder = Path(folder)
-    files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    files = indexed_files(folder / INDEX)
     missing: set[str] | None = None
     unexpected: set[str] = set()
     for file in files:
-        found = model.load_state_dict(load_file(folder / file), strict=False)
+        found = model.load_state_dict(load_file(file), strict=False)
         missing = set(found.missing_keys) if missing is None else missing & set(found.missing_keys)
         unexpected |= set(found.unexpected_keys)
     return Loaded(sorted(missing or ()), sorted(unexpected))

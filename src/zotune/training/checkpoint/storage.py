@@ -12,8 +12,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+
+from zotune.io.inside import indexed_files, inside
 
 #: Version of the files of checkpoints and runs; raise it when a file's keys, names or meaning change.
 FORMAT = 3
@@ -27,7 +29,9 @@ TRAINER_STATE = "trainer_state.json"
 ARGUMENTS = "training_args.json"
 MANIFEST = "zotune_manifest.json"
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+_WEIGHTS = ("model.safetensors", WEIGHTS_INDEX, "adapter_model.safetensors")
 _RESUMED = (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG)  # a run cannot resume without them
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DRAFT_SUFFIX = ".partial"
@@ -110,7 +114,11 @@ def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> 
                 f"{folder} has no {name}, so the run cannot be continued exactly (was it saved with "
                 "save_only_model=True?): resume from another checkpoint, or load its weights and start a new run."
             )
-    damage = _damage(folder, files)
+    try:
+        damage = _damage(folder, files)
+        check_index(folder)
+    except ValueError as error:
+        damage = str(error).rstrip(".")
     if damage is not None:
         return f"{damage}: resume from another checkpoint."
     mark = load_json(folder / STATE)["journal"]
@@ -127,6 +135,15 @@ def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> 
     return None
 
 
+def check_index(folder: Path) -> None:
+    """ValueError where a checkpoint's index of weights is damaged, or names files that are not in the checkpoint."""
+    index = folder / WEIGHTS_INDEX
+    for path in indexed_files(index) if index.is_file() else ():
+        inside(folder, path.relative_to(folder).as_posix(), index, follow=True)
+        if not path.is_file():
+            raise ValueError(f"{index} is damaged: it names {path.name!r}, which {folder} does not have.")
+
+
 def write_manifest(folder: Path) -> None:
     """Lists the size and SHA-256 of every file of a checkpoint; the last file to be written."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST}
@@ -137,10 +154,7 @@ def write_manifest(folder: Path) -> None:
 def _damage(folder: Path, files: dict[str, tuple[int, str]]) -> str | None:
     """Which file differs from its (bytes, digest) in the manifest; None when none does."""
     for name, (size, digest) in files.items():
-        file = folder / name
-        outside = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
-        if outside or not file.resolve().is_relative_to(folder.resolve()):
-            return f"{folder / MANIFEST} is damaged (it names {name!r}, which is outside of the checkpoint)"
+        file = inside(folder, name, folder / MANIFEST, follow=True)
         if not file.is_file():
             return f"{folder} has no {name}, which its manifest lists"
         found = file.stat().st_size
