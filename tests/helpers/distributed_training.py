@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -21,6 +22,7 @@ from transformers import TrainerCallback, default_data_collator
 import trainer_cases
 from zotune.optim.distributed import restarted
 from zotune.optim.distributed.agreement import state_digest
+from zotune.optim.journal import Journal, StepRecord
 from zotune.weights.digest import digest
 
 BATCH = 8
@@ -39,9 +41,9 @@ class Watch(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def uneven_rows() -> list[dict[str, Any]]:
-    """Examples to predict: of different lengths, so that they are evaluated in another order than theirs."""
-    rows = trainer_cases.choice_rows(13)
+def uneven_rows(count: int = 13) -> list[dict[str, Any]]:
+    """Examples of different lengths: predicted ones are evaluated in another order than theirs."""
+    rows = trainer_cases.choice_rows(count)
     return [{**row, "prompt_ids": row["prompt_ids"][: 2 + number % 5]} for number, row in enumerate(rows)]
 
 
@@ -60,9 +62,9 @@ def collate_uneven(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def choices(out: Path, workers: int, dies: int | None = None, resume: bool = False, **options: Any) -> dict[str, Any]:
     """Six steps on answer options."""
     watch = Watch(dies)
+    options = {"per_device_train_batch_size": BATCH // workers, **options}
     trainer = trainer_cases.trainer(
         out / "choices",
-        per_device_train_batch_size=BATCH // workers,
         learning_rate="auto",
         eps="auto",
         save_strategy="steps",
@@ -82,6 +84,7 @@ def choices(out: Path, workers: int, dies: int | None = None, resume: bool = Fal
         "losses": trainer_cases.losses(trainer),
         "predictions": predicted.predictions.tolist(),
         "accuracy": predicted.metrics["test_accuracy"],
+        "batch": trainer.get_total_train_batch_size(trainer.args),
         "wrapped": type(trainer.model_wrapped).__name__,
         "epoch": trainer.state.epoch,
     }
@@ -102,6 +105,24 @@ def labels(out: Path, workers: int) -> dict[str, Any]:
     return {"digest": digest(trainer.model), "losses": trainer_cases.losses(trainer), "weights": weights[::17].tolist()}
 
 
+def default(out: Path, workers: int) -> list[list[float]]:
+    """Coefficients of six steps of the command's default method."""
+    trainer = trainer_cases.trainer(
+        out / "default",
+        method="lozo-g",
+        per_device_train_batch_size=BATCH // workers,
+        learning_rate="auto",
+        eps="auto",
+        forward_batching="batched",
+        method_args={"interval": 3, "begin": 0},
+        train_dataset=uneven_rows(48),
+        data_collator=collate_uneven,
+    )
+    trainer.train()
+    steps = [record for record in Journal.open(out / "default" / "journal.zo").records() if isinstance(record, StepRecord)]
+    return [list(record.coefficients) for record in steps]
+
+
 def main(out: Path, dies: bool) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -114,6 +135,11 @@ def main(out: Path, dies: bool) -> None:
         choices(out, workers)
     except ValueError as error:
         found["again"] = str(error)
+    if rank == 0:
+        shutil.copytree(out / "choices", out / "other" / "choices")
+    dist.barrier()
+    found["other batch"] = choices(out / "other", workers, resume=True, max_steps=7, per_device_train_batch_size=6)["batch"]
+    found["default"] = default(out, workers)
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

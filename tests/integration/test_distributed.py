@@ -211,6 +211,17 @@ def test_training_in_two_processes(two_processes: tuple[Path, list[dict[str, Any
     assert ranks[0]["labels"]["losses"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in own["losses"]]
     assert ranks[0]["labels"]["weights"] == pytest.approx(own["weights"], abs=1e-4)
     assert "already holds a run" in ranks[0]["again"]
+    assert ranks[0]["other batch"] == 12, "resumed by 2 processes with 6 examples each"
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_default_steps_of_one(two_processes: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """2 × 4 examples as 1 × 8, though the examples of a phase are observed 4 or 8 at a time."""
+    found = two_processes[1][0]["default"]
+    alone = distributed_training.default(tmp_path, 1)
+    assert [len(coefficients) for coefficients in found] == [len(coefficients) for coefficients in alone]
+    for several, one in zip(found, alone, strict=True):
+        assert several == pytest.approx(one, rel=5e-3, abs=1e-3 * max(map(abs, one)))
 
 
 @pytest.mark.slow

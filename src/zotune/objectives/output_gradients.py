@@ -24,8 +24,11 @@ from torch.autograd import forward_ad
 from zotune.objectives import returned_losses
 from zotune.weights.layouts import layout_of
 
-#: Sampled positions: for each example; of a forward, until there are enough. Too small a sample underestimates the inputs' variance.
-SAMPLED_PER_EXAMPLE, SAMPLED_AT_FIRST, ENOUGH = 4, 64, 512
+#: Sampled positions: of each row, and of the first one, with half as many of every next. Too small a sample underestimates the inputs'
+#: variance.
+SAMPLED_PER_ROW, SAMPLED_AT_FIRST = 4, 64
+#: Shift of the sampled positions from row to row, a fraction of their distance: over many rows all places in a text are sampled alike.
+SHIFT = (5**0.5 - 1) / 2
 #: Elements of probabilities computed at a time (16 MiB), never of a whole batch.
 CHUNK_ELEMENTS = 2**22
 #: Recorded positions whose logits are compared with the head's output, and the difference that is rounding, relative to the largest.
@@ -37,9 +40,12 @@ _recorders: list[OutputGradientRecorder] = []
 class OutputGradientRecorder:
     """The output gradients of the losses computed while it is active.
 
+    What it records depends on the examples and their order, not on how they are cut into forwards.
+
     Args:
         max_positions: scored positions to record, at most; None: all positions that may be scored, with zeros for those that are not, so
             that nothing waits for a device.
+        max_rows: only the first rows have recorded positions; None: all.
 
     Attributes:
         scored: of the current forward: the indices (n,) of the recorded positions (R, S), None for all, their examples and positions (n,),
@@ -52,13 +58,14 @@ class OutputGradientRecorder:
         logits_differ: whether some logits were not a multiple of the head's output, or not comparable.
     """
 
-    def __init__(self, max_positions: int | None = None) -> None:
-        self.max_positions = max_positions
+    def __init__(self, max_positions: int | None = None, max_rows: int | None = None) -> None:
+        self.max_positions, self.max_rows = max_positions, max_rows
         self.scored: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None
         self.gradients: list[Tensor] = []
         self.examples: list[Tensor] = []
         self.num_examples = self.num_positions = 0
-        self.sample_size = self.sampled = 0  # sampled positions of this forward, and of all
+        self.rows = 0  # of all forwards, this one included
+        self._sample: tuple[Tensor, Tensor] | None = None  # rows and places of the sampled positions of this forward
         self.keeps_hidden = False
         self.hidden: list[Tensor] = []
         self.factors: list[Tensor] = []
@@ -70,15 +77,22 @@ class OutputGradientRecorder:
 
     def begin(self, positions: Tensor, scored: Tensor, mask: Tensor) -> None:
         """A forward starts that scores ``positions`` (R, S) where ``scored`` (R, S), with the attention ``mask`` (R, T)."""
-        self.sample_size = max(SAMPLED_PER_EXAMPLE * len(positions), SAMPLED_AT_FIRST if self.sampled < ENOUGH else 0)
-        self.sampled += self.sample_size
-        self._from_head, self._recorded = None, False
+        before, self.rows = self.rows, self.rows + len(positions)
+        self._from_head, self._recorded, self._sample = None, False, None
         examples = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions).flatten()
         if self.max_positions is None:
             self.scored = None, examples, positions.flatten(), mask
         else:
+            if self.max_rows is not None:
+                scored = scored[: max(0, self.max_rows - before)]
             kept = scored.flatten().nonzero()[: self.max_positions - self.num_positions, 0]
             self.scored = kept, examples[kept], positions.flatten()[kept], mask
+
+    @property
+    def full(self) -> bool:
+        """Whether no further forward has positions to record."""
+        positions = self.max_positions is not None and self.num_positions >= self.max_positions
+        return positions or (self.max_rows is not None and self.rows >= self.max_rows)
 
     def scored_rows(self, states: Tensor) -> Tensor | None:
         """Rows (n, width) of a layer's input (R, T′, width) or (R · T′, width) at the recorded positions; None for other shapes.
@@ -91,12 +105,12 @@ class OutputGradientRecorder:
         return self._rows(states, examples, positions)
 
     def sampled_rows(self, states: Tensor) -> Tensor | None:
-        """The same at ``sample_size`` or more positions of any kind, evenly spaced."""
+        """The same at positions of any kind, a few of every row, evenly spaced."""
         if self.scored is None:
             return None
-        examples, positions = self.scored[3].nonzero(as_tuple=True)
-        sample = slice(None, None, max(1, len(examples) // self.sample_size))
-        return self._rows(states, examples[sample], positions[sample])
+        if self._sample is None:
+            self._sample = _sampled_positions(self.scored[3], self.rows - len(self.scored[3]))
+        return self._rows(states, *self._sample)
 
     def scored_places(self, states: Tensor) -> Tensor | None:
         """Where the rows of :meth:`scored_rows` are among all rows of ``states``, (n,)."""
@@ -241,14 +255,26 @@ class OutputGradientRecorder:
         The output gradients of the call are multiplied by the factors, by 0 where there is none.
         """
         if not self._losses:
-            full = self.max_positions is not None and self.num_positions >= self.max_positions
-            return torch.full((returned.numel() if isinstance(returned, Tensor) else 1,), full)
+            return torch.full((returned.numel() if isinstance(returned, Tensor) else 1,), self.full)
         factors, valid = returned_losses.factors(returned, torch.cat(self._losses))
         self.factors.append(factors)
         first, base = self._call
         for place in range(first, len(self.gradients)):
             self.gradients[place] = self.gradients[place] * factors[self.examples[place] - base].unsqueeze(1)
         return valid
+
+
+def _sampled_positions(mask: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """(rows, positions) of the sample of a forward whose row 0 is number ``first`` of all; ``mask`` (R, T)."""
+    chosen, start = [], 0
+    for number, length in enumerate(mask.sum(dim=1).tolist(), first):
+        count = min(length, max(SAMPLED_PER_ROW, SAMPLED_AT_FIRST >> number))
+        shift = number * SHIFT % 1
+        chosen += [start + int((place + shift) * length / count) for place in range(count)]
+        start += length
+    rows, positions = mask.nonzero(as_tuple=True)
+    index = torch.tensor(chosen, dtype=torch.long, device=mask.device)
+    return rows[index], positions[index]
 
 
 def _matrix(head: nn.Module | None, vocabulary: int) -> Tensor | None:
@@ -258,9 +284,9 @@ def _matrix(head: nn.Module | None, vocabulary: int) -> Tensor | None:
 
 
 @contextmanager
-def recording(max_positions: int | None = None) -> Iterator[OutputGradientRecorder]:
-    """A recorder that is active within the block, for ``max_positions`` scored positions at most."""
-    recorder = OutputGradientRecorder(max_positions)
+def recording(max_positions: int | None = None, max_rows: int | None = None) -> Iterator[OutputGradientRecorder]:
+    """A recorder that is active within the block, for ``max_positions`` scored positions of the first ``max_rows`` rows at most."""
+    recorder = OutputGradientRecorder(max_positions, max_rows)
     _recorders.append(recorder)
     try:
         yield recorder

@@ -1,6 +1,6 @@
 """Which layers write to the residual stream: a small change of their output arrives at the head's input as it is, up to one factor.
 
-Output y_l of layer l becomes y_l + e_l at the scored positions of one micro-batch, e_l random, of all layers at a time. With Δh the
+Output y_l of layer l becomes y_l + e_l at the scored positions of a few examples, e_l random, of all layers at a time. With Δh the
 change of the head's input,
 
     g_l = Σ ⟨Δh, e_l⟩ / Σ ‖e_l‖²  →  tr(∂h/∂y_l) / d.
@@ -25,6 +25,8 @@ from zotune.subspaces.base import Losses
 
 #: Size of a change, in units of the median layer's output; for weights in half precision.
 SIZE, SIZE_HALF = 0.05, 0.3
+#: Rows that are evaluated, however they are cut into micro-batches: as many as a step of the default batch has.
+ROWS = 16
 #: Pairs of evaluations: so many that sampling moves g by this fraction or less; at most.
 NOISE, MAX_PAIRS = 0.1, 4
 #: g of a layer that writes to the stream, as a multiple of the median of all: at least, at most. Layers of pre-norm decoders have 0.8 to
@@ -44,7 +46,7 @@ class Verdict(NamedTuple):
 
 
 def verify(layers: Mapping[nn.Module, str], losses: Losses, max_positions: int, seed: int, step: int) -> Verdict:
-    """Check layers, by name, on the first micro-batch of ``losses``: one evaluation, and two or more with changed outputs."""
+    """Check layers, by name, on the first rows of ``losses``: one evaluation, and two or more with changed outputs."""
     found, factors = gains(layers, losses, max_positions, seed, step)
     middle = float(torch.tensor(list(found.values())).median()) if found else math.nan
     rejected = [name for name, gain in found.items() if not (middle > 0 and LEAST * middle < gain < MOST * middle)]
@@ -86,8 +88,13 @@ class _Changes:
     def __init__(self, layers: Mapping[nn.Module, str], seed: int, step: int) -> None:
         self.layers, self.seed, self.step = layers, seed, step
         self.size = 0.0
-        self.sizes: dict[str, Tensor] = {}  # root mean square of the outputs, by layer
+        self._squares: dict[str, tuple[Tensor | float, int]] = {}  # sum of squares of the outputs and their number, by layer
         self.directions = Directions("gaussian")
+
+    @property
+    def sizes(self) -> dict[str, Tensor]:
+        """Root mean square of the outputs, by layer."""
+        return {name: (torch.as_tensor(total) / count).sqrt() for name, (total, count) in self._squares.items() if count}
 
     def of(self, name: str, pair: int, shape: torch.Size, device: torch.device) -> Tensor:
         """e of a layer in a pair of evaluations."""
@@ -95,7 +102,7 @@ class _Changes:
 
     def evaluate(self, losses: Losses, max_positions: int, sign: float, pair: int) -> OutputGradientRecorder:
         devices = sorted({p.device for layer in self.layers for p in layer.parameters(recurse=False)}, key=str)
-        with recording(max_positions) as recorder:
+        with recording(max_positions, ROWS) as recorder:
             recorder.keeps_hidden = True
 
             def change(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
@@ -110,15 +117,24 @@ class _Changes:
                 changed = output.clone()
                 rows = changed.view(-1, changed.shape[-1])
                 if not sign:
-                    self.sizes[name] = rows[places].float().square().mean().sqrt()
+                    total, count = self._squares.get(name, (0.0, 0))
+                    self._squares[name] = total + rows[places].float().square().sum(), count + rows[places].numel()
                     return None
-                rows[places] += (sign * self.of(name, pair, rows[places].shape, output.device)).to(output.dtype)
+                first = recorder.num_positions  # of earlier micro-batches
+                change = self.of(name, pair, torch.Size((first + len(places), rows.shape[1])), output.device)[first:]
+                rows[places] += (sign * change).to(output.dtype)
                 return changed
 
             handles = [layer.register_forward_hook(change) for layer in self.layers]
             try:
-                with isolated_generators(Key(self.seed, self.step, 0, "", "residual"), devices), recorder.following():
-                    recorder.end_call(next(losses()))
+                calls = losses()
+                with isolated_generators(Key(self.seed, self.step, 0, "", "residual"), devices):
+                    while not recorder.full:
+                        with recorder.following():
+                            returned = next(calls, None)
+                            if returned is None:
+                                break
+                            recorder.end_call(returned)
             finally:
                 for handle in handles:
                     handle.remove()

@@ -56,7 +56,7 @@ def checkpoint_of(run: Path, journal: Path, wanted: str | os.PathLike[str] | Lit
 
 
 def batch_size(folder: Path, usual: int, per_device: int) -> int:
-    """Examples per micro-batch of the run of a checkpoint, whatever the number of processes."""
+    """Examples per micro-batch, of all processes together: the checkpoint's, with any number of them; ``usual`` for other options."""
     arguments = folder / storage.ARGUMENTS
     if not arguments.is_file():
         return usual

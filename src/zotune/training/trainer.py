@@ -141,7 +141,7 @@ class ZOTrainer(EvaluatedTrainer):
             folder = Path(found) if found else None
             self._from_base = folder is None
             if folder is not None:
-                usual = self.args.train_batch_size
+                usual = self.args.train_batch_size * self.workers.size
                 self._train_batch_size = resume.batch_size(folder, usual, self.args.per_device_train_batch_size)
         check_training_data(self.train_dataset, self.args.dataloader_drop_last, self._train_batch_size)
         if self.workers.first:
