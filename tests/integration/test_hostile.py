@@ -32,7 +32,8 @@ from zotune.io import safe_yaml
 from zotune.optim.journal import MAGIC, MOST_GROUPS, Journal, verify
 from zotune.optim.replay import replay
 from zotune.tasks import loader, sources
-from zotune.tasks.chat import assistant_parts
+from zotune.tasks.chat import chat_of
+from zotune.tasks.chat_template import ChatTemplate, scored_characters
 from zotune.training import resume
 from zotune.training.arguments import DataArguments, ModelArguments
 from zotune.training.checkpoint import contents, storage
@@ -471,7 +472,9 @@ def test_a_chat_template_cannot_leave_its_sandbox(template: str, model_folder: P
     tokenizer = load_tokenizer(plan_model(ModelArguments(str(model_folder)), "zotune train"), ModelArguments(str(model_folder)))
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="chat template"):
-        assistant_parts(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        scored_characters(
+            ChatTemplate(tokenizer), chat_of({"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")]})
+        )
 
 
 RUN_FILES: dict[str, Any] = {

@@ -58,7 +58,7 @@ def option_groups() -> dict[str, dict[str, str]]:
         "first of all": first,
         "data": dict.fromkeys(
             ("train_file", "eval_file", "template", "options", "objective", "num_train", "num_dev", "num_eval", "k_shot",
-             "num_demonstrations", "max_length", "truncate"), ""),
+             "num_demonstrations", "max_length", "truncate", "tools", "chat_template_kwargs"), ""),
         "the method's options (its own defaults when not given)": {
             field.name: "" for field in dataclasses.fields(ZOConfig) if field.name not in inherited | first.keys()
         },

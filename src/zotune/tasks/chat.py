@@ -1,55 +1,199 @@
-"""Chats as text, by the tokenizer's chat template, with the assistant's messages marked."""
+"""Chats of data rows, checked: messages, tools, variables of the template, and which messages are trained on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+#: Most bytes of a file of tools.
+LONGEST_TOOLS = 1 << 24
+#: Columns of a row with a chat that have an effect.
+COLUMNS = ("messages", "tools", "chat_template_kwargs")
+#: Keys of a message that mark what is trained on; the template does not see them.
+MARKS = ("weight", "train", "training", "train_detail")
 
-def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The chat up to the last message of the assistant; ValueError where there is none or it is malformed."""
+# Arguments of `apply_chat_template` that are no variables of a template.
+_RESERVED = {
+    "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "sanitize_control_tokens",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "messages",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What the command says about chats; a row's own columns come first.
+
+    Attributes:
+        tools: JSON schemas of the tools.
+        variables: further variables of the chat template, such as ``{"enable_thinking": False}``.
+    """
+
+    tools: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat up to the last message that may be trained on.
+
+    Attributes:
+        messages: as the template gets them.
+        trained: of each message, whether it is trained on.
+        details: of each message, stretches of its content that are or are not: (begin, end, whether), characters, the end excluded.
+        tools, variables: for the template.
+    """
+
+    messages: list[dict[str, Any]]
+    trained: list[bool]
+    details: list[list[tuple[int, int, bool]]]
+    tools: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def without(self, indices: set[int]) -> Chat:
+        """The chat without some of its messages."""
+        kept = [index for index in range(len(self.messages)) if index not in indices]
+        parts = (self.messages, self.trained, self.details)
+        return Chat(*([part[index] for index in kept] for part in parts), self.tools, self.variables)  # type: ignore[arg-type]
+
+
+def chat_of(row: Mapping[str, Any], options: ChatOptions | None = None) -> Chat:
+    """The chat of a row; ValueError where it is malformed, or where nothing is trained on."""
+    options = options or ChatOptions()
     messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-        raise ValueError('column \'messages\' must hold a list of {"role": ..., "content": ...}.')
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError(
+            'column \'messages\' must hold a list of {"role": ..., "content": ...}; an answer with tool_calls may lack the content.'
+        )
+    marks = [_marks(message, f"message {number} ({message['role']})") for number, message in enumerate(messages, 1)]
+    last = max((i for i, (trained, _) in enumerate(marks) if trained or messages[i]["role"] == "assistant"), default=-1)
     if last < 0:
         raise ValueError("no message has the role 'assistant', so there is nothing to learn from.")
-    return messages[: last + 1]
+    if not any(trained or any(whether for *_, whether in details) for trained, details in marks):
+        raise ValueError("every message of the assistant has the weight 0, so there is nothing to learn from: leave the row out.")
+    tools = _tools(row["tools"]) if row.get("tools") is not None else options.tools
+    own = row.get("chat_template_kwargs")
+    variables = {**options.variables, **({} if own is None else variables_of(own))}
+    bare = [{key: value for key, value in message.items() if key not in MARKS} for message in messages[: last + 1]]
+    return Chat(bare, [trained for trained, _ in marks[: last + 1]], [each for _, each in marks[: last + 1]], tools, variables)
 
 
-def assistant_parts(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
-    """The chat as pieces (text, whether it is scored), the first unscored.
-
-    A message's text is what the template adds after its generation prompt. Where the template rewrites earlier messages (drops their
-    reasoning, say), only unchanged messages are scored; the last one always is.
-    """
-    whole = _chat_text(tokenizer, messages, False)
-    parts: list[tuple[str, bool]] = []
-    done = 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = _chat_text(tokenizer, messages[:index], True) if index else ""
-        end = _chat_text(tokenizer, messages[: index + 1], False)
-        final = index == len(messages) - 1
-        if final and not end.startswith(start):
-            start = _chat_text(tokenizer, messages[:index], False)
-        if not (end.startswith(start) and whole.startswith(end) and done <= len(start) < len(end)):
-            if final:
-                raise ValueError("the tokenizer's chat template does not keep the last message at the end of the chat.")
-            continue
-        parts += [(whole[done : len(start)], False), (whole[len(start) : len(end)], True)]
-        done = len(end)
-    return parts
+def variables_of(value: Any) -> dict[str, Any]:
+    """Variables of a chat template, from an object or its JSON; ValueError for anything else."""
+    value = _parsed(value)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f'chat_template_kwargs must be an object such as {{"enable_thinking": false}}, not {_shown(value)}.')
+    reserved = sorted(_RESERVED & value.keys())
+    if reserved:
+        raise ValueError(f"chat_template_kwargs cannot set {reserved[0]!r}, which is no variable of a template: leave it out.")
+    return {name: each for name, each in value.items() if each is not None}
 
 
-def _chat_text(tokenizer: Any, messages: list[dict[str, Any]], generation_prompt: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the tokenizer has no chat template, which the column 'messages' needs: use a chat model's tokenizer, or "
-            "prompt and completion columns."
-        )
+def read_tools(path: str | Path) -> list[dict[str, Any]] | None:
+    """The tools of a JSON file; ValueError where it is no list of JSON schemas."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    except Exception as error:  # whatever the template itself raises, e.g. that roles must alternate
-        raise ValueError(f"the tokenizer's chat template refuses these messages ({error}).") from None
+        with Path(path).open("rb") as file:
+            content = file.read(LONGEST_TOOLS + 1)
+        if len(content) > LONGEST_TOOLS:
+            raise ValueError(f"it is longer than {LONGEST_TOOLS} bytes")
+        return _tools(json.loads(content))
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deeply.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}.".replace("..", ".")) from None
+
+
+def with_parsed_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of their tool calls as objects, where they are the JSON of one (as OpenAI writes them)."""
+
+    def call(value: Any) -> Any:
+        function = value.get("function", value) if isinstance(value, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        parsed = _parsed(arguments) if isinstance(arguments, str) else None
+        if not isinstance(parsed, dict):
+            return value
+        changed = {**function, "arguments": parsed}
+        return {**value, "function": changed} if "function" in value else changed
+
+    return [
+        {**message, "tool_calls": [call(each) for each in message["tool_calls"]]} if message.get("tool_calls") else message
+        for message in messages
+    ]
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        return False
+    if content is None:
+        return bool(calls) or ("content" in message and message["role"] == "assistant" and _has_reasoning(message))
+    return isinstance(content, str) or (isinstance(content, list) and all(isinstance(part, dict) for part in content))
+
+
+def _has_reasoning(message: Mapping[str, Any]) -> bool:
+    return any(message.get(key) for key in ("reasoning_content", "reasoning", "thinking", "function_call"))
+
+
+def _marks(message: Mapping[str, Any], where: str) -> tuple[bool, list[tuple[int, int, bool]]]:
+    """Whether a message is trained on, by its marks or its role; and the stretches of `train_detail`."""
+    if message.get("function_call") is not None:
+        raise ValueError(f"{where} has a 'function_call', which chat templates no longer read: write it as 'tool_calls'.")
+    assistant, marks = message["role"] == "assistant", {}
+    for name in ("weight", "train", "training"):
+        value = message.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise ValueError(f"{where} has {name!r} {_shown(value)}: only 0 (not trained on) and 1 are possible.")
+        marks[name] = bool(value)
+    if not assistant and marks.get("weight"):
+        raise ValueError(f'{where} has the weight 1, and a weight is of an assistant\'s message: write "train": true to train on this one.')
+    if len(set(marks.values())) > 1:
+        raise ValueError(f"{where}: {' and '.join(map(repr, marks))} contradict each other: give one of them.")
+    trained = next(iter(marks.values()), assistant)
+    return trained, _details(message, where)
+
+
+def _details(message: Mapping[str, Any], where: str) -> list[tuple[int, int, bool]]:
+    details = message.get("train_detail")
+    if details is None:
+        return []
+    content = message.get("content")
+    shape = '"train_detail" is a list of {"begin_offset": 0, "end_offset": 8, "train": false} over the characters of a text content'
+    if not isinstance(details, list) or not isinstance(content, str):
+        raise ValueError(f"{where}: {shape}.")
+    found = []
+    for each in details:
+        begin, end, train = (each.get(key) for key in ("begin_offset", "end_offset", "train")) if isinstance(each, dict) else (None,) * 3
+        if type(begin) is not int or type(end) is not int or not isinstance(train, bool) or not 0 <= begin <= end < len(content):
+            raise ValueError(f"{where}: {shape}, of which it has {len(content)}; the end is included.")
+        found.append((begin, end + 1, train))
+    return found
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    value = _parsed(value)
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError("tools must be a list of JSON schemas, one object per tool (or the JSON of such a list).")
+    return value or None
+
+
+def _parsed(value: Any) -> Any:
+    """The value of a JSON text; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

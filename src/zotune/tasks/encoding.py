@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-from zotune.io.suggest import did_you_mean
-from zotune.tasks.chat import assistant_parts, messages_of
+from zotune.tasks.chat import ChatOptions
+from zotune.tasks.chat_tokens import CUT, ChatTokens
+from zotune.tasks.columns import format_of, unused
 from zotune.tasks.sources import Rows
 from zotune.tasks.task import Task
 
@@ -18,8 +21,7 @@ _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelay
 # A tokenizer without a limit reports an enormous number.
 _NO_LIMIT = 10**9
 
-#: Column sets of files without a task, in order of precedence.
-FORMATS = (("messages",), ("prompt", "completion"), ("text",))
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,17 @@ class Encoder:
     Args:
         tokenizer: a Hugging Face tokenizer; special tokens are put before a prompt as it does by default.
         limit: most input tokens of the model, or None.
-        truncate: cut what is too long (the beginning of a prompt, the end of a text) instead of raising.
+        truncate: cut what is too long (the beginning of a prompt, the end of a text, the oldest turns of a chat) instead of raising.
         limit_is_users: whether the limit is `max_length`, for the error message.
+        chat: tools and template variables of chats without their own.
     """
 
     tokenizer: Any
     limit: int | None = None
     truncate: bool = False
     limit_is_users: bool = False
+    chat: ChatOptions | None = None
+    _facts: set[str] = field(default_factory=set, repr=False, compare=False)
     _options: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def choices(self, rows: Rows, task: Task) -> list[dict[str, Any]]:
@@ -56,7 +61,7 @@ class Encoder:
             example = {"prompt_ids": prompt_ids, "option_ids": option_ids, "answer": right[0]}
             return {**example, "right": list(right)} if task.candidates else example
 
-        return rows.map(encode, self._prompts([prompt for prompt, *_ in rendered]), rendered)
+        return self._map(rows, encode, self._prompts([prompt for prompt, *_ in rendered]), rendered)
 
     def answers(self, rows: Rows, task: Task, max_new_tokens: int = 0) -> list[dict[str, Any]]:
         """Examples ``{"prompt_ids", "completion_ids"}`` of a generation task; the completion is the first right answer.
@@ -76,7 +81,7 @@ class Encoder:
             following, what = max((len(completion_ids), "its answer"), (max_new_tokens, "an answer may have"))
             return {"prompt_ids": self._fit_prompt(prompt_ids, following, what), "completion_ids": completion_ids}
 
-        return rows.map(encode, self._prompts([prompt for prompt, _ in rendered]), rendered)
+        return self._map(rows, encode, self._prompts([prompt for prompt, _ in rendered]), rendered)
 
     def answer_ends(self) -> list[int]:
         """Ids of the tokens that end an answer: the line break after a word, and the end of text."""
@@ -92,7 +97,13 @@ class Encoder:
             ValueError: other columns; or, naming the row, one that is malformed or too long.
         """
         columns = format_of(rows)
-        encode = {"messages": self._chat, "prompt": self._completion, "text": self._text}[columns[0]]
+        if self.chat is not None and columns[0] != "messages":
+            raise ValueError(f"tools and chat_template_kwargs are for rows with messages, and {rows.source} has none: leave them out.")
+        left = unused(rows, columns)
+        if left:
+            logger.warning("%s: used are the columns %s; not used: %s.", rows.source, " and ".join(columns), ", ".join(map(repr, left)))
+        chats = ChatTokens(self.tokenizer, self.chat, self._facts.add) if columns[0] == "messages" else None
+        encode = {"prompt": self._completion, "text": self._text}.get(columns[0]) or partial(self._chat, chats)
 
         def checked(row: Mapping[str, Any]) -> dict[str, Any]:
             example = encode(row)
@@ -101,7 +112,11 @@ class Encoder:
                 raise ValueError(f"nothing to score in {' and '.join(map(repr, columns))}: it is empty or cut away.")
             return example
 
-        return rows.map(checked)
+        try:
+            return self._map(rows, checked)
+        finally:
+            if chats is not None:
+                chats.close()
 
     def classifier(self, rows: Rows, task: Task) -> list[dict[str, Any]]:
         """Examples ``{"input_ids"[, "token_type_ids"], "label"}`` of the task's one or two encoder texts."""
@@ -117,11 +132,30 @@ class Encoder:
             if self.limit is not None and len(encoded["input_ids"]) > self.limit:
                 if not self.truncate:
                     raise ValueError(self._too_long(f"the text has {len(encoded['input_ids'])} tokens"))
+                self._facts.add(CUT)
                 encoded = self.tokenizer(*texts, truncation=True, max_length=self.limit, return_attention_mask=False, verbose=False)
             kept = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
             return {**kept, "label": task.answer(row)}
 
-        return rows.map(encode)
+        return self._map(rows, encode)
+
+    def _map(self, rows: Rows, function: Callable[..., dict[str, Any]], *values: Iterable[Any]) -> list[dict[str, Any]]:
+        """:meth:`Rows.map`, and a line of the log on what befell how many rows."""
+        counts: Counter[str] = Counter()
+
+        def counted(*parts: Any) -> dict[str, Any]:
+            self._facts.clear()
+            example = function(*parts)
+            counts.update(self._facts)
+            return example
+
+        examples = rows.map(counted, *values)
+        for fact, count in counts.items():
+            share = f"{count} of {len(examples)} rows {'was' if count == 1 else 'were'}"
+            logger.warning(
+                "%s: %s", rows.source, fact.replace("{rows} cut", f"{share} cut").replace("{rows}", f"{count} of {len(examples)} rows")
+            )
+        return examples
 
     @cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
@@ -179,6 +213,7 @@ class Encoder:
         keep = len(start) if prompt[: len(start)] == start else 0
         if len(prompt) - excess < keep + 1:
             raise ValueError(self._too_long(f"{what} has {following} tokens", cut=False))
+        self._facts.add(CUT)
         return prompt[:keep] + prompt[keep + excess :]
 
     def _too_long(self, fact: str, cut: bool = True) -> str:
@@ -206,6 +241,7 @@ class Encoder:
         if self.limit is not None and len(start) + len(ids) - 1 > self.limit:
             if not self.truncate:
                 raise ValueError(self._too_long(f"the text has {len(start) + len(ids)} tokens"))
+            self._facts.add(CUT)
             ids = ids[: self.limit + 1 - len(start)]
         return {"prompt_ids": start, "completion_ids": ids}
 
@@ -214,43 +250,16 @@ class Encoder:
         end = self.tokenizer.eos_token_id
         return [] if end is None else [end]
 
-    def _chat(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        parts = assistant_parts(self.tokenizer, messages_of(row))
-        (first, _), *rest = parts
-        prompt_ids = self._not_empty(self._ids(first))
-        ids: list[int] = []
-        mask: list[bool] = []
-        for text, scored in rest:
-            tokens = self._ids(text)
-            ids += tokens
-            mask += [scored] * len(tokens)
-        excess = 0 if self.limit is None else len(prompt_ids) + len(ids) - 1 - self.limit
-        if excess > 0:
-            if not self.truncate:
-                raise ValueError(self._too_long(f"the chat has {len(prompt_ids) + len(ids)} tokens"))
-            # The last message matters most, so the beginning is cut.
-            cut = min(excess, len(prompt_ids) - 1)
-            prompt_ids = prompt_ids[cut:]
-            ids, mask = ids[excess - cut :], mask[excess - cut :]
-        example: dict[str, Any] = {"prompt_ids": prompt_ids, "completion_ids": ids}
+    def _chat(self, chats: ChatTokens, row: Mapping[str, Any]) -> dict[str, Any]:
+        longest = None if self.limit is None else self.limit + 1  # the last token is predicted, not an input
+        ids, scored, _ = chats.of_row(row, longest if self.truncate else None)
+        if longest is not None and len(ids) > longest:
+            what = "the last turn has, without what can be cut of its questions," if self.truncate else "the chat has"
+            raise ValueError(self._too_long(f"{what} {len(ids)} tokens", cut=not self.truncate))
+        start = scored.index(True) if True in scored else len(ids)
+        example: dict[str, Any] = {"prompt_ids": ids[:start], "completion_ids": ids[start:]}
+        mask = scored[start:]
         return example if all(mask) else {**example, "completion_mask": mask}
-
-
-def format_of(rows: Rows) -> tuple[str, ...]:
-    """The column set of rows without a task; ValueError where they have none of :data:`FORMATS`."""
-    present = set(rows.columns)
-    for columns in FORMATS:
-        if present.issuperset(columns):
-            return columns
-    # One column of a pair is there: name the other.
-    known = [name for columns in FORMATS for name in columns]
-    near = next((text for name in rows.columns if (text := did_you_mean(name, known))), "")
-    if len(present & {"prompt", "completion"}) == 1:
-        near = f"; the column {({'prompt', 'completion'} - present).pop()!r} is missing"
-    raise ValueError(
-        f"{rows.source} needs the columns prompt and completion, or text, or messages (or pass --task): "
-        f"every row has {', '.join(rows.columns) or 'no column in common'}{near}."
-    )
 
 
 def context_limit(tokenizer: Any, model_config: Any, max_length: int | None = None) -> tuple[int | None, bool]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.tasks import loader
+from zotune.tasks.chat import ChatOptions, read_tools, variables_of
 from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
@@ -64,6 +65,8 @@ def prepare(
     num_demonstrations: int | None = None,
     max_length: int | None = None,
     truncate: bool = False,
+    tools: str | Path | Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     pad_to_multiple_of: int | None = None,
     parts: Collection[str] = ("train", "eval"),
@@ -84,7 +87,9 @@ def prepare(
         k_shot: training rows per class.
         num_demonstrations: training rows, drawn by `seed`, solved before every evaluated prompt.
         max_length: most input tokens, if shorter than the model's context.
-        truncate: cut what is too long instead of raising.
+        truncate: cut what is too long instead of raising; the log says how many rows were cut.
+        tools: JSON schemas of the tools of chats, or a JSON file of them; a row's own column comes first.
+        chat_template_kwargs: variables of the chat template; those of a row come first.
         seed: seed of the subsets.
         pad_to_multiple_of: round batch lengths up to a multiple of this.
         parts: which of ``"train"`` (with dev) and ``"eval"`` to load.
@@ -106,7 +111,7 @@ def prepare(
         raise ValueError("a sequence-classification head reads a task's columns and has no prompt: leave template and options out.")
 
     limit, users = context_limit(tokenizer, model_config, max_length)
-    encoder = Encoder(tokenizer, limit, truncate, users)
+    encoder = Encoder(tokenizer, limit, truncate, users, _chat_options(tools, chat_template_kwargs, task))
     padding: dict[str, Any] = {"pad_token_id": pad_token_id(tokenizer), "pad_to_multiple_of": pad_to_multiple_of}
     if train_objective == "classifier" and getattr(model_config, "pad_token_id", 0) is None:
         model_config.pad_token_id = padding["pad_token_id"]  # decoder classifiers find the last token by it
@@ -167,6 +172,17 @@ def prepare(
         num_labels=None if task is None or not task.labels else len(task.labels),
         label_names=() if task is None else task.label_names,
     )
+
+
+def _chat_options(tools: Any, variables: Mapping[str, Any] | None, task: Task | None) -> ChatOptions | None:
+    """The options of chats; None where there are none."""
+    if tools is None and not variables:
+        return None
+    if task is not None:
+        raise ValueError("tools and chat_template_kwargs are for rows with messages, and a task has prompts: leave them out.")
+    if isinstance(tools, str | Path):
+        tools = read_tools(tools)
+    return ChatOptions(None if tools is None else list(tools), variables_of(dict(variables or {})))
 
 
 def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zotune.io.sizes import parse_size
+from zotune.tasks.chat import variables_of
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -66,11 +67,20 @@ class EvalDataArguments:
     num_demonstrations: int | None = option(None, "solved training examples, drawn by seed, before every prompt (in train: --method icl)")
     max_length: int | None = option(None, "longest example in tokens; the model's context when not given")
     truncate: bool = option(False, "shorten what is too long instead of stopping")
+    tools: str | None = option(None, "with messages: JSON file with the tools, for the chat template; a row's own come first")
+    chat_template_kwargs: dict | str | None = option(
+        None, "with messages: variables of the chat template as JSON, such as '{\"enable_thinking\": false}'"
+    )
 
     def __post_init__(self) -> None:
+        if self.chat_template_kwargs is not None:
+            try:
+                self.chat_template_kwargs = variables_of(self.chat_template_kwargs)
+            except ValueError as error:
+                raise ValueError(f"--{error}") from None
         if self.data_dir is not None and not Path(self.data_dir).expanduser().is_dir():
             raise FileNotFoundError(f"--data_dir: there is no folder {self.data_dir!r}.")
-        for name in ("train_file", "eval_file"):
+        for name in ("train_file", "eval_file", "tools"):
             path = getattr(self, name, None)
             if path is not None and not Path(path).expanduser().is_file():
                 raise FileNotFoundError(f"--{name}: there is no file {path!r}.")

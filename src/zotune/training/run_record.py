@@ -191,7 +191,7 @@ def dtype_of(model: nn.Module) -> str:
 
 def _absolute(data: dict[str, Any]) -> dict[str, Any]:
     """The data options with absolute paths, for a later `zotune eval` from any folder."""
-    for name in ("data_dir", "train_file", "eval_file"):
+    for name in ("data_dir", "train_file", "eval_file", "tools"):
         if data[name] is not None:
             data[name] = str(Path(data[name]).expanduser().resolve())
     if data["task"] and data["task"].endswith((".yaml", ".yml")):

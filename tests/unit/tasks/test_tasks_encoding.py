@@ -225,10 +225,10 @@ def test_truncation_keeps_a_texts_beginning_and_a_chats_end(chat_tokenizer):
     (text,) = encoder.completions(rows({"text": LONG}))
     whole = chat_tokenizer(LONG)["input_ids"]
     assert text["prompt_ids"] + text["completion_ids"] == whole[:21]
-    (chat,) = encoder.completions(rows({"messages": [{"role": "user", "content": LONG}, CHAT[3]]}))
+    (chat,) = Encoder(chat_tokenizer, limit=30, truncate=True).completions(rows({"messages": [{"role": "user", "content": LONG}, CHAT[3]]}))
     assert scored_text(chat_tokenizer, chat) == "Less so.</s>\n"
-    for example in (text, chat):
-        assert LanguageModelCollator(pad_token_id=0)([example])["input_ids"].shape == (1, 20)
+    for example, length in ((text, 20), (chat, 30)):
+        assert LanguageModelCollator(pad_token_id=0)([example])["input_ids"].shape == (1, length)
     for row in ({"text": LONG}, {"messages": [{"role": "user", "content": LONG}, CHAT[3]]}):
         with pytest.raises(ValueError, match=r"line 1: the (text|chat) has \d+ tokens, more than the model's context"):
             Encoder(chat_tokenizer, limit=20).completions(rows(row))
