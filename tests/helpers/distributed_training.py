@@ -31,9 +31,9 @@ BATCH = 8
 class Watch(TrainerCallback):
     """Notes a digest after every step, and kills the process after step ``dies``."""
 
-    def __init__(self, dies: int | None = None) -> None:
+    def __init__(self) -> None:
         self.digests: list[str] = []
-        self.dies = dies
+        self.dies: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.digests.append(state_digest(kwargs["optimizer"].optimizer.run))
@@ -60,8 +60,8 @@ def collate_uneven(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def choices(out: Path, workers: int, dies: int | None = None, resume: bool = False, **options: Any) -> dict[str, Any]:
-    """Six steps on answer options."""
-    watch = Watch(dies)
+    """Six steps on answer options; in the first attempt the last rank kills itself after step ``dies``."""
+    watch = Watch()
     options = {"per_device_train_batch_size": BATCH // workers, **options}
     trainer = trainer_cases.trainer(
         out / "choices",
@@ -76,6 +76,9 @@ def choices(out: Path, workers: int, dies: int | None = None, resume: bool = Fal
         per_device_eval_batch_size=3,
         **options,
     )
+    if dies is not None and restarted(out / "choices"):
+        dies, resume = None, True
+    watch.dies = dies if int(os.environ.get("RANK", "0")) == workers - 1 else None
     trainer.train(resume_from_checkpoint=resume or None)
     predicted = trainer.predict(uneven_rows())
     return {
@@ -128,8 +131,7 @@ def main(out: Path, dies: bool) -> None:
     torch.set_num_threads(1)
     workers, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     found: dict[str, Any] = {}
-    last = rank == workers - 1
-    found["choices"] = choices(out, workers, dies=3 if dies and last and not restarted() else None, resume=restarted())
+    found["choices"] = choices(out, workers, dies=3 if dies else None)
     found["labels"] = labels(out, workers)
     try:
         choices(out, workers)

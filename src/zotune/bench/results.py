@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,7 @@ class Results:
 
     def resumable(self, run: Run) -> bool:
         """Whether there is a checkpoint or journal for `zotune train --resume_from_checkpoint true`."""
-        place = self.place(run)
-        resumable = storage.checkpoints(place) or (place / run_folder.JOURNAL_FILE).is_file()
-        return (place / run_folder.RUN_FILE).is_file() and bool(resumable)
+        return run_folder.kind_of(self.place(run)) is run_folder.Kind.KEPT
 
     def ended(self, run: Run) -> bool:
         """Whether a run ended, even if its result has not been collected."""
@@ -86,8 +83,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _drop_weights(place: Path) -> None:
-    for path in [*place.glob("checkpoint-*"), *place.glob(".*.partial")]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in place.glob("*.safetensors"):
-        if path.name not in (run_folder.HEAD_FILE, run_folder.PROBE_FILE):
-            path.unlink()
+    storage.delete_named(place)  # the model
+    storage.remove_drafts(place)
+    for path in storage.checkpoints(place):
+        storage.delete(path)

@@ -116,7 +116,7 @@ class Runner:
             command += ["--resume_from_checkpoint", "true"]
         else:
             self._restarted.add(run.key)
-            if run_folder.holds_run(place):
+            if run_folder.kind_of(place) is not run_folder.Kind.UNUSED:
                 command += ["--overwrite_output_dir"]
         slot = min(set(range(self.processes)) - {slot for _, slot in self._running.values()})
         job = Job(command, str(Path.cwd()), str(place), self.threads, environment(slot), self.observer)

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(parser.parse(argv).run).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; name the --output_dir of a run.")
-    if not run_folder.holds_run(folder):
+    if run_folder.kind_of(folder) in (run_folder.Kind.UNUSED, run_folder.Kind.FOREIGN):
         raise ValueError(f"{folder} holds no run: there is no journal, checkpoint or model in it.")
     faults = findings(folder)
     for line in faults:

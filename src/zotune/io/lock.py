@@ -1,4 +1,4 @@
-"""A lock that lets one process work in a run folder: :func:`locked`."""
+"""A lock that lets one process work in a run folder: :func:`locked`, :func:`check_in_place`."""
 
 from __future__ import annotations
 
@@ -51,3 +51,13 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for children that inherited the descriptor
     finally:
         os.close(descriptor)
+
+
+def check_in_place(folder: str | os.PathLike[str]) -> None:
+    """OSError where a folder that this process has locked was deleted, moved or replaced since."""
+    try:
+        place = os.stat(folder)
+    except FileNotFoundError:
+        place = None
+    if fcntl is not None and (place is None or (place.st_dev, place.st_ino) not in _locks):
+        raise OSError(f"{folder} was deleted or moved while a run was working in it: nothing more is written; start the run again.")

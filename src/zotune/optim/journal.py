@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from zotune.io.atomic import whole_file
 from zotune.io.memory_tags import tagged
 from zotune.methods.estimators import Estimate
 
@@ -135,15 +136,6 @@ def _parse(data: bytes, position: int) -> tuple[int, bytes, int] | None:
     return kind, body[_HEAD.size :], end
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Journal:
     """A journal open for appending.
 
@@ -181,17 +173,8 @@ class Journal:
         blob = MAGIC + _CRC.pack(len(text)) + text + _CRC.pack(zlib.crc32(text))
         if path.exists():
             raise FileExistsError(f"{path} exists already; resume that run or choose another folder.")
-        draft = path.with_name(f".{path.name}.partial")  # a kill leaves a whole header or none
-        try:
-            with open(draft, "wb") as file:
-                file.write(blob)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        with whole_file(path) as draft:  # a kill leaves a whole header or none
+            draft.write_bytes(blob)
         return cls(path, json.loads(text), [], [], len(blob))
 
     @classmethod
@@ -258,12 +241,22 @@ class Journal:
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY)
             self._closer = weakref.finalize(self, os.close, self._file)
+        self._check_in_place(self._file)
         os.ftruncate(self._file, end)  # whatever an append that failed has left
         if os.pwrite(self._file, blob, end) != len(blob):
             raise OSError(f"{self.path}: the disk took only part of a record; free some space and resume.")
         os.fsync(self._file)
         self._records.append(record)
         self._ends.append(end + len(blob))
+
+    def _check_in_place(self, file: int) -> None:
+        """OSError where the open file is no longer the one of this name: what is written to it would be lost."""
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            there = None
+        if there is None or not os.path.samestat(there, os.fstat(file)):
+            raise OSError(f"{self.path} was deleted, moved or replaced while a run was writing to it: the run ends; start it again.")
 
     def records(self) -> Iterator[Record]:
         """All records in order: :class:`StepRecord` or, for events, a dict."""

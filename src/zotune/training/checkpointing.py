@@ -10,9 +10,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy
 
 from zotune.baselines import FirstOrder
+from zotune.io.lock import check_in_place
 from zotune.optim.distributed import Workers
 from zotune.optim.optimizer import ZerothOrder
 from zotune.training import adapters
@@ -81,6 +82,7 @@ class CheckpointedTrainer(Trainer):
             self._update_state(run_folder, final)
 
     def _write_checkpoint(self, run_folder: Path, final: Path) -> None:
+        check_in_place(run_folder)
         with storage.draft(final) as folder:
             self.save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
@@ -89,12 +91,7 @@ class CheckpointedTrainer(Trainer):
             self._update_state(run_folder, final)
             self.state.save_to_json(str(folder / storage.TRAINER_STATE))
             storage.write_manifest(folder)
-        rotate_checkpoints(
-            output_dir=str(run_folder),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,  # after a resume from an earlier checkpoint a larger number may be older
-        )
+        storage.rotate(run_folder, self.args.save_total_limit, final, self.state.best_model_checkpoint)
 
     def _update_state(self, run_folder: Path, final: Path) -> None:
         """Updates the trainer's state with the best checkpoint and the callbacks, as Hugging Face does."""

@@ -14,14 +14,14 @@ from zotune.optim.journal import Journal, Record
 from zotune.optim.optimizer import ZerothOrder
 from zotune.optim.resume import usable
 from zotune.training.checkpoint import contents, identity, storage
-from zotune.training.run_folder import ADAPTER_FOLDER, JOURNAL_FILE
+from zotune.training.run_folder import ADAPTER_FOLDER, keeps_steps
 
 logger = logging.getLogger(__name__)
 
 
 def refuse_used(folder: Path) -> None:
     """ValueError for a folder that already holds a run."""
-    if (folder / JOURNAL_FILE).exists() or storage.checkpoints(folder):
+    if keeps_steps(folder):
         raise ValueError(f"{folder} already holds a run: continue it with resume_from_checkpoint=True, or choose another output_dir.")
 
 
@@ -80,6 +80,7 @@ def begin(optimizer: ZerothOrder, model: nn.Module, path: Path) -> None:
         if hasattr(model, "peft_config"):
             with storage.draft(path.parent / ADAPTER_FOLDER) as folder:
                 model.save_pretrained(folder)  # type: ignore[operator]
+                storage.write_manifest(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         optimizer.journal = Journal.create(path, optimizer.header())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -73,12 +75,11 @@ class _Run:
 
     def carry_out(self) -> RunResult:
         config, training = self.config, self.training
-        resume, config.output.overwrite_output_dir = self.workers.from_first(self._resume)
-        if resume is None and not config.output.overwrite_output_dir:
-            self.workers.from_first(lambda: run_folder.check_unused(self.folder, "zotune train"))
+        self._start()
         method = training.chosen_method()
         check_request(config, method)
         plan = plan_model(config.model, "zotune train")
+        self.workers.from_first(partial(run_folder.check_sources, self.folder, self._sources(plan)))
         tokenizer = load_tokenizer(plan, config.model)
         parts = ("eval",) if isinstance(method, Baseline) and method.kind == "evaluate" else ("train", "eval")
         data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, **dataclasses.asdict(config.data))
@@ -96,12 +97,13 @@ class _Run:
         existed = self.folder.exists()
         try:
             with self.workers.on_first(locked(self.folder)):
+                resume, clear = self._start()  # another process may have worked in the folder since
                 trainer = self._trainer(model, tokenizer, data)
                 record = RunRecord(config, trainer, data, plan.adapter or plan.name, self.workers.size)
                 if isinstance(method, Baseline) and method.kind != "backward":
-                    summary = self._run_without_steps(method, trainer, data, record)
+                    summary = self._run_without_steps(method, trainer, data, clear, record)
                 else:
-                    summary = self._train(trainer, data, resume, fresh, record)
+                    summary = self._train(trainer, data, resume, clear, fresh, record)
         finally:
             if self.workers.first and not existed and self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()  # it failed before anything was written
@@ -109,16 +111,17 @@ class _Run:
         self.observer.finished(result)
         return result
 
-    def _resume(self) -> tuple[str | bool | None, bool]:
-        """The checkpoint to resume from, and whether to replace the run in the folder."""
+    def _start(self) -> tuple[str | bool | None, bool]:
+        """What to resume from, and whether to clear the folder; see :func:`run_folder.start_in`."""
         wanted, overwrite = self.training.resume_from_checkpoint, self.config.output.overwrite_output_dir
-        if wanted is None and restarted():  # torchrun has restarted all processes with the same command
-            begun = (self.folder / run_folder.RUN_FILE).is_file() and (self.folder / run_folder.JOURNAL_FILE).is_file()
-            return (True if begun else None), True
-        if wanted is None or wanted.lower() in ("false", "no"):
-            return None, overwrite
-        run_folder.read_run(self.folder)
-        return (True if wanted.lower() in ("true", "yes") else wanted), overwrite
+        again = restarted(self.folder)
+        return tuple(self.workers.from_first(partial(run_folder.start_in, self.folder, wanted, overwrite=overwrite, restarted=again)))
+
+    def _sources(self, plan: ModelPlan) -> list[str | Path | None]:
+        """The files and folders that the run reads."""
+        data = self.config.data
+        files = None if data.data_dir is None or data.task is None else Path(data.data_dir) / data.task
+        return [plan.name, plan.adapter, self.config.model.model_name_or_path, data.train_file, data.eval_file, data.task, files]
 
     def _trainer(self, model: nn.Module, tokenizer: Any, data: PreparedData) -> ZOTrainer:
         if data.dev is None and data.eval is None:
@@ -144,7 +147,7 @@ class _Run:
         return trainer
 
     def _train(
-        self, trainer: ZOTrainer, data: PreparedData, resume: str | bool | None, fresh: list[str], record: RunRecord
+        self, trainer: ZOTrainer, data: PreparedData, resume: str | bool | None, clear: bool, fresh: list[str], record: RunRecord
     ) -> dict[str, Any]:
         begin = time.perf_counter()
         memory = PeakMemory(self.training.device)
@@ -153,7 +156,7 @@ class _Run:
         if resume is None:
             before = self._evaluate(trainer, data, "before training")
             if self.workers.first:
-                if self.config.output.overwrite_output_dir:
+                if clear:
                     run_folder.clear_run(self.folder)
                 record.start(fresh, before)
             self.workers.wait()
@@ -187,21 +190,23 @@ class _Run:
             self.observer.stopped()
         return time.perf_counter() - started - clock.evaluation_seconds
 
-    def _run_without_steps(self, method: Baseline, trainer: ZOTrainer, data: PreparedData, record: RunRecord) -> dict[str, Any]:
+    def _run_without_steps(
+        self, method: Baseline, trainer: ZOTrainer, data: PreparedData, clear: bool, record: RunRecord
+    ) -> dict[str, Any]:
         """A baseline without steps: zero-shot, in-context learning, a linear probe."""
         begin = time.perf_counter()
         memory = PeakMemory(self.training.device)
         self._report_start(trainer, data, method.title, record)
         before = self._evaluate(trainer, data, "with demonstrations" if method.name == "icl" else "before training")
         assert before is not None, "there is something to evaluate on"
-        if self.config.output.overwrite_output_dir:
+        if clear:
             run_folder.clear_run(self.folder)
+        record.start([], before)
         after, fit = before, {"loss": None, "forward_passes": 0, "sequences_evaluated": 0, "seconds": 0.0}
         peak_before = memory.peak()
         if method.kind == "fit":
             after, fit = baseline_runs.linear_probe(method, trainer, data, self.folder)
             self.observer.evaluated("with the probe", data.main_metric, after[data.main_metric])
-        record.start([], before)
         peaks = memory.summary(evaluation=peak_before)
         first = None if method.name == "icl" else before
         summary = record.summary(first, after, time.perf_counter() - begin, peaks, fit=fit)

@@ -16,6 +16,7 @@ from torch import nn
 from zotune.baselines import Baseline, FirstOrder
 from zotune.io.atomic import whole_file
 from zotune.io.json_files import write_json
+from zotune.io.lock import check_in_place
 from zotune.tasks import PreparedData
 from zotune.training import run_folder
 from zotune.training.checkpoint import storage
@@ -42,18 +43,13 @@ class RunRecord:
         self.folder = config.folder
 
     def start(self, fresh: Sequence[str], before: Metrics | None) -> None:
-        """Writes `zotune_run.json`, and the randomly initialized parameters, which a replay needs.
+        """Writes `zotune_run.json`, before all else, and the randomly initialized parameters, which a replay needs.
 
         Args:
             fresh: names of the parameters that the model's files lack.
             before: metrics before training.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            weights = {name: weight for name, weight in self.trainer.model.named_parameters() if name.endswith(tuple(fresh))}
-            head = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-            with whole_file(self.folder / run_folder.HEAD_FILE) as partial:
-                save_file(head, partial)
         write_json(
             self.folder / run_folder.RUN_FILE,
             {
@@ -73,6 +69,11 @@ class RunRecord:
                 "versions": run_folder.versions(),
             },
         )
+        if fresh:
+            weights = {name: weight for name, weight in self.trainer.model.named_parameters() if name.endswith(tuple(fresh))}
+            head = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+            with whole_file(self.folder / run_folder.HEAD_FILE) as partial:
+                save_file(head, partial)
 
     def restore_head(self) -> None:
         """Loads the randomly initialized parameters that the run began with."""
@@ -82,6 +83,7 @@ class RunRecord:
 
     def save_model(self) -> None:
         """Writes the trained model: all of its files or none."""
+        check_in_place(self.folder)
         draft = self.folder / ".model.partial"
         storage.remove_drafts(self.folder)
         try:

@@ -23,7 +23,7 @@ from zotune.baselines import Baseline, FirstOrder, optimizer_class
 from zotune.forward.batches import batch_rows, take_rows
 from zotune.io.lock import locked
 from zotune.methods import AUTO, Method
-from zotune.optim.distributed import partition
+from zotune.optim.distributed import launch, partition
 from zotune.optim.journal import StepRecord
 from zotune.optim.optimizer import ZerothOrder
 from zotune.subspaces import Guided
@@ -144,7 +144,9 @@ class ZOTrainer(EvaluatedTrainer):
                 usual = self.args.train_batch_size * self.workers.size
                 self._train_batch_size = resume.batch_size(folder, usual, self.args.per_device_train_batch_size)
         check_training_data(self.train_dataset, self.args.dataloader_drop_last, self._train_batch_size)
+        agents = launch.agents(self.workers)
         if self.workers.first:
+            launch.mark(self._run_folder, agents)
             storage.remove_drafts(self._run_folder)
         self._micro_batches = []
         self._since_log, self._since_train, self._identity = StepSums(), StepSums(), None

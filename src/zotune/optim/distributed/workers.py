@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,11 +22,6 @@ from zotune.optim.distributed.partition import BATCHES, MODES, Block, blocks, pi
 
 #: Default number of steps between two comparisons of all workers' weights; a comparison reads every weight once.
 CHECK_EVERY = 200
-
-
-def restarted() -> bool:
-    """Whether ``torchrun --max-restarts`` has started this process again, after one of its workers died."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from zotune.io.atomic import sync
 from zotune.io.inside import indexed_files, inside
 
 #: Version of the files of checkpoints and runs; raise it when a file's keys, names or meaning change.
@@ -35,6 +36,10 @@ _WEIGHTS = ("model.safetensors", WEIGHTS_INDEX, "adapter_model.safetensors")
 _RESUMED = (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG)  # a run cannot resume without them
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DRAFT_SUFFIX = ".partial"
+_REPLACED, _DELETED = f".replaced{_DRAFT_SUFFIX}", f".deleted{_DRAFT_SUFFIX}"
+_LEFTOVER = re.compile(
+    r"\.(checkpoint-\d+|initial_adapter|(model|zotune_\w+|summary|history|journal|curve|initial_head|linear_probe)(\.\w+)?)(\.replaced|\.deleted)?\.partial"
+)
 
 
 def other_format(path: str | os.PathLike[str], found: Any) -> str | None:
@@ -51,7 +56,10 @@ def other_format(path: str | os.PathLike[str], found: Any) -> str | None:
 
 @contextmanager
 def draft(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder, renamed to ``final`` when the block ends well and deleted when it raises; an older ``final`` is replaced."""
+    """A temporary folder, renamed to ``final`` when the block ends well and deleted when it raises.
+
+    An older ``final`` is replaced; files in it that its manifest does not name are kept.
+    """
     final = Path(final)
     folder = final.with_name(f".{final.name}{_DRAFT_SUFFIX}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -59,35 +67,106 @@ def draft(final: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield folder
         for path in (*folder.rglob("*"), folder):
-            _sync(path)
+            sync(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if final.exists():
-        retired = final.with_name(f".{final.name}.replaced{_DRAFT_SUFFIX}")
+        retired = final.with_name(f".{final.name}{_REPLACED}")
         shutil.rmtree(retired, ignore_errors=True)
         final.rename(retired)
         folder.rename(final)
-        shutil.rmtree(retired, ignore_errors=True)
+        _finish_replacement(retired, final)
     else:
         folder.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
+
+
+def _finish_replacement(retired: Path, final: Path) -> None:
+    """Deletes a folder that ``final`` has replaced, but for files that no manifest names: they move to ``final``."""
+    for path in named_files(retired):
+        path.unlink(missing_ok=True)
+    for path in retired.iterdir():
+        if not (final / path.name).exists() and (path.is_file() or any(each.is_file() for each in path.rglob("*"))):
+            path.rename(final / path.name)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def delete(folder: Path) -> None:
+    """Deletes a checkpoint: it vanishes at once, also where the deletion is cut off."""
+    doomed = folder.with_name(f".{folder.name}{_DELETED}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def rotate(run_folder: Path, limit: int | None, newest: Path, best: str | os.PathLike[str] | None) -> None:
+    """Deletes checkpoints beyond ``limit``: first those of later steps, which a run that went back has left behind, then the oldest.
+
+    Args:
+        limit: how many stay; None or 0: all.
+        newest: was written last; it stays, as does ``best``.
+    """
+    if not limit or limit < 0:
+        return
+    step = _number(newest)
+    own = [path for path in checkpoints(run_folder) if (path / MANIFEST).is_file()]
+    found = sorted(own, key=lambda path: (_number(path) <= step, _number(path)))
+    kept = {newest.name} | ({Path(best).name} if best else set())
+    spare = [path for path in found if path.name not in kept]
+    for path in spare[: max(0, len(found) - max(limit, len(found) - len(spare)))]:
+        delete(path)
+
+
+def leftovers(run_folder: str | os.PathLike[str]) -> list[Path]:
+    """What an interrupted save or deletion of a run has left."""
+    return sorted(path for path in Path(run_folder).glob(f".*{_DRAFT_SUFFIX}") if _LEFTOVER.fullmatch(path.name))
 
 
 def remove_drafts(run_folder: str | os.PathLike[str]) -> None:
-    """Deletes the leftovers of an interrupted save."""
-    for path in Path(run_folder).glob(f".*{_DRAFT_SUFFIX}"):
-        if path.is_dir() and not path.is_symlink():
+    """Deletes the leftovers of an interrupted save or deletion; a checkpoint that was being replaced comes back."""
+    for path in leftovers(run_folder):
+        final = path.with_name(path.name[1:].removesuffix(_REPLACED))
+        if path.name.endswith(_REPLACED) and path.is_dir():
+            if final.exists():
+                _finish_replacement(path, final)
+            else:
+                path.rename(final)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
 def checkpoints(run_folder: str | os.PathLike[str]) -> list[Path]:
-    """The ``checkpoint-N`` folders of a run, newest (largest N) first."""
-    run_folder = Path(run_folder)
-    found = [p for p in run_folder.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    """The ``checkpoint-N`` folders of a run, newest (largest N) first; a folder without any file of a checkpoint is none."""
+    found = [p for p in Path(run_folder).glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    found = [p for p in found if any((p / name).exists() for name in (MANIFEST, *_WEIGHTS, *_RESUMED))]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The files of a folder that its manifest names, and the manifest last; none without a readable manifest."""
+    try:
+        names = list(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        found = [inside(folder, name, folder / MANIFEST, follow=True) for name in names]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [*(path for path in found if path.is_file()), folder / MANIFEST]
+
+
+def delete_named(folder: Path) -> None:
+    """Deletes the files that a folder's manifest names, and then the folder, if nothing else is in it."""
+    for path in named_files(folder):
+        path.unlink(missing_ok=True)
+        for parent in path.parents:
+            if not parent.is_relative_to(folder) or any(parent.iterdir()):
+                break
+            parent.rmdir()
 
 
 def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> str | None:
@@ -196,11 +275,3 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path} is missing: resume from another checkpoint.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint.") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
