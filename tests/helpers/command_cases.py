@@ -7,13 +7,13 @@ import json
 import random
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zotune.cli.main import main
 
@@ -68,21 +68,21 @@ def save_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_encoder(folder: Path) -> None:
-    """A random BERT body without a classification head."""
+def save_encoder(folder: Path, kind: type = BertModel, **options: Any) -> None:
+    """A random encoder without a classification head, a BERT body unless another ``kind`` is given."""
     tokenizer = _tokenizer(["[CLS]"])
+    config = kind.config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        **options,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = BertModel(
-            BertConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=CONTEXT,
-            )
-        )
+        model = kind(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,7 +1,9 @@
-"""Adapters of PEFT on disk: whether a saved one is that of a model."""
+"""Adapters of PEFT on disk: what they hold beside their factors, and whether a saved one is that of a model."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from zotune.weights.offload import stream_of
+from zotune.weights.structure import classifier_of
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -35,4 +38,36 @@ def check_fit(model: nn.Module, folder: Path) -> None:
         raise ValueError(
             f"{folder / WEIGHTS} does not fit the model: {' and '.join(filter(None, (lacks, has)))}. Give the base model that the adapter "
             "was trained on (base_model_name_or_path in its adapter_config.json)."
+        )
+
+
+def fresh_layers(model: nn.Module, fresh: Collection[str]) -> list[str]:
+    """The layers of ``fresh`` parameters, which an adapter has to hold, without the head, which PEFT saves, and those within others.
+
+    Raises:
+        ValueError: a parameter of the model itself, which PEFT cannot save.
+    """
+    layers = {name.rpartition(".")[0] for name in fresh}
+    if "" in layers:
+        raise ValueError(f"--scheme lora: an adapter cannot hold the randomly initialized {min(fresh, key=len)}: choose full.")
+    classifier = classifier_of(model)
+    outer = layers | ({classifier[0]} if classifier is not None else set())
+    return sorted(
+        layer for layer in layers if (classifier is None or layer != classifier[0]) and not any(layer.startswith(f"{o}.") for o in outer)
+    )
+
+
+def base_name(name: str) -> str:
+    """The name that a PEFT model's parameter has in the base model."""
+    return re.sub(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)", "", name.removeprefix("base_model.model."))
+
+
+def check_fresh(model: nn.Module, fresh: Collection[str], folder: str) -> None:
+    """ValueError where neither the base model's files nor the adapter of a folder hold a parameter: it would be random."""
+    held = {base_name(name) for name, _ in model.named_parameters() if ".modules_to_save." in name}
+    lost = sorted(set(fresh) - held)
+    if lost:
+        raise ValueError(
+            f"the adapter {folder} does not hold {lost[0]}, which the base model's files lack too, so it would be random: train the "
+            "adapter anew (--scheme lora saves such layers), or give a base model that has it."
         )

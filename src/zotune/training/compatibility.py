@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -31,13 +32,13 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
         raise ValueError("--scheme scales trains scales, which stay in memory with their layers: leave --offload out.")
 
 
-def under_scheme(model: nn.Module, config: RunConfig, method: Method | Baseline, *, on_adapter: bool) -> nn.Module:
+def under_scheme(model: nn.Module, config: RunConfig, method: Method | Baseline, fresh: Sequence[str], *, on_adapter: bool) -> nn.Module:
     """The model under its scheme; ``on_adapter``, the loaded adapter is trained. ValueError where scheme, method and model do not match."""
     if on_adapter:
         if config.scheme.scheme in ("head", "bias", "scales") or config.scheme.trainable:
             raise ValueError("the model folder holds an adapter, which is what is trained: leave --scheme and --trainable out.")
     else:
-        model = schemes.apply(model, config.scheme, seed=config.training.seed)
+        model = schemes.apply(model, config.scheme, seed=config.training.seed, fresh=fresh)
     if config.scheme.scheme == "prefix" and config.training.activation_checkpointing:
         raise ValueError("prefix tuning keeps its keys and values where activation checkpointing drops them: leave one of them out.")
     reason = schemes.refusal(method, model, config.scheme) or (refusal(method, model) if config.model.offload != "no" else None)

@@ -16,6 +16,7 @@ from torch import nn
 from zotune.io.inside import check_indexes
 from zotune.io.sizes import parse_size
 from zotune.training import offloaded_loading
+from zotune.training.adapters import check_fresh
 from zotune.training.arguments import ModelArguments
 from zotune.training.schemes import load_adapter
 from zotune.weights import offload
@@ -112,6 +113,7 @@ def load_model(
     if plan.adapter is not None:
         base, adapter = model, plan.adapter
         model = explained(adapter, lambda: load_adapter(base, adapter))
+        check_fresh(model, missing, adapter)
     return model, missing
 
 

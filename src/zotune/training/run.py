@@ -93,7 +93,7 @@ class _Run:
         if isinstance(method, Baseline) and method.kind != "backward":
             baseline_runs.check(method, config.scheme, data)
         else:
-            model = under_scheme(model, config, method, on_adapter=plan.adapter is not None)
+            model = under_scheme(model, config, method, fresh, on_adapter=plan.adapter is not None)
         existed = self.folder.exists()
         try:
             with self.workers.on_first(locked(self.folder)):

@@ -19,6 +19,7 @@ from zotune.io.json_files import write_json
 from zotune.io.lock import check_in_place
 from zotune.tasks import PreparedData
 from zotune.training import run_folder
+from zotune.training.adapters import base_name
 from zotune.training.checkpoint import storage
 from zotune.training.config import settings
 from zotune.training.curve import curve_of, write_curve
@@ -70,7 +71,7 @@ class RunRecord:
             },
         )
         if fresh:
-            weights = {name: weight for name, weight in self.trainer.model.named_parameters() if name.endswith(tuple(fresh))}
+            weights = {name: weight for name, weight in self.trainer.model.named_parameters() if base_name(name) in set(fresh)}
             head = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
             with whole_file(self.folder / run_folder.HEAD_FILE) as partial:
                 save_file(head, partial)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zotune.training.adapters import WEIGHTS, check_fit
+from zotune.training.adapters import WEIGHTS, check_fit, fresh_layers
 from zotune.training.arguments import option
 from zotune.weights.external_linear import external_layers
 from zotune.weights.structure import classifier_of, module_mode, output_embeddings
@@ -87,7 +88,7 @@ class Scheme:
                 raise ValueError(f"--{each.name} is an option of --scheme {' or '.join(owners[each.name])}, not of {self.scheme}.")
 
 
-def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **options: Any) -> nn.Module:
+def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, fresh: Collection[str] = (), **options: Any) -> nn.Module:
     """Makes the parameters of a scheme trainable, in place, and freezes all others; for an adapter, wraps the model as a PEFT model.
 
     Args:
@@ -95,6 +96,8 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **o
             embeddings; ``"scales"`` quantizes the Linear layers (QZO, 2505.13430; :mod:`zotune.weights.trainable_scales`).
         scheme: a :class:`Scheme`, or its name.
         seed: of an adapter's initialization; the global generators are left untouched.
+        fresh: names of the parameters that the model's files lack (``missing_keys``), which were drawn at random: ``"lora"`` trains their
+            layers and saves them with the adapter.
         options: with a name, fields of :class:`Scheme`.
 
     Raises:
@@ -117,7 +120,7 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, **o
         device = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         with torch.random.fork_rng(devices=device):
             torch.manual_seed(seed)
-            return _adapted(model, scheme)
+            return _adapted(model, scheme, fresh)
     if scheme.scheme == "head":
         return _only(model, set(_head_names(model)))
     if scheme.scheme == "scales":
@@ -209,7 +212,7 @@ def _head_names(model: nn.Module) -> list[str]:
 # -- adapters -----------------------------------------------------------------------------------------------------------------------
 
 
-def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
+def _adapted(model: nn.Module, scheme: Scheme, fresh: Collection[str]) -> nn.Module:
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 
     classifier = classifier_of(model) is not None
@@ -221,6 +224,7 @@ def _adapted(model: nn.Module, scheme: Scheme) -> nn.Module:
             lora_alpha=scheme.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=scheme.lora_dropout,
             target_modules=scheme.lora_target_modules,
+            modules_to_save=fresh_layers(model, fresh) or None,
             task_type=task,
         )
         try:
@@ -272,7 +276,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     for_text = PeftConfig.from_pretrained(str(folder)).is_prompt_learning
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=not for_text)  # PEFT loads prompts for inference only
+        try:
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=not for_text)  # PEFT loads prompts for inference only
+        except KeyError as error:
+            raise ValueError(f"{Path(folder) / WEIGHTS} does not fit the model: it lacks {error.args[0]}.") from error
     if for_text:
         adapted.active_peft_config.inference_mode = False
         for name, parameter in adapted.named_parameters():
