@@ -11,9 +11,11 @@ from zotune.rng.device_keys import DeviceKeys
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Full
 from zotune.subspaces.coordinate import Offset
+from zotune.subspaces.full import rounding_key
 from zotune.weights.precision import join, split, stochastic_round
 
 KEY = Key(seed=3, step=4, direction=1, name="w")
+ROUNDING = rounding_key(KEY.seed, KEY.step, KEY.name)
 
 
 def reference(directions: Directions, w: torch.Tensor, scale: float, keep: float = 1.0) -> torch.Tensor:
@@ -28,7 +30,7 @@ def check(device: torch.device) -> None:
         directions = Directions(kind)
         for count in (1, 7, 768, 2049, 140_003):  # the last one: two pages of normals
             w = numbers(count)
-            kernel = perturb_kernels(w, None)
+            kernel = perturb_kernels(w)
             assert kernel is not None
             out = torch.empty_like(w)
             kernel.perturb(directions, KEY, 1e-3, w, None, out)
@@ -37,7 +39,7 @@ def check(device: torch.device) -> None:
             kernel.perturb_pair(directions, KEY, 1e-3, w, None, both)
             assert torch.equal(both[0], out) and torch.equal(both[1], reference(directions, w, -1e-3)), (kind, count)
             updated = w.clone()
-            kernel.update(directions, KEY, -1e-5, updated, None, keep=0.99)
+            kernel.update(directions, KEY, -1e-5, updated, None, 0.99, ROUNDING)
             assert torch.equal(updated, reference(directions, w, -1e-5, keep=0.99)), (kind, count)
 
             half, residual = split(w, torch.bfloat16)
@@ -46,7 +48,13 @@ def check(device: torch.device) -> None:
             assert torch.equal(out, reference(directions, w, 1e-3).bfloat16()), (kind, count)
             kernel.perturb_pair(directions, KEY, 1e-3, half, residual, both := torch.empty(2, count, dtype=half.dtype, device=device))
             assert torch.equal(both[0], out) and torch.equal(both[1], reference(directions, w, -1e-3).bfloat16()), (kind, count)
-            kernel.update(directions, KEY, -1e-5, half, residual)
+            alone = half.clone()
+            kernel.perturb(directions, KEY, 1e-3, alone, None, out)
+            assert torch.equal(out, reference(directions, alone.float(), 1e-3).bfloat16()), (kind, count)
+            expected = stochastic_round(reference(directions, alone.float(), -1e-5, keep=0.99), alone.dtype, ROUNDING)
+            kernel.update(directions, KEY, -1e-5, alone, None, 0.99, ROUNDING)
+            assert torch.equal(alone, expected), (kind, count)
+            kernel.update(directions, KEY, -1e-5, half, residual, 1.0, ROUNDING)
             assert torch.equal(join(half, residual), reference(directions, w, -1e-5)), (kind, count)
             expected, _ = split(reference(directions, w, -1e-5), torch.bfloat16)
             assert torch.equal(half, expected), (kind, count)
@@ -67,7 +75,14 @@ def check(device: torch.device) -> None:
         moved = coordinate.at(Directions("gaussian"), Offset(1e-2, 3, 4, 1))
         assert torch.equal(moved.view(-1), reference(Directions("gaussian"), before, 1e-2).to(dtype))
         coordinate.descend(Directions("gaussian"), [0.0, 1e-4], 0.5, 3, 4)
-        assert torch.equal(coordinate.value().view(-1), reference(Directions("gaussian"), before, 1e-4, keep=0.5))
+        expected = reference(Directions("gaussian"), before, 1e-4, keep=0.5)
+        assert torch.equal(coordinate.value().view(-1), stochastic_round(expected, dtype, ROUNDING).to(expected.dtype))
+        # several directions are rounded once, without the kernel
+        before = coordinate.value().view(-1).clone()
+        coordinate.descend(Directions("gaussian"), [1e-4, 1e-4], 1.0, 3, 4)
+        first = torch.add(before, Directions("gaussian").draw(KEY._replace(direction=0), before.shape, device) * 1e-4)
+        expected = reference(Directions("gaussian"), first, 1e-4)
+        assert torch.equal(coordinate.value().view(-1), stochastic_round(expected, dtype, ROUNDING).to(expected.dtype))
     check_products(device)
     check_norms(device)
 
@@ -80,7 +95,7 @@ def check_rows_and_fleets(directions: Directions, device: torch.device) -> None:
     keys = DeviceKeys(directions, KEY.seed, 0, device)
     for dtype in (torch.float32, torch.bfloat16):
         pairs = [(w, None) if dtype == w.dtype else split(w, dtype) for w in weights]
-        kernel = perturb_kernels(*pairs[0])
+        kernel = perturb_kernels(pairs[0][0])
         values = [w.clone() if residual is None else join(w, residual) for w, residual in pairs]
         for name, (w, residual), value in zip("abc", pairs, values, strict=True):
             key = KEY._replace(name=name)
@@ -97,10 +112,19 @@ def check_rows_and_fleets(directions: Directions, device: torch.device) -> None:
             assert torch.equal(both[0], expected)
         residuals = None if pairs[0][1] is None else [residual.view(-1) for _, residual in pairs]
         many = kernel.MultiTensorUpdate([w.view(-1) for w, _ in pairs], residuals)
-        many.update(directions, KEY.seed, KEY.step, KEY.direction, "abc", -1e-5, 0.9)
+        keys_of = [KEY._replace(name=name) for name in "abc"]
+        roundings = [rounding_key(KEY.seed, KEY.step, name) for name in "abc"]
+        alone = [w.clone() for w, _ in pairs]
+        many.update(directions, keys_of, roundings, -1e-5, 0.9)
         for name, (w, residual), value in zip("abc", pairs, values, strict=True):
             moved = value * 0.9 + directions.draw(KEY._replace(name=name), w.shape, device) * -1e-5
             assert torch.equal(w if residual is None else join(w, residual), moved), name
+        if residuals is not None:
+            updated = [w.clone() for w in alone]
+            kernel.MultiTensorUpdate([w.view(-1) for w in updated], None).update(directions, keys_of, roundings, -1e-5, 0.9)
+            for key, rounding, w, found in zip(keys_of, roundings, alone, updated, strict=True):
+                moved = w.float() * 0.9 + directions.draw(key, w.shape, device) * -1e-5
+                assert torch.equal(found.view(-1), stochastic_round(moved.view(-1), dtype, rounding)), key
 
 
 def check_products(device: torch.device) -> None:

@@ -25,9 +25,9 @@ def _is_reachable(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"  # triton's interpreter runs on a CPU
 
 
-def perturb_kernels(weight: Tensor, residual: Tensor | None) -> Any:
+def perturb_kernels(weight: Tensor) -> Any:
     """The module ``perturb`` if it supports such a weight on its device; otherwise None."""
-    if _is_reachable(weight) and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and residual is not None)):
+    if _is_reachable(weight) and weight.dtype in (torch.float32, torch.bfloat16):
         return _module("perturb")
     return None
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zotune.kernels.perturb import nearest, words_of
+from zotune.kernels.perturb import dither, nearest
 from zotune.rng.counter import Key, page_words, signed, stream
 
 _ROWS, _COLUMNS = 32, 128
@@ -53,9 +53,7 @@ def _add(
             if MODE == 0:
                 tl.store(out + place, nearest(total), mask=inside)
             elif MODE == 1:
-                word = words_of(base, origin, element >> 1)
-                dither = ((word >> ((element & 1) << 5)) & 0xFFFF).to(tl.int32)
-                tl.store(out + place, ((bits + dither) >> 16).to(tl.int16), mask=inside)
+                tl.store(out + place, ((bits + dither(base, origin, element)) >> 16).to(tl.int16), mask=inside)
             else:
                 tl.store(residual + element, bits.to(tl.int16), mask=inside)
                 tl.store(out + place, ((bits + 0x8000) >> 16).to(tl.int16), mask=inside)

@@ -1,7 +1,8 @@
 """Triton: out = keep · W + scale · Z in one pass over W, Z made in registers from its key.
 
 Bit for bit equal to ``rng.counter`` and ``rng.tables``: the same integers, the same table (multiplied by the scale beforehand), one
-rounded addition. A weight is float32, or bfloat16 with a residual, the lower 16 bits of the float32 value (``weights.precision``).
+rounded addition. A weight is float32, or bfloat16 with a residual, the lower 16 bits of the float32 value (``weights.precision``), or
+bfloat16 alone: its updates are rounded by the dither of ``stochastic_round``, with the same bits.
 
 A program generates the elements of ``WORDS`` words, which never span two pages. What differs between steps, the page words and the origin
 of a parameter's stream, is an argument, or is read from device memory (``rng.device_keys``) so that a launch can be captured."""
@@ -66,11 +67,12 @@ def _elements(table, word, place, SIGNS: tl.constexpr):
 
 
 @triton.jit
-def _read(source, residual, element, inside, HALF: tl.constexpr):
-    """float32 weights, joined from bfloat16 weights and residuals if HALF."""
+def _read(source, residual, element, inside, HALF: tl.constexpr, JOIN: tl.constexpr):
+    """float32 weights; HALF: of bfloat16 weights, JOIN: and their residuals."""
     if HALF:
         bits = tl.load(source + element, mask=inside, other=0).to(tl.int32) << 16
-        bits += tl.load(residual + element, mask=inside, other=0).to(tl.int32)
+        if JOIN:
+            bits += tl.load(residual + element, mask=inside, other=0).to(tl.int32)
         w = bits.to(tl.float32, bitcast=True)
     else:
         w = tl.load(source + element, mask=inside, other=0.0)
@@ -94,19 +96,27 @@ def _write(out, element, inside, w, HALF: tl.constexpr):
 
 
 @triton.jit
+def dither(base, origin, element):
+    """The 16 random bits of stochastic rounding of elements, int32: half of a word each."""
+    word = words_of(base, origin, element >> 1)
+    return ((word >> ((element & 1) << 5)) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
 def _tile(
-    source, residual, out, base, table, numel, origin, keep, first,
-    SIGNS: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, BOTH: tl.constexpr, WORDS: tl.constexpr,
+    source, residual, out, base, table, numel, origin, rounding, keep, first,
+    SIGNS: tl.constexpr, HALF: tl.constexpr, JOIN: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, BOTH: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
-    """HALF: bfloat16 and residual. WRITE: also write the residual. SIGNS: 64 elements per word instead of 8. BOTH: also W − scale · Z,
-    after W + scale · Z. ``first``: the first word."""
+    """HALF: bfloat16; JOIN: with a residual. WRITE: an update, which writes the residual too, or rounds by the dither of the stream
+    ``rounding``. SIGNS: 64 elements per word instead of 8. BOTH: also W − scale · Z, after W + scale · Z. ``first``: the first word."""
     ELEMENTS: tl.constexpr = 64 if SIGNS else 8
     word = first + tl.arange(0, WORDS).to(tl.int64)
     place = tl.arange(0, ELEMENTS)[None, :]
     z = _elements(table, words_of(base, origin, word)[:, None], place, SIGNS)
     element = word[:, None] * ELEMENTS + place
     inside = element < numel
-    w = _read(source, residual, element, inside, HALF)
+    w = _read(source, residual, element, inside, HALF, JOIN)
     if KEEP:
         w = w * keep
     if BOTH:
@@ -114,17 +124,20 @@ def _tile(
     w = w + z
     if HALF and WRITE:
         bits = w.to(tl.int32, bitcast=True)
-        tl.store(residual + element, bits.to(tl.int16), mask=inside)
-        tl.store(out + element, ((bits + 0x8000) >> 16).to(tl.int16), mask=inside)
+        if JOIN:
+            tl.store(residual + element, bits.to(tl.int16), mask=inside)
+            tl.store(out + element, ((bits + 0x8000) >> 16).to(tl.int16), mask=inside)
+        else:
+            tl.store(out + element, ((bits + dither(base, rounding, element)) >> 16).to(tl.int16), mask=inside)
     else:
         _write(out, element, inside, w, HALF)
 
 
-@triton.jit(do_not_specialize=["origin"])
+@triton.jit(do_not_specialize=["origin", "rounding"])
 def _perturb(
-    source, residual, out, base, table, numel, origin, keep,
-    SIGNS: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, BOTH: tl.constexpr, READ: tl.constexpr,
-    WORDS: tl.constexpr,
+    source, residual, out, base, table, numel, origin, rounding, keep,
+    SIGNS: tl.constexpr, HALF: tl.constexpr, JOIN: tl.constexpr, WRITE: tl.constexpr, KEEP: tl.constexpr, BOTH: tl.constexpr,
+    READ: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """READ: ``origin`` is in device memory."""
     if READ:  # noqa: SIM108 - the two have different types
@@ -132,32 +145,34 @@ def _perturb(
     else:
         begin = origin
     first = tl.program_id(0).to(tl.int64) * WORDS
-    _tile(source, residual, out, base, table, numel, begin, keep, first, SIGNS, HALF, WRITE, KEEP, BOTH, WORDS)
+    _tile(source, residual, out, base, table, numel, begin, rounding, keep, first, SIGNS, HALF, JOIN, WRITE, KEEP, BOTH, WORDS)
 
 
 @triton.jit
 def _perturb_many(
-    sources, residuals, numels, origins, owners, starts, base, table, keep,
-    SIGNS: tl.constexpr, HALF: tl.constexpr, KEEP: tl.constexpr, WORDS: tl.constexpr,
+    sources, residuals, numels, origins, roundings, owners, starts, base, table, keep,
+    SIGNS: tl.constexpr, HALF: tl.constexpr, JOIN: tl.constexpr, KEEP: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Updates of many weights at once; ``owners``: index of a program's weight, ``starts``: first program of each weight."""
     program = tl.program_id(0)
     owner = tl.load(owners + program)
     if HALF:
         source = tl.multiple_of(tl.load(sources + owner).to(tl.pointer_type(tl.int16)), 16)
-        residual = tl.multiple_of(tl.load(residuals + owner).to(tl.pointer_type(tl.int16)), 16)
+        residual = source
+        if JOIN:
+            residual = tl.multiple_of(tl.load(residuals + owner).to(tl.pointer_type(tl.int16)), 16)
     else:
         source = tl.multiple_of(tl.load(sources + owner).to(tl.pointer_type(tl.float32)), 16)
         residual = source
     first = (program - tl.load(starts + owner)).to(tl.int64) * WORDS
-    numel, origin = tl.load(numels + owner), tl.load(origins + owner)
-    _tile(source, residual, source, base, table, numel, origin, keep, first, SIGNS, HALF, True, KEEP, False, WORDS)
+    numel, origin, rounding = tl.load(numels + owner), tl.load(origins + owner), tl.load(roundings + owner)
+    _tile(source, residual, source, base, table, numel, origin, rounding, keep, first, SIGNS, HALF, JOIN, True, KEEP, False, WORDS)
 
 
 @triton.jit(do_not_specialize=["origin"])
 def _perturb_rows(
     source, residual, rows, out, base, table, n, origin,
-    SIGNS: tl.constexpr, HALF: tl.constexpr, READ: tl.constexpr, SIZE: tl.constexpr,
+    SIGNS: tl.constexpr, HALF: tl.constexpr, JOIN: tl.constexpr, READ: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     if READ:  # noqa: SIM108 - the two have different types
         begin = tl.load(origin)
@@ -169,7 +184,7 @@ def _perturb_rows(
     inside = column < n
     element = tl.load(rows + here) * n + column
     z = _elements(table, words_of(base, begin, element // ELEMENTS), element % ELEMENTS, SIGNS)
-    _write(out, here * n + column, inside, _read(source, residual, element, inside, HALF) + z, HALF)
+    _write(out, here * n + column, inside, _read(source, residual, element, inside, HALF, JOIN) + z, HALF)
 
 
 # -- launching -----------------------------------------------------------------------------------------------------------------------------
@@ -187,21 +202,23 @@ def _launch(
     residual: Tensor | None,
     out: Tensor,
     keep: float = 1.0,
+    rounding: Key | None = None,
     write: bool = False,
     both: bool = False,
     source: KeySource | None = None,
 ) -> None:
     device, numel = weight.device, weight.numel()
     per_word = directions.source.per_word
-    half = residual is not None
+    half = weight.dtype == torch.bfloat16
     raw = weight.view(torch.int16) if half else weight
     target = out.view(torch.int16) if half else out
     base, origin, table = source or _source(directions, key, scale, device)
+    dithered = 0 if rounding is None else signed(stream(rounding))
     with torch.cuda.device_of(weight):
         _perturb[(triton.cdiv(numel, TILE),)](
-            raw, residual if half else raw, target, base, table, numel, origin, keep,
-            SIGNS=per_word == 64, HALF=half, WRITE=write, KEEP=keep != 1.0, BOTH=both, READ=source is not None, WORDS=TILE // per_word,
-            enable_fp_fusion=False,
+            raw, raw if residual is None else residual, target, base, table, numel, origin, dithered, keep,
+            SIGNS=per_word == 64, HALF=half, JOIN=residual is not None, WRITE=write, KEEP=keep != 1.0, BOTH=both,
+            READ=source is not None, WORDS=TILE // per_word, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -229,21 +246,21 @@ def perturb_rows(
     source: KeySource | None = None,
 ) -> Tensor:
     """Rows ``rows`` (int64, (R,)) of W + scale · Z(key) for a matrix W, in W's dtype."""
-    n, half, per_word = weight.shape[1], residual is not None, directions.source.per_word
+    n, half, per_word = weight.shape[1], weight.dtype == torch.bfloat16, directions.source.per_word
     out = torch.empty(len(rows), n, dtype=weight.dtype, device=weight.device)
     raw, target = (weight.view(torch.int16), out.view(torch.int16)) if half else (weight, out)
     base, origin, table = source or _source(directions, key, scale, weight.device)
     with torch.cuda.device_of(weight):
         _perturb_rows[(len(rows), triton.cdiv(n, 1024))](
-            raw, residual if half else raw, rows, target, base, table, n, origin,
-            SIGNS=per_word == 64, HALF=half, READ=source is not None, SIZE=1024, enable_fp_fusion=False,
+            raw, raw if residual is None else residual, rows, target, base, table, n, origin,
+            SIGNS=per_word == 64, HALF=half, JOIN=residual is not None, READ=source is not None, SIZE=1024, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-def update(directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, keep: float = 1.0) -> None:
-    """W ← keep · W + scale · Z(key), with its residual."""
-    _launch(directions, key, scale, weight, residual, weight, keep, write=True)
+def update(directions: Directions, key: Key, scale: float, weight: Tensor, residual: Tensor | None, keep: float, rounding: Key) -> None:
+    """W ← keep · W + scale · Z(key), with its residual; bfloat16 without one rounds by the dither of ``rounding``, a key of the step."""
+    _launch(directions, key, scale, weight, residual, weight, keep, rounding, write=True)
 
 
 class MultiTensorUpdate:
@@ -251,11 +268,11 @@ class MultiTensorUpdate:
 
     Args:
         weights: flat, contiguous.
-        residuals: of each, None for float32.
+        residuals: of each; None: they have none.
     """
 
     def __init__(self, weights: Sequence[Tensor], residuals: Sequence[Tensor] | None) -> None:
-        device, self.half = weights[0].device, residuals is not None
+        device, self.half, self.join = weights[0].device, weights[0].dtype == torch.bfloat16, residuals is not None
         tiles = [triton.cdiv(weight.numel(), TILE) for weight in weights]
         self.places = self.places_of(weights, residuals)
         self.weights = send_list([weight.data_ptr() for weight in weights], device)
@@ -271,13 +288,14 @@ class MultiTensorUpdate:
         """Their addresses, to notice that a tensor was reallocated."""
         return [tensor.data_ptr() for tensor in [*weights, *(residuals or ())]]
 
-    def update(self, directions: Directions, seed: int, step: int, direction: int, names: Sequence[str], scale: float, keep: float) -> None:
-        """W ← keep · W + scale · Z of every weight, along a direction of a step; ``names``: of the weights, in their keys."""
-        origins = send_list([signed(stream(Key(seed, step, direction, name))) for name in names], self.device)
+    def update(self, directions: Directions, keys: Sequence[Key], roundings: Sequence[Key], scale: float, keep: float) -> None:
+        """W ← keep · W + scale · Z of every weight, along a direction of a step; keys of each, as in :func:`update`."""
+        (seed, step, *_), origins = keys[0], send_list([signed(stream(key)) for key in keys], self.device)
+        rounding = send_list([signed(stream(key)) for key in roundings], self.device) if self.half and not self.join else origins
         per_word = directions.source.per_word
         with torch.cuda.device_of(origins):
             _perturb_many[(self.tiles,)](
-                self.weights, self.residuals, self.numels, origins, self.owners, self.starts, page_words(seed, step, self.device),
-                lookup_table(directions, scale, self.device), keep,
-                SIGNS=per_word == 64, HALF=self.half, KEEP=keep != 1.0, WORDS=TILE // per_word, enable_fp_fusion=False,
+                self.weights, self.residuals, self.numels, origins, rounding, self.owners, self.starts,
+                page_words(seed, step, self.device), lookup_table(directions, scale, self.device), keep,
+                SIGNS=per_word == 64, HALF=self.half, JOIN=self.join, KEEP=keep != 1.0, WORDS=TILE // per_word, enable_fp_fusion=False,
             )  # fmt: skip

@@ -12,7 +12,6 @@ from zotune.memory.estimate import estimate
 from zotune.memory.shapes import build
 from zotune.memory.workload import Workload
 from zotune.methods import Method
-from zotune.subspaces import Full
 from zotune.tasks import PreparedData
 from zotune.training.arguments import ModelArguments
 from zotune.training.config import ZOConfig
@@ -46,9 +45,9 @@ def needs(workloads: Sequence[Workload], *, accelerator: bool, blocks: str | Seq
 
 
 def _growth(workload: Workload) -> float:
-    """Bytes of a block over those of its weights: in half precision, a weight that is written every step has a residual of 16 bits."""
+    """Bytes of a block over those of its weights: half-precision weights may have residuals of 16 bits."""
     method = workload.method
-    written = isinstance(method, Method) and type(method.subspace) is Full and workload.scheme.scheme == "full"
+    written = isinstance(method, Method) and method.rounding == "residual" and workload.scheme.scheme == "full"
     return 2.0 if written and workload.dtype in HALF else 1.0
 
 

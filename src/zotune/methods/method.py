@@ -17,11 +17,15 @@ from zotune.methods.rules import Rule
 from zotune.methods.svrg import SVRGSchedule
 from zotune.rng import sparse_directions
 from zotune.subspaces import Full, Guided, HessianScaled, Subspace
+from zotune.subspaces.coordinate import is_thin
 
 #: For a learning rate or ε that is measured instead of given.
 AUTO = "auto"
 #: What a method's estimate may be of the gradient.
 ESTIMATES = ("gradient", "direction", "descent")
+
+#: How updates far below the spacing of half-precision weights are kept.
+ROUNDING = ("stochastic", "residual")
 
 #: What shares a direction: the whole batch, a group of neighboring examples, or one example.
 DIRECTIONS_PER = ("batch", "group", "example")
@@ -49,6 +53,8 @@ class Method:
         update_rule_state: float32 elements of its state per coordinate.
         fitness: how the points of a step are compared: by ``"loss"``, ``"z-score"`` or ``"ranks"`` (see ``methods.coefficients``).
         shaping: transform of the coefficients before the rule; None: none.
+        rounding: of half-precision weights that are written every step: ``"stochastic"``, unbiased and keyed by the step, without state;
+            or ``"residual"``: 16 more bits beside every weight, so that nothing is rounded away. Thin weights have residuals always.
         history: moments from the history of coefficients, in place of the rule.
         svrg: steps relative to an SVRG snapshot, by plain SGD.
         conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and take the one of the lowest loss.
@@ -78,6 +84,7 @@ class Method:
     update_rule_args: dict[str, Any] = field(default_factory=dict)
     update_rule_state: float = 0
     fitness: str = "loss"
+    rounding: str = "stochastic"
     shaping: Shaping | None = None
     history: CoefficientHistory | None = None
     svrg: SVRGSchedule | None = None
@@ -92,6 +99,8 @@ class Method:
         if not (number or self.eps == AUTO):
             raise ValueError(f"eps must be a positive number or 'auto', not {self.eps!r}.")
         self._check_directions()
+        if self.rounding not in ROUNDING:
+            raise ValueError(f"unknown rounding {self.rounding!r}{did_you_mean_or(self.rounding, ROUNDING, 'choose one of')}")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}.")
         sparse_directions.directions(self.direction, {})
@@ -116,6 +125,8 @@ class Method:
             raise ValueError(f"group_size={self.group_size} needs directions_per='group', not {self.directions_per!r}.")
 
     def _check_together(self) -> None:
+        if self.rounding == "residual" and not self.subspace.full:
+            raise ValueError(f"{self.name} writes no weight of the model at each step, so that none is rounded; leave rounding out.")
         assert self.estimates in ESTIMATES and self.reach in ("all", "rows", "span", "part"), (self.estimates, self.reach)
         shared = not self.own
         if self.fitness not in FITNESS:
@@ -189,14 +200,16 @@ class Method:
     def state_bytes(self, shapes: Sequence[Sequence[int]], *, half: bool = False) -> int:
         """Bytes of state between steps beyond the weights, for trainable parameters of these shapes.
 
-        Subspace factors and rule state are float32; half-precision weights that are trained in full space have a 16-bit residual.
+        Subspace factors and rule state are float32; half-precision weights may have a residual (see ``rounding``).
         """
-        total = 0.0
-        for shape in shapes:
-            moving, beside = self.subspace.elements(shape)
-            in_full_space = self.subspace.full or moving == math.prod(shape)
-            total += 4 * (beside + self.update_rule_state * moving) + (2 * moving if half and in_full_space else 0)
-        return math.ceil(total)
+        return math.ceil(sum(self._state_of(shape, half) for shape in shapes))
+
+    def _state_of(self, shape: Sequence[int], half: bool) -> float:
+        moving, beside = self.subspace.elements(shape)
+        whole = moving == math.prod(shape)
+        in_full_space = self.subspace.full or whole
+        residual = half and in_full_space and (self.rounding == "residual" or is_thin(shape) or not whole)
+        return 4 * (beside + self.update_rule_state * moving) + (2 * moving if residual else 0)
 
     @property
     def extra_memory(self) -> str:
@@ -206,10 +219,8 @@ class Method:
         kept = self.subspace.memory(self.update_rule_state)
         if kept == "none" and self.scalars:
             kept = f"{self.scalars} scalars"
-        # Bytes per element in half precision: W 2, the rule's float32 state 4, the residual 2.
-        moving, beside = self.subspace.elements((1024, 1024))
-        half = (4 * (beside + self.update_rule_state * moving) + 2 * moving) / (2 * 1024 * 1024)
-        return f"{kept} (half precision: {half:.3g} × W)"
+        half = self._state_of((1024, 1024), True) / (2 * 1024 * 1024)
+        return f"{kept} (half precision: {half:.3g} × W)" if half else kept
 
 
 def _whole(value: object) -> bool:

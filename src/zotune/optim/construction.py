@@ -220,6 +220,8 @@ def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, 
                 "and take a low-rank method (lozo), or train an adapter (PEFT)."
             )
         coordinate = method.subspace.coordinate(name, parameter)
+        if method.rounding == "residual":
+            coordinate.use_residual()
         _check_placement(method, coordinate)
         coordinates.append(coordinate)
     return coordinates

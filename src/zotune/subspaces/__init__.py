@@ -2,7 +2,7 @@
 
 A *subspace* is a small configuration (:class:`Full`, :class:`LowRank`, ...); applied to a model it makes one *coordinate* object for each
 trainable parameter. A coordinate gives its weight at θ + offset without writing it, applies updates, and keeps what resuming needs. It
-stores θ in float32 (or as a half-precision weight and a residual): no update is lost to rounding.
+stores θ in float32, or as a half-precision weight that is rounded stochastically or has a residual: no update is lost to rounding.
 
 Adapters (LoRA, prefix, prompt) are :class:`Full` over the parameters that PEFT leaves trainable.
 """

@@ -17,6 +17,12 @@ from zotune.rng.directions import GROUP, Directions, Key, add_weighted, group_of
 #: Full-space matrices with a side of at most this many (adapters) are thin: several of their directions are in memory at a time.
 THIN = 64
 
+
+def is_thin(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape is a vector or a thin matrix."""
+    return len(shape) == 1 or (len(shape) == 2 and min(shape) <= THIN)
+
+
 #: Maps a first moment of θ, linear in its estimates, to a new basis.
 MomentTransport = Callable[[Tensor], Tensor]
 
@@ -224,6 +230,9 @@ class Coordinate(abc.ABC):
     def rebind(self, memory: Tensor) -> None:
         """Use ``memory``, flat and with equal values, as :attr:`owned_tensor`."""
         raise NotImplementedError
+
+    def use_residual(self) -> None:  # noqa: B027 - nothing to do where θ is not a weight
+        """Keep what rounding a half-precision θ would lose, from now on."""
 
     def residual_tensor(self) -> Tensor:
         """The lower half of θ, int16, flat, where it is stored in half precision."""

@@ -21,7 +21,7 @@ class Full(Subspace):
         return full_coordinate(name, parameter)
 
 
-def full_coordinate(name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> FullCoordinate:
-    """The full-space coordinates of a parameter, whole or sharded."""
+def full_coordinate(name: str, parameter: nn.Parameter, *, keep_residual: bool | None = None) -> FullCoordinate:
+    """The full-space coordinates of a parameter, whole or sharded; ``keep_residual`` as there."""
     kind = ShardedCoordinate if is_sharded(parameter) else FullCoordinate
     return kind(name, parameter, keep_residual=keep_residual)

@@ -13,13 +13,15 @@ from zotune.io.execution import walked
 from zotune.io.memory_tags import tagged
 from zotune.kernels import low_rank_kernels, perturb_kernels
 from zotune.rng.directions import Directions, Key, for_blocks
-from zotune.subspaces.coordinate import THIN, Coordinate, Offset
+from zotune.subspaces.coordinate import Coordinate, Offset, is_thin
 from zotune.weights import placement, quantized_linear
 from zotune.weights.precision import HALF, join, split_into, stochastic_round
 
 
 class FullCoordinate(Coordinate):
-    """θ = W. In half precision W is the upper part of a float32 value; the lower 16 bits are the residual (see ``precision``).
+    """θ = W. The update of a half-precision W is rounded stochastically, keyed by the step (see ``precision``), unless W has a residual: it
+    is then the upper part of a float32 value, the residual the lower 16 bits, and no update is rounded away. Thin weights have residuals
+    always: those are small, and a vector of numbers near 1 has a coarse spacing.
 
     One class, though long: the ways of perturbing W (whole, strips, rows, by a kernel) agree bit for bit because they share its block code.
 
@@ -31,17 +33,24 @@ class FullCoordinate(Coordinate):
     sharded = False
 
     @tagged("directions")
-    def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool | None = None) -> None:
+        """``keep_residual``: whether a half-precision W has a residual; None: if it is thin."""
         super().__init__(name, parameter, parameter.shape)
         self.start, self.stop = 0, self.numel
-        self.thin = parameter.dim() == 1 or (parameter.dim() == 2 and min(parameter.shape) <= THIN)
+        self.thin = is_thin(parameter.shape)
         self.half = parameter.dtype in HALF
         self.residual: Tensor | None = None
-        if self.half and keep_residual:
-            self.residual = torch.zeros(self.numel, dtype=torch.int16, device=parameter.device)
-            handle = placement.offload_handle(parameter)
-            if handle is not None:
-                handle.attach(self.residual)
+        if self.thin if keep_residual is None else keep_residual:
+            self.use_residual()
+
+    @tagged("directions")
+    def use_residual(self) -> None:
+        if not self.half or self.residual is not None:
+            return
+        self.residual = torch.zeros(self.stop - self.start, dtype=torch.int16, device=self.device)
+        handle = placement.offload_handle(self.parameter)
+        if handle is not None:
+            handle.attach(self.residual)
 
     # -- elements of θ --------------------------------------------------------------------------------------------------------------
 
@@ -78,8 +87,13 @@ class FullCoordinate(Coordinate):
         if not self.parameter.data.is_contiguous():
             self.parameter.data.copy_(flat.view(self.shape))
 
+    @property
+    def rounds(self) -> bool:
+        """Whether an update is rounded: once, however many directions it has."""
+        return self.half and self.residual is None
+
     def _rounding(self, seed: int, step: int) -> Key:
-        return Key(seed, step, 0, self.name, "rounding")
+        return rounding_key(seed, step, self.name)
 
     def _for_blocks(self, work: Callable[[slice, slice], None]) -> None:
         """Call ``work(part, here)`` for every block: its elements of the parameter, and of what this process stores."""
@@ -102,7 +116,7 @@ class FullCoordinate(Coordinate):
         return max(1, (1 << 17 if few else 1 << 23) // self.shape[1])
 
     def _perturb_kernels(self, directions: Directions, flat: Tensor) -> Any:
-        return perturb_kernels(flat, self.residual) if directions.dense and not self.sharded else None
+        return perturb_kernels(flat) if directions.dense and not self.sharded else None
 
     def _low_rank_kernels(self, rank: int) -> Any:
         return low_rank_kernels(self.parameter.data, rank) if self.parameter.is_contiguous() and not self.sharded else None
@@ -273,9 +287,9 @@ class FullCoordinate(Coordinate):
         keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
         moves = [(key, weight * directions.scale(key, self.numel, self.device)) for key, weight in keys]
         kernels = self._perturb_kernels(directions, flat)
-        if kernels is not None and moves:
+        if kernels is not None and moves and (len(moves) == 1 or not self.rounds):
             for place, (key, scale) in enumerate(moves):
-                kernels.update(directions, key, scale, flat, self.residual, 1.0 if place else keep)
+                kernels.update(directions, key, scale, flat, self.residual, 1.0 if place else keep, rounding)
             self._finish(flat)
             return
 
@@ -386,9 +400,16 @@ class FullCoordinate(Coordinate):
 
     @tagged("directions")
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        if ("residual" in state) != (self.residual is not None):
+            raise ValueError(f"{self.name} was saved with another rounding; resume with the method's option rounding as it was.")
         if self.residual is not None:
             residual, saved = self.residual, state["residual"]
             placement.when_loaded(self.parameter, lambda: residual.copy_(saved.to(self.device)), 2 * self.numel)
+
+
+def rounding_key(seed: int, step: int, name: str) -> Key:
+    """The key of a step's stochastic rounding of a weight."""
+    return Key(seed, step, 0, name, "rounding")
 
 
 def unshared(tensor: Tensor) -> Tensor:

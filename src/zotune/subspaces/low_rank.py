@@ -204,7 +204,7 @@ class LowRankCoordinate(Coordinate):
 
     @tagged("directions")
     def fold_every_step(self) -> None:
-        """Stop using hooks. W is then written every step, so in half precision it needs a residual as in full space."""
+        """Stop using hooks. W is then written every step, as in full space."""
         assert not self.pending
         self.uses_hook = False
         self._weight = full_coordinate(self.name, self.parameter)

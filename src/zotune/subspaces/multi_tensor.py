@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from zotune.kernels import perturb_kernels
-from zotune.rng.directions import Directions
+from zotune.rng.directions import Directions, Key
 from zotune.subspaces.coordinate import Coordinate
+from zotune.subspaces.full import FullCoordinate, rounding_key
 from zotune.weights import placement
 
 #: Alignment of a weight's memory, in bytes.
@@ -25,6 +26,7 @@ class MultiTensorGroup:
         self.members = list(members)
         self.names = [c.name for c in members]
         self.lr_scale = members[0].lr_scale
+        self.rounds = isinstance(members[0], FullCoordinate) and members[0].rounds
         self._many: Any = None
         for coordinate in members:
             coordinate.multi_tensor = self
@@ -37,13 +39,19 @@ class MultiTensorGroup:
                 for coordinate in self.members:
                     coordinate.descend(directions, weights, keep, seed, step)
             return
+        if self.rounds and len(taken) > 1:  # a kernel rounds after every direction
+            for coordinate in self.members:
+                coordinate.descend(directions, weights, keep, seed, step)
+            return
         stored = [c.parameter.data.view(-1) for c in self.members]
-        residuals = [c.residual_tensor() for c in self.members] if stored[0].element_size() == 2 else None
-        kernel = perturb_kernels(stored[0], None if residuals is None else residuals[0])
+        residuals = None if self.rounds or stored[0].element_size() == 4 else [c.residual_tensor() for c in self.members]
+        kernel = perturb_kernels(stored[0])
         if self._many is None or self._many.places != kernel.MultiTensorUpdate.places_of(stored, residuals):
             self._many = kernel.MultiTensorUpdate(stored, residuals)
+        roundings = [rounding_key(seed, step, name) for name in self.names]
         for place, (direction, weight) in enumerate(taken):
-            self._many.update(directions, seed, step, direction, self.names, weight, 1.0 if place else keep)
+            keys = [Key(seed, step, direction, name) for name in self.names]
+            self._many.update(directions, keys, roundings, weight, 1.0 if place else keep)
 
     def drop(self) -> None:
         """Nothing is cached between a step's evaluations and its update."""
@@ -54,7 +62,6 @@ def build_multi_tensor_groups(coordinates: Sequence[Coordinate], directions: Dir
     kinds: dict[Any, list[Coordinate]] = {}
     for coordinate in coordinates:
         weight = coordinate.parameter.data
-        residual = getattr(coordinate, "residual", None)
         fits = (
             coordinate.supports_multi_tensor
             and coordinate.schedule is None
@@ -63,8 +70,9 @@ def build_multi_tensor_groups(coordinates: Sequence[Coordinate], directions: Dir
             and placement.offload_handle(coordinate.parameter) is None
             and weight.is_contiguous()
             and weight.data_ptr() % ALIGNED == 0
-            and perturb_kernels(weight, residual) is not None
+            and perturb_kernels(weight) is not None
         )
         if fits:
-            kinds.setdefault((coordinate.device, weight.dtype, coordinate.lr_scale), []).append(coordinate)
+            rounds = isinstance(coordinate, FullCoordinate) and coordinate.rounds
+            kinds.setdefault((coordinate.device, weight.dtype, coordinate.lr_scale, rounds), []).append(coordinate)
     return [MultiTensorGroup(members) for members in kinds.values() if len(members) > 1]

@@ -28,8 +28,9 @@ class ShardedCoordinate(FullCoordinate):
     sharded = True
     draws_separately = True
 
-    def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool = True) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, *, keep_residual: bool | None = None) -> None:
         super().__init__(name, parameter, keep_residual=False)
+        keep = self.thin if keep_residual is None else keep_residual
         self.thin = False
         tensor: Any = parameter
         placements = tensor.placements
@@ -42,8 +43,8 @@ class ShardedCoordinate(FullCoordinate):
             height = -(-rows // tensor.device_mesh.size())
             rank = tensor.device_mesh.get_local_rank()
             self.start, self.stop = (min(rows, height * at) * columns for at in (rank, rank + 1))
-        if self.half and keep_residual:
-            self.residual = torch.zeros(self.stop - self.start, dtype=torch.int16, device=parameter.device)
+        if keep:
+            self.use_residual()
         assert self._flat().numel() == self.stop - self.start, f"{name} has {self._flat().numel()} elements here"
 
     def _flat(self) -> Tensor:

@@ -1,12 +1,12 @@
-"""Half-precision weights that lose no update: float32 coordinates kept as (half weight, int16 residual), and stochastic rounding.
+"""Half-precision weights that lose no update: stochastic rounding, or float32 coordinates kept as (half weight, int16 residual).
 
 A bfloat16 weight of size 0.02 has a spacing of 1.2e-4; a zeroth-order update is around 1e-6. Added in place, 99% of it is rounded
 away. Two remedies:
 
+- **stochastic rounding** to one of the two adjacent numbers, unbiased, its random bits keyed like directions. No memory. An update |u| far
+  below the spacing s adds an error of variance |u| s.
 - **residual**: the float32 value x is split into the model's own half-precision weight and 16 more bits beside it. For bfloat16 the
-  pair is x bit for bit; for float16 it is x to 2^-25 of its size. No update is lost, at 2 bytes a weight.
-- **stochastic rounding** to one of the two adjacent numbers, unbiased, its random bits keyed like directions. No memory, but noisy: for
-  rare, large updates, such as folding A Vᵀ once an interval.
+  pair is x bit for bit; for float16 it is x to 2^-25 of its size. No error, at 2 bytes a weight.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ def zo_block(*, unit: str = "layer") -> Fields:
     c = (L(θ + εZ_b) − L(θ − εZ_b)) / 2ε,   θ_b ← θ_b − η c Z_b,   b = t mod B,   Z_b 0 outside block b
 
     With ``unit="layer"`` a block is one of the model's repeated layers; embeddings, head and everything else outside them are one more
-    block. With ``unit="linear"`` it is a module with weights of its own. State: none in float32.
+    block. With ``unit="linear"`` it is a module with weights of its own. State: none.
     A round of B steps takes the evaluations of B steps of MeZO, each on a batch of its own.
     Departs from the published code, in which all blocks draw from the same seed, so that their directions are equal.
     """
@@ -27,6 +27,6 @@ def zo_block_jacobi(*, unit: str = "layer") -> Fields:
     c_b = (L(θ + εZ_b) − L(θ − εZ_b)) / 2ε for every block b,   θ ← θ − η Σ_b c_b Z_b,   Z_b 0 outside block b
 
     Blocks as in ``zo-block``. A step of B blocks takes 2B evaluations (times ``num_directions``), and its estimate has the noise of one
-    block in each. State: none in float32.
+    block in each. State: none.
     """
     return {"subspace": Blocks(unit, "jacobi")}

@@ -13,7 +13,7 @@ def forward_grad() -> Fields:
 
     One evaluation per direction, in which every activation carries its derivative along: about the work of two forwards, and no error in
     ε (``eps`` is used only to measure a learning rate). The loss must be differentiable and returned undetached.
-    State: none in float32; during an evaluation the tangent of one module's weights, where published code holds the whole model's.
+    State: none; during an evaluation the tangent of one module's weights, where published code holds the whole model's.
     Attention kernels without a forward derivative are replaced by plain products, with one warning.
     """
     return {"estimator": "tangent"}

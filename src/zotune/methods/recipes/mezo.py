@@ -11,7 +11,8 @@ def mezo() -> Fields:
 
     c = (L(θ + εZ) − L(θ − εZ)) / 2ε,   θ ← θ − η c Z,   Z ~ N(0, I)
 
-    State: none in float32; a 16-bit residual for half-precision weights, so that updates far below their spacing add up.
+    State: none. Half-precision weights are rounded stochastically, so that updates far below their spacing add up on average; with
+    ``rounding="residual"`` they add up exactly, at 2 bytes a weight.
     Departs from the published code: no weight is written to evaluate, the global generator is not reseeded, every parameter draws from
     its own key, gradient accumulation works, and the seeds and coefficients are on file (the journal).
     With ``update_rule`` any torch optimizer takes the place of SGD.

@@ -13,7 +13,7 @@ def zo_sparse(*, density: float = 0.8, layers: str = "uniform", interval: int = 
     c = (L(θ + ε m⊙Z) − L(θ − ε m⊙Z)) / 2ε,   θ ← θ − η c m⊙Z,   m ∈ {0, 1}, P(m_i = 1) = density of i's matrix
 
     ``layers="uniform"``: every matrix has the same density. ``"magnitude"``: the densities follow the share of each matrix in the largest
-    magnitudes of all matrices at the start. Vectors (bias, norm) are trained whole. State: none in float32; masks follow from keys.
+    magnitudes of all matrices at the start. Vectors (bias, norm) are trained whole. State: none; masks follow from keys.
     """
     if layers not in ("uniform", "magnitude"):
         raise ValueError(f"layers must be 'uniform' or 'magnitude', not {layers!r}.")
@@ -33,7 +33,7 @@ def sparse_mezo(*, density: float = 0.25) -> Fields:
     return {"subspace": Sparse(density, "small"), "estimates": "descent", "reach": "part"}
 
 
-@register(title="Sensitive MeZO", arxiv="2406.02913", without=PER)
+@register(title="Sensitive MeZO", arxiv="2406.02913", without=(*PER, "rounding"))
 def sensitive_mezo(*, density: float = 1e-3, mask_directions: int = 0) -> Fields:
     """SensZOQ's sparse training: only the weights of every matrix to which the loss is most sensitive are trained (2406.02913).
 
