@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-#: Bytes of a loss on the wire, and of a count of sequences that goes with each worker's losses.
-LOSS = 4
+#: Bytes of a loss on the wire, and of each of the other numbers that go with a worker's losses: a count of sequences, a digest in two.
+LOSS, OTHERS = 4, 3
 
 
 def sent(points: int, examples: int, workers: int) -> int:
-    """Bytes that the busiest worker sends per step: its block of the table of losses, P · N / W of them, and a count."""
-    return LOSS * (points * math.ceil(examples / workers) + 1)
+    """Bytes that the busiest worker sends per step: its block of the table of losses, P · N / W of them, and the others."""
+    return LOSS * (points * math.ceil(examples / workers) + OTHERS)
 
 
 def received(points: int, examples: int, workers: int) -> int:

@@ -91,15 +91,18 @@ def mistakes() -> dict[str, str]:
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     told: dict[str, str] = {}
 
-    def attempt(name: str, *, seed: int = 0, method: str = "lozo", lr: float = 1e-2, batch: int = 0, batches: str = "same") -> None:
+    def attempt(
+        name: str, *, later: int = 0, seed: int = 0, method: str = "lozo", lr: float = 1e-2, batch: int = 0, batches: str = "same"
+    ) -> None:
         model = toys.classifier()
-        workers = Workers(batches=batches, check_every=2)
+        workers = Workers(batches=batches, check_every=0 if name == "later batch" else 2)
+        model.register_buffer("mean", torch.full((2,), float(name == "buffers" and rank == last)))
         optimizer = zotune.ZerothOrder(model, method, lr=lr, seed=seed, workers=workers)
         try:
             for step in range(3):
                 if name == "weights" and step == 1 and rank == last:
                     next(model.parameters()).data.view(-1)[3] += 1e-3
-                optimizer.step(toys.loss_function(model), toys.batch(8, seed=step + batch))
+                optimizer.step(toys.loss_function(model), toys.batch(8, seed=step + (batch if step >= later else 0)))
             told[name] = "nothing"
         except RuntimeError as error:
             told[name] = f"{type(error).__name__}: {error}"
@@ -111,9 +114,23 @@ def mistakes() -> dict[str, str]:
     attempt("method", method="mezo" if wrong else "lozo")
     attempt("lr", lr=2e-2 if wrong else 1e-2)
     attempt("batch", batch=int(wrong))
+    attempt("later batch", batch=int(wrong), later=2)
+    attempt("buffers")
     attempt("batches of their own", batch=int(wrong), batches="auto")
     attempt("weights")
     return told
+
+
+def lost() -> str:
+    """What the others are told when the last rank has ended."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        dist.destroy_process_group()
+        return "nothing"
+    try:
+        Workers().wait()
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def traffic() -> dict[str, int]:
@@ -137,8 +154,12 @@ def main(out: Path, which: str) -> None:
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {name: run(name) for name in names(which)}
     found |= {"mistakes": mistakes(), "traffic": traffic()}
-    (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    rank = dist.get_rank()
+    if which == "some":
+        found["lost"] = lost()
+    else:
+        dist.destroy_process_group()
+    (out / f"rank-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

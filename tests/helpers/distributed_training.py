@@ -6,6 +6,8 @@ first run, and torchrun's restart goes on from the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -19,7 +21,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, default_data_collator
 
+import command_cases
 import trainer_cases
+from zotune.cli import main as cli
 from zotune.optim.distributed import restarted
 from zotune.optim.distributed.agreement import state_digest
 from zotune.optim.journal import Journal, StepRecord
@@ -126,6 +130,19 @@ def default(out: Path, workers: int) -> list[list[float]]:
     return [list(record.coefficients) for record in steps]
 
 
+def command(out: Path, rank: int) -> tuple[int, str]:
+    """Exit code and errors of a command whose seed differs between the ranks."""
+    if rank == 0:
+        command_cases.save_model(out / "my-model")
+        command_cases.save_data(out)
+    dist.barrier()
+    words = ["--model_name_or_path", str(out / "my-model"), "--train_file", str(out / "my.jsonl"), "--method", "lozo", "--max_steps", "2"]
+    words += ["--learning_rate", "1e-4", "--seed", str(rank), "--save_strategy", "no", "--output_dir", str(out / "command")]
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        code = cli.main(["train", *words])
+    return code, said.getvalue()
+
+
 def main(out: Path, dies: bool) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -142,6 +159,7 @@ def main(out: Path, dies: bool) -> None:
     dist.barrier()
     found["other batch"] = choices(out / "other", workers, resume=True, max_steps=7, per_device_train_batch_size=6)["batch"]
     found["default"] = default(out, workers)
+    found["command"] = command(out, rank)
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

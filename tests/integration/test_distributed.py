@@ -134,7 +134,7 @@ def ranks(request: pytest.FixtureRequest, worlds: Path) -> list[dict[str, Any]]:
 
 
 def runs(rank: dict[str, Any]) -> dict[str, Any]:
-    return {name: found for name, found in rank.items() if name not in ("mistakes", "traffic")}
+    return {name: found for name, found in rank.items() if name not in ("mistakes", "traffic", "lost")}
 
 
 @pytest.mark.slow
@@ -172,12 +172,20 @@ def test_a_mistake_names_what_and_who(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         told = rank["mistakes"]
         assert told["none"] == told["batches of their own"] == "nothing"
-        for name in ("seed", "method", "lr", "weights", "batch"):
+        for name in ("seed", "method", "lr", "weights", "buffers", "batch", "later batch"):
             assert told[name].startswith("RankMismatchError: "), told[name]
             if len(ranks) > 2:  # of two, nobody can say who is right
                 assert f"rank {last} " in told[name] or f"ranks {last} " in told[name], told[name]
-            assert name in told[name]
+            assert name.removeprefix("later ") in told[name]
+        assert "at step 2" in told["later batch"], "the losses of the step bring it, not a comparison"
         assert "before step 2" in told["weights"], "the next comparison finds it"
+
+
+@pytest.mark.slow
+def test_a_rank_that_ends_is_one_sentence_to_the_others(worlds: Path) -> None:
+    found = [rank["lost"] for rank in written(worlds / "four")]
+    assert found[3] == "nothing"
+    assert all(said.startswith("LostWorkerError: another process of this run has ended") for said in found[:3]), found
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +205,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
 def test_training_in_two_processes(two_processes: tuple[Path, list[dict[str, Any]]], one_process: dict[str, Any]) -> None:
     """Ranks equal at every step and one process equal; one journal, which replays; predictions in order."""
     folder, ranks = two_processes
-    assert ranks[0] == ranks[1]
+    assert all(ranks[0][name] == ranks[1][name] for name in ranks[0] if name != "command")
     found = ranks[0]["choices"]
     alone = one_process["choices"]
     assert found["losses"] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in alone["losses"]]
@@ -212,6 +220,15 @@ def test_training_in_two_processes(two_processes: tuple[Path, list[dict[str, Any
     assert ranks[0]["labels"]["weights"] == pytest.approx(own["weights"], abs=1e-4)
     assert "already holds a run" in ranks[0]["again"]
     assert ranks[0]["other batch"] == 12, "resumed by 2 processes with 6 examples each"
+
+
+@pytest.mark.slow
+def test_the_command_says_in_a_sentence_that_ranks_differ(two_processes: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank, found in enumerate(two_processes[1]):
+        wanted = (
+            f"zotune (rank {rank}): rank 1 differs from the other workers in seed before step 0: start every worker with the same seed.\n"
+        )
+        assert found["command"] == [1, wanted]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Errors as one sentence and an exit code: :func:`explain`.
 
-Exit codes: 0 done; 1 the run failed (a non-finite loss, out of memory); 2 the request was wrong; 130 interrupted.
+Exit codes: 0 done; 1 the run failed (a non-finite loss, out of memory, processes that differ); 2 the request was wrong; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return text or type(error).__name__, WRONG
     if type(error).__name__ == "SafetensorError":  # also for a full disk
         return f"a safetensors file cannot be read or written ({text}): give another file, or free some space.", WRONG
-    if type(error).__name__ in ("NonFiniteLossError", "ChildFailedError"):
+    if type(error).__name__ in ("NonFiniteLossError", "RankMismatchError", "LostWorkerError", "ChildFailedError"):
         return text, FAILED
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         if isinstance(error, MemoryError) and text:

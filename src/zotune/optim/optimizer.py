@@ -164,6 +164,7 @@ class ZerothOrder(torch.optim.Optimizer):
         state = self.run.state
         context = StepContext(self.seed, state.steps, loss_fn, micro_batches(batch))
         self._settle(context.parts)
+        self.workers.begin_step(context.step, context.parts)
         resumed, prepared = self.resume.step(context.parts)
         if resumed is not None:
             return self._report(resumed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from zotune.weights import placement
 from zotune.weights.external_linear import pieces
+
+#: Names of the buffers that hold quantized weights.
+QUANTIZED = ("codes", "scales", "quantized")
 
 
 def digest(model: nn.Module) -> str:
@@ -40,8 +43,21 @@ def _digest(model: nn.Module, parameters: list[tuple[str, Tensor]]) -> str:
 
 def _packed(model: nn.Module) -> list[tuple[str, Tensor]]:
     """What quantized layers store, by name."""
-    packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("codes", "scales", "quantized")]
+    packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in QUANTIZED]
     return [*packed, *pieces(model)]
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(full name, module, name, buffer) of the buffers that a state dict has, without those of quantized weights."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and name not in QUANTIZED:
+                yield f"{prefix}.{name}".lstrip("."), module, name, buffer
+
+
+def buffers_digest(model: nn.Module) -> str:
+    """BLAKE2b over :func:`persistent_buffers`, such as the running statistics of a batch norm."""
+    return digest_of({name: buffer for name, _, _, buffer in persistent_buffers(model)})
 
 
 def digest_of(items: Mapping[str, Tensor | str]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from zotune.errors import RankMismatchError
-from zotune.forward.batches import batch_tensors
 from zotune.optim import saved_state
 from zotune.optim.construction import RunParts
-from zotune.weights.digest import digest, digest_of
+from zotune.optim.distributed.workers import batch_digest, odd_ranks, other_batch
+from zotune.weights.digest import buffers_digest, digest, digest_of
 from zotune.weights.placement import is_sharded
 
 #: What is compared, in the order of the reports, and the fix for a difference.
@@ -19,6 +18,7 @@ _CAUSES = {
     "step": "resume every worker from the same checkpoint",
     "lr": "give every worker the same learning rate and schedule",
     "weights": "load the same model on every worker, with the same versions, on the same type of device",
+    "buffers": "load the same model on every worker, batch statistics and all other buffers included",
 }
 
 
@@ -35,7 +35,7 @@ def settle(run: RunParts, batch: Any) -> None:
     state = {**_state(run), "batch": None if batch is None else batch_digest(batch)}
     everybody = workers.exchange(state)
     for name, cure in _CAUSES.items():
-        odd = _odd([str(found[name]) for found in everybody])
+        odd = odd_ranks([str(found[name]) for found in everybody])
         if odd:
             ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} differ"
             raise RankMismatchError(f"{ranks} from the other workers in {name} before step {run.state.steps}: {cure}.")
@@ -48,11 +48,7 @@ def settle(run: RunParts, batch: Any) -> None:
                 "batch, or set parallelism='data'."
             )
     elif workers.batches == "same" and not alike:
-        odd = _odd([str(found["batch"]) for found in everybody])
-        raise RankMismatchError(
-            f"ranks {', '.join(map(str, odd))} were given another batch than the other workers at step {run.state.steps}: shuffle with "
-            "the same seed everywhere, or say Workers(batches='own')."
-        )
+        raise other_batch(odd_ranks([str(found["batch"]) for found in everybody]), run.state.steps)
 
 
 def _state(run: RunParts) -> dict[str, Any]:
@@ -63,6 +59,7 @@ def _state(run: RunParts) -> dict[str, Any]:
         "step": numbers["steps"],
         "lr": run.rates(),
         "weights": state_digest(run),
+        "buffers": buffers_digest(run.model),
     }
 
 
@@ -74,14 +71,3 @@ def state_digest(run: RunParts) -> str:
     own = {f"coordinate/{c.name}/residual" for c in run.forward.coordinates if is_sharded(c.parameter)}
     state = {name: tensor for name, tensor in saved_state.save(run)["state"].items() if name not in own}
     return digest_of({"": digest(run.model), **state})
-
-
-def batch_digest(batch: Any) -> str:
-    """A digest of the tensors in a batch."""
-    return digest_of({str(place): tensor for place, tensor in enumerate(batch_tensors(batch))})
-
-
-def _odd(values: list[str]) -> list[int]:
-    """Ranks whose value differs from the majority's."""
-    usual, _ = Counter(values).most_common(1)[0]
-    return [rank for rank, value in enumerate(values) if value != usual]

@@ -2,13 +2,15 @@
 
 Each has the whole model, draws the same directions, and evaluates its share of a step's (direction, example) pairs. They exchange losses
 only, in one all-gather per step: every worker then has the table of losses that one process would have, computes the same coefficients, and
-applies the same update. No gradient or weight is sent, and the model is not wrapped.
+applies the same update. No gradient or weight is sent, and the model is not wrapped. A digest of the batch goes with the losses, so that a
+worker with other data is found before the update.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,10 +20,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zotune.errors import LostWorkerError, RankMismatchError
+from zotune.forward.batches import batch_tensors
 from zotune.optim.distributed.partition import BATCHES, MODES, Block, blocks, pieces
+from zotune.weights.digest import digest_of
 
 #: Default number of steps between two comparisons of all workers' weights; a comparison reads every weight once.
 CHECK_EVERY = 200
+#: Bits of a batch's digest that go with the losses, in two numbers that float32 holds exactly.
+DIGEST_BITS = 24
+
+
+def batch_digest(batch: Any) -> str:
+    """A digest of the tensors in a batch."""
+    return digest_of({str(place): tensor for place, tensor in enumerate(batch_tensors(batch))})
+
+
+def odd_ranks(values: Sequence[Any]) -> list[int]:
+    """Ranks whose value differs from the majority's."""
+    usual, _ = Counter(values).most_common(1)[0]
+    return [rank for rank, value in enumerate(values) if value != usual]
+
+
+def other_batch(odd: Sequence[int], step: int) -> RankMismatchError:
+    """What is wrong where these ranks have another batch."""
+    return RankMismatchError(
+        f"ranks {', '.join(map(str, odd))} were given another batch than the other workers at step {step}: give every worker the same "
+        "data, shuffled with the same seed, or say Workers(batches='own')."
+    )
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,12 @@ class Workers:
         self.stop_requested = self.stopping = False
         #: Bytes this worker has sent to each of the others.
         self.bytes_sent = 0
+        self._step, self._parts = 0, None
+        self._digest: list[float] | None = None  # of the step's batch
+
+    def begin_step(self, step: int, parts: list[Any] | None) -> None:
+        """A step begins on these micro-batches, whose digest goes with its losses."""
+        self._step, self._parts, self._digest = step, parts, None
 
     # -- the table of losses -------------------------------------------------------------------------------------------------------------
 
@@ -107,15 +139,22 @@ class Workers:
             values: losses of the share, (points · each, columns); None where there is nothing to evaluate.
             evaluated: sequences that went through the model for them.
             each: rows of the table that a point has.
+
+        Raises:
+            RankMismatchError: some workers have another batch, where all should have the same.
         """
         if not self.several:
             assert values is not None, "a single worker evaluates everything"
             return values, evaluated
-        sent = torch.zeros(max(map(len, share.blocks)) * each + 1)
+        sent = torch.zeros(max(map(len, share.blocks)) * each + 3)
         if values is not None:
             sent[: values.numel()] = values.detach().float().cpu().reshape(-1)
+        sent[-3:-1] = torch.tensor(self._digest_to_send())
         sent[-1] = -1 - evaluated if self.stop_requested else evaluated
         found = self._all_gather(sent)
+        odd = odd_ranks([tuple(row) for row in found[:, -3:-1].tolist()])
+        if odd:
+            raise other_batch(odd, self._step)
         table = torch.empty(share.shape[0] * each, share.shape[1])
         for block, row in zip(share.blocks, found, strict=True):
             part = row[: len(block) * each].view(len(block.points) * each, len(block.columns))
@@ -123,6 +162,15 @@ class Workers:
         counts = found[:, -1].long()
         self.stopping = self.stopping or bool((counts < 0).any())
         return table, int(torch.where(counts < 0, -1 - counts, counts).sum())
+
+    def _digest_to_send(self) -> list[float]:
+        """Of the step's batch; zeros where workers may have different ones."""
+        if self._parts is None or self.batches != "same":
+            return [0.0, 0.0]
+        if self._digest is None:
+            bits = int(batch_digest(self._parts), 16)
+            self._digest = [float(bits >> shift & 2**DIGEST_BITS - 1) for shift in (0, DIGEST_BITS)]
+        return self._digest
 
     def sizes(self, sizes: Sequence[int]) -> tuple[list[int], int]:
         """Rows of all micro-batches of a step, and which of them is this worker's first."""
@@ -155,7 +203,7 @@ class Workers:
         """The result of the first worker, which alone calls ``make``; a JSON value.
 
         Raises:
-            ValueError: on all workers, where the first raised a ValueError or an OSError; any other error is a RuntimeError elsewhere.
+            ValueError: on all workers, where the first raised a ValueError or an OSError; any other error is a LostWorkerError elsewhere.
         """
         if not self.several:
             return make()
@@ -170,7 +218,7 @@ class Workers:
         if error is not None:
             raise error
         if "error" in said:
-            raise (ValueError if said["wrong"] else RuntimeError)(said["error"])
+            raise (ValueError if said["wrong"] else LostWorkerError)(said["error"])
         return said.get("value")
 
     @contextmanager
@@ -201,15 +249,31 @@ class Workers:
         """All workers' tensors of one shape, on the CPU, (workers, ...)."""
         sent = sent.to(self._device)
         found = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(found, sent, group=self.group)
+        with _answered():
+            dist.all_gather(found, sent, group=self.group)
         self.bytes_sent += sent.numel() * sent.element_size()
         return torch.stack(found).cpu()
 
     def _broadcast(self, value: Any) -> Any:
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._device)
         length = torch.tensor([len(text)], device=self._device)
-        dist.broadcast(length, group=self.group, group_src=0)
-        if not self.first:
-            text = torch.empty(int(length), dtype=torch.uint8, device=self._device)
-        dist.broadcast(text, group=self.group, group_src=0)
+        with _answered():
+            dist.broadcast(length, group=self.group, group_src=0)
+            if not self.first:
+                text = torch.empty(int(length), dtype=torch.uint8, device=self._device)
+            dist.broadcast(text, group=self.group, group_src=0)
         return json.loads(text.cpu().numpy().tobytes())
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """LostWorkerError for an exchange that fails."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise LostWorkerError(
+            "another process of this run has ended or does not answer, and says why; start all processes again, and the run goes on from "
+            "its journal."
+        ) from error
