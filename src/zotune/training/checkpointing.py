@@ -10,13 +10,14 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, has_length
 
 from zotune.baselines import FirstOrder
 from zotune.io.lock import check_in_place
 from zotune.optim.distributed import Workers
 from zotune.optim.optimizer import ZerothOrder
-from zotune.training import adapters
+from zotune.training import adapters, base_identity, resume_rules
+from zotune.training.base_identity import BaseIdentity
 from zotune.training.checkpoint import contents, identity, offloaded, storage
 from zotune.training.config import settings
 from zotune.training.log_sums import StepSums
@@ -37,6 +38,8 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._since_log = StepSums()
         self._identity: identity.WeightsIdentity | None = None
+        self._batch_of_run: resume_rules.Batch | None = None  # of a resumed one
+        self.base: BaseIdentity | None = None  # of the files that the model is from; None: of the model
         super().__init__(*args, **kwargs)
         if self.args.load_best_model_at_end and self.args.save_only_model and keeps_factors(self.model):
             raise ValueError(
@@ -65,6 +68,10 @@ class CheckpointedTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         contents.save_model(folder, self.model, state_dict)
+        if hasattr(self.model, "peft_config"):
+            self.base = self.base or base_identity.identity_below(self.model)
+            if self.base is not None:
+                base_identity.save(folder, self.base)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -111,6 +118,7 @@ class CheckpointedTrainer(Trainer):
         optimizer = self.zo_optimizer
         mark = storage.journal_mark(self._journal_path, optimizer.steps) if optimizer.journal is not None else None
         extra = {"journal": mark, "since_log": self._since_log.to_dict(), "weights": dataclasses.asdict(self._weights_identity())}
+        extra["training"] = self._determining()
         contents.save_optimizer(Path(output_dir), optimizer, **extra)
         contents.save_scheduler(Path(output_dir), self.lr_scheduler)
 
@@ -131,6 +139,19 @@ class CheckpointedTrainer(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: Hugging Face's loads a pickle, and no gradients are scaled."""
+
+    def batch_by_options(self) -> resume_rules.Batch:
+        """The examples of a step by the options."""
+        size, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        return resume_rules.Batch(size, accumulation, self.args.train_batch_size * self.workers.size * accumulation)
+
+    def _determining(self) -> dict[str, Any]:
+        """The options that determine the run, for its journal and checkpoints."""
+        batch = self._batch_of_run or self.batch_by_options()
+        rows = f"{len(self.train_dataset)} examples" if has_length(self.train_dataset) else None
+        objective = getattr(self, "objective", None)
+        named = objective if isinstance(objective, str) else None
+        return resume_rules.determining(self.args, batch=dataclasses.asdict(batch), train_dataset=rows, objective=named)
 
     def _weights_identity(self) -> identity.WeightsIdentity:
         """That of the run; what is not trained is read once."""

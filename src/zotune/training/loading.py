@@ -15,9 +15,10 @@ from torch import nn
 
 from zotune.io.inside import check_indexes
 from zotune.io.sizes import parse_size
-from zotune.training import offloaded_loading
+from zotune.training import base_identity, offloaded_loading
 from zotune.training.adapters import check_fresh
 from zotune.training.arguments import ModelArguments
+from zotune.training.base_identity import BaseIdentity
 from zotune.training.schemes import load_adapter
 from zotune.weights import offload
 from zotune.weights.offload.budget import Needs
@@ -32,11 +33,13 @@ class ModelPlan:
         name: folder (absolute) or hub id of the base model.
         adapter: folder of a trained adapter, or None.
         config: its transformers configuration.
+        identity: of the base model's weights, where :func:`load_model` was asked for it.
     """
 
     name: str
     adapter: str | None
     config: Any
+    identity: BaseIdentity | None = None
 
 
 def plan_model(args: ModelArguments, command: str) -> ModelPlan:
@@ -67,6 +70,7 @@ def load_model(
     *,
     classes: Sequence[str] | None = None,
     needs: Needs | None = None,
+    identify: bool = False,
 ) -> tuple[nn.Module, list[str]]:
     """The model on the CPU, and the names of the parameters missing from its files (a classifier's new head, initialized at random).
 
@@ -76,9 +80,11 @@ def load_model(
         device: where it will run, for dtype "auto".
         classes: names of a classifier's classes; None for a language model.
         needs: memory of a step beside the weights, for `--max_memory`.
+        identify: sets ``plan.identity``.
 
     Raises:
-        ValueError: the head has another number of classes, or a language model's files are incomplete.
+        ValueError: an adapter was trained on another base, the head has another number of classes, or a language model's files are
+            incomplete.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -103,6 +109,15 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
+    then = None if plan.adapter is None else base_identity.saved(Path(plan.adapter))
+    if then is not None:
+
+        def again(dtype: str) -> nn.Module:
+            return explained(plan.name, lambda: kind.from_pretrained(plan.name, config=config, **{**options, "dtype": dtype}))
+
+        base_identity.check(then, model, plan.adapter or "", again, missing)
+    if identify:
+        plan.identity = base_identity.identity_of_base(model, missing)
     if args.quantize is not None:
         quantize(model, int(args.quantize.removeprefix("int")))
         stream = offload.stream_of(model)

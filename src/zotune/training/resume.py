@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,18 +55,21 @@ def checkpoint_of(run: Path, journal: Path, wanted: str | os.PathLike[str] | Lit
     raise ValueError(faults[0] if faults else f"{run} holds no checkpoint to resume from: start without resume_from_checkpoint.")
 
 
-def batch_size(folder: Path, usual: int, per_device: int) -> int:
-    """Examples per micro-batch, of all processes together: the checkpoint's, with any number of them; ``usual`` for other options."""
-    arguments = folder / storage.ARGUMENTS
-    if not arguments.is_file():
-        return usual
-    then = contents.load_json(arguments).get("per_device_train_batch_size")
-    saved = contents.load_json(folder / storage.TRAINER_STATE).get("train_batch_size")
-    return saved if saved and then == per_device else usual
+def recorded(journal: Path, checkpoint_folder: Path | None) -> dict[str, Any] | None:
+    """The options that determine a run (:func:`resume_rules.determining`), of its checkpoint or else of its journal.
+
+    None for a journal of an optimizer of the user's own.
+    """
+    if checkpoint_folder is None:
+        return Journal.open(journal).header.get("training")
+    return contents.load_json(checkpoint_folder / storage.STATE)["training"]
 
 
-def begin(optimizer: ZerothOrder, model: nn.Module, path: Path) -> None:
+def begin(optimizer: ZerothOrder, model: nn.Module, path: Path, training: Mapping[str, Any]) -> None:
     """Creates the journal of a new run at ``path``; a fresh adapter, which is random, is saved beside it for replay.
+
+    Args:
+        training: the options that determine the run.
 
     Raises:
         ValueError: the optimizer has already taken steps.
@@ -82,7 +85,7 @@ def begin(optimizer: ZerothOrder, model: nn.Module, path: Path) -> None:
                 model.save_pretrained(folder)  # type: ignore[operator]
                 storage.write_manifest(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        optimizer.journal = Journal.create(path, optimizer.header())
+        optimizer.journal = Journal.create(path, {**optimizer.header(), "training": dict(training)})
 
 
 def resume(optimizer: ZerothOrder, path: Path, checkpoint_folder: str | None, *, along_journal: bool) -> tuple[Any, ...]:

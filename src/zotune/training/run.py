@@ -17,7 +17,7 @@ from zotune.io.lock import locked
 from zotune.methods import Method
 from zotune.optim.distributed import Workers, restarted
 from zotune.tasks import PreparedData, prepare
-from zotune.training import baseline_runs, run_folder
+from zotune.training import baseline_runs, run_file, run_folder
 from zotune.training.arguments import ModelArguments
 from zotune.training.callbacks import StepClock, StopOnSignal
 from zotune.training.checkpoint import storage
@@ -75,7 +75,7 @@ class _Run:
 
     def carry_out(self) -> RunResult:
         config, training = self.config, self.training
-        self._start()
+        self._check_resumed(self._start()[0])
         method = training.chosen_method()
         check_request(config, method)
         plan = plan_model(config.model, "zotune train")
@@ -87,7 +87,7 @@ class _Run:
         classes = data.label_names if data.train_objective == "classifier" else None
         predict = self.predict_needs
         needs = None if predict is None else predict(config.model, plan, training, data, method, config.scheme)
-        model, fresh = load_model(plan, config.model, training.device, classes=classes, needs=needs)
+        model, fresh = load_model(plan, config.model, training.device, classes=classes, needs=needs, identify=True)
         if fresh and config.scheme.scheme == "scales":
             raise ValueError("the model's head is randomly initialized, and --scheme scales does not train it: train it first.")
         if isinstance(method, Baseline) and method.kind != "backward":
@@ -99,6 +99,7 @@ class _Run:
             with self.workers.on_first(locked(self.folder)):
                 resume, clear = self._start()  # another process may have worked in the folder since
                 trainer = self._trainer(model, tokenizer, data)
+                trainer.base = plan.identity
                 record = RunRecord(config, trainer, data, plan.adapter or plan.name, self.workers.size)
                 if isinstance(method, Baseline) and method.kind != "backward":
                     summary = self._run_without_steps(method, trainer, data, clear, record)
@@ -116,6 +117,12 @@ class _Run:
         wanted, overwrite = self.training.resume_from_checkpoint, self.config.output.overwrite_output_dir
         again = restarted(self.folder)
         return tuple(self.workers.from_first(partial(run_folder.start_in, self.folder, wanted, overwrite=overwrite, restarted=again)))
+
+    def _check_resumed(self, resume: str | bool | None) -> None:
+        """ValueError for options that the run to resume does not have, before anything is loaded."""
+        if resume is not None:
+            run = run_file.parsed(run_folder.read_run(self.folder), self.folder / run_folder.RUN_FILE)
+            run_file.check_options(self.folder / run_folder.RUN_FILE, run, self.config)
 
     def _sources(self, plan: ModelPlan) -> list[str | Path | None]:
         """The files and folders that the run reads."""
@@ -161,7 +168,8 @@ class _Run:
                 record.start(fresh, before)
             self.workers.wait()
         else:
-            before = run_folder.read_run(self.folder).get("before")
+            before = record.resume()
+            self.workers.wait()
             record.restore_head()
         peak_before = memory.peak()
         seconds = self._loop(trainer, resume, self.observer.callbacks(data.main_metric, (before or {}).get(data.main_metric)))

@@ -20,6 +20,7 @@ from typing import Any
 from zotune.io.atomic import sync
 from zotune.io.json_files import write_json
 from zotune.optim.distributed.launch import LAUNCH_FILE
+from zotune.training import run_file
 from zotune.training.checkpoint import storage
 from zotune.training.checkpoint.storage import other_format
 
@@ -189,6 +190,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     refused = other_format(folder, content.get("format"))
     if refused is not None:
         raise ValueError(refused)
+    run_file.parsed(content, path)
     return content
 
 

@@ -18,10 +18,9 @@ from zotune.io.atomic import whole_file
 from zotune.io.json_files import write_json
 from zotune.io.lock import check_in_place
 from zotune.tasks import PreparedData
-from zotune.training import run_folder
+from zotune.training import resume_rules, run_file, run_folder
 from zotune.training.adapters import base_name
 from zotune.training.checkpoint import storage
-from zotune.training.config import settings
 from zotune.training.curve import curve_of, write_curve
 from zotune.training.run_config import RunConfig
 from zotune.training.trainer import ZOTrainer
@@ -42,6 +41,7 @@ class RunRecord:
     def __init__(self, config: RunConfig, trainer: ZOTrainer, data: PreparedData, base: str, processes: int):
         self.config, self.trainer, self.data, self.base, self.processes = config, trainer, data, base, processes
         self.folder = config.folder
+        self.resumed: list[dict[str, Any]] = []  # resumptions with other options
 
     def start(self, fresh: Sequence[str], before: Metrics | None) -> None:
         """Writes `zotune_run.json`, before all else, and the randomly initialized parameters, which a replay needs.
@@ -59,14 +59,14 @@ class RunRecord:
                 "command": shlex.join(["zotune", "train", *self.config.words]),
                 "working_directory": str(Path.cwd()),
                 "base_model": self.base,
+                "base": None if self.trainer.base is None else dataclasses.asdict(self.trainer.base),
                 "dtype": dtype_of(self.trainer.model),
                 "classes": list(self.data.label_names) if self.data.train_objective == "classifier" else None,
                 "metric": self.data.main_metric,
                 "before": before,
-                "model_arguments": dataclasses.asdict(self.config.model),
-                "data_arguments": _absolute(dataclasses.asdict(self.config.data)),
-                "scheme": dataclasses.asdict(self.config.scheme),
-                "training_arguments": settings(self.config.training),
+                "batch": dataclasses.asdict(self.trainer.batch_by_options()),
+                "examples": None if self.data.train is None else dataclasses.asdict(run_file.examples_of(self.data.train)),
+                **run_file.options_of(self.config),
                 "versions": run_folder.versions(),
             },
         )
@@ -75,6 +75,28 @@ class RunRecord:
             head = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
             with whole_file(self.folder / run_folder.HEAD_FILE) as partial:
                 save_file(head, partial)
+
+    def resume(self) -> Metrics | None:
+        """Compares the run with `zotune_run.json`, which gets the options that changed; the metrics before training.
+
+        Raises:
+            ValueError: the base model, the training examples or the size of a batch are not those of the run.
+        """
+        path = self.folder / run_folder.RUN_FILE
+        content = run_folder.read_run(self.folder)
+        run = run_file.parsed(content, path)
+        run_file.check_base(path, run, self.trainer.base)
+        run_file.check_examples(path, run, run_file.examples_of(self.data.train), self.config)
+        if run.batch is not None:
+            resume_rules.micro_batch(path, run.batch, self.trainer.batch_by_options(), self.processes)
+        changed = run_file.changes(run, self.config)
+        self.resumed = [dataclasses.asdict(each) for each in run.resumed]
+        if changed:
+            when, command = datetime.now(UTC).isoformat(timespec="seconds"), shlex.join(["zotune", "train", *self.config.words])
+            self.resumed.append({"when": when, "command": command, "changed": changed})
+            if self.trainer.workers.first:
+                write_json(path, {**content, **run_file.options_of(self.config), "resumed": self.resumed})
+        return run.before
 
     def restore_head(self) -> None:
         """Loads the randomly initialized parameters that the run began with."""
@@ -168,6 +190,7 @@ class RunRecord:
             "processes": self.processes,
             "seed": config.training.seed,
             "output_dir": str(self.folder),
+            "resumed": self.resumed,
             "before": before,
             "after": after,
             **figures,
@@ -190,13 +213,3 @@ class RunRecord:
 def dtype_of(model: nn.Module) -> str:
     """The dtype of a model's first parameter, such as ``"float32"``."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def _absolute(data: dict[str, Any]) -> dict[str, Any]:
-    """The data options with absolute paths, for a later `zotune eval` from any folder."""
-    for name in ("data_dir", "train_file", "eval_file", "tools"):
-        if data[name] is not None:
-            data[name] = str(Path(data[name]).expanduser().resolve())
-    if data["task"] and data["task"].endswith((".yaml", ".yml")):
-        data["task"] = str(Path(data["task"]).resolve())
-    return data

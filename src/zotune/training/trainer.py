@@ -27,7 +27,7 @@ from zotune.optim.distributed import launch, partition
 from zotune.optim.journal import StepRecord
 from zotune.optim.optimizer import ZerothOrder
 from zotune.subspaces import Guided
-from zotune.training import resume
+from zotune.training import resume, resume_rules
 from zotune.training.checkpoint import storage
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
@@ -129,8 +129,9 @@ class ZOTrainer(EvaluatedTrainer):
     ) -> TrainOutput:
         if self._own_optimizer:
             self.optimizer = None
-        self._from_base = False
+        self._from_base, self._batch_of_run = False, None
         self._along_journal = resume_from_checkpoint is True
+        self._train_batch_size = self.args.train_batch_size * self.workers.size
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
             folder = None
             self.workers.from_first(partial(resume.refuse_used, self._run_folder))
@@ -140,9 +141,7 @@ class ZOTrainer(EvaluatedTrainer):
             found = self.workers.from_first(lambda: str(place() or ""))
             folder = Path(found) if found else None
             self._from_base = folder is None
-            if folder is not None:
-                usual = self.args.train_batch_size * self.workers.size
-                self._train_batch_size = resume.batch_size(folder, usual, self.args.per_device_train_batch_size)
+            self._compare_options(self.workers.from_first(partial(resume.recorded, journal, folder)), folder or journal)
         check_training_data(self.train_dataset, self.args.dataloader_drop_last, self._train_batch_size)
         agents = launch.agents(self.workers)
         if self.workers.first:
@@ -154,6 +153,14 @@ class ZOTrainer(EvaluatedTrainer):
             return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
         finally:
             self._release_model()
+
+    def _compare_options(self, then: dict[str, Any] | None, place: Path) -> None:
+        """ValueError where the run at ``place`` was determined by other options; its batch stays with any number of processes."""
+        if then is None:
+            return
+        resume_rules.check_equal(place, then, self._determining())
+        self._batch_of_run = resume_rules.Batch(**then["batch"])
+        self._train_batch_size = resume_rules.micro_batch(place, self._batch_of_run, self.batch_by_options(), self.workers.size)
 
     def _release_model(self) -> None:
         """Leaves a plain model with the trained weights, also after an interruption."""
@@ -191,7 +198,7 @@ class ZOTrainer(EvaluatedTrainer):
         if isinstance(optimizer, FirstOrder):
             return prepared
         if not self._from_base and resume_from_checkpoint is None:
-            self.workers.from_first(partial(resume.begin, optimizer, self.model, self._journal_path))
+            self.workers.from_first(partial(resume.begin, optimizer, self.model, self._journal_path, self._determining()))
             return prepared
         along = self._along_journal
         resumed = partial(resume.resume, optimizer, self._journal_path, resume_from_checkpoint, along_journal=along)

@@ -19,17 +19,23 @@ QUANTIZED = ("codes", "scales", "quantized")
 
 def digest(model: nn.Module) -> str:
     """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trained or not, and of quantized weights."""
-    return _digest(model, list(model.named_parameters()))
+    return _digest(model, list(model.named_parameters()), _packed(model))
+
+
+def digest_of_parameters(model: nn.Module, parameters: list[tuple[str, Tensor]]) -> str:
+    """:func:`digest` of some named parameters of a model alone."""
+    return _digest(model, parameters, [])
 
 
 def frozen_digest(model: nn.Module, trained: Collection[Tensor]) -> str | None:
     """:func:`digest` of all but the ``trained`` parameters; None where nothing else is stored."""
     ours = {id(parameter) for parameter in trained}
     rest = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in ours]
-    return _digest(model, rest) if rest or _packed(model) else None
+    packed = _packed(model)
+    return _digest(model, rest, packed) if rest or packed else None
 
 
-def _digest(model: nn.Module, parameters: list[tuple[str, Tensor]]) -> str:
+def _digest(model: nn.Module, parameters: list[tuple[str, Tensor]], packed: list[tuple[str, Tensor]]) -> str:
     def one(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
         with placement.loaded(tensor):
@@ -38,7 +44,7 @@ def _digest(model: nn.Module, parameters: list[tuple[str, Tensor]]) -> str:
     if any(placement.is_sharded(parameter) for parameter in model.parameters()):  # all processes gather them in one order
         return _joined(map(one, ((name, _whole(tensor)) for name, tensor in parameters)))
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing releases the interpreter lock
-        return _joined(pool.map(one, [*parameters, *_packed(model)]))
+        return _joined(pool.map(one, [*parameters, *packed]))
 
 
 def _packed(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_run_is_an_error(stopped: Path, tmp_path: Path) 
 @pytest.mark.parametrize("changed", [{"rank": 1}, {"eps": 1e-2}, {"method": "mezo"}, {"seed": 11}])
 def test_another_method_or_seed_cannot_take_a_run_over(stopped: Path, changed: dict[str, Any]) -> None:
     before = (stopped / "journal.zo").read_bytes()
-    with pytest.raises(ValueError, match="the saved run"):
+    with pytest.raises(ValueError, match="cannot be resumed with other options: "):
         trainer(stopped, **{**INTERRUPTED, **changed}).train(resume_from_checkpoint=True)
     assert (stopped / "journal.zo").read_bytes() == before
 
@@ -216,7 +216,7 @@ def test_weights_of_another_model_are_an_error(stopped: Path) -> None:
 
 def test_another_scheduler_is_an_error(stopped: Path) -> None:
     changed = {**INTERRUPTED, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
-    with pytest.raises(ValueError, match="written with the scheduler LambdaLR"):
+    with pytest.raises(ValueError, match="lr_scheduler_type was 'linear' and is 'reduce_lr_on_plateau'"):
         trainer(stopped, eval_dataset=choice_rows(), **changed).train(resume_from_checkpoint=True)
 
 
@@ -294,7 +294,8 @@ def test_an_optimizer_of_ones_own_resumes_with_its_own_journal(tmp_path: Path) -
     resumed = own("run", zotune.Journal.open(tmp_path / "elsewhere.zo"), **INTERRUPTED)
     resumed.train(resume_from_checkpoint=True)
     assert same_weights(weights(straight.model), weights(resumed.model))
-    assert (tmp_path / "straight/journal.zo").read_bytes() == (tmp_path / "elsewhere.zo").read_bytes()
+    records = [list(zotune.Journal.open(tmp_path / name).records()) for name in ("straight/journal.zo", "elsewhere.zo")]
+    assert records[0] == records[1]
 
 
 def test_a_used_optimizer_starts_no_run(tmp_path: Path) -> None:
