@@ -17,7 +17,7 @@ help:
 	@echo "make test        set up and run every test"
 	@echo "make lint        set up, lint and types"
 	@echo "make check       the same and the fast tests"
-	@echo "make chaos       kill and resume a small run 200 times and compare it with the unbroken one (about 5 minutes)"
+	@echo "make chaos       kill, interrupt and starve small runs 200 times and compare them with the undisturbed ones (about 5 minutes)"
 	@echo "make setup       make $(VENV) and install zotune into it with the tested versions"
 	@echo "make clean       remove caches and build output ($(VENV) stays)"
 

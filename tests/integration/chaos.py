@@ -1,189 +1,473 @@
-"""Kill and resume a small run again and again: `make chaos`.
+"""Disturb small runs again and again, and compare them with the runs that nobody disturbed: `make chaos`.
 
-A run of the trainer is killed (SIGKILL) at a random instant or at a place chosen by its seed: before, in the middle of or after a write to
-the journal, at a sync or a rename of a checkpoint, in a fold. It is resumed until it ends, and then has to be, byte for byte, the run that
-nobody disturbed: the journal, the weights, and the weights that the journal replays to. Each round forks this process, which has imported
-everything, so that a round costs about a second.
+A run of `zotune train`, or of `torchrun --max-restarts` around it, is killed at a random instant or at one of its file operations, is
+interrupted (Ctrl-C) there, or finds the disk full from there on. Then it is started again, by the plain command or by
+`--resume_from_checkpoint true`, until it ends. What counts as a failure:
+
+- bytes that differ from the undisturbed run's: of the journal, of the weights, of the metrics after training;
+- a dead end: both commands are refused;
+- a traceback, an exit code that does not fit, damage that `zotune verify` finds, leftovers at the end, a file of the user's that is gone.
+
+Every attempt forks this process, which has imported everything, and so takes a fraction of a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
+import json
 import os
 import random
+import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure  # noqa: F401  what runs import late
+import peft  # noqa: F401
 import torch
-from safetensors.torch import load_file
+import transformers
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import zotune
-from trainer_cases import choice_rows, tiny_llama, trainer
+import zotune.cli.train  # noqa: F401
+from command_cases import save_data, save_encoder, save_model
+from zotune.cli.main import main as zotune_command
+from zotune.cli.verify import findings
 from zotune.subspaces import LowRankCoordinate
-from zotune.training.checkpoint.storage import checkpoints
+from zotune.training import run_folder
+from zotune.training.checkpoint import storage
+from zotune.training.run_folder import Kind, kind_of
 
-PLACES = ("time", "before", "during", "after", "sync", "rename", "fold")
-METHODS = ("lozo-m", "mezo-adam", "lozo-e")
-
-
-def run(folder: Path, method: str, *, steps: int, resume: bool) -> None:
-    """The small run in a folder, to its end; leaves `model.safetensors` there."""
-    options: dict[str, Any] = {"method": method, "max_steps": steps, "save_strategy": "steps", "save_steps": 7, "save_total_limit": 2}
-    if "interval" in zotune.methods.options(method):
-        options["interval"] = 4
-    job = trainer(
-        folder,
-        forward_batching="batched",
-        lr_scheduler_type="linear",
-        warmup_steps=3,
-        train_dataset=choice_rows(40),
-        logging_steps=1000,
-        **options,
-    )
-    job.train(resume_from_checkpoint=resume or None)
-    job.save_model()
+WORDS = (
+    "--task sst2 --data_dir data --num_train 16 --num_eval 4 --max_steps 8 --learning_rate 1e-3 --save_steps 3 --save_total_limit 2 "
+    "--eval_strategy no --logging_steps 1000 --per_device_train_batch_size 4 --use_cpu true"
+)
+DECODER, ENCODER = "--model_name_or_path my-model", "--model_name_or_path my-encoder"
+ZO, ZO_ENCODER = (f"{model} --forward_batching batched" for model in (DECODER, ENCODER))
+SAVED_BEFORE_RUN = "--method mezo --max_steps 2 --save_strategy no --seed 5"
 
 
-def begun(folder: Path) -> bool:
-    """Whether there is something to resume."""
-    return (folder / "journal.zo").exists() or bool(checkpoints(folder))
+@dataclass(frozen=True)
+class Setup:
+    """A run: further words of `zotune train`; the processes of torchrun (0: the command alone); whether it replaces another run."""
+
+    words: str
+    processes: int = 0
+    over: bool = False
 
 
-def digests(folder: Path) -> tuple[str, str]:
-    """SHA-256 of a finished run's journal and weights."""
-    return tuple(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("journal.zo", "model.safetensors"))  # type: ignore
+METHODS = ("lozo-g", "lozo", "lozo-m", "lozo-e", "mezo", "mezo-adam", "mezo-svrg", "hizoo", "hizoo-l", "agzo", "meazo", "fzoo")
+METHODS += ("replayed-adam", "sparse-mezo", "zo-block", "zo-sgd-cons", "zo-rmsprop", "jaguar-muon")
+SETUPS: dict[str, Setup] = {
+    **{name: Setup(f"{ZO} --method {name}") for name in METHODS},
+    **{name: Setup(f"{ZO} --method {name} --rank 2") for name in ("subzero", "tezo", "zo-muon")},
+    "sensitive-mezo": Setup(f"{DECODER} --method sensitive-mezo --forward_batching sequential"),
+    "lora": Setup(f"{ZO} --method lozo-m --scheme lora"),
+    "prefix": Setup(f"{ZO} --method mezo --scheme prefix"),
+    "int8": Setup(f"{ZO} --method lozo-m --quantize int8"),
+    "lora on int8": Setup(f"{ZO} --method mezo-adam --scheme lora --quantize int8"),
+    "scales": Setup(f"{ZO} --method mezo --scheme scales --quantize int8"),
+    "offload": Setup(f"{ZO} --method lozo-m --offload disk"),
+    "accumulation": Setup(f"{ZO} --method lozo-e --gradient_accumulation_steps 2"),
+    "measured rate": Setup(f"{ZO} --method lozo-e --learning_rate auto"),
+    "best model": Setup(f"{ZO} --method lozo-m --eval_strategy steps --eval_steps 3 --load_best_model_at_end true --num_dev 4"),
+    "one checkpoint": Setup(f"{ZO} --method mezo-adam --save_steps 2 --save_total_limit 1"),
+    "journal alone": Setup(f"{ZO} --method lozo-m --save_strategy no"),
+    "encoder": Setup(f"{ZO_ENCODER} --method lozo-m"),
+    "fo-adamw": Setup(f"{DECODER} --method fo-adamw"),
+    "fo-sgd, no checkpoint": Setup(f"{DECODER} --method fo-sgd --save_strategy no"),
+    "fo-adamw, a fresh head": Setup(f"{ENCODER} --method fo-adamw --scheme head"),
+    "hybrid": Setup(f"{DECODER} --method hybrid"),
+    "galore": Setup(f"{DECODER} --method galore"),
+    "zero-shot": Setup(f"{DECODER} --method zero-shot --max_steps 1"),
+    "linear probe": Setup(f"{DECODER} --method linear-probe --max_steps 1"),
+    "over another run": Setup(f"{ZO} --method lozo-m", over=True),
+    "torchrun": Setup(f"{ZO} --method lozo-m", processes=1),
+    "torchrun, fo-adamw": Setup(f"{DECODER} --method fo-adamw", processes=1),
+    "torchrun, over another run": Setup(f"{ZO} --method lozo-m", processes=1, over=True),
+    "torchrun, two processes": Setup(f"{ZO} --method lozo-e --per_device_train_batch_size 2", processes=2),
+}
+#: Set-ups whose start is disturbed at every file operation.
+STARTS = ("lozo-m", "lora", "fo-adamw, a fresh head", "over another run", "linear probe")
+OPERATIONS = 30  # of a start, and a few more
+KINDS = ("kill", "interrupt", "full", "refused")
+MINE = {"notes.txt": "mine", "checkpoint-notes/a.txt": "mine", "checkpoint-500.txt": "mine", ".mine.partial": "mine"}
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+@dataclass
+class Disturbance:
+    """What happens to an attempt: a kind, and the file operation (or fold) where, or the seconds after which."""
+
+    kind: str = "none"
+    at: float = 0
+
+    def arm(self, folder: Path) -> None:
+        """Sets it in this process."""
+        if self.kind in ("none", "time"):
+            return
+        left = int(self.at)
+
+        def passed(torn: Callable[[], object] = lambda: None) -> None:
+            nonlocal left
+            left -= 1
+            if left > 0 or (left < 0 and self.kind != "refused"):
+                return
+            if self.kind in ("kill", "fold"):
+                torn()
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.kind == "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+            elif self.kind == "full":  # every write from now on fails, also those of libraries in C and Rust
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            else:
+                raise OSError(28, os.strerror(28))
+
+        if self.kind == "fold":
+            around(LowRankCoordinate, "fold", passed)
+            return
+        around(os, "fsync", passed)
+        around(os, "pwrite", passed)
+        place, events = str(folder), ["os.rename", "os.mkdir", "os.truncate"]
+        events += [] if self.kind == "refused" else ["os.remove", "os.rmdir"]  # a full disk lets files be deleted
+
+        def audit(event: str, values: tuple[Any, ...]) -> None:
+            if event == "open":
+                path, _, flags = values
+                writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+                if writes and isinstance(path, str) and path.startswith(place):
+                    passed()
+            elif event in events and str(values[0]).startswith(place):
+                passed()
+
+        sys.addaudithook(audit)
 
 
-def arm(place: str, count: int) -> None:
-    """Let this process die at the count-th passage of a place."""
-    left = count
+def around(owner: Any, name: str, passed: Callable[..., None]) -> None:
+    genuine = getattr(owner, name)
 
-    def due() -> bool:
-        nonlocal left
-        left -= 1
-        return left == 0
-
-    def around(owner: Any, name: str, deadly: Callable[..., Any]) -> None:
-        genuine = getattr(owner, name)
-        setattr(owner, name, lambda *args, **kwargs: deadly(genuine, *args, **kwargs))
-
-    def before(genuine: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if due():
-            kill()
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        if name == "pwrite":
+            descriptor, blob, end = args
+            passed(lambda: genuine(descriptor, blob[: len(blob) // 2], end))  # a torn record
+        else:
+            passed()
         return genuine(*args, **kwargs)
 
-    def after(genuine: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        found = genuine(*args, **kwargs)
-        if due():
-            kill()
-        return found
-
-    def torn(genuine: Callable[..., Any], descriptor: int, blob: bytes, end: int) -> int:
-        if due():
-            genuine(descriptor, blob[: len(blob) // 2], end)
-            kill()
-        return genuine(descriptor, blob, end)
-
-    if place in ("before", "during", "after"):
-        around(os, "pwrite", {"before": before, "during": torn, "after": after}[place])
-    elif place == "sync":
-        around(os, "fsync", before)
-    elif place == "rename":
-        around(Path, "rename", random.choice([before, after]))
-    elif place == "fold":
-        around(LowRankCoordinate, "fold", random.choice([before, after]))
+    setattr(owner, name, patched)
 
 
-def disturbed(folder: Path, method: str, steps: int, place: str, count: int, delay: float) -> bool:
-    """One start or resumption in a process of its own, to be killed. Whether it was (else it came to the end)."""
+@dataclass
+class Ended:
+    """How an attempt ended: its exit code (None: killed), and what it wrote to standard error."""
+
+    code: int | None
+    error: str
+
+    @property
+    def refused(self) -> bool:
+        """Whether the command did not fit what the folder holds."""
+        return self.code == 2 and ("already holds" in self.error or "so no run to continue" in self.error)
+
+
+def forked(work: Callable[[], int], after: float | None = None) -> Ended:
+    """``work`` in a process of its own, which is killed after so many seconds."""
+    read, write = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
+            os.setpgid(0, 0)
+            os.close(read)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(write, 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             warnings.simplefilter("ignore")
-            if place != "time":
-                arm(place, count)
-            run(folder, method, steps=steps, resume=begun(folder))
-            code = 0
+            code = work()
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(code)
-    if place == "time":
-        time.sleep(delay)
+    os.close(write)
+    if after is not None:
+        time.sleep(after)
         os.kill(child, signal.SIGKILL)
+    with os.fdopen(read, "rb") as pipe:
+        error = pipe.read().decode(errors="replace")
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL, f"the run died of signal {os.WTERMSIG(status)}"
-        return True
-    assert os.WEXITSTATUS(status) == 0, f"a resumed run of {method} failed; its folder is {folder}"
-    return False
+    code = os.waitstatus_to_exitcode(status)
+    return Ended(None if code == -signal.SIGKILL else code, error)
 
 
-def chaos(folder: Path, rounds: int, seed: int, *, steps: int = 60, say: Callable[[str], None] = print) -> int:
-    """Kill and resume until there were so many kills; the number of runs that ended as the undisturbed one.
+def train(words: list[str], folder: Path, disturbance: Disturbance) -> Ended:
+    """The command in a process of its own, disturbed."""
 
-    Raises:
-        AssertionError: a run could not be resumed, or ended otherwise.
-    """
+    def work() -> int:
+        disturbance.arm(folder)
+        return zotune_command(["train", *words])
+
+    return forked(work, disturbance.at if disturbance.kind == "time" else None)
+
+
+def worker(words: list[str], folder: Path, disturbances: list[Disturbance]) -> None:
+    """A process of torchrun; its first attempts are disturbed in the first process."""
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if os.environ["RANK"] == "0" and attempt < len(disturbances):
+        disturbances[attempt].arm(folder)
+    code = zotune_command(["train", *words])
+    if code:
+        os._exit(code)  # the agent waits for the result of a function that has ended well
+
+
+def torchrun(words: list[str], folder: Path, disturbances: list[Disturbance], processes: int) -> Ended:
+    """The command under the agent of torchrun, in a process of its own, which starts it again after each disturbance."""
+
+    def work() -> int:
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        config = LaunchConfig(1, 1, processes, run_id="none", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+        config.max_restarts, config.monitor_interval = len(disturbances) + 1, 0.02
+        try:
+            elastic_launch(config, worker)(words, folder, disturbances)
+        except ChildFailedError as error:
+            return next(iter(error.failures.values())).exitcode
+        return 0
+
+    return forked(work)
+
+
+class Failure(AssertionError):
+    """A run that was lost, changed or stuck."""
+
+
+@dataclass
+class Chaos:
+    """Disturbed runs in a working folder with `my-model`, `my-encoder` and `data`."""
+
+    place: Path
+    seed: int
+    names: list[str]
+    say: Callable[[str], None] = print
+    rounds: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    straight: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.draw = random.Random(self.seed)
+
+    def expected(self, name: str) -> tuple[dict[str, str], float]:
+        """The digests of an undisturbed run and its seconds."""
+        if name not in self.straight:
+            setup, folder = SETUPS[name], self.place / "straight" / name.replace(" ", "-").replace(",", "")
+            begin = time.monotonic()
+            words = self.words(setup, folder)
+            done = torchrun(words, folder, [], setup.processes) if setup.processes else train(words, folder, Disturbance())
+            if done.code != 0:
+                raise Failure(f"{name}: the undisturbed run failed: {done.error}")
+            self.straight[name] = digests(folder), time.monotonic() - begin
+        return self.straight[name]
+
+    def words(self, setup: Setup, folder: Path) -> list[str]:
+        return [*WORDS.split(), *setup.words.split(), "--output_dir", str(folder)]
+
+    def run(self, name: str, first: Disturbance | None, most: int) -> None:
+        """One run, disturbed at first as given and then at random, at most so often; Failure where it does not end as it should."""
+        setup = SETUPS[name]
+        expected, seconds = self.expected(name)
+        folder = self.place / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        if setup.over:
+            shutil.copytree(self.other(), folder)
+        for path, text in MINE.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+        history: list[str] = []
+        try:
+            if setup.processes:
+                self.launch(setup, folder, first, most, history)
+            else:
+                self.attempts(setup, folder, first, most, seconds, history)
+            self.check_end(folder, expected)
+        except Failure as error:
+            raise Failure(f"{name} (seed {self.seed}): {error}; attempts: {'; '.join(history)}; the folder is {folder}") from None
+
+    def attempts(self, setup: Setup, folder: Path, first: Disturbance | None, most: int, seconds: float, history: list[str]) -> None:
+        words = self.words(setup, folder)
+        while True:
+            disturbance = first or (self.disturbance(seconds) if len(history) < most else Disturbance())
+            first = None
+            own = not setup.over or kind_of(folder) is Kind.BEGUN or method_of(folder) not in (None, "mezo")
+            ways = [[], ["--resume_from_checkpoint", "true"]] if own else [["--overwrite_output_dir"]]
+            self.draw.shuffle(ways)
+            for way in ways:
+                done = train([*words, *way], folder, disturbance)
+                history.append(f"{' '.join(way) or 'plain'}, {disturbance.kind} {disturbance.at:g}: {done.code}")
+                if not done.refused:
+                    break
+            else:
+                raise Failure(f"a dead end: {done.error}")
+            self.check_attempt(folder, disturbance, done)
+            if done.code == 0:
+                return
+            self.count(disturbance)
+
+    def launch(self, setup: Setup, folder: Path, first: Disturbance | None, most: int, history: list[str]) -> None:
+        disturbances = [first or self.disturbance(None), *(self.disturbance(None) for _ in range(most - 1))]
+        words = [*self.words(setup, folder), *(["--overwrite_output_dir"] if setup.over else [])]
+        done = torchrun(words, folder, disturbances, setup.processes)
+        history += [f"{each.kind} {each.at:g}" for each in disturbances]
+        for disturbance in disturbances:
+            self.count(disturbance)
+        if done.code != 0 or "Traceback" in done.error.replace("Traceback : Signal", ""):
+            raise Failure(f"exit code {done.code}: {done.error}")
+
+    def refused_launch(self) -> None:
+        """A folder of another run: torchrun's restarts must not touch it."""
+        folder = self.place / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.other(), folder)
+        (folder / "checkpoint-notes").mkdir()
+        (folder / "checkpoint-notes/a.txt").write_text("mine")
+        before = everything(folder)
+        done = torchrun(self.words(SETUPS["torchrun"], folder), folder, [Disturbance(), Disturbance()], 1)
+        if done.code != 2 or everything(folder) != before or "already holds a run" not in done.error:
+            raise Failure(f"torchrun went on in a folder that it was refused ({done.code}): {done.error}")
+        self.count(Disturbance("a refused launch"))
+
+    def other(self) -> Path:
+        """A finished run of another method."""
+        folder = self.place / "other"
+        if not folder.exists():
+            done = train([*WORDS.split(), *DECODER.split(), *SAVED_BEFORE_RUN.split(), "--output_dir", str(folder)], folder, Disturbance())
+            assert done.code == 0, done.error
+        return folder
+
+    def disturbance(self, seconds: float | None) -> Disturbance:
+        kind = self.draw.choice(KINDS + ("fold",) + (("time",) * 3 if seconds is not None else ()))
+        if kind == "time":
+            return Disturbance(kind, self.draw.uniform(0.02, 0.9 * (seconds or 0)))
+        return Disturbance(kind, 1 + int(self.draw.random() ** 1.5 * (16 if kind == "fold" else 150)))
+
+    def count(self, disturbance: Disturbance) -> None:
+        self.rounds += 1
+        self.counts[disturbance.kind] += 1
+
+    def check_attempt(self, folder: Path, disturbance: Disturbance, done: Ended) -> None:
+        fits = {"kill": (None, 0), "fold": (None, 0), "time": (None, 0), "interrupt": (130, 0), "none": (0,)}
+        if done.code not in fits.get(disturbance.kind, (2, 0)) or "Traceback" in done.error:
+            raise Failure(f"exit code {done.code}: {done.error}")
+        if done.code == 2 and "free some space" not in done.error:
+            raise Failure(f"a full disk is not named: {done.error}")
+        if folder.is_dir() and kind_of(folder) is not Kind.UNUSED:
+            faults = findings(folder)[1]
+            if faults:
+                raise Failure(f"`zotune verify` finds damage: {faults}")
+
+    def check_end(self, folder: Path, expected: dict[str, str]) -> None:
+        found = digests(folder)
+        different = [name for name in expected if found.get(name) != expected[name]]
+        if different:
+            raise Failure(f"it ended otherwise than the undisturbed run, in {', '.join(different)}")
+        if storage.leftovers(folder):
+            raise Failure(f"leftovers at the end: {storage.leftovers(folder)}")
+        if findings(folder)[1]:
+            raise Failure(f"`zotune verify` finds damage at the end: {findings(folder)[1]}")
+        for path, text in MINE.items():
+            if not (folder / path).is_file() or (folder / path).read_text() != text:
+                raise Failure(f"{path} is the user's, and is gone")
+
+    def plan(self) -> Iterator[tuple[str, Disturbance | None]]:
+        """Starts disturbed at every file operation, and between them all set-ups, for ever."""
+        starts = [
+            (name, Disturbance(kind, at)) for name in STARTS if name in self.names for kind in KINDS for at in range(1, OPERATIONS + 1)
+        ]
+        self.draw.shuffle(starts)
+        while True:
+            for name in self.draw.sample(self.names, len(self.names)):
+                yield name, None
+                yield from ([starts.pop()] if starts else [])
+
+    def carry_out(self, rounds: int) -> int:
+        """Disturbs runs until there were so many disturbances; the number of runs."""
+        runs, begin = 0, time.monotonic()
+        self.refused_launch()
+        for name, first in self.plan():
+            if self.rounds >= rounds:
+                break
+            most = 2 if first else self.draw.randint(2, 6)
+            self.run(name, first, min(most, rounds - self.rounds))
+            runs += 1
+            if runs % 10 == 0:
+                self.say(f"{runs} runs, {self.rounds} disturbances, {time.monotonic() - begin:.0f} s: nothing lost, no dead end")
+        counted = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
+        self.say(f"seed {self.seed}: {self.rounds} disturbances in {runs} runs: 0 lost, 0 dead ends, 0 changed bytes ({counted})")
+        return runs
+
+
+def method_of(folder: Path) -> str | None:
+    """The method of the run in a folder."""
+    try:
+        return run_folder.read_run(folder)["training_arguments"]["method"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a finished run's journal and tensors, and its metrics."""
+    names = [path for path in (*sorted(folder.glob("*.safetensors")), folder / "journal.zo") if path.is_file()]
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+    summary = json.loads((folder / run_folder.SUMMARY_FILE).read_text())
+    metrics = {
+        when: None
+        if summary[when] is None
+        else {name: value for name, value in summary[when].items() if "per_second" not in name and "runtime" not in name}
+        for when in ("before", "after")
+    }
+    return found | {"metrics": json.dumps([metrics, summary["steps"], summary["forward_passes"], sorted(found)])}
+
+
+def prepare(place: Path) -> None:
+    """The working folder of the runs."""
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    draw = random.Random(seed)
-    kills, runs, places, straight = 0, 0, Counter[str](), {}
-    while kills < rounds or runs < 1:
-        method = METHODS[runs % len(METHODS)]
-        if method not in straight:
-            undisturbed = folder / f"straight-{method}"
-            start = time.monotonic()
-            assert not disturbed(undisturbed, method, steps, "none", 0, 0.0)
-            straight[method] = (digests(undisturbed), time.monotonic() - start)
-        expected, seconds = straight[method]
-        here = folder / f"run-{runs}"
-        killed = True
-        while killed:
-            # Enough kills: let it end.
-            place = draw.choice(PLACES) if kills < rounds else "none"
-            count = 1 + int(draw.random() ** 2 * {"sync": 60, "rename": 4, "fold": 60}.get(place, 24))
-            random.seed(draw.random())
-            killed = disturbed(here, method, steps, place, count, draw.uniform(0.02, 0.7 * seconds))
-            kills += killed
-            places[place] += killed
-        assert digests(here) == expected, f"{here} differs from the undisturbed run of {method} (seed {seed})"
-        if runs < len(METHODS):
-            base = tiny_llama()
-            zotune.replay(base, here / "journal.zo").remove_hooks()
-            rebuilt = base.state_dict()
-            for name, tensor in load_file(here / "model.safetensors").items():
-                assert torch.equal(tensor, rebuilt[name]), f"{here}: the journal replays to other weights"
-        runs += 1
-        say(f"run {runs} ({method}): byte-identical after {kills} kills so far")
-    killed_at = ", ".join(f"{name} {count}" for name, count in sorted(places.items()) if count)
-    say(f"seed {seed}: {kills} kills and resumptions in {runs} runs, all byte-identical in journal and weights ({killed_at})")
-    return runs
+    save_model(place / "my-model")
+    save_encoder(place / "my-encoder")
+    save_data(place)
+    os.chdir(place)
+    gc.collect()
+    gc.freeze()  # what was imported is not collected again in every fork
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill and resume a small run at random points, and compare with the unbroken one.")
-    parser.add_argument("--rounds", type=int, default=200, help="how many kills (default 200)")
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Disturb small runs at random points, and compare them with the undisturbed ones.")
+    parser.add_argument("--rounds", type=int, default=200, help="how many disturbances (default 200)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=SETUPS, metavar="SETUP", help="these set-ups alone")
     options = parser.parse_args()
     memory = Path("/dev/shm")  # a kill loses nothing that a process wrote, synced or not: no need to wait for a disk
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        chaos(Path(folder), options.rounds, options.seed)
+    place = Path(tempfile.mkdtemp(prefix="chaos-", dir=memory if os.access(memory, os.W_OK) else None))
+    prepare(place)
+    try:
+        Chaos(place, options.seed, options.only or list(SETUPS)).carry_out(options.rounds)
+    except Failure as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
+    os.chdir("/")
+    shutil.rmtree(place)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +17,19 @@ from zotune.io.text import duration_text, metric_text
 from zotune.training.observer import RunObserver, RunResult, RunStart
 
 
+class EnduringConsole(Console):
+    """A console on standard output; where its reader ends (`zotune train | head`), the command goes on and says so once."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("zotune: nobody reads standard output any more; the command goes on without it.", file=sys.stderr)
+
+
 def new_console() -> Console:
     """Standard output, 120 columns wide where it is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    console = EnduringConsole()
+    return console if console.is_terminal else EnduringConsole(width=120)
 
 
 class ConsoleObserver(RunObserver):

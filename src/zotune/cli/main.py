@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after `zotune`; the process's own when None.
     """
+    _replace_closed_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     show_traceback = os.environ.get("ZOTUNE_TRACEBACK", "") not in ("", "0")
     if "--traceback" in words:
@@ -61,6 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")  # set by torchrun
     print(f"zotune{' (rank ' + os.environ.get('RANK', '?') + ')' if several else ''}: {message}", file=sys.stderr)
     return code
+
+
+def _replace_closed_streams() -> None:
+    """Standard streams that are closed become /dev/null: else a file of a run would get their number, and what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def _dispatch(words: list[str]) -> int:

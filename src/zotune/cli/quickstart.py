@@ -65,11 +65,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _compare(folder: Path, args: argparse.Namespace) -> None:
-    from rich.console import Console
+    from zotune.cli.console import EnduringConsole
 
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / RESULT_FILE).is_file())):
         raise FileExistsError(f"{folder} holds something that is not an earlier quickstart; choose another --output_dir.")
-    console = Console()
+    console = EnduringConsole()
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULT_FILE, {"seed": args.seed, "steps": args.steps, "done": False})

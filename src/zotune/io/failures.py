@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
@@ -14,6 +15,9 @@ FAILED, WRONG, INTERRUPTED = 1, 2, 130
 def explain(error: BaseException) -> tuple[str, int] | None:
     """The sentence and exit code of an interruption or of an error that the user can act on; None for a bug."""
     text = " ".join(str(error).split())
+    number = re.search(r"\(os error (\d+)\)", text)
+    if number and not isinstance(error, OSError):  # of a library in Rust, such as tokenizers
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
     if isinstance(error, KeyboardInterrupt):
         return text or "Interrupted.", INTERRUPTED
     if isinstance(error, ModuleNotFoundError):

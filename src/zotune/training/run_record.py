@@ -50,7 +50,7 @@ class RunRecord:
             fresh: names of the parameters that the model's files lack.
             before: metrics before training.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_in_place(self.folder)
         write_json(
             self.folder / run_folder.RUN_FILE,
             {
@@ -119,6 +119,7 @@ class RunRecord:
 
     def write_summary(self, summary: Mapping[str, Any], *, curve_title: str | None = None) -> None:
         """Writes `summary.json`, and with a title the history and the curve."""
+        check_in_place(self.folder)
         if curve_title is None:
             write_json(self.folder / run_folder.SUMMARY_FILE, summary)
             return

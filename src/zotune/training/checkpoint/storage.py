@@ -180,11 +180,10 @@ def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> 
     if not path.is_file():
         return f"{folder} has no {MANIFEST}, so nothing says that its files are whole: resume from another checkpoint."
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{path} is damaged ({type(error).__name__}): resume from another checkpoint."
-    refused = other_format(folder, manifest.get("format"))
+        format_of, files = _read_manifest(path)
+    except ValueError as error:
+        return f"{error}: resume from another checkpoint."
+    refused = other_format(folder, format_of)
     if refused is not None:
         return refused
     for name in _RESUMED:
@@ -194,12 +193,12 @@ def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> 
                 "save_only_model=True?): resume from another checkpoint, or load its weights and start a new run."
             )
     try:
-        damage = _damage(folder, files)
+        fault = _damage(folder, files) or next((f"{path} is damaged (it does not list {n})" for n in _RESUMED if n not in files), None)
         check_index(folder)
     except ValueError as error:
-        damage = str(error).rstrip(".")
-    if damage is not None:
-        return f"{damage}: resume from another checkpoint."
+        fault = str(error).rstrip(".")
+    if fault is not None:
+        return f"{fault}: resume from another checkpoint."
     mark = load_json(folder / STATE)["journal"]
     if mark is None:
         return None
@@ -241,8 +240,25 @@ def _damage(folder: Path, files: dict[str, tuple[int, str]]) -> str | None:
             return f"{file} is damaged ({found} bytes where {size} were written)"
         if _sha256(file) != digest:
             return f"{file} is damaged (its digest is not the one that was written)"
-    missing = [name for name in _RESUMED if name not in files]
-    return f"{folder / MANIFEST} is damaged (it does not list {missing[0]})" if missing else None
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """Which file of a folder is not the one that its manifest lists, in one clause; None when all are."""
+    try:
+        return _damage(folder, _read_manifest(folder / MANIFEST)[1])
+    except ValueError as error:
+        return str(error).rstrip(".")
+
+
+def _read_manifest(path: Path) -> tuple[Any, dict[str, tuple[int, str]]]:
+    """The format of a manifest, and (bytes, digest) of its files; ValueError where it is damaged."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
+    return manifest.get("format"), files
 
 
 def _sha256(path: Path) -> str:
