@@ -157,6 +157,8 @@ class CheckpointedTrainer(Trainer):
         """That of the run; what is not trained is read once."""
         if self._identity is None:
             trained = [parameter for group in self.zo_optimizer.param_groups for parameter in group["params"]]
+            if isinstance(self.zo_optimizer, FirstOrder):  # of hybrid, the groups are those of the last blocks alone
+                trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self._identity = identity.identity_of(self.model, trained)
         return self._identity
 
