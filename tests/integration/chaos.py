@@ -262,6 +262,7 @@ class Chaos:
                 self.say(f"{runs} runs, {self.rounds} disturbances, {time.monotonic() - begin:.0f} s: nothing lost, no dead end")
         counted = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
         self.say(f"seed {self.seed}: {self.rounds} disturbances in {runs} runs: 0 lost, 0 dead ends, 0 changed bytes ({counted})")
+        self.say(f"{time.monotonic() - begin:.0f} s, {sum(os.times()[:4]):.0f} s of processor time")
         return runs
 
 
