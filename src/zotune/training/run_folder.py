@@ -220,23 +220,28 @@ def resume_command(argv: Sequence[str]) -> str:
 
 
 def publish(draft: Path, folder: Path) -> None:
-    """Moves the files of a draft into a run folder, each atomically, its manifest first.
+    """Moves the files of a draft into a run folder, each atomically: the manifest first, then no file of an earlier model is left.
 
     A file of the same name that no manifest of the run names was there before it: it is kept as `NAME.before`.
     """
     storage.write_manifest(draft)
-    files = sorted((path for path in draft.rglob("*") if path.is_file()), key=lambda path: path.name != storage.MANIFEST)
-    own = {path.relative_to(folder) for path in storage.named_files(folder)}
-    for path in (each.relative_to(draft) for each in files):
-        if (folder / path).exists() and path not in own:
-            aside = folder / f"{path}.before"
+    files = [path.relative_to(draft) for path in sorted(draft.rglob("*")) if path.is_file() and path != draft / storage.MANIFEST]
+    own = storage.named_files(folder)
+    for path in (folder / name for name in files):
+        if path.exists() and path not in own:
+            aside = path.with_name(f"{path.name}.before")
             while aside.exists():
                 aside = aside.with_name(f"{aside.name}.before")
-            logger.warning("%s was there before the run; it is kept as %s.", folder / path, aside.name)
-            os.replace(folder / path, aside)
-    for path in files:
-        sync(path)
-        (folder / path.relative_to(draft)).parent.mkdir(exist_ok=True, parents=True)
-        os.replace(path, folder / path.relative_to(draft))
+            logger.warning("%s was there before the run; it is kept as %s.", path, aside.name)
+            os.replace(path, aside)
+    for name in files:
+        sync(draft / name)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+    (folder / SUMMARY_FILE).unlink(missing_ok=True)  # it stands for a whole model
+    os.replace(draft / storage.MANIFEST, folder / storage.MANIFEST)
+    for path in own[:-1]:
+        path.unlink(missing_ok=True)
+    for name in files:
+        os.replace(draft / name, folder / name)
     shutil.rmtree(draft)
     sync(folder)

@@ -136,6 +136,36 @@ def test_only_files_that_a_run_wrote_are_deleted(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-2").exists() and not (tmp_path / "initial_adapter").exists()
 
 
+def test_models_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second model is moved into place, and that is cut off: no file of the first is left."""
+    for text, names in (("first", ("config.json", "a.safetensors", "b.safetensors")), ("second", ("a.safetensors", "config.json"))):
+        for name in names:
+            write(tmp_path / ".model.partial" / name, text)
+        if text == "first":
+            run_folder.publish(tmp_path / ".model.partial", tmp_path)
+            write(tmp_path / "summary.json")
+    genuine, left = os.replace, 2
+
+    def replace(source: object, target: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        genuine(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", replace)
+        run_folder.publish(tmp_path / ".model.partial", tmp_path)
+    found = files(tmp_path)
+    assert {found[name] for name in found if "/" not in name and name != storage.MANIFEST} == {b"second"}
+    shutil.rmtree(tmp_path / ".model.partial")
+    for name in ("a.safetensors", "config.json"):
+        write(tmp_path / ".model.partial" / name, "second")
+    run_folder.publish(tmp_path / ".model.partial", tmp_path)
+    assert sorted(files(tmp_path)) == ["a.safetensors", "config.json", storage.MANIFEST]
+    assert storage.damage(tmp_path) is None
+
+
 def test_a_deletion_cut_off_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full_run(tmp_path / "run")
     genuine, left = os.unlink, 0
