@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from zotune.io import safe_yaml
+from zotune.io.failures import LONGEST
 from zotune.io.suggest import did_you_mean
+from zotune.io.text import shortened, shown
 
+#: Most runs of a grid.
+MOST_RUNS = 10_000
 #: The units of a run's budget.
 BUDGETS = ("steps", "forward_passes", "sequences")
 #: Options of `zotune train` that a key of the grid file sets.
@@ -23,6 +27,7 @@ OWN_OPTIONS = {
     "max_steps": "budget",
     "num_train_epochs": "budget",
 }
+_COMMAND_LINE_ONLY = ("trust_remote_code",)
 _REFUSED = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "config")
 _KEYS = ("title", "about", "models", "tasks", "schemes", "methods", "seeds", "tune_seeds", "budget", "options", "published")
 _METHOD_KEYS = ("method", "label", "options", "grid", "budget", "models", "tasks", "schemes")
@@ -123,15 +128,11 @@ def load(path: str | Path) -> Grid:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no grid file {str(path)!r}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: this is not a text file.") from error
-    content = safe_yaml.parse(text, path)
+    content = safe_yaml.read(path, path)
     try:
         return parsed(content, title=path.stem)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(shortened(f"{path}: {error}", LONGEST)) from error
 
 
 def parsed(content: Any, title: str = "grid") -> Grid:
@@ -146,9 +147,10 @@ def parsed(content: Any, title: str = "grid") -> Grid:
     axes = {"models": models, "tasks": tasks, "schemes": schemes}
     labels = {axis: [entry.label for entry in entries] for axis, entries in axes.items()}
     methods = tuple(_method(each, f"methods[{index}]", labels) for index, each in enumerate(_list(content["methods"], "methods")))
-    _check_labels_differ(methods, labels)
     seeds = _seeds(content.get("seeds", [0]), "seeds")
     tune_seeds = _seeds(content.get("tune_seeds", list(seeds[:1])), "tune_seeds")
+    _check_number(methods, labels, max(len(seeds), len(tune_seeds)))
+    _check_labels_differ(methods, labels)
     published = _list(content.get("published", []), "published")
     return Grid(
         title=_text(content.get("title", title), "title"),
@@ -205,7 +207,7 @@ def _method(value: Any, where: str, labels: Mapping[str, Sequence[str]]) -> Meth
     for option, tried in grid.items():
         here = f"{where}.grid.{option}"
         if not isinstance(tried, list) or not tried:
-            raise ValueError(f"{here} is a list of values to try, such as [1e-6, 1e-7], not {tried!r}.")
+            raise ValueError(f"{here} is a list of values to try, such as [1e-6, 1e-7], not {shown(tried)}.")
         if _twice([repr(each) for each in tried]) is not None:
             raise ValueError(f"{here} has a value twice.")
         if option in options:
@@ -222,6 +224,16 @@ def _method(value: Any, where: str, labels: Mapping[str, Sequence[str]]) -> Meth
         None if value.get("budget") is None else _budget(value["budget"], f"{where}.budget"),
         **only,
     )
+
+
+def _check_number(methods: Sequence[MethodEntry], labels: Mapping[str, Sequence[str]], seeds: int) -> None:
+    """Raises ValueError for more runs than :data:`MOST_RUNS`, before any is written out."""
+    total = 0
+    for method in methods:
+        places = math.prod(len(getattr(method, axis) or known) for axis, known in labels.items())
+        total += places * math.prod(map(len, method.grid.values())) * seeds
+    if total > MOST_RUNS:
+        raise ValueError(f"these are up to {total} runs, and at most {MOST_RUNS} are possible: split the grid.")
 
 
 def _check_labels_differ(methods: Sequence[MethodEntry], labels: Mapping[str, Sequence[str]]) -> None:
@@ -243,30 +255,32 @@ def _options(value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is a mapping of options of `zotune train`, such as {{num_dev: 500}}, not {value!r}.")
+        raise ValueError(f"{where} is a mapping of options of `zotune train`, such as {{num_dev: 500}}, not {shown(value)}.")
     options = {str(key).replace("-", "_"): each for key, each in value.items()}
     for name in options:
         if name in OWN_OPTIONS:
             raise ValueError(f"{where}: {name!r} is set by the bench; it goes under `{OWN_OPTIONS[name]}`.")
         if name in _REFUSED:
             raise ValueError(f"{where}: {name!r} is set by the bench itself: leave it out.")
+        if name in _COMMAND_LINE_ONLY:
+            raise ValueError(f"{where}: {name!r} can be set on the command line only (--{name}), not by a file: leave it out.")
     return options
 
 
 def _budget(value: Any, where: str) -> Budget:
     if not isinstance(value, dict) or len(value) != 1:
-        raise ValueError(f"{where} is one of {', '.join(BUDGETS)} with a number, such as {{steps: 20000}}, not {value!r}.")
+        raise ValueError(f"{where} is one of {', '.join(BUDGETS)} with a number, such as {{steps: 20000}}, not {shown(value)}.")
     ((kind, amount),) = value.items()
     kind = _known(kind, BUDGETS, where)
     if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
-        raise ValueError(f"{where}.{kind} is a whole number of at least 1, not {amount!r}.")
+        raise ValueError(f"{where}.{kind} is a whole number of at least 1, not {shown(amount)}.")
     return Budget(kind, amount)
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:
     seeds = _list(value, where)
     if not seeds or any(isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in seeds):
-        raise ValueError(f"{where} is a list of whole numbers, such as [0, 1, 2], not {value!r}.")
+        raise ValueError(f"{where} is a list of whole numbers, such as [0, 1, 2], not {shown(value)}.")
     if _twice(seeds) is not None:
         raise ValueError(f"{where}: {_twice(seeds)} is there twice.")
     return tuple(seeds)
@@ -309,36 +323,41 @@ def _the_one(value: Mapping[str, Any], key: str, known: Sequence[str], where: st
     if value.get(key) is not None:
         return _known(value[key], known, f"{where}.{key}")
     if len(known) > 1:
-        raise ValueError(f"{where}: {key!r} is missing: which of {', '.join(known)} are the figures of?")
+        raise ValueError(f"{where}: {key!r} is missing: which of {_listed(known)} are the figures of?")
     return known[0]
 
 
 def _mapping(value: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is a mapping with {', '.join(known)}, not {value!r}.")
+        raise ValueError(f"{where} is a mapping with {', '.join(known)}, not {shown(value)}.")
     for key in value:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)} (there are {', '.join(known)}).")
+            raise ValueError(f"{where}: unknown key {shown(key)}{did_you_mean(str(key), known)} (there are {_listed(known)}).")
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{where} is a list, not {value!r}.")
+        raise ValueError(f"{where} is a list, not {shown(value)}.")
     return value
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where} is missing." if value is None else f"{where} is a text, not {value!r}.")
+        raise ValueError(f"{where} is missing." if value is None else f"{where} is a text, not {shown(value)}.")
     return value.strip()
 
 
 def _known(value: Any, known: Sequence[str], where: str) -> str:
     if value not in known:
-        raise ValueError(f"{where}: unknown {value!r}{did_you_mean(str(value), known)} (there are {', '.join(known)}).")
+        raise ValueError(f"{where}: unknown {shown(value)}{did_you_mean(str(value), known)} (there are {_listed(known)}).")
     return value
 
 
 def _twice(values: Sequence[Any]) -> Any | None:
-    return next((each for index, each in enumerate(values) if each in values[:index]), None)
+    seen: set[Any] = set()
+    return next((each for each in values if each in seen or seen.add(each)), None)  # type: ignore[func-returns-value]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return shortened(", ".join(names), 400)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}.")
     path = Path(options.grid)
     grid = grid_file.load(path)
+    if options.trust_remote_code:
+        grid = dataclasses.replace(grid, options={**grid.options, "trust_remote_code": True})
     data_dir = None if options.data_dir is None else str(Path(options.data_dir).expanduser())
     quiet_libraries()
     try:
@@ -75,6 +78,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time (default 1), distributed over the GPUs")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per run (default: the cores, divided among the processes)")
     parser.add_argument("--keep_models", action="store_true", help="keep weights and checkpoints of runs that are done")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the models; only for authors you trust"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry_run", action="store_true", help="check the file and print the command of every run; run nothing")
     what.add_argument("--report", action="store_true", help="only write the report of the results so far")

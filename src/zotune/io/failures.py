@@ -9,12 +9,16 @@ import errno
 import os
 import re
 
+from zotune.io.text import shortened
+
+#: Most characters of a sentence, against values of a file that are quoted in it.
+LONGEST = 2000
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
     """The sentence and exit code of an interruption or of an error that the user can act on; None for a bug."""
-    text = " ".join(str(error).split())
+    text = shortened(" ".join(str(error).split()), LONGEST)
     number = re.search(r"\(os error (\d+)\)", text)
     if number and not isinstance(error, OSError):  # of a library in Rust, such as tokenizers
         error = OSError(int(number[1]), os.strerror(int(number[1])))

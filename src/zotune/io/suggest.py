@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
+
+#: Longest name that is compared; the time for it grows with the square.
+LONGEST = 200
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known name closest to a word, or None; case, hyphens and underscores do not count."""
-    names = {_plain(name): str(name) for name in known}
+    names = {_plain(name): str(name) for name in itertools.islice(known, 1000) if len(str(name)) <= LONGEST}
+    if len(str(word)) > LONGEST:
+        return None
     near = difflib.get_close_matches(_plain(word), names, n=1, cutoff=0.5)
     return names[near[0]] if near else None
 

@@ -1,8 +1,10 @@
-"""Metrics and durations as text."""
+"""Metrics, durations and values as text, and text files."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 
 def is_share(name: str) -> bool:
@@ -24,3 +26,40 @@ def duration_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """The `repr` of a value for a message, its middle cut where it is long."""
+    text = repr(value) if not isinstance(value, list | dict) or len(value) <= most else f"{type(value).__name__} of {len(value)} values"
+    return shortened(text, most)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most ``most`` characters, its middle cut where it is longer.
+
+    Example:
+        >>> shortened("abcdefghijklmnop", 9)
+        'abc … nop'
+    """
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+
+
+def read_text(path: str | Path, most: int) -> str:
+    """The text of a UTF-8 file.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+
+    Raises:
+        ValueError: it is longer, or is not UTF-8. OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} is longer than the {most} bytes that such a file may have.")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: save the file as UTF-8.") from None

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from zotune.io import safe_yaml
+from zotune.io.failures import LONGEST
 from zotune.io.suggest import did_you_mean
+from zotune.io.text import shortened
 from zotune.tasks import schema
 from zotune.tasks.metrics import ANSWER_METRICS, METRICS
 from zotune.tasks.task import ANSWER, Task
@@ -49,18 +51,14 @@ def load(
         path = Path(source)
         if not path.is_file():
             raise ValueError(f"no task file {source}: give the path of a YAML file or one of {', '.join(names())}.")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"task file {source} is not UTF-8 text: save the file as UTF-8.") from None
+        raw = safe_yaml.read(path, f"task file {source}")
     else:
         if source not in names():
             raise ValueError(
                 f"unknown task {source!r}{did_you_mean(source, names())}; "
                 "list them with `zotune tasks` or give the path of your own YAML file."
             )
-        text = (_folder() / f"{source}.yaml").read_text(encoding="utf-8")
-    raw = safe_yaml.parse(text, f"task file {source}")
+        raw = safe_yaml.parse((_folder() / f"{source}.yaml").read_text(encoding="utf-8"), f"task file {source}")
     try:
         task = _parse(raw, template)
         if options is not None and task.gold:
@@ -69,7 +67,7 @@ def load(
             task = replace(task, options=_options(options, task.labels, task.label_names))
         _check_join(task)
     except ValueError as error:
-        raise ValueError(f"task {source}: {error}") from None
+        raise ValueError(shortened(f"task {source}: {error}", LONGEST)) from None
     return task
 
 

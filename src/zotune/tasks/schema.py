@@ -7,6 +7,10 @@ from typing import Any
 
 from zotune.io.inside import is_inside
 from zotune.io.suggest import did_you_mean
+from zotune.io.text import shown
+
+#: Most derived columns, and most changes of one.
+MOST_RULES = 100
 
 
 def _text(value: Any) -> bool:
@@ -41,6 +45,8 @@ def _options(value: Any) -> bool:
 def _derived(rule: Any) -> bool:
     if not isinstance(rule, dict):
         return False
+    if any(isinstance(rule.get(key), dict | list) and len(rule[key]) > MOST_RULES for key in ("apply", "replace")):
+        return False
     shapes = {"column": _text, "map": _by_text(_text), "apply": _texts, "replace": _by_text(_text)}
     return all(key not in rule or fits(rule[key]) for key, fits in shapes.items())
 
@@ -54,7 +60,10 @@ SHAPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "splits": (_by_text(_inside), f"a mapping from train and eval to {_NAME}"),
     "files": (_by_text(_inside), f"a mapping from train and eval to {_NAME}"),
     "columns": (_texts, "a list of names"),
-    "derived": (_by_text(_derived), "a mapping of new columns to {column: ..., map: ...}, {..., apply: ...} or {..., replace: ...}"),
+    "derived": (
+        lambda value: _by_text(_derived)(value) and len(value) <= MOST_RULES,
+        "a mapping of (at most 100) new columns to {column: ..., map: ...}, {..., apply: ...} or {..., replace: ...}",
+    ),
     "encoder": (_texts, "a list of one template or two"),
     "label": (_text, "a column's name"),
     "labels": (_scalars, "a mapping"),
@@ -76,7 +85,7 @@ def check(raw: Mapping[str, Any]) -> None:
     """ValueError for the first unknown key or value of a wrong type; null is the same as no key."""
     for key in raw:
         if key not in SHAPES:
-            raise ValueError(f"unknown key {key!r}{did_you_mean(key, SHAPES)}.")
+            raise ValueError(f"unknown key {shown(key)}{did_you_mean(key, SHAPES)}.")
     for key, (fits, wanted) in SHAPES.items():
         if raw.get(key) is not None and not fits(raw[key]):
             raise ValueError(f"{key!r} must be {wanted}.")

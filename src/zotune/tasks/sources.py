@@ -7,18 +7,26 @@ import itertools
 import json
 import random
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from zotune.io.failures import LONGEST
 from zotune.io.suggest import did_you_mean
+from zotune.io.text import shortened
 from zotune.tasks.task import Task
 
 T = TypeVar("T")
 
 #: Most bytes per line of a JSON Lines file, against files that unpack to one endless line.
 LONGEST_LINE = 1 << 26
+#: Most bytes that a byte of a packed file may unpack to, after the first :data:`FREE_BYTES`; text unpacks to 2 to 30 times its bytes.
+MOST_UNPACKED, FREE_BYTES = 100, 1 << 24
+#: Most blank lines beside those that may follow rows.
+MOST_BLANK = 1000
 #: Between demonstrations, and before the prompt (as MeZO, 2305.17333).
 SEPARATOR = "\n\n"
 
@@ -56,7 +64,7 @@ class Rows(Sequence):
             try:
                 results.append(function(*parts))
             except ValueError as error:
-                raise ValueError(f"{self.where(index)}: {error}") from None
+                raise ValueError(shortened(f"{self.where(index)}: {error}", LONGEST)) from None
         return results
 
     @property
@@ -64,8 +72,11 @@ class Rows(Sequence):
         """Columns of all rows, in the order of the first row."""
         if hasattr(self.rows, "column_names"):
             return list(self.rows.column_names)
-        common = set(self.rows[0]).intersection(*map(set, self.rows))
-        return [name for name in self.rows[0] if name in common]
+        common = dict.fromkeys(self.rows[0])
+        for row in self.rows:
+            if not common.keys() <= row.keys():
+                common = {name: None for name in common if name in row}
+        return list(common)
 
     def column(self, name: str) -> list[Any]:
         """One column's values."""
@@ -75,7 +86,7 @@ class Rows(Sequence):
         """The rows at these indices, in this order."""
         indices = list(indices)
         rows = self.rows.select(indices) if hasattr(self.rows, "select") else [self.rows[i] for i in indices]
-        return replace(self, rows=rows, numbers=[self.numbers[i] for i in indices])
+        return replace(self, rows=rows, numbers=array("Q", (self.numbers[i] for i in indices)))
 
     def require(self, names: Iterable[str]) -> None:
         """ValueError naming the first of these columns that is missing, and the row where it is."""
@@ -88,7 +99,33 @@ class Rows(Sequence):
                 index = next(i for i, row in enumerate(self.rows) if name not in row)
             present = list(self.rows[index])
             place = self.source if index == 0 else self.where(index)
-            raise ValueError(f"{place} has no column {name!r}: it has {', '.join(present)}{did_you_mean(name, present)}.")
+            raise ValueError(f"{place} has no column {name!r}: it has {shortened(', '.join(present), 400)}{did_you_mean(name, present)}.")
+
+
+class Lines(Sequence):
+    """The rows of a JSON Lines file, held as bytes: one is parsed whenever it is read.
+
+    Args:
+        data: the lines, one after the other.
+        ends: byte behind each line.
+        chosen: indices of the rows; all by default.
+    """
+
+    def __init__(self, data: bytes | bytearray, ends: array[int], chosen: Sequence[int] | None = None) -> None:
+        self.data, self.ends, self.chosen = data, ends, range(len(ends)) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Lines(self.data, self.ends, self.chosen[index])
+        line = self.chosen[index]
+        return json.loads(self.data[self.ends[line - 1] if line else 0 : self.ends[line]])
+
+    def select(self, indices: Iterable[int]) -> Lines:
+        """The rows at these indices, in this order."""
+        return Lines(self.data, self.ends, array("Q", (self.chosen[index] for index in indices)))
 
 
 def read_jsonl(path: str | Path) -> Rows:
@@ -96,22 +133,32 @@ def read_jsonl(path: str | Path) -> Rows:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}: give the path of a JSON Lines file (.jsonl or .jsonl.gz).")
-    rows, numbers = [], []
+    data, ends, numbers = bytearray(), array("Q"), array("Q")
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
+            size, checked = 0, FREE_BYTES
             for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=1):
+                size += len(line)
                 if len(line) > LONGEST_LINE:
                     raise ValueError(f"{path}, line {number} is longer than {LONGEST_LINE} bytes: one JSON object per line is expected.")
+                if size > checked:
+                    if size > MOST_UNPACKED * max(raw.tell(), 1):
+                        raise ValueError(f"{path} unpacks to more than {MOST_UNPACKED} times its bytes: unpack it if you trust it.")
+                    checked = size + FREE_BYTES // 16
                 if line.strip():
-                    rows.append(_object(line, path, number))
+                    _object(line, path, number)
+                    data += line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                    ends.append(len(data))
                     numbers.append(number)
+                elif number - len(numbers) > len(numbers) + MOST_BLANK:
+                    raise ValueError(f"{path} has more blank lines than rows: one JSON object per line is expected.")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be unpacked as gzip ({error}): compress it again, or drop the .gz.") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if not rows:
+    if not ends:
         raise ValueError(f"{path} holds no rows: one JSON object per line is expected.")
-    return Rows(rows, str(path), numbers)
+    return Rows(Lines(data, ends), str(path), numbers)
 
 
 def load_rows(task: Task, split: str, data_dir: str | Path | None = None) -> Rows:
@@ -220,6 +267,8 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise ValueError(
             f'{path}, line {number} holds a {type(row).__name__}, not an object such as {{"prompt": "...", "completion": "..."}}.'
         )
+    if not row:
+        raise ValueError(f"{path}, line {number} holds an object without columns.")
     return row
 
 

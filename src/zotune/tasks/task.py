@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zotune.tasks.template import CHANGES, columns_of, render, text_of
+from zotune.tasks.template import CHANGES, check_length, columns_of, render, text_of
 
 Row = Mapping[str, Any]
 
@@ -157,7 +157,9 @@ class Task:
             if any(ANSWER in columns_of(new) for new in replacements.values()) and ANSWER not in row:
                 continue  # a column for answers, while rendering the prompt
             for old, new in replacements.items():
-                text = text.replace(old, render(new, row))
+                rendered = render(new, row)
+                check_length(len(text) + text.count(old) * len(rendered))
+                text = text.replace(old, rendered)
             full[name] = text
         return full
 

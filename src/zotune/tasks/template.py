@@ -6,9 +6,12 @@ import re
 from collections.abc import Callable, Mapping
 
 from zotune.io.suggest import did_you_mean
+from zotune.io.text import shortened, shown
 
 # {{ and }} are literal braces; anything else in braces names a column.
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+#: Most characters of a template, and of a text made by one.
+LONGEST_TEMPLATE, LONGEST_TEXT = 1 << 16, 1 << 22
 _NAME = re.compile(r"\w[\w \-]*")
 
 
@@ -25,15 +28,29 @@ def render(template: str, row: Mapping[str, object]) -> str:
         'fun . It was'
     """
 
+    length = len(template)
+
     def value(match: re.Match[str]) -> str:
+        nonlocal length
         name = _column_of(match, template)
-        return match.group()[0] if name is None else text_of(row, name)
+        text = match.group()[0] if name is None else text_of(row, name)
+        length += len(text)
+        check_length(length)
+        return text
 
     return _TOKEN.sub(value, template)
 
 
+def check_length(characters: int) -> None:
+    """ValueError for a text of more characters than :data:`LONGEST_TEXT`."""
+    if characters > LONGEST_TEXT:
+        raise ValueError(f"the template makes a text of more than {LONGEST_TEXT} characters of this row: shorten the template.")
+
+
 def columns_of(template: str) -> tuple[str, ...]:
     """The columns a template names, each once, in order; ValueError for a malformed template."""
+    if len(template) > LONGEST_TEMPLATE:
+        raise ValueError(f"a template has {len(template)} characters, and at most {LONGEST_TEMPLATE} are possible.")
     names = (_column_of(match, template) for match in _TOKEN.finditer(template))
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
@@ -41,7 +58,7 @@ def columns_of(template: str) -> tuple[str, ...]:
 def text_of(row: Mapping[str, object], column: str) -> str:
     """One column of a row as stripped text."""
     if column not in row:
-        raise ValueError(f"no column {column!r}: the row has {', '.join(row)}{did_you_mean(column, row)}.")
+        raise ValueError(f"no column {shown(column)}: the row has {shortened(', '.join(row), 400)}{did_you_mean(column, row)}.")
     value = row[column]
     if value is None or isinstance(value, (dict, list)):
         raise ValueError(f"column {column!r} holds {'null' if value is None else type(value).__name__}, not text.")
@@ -53,11 +70,11 @@ def _column_of(match: re.Match[str], template: str) -> str | None:
     if token in ("{{", "}}"):
         return None
     if token in ("{", "}"):
-        raise ValueError(f"template {template!r} has a lone {token!r}: write {token * 2!r} for the character itself.")
+        raise ValueError(f"template {shown(template)} has a lone {token!r}: write {token * 2!r} for the character itself.")
     name = match.group(1)
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"template {template!r}: {token!r} is not a plain column name (no dots, indices or formats); "
+            f"template {shown(template)}: {shown(token)} is not a plain column name (no dots, indices or formats); "
             "write {column}, or {{ and }} for literal braces."
         )
     return name

@@ -15,10 +15,12 @@ from torch import nn
 
 from zotune.io.inside import check_indexes
 from zotune.io.sizes import parse_size
+from zotune.io.text import read_text
 from zotune.training import base_identity, offloaded_loading
 from zotune.training.adapters import check_fresh
 from zotune.training.arguments import ModelArguments
 from zotune.training.base_identity import BaseIdentity
+from zotune.training.bounds import LONGEST_FILE, check_model
 from zotune.training.schemes import load_adapter
 from zotune.weights import offload
 from zotune.weights.offload.budget import Needs
@@ -53,6 +55,8 @@ def plan_model(args: ModelArguments, command: str) -> ModelPlan:
     if Path(name).is_dir():
         check_indexes(Path(name))
     config = explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
+    if Path(name).is_dir():
+        check_model(config, Path(name))
     return ModelPlan(name, adapter, config)
 
 
@@ -172,7 +176,7 @@ def _base_of(adapter: Path) -> str:
     """The base model's name in an adapter's configuration."""
     path = adapter / "adapter_config.json"
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        name = json.loads(read_text(path, LONGEST_FILE))["base_model_name_or_path"]
     except (ValueError, LookupError, TypeError, RecursionError):
         name = None
     if not isinstance(name, str) or not name:

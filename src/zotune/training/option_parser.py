@@ -13,7 +13,12 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from zotune.io import safe_yaml
+from zotune.io.failures import LONGEST
 from zotune.io.suggest import did_you_mean
+from zotune.io.text import shortened, shown
+
+#: Options that let code of others run: a file from elsewhere must not set them.
+COMMAND_LINE_ONLY = ("trust_remote_code",)
 
 
 class OptionParser(HfArgumentParser):
@@ -77,11 +82,7 @@ class OptionParser(HfArgumentParser):
 
     def _yaml_words(self, path: str) -> list[str]:
         """The options of a flat YAML file as command-line words, each checked here so that errors name the file."""
-        try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: this is not a text file.") from error
-        content = safe_yaml.parse(text, path)
+        content = safe_yaml.read(Path(path).expanduser(), path)
         if content is None:
             return []
         if not isinstance(content, dict):
@@ -91,16 +92,18 @@ class OptionParser(HfArgumentParser):
         for key, value in content.items():
             name = str(key).replace("-", "_")
             if name not in actions:
-                raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(name, actions)}.")
+                raise ValueError(f"{path}: unknown key {shown(key)}{did_you_mean(name, actions)}.")
             if value is None:
                 continue
+            if name in COMMAND_LINE_ONLY and value is not False:
+                raise ValueError(f"{path}: {name} can be set on the command line only (--{name}), not by a file: leave it out.")
             try:
                 if isinstance(value, list):
                     _check_list(name, value, is_list=actions[name].nargs == "+")
                 piece = option_words(name, value)
                 self.parse_known_args(piece)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+                raise ValueError(shortened(f"{path}: {error}", LONGEST)) from error
             words += piece
         return words
 

@@ -7,7 +7,6 @@ a soft prompt from embeddings of real tokens (2104.08691).
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zotune.io import patterns
 from zotune.training.adapters import WEIGHTS, check_fit, fresh_layers
 from zotune.training.arguments import option
+from zotune.training.bounds import check_adapter
 from zotune.weights.external_linear import external_layers
 from zotune.weights.structure import classifier_of, module_mode, output_embeddings
 from zotune.weights.trainable_scales import quantize
@@ -69,11 +70,8 @@ class Scheme:
             raise ValueError(f"--lora_dropout must be in [0, 1), not {self.lora_dropout}.")
         if self.num_virtual_tokens < 1:
             raise ValueError(f"--num_virtual_tokens must be at least 1, not {self.num_virtual_tokens}.")
-        for pattern in self.trainable or ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"--trainable {pattern!r} is not a regular expression: {error}.") from None
+        if self.trainable is not None:
+            patterns.check(self.trainable, "--trainable")
         self._refuse_idle_options()
 
     def _refuse_idle_options(self) -> None:
@@ -133,7 +131,7 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, fre
         return _only(model, chosen)
     if scheme.trainable is None:
         return _only(model, set(names))
-    chosen = {name for name in names if any(re.search(pattern, name) for pattern in scheme.trainable)}
+    chosen = set(patterns.matching(scheme.trainable, names, "--trainable"))
     if not chosen:
         examples = names[len(names) // 2 :][:3]
         raise ValueError(f"--trainable {' '.join(scheme.trainable)} matches no parameter; names are such as {', '.join(examples)}.")
@@ -273,6 +271,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
     if not (Path(folder) / WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}: adapters are loaded from safetensors only.")
+    check_adapter(model, Path(folder), Path(folder) / WEIGHTS)
     for_text = PeftConfig.from_pretrained(str(folder)).is_prompt_learning
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
