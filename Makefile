@@ -1,4 +1,4 @@
-# make setup | test | lint | check | chaos | quickstart | clean
+# make setup | test | lint | check | chaos | fuzz | quickstart | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ EXTRAS := dev,peft,tensorboard,optimizers
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check chaos quickstart clean
+.PHONY: help setup test lint check chaos fuzz quickstart clean
 
 help:
 	@echo "make quickstart  fine-tune the bundled small model, forward passes only (installs first)"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint        set up, lint and types"
 	@echo "make check       the same and the fast tests"
 	@echo "make chaos       kill, interrupt and starve small runs 200 times and compare them with the undisturbed ones (about 5 minutes)"
+	@echo "make fuzz        give each reader of files altered and generated inputs for a minute"
 	@echo "make setup       make $(VENV) and install zotune into it with the tested versions"
 	@echo "make clean       remove caches and build output ($(VENV) stays)"
 
@@ -51,6 +52,11 @@ ROUNDS ?= 200
 SEED ?= 0
 chaos: setup
 	$(TEST_ENV) PYTHONPATH=tests/helpers $(BIN)/python tests/integration/chaos.py --rounds $(ROUNDS) --seed $(SEED)
+
+# Longer, for each reader: make fuzz SECONDS=600
+SECONDS ?= 60
+fuzz: setup
+	$(TEST_ENV) HF_HUB_OFFLINE=1 PYTHONPATH=tests/helpers $(BIN)/python tests/integration/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
 quickstart: setup
 	$(BIN)/zotune quickstart

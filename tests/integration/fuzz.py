@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import importlib
 import json
 import mmap
 import os
@@ -220,11 +221,8 @@ def checkpoint(folder: Path) -> Target:
         name = draw.choice(list(content))
         if name in by_value:
             return name.encode() + b"\0" + by_value[name](draw)
-        return (
-            name.encode()
-            + b"\0"
-            + (mutations.altered(content[name], list(content.values()), draw) if draw.random() < 0.9 else by_bytes(draw))
-        )
+        changed = by_value[name](draw) if name in by_value else mutations.altered(content[name], good, draw)
+        return name.encode() + b"\0" + changed
 
     def read(data: bytes) -> None:
         name, _, changed = data.partition(b"\0")
@@ -325,8 +323,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 }
 
 
-def work(name: str, seed: int, first: int, folder: Path, progress: mmap.mmap, until: float) -> None:
-    """The life of a reader's process: inputs from ``first`` on, until the time is over."""
+def work(name: str, seed: int, first: int, folder: Path, progress: mmap.mmap, seconds: float) -> None:
+    """The life of a reader's process: inputs from ``first`` on, for some seconds."""
     import torch
 
     torch.set_num_threads(1)
@@ -340,8 +338,8 @@ def work(name: str, seed: int, first: int, folder: Path, progress: mmap.mmap, un
     with open("/proc/self/statm", encoding="ascii") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    number, findings, refused, slowest = first, 0, 0, 0.0
-    while time.monotonic() < until:
+    number, findings, refused, slowest, start = first, 0, 0, 0.0, time.monotonic()
+    while time.monotonic() < start + seconds:
         data = target.generate(Random(f"{seed}/{name}/{number}"))
         (folder / "input").write_bytes(data)
         begin = time.process_time()
@@ -358,7 +356,7 @@ def work(name: str, seed: int, first: int, folder: Path, progress: mmap.mmap, un
         signal.setitimer(signal.ITIMER_PROF, 0)
         slowest = max(slowest, time.process_time() - begin)
         number += 1
-        progress[:40] = struct.pack("<QQQQd", number, findings, refused, 0, slowest)
+        progress[:40] = struct.pack("<QQQdd", number, findings, refused, time.monotonic() - start, slowest)
 
 
 def keep(folder: Path, name: str, number: int, data: bytes, why: str) -> int:
@@ -375,15 +373,14 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path) -> int:
     here = folder / name.replace(" ", "-")
     here.mkdir(parents=True, exist_ok=True)
     progress = mmap.mmap(-1, 40)
-    until, first, findings, inputs = time.monotonic() + seconds, 0, 0, 0
-    killed = refused = 0
-    slowest = 0.0
-    while time.monotonic() < until:
-        progress[:40] = struct.pack("<QQQQd", first, 0, 0, 0, 0.0)
+    first = findings = inputs = killed = refused = 0
+    slowest = spent = 0.0
+    while spent < seconds:
+        progress[:40] = struct.pack("<QQQdd", first, 0, 0, 0.0, 0.0)
         child = os.fork()
         if child == 0:
             try:
-                work(name, seed, first, here, progress, until)
+                work(name, seed, first, here, progress, seconds - spent)
                 os._exit(0)
             except BaseException:
                 (here / "error").write_text(traceback.format_exc())
@@ -391,12 +388,13 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path) -> int:
         last, since = first, time.monotonic()
         while not (done := os.waitpid(child, os.WNOHANG))[0]:
             time.sleep(0.1)
-            now = struct.unpack("<QQQQd", progress[:40])[0]
+            now = struct.unpack("<QQQdd", progress[:40])[0]
             last, since = (now, time.monotonic()) if now != last else (last, since)
             if time.monotonic() - since > WALL:
                 os.kill(child, signal.SIGKILL)
-        number, found, no, _, slow = struct.unpack("<QQQQd", progress[:40])
+        number, found, no, used, slow = struct.unpack("<QQQdd", progress[:40])
         inputs, findings, refused, slowest = inputs + number - first, findings + found, refused + no, max(slowest, slow)
+        spent += used + 1e-3
         status = done[1]
         if os.WIFSIGNALED(status):
             killed += 1
@@ -416,6 +414,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=list(TARGETS), help="readers (default: all)")
     parser.add_argument("--keep", type=Path, help="folder for the findings (default: a new one)")
     options = parser.parse_args()
+    for module in ("peft", "trainer_cases", "zotune.training.run_config", "zotune.bench.plan"):  # once, before the processes fork
+        importlib.import_module(module)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="zotune-fuzz-"))
     found = sum(fuzz(name, options.seconds, options.seed, folder) for name in options.only or TARGETS)
     print(f"seed {options.seed}: {found} findings" + (f", kept in {folder / 'findings'}" if found else ""))
