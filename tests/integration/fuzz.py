@@ -1,7 +1,7 @@
 """Give every reader of files altered and generated inputs: `make fuzz SECONDS=600`.
 
 Each reader runs in a process of its own with bounded memory. An input must end within a time of the processor, in a result or in one
-sentence (a ValueError or FileNotFoundError). All else is a finding: it is printed, and its input kept.
+sentence with exit code 2. All else is a finding: it is printed, and its input kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import yaml
 
 import mutations
 from mutations import as_json, documents, texts
-from zotune.io.failures import explain
+from zotune.io.failures import WRONG, explain
 
 #: Processor seconds of an input, seconds without a new input, and bytes beside those of the imports.
 SECONDS, WALL, MEMORY = 30.0, 300.0, 3 << 30
@@ -137,10 +137,13 @@ def run_file(folder: Path) -> Target:
     from trainer_cases import tiny_llama
     from zotune.training import run_folder, schemes
     from zotune.training.arguments import EvalDataArguments
+    from zotune.training.checkpoint.storage import FORMAT
 
     data = {"task": "sst2", "data_dir": None, "eval_file": None, "template": None, "options": None, "max_length": 5, "truncate": False}
     scheme = {"scheme": "full", "trainable": [r"layers\.(0)\."], "lora_r": 8}
-    seeds = [{"format": 2, "model": "m", "scheme": scheme, "data_arguments": data, "dtype": "float32", "classes": None, "before": {"a": 1}}]
+    seeds = [
+        {"format": FORMAT, "model": "m", "scheme": scheme, "data_arguments": data, "dtype": "float32", "classes": None, "before": {"a": 1}}
+    ]
     path, model = folder / run_folder.RUN_FILE, tiny_llama()
 
     def read(content: bytes) -> None:
@@ -346,13 +349,11 @@ def work(name: str, seed: int, first: int, folder: Path, progress: mmap.mmap, se
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             target.read(data)
-        except (ValueError, FileNotFoundError) as error:
-            refused += 1
-            text = (explain(error) or ("", 0))[0]
-            if not text or "\n" in text.strip() or len(text) > LONGEST_SENTENCE:
-                findings += keep(folder, name, number, data, f"no sentence: {text[:300]!r}")
-        except BaseException:
-            findings += keep(folder, name, number, data, traceback.format_exc())
+        except BaseException as error:
+            text, code = explain(error) or ("", 0)
+            refused += code == WRONG
+            if code != WRONG or not text or len(text) > LONGEST_SENTENCE:
+                findings += keep(folder, name, number, data, traceback.format_exc())
         signal.setitimer(signal.ITIMER_PROF, 0)
         slowest = max(slowest, time.process_time() - begin)
         number += 1

@@ -20,6 +20,7 @@ from trainer_cases import tiny_llama
 from zotune.bench import grid
 from zotune.io import safe_yaml
 from zotune.io.limited import Limited, LimitError
+from zotune.memory import shapes
 from zotune.tasks import loader, sources
 from zotune.tasks.chat import chat_of
 from zotune.tasks.chat_template import ChatTemplate
@@ -42,7 +43,7 @@ def refused(message: str, seconds: float = SECONDS) -> Iterator[None]:
 # -- rows -----------------------------------------------------------------------------------------------------------------------------
 
 BOMBS = {
-    "rows": (b'{"a":1}\n' * 4_000_000, "unpacks to more than 100 times its bytes"),
+    "rows": ((b'{"a": "' + b"x" * 200 + b'"}\n') * 100_000, "unpacks to more than 100 times its bytes"),
     "blank lines": (b"\n" * 30_000_000, "has more blank lines than rows"),
     "blanks": (b" \n" * 10_000_000, "has more blank lines than rows"),
     "empty objects": (b"{}\n" * 10_000_000, "line 1 holds an object without columns"),
@@ -157,7 +158,7 @@ def test_a_prompt_without_end_is_refused(kind: str, tmp_path: Path) -> None:
 
 ENDLESS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "powers": "{{ 9 ** 9 ** 9 }}",
+    "powers": "{{ 9 ** (9 ** 9) }}",
     "memory": "{{ 'x' * 2 ** 33 }}",
     "doubling": "{% set n = namespace(x='x') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "recursion": "{% macro f(n) %}{{ f(n - 1) ~ f(n - 2) if n > 1 else 1 }}{% endmacro %}{{ f(60) }}",
@@ -221,7 +222,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-EVIL = "(([a-z]+)*)*!"
+EVIL = "(([a-z0-9_.]+)*)*!"
 ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
     "target_modules": ({"target_modules": EVIL}, "regular expressions"),
     "exclude_modules": ({"exclude_modules": EVIL}, "regular expressions"),
@@ -252,6 +253,13 @@ def test_an_adapter_that_asks_for_too_much_is_refused(kind: str, adapter: Path, 
         schemes.load_adapter(tiny_llama(), tmp_path)
 
 
+def test_an_adapter_on_an_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
+    content = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**content, "base_model_name_or_path": str(adapter)}))
+    with refused("an adapter itself: merge that into its own base first"):
+        plan_model(ModelArguments(str(tmp_path)), "zotune eval")
+
+
 def test_an_adapter_as_it_was_saved_is_loaded(adapter: Path) -> None:
     schemes.load_adapter(tiny_llama(), adapter)
 
@@ -264,6 +272,8 @@ def test_a_model_of_more_layers_than_tensors_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 20_000}))
     with refused(r"num_hidden_layers is 20000, and the files hold \d+ tensors"):
         plan_model(ModelArguments(str(tmp_path)), "zotune eval")
+    with refused("num_hidden_layers is 20000, and at most 2000 are possible"):
+        shapes.config_of(str(path))
 
 
 def test_chats_are_encoded_while_the_parent_holds_files(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class Limited(Generic[T]):
             warnings.simplefilter("ignore", DeprecationWarning)  # the child runs the function alone, none of the threads' code
             child = os.fork()
         if child == 0:
-            _serve(there, self.function, self.seconds, self.memory)
+            _serve(there, self.function, self.what, self.seconds, self.memory)
         there.close()
         self._pipe = here
         self._stop = weakref.finalize(self, _end, here, child, os.getpid())
@@ -101,7 +101,7 @@ def _end(pipe: Connection, child: int, parent: int) -> None:
         pass
 
 
-def _serve(pipe: Connection, function: Callable[..., Any], seconds: float, memory: int) -> None:
+def _serve(pipe: Connection, function: Callable[..., Any], what: str, seconds: float, memory: int) -> None:
     """The life of the child: answers calls until its parent ends."""
     try:
         os.closerange(3, pipe.fileno())  # locks and pipes of the parent end with the parent
@@ -113,20 +113,20 @@ def _serve(pipe: Connection, function: Callable[..., Any], seconds: float, memor
         while True:
             args = pipe.recv()
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            answer = _answer(function, args)
+            answer = _answer(function, args, what)
             pipe.send(answer)
             signal.setitimer(signal.ITIMER_PROF, 0)
     finally:
         os._exit(0)
 
 
-def _answer(function: Callable[..., Any], args: Any) -> tuple[bool, Any]:
+def _answer(function: Callable[..., Any], args: Any, what: str) -> tuple[bool, Any]:
     try:
         return True, function(*args)
     except MemoryError:
         os._exit(1)
     except RecursionError:
-        return False, "it is nested too deeply"
+        return False, f"{what} is nested too deeply."
     except Exception as error:
         return False, " ".join(str(error).split())[:500] or type(error).__name__
 

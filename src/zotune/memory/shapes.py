@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from zotune.tasks.preparation import is_encoder
+from zotune.training.bounds import check_counts
 from zotune.training.loading import explained
 
 
@@ -42,7 +43,9 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> Any:
     if not path.exists() and (name in known or name in by_last):
         file = known[by_last.get(name, name)]
         return _read((resources.files("zotune.memory") / "configs" / file).read_text(encoding="utf-8"), name)
-    return explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    config = explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    check_counts(config, name)
+    return config
 
 
 def _read(text: str, name: str) -> Any:
@@ -62,9 +65,11 @@ def config_from(values: Any, name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**{key: value for key, value in values.items() if not key.startswith("_")})
+        config = AutoConfig.for_model(**{key: value for key, value in values.items() if not key.startswith("_")})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{name} is not a model's config.json: {' '.join(str(error).split())}") from None
+    check_counts(config, name)
+    return config
 
 
 def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,12 @@ class Chat:
     def without(self, indices: set[int]) -> Chat:
         """The chat without some of its messages."""
         kept = [index for index in range(len(self.messages)) if index not in indices]
-        parts = (self.messages, self.trained, self.details)
-        return Chat(*([part[index] for index in kept] for part in parts), self.tools, self.variables)  # type: ignore[arg-type]
+        return replace(
+            self,
+            messages=[self.messages[index] for index in kept],
+            trained=[self.trained[index] for index in kept],
+            details=[self.details[index] for index in kept],
+        )
 
 
 def chat_of(row: Mapping[str, Any], options: ChatOptions | None = None) -> Chat:
@@ -114,7 +118,7 @@ def with_parsed_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]
         function = value.get("function", value) if isinstance(value, dict) else None
         arguments = function.get("arguments") if isinstance(function, dict) else None
         parsed = _parsed(arguments) if isinstance(arguments, str) else None
-        if not isinstance(parsed, dict):
+        if not isinstance(function, dict) or not isinstance(parsed, dict):
             return value
         changed = {**function, "arguments": parsed}
         return {**value, "function": changed} if "function" in value else changed

@@ -18,6 +18,8 @@ from zotune.io.text import read_text, shown
 LONGEST_FILE = 1 << 24
 #: Most layers, experts and the like that are built without a look at the weights.
 FEW = 200
+#: Most of them in a configuration without weights.
+MOST = 2000
 #: Most iterations of an initialization, which `init_lora_weights` and `loftq_config` may ask for.
 MOST_ITERATIONS = 100
 
@@ -34,12 +36,19 @@ _FORMS = (r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(?P<idx>\d+)\
 
 def check_model(config: Any, folder: Path) -> None:
     """ValueError where a model folder's configuration counts more layers (experts, ...) than its files have tensors."""
-    most, name = max(((value, name) for name, value in _counts(config.to_dict())), default=(0, ""))
+    most, name = _largest_count(config)
     if most <= FEW:
         return
     tensors = sum(len(_shapes(path)) for path in folder.glob("*.safetensors"))
     if tensors and most > tensors:
         raise ValueError(f"{folder / 'config.json'} is damaged: {name} is {most}, and the files hold {tensors} tensors.")
+
+
+def check_counts(config: Any, source: str) -> None:
+    """ValueError for a configuration without weights that counts more than :data:`MOST` layers, experts and the like."""
+    most, name = _largest_count(config)
+    if most > MOST:
+        raise ValueError(f"{source}: {name} is {most}, and at most {MOST} are possible.")
 
 
 def check_adapter(model: nn.Module, folder: Path, weights: Path) -> None:
@@ -104,6 +113,10 @@ def _texts(config: Mapping[str, Any]) -> list[str]:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _largest_count(config: Any) -> tuple[int, str]:
+    return max(((value, name) for name, value in _counts(config.to_dict())), default=(0, ""))
 
 
 def _counts(content: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

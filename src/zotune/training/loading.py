@@ -52,6 +52,10 @@ def plan_model(args: ModelArguments, command: str) -> ModelPlan:
     if (Path(name) / "adapter_config.json").is_file():
         adapter = name
         name = _located(_base_of(Path(adapter)))
+        if (Path(name) / "adapter_config.json").is_file():  # transformers would load it unchecked
+            raise ValueError(
+                f"the base model of {adapter} is {name}, an adapter itself: merge that into its own base first (peft's merge_and_unload)."
+            )
     if Path(name).is_dir():
         check_indexes(Path(name))
     config = explained(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code))
