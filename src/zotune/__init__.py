@@ -24,13 +24,10 @@ if TYPE_CHECKING:
     from zotune.weights.offload import offload
 
 # Public names are imported when first asked for, so that `zotune --help` need not wait for torch.
-_MODULES = {
-    "baselines": "zotune.baselines",
-    "methods": "zotune.methods",
-    "objectives": "zotune.objectives",
-    "schemes": "zotune.training.schemes",
-    "tasks": "zotune.tasks",
-}
+_PACKAGES = (
+    "baselines", "bundled", "errors", "forward", "memory", "methods", "objectives", "optim", "subspaces", "tasks", "training", "weights",
+)  # fmt: skip
+_MODULES = {name: f"zotune.{name}" for name in _PACKAGES} | {"schemes": "zotune.training.schemes"}
 _NAMES = {
     "Journal": "zotune.optim.journal",
     "Method": "zotune.methods",

@@ -6,6 +6,8 @@ tied or quantized. What a layer type adds is in its file of ``forward.layers``. 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from zotune.forward.layers import LayerRule, rule_of
 from zotune.subspaces import LowRankCoordinate
 
-#: The attribute of a module with a hook, by which a second optimizer on the same model is noticed.
+#: The attribute of a module that holds its hook, by which a second optimizer on the same model is noticed.
 MARK = "_zotune_low_rank_hook"
 
 
@@ -24,12 +26,13 @@ class LowRankHook:
         module: a module for which :meth:`fits` holds.
         local_name: the attribute that holds the parameter, ``"weight"``.
         coordinate: the low-rank coordinate of that parameter.
+        owner: whose hook it is, as long as it lives.
 
     Raises:
         ValueError: another optimizer's hook is on the module already, or its layer type has none.
     """
 
-    def __init__(self, module: nn.Module, local_name: str, coordinate: LowRankCoordinate) -> None:
+    def __init__(self, module: nn.Module, local_name: str, coordinate: LowRankCoordinate, owner: object) -> None:
         if MARK in module.__dict__:
             raise ValueError(
                 f"{coordinate.name} is already trained by another ZerothOrder optimizer; call that optimizer's remove_hooks() first."
@@ -43,7 +46,8 @@ class LowRankHook:
         self.add_low_rank = rule.add_low_rank
         self.calls = 0
         self.module = module
-        module.__dict__[MARK] = True
+        self.owner = weakref.ref(owner)
+        module.__dict__[MARK] = self
         self._handles = [
             module.register_forward_hook(self.forward_hook),
             module.register_state_dict_post_hook(_SaveMerged(self)),
@@ -73,6 +77,17 @@ class LowRankHook:
         for handle in self._handles:
             handle.remove()
         self.module.__dict__.pop(MARK, None)
+
+
+def release_abandoned(model: nn.Module) -> None:
+    """Remove the hooks of optimizers that no longer exist; their updates are folded into the weights first."""
+    hooks = [module.__dict__[MARK] for module in model.modules() if MARK in module.__dict__]
+    if hooks:
+        gc.collect()  # a scheduler and its optimizer refer to each other
+    for hook in hooks:
+        if hook.owner() is None:
+            hook.coordinate.fold()
+            hook.remove()
 
 
 class _SaveMerged:

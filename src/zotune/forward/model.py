@@ -39,6 +39,7 @@ from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.flat_buffer import build_flat_buffers
 from zotune.subspaces.multi_tensor import build_multi_tensor_groups
 from zotune.weights import placement
+from zotune.weights.kept_buffers import KeptBuffers
 from zotune.weights.precision import HALF
 from zotune.weights.structure import module_mode
 
@@ -58,6 +59,7 @@ class PerturbedForward:
         sharded: whether a parameter is split among processes, which then have to evaluate the same points together.
         streams: whether a parameter is offloaded between forwards.
         low_rank_hooks: the hooks on the model.
+        buffers: of the model, which evaluations put back.
 
     Example:
         >>> from zotune.subspaces import Full
@@ -80,6 +82,7 @@ class PerturbedForward:
         self.sharded = any(placement.is_sharded(parameter) for parameter in model.parameters())
         self.streams = any(placement.offload_handle(parameter) is not None for parameter in model.parameters())
         self.forward_mode = ForwardMode()
+        self.buffers = KeptBuffers(model)
         self.low_rank_hooks: list[LowRankHook] = []
         self._attach_hooks()
         self._materializable = set() if self.sharded else self._find_materializable()
@@ -93,11 +96,17 @@ class PerturbedForward:
         """
         # Not inference_mode, which is a few percent faster: what a model or a loss keeps from a forward (a table of positions, a running
         # mean) has to stay an ordinary tensor, for a later backward pass or an update in place.
-        with torch.no_grad(), module_mode(self.model, training=False), self.at(offset, only=only):
+        with self._evaluating(offset is not None), self.at(offset, only=only):
             if offset is None:
                 return function()
             with isolated_generators(_loss_key(offset), self.devices):
                 return function()
+
+    @contextmanager
+    def _evaluating(self, runs: bool = True) -> Iterator[None]:
+        """Evaluation mode without an autograd graph; buffers stay as they are. ``runs``: whether the model is run for certain."""
+        with torch.no_grad(), module_mode(self.model, training=False), self.buffers.kept(runs):
+            yield
 
     def tangent(self, function: Callable[[], Any], offset: Offset) -> tuple[Tensor, Tensor]:
         """The loss ``function()`` at θ and its derivative along the direction of ``offset``, in one forward; see ``jvp``.
@@ -106,7 +115,7 @@ class PerturbedForward:
             ValueError: something between the weights and the loss has no forward derivative.
         """
         factories = self._overrides.factories(dual, self.directions, offset)
-        with torch.no_grad(), module_mode(self.model, training=False), self._overrides.active(factories, self._reset_hooks):
+        with self._evaluating(), self._overrides.active(factories, self._reset_hooks):
             return self.forward_mode.derivative(function, lambda: isolated_generators(_loss_key(offset), self.devices))
 
     def evaluate_batched(self, function: Callable[[], T], layout: BatchLayout) -> T:
@@ -122,7 +131,7 @@ class PerturbedForward:
         """:meth:`evaluate_batched` in a given context, without isolating generators."""
         try:
             factories = self._overrides.factories(batched_parameter, context)
-            with torch.no_grad(), module_mode(self.model, training=False), self._overrides.active(factories, self._reset_hooks):
+            with self._evaluating(), self._overrides.active(factories, self._reset_hooks):
                 for coordinate in self._low_rank:
                     coordinate.hook_core = None  # batched parameters include A
                 return function()
@@ -202,8 +211,8 @@ class PerturbedForward:
                 coordinate.fold_every_step()
                 continue
             try:
-                self.low_rank_hooks += [LowRankHook(module, name, coordinate) for module, name in owners]
-            except ValueError:
+                self.low_rank_hooks += [LowRankHook(module, name, coordinate, self) for module, name in owners]
+            except BaseException:
                 self.remove_hooks()
                 raise
 
@@ -245,8 +254,7 @@ class PerturbedForward:
 
         def evaluate(at: Offset | None, hooks: bool, only: Collection[str] | None) -> tuple[Tensor, list[OverriddenParameters]]:
             with (
-                torch.no_grad(),
-                module_mode(self.model, training=False),
+                self._evaluating(),
                 self.at(at, hooks=hooks, only=only) as tables,
                 isolated_generators(_loss_key(offset), self.devices),
             ):

@@ -32,3 +32,7 @@ Down to the weights, as in a replay:
     optim/update.py            Updater.apply                       terms to the update rule
     subspaces/flat_buffer.py   FlatBuffer.descend                  the update of the coordinates
 """
+
+from zotune.io.lazy import submodules
+
+__getattr__ = submodules(__name__, "distributed")

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
+from zotune.forward.low_rank_hook import release_abandoned
 from zotune.forward.model import PerturbedForward
 from zotune.methods import Method
 from zotune.methods.coefficients import ConservativeStep, Fitness, Shaping, State
@@ -31,6 +33,11 @@ from zotune.subspaces import Full, Guided, LowRank, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate
 from zotune.weights import placement, quantized_linear
 from zotune.weights.external_linear import is_external
+
+#: Types of weights that an update can write.
+WRITTEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+NOTHING_TRAINED = "the model has no trainable parameter; set requires_grad=True on those to train."
 
 T = TypeVar("T", bound=StepTransform)
 
@@ -104,7 +111,7 @@ def parameter_groups(model: nn.Module, params: Iterable[Any] | None, weight_deca
     else:
         trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("the model has no trainable parameter; set requires_grad=True on those to train.")
+        raise ValueError(NOTHING_TRAINED)
     if not weight_decay:
         return [{"params": trainable}]
     matrices = [p for p in trainable if p.dim() > 1]
@@ -131,8 +138,11 @@ def build(
     Raises:
         ValueError: the method cannot train this model, or the model is being trained by another optimizer.
     """
+    release_abandoned(model)
     groups = [_coordinates(model, method, rule, group) for group in param_groups]
     coordinates = [c for group in groups for c in group]
+    if not coordinates:
+        raise ValueError(NOTHING_TRAINED)
     method = dataclasses.replace(method, blocks=method.subspace.attach(model, coordinates))
     estimator = ESTIMATORS[method.estimator]
     layers = _scaled_layers(method, coordinates)
@@ -148,26 +158,26 @@ def build(
         output_gradients = None
         if isinstance(subspace, Guided):
             output_gradients = OutputGradientSteps(forward, evaluator, rule, subspace.interval, measured)
-    except ValueError:
+        return RunParts(
+            model=model,
+            param_groups=param_groups,
+            method=method,
+            rule=rule,
+            estimator=estimator,
+            directions=directions,
+            layers=layers,
+            forward=forward,
+            evaluator=evaluator,
+            transforms=_step_transforms(method, evaluator, estimator, state),
+            workers=workers,
+            calibrator=calibrator,
+            output_gradients=output_gradients,
+            sample_batches=sample_batches,
+            state=state,
+        )
+    except BaseException:
         forward.remove_hooks()
         raise
-    return RunParts(
-        model=model,
-        param_groups=param_groups,
-        method=method,
-        rule=rule,
-        estimator=estimator,
-        directions=directions,
-        layers=layers,
-        forward=forward,
-        evaluator=evaluator,
-        transforms=_step_transforms(method, evaluator, estimator, state),
-        workers=workers,
-        calibrator=calibrator,
-        output_gradients=output_gradients,
-        sample_batches=sample_batches,
-        state=state,
-    )
 
 
 def _step_transforms(method: Method, evaluator: Evaluator, estimator: Estimator, state: RunState) -> list[StepTransform]:
@@ -207,8 +217,9 @@ def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, 
         name = names.get(id(parameter))
         if name is None:
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters.")
-        if not parameter.is_floating_point():
-            raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it.")
+        if not parameter.numel():  # there is nothing to train in it
+            continue
+        _check_writable(name, parameter)
         if placement.is_sharded(parameter) and not _takes_shards(method, rule):
             raise ValueError(
                 f"{name} is sharded, and {method.name} cannot train shards: take a method that trains full weights or low-rank "
@@ -225,6 +236,26 @@ def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, 
         _check_placement(method, coordinate)
         coordinates.append(coordinate)
     return coordinates
+
+
+def _check_writable(name: str, parameter: torch.Tensor) -> None:
+    """Refuse before the first step what its update could not write."""
+    external = parameter.is_floating_point() and is_external(parameter)
+    if external or placement.is_sharded(parameter) or quantized_linear.owner_of(parameter) or placement.offload_handle(parameter):
+        return  # their storage is checked where it is made
+    if parameter.dtype not in WRITTEN:
+        raise ValueError(f"{name} is {parameter.dtype}, which cannot be trained; set requires_grad=False on it.")
+    if parameter.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values: load the model's weights first.")
+    if parameter.is_inference():
+        raise ValueError(f"{name} was made in torch.inference_mode(), so it cannot be written: load the model outside of it.")
+    if parameter.layout != torch.strided or any(
+        not stride and size > 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{name} has elements that share memory or none of their own, so it cannot be written: give it a copy "
+            "(parameter.data = parameter.detach().to_dense().clone())."
+        )
 
 
 def _check_placement(method: Method, coordinate: Coordinate) -> None:

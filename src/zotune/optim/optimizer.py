@@ -137,10 +137,22 @@ class ZerothOrder(torch.optim.Optimizer):
         self.preparation = Preparation(run, self.updater)
         self.step_estimate = StepEstimate(run, self.preparation)
         self.last_report: StepReport | None = None
+        try:
+            self._start_journal(journal)
+        except BaseException:  # the model stays free for another optimizer
+            self.forward.remove_hooks()
+            raise
+
+    def _start_journal(self, journal: str | Path | Journal | None) -> None:
         self.journal = journal if isinstance(journal, Journal) and self.workers.first else None
-        if journal is not None and not isinstance(journal, Journal):
-            header = self.header()  # on every worker: each has a part of sharded weights
-            self.journal = Journal.create(journal, header) if self.workers.first else None
+        if journal is None or isinstance(journal, Journal):
+            return
+        header = self.header()  # on every worker: each has a part of sharded weights
+
+        def create() -> None:
+            self.journal = Journal.create(journal, header)
+
+        self.workers.from_first(create)
 
     @torch.no_grad()
     def step(self, loss_fn: LossFunction | Callable[[], Tensor], batch: Any = NO_BATCH) -> Tensor:  # type: ignore[override]
@@ -232,9 +244,11 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def remove_hooks(self) -> None:
         """Make the model a plain module with the trained weights: fold, and remove every hook. The optimizer cannot be used afterwards."""
-        with torch.no_grad():
-            self.updater.fold()
-        self.forward.remove_hooks()
+        try:
+            with torch.no_grad():
+                self.updater.fold()
+        finally:
+            self.forward.remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that, with the model's weights, continues the run bit for bit.

@@ -28,7 +28,8 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
         The optimizer in the state of that step; call its ``remove_hooks()`` to be left with a plain model.
 
     Raises:
-        ValueError: the model is not the journal's base, its parameters are named otherwise, or the journal is shorter than ``until``.
+        ValueError: the model is not the journal's base, its parameters are named otherwise, the journal is shorter than ``until``, or it
+            has a record that no run writes: the model is then a plain module with the weights of the steps before that record.
     """
     if not isinstance(journal, Journal):
         journal = Journal.open(journal)
@@ -55,6 +56,15 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
         optimizer = ZerothOrder(model, method, params=groups, seed=header["seed"])
     except (TypeError, ArithmeticError, LookupError) as error:  # options of types that no run has
         raise ValueError(f"{journal.path}: the header's method cannot be made ({error}).") from error
+    try:
+        _apply(optimizer, journal, until)
+    except BaseException:
+        optimizer.remove_hooks()
+        raise
+    return optimizer
+
+
+def _apply(optimizer: ZerothOrder, journal: Journal, until: int | None) -> None:
     for number, record in enumerate(journal.records()):
         if until is not None and optimizer.steps >= until:
             break
@@ -71,9 +81,8 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
             RuntimeError,
         ) as error:  # whole, yet none that a run writes
             raise ValueError(
-                f"{journal.path}: record {number} is none of a run of {header['method']} ({' '.join(str(error).split())})."
+                f"{journal.path}: record {number} is none of a run of {optimizer.method.name} ({' '.join(str(error).split())})."
             ) from error
-    return optimizer
 
 
 def checked_header(journal: Journal) -> dict[str, Any]:

@@ -19,8 +19,8 @@ THIN = 64
 
 
 def is_thin(shape: Sequence[int]) -> bool:
-    """Whether a tensor of this shape is a vector or a thin matrix."""
-    return len(shape) == 1 or (len(shape) == 2 and min(shape) <= THIN)
+    """Whether a tensor of this shape is a scalar, a vector or a thin matrix."""
+    return len(shape) <= 1 or (len(shape) == 2 and min(shape) <= THIN)
 
 
 #: Maps a first moment of θ, linear in its estimates, to a new basis.
