@@ -89,7 +89,7 @@ def trainer(output_dir: Path, model: Any = None, **options: Any) -> zotune.ZOTra
     given = {
         name: options.pop(name)
         for name in ("train_dataset", "eval_dataset", "data_collator", "compute_metrics", "callbacks", "objective",
-                     "eval_objective", "eval_data_collator", "optimizers", "processing_class")
+                     "eval_objective", "eval_data_collator", "optimizers", "processing_class", "compute_loss_func")
         if name in options
     }  # fmt: skip
     defaults = {"train_dataset": choice_rows(), "data_collator": collate_choices}

@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     accelerator = device == "cuda"
     began = time.perf_counter()
     plans = [workload(args, method, dtype) for method in methods_of(args.method, args.method_args)]
+    _refuse_idle(args, [plan.method for plan in plans])
     parameters, largest_parameter = elements_of(plans[0])
     splits: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -173,6 +174,20 @@ def workload(args: argparse.Namespace, method: Any, dtype: str) -> Any:
         forward_batching=args.forward_batching,
         activation_checkpointing=args.activation_checkpointing,
     )
+
+
+def _refuse_idle(args: argparse.Namespace, methods: Sequence[Any]) -> None:
+    """ValueError for an option that has no effect on any of the methods."""
+    from zotune.methods import Method
+
+    zeroth = any(isinstance(method, Method) for method in methods)
+    backward = any(getattr(method, "kind", None) == "backward" for method in methods)
+    if args.activation_checkpointing and not backward:
+        raise ValueError("--activation_checkpointing is an option of first-order methods, and none is named: leave it out.")
+    if args.forward_batching != "auto" and not zeroth:
+        raise ValueError("--forward_batching is an option of zeroth-order methods, and none is named: leave it out.")
+    if args.exact and args.measure:
+        raise ValueError("--measure computes every layer anyway: leave --exact out.")
 
 
 def _device(args: argparse.Namespace) -> str:

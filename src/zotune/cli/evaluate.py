@@ -142,4 +142,7 @@ def _data_options_of_run(values: dict[str, Any], given: set[str]) -> None:
             for field in dataclasses.fields(EvalDataArguments):
                 if field.name not in given and field.name in options:
                     values[field.name] = options[field.name]
+            trained = run_folder.read_run(place).get("training_arguments")
+            if "seed" not in given and isinstance(trained, dict) and isinstance(trained.get("seed"), int):
+                values["seed"] = trained["seed"]  # of the same subset
             return

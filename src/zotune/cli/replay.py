@@ -25,6 +25,11 @@ from zotune.weights import quantized_linear, trainable_scales
 from zotune.weights.offload import stream_of
 from zotune.weights.offload.loading import PLACES
 
+#: Options of a rebuilt model.
+_OF_A_MODEL = (
+    "output_dir", "step", "merge", "offload", "max_memory", "offload_blocks", "offload_dir", "use_cpu", "trust_remote_code",
+)  # fmt: skip
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs `zotune replay`."""
@@ -51,6 +56,9 @@ def main(argv: Sequence[str]) -> int:
     if not path.is_file() and (path.parent / run_folder.RUN_FILE).is_file():
         raise ValueError(f"{path.parent} has no journal: a run of a first-order method, or of one without steps, cannot be replayed.")
     if args.verify:
+        idle = [name for name in _OF_A_MODEL if getattr(args, name) not in (None, False)]
+        if idle:
+            raise ValueError(f"--verify only checks the journal, so --{idle[0]} would have no effect: leave one of them out.")
         found = verify(path)
         if not found.ok:
             raise ValueError(found.message)
@@ -65,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
     journal = Journal.open(path)
     where = {name: getattr(args, name) for name in ("max_memory", "offload_blocks", "offload_dir")}
     model, tokenizer = base_model(args, journal, path.parent, offload=args.offload or "no", **where)
+    if args.merge and not hasattr(model, "peft_config"):
+        raise ValueError("--merge puts a LoRA adapter into the weights, and this run trained none: leave --merge out.")
     optimizer = replay(model, journal, until=args.step)
     steps = optimizer.steps
     optimizer.remove_hooks()
@@ -94,13 +104,11 @@ def new_folder(name: str | None, command: str, what: str) -> Path:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The model with its LoRA adapter merged into its weights; a model without adapter unchanged.
+    """The model with its LoRA adapter merged into its weights.
 
     Raises:
         ValueError: the adapter is a prefix or prompt.
     """
-    if not hasattr(model, "peft_config"):
-        return model
     if not hasattr(model, "merge_and_unload"):
         raise ValueError("--merge puts a LoRA adapter into the weights; a prefix or prompt is none: leave --merge out.")
     merge: Any = quantized_linear.dequantize(model).merge_and_unload

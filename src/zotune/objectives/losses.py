@@ -100,10 +100,16 @@ class ChoiceLoss:
 
 @dataclass
 class ClassifierLoss:
-    """Cross-entropy in nats of a sequence-classification head, ``loss(batch) -> (B,)``.
+    """The loss of a sequence-classification head, ``loss(batch) -> (B,)``, of the kind that transformers takes.
 
-    The batch holds input_ids (B, T), attention_mask (B, T), token_type_ids (B, T) where the model has them, and
-    labels (B,).
+    One output, or ``config.problem_type`` "regression": the mean square of scores − labels. Labels of numbers with a point for several
+    outputs, or "multi_label_classification": the mean over outputs of their binary cross-entropy in nats. Else cross-entropy in nats.
+
+    The batch holds input_ids (B, T), attention_mask (B, T), token_type_ids (B, T) where the model has them, and labels: (B,) for classes,
+    (B,) or (B, C) for a regression with C outputs, (B, C) for several labels an example.
+
+    Raises:
+        ValueError: the labels do not fit the outputs.
     """
 
     model: nn.Module
@@ -111,7 +117,46 @@ class ClassifierLoss:
 
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
-        return cross_entropy(class_scores(self.model, batch), batch["labels"])
+        scores, labels = class_scores(self.model, batch), batch["labels"]
+        kind = problem_of(self.model, scores.shape[1], labels)
+        if kind != "single_label_classification":
+            values = labels.view(len(labels), -1)
+            if values.shape != scores.shape:
+                raise ValueError(
+                    f"the model has {scores.shape[1]} outputs, and the labels have shape {tuple(labels.shape)}: {_FIXES[kind]}."
+                )
+            values = values.to(scores.dtype)
+            errors = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+            return errors(scores, values, reduction="none").mean(dim=1)
+        labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
+        if labels.shape != scores.shape[:1] or labels.is_floating_point():
+            raise ValueError(f"labels of {labels.dtype} and shape {tuple(labels.shape)} are no classes: {_FIXES[kind]}.")
+        if labels.device.type == "cpu" and bool((labels.ge(scores.shape[1]) | labels.lt(0) & labels.ne(IGNORE)).any()):
+            raise ValueError(
+                f"a label lies outside of the model's {scores.shape[1]} classes: load the model with num_labels={_classes(labels)}."
+            )
+        return cross_entropy(scores, labels)
+
+
+_FIXES = {
+    "regression": "give each example one number, or load the model with as many num_labels as numbers",
+    "multi_label_classification": "give each example one 0.0 or 1.0 for every output",
+    "single_label_classification": "give each example one whole number, or load the model with num_labels=1 for a regression",
+}
+
+
+def problem_of(model: nn.Module, outputs: int, labels: Tensor) -> str:
+    """The problem of a sequence-classification head, as transformers names it: by the config, else by its outputs and labels."""
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    if kind is not None:
+        return kind
+    if outputs == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def _classes(labels: Tensor) -> str:
+    return str(int(labels.max()) + 1)
 
 
 @tagged("activations")

@@ -136,6 +136,12 @@ def prepare(
         raise ValueError("num_demonstrations needs a task with prompts and a causal language model: pass --task.")
     train_rows = _train_rows(task, data_dir, train_file) if "train" in parts or num_demonstrations is not None else None
     eval_rows = _eval_rows(task, data_dir, train_file, eval_file) if "eval" in parts else None
+    if data_dir is not None and (task is None or ("train" in parts and train_file is not None and eval_file is not None)):
+        raise ValueError(
+            "data_dir holds the rows of tasks, and none of them is read: pass --task without both files, or leave data_dir out."
+        )
+    if num_eval is not None and "eval" in parts and eval_rows is None:
+        raise ValueError("num_eval draws evaluation rows, and there are none: pass --eval_file, or leave num_eval out.")
     if train_rows is None and eval_rows is None:
         raise ValueError("nothing to evaluate: pass --task (list them with `zotune tasks`) or --eval_file.")
     if k_shot is not None and task is not None and task.gold:
@@ -242,11 +248,15 @@ def _train_rows(task: Task | None, data_dir: Any, train_file: Any) -> Rows | Non
     raise ValueError("nothing to train on: pass --task (list them with `zotune tasks`) or --train_file.")
 
 
+def has_eval_rows(task: Any, data_dir: Any, train_file: Any, eval_file: Any) -> bool:
+    """Whether there are rows to evaluate on. Own training rows are evaluated on a published split only where data_dir is given."""
+    return eval_file is not None or (task is not None and (train_file is None or data_dir is not None))
+
+
 def _eval_rows(task: Task | None, data_dir: Any, train_file: Any, eval_file: Any) -> Rows | None:
     if eval_file is not None:
         rows = read_jsonl(eval_file)
         return rows if task is None else clean(rows, task)
-    # Own training rows are evaluated on a published split only where data_dir is given.
-    if task is not None and (train_file is None or data_dir is not None):
+    if task is not None and has_eval_rows(task, data_dir, train_file, eval_file):
         return load_rows(task, "eval", data_dir)
     return None

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zotune.baselines import Baseline
+from zotune.io.suggest import did_you_mean
 from zotune.methods import Method
 from zotune.subspaces import Full, LowRank
 from zotune.training import baseline_runs, schemes
+from zotune.training.evaluation import SPEED
 from zotune.weights import placement
 
 if TYPE_CHECKING:
+    from zotune.tasks import PreparedData
+    from zotune.training.config import ZOConfig
     from zotune.training.run_config import RunConfig
 
 
@@ -30,6 +34,23 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
         raise ValueError("--scheme scales trains the scales of int8 layers, one per row: it needs --quantize int8.")
     if config.model.offload != "no":
         raise ValueError("--scheme scales trains scales, which stay in memory with their layers: leave --offload out.")
+
+
+def check_evaluations(training: ZOConfig, data: PreparedData) -> None:
+    """ValueError where evaluations during training, or their metric, cannot be had of the data."""
+    if data.dev is None and data.eval is None:
+        asked = [name for name in ("load_best_model_at_end", "eval_on_start") if getattr(training, name)]
+        if training.eval_strategy != "no":
+            asked.append("eval_strategy")
+        if asked:
+            raise ValueError(
+                f"{asked[0]}={getattr(training, asked[0])!s} needs evaluation data: pass --eval_file or --num_dev, or leave it out."
+            )
+    metric, known = training.metric_for_best_model, ["loss", *(data.task.metrics if data.task is not None else ()), *SPEED]
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is no metric of these data{did_you_mean(metric, known)}: there are {', '.join(known)}."
+        )
 
 
 def under_scheme(model: nn.Module, config: RunConfig, method: Method | Baseline, fresh: Sequence[str], *, on_adapter: bool) -> nn.Module:

@@ -16,55 +16,20 @@ from zotune import baselines, methods
 from zotune.baselines import Baseline, catalog
 from zotune.methods.rules import Rule
 from zotune.optim.calibration.gains import gain, measurable
-from zotune.optim.distributed import MODES, Workers
+from zotune.optim.distributed import Workers
 from zotune.optim.distributed.workers import CHECK_EVERY
-from zotune.optim.evaluator import FORWARD_BATCHING
+from zotune.training import refusals
 from zotune.training.arguments import option
 
 logger = logging.getLogger(__name__)
-
-#: The learning rate is not given: calibrated where the method supports it, else the method's own.
-_NOT_GIVEN = "auto where known"
 
 _METHOD_FIELDS = (
     "eps", "num_directions", "directions_per", "group_size", "direction", "estimator", "rank", "interval", "momentum", "update_rule",
     "update_rule_args",
 )  # fmt: skip
-
-_BACKWARD_OPTIM = "an update rule is part of the method: choose it with method=..., update_rule=... and update_rule_args=..."
-_IN_DTYPE = "forward-only training needs no mixed precision: load the model in that dtype (dtype=torch.{}) instead"
-
-# Options of TrainingArguments about a backward pass or about unsupported hardware.
-_REFUSED = {
-    "activation_checkpointing": "forward passes store no activations, so there is nothing to checkpoint; leave it out",
-    "gradient_checkpointing": "forward passes store no activations, so there is nothing to checkpoint; leave it out",
-    "bf16": _IN_DTYPE.format("bfloat16"),
-    "fp16": _IN_DTYPE.format("float16"),
-    "bf16_full_eval": "evaluation would cast the weights in place; load the model with dtype=torch.bfloat16 instead",
-    "fp16_full_eval": "evaluation would cast the weights in place; load the model with dtype=torch.float16 instead",
-    "max_grad_norm": "no gradient is computed, so none can be clipped; leave it at 0",
-    "neftune_noise_alpha": "its noise acts in training mode and forwards run in evaluation mode; leave it out",
-    "deepspeed": "DeepSpeed shards gradients and optimizer states that do not exist here; run without it",
-    "fsdp": "sharded models are not supported yet by the trainer; spread it with device_map='auto', or use FSDP2 in your own loop",
-    "parallelism_config": "sharded models are not supported yet; run in one process",
-    "torch_compile": "compiled models are not supported yet: zotune attaches to the model's modules; leave it out",
-    "auto_find_batch_size": "a step of inference memory has one batch size; set per_device_train_batch_size",
-    "push_to_hub": "checkpoints are not pushed while training; call trainer.model.push_to_hub(...) afterwards",
-    "optim_args": _BACKWARD_OPTIM,
-    "optim_target_modules": _BACKWARD_OPTIM,
-}
-# Options with a meaning for first-order methods.
-_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
-_OF_BACKWARD = (*_CHECKPOINTING, "max_grad_norm")
-# Options refused unless they have their default.
-_FIXED = {
-    "optim": (TrainingArguments.default_optim, _BACKWARD_OPTIM),
-    "adam_beta1": (0.9, "pass method='mezo-adam' with update_rule_args={'betas': [..., ...]}"),
-    "adam_beta2": (0.999, "pass method='mezo-adam' with update_rule_args={'betas': [..., ...]}"),
-    "adam_epsilon": (1e-8, "pass method='mezo-adam' with update_rule_args={'eps': ...}"),
-}
-# Fields that are options of some first-order methods, in addition to `_METHOD_FIELDS`.
-_ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_JSON_FIELDS = (
+    "update_rule_args", "method_args", "lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
+)  # fmt: skip
 
 
 @dataclass
@@ -116,7 +81,7 @@ class ZOConfig(TrainingArguments):
     )
     check_workers_steps: int = option(CHECK_EVERY, "Steps between comparisons of all processes' weights; 0: at the start only.")
     learning_rate: float | str | None = option(
-        _NOT_GIVEN, "The learning rate, or auto (the default where supported): calibrated at intervals, times the schedule."
+        refusals.NOT_GIVEN, "The learning rate, or auto (the default where supported): calibrated at intervals, times the schedule."
     )
     lr_scheduler_type: str = option(
         "warmup_stable_decay", "The schedule of the learning rate; the default decays linearly over the last 30% of the steps."
@@ -129,7 +94,7 @@ class ZOConfig(TrainingArguments):
         "stratified",
         "Order of the training examples: stratified (random, with the classes balanced throughout, where there are classes), random, "
         "sequential or group_by_length.",
-        choices=["stratified", "random", "sequential", "group_by_length"],
+        choices=list(refusals.SAMPLING),
     )
     max_grad_norm: float = option(0.0, "First-order methods: norm to which gradients are clipped; 0: no clipping.")
     logging_steps: float = option(10, "Steps between log entries.")
@@ -144,15 +109,19 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
             setattr(self, name, _number_or_auto(name, getattr(self, name)))
-        self._check_settings()
+        for name in _JSON_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, _parsed_json(name, value))
+        refusals.check(self)
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            given = getattr(self, name)
+            if given:
+                setattr(self, name, {"use_reentrant": False, **given})
         if self.max_steps == -1 and self.num_train_epochs is None:
             self.max_steps = 1000
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # never read: max_steps takes precedence
-        for name in ("update_rule_args", "method_args"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, _parsed_json(name, value))
         chosen = self.chosen_method()
         self._settle_learning_rate(chosen)
         launched = max(Workers().size, int(os.environ.get("WORLD_SIZE") or 1))
@@ -186,8 +155,8 @@ class ZOConfig(TrainingArguments):
             if given.get("eps") == methods.AUTO:  # the default
                 del given["eps"]
             known = baselines.options_of(self.method)
-            untouched = {name: _FIXED[name][0] for name in _ADAM_FIELDS}
-            given |= {name: getattr(self, name) for name in _ADAM_FIELDS if name in known and getattr(self, name) != untouched[name]}
+            adam = {name: getattr(self, name) for name in refusals.ADAM_FIELDS if name in known}
+            given |= {name: value for name, value in adam.items() if value != refusals.untouched(name)}
         extra: dict[str, Any] = self.method_args if isinstance(self.method_args, dict) else {}
         twice = sorted(given.keys() & extra.keys())
         if twice:
@@ -207,10 +176,10 @@ class ZOConfig(TrainingArguments):
                 raise ModuleNotFoundError(f"{chosen.name} needs the package {chosen.package!r}: install it first.", name=chosen.package)
             if self.learning_rate == methods.AUTO:
                 raise ValueError(f"the learning rate of {chosen.name} cannot be calibrated: give a number, or leave it out.")
-            if self.learning_rate in (None, _NOT_GIVEN):
+            if self.learning_rate in (None, refusals.NOT_GIVEN):
                 self.learning_rate = chosen.lr or 0.0
             return
-        if self.learning_rate == _NOT_GIVEN:
+        if self.learning_rate == refusals.NOT_GIVEN:
             self.learning_rate = methods.AUTO if measurable(chosen) else chosen.lr
             if self.learning_rate != methods.AUTO:
                 logger.warning(
@@ -222,57 +191,9 @@ class ZOConfig(TrainingArguments):
         if self.learning_rate == methods.AUTO:
             gain(chosen, Rule(chosen.update_rule, chosen.update_rule_args), 1.0, 1, 1.0)  # refuses rules without a known scale
 
-    def _check_settings(self) -> None:
-        baseline = catalog.is_baseline(self.method)
-        usual = baselines.recipe(self.method)() if baseline else None
-        trains = usual is not None and usual.kind == "backward"
-        for name, reason in _REFUSED.items():
-            value = getattr(self, name)
-            if trains and name in _OF_BACKWARD:
-                if usual is None or not usual.blocks or name not in _CHECKPOINTING:
-                    continue
-                reason = f"{self.method} stores the activations of its last blocks only, in evaluation mode; leave it out"
-            if value not in (None, False, "", 0, 0.0, {}, []):
-                raise ValueError(f"{name}={value!r} cannot be used: {reason}.")
-        own = baselines.options_of(self.method) if baseline else {}
-        for name, (untouched, reason) in _FIXED.items():
-            if name in own:
-                continue
-            if baseline and name in _ADAM_FIELDS:
-                reason = f"{self.method} has no such option"
-            if getattr(self, name) != untouched:
-                raise ValueError(f"{name}={getattr(self, name)!r} cannot be used: {reason}.")
-        if self.logging_nan_inf_filter:
-            raise ValueError("logging_nan_inf_filter=True would hide diverged steps: leave it False, they are logged as skipped.")
-        for name, lowest in _LOWEST.items():
-            value = getattr(self, name)
-            if value not in (None, methods.AUTO, _NOT_GIVEN) and not value >= lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}.")
-        for name in ("eps", "num_train_epochs"):
-            value = getattr(self, name)
-            if value not in (None, methods.AUTO) and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
-        if self.forward_batching not in FORWARD_BATCHING:
-            raise ValueError(f"unknown forward_batching {self.forward_batching!r}: choose one of {', '.join(FORWARD_BATCHING)}.")
-        if self.parallelism not in MODES:
-            raise ValueError(f"unknown parallelism {self.parallelism!r}: choose one of {', '.join(MODES)}.")
-        if baseline and self.forward_batching != "auto":
-            why = "evaluates one point after the other" if usual is not None and usual.blocks else "evaluates no perturbed weights"
-            raise ValueError(f"forward_batching={self.forward_batching!r} cannot be used: {self.method} {why}; leave it out.")
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1 (or -1 to count epochs instead), got {self.max_steps}.")
-
-
-_LOWEST = {
-    "rank": 1, "interval": 1, "max_nonfinite_steps": 1, "check_workers_steps": 0, "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
-}  # fmt: skip
-
 
 def _number_or_auto(name: str, value: float | str | None) -> float | str | None:
-    if not isinstance(value, str) or value in (methods.AUTO, _NOT_GIVEN):
+    if not isinstance(value, str) or value in (methods.AUTO, refusals.NOT_GIVEN):
         return value
     try:
         return float(value)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from zotune import objectives
+from zotune.io.suggest import did_you_mean
 from zotune.objectives.token_logprobs import IGNORE
 from zotune.training.checkpointing import CheckpointedTrainer
 from zotune.training.samplers import LongestFirst, eval_sampler
@@ -21,6 +22,9 @@ from zotune.weights.structure import module_mode
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[Batch], Tensor]
 Objective = str | Callable[[nn.Module, Batch], Tensor]
+
+#: Metrics of every evaluation, beside its loss.
+SPEED = ("runtime", "samples_per_second", "steps_per_second")
 
 
 class EvaluatedTrainer(CheckpointedTrainer):
@@ -34,8 +38,15 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `transformers.Trainer`, with `eval_data_collator`."""
-        with self._evaluation_collator():
-            return super().get_eval_dataloader(eval_dataset)
+        kept = self.__dict__.get("_eval_dataloaders")
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and kept is not None:
+            self._eval_dataloaders: dict[str, Any] = {}  # persistent workers are of the data that they were started for
+        try:
+            with self._evaluation_collator():
+                return super().get_eval_dataloader(eval_dataset)
+        finally:
+            if kept is not None:
+                self._eval_dataloaders = kept
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As in `transformers.Trainer`, with `eval_data_collator`."""
@@ -54,6 +65,46 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return eval_sampler(eval_dataset, self.args)
+
+    def _check_request(self) -> None:
+        """ValueError where the arguments ask for evaluations, a metric or a loss that there will not be."""
+        args = self.args
+        if args.eval_on_start and self.eval_dataset is None:
+            raise ValueError("eval_on_start=True needs an eval_dataset: pass one, or leave eval_on_start out.")
+        if args.label_smoothing_factor and self.label_smoother is None:
+            raise ValueError("label_smoothing_factor cannot be used for several labels an example: leave it out.")
+        if self.objective is not None:
+            self._check_loss(self.objective)
+        metric, metrics_unknown = args.metric_for_best_model, self.compute_metrics is not None and not args.prediction_loss_only
+        if metric is None or args.eval_strategy == "no" or metrics_unknown:
+            return
+        parts = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else [""]
+        known = [f"{part}{name}" for part in parts for name in ("loss", *SPEED)]
+        if metric.removeprefix("eval_") not in known:
+            raise ValueError(
+                f"metric_for_best_model={metric!r} is none of the metrics of the evaluations{did_you_mean(metric, known)}: there are "
+                f"{', '.join(known)}; others need compute_metrics."
+            )
+
+    def _check_loss(self, objective: Objective | None) -> None:
+        """ValueError where an option of the loss that a model computes from its labels meets another loss."""
+        if objective is None:
+            return
+        named = repr(objective) if isinstance(objective, str) else "a function"
+        for option, given in (("label_smoothing_factor", self.args.label_smoothing_factor), ("compute_loss_func", self.compute_loss_func)):
+            if given:
+                raise ValueError(
+                    f"{option} acts on the loss that a model computes from its labels, and here the objective is {named}: leave it out, "
+                    "or write such a loss as objective=f(model, batch)."
+                )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except KeyError as error:
+            if "metric_for_best_model" not in str(error):
+                raise
+            raise ValueError(" ".join(str(error.args[0]).split())) from error
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers.Trainer`, with the results in the order of the data; leaves the model's training flags as found."""

@@ -21,7 +21,7 @@ from zotune.training import baseline_runs, run_file, run_folder
 from zotune.training.arguments import ModelArguments
 from zotune.training.callbacks import StepClock, StopOnSignal
 from zotune.training.checkpoint import storage
-from zotune.training.compatibility import check_request, under_scheme
+from zotune.training.compatibility import check_evaluations, check_request, under_scheme
 from zotune.training.config import ZOConfig
 from zotune.training.loading import ModelPlan, load_model, load_tokenizer, plan_model
 from zotune.training.observer import RunObserver, RunResult, RunStart
@@ -83,6 +83,7 @@ class _Run:
         tokenizer = load_tokenizer(plan, config.model)
         parts = ("eval",) if isinstance(method, Baseline) and method.kind == "evaluate" else ("train", "eval")
         data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, **dataclasses.asdict(config.data))
+        check_evaluations(training, data)
         set_seed(training.seed)  # a new head or adapter draws from the global generator
         classes = data.label_names if data.train_objective == "classifier" else None
         predict = self.predict_needs
@@ -131,8 +132,6 @@ class _Run:
         return [plan.name, plan.adapter, self.config.model.model_name_or_path, data.train_file, data.eval_file, data.task, files]
 
     def _trainer(self, model: nn.Module, tokenizer: Any, data: PreparedData) -> ZOTrainer:
-        if data.dev is None and data.eval is None:
-            self.training.eval_strategy = "no"  # type: ignore[assignment]
         try:
             trainer = ZOTrainer(
                 model=model,

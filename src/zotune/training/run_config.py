@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from zotune.methods import default
+from zotune.tasks.preparation import has_eval_rows
 from zotune.training.arguments import DataArguments, ModelArguments, OutputArguments
 from zotune.training.config import ZOConfig
+from zotune.training.given_options import check_given
 from zotune.training.option_parser import OptionParser
 from zotune.training.schemes import Scheme
 
@@ -76,5 +78,9 @@ def _adjust(values: dict[str, Any], given: set[str]) -> None:
     """Adjustments before the checks of ZOConfig."""
     if not values["output_dir"]:
         raise ValueError("zotune train needs --output_dir: the folder to put the run in.")
+    evaluated = values["num_dev"] or has_eval_rows(*(values[name] for name in ("task", "data_dir", "train_file", "eval_file")))
+    check_given(values, given, evaluated=bool(evaluated))
+    if not evaluated:
+        values["eval_strategy"] = "no"
     if values["load_best_model_at_end"] and "save_steps" not in given and "save_strategy" not in given:
         values["save_steps"] = values["eval_steps"]  # the best evaluation needs a checkpoint

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput, has_length
 
@@ -33,6 +34,7 @@ from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
 from zotune.training.samplers import balanced_group_size, check_training_data, classes_of, train_sampler
+from zotune.training.stepped_optimizer import SteppedOptimizer
 from zotune.weights.structure import head_of
 
 #: Share of the steps over which the default schedule decays.
@@ -96,6 +98,7 @@ class ZOTrainer(EvaluatedTrainer):
         self._bound: tuple[Objective, LossFunction] | None = None
         self._since_train = StepSums()
         super().__init__(model, args, *positional, optimizers=optimizers, **kwargs)
+        self._check_request()
         for chosen in (objective, eval_objective):
             if chosen is not None:
                 bound(chosen, self.model)  # an unknown name fails here, before any work
@@ -143,6 +146,8 @@ class ZOTrainer(EvaluatedTrainer):
             self._from_base = folder is None
             self._compare_options(self.workers.from_first(partial(resume.recorded, journal, folder)), folder or journal)
         check_training_data(self.train_dataset, self.args.dataloader_drop_last, self._train_batch_size)
+        if (self.args.label_smoothing_factor or self.compute_loss_func) and has_length(self.train_dataset):
+            self._check_loss(layout(self._collated([0])))
         agents = launch.agents(self.workers)
         if self.workers.first:
             launch.mark(self._run_folder, agents)
@@ -217,8 +222,8 @@ class ZOTrainer(EvaluatedTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the config, unless one was passed."""
-        if not isinstance(self.optimizer, _SteppedOptimizer):
-            self.optimizer = _SteppedOptimizer(self.optimizer or self._new_optimizer())
+        if not isinstance(self.optimizer, SteppedOptimizer):
+            self.optimizer = SteppedOptimizer(self.optimizer or self._new_optimizer())
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -251,11 +256,19 @@ class ZOTrainer(EvaluatedTrainer):
 
     def _sample_batches(self, step: int, count: int) -> list[Batch]:
         """Micro-batches of ``count`` training examples, drawn by the run's seed and the step alone."""
-        dataset, size = self.train_dataset, self.args.per_device_train_batch_size
-        chosen = np.random.default_rng((self.args.seed, step)).permutation(len(dataset))[:count].tolist()
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        size = self.args.per_device_train_batch_size
+        chosen = np.random.default_rng((self.args.seed, step)).permutation(len(self.train_dataset))[:count].tolist()
         pieces = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-        return [self._prepare_inputs(collate([dataset[index] for index in piece])) for piece in pieces]
+        return [self._prepare_inputs(self._collated(piece)) for piece in pieces]
+
+    def _collated(self, indices: list[int]) -> Batch:
+        """A batch of training examples, as the data loader makes it."""
+        dataset, collate = self.train_dataset, self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        return collate([dataset[index] for index in indices])
 
     def _method(self) -> Method:
         """The config's method, with options that it leaves open set by data and batch size.
@@ -296,6 +309,9 @@ class ZOTrainer(EvaluatedTrainer):
         seconds = time.perf_counter() - start
         report = self.zo_optimizer.last_report
         assert report is not None
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         self._since_log.add(report, seconds)
         self._since_train.add(report, seconds)
         loss = torch.as_tensor(report.loss, dtype=torch.float32, device=self.args.device)
@@ -319,6 +335,7 @@ class ZOTrainer(EvaluatedTrainer):
     def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
         objective = self.objective or layout(batches[0])
         if objective is not None:
+            self._check_loss(objective)
             if self._bound is None or self._bound[0] != objective:  # one object for all steps, which CUDA graphs identify it by
                 self._bound = objective, bound(objective, self.model)
             return self._bound[1]
@@ -339,6 +356,12 @@ class ZOTrainer(EvaluatedTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
         """That of the last step, before clipping; None in zeroth order."""
         return getattr(self.zo_optimizer.last_report, "grad_norm", None)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Counts the tokens of a step once, though every process is given them all."""
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.workers.size
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a micro-batch: for each evaluation a third of a forward and backward pass."""
@@ -361,24 +384,6 @@ class ZOTrainer(EvaluatedTrainer):
         self._tr_loss = torch.zeros((), device=self.args.device)
         self._total_loss_scalar = self._since_train.mean_loss() * (self.state.global_step - self._initial_global_step)
         return super()._finalize_training(trial, num_train_samples, start_time)
-
-
-class _SteppedOptimizer(AcceleratedOptimizer):
-    """The optimizer in Hugging Face's loop: `training_step` has already stepped when the loop calls it.
-
-    Accelerate regards it as prepared, and so does not copy its state.
-    """
-
-    _is_accelerate_prepared = True
-
-    def __init__(self, optimizer: ZerothOrder | FirstOrder) -> None:
-        super().__init__(optimizer, device_placement=False)
-
-    def step(self, closure: Any = None) -> None:
-        """Nothing: the step has been taken."""
-
-    def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Nothing: there are no gradients."""
 
 
 def _split(batch: Batch, pieces: int) -> list[Batch]:
