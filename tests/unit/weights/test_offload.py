@@ -163,6 +163,15 @@ def test_one_block_more_than_is_computed_with_is_in_memory():
     assert len([p for p in model.parameters() if placement.offload_handle(p) is not None]) == 4 * 7
 
 
+def test_no_speed_is_told_where_nothing_was_read(monkeypatch):
+    """The blocks that are read for it may be loaded already."""
+    stream = offload(model_of("llama"), "disk")
+    assert " GB/s" in stream.describe()
+    monkeypatch.setattr(stream.pool, "wait_for_loads", lambda: None)
+    monkeypatch.setattr(stream, "_run_pending", lambda block: None)
+    assert "GB/s" not in stream.describe() and "4 blocks stream through" in stream.describe()
+
+
 def test_a_pass_reads_every_block_once_whatever_is_evaluated():
     """Both points and all directions ride in one forward."""
     model = model_of("llama")

@@ -170,7 +170,7 @@ class Stream:
             self.no_state = False
 
     def measure(self) -> float:
-        """Bytes a second at which two blocks load."""
+        """Bytes a second at which two blocks load; 0 where both are loaded already."""
         with self.lock:
             before = self.traffic.bytes, self.traffic.transfer
             for block in (self.blocks[0], self.blocks[-1]):
@@ -184,9 +184,10 @@ class Stream:
         size = sum(self.store.size(index) for index in range(len(self.blocks)))
         memory = sum(buffer.memory.numel() for buffer in self.pool.buffers)
         chosen = "" if self.plan is None else f"\n{self.plan.describe()}"
+        speed = f" at {rate / 1e9:.2f} GB/s: at least {size / rate:.2g} s each" if rate else ""
         return (
             f"offloaded: {len(self.blocks)} blocks stream through {memory / 2**30:.2f} GiB of buffers, {size / 2**30:.2f} GiB a forward "
-            f"pass at {rate / 1e9:.2f} GB/s: at least {size / rate:.2g} s each{chosen}"
+            f"pass{speed}{chosen}"
         )
 
     def by_block(self, tensors: Mapping[str, Tensor]) -> list[list[str]]:
