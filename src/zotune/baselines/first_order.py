@@ -18,6 +18,7 @@ from zotune.baselines.baseline import Baseline, Setting
 from zotune.errors import NonFiniteLossError
 from zotune.forward import batches
 from zotune.io.memory_tags import tagged
+from zotune.io.typed import are_groups, is_like
 from zotune.rng.directions import Directions, Key
 from zotune.weights.precision import HALF
 from zotune.weights.structure import last_layer, module_mode
@@ -300,6 +301,9 @@ class FirstOrder(torch.optim.Optimizer):
         baseline = state_dict.get("baseline")
         if baseline is None:
             raise ValueError("this state is that of a zeroth-order method: resume with the method of the run.")
+        sample = {"method": "", "options": {}, "seed": 0, "names": [""], "plain": {}, "counts": [0] * 5}
+        if not is_like(baseline, sample) or len(baseline["counts"]) != 5 or not are_groups(state_dict["param_groups"]):
+            raise ValueError(f"this state is damaged: it has entries of other types than those of a run of {self.method.name}.")
         here = {"method": self.method.name, "options": _plain(self.method.options), "seed": self.seed, "names": list(self.parameters)}
         different = [name for name, value in here.items() if _plain(baseline[name]) != value]
         if different:

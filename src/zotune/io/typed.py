@@ -68,6 +68,30 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def is_like(value: Any, sample: Any) -> bool:
+    """Whether a value of JSON has the types of a sample: the same keys, numbers for numbers; anything where the sample has None."""
+    if sample is None:
+        return True
+    if isinstance(sample, bool | str):
+        return type(value) is type(sample)
+    if isinstance(sample, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(sample, Mapping):
+        return isinstance(value, Mapping) and all(name in value and is_like(value[name], each) for name, each in sample.items())
+    if isinstance(sample, list | tuple):
+        return isinstance(value, list | tuple) and (not sample or all(is_like(each, sample[0]) for each in value))
+    return True
+
+
+def are_groups(value: Any) -> bool:
+    """Whether a value is the parameter groups of an optimizer, whose rates are numbers."""
+    kinds = (str, list, dict, bool, type(None))
+    return isinstance(value, list | tuple) and all(
+        isinstance(group, Mapping) and not any(isinstance(group.get(name, 0.0), kinds) for name in ("lr", "weight_decay", "initial_lr"))
+        for group in value
+    )
+
+
 def _of_dataclass(value: Mapping[str, Any], kind: Any) -> bool:
     try:
         read_fields(kind, value, "")

@@ -6,12 +6,14 @@ import math
 import platform
 import sys
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zotune.io import version
+from zotune.io.typed import are_groups, is_like, read_fields
 from zotune.methods import AUTO
 from zotune.optim.construction import RunParts
 from zotune.optim.journal import FORMAT
@@ -20,6 +22,49 @@ from zotune.weights.digest import digest
 
 #: Of what :func:`save` returns; a state of another version is refused.
 VERSION = 2
+
+
+@dataclass
+class Numbers:
+    """The numbers of a saved state; the entries that depend on the method are objects."""
+
+    version: int
+    method: str
+    options: dict[str, Any]
+    seed: int
+    steps: int
+    forward_passes: int
+    sequences_evaluated: int
+    nonfinite_in_a_row: int
+    prepared: bool
+    eps: float | None
+    step_size: dict[str, Any] | None
+    output_gradients: dict[str, Any] | None
+    scales: list[float]
+    forward_batching: str
+    batched: bool | None
+    rowwise: bool | None
+    general_path: list[str]
+    rule: dict[str, dict[str, Any]]
+    transforms: dict[str, dict[str, Any]]
+
+
+def _check_types(run: RunParts, state_dict: Mapping[str, Any]) -> None:
+    """ValueError where an entry of a saved state has another type than this run's."""
+    numbers, groups = state_dict["zotune"], state_dict["param_groups"]
+    read_fields(Numbers, numbers, "the saved state")
+    samples = {
+        "step_size": None if run.calibrator is None else run.calibrator.state(),
+        "output_gradients": None if run.output_gradients is None else run.output_gradients.state(),
+        "transforms": {transform.name: transform.state() for transform in run.transforms if transform.name},
+    }
+    wrong = [name for name, sample in samples.items() if numbers[name] is not None and not is_like(numbers[name], sample)]
+    wrong += [name for name in ("steps", "forward_passes", "sequences_evaluated", "nonfinite_in_a_row") if numbers[name] < 0]
+    wrong += ["scales"] if len(numbers["scales"]) != len(run.layers) else []
+    if not are_groups(groups):
+        wrong.append("param_groups")
+    if wrong:
+        raise ValueError(f"the saved state is damaged, its {wrong[0]!r} is none of such a run.")
 
 
 def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
@@ -64,14 +109,15 @@ def coordinate_tensors(run: RunParts, names: Iterable[str]) -> dict[str, Tensor]
 def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
     """See :meth:`ZerothOrder.load_state_dict`."""
     numbers, state = state_dict.get("zotune"), run.state
-    if numbers is None:
+    if not isinstance(numbers, Mapping):
         raise ValueError("this is not the state of a ZerothOrder optimizer; load the one that was saved with the model.")
     if numbers.get("version") != VERSION:
         raise ValueError("this state was saved by another version of zotune and cannot be continued; start the run anew.")
     here: dict[str, Any] = {"method": run.method.name, "options": _plain(run.method.options), "seed": state.seed}
     for key, value in here.items():
-        if numbers[key] != value:
-            raise ValueError(f"the saved run has {key} {numbers[key]!r} and this one {value!r}; continue with the saved one's.")
+        if numbers.get(key) != value:
+            raise ValueError(f"the saved run has {key} {numbers.get(key)!r} and this one {value!r}; continue with the saved one's.")
+    _check_types(run, state_dict)
     if len(state_dict["param_groups"]) != len(run.param_groups):
         raise ValueError("the saved run has another number of parameter groups; construct the optimizer as it was then.")
     states: dict[str, dict[str, Tensor]] = {name: {} for name in run.state.by_name()}

@@ -255,3 +255,13 @@ class Coordinate(abc.ABC):
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         assert not state, f"{self.name} keeps no state, but was given {sorted(state)}"
+
+
+def matching(saved: Tensor, here: Tensor, name: str) -> Tensor:
+    """A saved tensor on the device of the one that it is copied into; ValueError where shape or dtype differ."""
+    if saved.shape != here.shape or saved.dtype != here.dtype:
+        raise ValueError(
+            f"the saved state of {name} is {saved.dtype} of shape {tuple(saved.shape)} where this run has {here.dtype} of shape "
+            f"{tuple(here.shape)}."
+        )
+    return saved.to(here.device)

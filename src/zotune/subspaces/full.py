@@ -13,7 +13,7 @@ from zotune.io.execution import walked
 from zotune.io.memory_tags import tagged
 from zotune.kernels import low_rank_kernels, perturb_kernels
 from zotune.rng.directions import Directions, Key, for_blocks
-from zotune.subspaces.coordinate import Coordinate, Offset, is_thin
+from zotune.subspaces.coordinate import Coordinate, Offset, is_thin, matching
 from zotune.weights import placement, quantized_linear
 from zotune.weights.precision import HALF, join, split_into, stochastic_round
 
@@ -403,7 +403,7 @@ class FullCoordinate(Coordinate):
         if ("residual" in state) != (self.residual is not None):
             raise ValueError(f"{self.name} was saved with another rounding; resume with the method's option rounding as it was.")
         if self.residual is not None:
-            residual, saved = self.residual, state["residual"]
+            residual, saved = self.residual, matching(state["residual"], self.residual, self.name)
             placement.when_loaded(self.parameter, lambda: residual.copy_(saved.to(self.device)), 2 * self.numel)
 
 

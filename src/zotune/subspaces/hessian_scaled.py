@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key, for_blocks
 from zotune.subspaces.base import Subspace
-from zotune.subspaces.coordinate import Coordinate
+from zotune.subspaces.coordinate import Coordinate, matching
 from zotune.subspaces.scaled_directions import Factors, ScaledCoordinate
 
 
@@ -60,7 +60,7 @@ class HessianScaledCoordinate(ScaledCoordinate):
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         super().load_state(state, seed, step)
-        self.h.copy_(state["h"].to(self.device))
+        self.h.copy_(matching(state["h"], self.h, self.name))
 
 
 class FactoredCoordinate(HessianScaledCoordinate):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces.base import Subspace, at_least_one
-from zotune.subspaces.coordinate import Coordinate, MomentTransport, Offset
+from zotune.subspaces.coordinate import Coordinate, MomentTransport, Offset, matching
 from zotune.subspaces.factory import full_coordinate
 from zotune.subspaces.full import unshared
 from zotune.weights import placement, quantized_linear
@@ -279,13 +279,13 @@ class LowRankCoordinate(Coordinate):
         if layer is not None:
             layer.left, layer.right, layer.factor = (state[name].to(self.device, copy=True) for name in ("left", "right", "factor"))
         if "a" in state:
-            self.core.copy_(state["a"].to(self.device))
+            self.core.copy_(matching(state["a"], self.core, self.name))
             if layer is None:
                 self._load_weight(state["base"])
             self.pending, self.keep, self.updated_at = True, float(state["keep"]), (seed, int(state["clock"]))
 
     def _load_weight(self, base: Tensor) -> None:
-        work = lambda: self.parameter.data.copy_(base.to(self.device))  # noqa: E731
+        work = lambda: self.parameter.data.copy_(matching(base, self.parameter, self.name))  # noqa: E731
         placement.when_loaded(self.parameter, work, base.numel() * base.element_size())
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key, block_size
 from zotune.subspaces.base import Losses, Subspace, check_density
-from zotune.subspaces.coordinate import Coordinate, Offset
+from zotune.subspaces.coordinate import Coordinate, Offset, matching
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.scaled_directions import TransformedCoordinate
 from zotune.weights.precision import HALF, join, split_into
@@ -90,7 +90,7 @@ class IndexedCoordinate(Coordinate):
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         self.index = state["index"].to(self.device, copy=True)
         if self.residual is not None:
-            self.residual.copy_(state["residual"].to(self.device))
+            self.residual.copy_(matching(state["residual"], self.residual, self.name))
 
 
 @dataclass(frozen=True)

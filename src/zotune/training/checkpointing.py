@@ -18,7 +18,7 @@ from zotune.optim.distributed import Workers
 from zotune.optim.optimizer import ZerothOrder
 from zotune.training import adapters, base_identity, resume_rules
 from zotune.training.base_identity import BaseIdentity
-from zotune.training.checkpoint import contents, identity, offloaded, storage
+from zotune.training.checkpoint import contents, identity, offloaded, schema, storage
 from zotune.training.config import settings
 from zotune.training.log_sums import StepSums
 from zotune.training.run_folder import JOURNAL_FILE
@@ -163,7 +163,7 @@ class CheckpointedTrainer(Trainer):
         return self._identity
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        then = contents.load_json(Path(resume_from_checkpoint) / storage.STATE)["weights"]["dtypes"]
+        then = schema.state_of(Path(resume_from_checkpoint)).weights.dtypes
         identity.check_dtypes(Path(resume_from_checkpoint), then, identity.dtypes_of(self.model))
         with module_mode(self.model):
             if not self._load_offloaded(Path(resume_from_checkpoint)):

@@ -13,7 +13,7 @@ from torch import nn
 from zotune.optim.journal import Journal, Record
 from zotune.optim.optimizer import ZerothOrder
 from zotune.optim.resume import usable
-from zotune.training.checkpoint import contents, identity, storage
+from zotune.training.checkpoint import identity, schema, storage
 from zotune.training.run_folder import ADAPTER_FOLDER, keeps_steps
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def recorded(journal: Path, checkpoint_folder: Path | None) -> dict[str, Any] | 
     """
     if checkpoint_folder is None:
         return Journal.open(journal).header.get("training")
-    return contents.load_json(checkpoint_folder / storage.STATE)["training"]
+    return schema.state_of(checkpoint_folder).training
 
 
 def begin(optimizer: ZerothOrder, model: nn.Module, path: Path, training: Mapping[str, Any]) -> None:

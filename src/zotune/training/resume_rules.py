@@ -6,7 +6,6 @@ from its journal alone, the same options are compared.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from zotune.training.checkpoint.schema import Batch as Batch
 from zotune.training.config import settings
 
 
@@ -64,21 +64,6 @@ OPTIONS: Mapping[Rule, str] = {
     Rule.START: "output_dir overwrite_output_dir resume_from_checkpoint restore_callback_states_from_checkpoint local_rank",
 }
 RULES: Mapping[str, Rule] = {name: rule for rule, names in OPTIONS.items() for name in names.split()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """The examples of a step.
-
-    Attributes:
-        per_device: `per_device_train_batch_size`.
-        accumulation: `gradient_accumulation_steps`.
-        examples: of a step, of all processes together.
-    """
-
-    per_device: int
-    accumulation: int
-    examples: int
 
 
 def determining(config: TrainingArguments, **more: Any) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from zotune.baselines import FirstOrder
+from zotune.io.typed import is_like
 from zotune.optim import saved_state
 from zotune.optim.optimizer import ZerothOrder
-from zotune.training.checkpoint import offloaded
-from zotune.training.checkpoint.storage import (
+from zotune.training.checkpoint import offloaded, schema
+from zotune.training.checkpoint.files import (
     BLOCK_TENSORS,
     FORMAT,
     RNG,
@@ -67,12 +68,14 @@ def save_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder, **extra: A
     state = optimizer.state_dict() if run is None else saved_state.save(run, without=away)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.pop("state").items()}
     save_file(tensors, folder / STATE_TENSORS)
+    kinds = schema.kinds_of(tensors)
     if run is not None:
         for number, names in enumerate(blocks):  # an offloaded model: one block in memory at a time
             tensors = saved_state.coordinate_tensors(run, names)
             if tensors:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / BLOCK_TENSORS.format(number))
-    save_json(folder / STATE, {"format": FORMAT, "optimizer": state, **extra})
+                kinds |= schema.kinds_of(tensors)
+    save_json(folder / STATE, {"format": FORMAT, "optimizer": state, "tensors": kinds, **extra})
 
 
 def load_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder) -> dict[str, Any]:
@@ -81,10 +84,14 @@ def load_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder) -> dict[st
     refused = other_format(folder, content.pop("format", None))
     if refused is not None:
         raise ValueError(refused)
+    state = schema.state_of(folder)
     tensors = load_file(folder / STATE_TENSORS)
     for path in sorted(folder.glob(BLOCK_TENSORS.format("*"))):
         tensors |= load_file(path)
-    optimizer.load_state_dict({"state": tensors, **content.pop("optimizer")})
+    if schema.kinds_of(tensors) != state.tensors:
+        raise ValueError(f"{folder / STATE_TENSORS} is damaged, its tensors are not those that {STATE} lists: {schema.ANOTHER}.")
+    with schema.refused(folder / STATE):
+        optimizer.load_state_dict({"state": tensors, **content.pop("optimizer")})
     return content
 
 
@@ -108,6 +115,8 @@ def load_scheduler(folder: Path, scheduler: Any) -> None:
             f"{folder} was written with the scheduler {content['type']}, not {type(scheduler).__name__}: "
             "resume with the lr_scheduler_type of the run."
         )
+    if not is_like(content["state"], scheduler.state_dict()):
+        raise ValueError(f"{folder / SCHEDULER} is damaged, its state is none of {content['type']}: {schema.ANOTHER}.")
     scheduler.load_state_dict(content["state"])
 
 
@@ -127,19 +136,13 @@ def save_rng(folder: Path) -> None:
 
 def load_rng(folder: Path) -> None:
     """Restores the states of :func:`save_rng`, without those of absent GPUs."""
-    state = load_json(folder / RNG)
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(state["torch"]))
-    for device, saved in zip(range(torch.cuda.device_count()), state.get("cuda", []), strict=False):
-        torch.cuda.set_rng_state(_bytes(saved), device)
+    state = schema.generators_of(folder)
+    random.setstate(state.python_state())
+    np.random.set_state(state.numpy_state())
+    torch.set_rng_state(schema.tensor_of(state.torch))
+    for device, saved in zip(range(torch.cuda.device_count()), state.cuda, strict=False):
+        torch.cuda.set_rng_state(schema.tensor_of(saved), device)
 
 
 def _hex(state: torch.Tensor) -> str:
     return state.numpy().tobytes().hex()
-
-
-def _bytes(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

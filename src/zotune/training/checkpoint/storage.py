@@ -17,20 +17,25 @@ from typing import Any
 
 from zotune.io.atomic import sync
 from zotune.io.inside import indexed_files, inside
-
-#: Version of the files of checkpoints and runs; raise it when a file's keys, names or meaning change.
-FORMAT = 3
-
-STATE_TENSORS = "zotune_state.safetensors"
-STATE = "zotune_state.json"
-BLOCK_TENSORS = "zotune_state-block-{}.safetensors"
-SCHEDULER = "scheduler.json"
-RNG = "rng_state.json"
-TRAINER_STATE = "trainer_state.json"
-ARGUMENTS = "training_args.json"
-MANIFEST = "zotune_manifest.json"
-
-WEIGHTS_INDEX = "model.safetensors.index.json"
+from zotune.training.checkpoint import schema
+from zotune.training.checkpoint.files import (
+    ARGUMENTS as ARGUMENTS,
+)
+from zotune.training.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    RNG,
+    SCHEDULER,
+    STATE,
+    STATE_TENSORS,
+    TRAINER_STATE,
+    WEIGHTS_INDEX,
+    other_format,
+    save_json,
+)
+from zotune.training.checkpoint.files import (
+    load_json as load_json,
+)
 
 _WEIGHTS = ("model.safetensors", WEIGHTS_INDEX, "adapter_model.safetensors")
 _RESUMED = (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG)  # a run cannot resume without them
@@ -40,18 +45,6 @@ _REPLACED, _DELETED = f".replaced{_DRAFT_SUFFIX}", f".deleted{_DRAFT_SUFFIX}"
 _LEFTOVER = re.compile(
     r"\.(checkpoint-\d+|initial_adapter|(model|zotune_\w+|summary|history|journal|curve|initial_head|linear_probe)(\.\w+)?)(\.replaced|\.deleted)?\.partial"
 )
-
-
-def other_format(path: str | os.PathLike[str], found: Any) -> str | None:
-    """Why a folder of format ``found`` is refused, in one sentence with the fix; None for the present format."""
-    if found == FORMAT:
-        return None
-    if isinstance(found, int) and found > FORMAT:
-        return f"{path} was written by a later version of zotune (format {found}; this one reads {FORMAT}): upgrade zotune."
-    return (
-        f"{path} was written by an earlier version of zotune (format {found}; this one reads {FORMAT}): use that version, or start a new "
-        "run in another output_dir, from its weights (--model_name_or_path) where they shall be kept."
-    )
 
 
 @contextmanager
@@ -199,16 +192,20 @@ def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> 
         fault = str(error).rstrip(".")
     if fault is not None:
         return f"{fault}: resume from another checkpoint."
-    mark = load_json(folder / STATE)["journal"]
+    try:
+        schema.check(folder)
+    except ValueError as error:
+        return str(error)
+    mark = schema.state_of(folder).journal
     if mark is None:
         return None
     if not journal.is_file():
         return f"{folder} belongs to a journal that is not at {journal}: set output_dir to the folder of that run."
     with journal.open("rb") as file:
-        head = file.read(mark["bytes"])
-    if len(head) < mark["bytes"]:
-        return f"the journal {journal} ends before step {mark['steps']} of {folder}: resume from an earlier checkpoint."
-    if hashlib.sha256(head).hexdigest() != mark["sha256"]:
+        head = file.read(mark.bytes)
+    if len(head) < mark.bytes:
+        return f"the journal {journal} ends before step {mark.steps} of {folder}: resume from an earlier checkpoint."
+    if hashlib.sha256(head).hexdigest() != mark.sha256:
         return f"{folder} was written by another run than the journal {journal}: resume from a checkpoint of this run."
     return None
 
@@ -268,26 +265,11 @@ def _sha256(path: Path) -> str:
 
 def journal_bytes(folder: str | os.PathLike[str]) -> int:
     """Bytes of the journal up to the checkpoint's step."""
-    mark = load_json(Path(folder) / STATE)["journal"]
-    return mark["bytes"] if mark else 0
+    mark = schema.state_of(Path(folder)).journal
+    return mark.bytes if mark else 0
 
 
 def journal_mark(journal: str | os.PathLike[str], steps: int) -> dict[str, Any]:
     """A checkpoint's entry on its journal: steps, bytes and digest."""
     content = Path(journal).read_bytes()
     return {"steps": steps, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def save_json(path: Path, content: Any) -> None:
-    """Writes JSON; floats keep every bit."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def load_json(path: Path) -> Any:
-    """Reads a JSON file; ValueError where it is missing or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: resume from another checkpoint.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint.") from None
