@@ -84,11 +84,10 @@ def load_optimizer(folder: Path, optimizer: ZerothOrder | FirstOrder) -> dict[st
     refused = other_format(folder, content.pop("format", None))
     if refused is not None:
         raise ValueError(refused)
-    state = schema.state_of(folder)
     tensors = load_file(folder / STATE_TENSORS)
     for path in sorted(folder.glob(BLOCK_TENSORS.format("*"))):
         tensors |= load_file(path)
-    if schema.kinds_of(tensors) != state.tensors:
+    if schema.kinds_of(tensors) != content.pop("tensors", None):
         raise ValueError(f"{folder / STATE_TENSORS} is damaged, its tensors are not those that {STATE} lists: {schema.ANOTHER}.")
     with schema.refused(folder / STATE):
         optimizer.load_state_dict({"state": tensors, **content.pop("optimizer")})
