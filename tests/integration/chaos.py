@@ -171,6 +171,8 @@ class Chaos:
             if done.code == 0:
                 return
             self.count(disturbance)
+            if kind_of(folder) is Kind.ENDED and not setup.over:  # killed after its last file was written
+                return
 
     def launch(self, setup: Setup, folder: Path, first: Disturbance | None, most: int, history: list[str]) -> None:
         disturbances = [first or self.disturbance(None), *(self.disturbance(None) for _ in range(most - 1))]

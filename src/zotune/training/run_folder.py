@@ -118,7 +118,7 @@ def start_in(folder: Path, wanted: str | None, *, overwrite: bool, restarted: bo
     if kind is Kind.UNUSED:
         raise FileNotFoundError(f"there is no {RUN_FILE} in {folder}, so no run to continue: start one without --resume_from_checkpoint.")
     if kind is Kind.ENDED:
-        raise ValueError(f"{folder} holds {kind.value}: choose another --output_dir, or let zotune train replace it.")
+        raise ValueError(f"{folder} holds {kind.value}: choose another --output_dir, or replace it with --overwrite_output_dir.")
     read_run(folder)
     return resume, False
 

@@ -118,14 +118,15 @@ class RunRecord:
             raise
 
     def write_summary(self, summary: Mapping[str, Any], *, curve_title: str | None = None) -> None:
-        """Writes `summary.json`, and with a title the history and the curve."""
+        """Writes `summary.json`, which says that the run has ended, and before it, with a title, the history and the curve."""
         check_in_place(self.folder)
-        if curve_title is None:
-            write_json(self.folder / run_folder.SUMMARY_FILE, summary)
-            return
+        if curve_title is not None:
+            self._write_history(summary, curve_title)
+        write_json(self.folder / run_folder.SUMMARY_FILE, summary)
+
+    def _write_history(self, summary: Mapping[str, Any], curve_title: str) -> None:
         history, metric = self.trainer.state.log_history, self.data.main_metric
         write_json(self.folder / run_folder.HISTORY_FILE, {"entries": history})
-        write_json(self.folder / run_folder.SUMMARY_FILE, summary)
         before, after = summary["before"], summary["after"]
         curve = curve_of(history, metric, (before or {}).get(metric) if self.data.dev is None else None)
         if self.data.dev is None and after is not None:
