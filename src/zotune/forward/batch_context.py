@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zotune.errors import NotBatchableError
@@ -45,6 +45,8 @@ class BatchContext:
         self.total = layout.total
         self.input_rows = layout.total  # of the current input; a model may flatten answer options into the rows
         self.parameters: dict[str, Tensor] = {}  # batched parameters, by name
+        self.reader: nn.Module | None = None  # the last module that read one
+        self.block: int | None = None  # that a module called block by block evaluates
         self._first = min(layout.directions)
         self._count = max(layout.directions) - self._first + 1
         self._consecutive = layout.directions == tuple(range(self._first, self._first + self._count))
@@ -66,9 +68,9 @@ class BatchContext:
     @tagged("directions")
     def expanded_z(self, coordinate: LowRankCoordinate) -> Tensor:
         """The groups' directions of the trained factor, (G, rows of A, r)."""
-        return coordinate.expand(self._group_z(coordinate))
+        return coordinate.expand(self.group_z(coordinate))
 
-    def _group_z(self, coordinate: Coordinate) -> Tensor:
+    def group_z(self, coordinate: Coordinate) -> Tensor:
         """The groups' directions, (G, *shape)."""
         z = self._draw(coordinate)
         if coordinate.schedule is not None:
@@ -123,6 +125,15 @@ class BatchContext:
             raise NotBatchableError(f"no kernel perturbs rows of {coordinate.name} from a key in device memory")
         return rows.view(*ids.shape, -1)
 
+    def offsets(self, coordinate: Coordinate) -> list[Offset | None]:
+        """The offset of each block; None: θ."""
+        layout = self.layout
+        return [
+            Offset(scale, layout.seed, layout.step, direction) if scale and coordinate.is_active(layout.step, direction) else None
+            for direction, scales in zip(layout.directions, layout.scales, strict=True)
+            for scale in scales
+        ]
+
     # -- values ---------------------------------------------------------------------------------------------------------------------
 
     def scales(self, like: Tensor, dims: int) -> Tensor:
@@ -150,7 +161,7 @@ class BatchContext:
 
     @tagged("directions")
     def _own_values(self, coordinate: Coordinate, dtype: torch.dtype) -> Tensor:
-        z, value = self._group_z(coordinate), coordinate.value()
+        z, value = self.group_z(coordinate), coordinate.value()
         return torch.addcmul(value, z.unsqueeze(1).to(value.dtype), self.scales(value, z.dim() - 1)).flatten(0, 1).to(dtype)
 
     # -- inputs ---------------------------------------------------------------------------------------------------------------------

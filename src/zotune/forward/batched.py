@@ -73,12 +73,7 @@ class BatchedParameter(torch.Tensor):
 
     def offsets(self) -> list[Offset | None]:
         """The offset of each block; None: θ."""
-        layout, is_active = self.context.layout, self.coordinate.is_active
-        return [
-            Offset(scale, layout.seed, layout.step, direction) if scale and is_active(layout.step, direction) else None
-            for direction, scales in zip(layout.directions, layout.scales, strict=True)
-            for scale in scales
-        ]
+        return self.context.offsets(self.coordinate)
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:

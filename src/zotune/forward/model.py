@@ -14,18 +14,21 @@ Stored tensors are only read: whatever a forward raises, the model is unchanged 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from zotune.errors import NotBatchableError
 from zotune.forward import materialized, path_check
 from zotune.forward.batch_context import BatchContext
-from zotune.forward.batched import batched_parameter
 from zotune.forward.batches import BatchLayout
+from zotune.forward.by_block import ByBlock, read
 from zotune.forward.jvp import ForwardMode, dual
 from zotune.forward.lazy_weight import WeightBuffer
 from zotune.forward.low_rank_hook import LowRankHook
@@ -58,6 +61,7 @@ class PerturbedForward:
         devices: of the coordinates.
         sharded: whether a parameter is split among processes, which then have to evaluate the same points together.
         streams: whether a parameter is offloaded between forwards.
+        by_block: modules that a batched evaluation calls block by block.
         low_rank_hooks: the hooks on the model.
         buffers: of the model, which evaluations put back.
 
@@ -78,6 +82,7 @@ class PerturbedForward:
         build_multi_tensor_groups(self.coordinates, directions)
         self.devices = sorted({c.device for c in self.coordinates}, key=str)
         self._overrides = Overrides(model, self.coordinates)
+        self.by_block = ByBlock(model, {id(o.module): list(o.parameters.values()) for o in self._overrides.owners})
         self.siblings = siblings_of(model, {id(c.parameter): c for c in self.coordinates})
         self.sharded = any(placement.is_sharded(parameter) for parameter in model.parameters())
         self.streams = any(placement.offload_handle(parameter) is not None for parameter in model.parameters())
@@ -124,14 +129,35 @@ class PerturbedForward:
         Raises:
             NotBatchableError: the model uses a parameter in a function without a batched form.
         """
-        with isolated_generators(_loss_key(layout), self.devices):
-            return self.evaluate_in(function, BatchContext(layout, self.directions, self.siblings))
+        before, reasons = len(self.by_block.names), []
+        while True:
+            context = BatchContext(layout, self.directions, self.siblings)
+            try:
+                with isolated_generators(_loss_key(layout), self.devices):
+                    found = self.evaluate_in(function, context)
+            except NotBatchableError as reason:
+                reasons.append(reason)
+                if context.reader is None or not self.by_block.widen(context.reader):
+                    raise reasons[:2][-1] from None  # of the smallest module that could not be called block by block
+                continue
+            if not before and self.by_block.names:
+                names = self.by_block.names
+                others = f" and {len(names) - 1} other modules" if len(names) > 1 else ""
+                warnings.warn(
+                    f"{names[0]}{others} cannot be evaluated with several weights at once: called once for each direction or point "
+                    "instead; results are right, steps are slower.",
+                    stacklevel=2,
+                )
+            return found
 
     def evaluate_in(self, function: Callable[[], T], context: BatchContext) -> T:
         """:meth:`evaluate_batched` in a given context, without isolating generators."""
         try:
-            factories = self._overrides.factories(batched_parameter, context)
-            with self._evaluating(), self._overrides.active(factories, self._reset_hooks):
+            owners = self._overrides.owners
+            factories: dict[int, Factories] = {
+                id(o): {name: partial(read, o.module, c, context) for name, c in o.parameters.items()} for o in owners
+            }
+            with self._evaluating(), self._overrides.active(factories, self._reset_hooks), self.by_block.active(context):
                 for coordinate in self._low_rank:
                     coordinate.hook_core = None  # batched parameters include A
                 return function()

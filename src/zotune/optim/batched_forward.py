@@ -102,10 +102,16 @@ class BatchedForward:
     ) -> Tensor:
         """Losses (S, pairs): the examples of each direction (of ``only``) in a forward of their own."""
         columns, size, eps = [], batch_rows(part), self.state.eps
+        at_theta: dict[tuple[int, ...], Tensor] = {}  # the same for all directions of some examples
         for direction in sorted(set(assignment.directions)) if only is None else only:
-            index = torch.tensor([row for row, owner in zip(assignment.examples, assignment.directions, strict=True) if owner == direction])
-            group = take_rows(part, index, size)
-            offsets = [Offset(sign * eps, context.seed, context.step, direction) for sign in signs]
-            losses = [self.forward.evaluate(evaluation(context.loss_fn, [group]), offset) for offset in offsets]
+            examples = tuple(row for row, owner in zip(assignment.examples, assignment.directions, strict=True) if owner == direction)
+            evaluate = evaluation(context.loss_fn, [take_rows(part, torch.tensor(examples), size)])
+            losses = []
+            for sign in signs:
+                if sign or examples not in at_theta:
+                    found = self.forward.evaluate(evaluate, Offset(sign * eps, context.seed, context.step, direction))
+                    if not sign:
+                        at_theta[examples] = found
+                losses.append(found if sign else at_theta[examples])
             columns.append(torch.stack(losses))
         return torch.cat(columns, dim=1)

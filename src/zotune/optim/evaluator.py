@@ -2,8 +2,9 @@
 
 Both give the same losses up to rounding. Batched reads every weight once for all points; sequential needs the activations of one batch
 only. Where examples have directions of their own, a point is one forward of the batch all the same (*rowwise*), each row under its own
-direction; a model that mixes its rows has the examples of each direction evaluated alone. Batched needs examples that can be told apart,
-one loss per example, and trained parameters that are low-rank, vectors, or thin matrices: a full matrix would need one copy per direction.
+direction; a model that mixes its rows has the examples of each direction evaluated alone. Batched needs examples that can be told apart
+and one loss per example. Modules that use their weights in a way without a batched form are called once for each point (``by_block``).
+With shared directions, a matrix in full space is evaluated one point after the other.
 
 :mod:`zotune.optim.evaluation_choice` makes the choice at the first step, once a run. A checkpoint holds it, and the journal has an event
 where it is sequential, since the losses differ in their last bits.
@@ -32,7 +33,7 @@ from zotune.optim.distributed.workers import Workers
 from zotune.optim.evaluation_choice import Chooser, EvaluationChoice, worker_chunk
 from zotune.optim.state import RunState, StepContext
 from zotune.optim.work import Work, split, split_assigned
-from zotune.subspaces.coordinate import Offset
+from zotune.subspaces.coordinate import Coordinate, Offset
 
 #: Values of the option ``forward_batching``.
 FORWARD_BATCHING = ("auto", "batched", "sequential")
@@ -51,8 +52,7 @@ class Evaluator:
         cuda_graphs: see :mod:`zotune.forward.cuda_graphs`.
 
     Raises:
-        ValueError: another value of ``requested``; ``"batched"``, or directions per example, and a parameter cannot be evaluated at several
-            points at once.
+        ValueError: another value of ``requested``; ``"batched"``, and a parameter cannot be evaluated at several points at once.
     """
 
     def __init__(
@@ -67,22 +67,17 @@ class Evaluator:
     ) -> None:
         if requested not in FORWARD_BATCHING:
             raise ValueError(f"unknown forward_batching {requested!r}; choose one of {', '.join(FORWARD_BATCHING)}.")
-        dense = forward.dense
-        possible = dense is None or (requested == "batched" and not method.own and method.num_directions == 1 and forward.batches_dense)
-        if not possible and (method.own or requested == "batched"):
-            assert dense is not None
-            what = f"directions_per={method.directions_per!r}" if method.own else "forward_batching='batched'"
-            raise ValueError(
-                f"{what} is not possible for {dense.name}, a weight of shape {tuple(dense.parameter.shape)} that is trained in full space; "
-                "use one direction per step, a low-rank method (lozo, lozo-m) or an adapter (PEFT)."
-            )
+        one = requested == "batched" and method.num_directions == 1 and forward.batches_dense
+        self._possible = forward.dense is None or method.own or one
+        if forward.dense is not None and (method.own or not self._possible):
+            _about_dense(forward.dense, method, requested)
         self.forward, self.method, self.estimator, self.requested, self.state = forward, method, estimator, requested, state
         self.workers = workers or Workers()
         self.graphs = CudaGraphs(forward, cuda_graphs)
         self.batched_forward = BatchedForward(forward, self.graphs, state)
         self.chooser = Chooser(self.batched_forward, method, estimator, self.workers, requested)
         self.choice = EvaluationChoice(
-            batched=None if requested != "sequential" and possible and not forward.sharded else False,
+            batched=None if requested != "sequential" and self._possible and not forward.sharded else False,
             rowwise=None if method.own and not forward.sharded else False,
         )
 
@@ -100,7 +95,7 @@ class Evaluator:
         """Continue with the run's choice, unless another one was requested."""
         if self.forward.sharded:
             return
-        if self.requested != "sequential" and (self.forward.dense is None or self.requested == "batched"):
+        if self.requested != "sequential" and self._possible:
             self.choice = replace(self.choice, batched=batched)
         if self.method.own:
             self.choice = replace(self.choice, rowwise=rowwise)
@@ -245,3 +240,19 @@ class Evaluator:
             per_example = self.chooser.loss_is_per_example(context)
             self.choice = replace(self.choice, per_example=all(self.workers.exchange(per_example)))
         return split(self.workers, context, points, bool(self.choice.per_example), self.forward.sharded)
+
+
+def _about_dense(dense: Coordinate, method: Method, requested: str) -> None:
+    """Say what a weight in full space means for a batched evaluation, or for directions per example."""
+    weight = f"{dense.name}, a weight of shape {tuple(dense.parameter.shape)} that is trained in full space"
+    if method.own:
+        warnings.warn(
+            f"directions_per={method.directions_per!r} perturbs {weight}, once for each direction: steps are slow. One direction per step, "
+            "a low-rank method (lozo, lozo-m) and an adapter (PEFT) are fast.",
+            stacklevel=5,
+        )
+    elif requested == "batched":
+        raise ValueError(
+            f"forward_batching='batched' is not possible for {weight}; use one direction per step, a low-rank method (lozo, lozo-m) or an "
+            "adapter (PEFT)."
+        )

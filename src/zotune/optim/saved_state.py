@@ -44,6 +44,7 @@ class Numbers:
     forward_batching: str
     batched: bool | None
     rowwise: bool | None
+    by_block: list[str]
     general_path: list[str]
     rule: dict[str, dict[str, Any]]
     transforms: dict[str, dict[str, Any]]
@@ -61,6 +62,7 @@ def _check_types(run: RunParts, state_dict: Mapping[str, Any]) -> None:
     wrong = [name for name, sample in samples.items() if numbers[name] is not None and not is_like(numbers[name], sample)]
     wrong += [name for name in ("steps", "forward_passes", "sequences_evaluated", "nonfinite_in_a_row") if numbers[name] < 0]
     wrong += ["scales"] if len(numbers["scales"]) != len(run.layers) else []
+    wrong += [] if run.forward.by_block.knows(numbers["by_block"]) else ["by_block"]
     if not are_groups(groups):
         wrong.append("param_groups")
     if wrong:
@@ -93,6 +95,7 @@ def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
         "forward_batching": run.evaluator.requested,
         "batched": run.evaluator.batched,
         "rowwise": run.evaluator.rowwise,
+        "by_block": run.forward.by_block.names,
         "general_path": [n for n, c in run.state.by_name().items() if isinstance(c, LowRankCoordinate) and not c.uses_hook],
         "rule": rule_others,
         "transforms": {transform.name: transform.state() for transform in run.transforms if transform.name},
@@ -151,6 +154,7 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
         run.output_gradients.restore(numbers["output_gradients"])
     if run.evaluator.requested in ("auto", numbers["forward_batching"]):
         run.evaluator.restore(numbers["batched"], numbers["rowwise"])
+    run.forward.by_block.include(numbers["by_block"])
     for transform in run.transforms:
         if transform.name:
             transform.restore(numbers["transforms"][transform.name], transform_tensors.get(transform.name, {}))

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import GROUP, Directions, Key, add_weighted, group_of
+from zotune.subspaces.matrix_view import matrix_view
 
 #: Full-space matrices with a side of at most this many (adapters) are thin: several of their directions are in memory at a time.
 THIN = 64
 
 
 def is_thin(shape: Sequence[int]) -> bool:
-    """Whether a tensor of this shape is a scalar, a vector or a thin matrix."""
-    return len(shape) <= 1 or (len(shape) == 2 and min(shape) <= THIN)
+    """Whether a tensor of this shape is a scalar or a vector, or consists of thin matrices (see ``matrix_view``)."""
+    view = matrix_view(shape)
+    return view is None or min(view.rows, view.columns) <= THIN
 
 
 #: Maps a first moment of θ, linear in its estimates, to a new basis.
@@ -265,3 +267,8 @@ def matching(saved: Tensor, here: Tensor, name: str) -> Tensor:
             f"{tuple(here.shape)}."
         )
     return saved.to(here.device)
+
+
+def unshared(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a view: what is saved has memory of its own."""
+    return tensor if tensor._base is None else tensor.clone()

@@ -13,7 +13,8 @@ from zotune.io.execution import walked
 from zotune.io.memory_tags import tagged
 from zotune.kernels import low_rank_kernels, perturb_kernels
 from zotune.rng.directions import Directions, Key, for_blocks
-from zotune.subspaces.coordinate import Coordinate, Offset, is_thin, matching
+from zotune.subspaces.coordinate import Coordinate, Offset, is_thin, matching, unshared
+from zotune.subspaces.matrix_view import factor_strips, matrix_view, plus_product
 from zotune.weights import placement, quantized_linear
 from zotune.weights.precision import HALF, join, split_into, stochastic_round
 
@@ -27,6 +28,7 @@ class FullCoordinate(Coordinate):
 
     Attributes:
         start, stop: the elements of the parameter, flat, that this process stores.
+        columns: of its matrices (see ``matrix_view``).
     """
 
     #: Whether this process stores only some of the elements.
@@ -38,6 +40,8 @@ class FullCoordinate(Coordinate):
         super().__init__(name, parameter, parameter.shape)
         self.start, self.stop = 0, self.numel
         self.thin = is_thin(parameter.shape)
+        view = matrix_view(parameter.shape)
+        self.columns = self.numel if view is None else view.columns
         self.half = parameter.dtype in HALF
         self.residual: Tensor | None = None
         if self.thin if keep_residual is None else keep_residual:
@@ -104,7 +108,7 @@ class FullCoordinate(Coordinate):
 
     def _strips(self, height: int) -> Iterator[tuple[slice, slice]]:
         """(rows, their elements) of a matrix, ``height`` rows at a time."""
-        columns = self.shape[1]
+        columns = self.columns
         bottom = self.stop // columns
         for top in walked(range(self.start // columns, bottom, height)):
             rows = slice(top, min(bottom, top + height))
@@ -113,13 +117,14 @@ class FullCoordinate(Coordinate):
     def _product_height(self) -> int:
         """Rows of a product at a time: what a cache holds, or few, large launches on an accelerator."""
         few = self.sharded or self.device.type == "cpu"
-        return max(1, (1 << 17 if few else 1 << 23) // self.shape[1])
+        return max(1, (1 << 17 if few else 1 << 23) // self.columns)
 
     def _perturb_kernels(self, directions: Directions, flat: Tensor) -> Any:
         return perturb_kernels(flat) if directions.dense and not self.sharded else None
 
-    def _low_rank_kernels(self, rank: int) -> Any:
-        return low_rank_kernels(self.parameter.data, rank) if self.parameter.is_contiguous() and not self.sharded else None
+    def _low_rank_kernels(self, left: Tensor) -> Any:
+        fits = self.parameter.is_contiguous() and not self.sharded and left.dim() == 2 == self.parameter.dim()
+        return low_rank_kernels(self.parameter.data, left.shape[1]) if fits else None
 
     # -- W + s Z --------------------------------------------------------------------------------------------------------------------
 
@@ -309,6 +314,7 @@ class FullCoordinate(Coordinate):
     def add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float = 1.0) -> None:
         """W ← keep · W + left · rightᵀ for a matrix W (m, n), left (m, r), right (n, r), a block of rows at a time.
 
+        For a stack of E matrices (see ``matrix_view``) left is (E, m, r) and right (E, n, r).
         An offloaded W is written when it is next loaded, from copies of the factors.
         """
         layer = quantized_linear.owner_of(self.parameter)
@@ -322,29 +328,29 @@ class FullCoordinate(Coordinate):
 
     @tagged("directions")
     def _add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float) -> None:
-        columns = self.shape[1]
         rounding = self._rounding(seed, step)
-        kernels = self._low_rank_kernels(left.shape[1])
+        kernels = self._low_rank_kernels(left)
         if kernels is not None:
             kernels.fold(self.parameter.data, self.residual, left.float(), right.float(), keep, rounding)
             return
         flat = self._flat()
-        for rows, part in self._strips(self._product_height()):
+        for _, part, some, others in factor_strips(left, right, self._product_height(), self._strips):
             here = self._here(part)
             block = self._block(flat, here)
-            block.view(-1, columns).addmm_(left[rows].to(block.dtype), right.T.to(block.dtype), beta=keep)
+            plus_product(block, some, others, keep)
             self._write(flat, here, block, rounding)
         self._finish(flat)
 
     @tagged("directions")
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """W + left · rightᵀ in W's dtype, a new tensor, computed like :meth:`add_product`."""
-        kernels = self._low_rank_kernels(left.shape[1])
+        kernels = self._low_rank_kernels(left)
         if kernels is not None:
             return kernels.add_low_rank(self.parameter.data, self.residual, left.float().unsqueeze(0), right.float())[0]
         out = torch.empty(self.shape, dtype=self.parameter.dtype, device=self.device)
+        flat = out.view(-1, right.shape[-2])
         for rows, block in self.product_strips(left, right):
-            out[rows] = block
+            flat[rows] = block
         return out
 
     @tagged("directions")
@@ -356,11 +362,11 @@ class FullCoordinate(Coordinate):
     @tagged("directions")
     def product_strips(self, left: Tensor, right: Tensor, height: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(rows, these rows of :meth:`plus_product`) for strips of ``height`` rows."""
-        flat, columns = self._flat(), self.shape[1]
-        for rows, part in self._strips(height or self._product_height()):
-            block = self._block(flat, part).view(-1, columns)
+        flat, columns = self._flat(), right.shape[-2]
+        for rows, part, some, others in factor_strips(left, right, height or self._product_height(), self._strips):
+            block = self._block(flat, part)
             out = block if self.half else torch.empty_like(block)  # in half precision the block is a copy
-            yield rows, torch.addmm(block, left[rows].to(block.dtype), right.T.to(block.dtype), out=out).to(flat.dtype)
+            yield rows, plus_product(block, some, others, out=out).view(-1, columns).to(flat.dtype)
             del block, out  # freed before the next strip
 
     # -- storage --------------------------------------------------------------------------------------------------------------------
@@ -410,8 +416,3 @@ class FullCoordinate(Coordinate):
 def rounding_key(seed: int, step: int, name: str) -> Key:
     """The key of a step's stochastic rounding of a weight."""
     return Key(seed, step, 0, name, "rounding")
-
-
-def unshared(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it is a view: what is saved has memory of its own."""
-    return tensor if tensor._base is None else tensor.clone()

@@ -152,7 +152,12 @@ class Guided(LowRank):
         return max(self.interval, math.ceil(TRAINED_PER_OBSERVED * self.examples / batch))
 
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
+        if parameter.dim() != 2:  # no layer's matrix
+            return LowRankCoordinate(name, parameter, self.rank, self.interval)
         return GuidedCoordinate(name, parameter, self.rank, self.interval, self.guide, self.begin)
+
+    def elements(self, shape: Sequence[int]) -> tuple[int, int]:
+        return super().elements(shape) if len(shape) == 2 else LowRank(self.rank).elements(shape)
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         return rows * self.rank, rows * (self.rank + self.guide) + columns * max(self.rank, self.guide)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces.base import Subspace, at_least_one
-from zotune.subspaces.coordinate import Coordinate, MomentTransport, Offset, matching
+from zotune.subspaces.coordinate import Coordinate, MomentTransport, Offset, matching, unshared
 from zotune.subspaces.factory import full_coordinate
-from zotune.subspaces.full import unshared
+from zotune.subspaces.matrix_view import MatrixView, matrix_view
 from zotune.weights import placement, quantized_linear
+from zotune.weights.placement import is_sharded
 
 
 class LowRankCoordinate(Coordinate):
@@ -25,6 +26,9 @@ class LowRankCoordinate(Coordinate):
 
     A starts at 0 after each redraw; the redraw folds A Vᵀ into W. In between W is not written: low-rank hooks of the modules that own W add
     (x V) Aᵀ to their outputs. Without hooks (``uses_hook`` False) every update is folded at once and A is always 0.
+
+    A tensor of another shape counts as a matrix, or as a stack of E matrices that have factors each, A (E, m, r) and V (E, n, r) (see
+    ``matrix_view``).
 
     The gradient in A is G V. LOZO's update −η c U Vᵀ / r (2410.07698) is SGD on A with rate η / r (``lr_scale``), so that
     E[c U Vᵀ] / r = G: unbiased for the whole matrix.
@@ -46,14 +50,16 @@ class LowRankCoordinate(Coordinate):
     decays_weights = False
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
-        rows, columns = parameter.shape
-        moving, fixed = (columns, rows) if self.transposed else (rows, columns)
-        super().__init__(name, parameter, self.core_shape(moving, rank), lr_scale=self.core_rate(rank))
+        view = matrix_view(parameter.shape)
+        assert view is not None, f"{name} is a vector"
+        self.matrices: MatrixView = view
+        moving, fixed = (view.columns, view.rows) if self.transposed else (view.rows, view.columns)
+        super().__init__(name, parameter, (*view.stack, *self.core_shape(moving, rank)), lr_scale=self.core_rate(rank))
         self.rank, self.interval = rank, interval
         self.scale = 1.0
         self.uses_hook = True
         self.core = torch.zeros(self.shape, device=parameter.device)
-        self.v = torch.zeros(fixed, rank, device=parameter.device)
+        self.v = torch.zeros(*view.stack, fixed, rank, device=parameter.device)
         self.pending = False
         self.keep = 1.0
         self.hook_core: Tensor | None = self.core
@@ -64,7 +70,7 @@ class LowRankCoordinate(Coordinate):
     # -- what subclasses override -----------------------------------------------------------------------------------------------------
 
     def core_shape(self, moving: int, rank: int) -> tuple[int, ...]:
-        """The shape of θ for a trained factor of ``moving`` rows."""
+        """The shape of θ of one matrix, for a trained factor of ``moving`` rows."""
         return moving, rank
 
     def core_rate(self, rank: int) -> float:
@@ -81,7 +87,7 @@ class LowRankCoordinate(Coordinate):
         if self.scale != 1.0:
             v *= self.scale
         v = self._row_major(v)
-        transport = self.v.T @ v / (v.shape[0] * self.scale**2)
+        transport = self.v.mT @ v / (v.shape[-2] * self.scale**2)
         if self.device.type != "cpu" and v.stride() == self.v.stride():
             self.v.copy_(v)  # a CUDA graph reads it there
         else:
@@ -96,7 +102,7 @@ class LowRankCoordinate(Coordinate):
 
     @staticmethod
     def _row_major(v: Tensor) -> Tensor:
-        return v.T.contiguous().T  # Vᵀ contiguous: x V is many times faster on a CPU
+        return v.mT.contiguous().mT  # Vᵀ contiguous: x V is many times faster on a CPU
 
     # -- θ, A and the weight ----------------------------------------------------------------------------------------------------------
 
@@ -108,7 +114,7 @@ class LowRankCoordinate(Coordinate):
 
     @tagged("directions")
     def factors(self, core: Tensor) -> tuple[Tensor, Tensor]:
-        """(left, right) of the product that θ adds to W, (m, r) and (n, r)."""
+        """(left, right) of the product that θ adds to W, (m, r) and (n, r), for each matrix of a stack."""
         a = self.expand(core)
         return (self.v, a) if self.transposed else (a, self.v)
 
@@ -291,7 +297,9 @@ class LowRankCoordinate(Coordinate):
 
 @dataclass(frozen=True)
 class LowRank(Subspace):
-    """Matrices are trained as W + A Vᵀ (LOZO, 2410.07698); vectors (bias, norm) and tensors of other ranks in full space.
+    """Matrices are trained as W + A Vᵀ (LOZO, 2410.07698), vectors (bias, norm) in full space.
+
+    Experts' weights (E, m, n) are E matrices with factors of their own, a convolution's kernel is one matrix (see ``matrix_view``).
 
     Args:
         rank: columns r of A (m, r) and V (n, r).
@@ -314,19 +322,26 @@ class LowRank(Subspace):
             at_least_one(field, getattr(self, field))
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
-        return self.factored(name, parameter) if self.fits(parameter.shape) else full_coordinate(name, parameter)
+        fits = self.fits(parameter.shape) is not None and (parameter.dim() == 2 or not is_sharded(parameter))
+        return self.factored(name, parameter) if fits else full_coordinate(name, parameter)
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a parameter of this shape is trained in a low-rank subspace."""
-        return len(shape) == 2 and min(shape) > self.rank
+    def fits(self, shape: Sequence[int]) -> MatrixView | None:
+        """The matrices of a parameter of this shape that are trained in a low-rank subspace."""
+        view = matrix_view(shape)
+        return view if view is not None and min(view.rows, view.columns) > self.rank else None
 
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
         return self.kind(name, parameter, self.rank, self.interval)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
-        return self.factored_elements(*shape) if self.fits(shape) else (math.prod(shape), 0)
+        view = self.fits(shape)
+        if view is None:
+            return math.prod(shape), 0
+        moving, beside = self.factored_elements(view.rows, view.columns)
+        return view.count * moving, view.count * beside
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
+        """:meth:`elements` of one matrix."""
         return rows * self.rank, (rows + columns) * self.rank
 
     def memory(self, update_rule_state: float) -> str:

@@ -16,12 +16,12 @@ from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 
 @tagged("directions")
 def orthonormal(gaussian: Tensor) -> Tensor:
-    """Q of the QR decomposition of a Gaussian matrix (n, r), its columns' signs such that Q is uniformly distributed; float32.
+    """Q of the QR decomposition of a Gaussian matrix (..., n, r), its columns' signs such that Q is uniformly distributed; float32.
 
     On the CPU in float64 whatever the device, so that all devices agree to the last bit.
     """
     q, r = torch.linalg.qr(gaussian.double().cpu())
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).float().to(gaussian.device)
+    return (q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)).float().to(gaussian.device)
 
 
 class TwoSidedCoordinate(LowRankCoordinate):
@@ -33,8 +33,9 @@ class TwoSidedCoordinate(LowRankCoordinate):
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int) -> None:
         super().__init__(name, parameter, rank, interval)
-        self.sigma = math.sqrt(parameter.numel()) / rank
-        self.p = torch.zeros(parameter.shape[0], rank, device=parameter.device)  # σ P
+        view = self.matrices
+        self.sigma = math.sqrt(view.rows * view.columns) / rank
+        self.p = torch.zeros(*view.stack, view.rows, rank, device=parameter.device)  # σ P
 
     def core_shape(self, moving: int, rank: int) -> tuple[int, ...]:
         return rank, rank
@@ -50,7 +51,7 @@ class TwoSidedCoordinate(LowRankCoordinate):
         p, q = self.p, self.v
         self.p = orthonormal(self._gaussian(seed, redraw, "left", self.p.shape)).mul_(self.sigma)
         self.v = self._row_major(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
-        left, right = self.p.T @ p / self.sigma**2, q.T @ self.v
+        left, right = self.p.mT @ p / self.sigma**2, q.mT @ self.v
         return lambda moment: left @ moment @ right
 
     def kept(self) -> list[Tensor]:
@@ -84,7 +85,7 @@ class LeftCoordinate(LowRankCoordinate):
     def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         old = self.v
         self.v = self._row_major(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
-        transport = old.T @ self.v
+        transport = old.mT @ self.v
         return lambda moment: moment @ transport
 
 
@@ -106,7 +107,7 @@ class RankOnesCoordinate(LowRankCoordinate):
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int = 0) -> None:
         super().__init__(name, parameter, rank, interval=0)  # drawn once
-        self.u = torch.zeros(parameter.shape[0], rank, device=parameter.device)
+        self.u = torch.zeros(*self.matrices.stack, self.matrices.rows, rank, device=parameter.device)
 
     def core_shape(self, moving: int, rank: int) -> tuple[int, ...]:
         return (rank,)

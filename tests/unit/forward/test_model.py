@@ -84,8 +84,8 @@ def perturbed_by_hand(model: nn.Module, forward: PerturbedForward, offset: Offse
     with torch.no_grad():
         for coordinate, parameter in zip(forward.coordinates, hand.parameters(), strict=True):
             z = forward.directions.draw(offset.key(coordinate.name), coordinate.shape)
-            move = z @ coordinate.v.T if isinstance(coordinate, LowRankCoordinate) else z
-            parameter.copy_(parameter.float() + offset.scale * move)
+            move = z @ coordinate.v.mT if isinstance(coordinate, LowRankCoordinate) else z
+            parameter.copy_(parameter.float() + offset.scale * move.view(parameter.shape))
     return hand
 
 

@@ -13,6 +13,7 @@ import toys
 from zotune import ZerothOrder, methods, replay
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import LowRankCoordinate
+from zotune.subspaces.coordinate import Offset
 
 #: Options, and how many directions they make for a number of examples.
 EXAMPLE = {"directions_per": "example"}
@@ -202,7 +203,6 @@ def test_learns(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: ZerothOrder(nn.Linear(80, 70), methods.mezo(directions_per="example")), "in full space"),
         (lambda m: methods.lozo(num_directions="example"), "num_directions must be a whole number of at least 1, not 'example'"),
         (lambda m: methods.lozo(directions_per="exmaple"), "unknown directions_per 'exmaple'; did you mean 'example'?"),
         (lambda m: methods.lozo(directions_per="group"), "needs group_size, the examples per group: at least 2"),
@@ -218,3 +218,22 @@ def test_learns(name):
 def test_where_it_is_impossible_one_sentence_says_so(call, message):
     with pytest.raises(ValueError, match=message):
         call(toys.classifier())
+
+
+def test_matrices_in_full_space_are_slow_but_right_and_said_so():
+    torch.manual_seed(0)
+    model, x = nn.Linear(80, 70), torch.randn(3, 80)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.warns(UserWarning, match="perturbs weight, a weight of shape .70, 80. that is trained in full space, once for each"):
+        optimizer = ZerothOrder(model, methods.mezo(directions_per="example"), lr=0.0)
+    optimizer.step(lambda rows: model(rows).square().mean(dim=1), x)
+    expected = []
+    for row in range(3):
+        losses = []
+        for sign in (1, -1):
+            offset = Offset(sign * optimizer.eps, 0, 0, row)
+            weights = {c.name: c.at(optimizer.directions, offset) for c in optimizer.run.state.every_coordinate()}
+            losses.append(torch.func.functional_call(model, weights, x[row]).square().mean())
+        expected.append((losses[0] - losses[1]).detach() / (2 * optimizer.eps))
+    assert torch.allclose(optimizer.last_report.coefficients, torch.stack(expected), rtol=1e-2)
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters())

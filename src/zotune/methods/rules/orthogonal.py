@@ -18,16 +18,16 @@ def orthogonalized(matrix: Tensor, rounds: int = 5) -> Tensor:
     X ← a X + (b X Xᵀ + c (X Xᵀ)²) X, from X = M / ‖M‖_F; a matrix of zeros is unchanged.
 
     Args:
-        matrix: M, (m, n), float32.
+        matrix: M, (m, n), float32; or a stack of them, (E, m, n).
         rounds: number of iterations.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp_min(1e-30)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm() if x.dim() == 2 else x.flatten(1).norm(dim=1).view(-1, 1, 1)).clamp_min(1e-30)
     for _ in range(rounds):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Orthogonal(BaseRule):
@@ -42,5 +42,5 @@ class Orthogonal(BaseRule):
         super().__init__(params, lr, weight_decay)
 
     def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        matrix = grad.dim() == 2 and min(grad.shape) > 1
+        matrix = grad.dim() in (2, 3) and min(grad.shape[-2:]) > 1
         p.add_(orthogonalized(grad) if matrix else grad / grad.norm().clamp_min(1e-30), alpha=-group["lr"])
