@@ -15,7 +15,7 @@ LossFunction = Callable[..., Any]
 
 
 def evaluation(loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[], Tensor]:
-    """A function without arguments that returns the losses of all micro-batches, float32, (n,)."""
+    """A function without arguments that returns the losses of all micro-batches, float32 (or float64), (n,)."""
     if parts is None:
         return lambda: as_losses([loss_fn()])
     return lambda: as_losses([loss_fn(part) for part in parts])
@@ -27,17 +27,17 @@ def losses_of(loss_fn: LossFunction, rows: Any) -> Tensor:
 
 @tagged("activations")
 def as_losses(parts: list[Any]) -> Tensor:
-    """The return values of a loss function, one per micro-batch, as one float32 tensor, (n,).
+    """The return values of a loss function, one per micro-batch, as one tensor, (n,): float32, or float64 where one of them is.
 
     Raises:
         ValueError: one of them is neither a scalar nor one loss per example.
     """
     losses = []
     for part in parts:
-        loss = part if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float32)
+        loss = part if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float64)
         if loss.dim() > 1:
             raise ValueError(f"the loss function returned shape {tuple(loss.shape)}; return one loss per example, shape (B,), or a scalar.")
-        losses.append(loss.detach().float().reshape(-1))
+        losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(-1))
     return torch.cat(losses)
 
 

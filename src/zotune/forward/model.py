@@ -142,10 +142,10 @@ class PerturbedForward:
                 continue
             if not before and self.by_block.names:
                 names = self.by_block.names
-                others = f" and {len(names) - 1} other modules" if len(names) > 1 else ""
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 warnings.warn(
-                    f"{names[0]}{others} cannot be evaluated with several weights at once: called once for each direction or point "
-                    "instead; results are right, steps are slower.",
+                    f"{names[0]}{more} cannot be evaluated with several weights at once: called once for each direction or point instead; "
+                    "results are right, steps are slower.",
                     stacklevel=2,
                 )
             return found

@@ -133,7 +133,7 @@ class Workers:
         return Share(mine.points, tuple(pieces(widths, here)), tuple(everybody), (points, columns))
 
     def gather(self, share: Share, values: Tensor | None, evaluated: int = 0, each: int = 1) -> tuple[Tensor, int]:
-        """The whole table of losses, float32, and the sequences evaluated for it, from all workers' blocks.
+        """The whole table of losses, float64, and the sequences evaluated for it, from all workers' blocks.
 
         Args:
             values: losses of the share, (points · each, columns); None where there is nothing to evaluate.
@@ -146,16 +146,16 @@ class Workers:
         if not self.several:
             assert values is not None, "a single worker evaluates everything"
             return values, evaluated
-        sent = torch.zeros(max(map(len, share.blocks)) * each + 3)
+        sent = torch.zeros(max(map(len, share.blocks)) * each + 3, dtype=torch.float64)
         if values is not None:
-            sent[: values.numel()] = values.detach().float().cpu().reshape(-1)
-        sent[-3:-1] = torch.tensor(self._digest_to_send())
+            sent[: values.numel()] = values.detach().double().cpu().reshape(-1)
+        sent[-3:-1] = torch.tensor(self._digest_to_send(), dtype=torch.float64)
         sent[-1] = -1 - evaluated if self.stop_requested else evaluated
         found = self._all_gather(sent)
         odd = odd_ranks([tuple(row) for row in found[:, -3:-1].tolist()])
         if odd:
             raise other_batch(odd, self._step)
-        table = torch.empty(share.shape[0] * each, share.shape[1])
+        table = torch.empty(share.shape[0] * each, share.shape[1], dtype=torch.float64)
         for block, row in zip(share.blocks, found, strict=True):
             part = row[: len(block) * each].view(len(block.points) * each, len(block.columns))
             table[block.points.start * each : block.points.stop * each, block.columns.start : block.columns.stop] = part
