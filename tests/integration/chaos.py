@@ -42,9 +42,10 @@ from zotune.training.checkpoint import storage
 from zotune.training.run_folder import Kind, kind_of
 
 WORDS = (
-    "--task sst2 --data_dir data --num_train 16 --num_eval 4 --max_steps 8 --learning_rate 1e-3 --save_steps 3 --save_total_limit 2 "
+    "--task sst2 --data_dir data --num_train 16 --num_eval 4 --max_steps 8 --learning_rate 1e-3 "
     "--eval_strategy no --logging_steps 1000 --per_device_train_batch_size 4 --use_cpu true"
 )
+SAVING = "--save_steps 3 --save_total_limit 2"
 DECODER, ENCODER = "--model_name_or_path my-model", "--model_name_or_path my-encoder"
 ZO, ZO_ENCODER = (f"{model} --forward_batching batched" for model in (DECODER, ENCODER))
 SAVED_BEFORE_RUN = "--method mezo --max_steps 2 --save_strategy no --seed 5"
@@ -129,7 +130,8 @@ class Chaos:
         return self.straight[name]
 
     def words(self, setup: Setup, folder: Path) -> list[str]:
-        return [*WORDS.split(), *setup.words.split(), "--output_dir", str(folder)]
+        saving = "" if "--save_strategy" in setup.words else SAVING
+        return [*WORDS.split(), *saving.split(), *setup.words.split(), "--output_dir", str(folder)]
 
     def run(self, name: str, first: Disturbance | None, most: int) -> None:
         """One run, disturbed at first as given and then at random, at most so often; Failure where it does not end as it should."""
