@@ -109,7 +109,12 @@ def wrap(model: nn.Module) -> nn.Module:
 
 def external_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name in it, layer) of the Linear layers that another library has quantized."""
-    return matching_children(model, lambda _, child: isinstance(child, nn.Linear) and is_external(child.weight))
+
+    def matches(_: str, child: nn.Module) -> bool:
+        weight = child._parameters.get("weight") if isinstance(child, nn.Linear) else None  # reading a parametrized one computes it
+        return weight is not None and is_external(weight)
+
+    return matching_children(model, matches)
 
 
 def _dtypes(layer: ExternalLinear, weight: Any) -> list[torch.dtype | None]:

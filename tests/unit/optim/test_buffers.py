@@ -12,6 +12,7 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 import zotune
 from zotune import methods
+from zotune.weights import external_linear
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -44,6 +45,12 @@ def test_statistics_and_power_iterations_stay(norm, method: str, tmp_path) -> No
             optimizer.step(lambda x: (model(x).squeeze(1) - x[:, 0]).square(), inputs)
         optimizer.state_dict(), optimizer.remove_hooks()
     assert same(before, buffers(model)) and all(module.training for module in model.modules())
+
+
+def test_a_search_for_quantized_layers_computes_no_weight() -> None:
+    model = network()
+    before = buffers(model)
+    assert not external_linear.external_layers(model) and same(before, buffers(model))
 
 
 class Counting(nn.Module):
