@@ -11,7 +11,7 @@ __version__ = VERSION
 
 if TYPE_CHECKING:
     from zotune import baselines, methods, objectives, tasks
-    from zotune.errors import NonFiniteLossError, RankMismatchError
+    from zotune.errors import LostWorkerError, NonFiniteLossError, RankMismatchError
     from zotune.methods import Method
     from zotune.optim.journal import Journal
     from zotune.optim.merge import merge
@@ -30,6 +30,7 @@ _PACKAGES = (
 _MODULES = {name: f"zotune.{name}" for name in _PACKAGES} | {"schemes": "zotune.training.schemes"}
 _NAMES = {
     "Journal": "zotune.optim.journal",
+    "LostWorkerError": "zotune.errors",
     "Method": "zotune.methods",
     "NonFiniteLossError": "zotune.errors",
     "RankMismatchError": "zotune.errors",
@@ -44,6 +45,7 @@ _NAMES = {
 
 __all__ = [
     "Journal",
+    "LostWorkerError",
     "Method",
     "NonFiniteLossError",
     "RankMismatchError",

@@ -17,6 +17,10 @@ from zotune.io.memory_tags import memory_tag
 from zotune.weights.digest import persistent_buffers
 
 
+#: Elements of a buffer that is copied before it is known to be written: others hold weights of quantized layers.
+SMALL = 2**20
+
+
 class KeptBuffers:
     """The buffers of a model that evaluations put back.
 
@@ -39,7 +43,7 @@ class KeptBuffers:
         before = [(full, module, name, module._buffers.get(name)) for full, module, name in self._places]
         versions = {full: _version(buffer) for full, _, _, buffer in before}
         with memory_tag("temporary"):
-            copies = {full: b.clone() for full, _, _, b in before if b is not None and (not self._known or full in self.written)}
+            copies = {full: b.clone() for full, _, _, b in before if b is not None and self._may_be_written(full, b)}
         try:
             yield
         finally:
@@ -55,6 +59,9 @@ class KeptBuffers:
                     self.written.add(full)
                     changed.append(full)
             self._say(changed)
+
+    def _may_be_written(self, full: str, buffer: Tensor) -> bool:
+        return full in self.written or (not self._known and buffer.numel() <= SMALL)
 
     def _say(self, changed: list[str]) -> None:
         new = [full for full in dict.fromkeys(changed) if full not in self._said]
