@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from zotune.io.memory_tags import memory_tag
 from zotune.weights.digest import persistent_buffers
 
-
 #: Elements of a buffer that is copied before it is known to be written: others hold weights of quantized layers.
 SMALL = 2**20
 
