@@ -188,7 +188,8 @@ class ZOTrainer(EvaluatedTrainer):
             batches: Any = getattr(loader, "batch_sampler", None)
             if not hasattr(batches, "process_index"):
                 raise ValueError("several processes need training data with a length and an index: load the stream into a list first.")
-            batches.num_processes, batches.process_index = 1, 0  # each gets every batch, which the optimizer partitions
+            # Each gets every batch, which the optimizer partitions; an epoch's last one is not filled up from its beginning.
+            batches.num_processes, batches.process_index, batches.even_batches = 1, 0, False
         return loader
 
     def get_total_train_batch_size(self, args: Any) -> int:

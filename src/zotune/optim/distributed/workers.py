@@ -106,7 +106,8 @@ class Workers:
         self.stop_requested = self.stopping = False
         #: Bytes this worker has sent to each of the others.
         self.bytes_sent = 0
-        self._step, self._parts = 0, None
+        self._step = 0
+        self._parts: list[Any] | None = None
         self._digest: list[float] | None = None  # of the step's batch
 
     def begin_step(self, step: int, parts: list[Any] | None) -> None:
