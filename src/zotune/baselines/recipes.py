@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,18 @@ def _at_least_one(name: str, **numbers: int) -> None:
     for label, number in numbers.items():
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name}: {label} must be a whole number of at least 1, not {number!r}.")
+
+
+def _options_of(shared: Callable[..., Baseline]) -> Callable[[Callable[..., Baseline]], Callable[..., Baseline]]:
+    """Gives a recipe, which passes its ``**options`` to ``shared``, the keyword options of ``shared`` before its own."""
+
+    def extended(recipe: Callable[..., Baseline]) -> Callable[..., Baseline]:
+        both = [*inspect.signature(shared).parameters.values(), *inspect.signature(recipe).parameters.values()]
+        keywords = [each for each in both if each.kind is inspect.Parameter.KEYWORD_ONLY]
+        recipe.__signature__ = inspect.Signature(keywords, return_annotation=Baseline)  # type: ignore[attr-defined]
+        return recipe
+
+    return extended
 
 
 @register
@@ -207,11 +220,24 @@ def scale(
     return Baseline("scale", "SCALE", "2506.16659", lr, build=build, kept=kept, memory="1 × last layer", refusal=refusal)
 
 
-def _galore(name: str, title: str, arxiv: str, lr: float, rank: int, interval: int, random_share: float, **options: Any) -> Baseline:
+def _galore(
+    name: str,
+    title: str,
+    arxiv: str,
+    random_share: float = 0.0,
+    *,
+    lr: float = 3e-5,
+    rank: int = 4,
+    interval: int = 500,
+    scale: float = 4.0,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.999,
+    adam_epsilon: float = 1e-8,
+) -> Baseline:
     _at_least_one(name, rank=rank, interval=interval)
 
     def build(setting: Setting) -> torch.optim.Optimizer:
-        return galore_optimizer(setting, rank, interval, random_share, **options)
+        return galore_optimizer(setting, rank, interval, random_share, scale=scale, betas=(adam_beta1, adam_beta2), eps=adam_epsilon)
 
     def kept(shape: Sequence[int], last: bool) -> int:
         if len(shape) != 2 or min(shape) <= rank:
@@ -227,16 +253,8 @@ def _galore(name: str, title: str, arxiv: str, lr: float, rank: int, interval: i
 
 
 @register
-def galore(
-    *,
-    lr: float = 3e-5,
-    rank: int = 4,
-    interval: int = 500,
-    scale: float = 4.0,
-    adam_beta1: float = 0.9,
-    adam_beta2: float = 0.999,
-    adam_epsilon: float = 1e-8,
-) -> Baseline:
+@_options_of(_galore)
+def galore(**options: Any) -> Baseline:
     """GaLore: Adam on the gradient's projection to its leading singular vectors (2403.03507); pytorch-optimizer's.
 
     g (m, n), m ≥ n:   P = the first r right singular vectors of g, anew every T steps,   R = g P,   θ ← θ − η α Adam(R) Pᵀ
@@ -244,22 +262,12 @@ def galore(
     and on the left where m < n. This trains matrices; all others are trained by Adam. The defaults are its authors' for fine-tuning on
     GLUE. State: P and two moments of R: r·(2m + n) elements for m ≥ n.
     """
-    betas = (adam_beta1, adam_beta2)
-    return _galore("galore", "GaLore", "2403.03507", lr, rank, interval, 0.0, scale=scale, betas=betas, eps=adam_epsilon)
+    return _galore("galore", "GaLore", "2403.03507", **options)
 
 
 @register
-def golore(
-    *,
-    lr: float = 3e-5,
-    rank: int = 4,
-    interval: int = 500,
-    scale: float = 4.0,
-    random_share: float = 0.5,
-    adam_beta1: float = 0.9,
-    adam_beta2: float = 0.999,
-    adam_epsilon: float = 1e-8,
-) -> Baseline:
+@_options_of(_galore)
+def golore(*, random_share: float = 0.5, **options: Any) -> Baseline:
     """GoLore: GaLore whose projections are random in the last part of a run, when gradients are mostly noise (2410.11289).
 
     P = QR of an n × r Gaussian, uniform among the orthonormal frames, from step (1 − share)·T_max on; before it as in GaLore
@@ -269,20 +277,32 @@ def golore(
     """
     if not 0 <= random_share <= 1:
         raise ValueError(f"golore: random_share must be in [0, 1], got {random_share}.")
-    betas = (adam_beta1, adam_beta2)
-    return _galore("golore", "GoLore", "2410.11289", lr, rank, interval, random_share, scale=scale, betas=betas, eps=adam_epsilon)
+    return _galore("golore", "GoLore", "2410.11289", random_share, **options)
 
 
-def _mkor(name: str, title: str, lr: float, hybrid: tuple[int, float] | None, max_side: int, interval: int, **options: Any) -> Baseline:
+def _mkor(
+    name: str,
+    title: str,
+    hybrid: tuple[int, float] | None = None,
+    *,
+    lr: float = 1e-2,
+    momentum: float = 0.9,
+    gamma: float = 0.95,
+    interval: int = 10,
+    stabilizer: float = 0.1,
+    threshold: float = 2.0,
+    max_side: int = 4096,
+) -> Baseline:
+    options = {"momentum": momentum, "gamma": gamma, "stabilizer": stabilizer, "threshold": threshold}
     _at_least_one(name, interval=interval, max_side=max_side)
-    _momentum(name, options["momentum"])
+    _momentum(name, momentum)
 
     def build(setting: Setting) -> torch.optim.Optimizer:
         return MKOR(setting, interval=interval, max_side=max_side, hybrid=hybrid, **options)
 
     def kept(shape: Sequence[int], last: bool) -> int:
         factors = sum(side * side for side in shape) if len(shape) == 2 and max(shape) <= max_side else 0
-        return factors + (math.prod(shape) if options["momentum"] else 0)
+        return factors + (math.prod(shape) if momentum else 0)
 
     def refusal(model: nn.Module, trained: Shapes) -> str | None:
         if any(name in trained for name in preconditioned(model, max_side)):
@@ -296,16 +316,8 @@ def _mkor(name: str, title: str, lr: float, hybrid: tuple[int, float] | None, ma
 
 
 @register
-def mkor(
-    *,
-    lr: float = 1e-2,
-    momentum: float = 0.9,
-    gamma: float = 0.95,
-    interval: int = 10,
-    stabilizer: float = 0.1,
-    threshold: float = 2.0,
-    max_side: int = 4096,
-) -> Baseline:
+@_options_of(_mkor)
+def mkor(**options: Any) -> Baseline:
     """MKOR: Kronecker-factored curvature whose inverses are kept up to date by rank-1 changes (2306.01685).
 
     L ← γ L + (1 − γ) ĝ ĝᵀ,  R ← γ R + (1 − γ) â âᵀ,  every ``interval`` steps; ĝ, â: a layer's mean output gradient and input
@@ -316,23 +328,12 @@ def mkor(
     No maintained package has it. Departs from its authors' code: factors are float32, not half precision; a bias is not a column of its
     weight but is trained by SGD; layers with a side above ``max_side`` (the head; the authors leave out the last layer) are trained by SGD.
     """
-    options = {"momentum": momentum, "gamma": gamma, "stabilizer": stabilizer, "threshold": threshold}
-    return _mkor("mkor", "MKOR", lr, None, max_side, interval, **options)
+    return _mkor("mkor", "MKOR", **options)
 
 
 @register
-def mkor_h(
-    *,
-    lr: float = 1e-2,
-    momentum: float = 0.9,
-    gamma: float = 0.95,
-    interval: int = 10,
-    stabilizer: float = 0.1,
-    threshold: float = 2.0,
-    max_side: int = 4096,
-    window: int = 100,
-    least_gain: float = 0.01,
-) -> Baseline:
+@_options_of(_mkor)
+def mkor_h(*, window: int = 100, least_gain: float = 0.01, **options: Any) -> Baseline:
     """MKOR-H: MKOR that changes to first order once second order no longer speeds it up (2306.01685).
 
     From the first window of steps in which the mean loss falls by less than ``least_gain`` of itself, Δ = G: SGD with momentum.
@@ -340,5 +341,4 @@ def mkor_h(
     The paper says that the loss's rate of reduction decides, not how; window and gain are ours. State: MKOR's until then, then momentum.
     """
     _at_least_one("mkor-h", window=window)
-    options = {"momentum": momentum, "gamma": gamma, "stabilizer": stabilizer, "threshold": threshold}
-    return _mkor("mkor-h", "MKOR-H", lr, (window, least_gain), max_side, interval, **options)
+    return _mkor("mkor-h", "MKOR-H", (window, least_gain), **options)
