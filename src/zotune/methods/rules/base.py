@@ -33,10 +33,13 @@ class BaseRule(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if group["weight_decay"]:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                self.update(p, p.grad, self.state[p], group)
+                self.update(p, self.decayed(p, p.grad, group) if group["weight_decay"] else p.grad, self.state[p], group)
         return loss
+
+    def decayed(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """Weight decay before the update, of ``p`` itself; the estimate that the update then takes."""
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        return grad
 
 
 def fraction(name: str, value: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from zotune.methods.rules.base import BaseRule, fraction
 
 
-class EMASGD(torch.optim.Optimizer):
+class EMASGD(BaseRule):
     """SGD on an exponential moving average that starts at zero: N ← βN + (1 − β) ĝ, θ ← θ − η N (LOZO-M, 2410.07698).
 
     ``torch.optim.SGD(momentum=β, dampening=β)`` differs in its first step, which is not dampened.
@@ -23,20 +22,16 @@ class EMASGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, beta: float = 0.9, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "beta": fraction("beta", beta), "weight_decay": weight_decay})
+        super().__init__(params, lr, weight_decay, beta=fraction("beta", beta))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None if closure is None else closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                grad = p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
-                average = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                average.lerp_(grad, 1 - group["beta"])
-                p.add_(average, alpha=-group["lr"])
-        return loss
+    def decayed(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """As in SGD: a part of the estimate, ĝ + λ θ."""
+        return grad.add(p, alpha=group["weight_decay"])
+
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        average = state.setdefault("exp_avg", torch.zeros_like(p))
+        average.lerp_(grad, 1 - group["beta"])
+        p.add_(average, alpha=-group["lr"])
 
 
 class RAdaZO(BaseRule):
