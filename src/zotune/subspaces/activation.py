@@ -94,11 +94,6 @@ def observing_inputs(modules: Iterable[nn.Module], observe: Callable[[nn.Module,
             handle.remove()
 
 
-def leading_inputs(x: Tensor, rank: int, key: Key) -> Tensor:
-    """√n times the leading right singular vectors of x (rows, n), bfloat16, (n, rank)."""
-    return _basis(sketch(x, rank, key), rank)
-
-
 @tagged("directions")
 def sketch(x: Tensor, rank: int, key: Key, before: Tensor | None = None) -> Tensor:
     """A few rows S with SᵀS ≈ xᵀx (+ that of the rows ``before``), float64 on the CPU, (rank + :data:`OVERSAMPLING`, n) or fewer.

@@ -15,7 +15,6 @@ from zotune.optim.journal import Journal, StepRecord
 from zotune.optim.state import StepContext
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Activation, Blocks, Full, LowRank, Sparse
-from zotune.subspaces.activation import leading_inputs
 from zotune.subspaces.blockwise import blocks_of
 from zotune.subspaces.coordinate import Offset
 from zotune.subspaces.projected import orthonormal
@@ -344,11 +343,20 @@ def test_blocks_of_adapters_are_evaluated_in_one_forward():
 # -- V from inputs -----------------------------------------------------------------------------------------------------------------------
 
 
+def leading_inputs(parts, rank):
+    """√n times the leading right singular vectors of the inputs (rows, 30) of all parts."""
+    model = nn.Linear(30, 31)
+    subspace = Activation(rank, 5)
+    return subspace.observe(model, [subspace.coordinate("weight", model.weight)], lambda: (model(x).mean() for x in parts), 0, 0)[
+        "weight"
+    ].float()
+
+
 @pytest.mark.parametrize("rows", [3, 200])
 def test_v_spans_the_inputs_leading_subspace(rows):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 30, generator=generator) @ torch.diag(0.7 ** torch.arange(30.0)) @ torch.randn(30, 30, generator=generator)
-    v = leading_inputs(x, 2, Key(0, 0, 0, "w")).float() / math.sqrt(30)
+    v = leading_inputs([x], 2) / math.sqrt(30)
     leading = torch.linalg.svd(x)[2][:2].T
     assert torch.allclose(v.T @ v, torch.eye(2), atol=2e-2)
     assert torch.allclose(v @ v.T, leading @ leading.T, atol=2e-2)
@@ -356,15 +364,7 @@ def test_v_spans_the_inputs_leading_subspace(rows):
 
 def test_v_of_micro_batches_is_that_of_the_batch():
     x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * 0.8 ** torch.arange(30)
-    whole = leading_inputs(x, 3, Key(0, 0, 0, "w")).float()
-    model = nn.Linear(30, 31)
-    (coordinate,) = [Activation(3, 5).coordinate("weight", model.weight)]
-
-    def losses():
-        for part in x.split(15):
-            yield model(part).mean()
-
-    found = Activation(3, 5).observe(model, [coordinate], losses, 0, 0)["weight"].float()
+    whole, found = leading_inputs([x], 3), leading_inputs(x.split(15), 3)
     assert torch.allclose(found @ found.T, whole @ whole.T, atol=0.3)  # of numbers up to 30, in bfloat16
 
 
