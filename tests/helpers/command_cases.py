@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from zotune.cli.main import main
 
@@ -50,39 +50,20 @@ def weights_digest(folder: str | Path, name: str = "model.safetensors") -> str:
 
 def save_model(folder: Path) -> None:
     """A random Llama of two layers with a word tokenizer."""
-    tokenizer = _tokenizer(["<s>"])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=CONTEXT,
-                tie_word_embeddings=False,
-            )
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _save(folder, LlamaForCausalLM, "<s>", tie_word_embeddings=False)
 
 
-def save_encoder(folder: Path, kind: type = BertModel, **options: Any) -> None:
+def save_encoder(folder: Path, kind: type[PreTrainedModel] = BertModel, **changes: Any) -> None:
     """A random encoder without a classification head, a BERT body unless another ``kind`` is given."""
-    tokenizer = _tokenizer(["[CLS]"])
-    config = kind.config_class(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=CONTEXT,
-        **options,
-    )
+    _save(folder, kind, "[CLS]", **changes)
+
+
+def _save(folder: Path, kind: type[PreTrainedModel], start: str, **changes: Any) -> None:
+    tokenizer = _tokenizer([start])
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **changes}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = kind(config)
+        model = kind(kind.config_class(vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, **sizes))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
