@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from zotune import methods
-from zotune.errors import NonFiniteLossError
 from zotune.forward.losses import LossFunction
 from zotune.io.memory_tags import memory_tag
 from zotune.methods import AUTO, Method
@@ -30,14 +29,7 @@ from zotune.optim.update import Updater
 
 def _state(name: str, doc: str) -> Any:
     """A property of the run's state."""
-
-    def get(self: ZerothOrder) -> Any:
-        return getattr(self.run.state, name)
-
-    def put(self: ZerothOrder, value: Any) -> None:
-        setattr(self.run.state, name, value)
-
-    return property(get, put, doc=doc)
+    return property(lambda self: getattr(self.run.state, name), lambda self, value: setattr(self.run.state, name, value), doc=doc)
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -191,7 +183,7 @@ class ZerothOrder(torch.optim.Optimizer):
         loss_diff = estimate.loss_diff if math.isfinite(estimate.loss_diff) else None
         stderr, skipped = estimate.loss_diff_stderr, estimate.skipped
         loss = self._report(StepReport(state.steps, record.loss, estimate.coefficients, loss_diff, stderr, skipped, rates, state.terms))
-        self._check_finite(context.step)
+        state.check_finite(context.step, self.max_nonfinite_steps)
         return loss
 
     def _report(self, report: StepReport) -> Tensor:
@@ -206,14 +198,6 @@ class ZerothOrder(torch.optim.Optimizer):
         if workers.several and due:
             settle(self.run, parts)
         state.settled = True
-
-    def _check_finite(self, step: int) -> None:
-        count = self.run.state.nonfinite_in_a_row
-        if count >= self.max_nonfinite_steps:
-            raise NonFiniteLossError(
-                f"the loss was not finite for {count} steps in a row, the last being step {step} (batch {step} of "
-                "the run); the weights are those of before. Lower the learning rate or eps, or look at these batches."
-            )
 
     @torch.no_grad()
     def apply(self, record: Record) -> None:

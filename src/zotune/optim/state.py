@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zotune.errors import NonFiniteLossError
 from zotune.forward.losses import LossFunction
 from zotune.methods.history import PastStep
 from zotune.optim.journal import Journal, Record
@@ -101,6 +102,15 @@ class RunState:
         """Count evaluations."""
         self.forward_passes += forwards
         self.sequences_evaluated += sequences
+
+    def check_finite(self, step: int, most: int) -> None:
+        """Raise NonFiniteLossError where ``most`` steps in a row, the last being ``step``, had no finite loss."""
+        count = self.nonfinite_in_a_row
+        if count >= most:
+            raise NonFiniteLossError(
+                f"the loss was not finite for {count} steps in a row, the last being step {step} (batch {step} of "
+                "the run); the weights are those of before. Lower the learning rate or eps, or look at these batches."
+            )
 
     def every_coordinate(self) -> Iterator[Coordinate]:
         """All coordinates, group by group."""
