@@ -304,12 +304,11 @@ def test_any_bytes_are_rows_or_a_sentence(data: bytes, packed: bool, tmp_path: P
         (b'{"a": "' + b"x" * 5000 + b'"}', "line 2 is longer than 1000 bytes"),
     ],
 )
-def test_a_line_that_breaks_the_reader_is_named(line: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "longer" in message:
-        monkeypatch.setattr(sources, "LONGEST_LINE", 1000)
+def test_a_line_that_breaks_the_reader_is_named(line: bytes, message: str, tmp_path: Path) -> None:
+    limits = {"longest": 1000} if "longer" in message else {}
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + line + b"\n")
     with pytest.raises(ValueError, match=message) as caught:
-        sources.read_jsonl(tmp_path / "a.jsonl")
+        sources.read_jsonl(tmp_path / "a.jsonl", **limits)
     sentence(caught.value)
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "\\ud83d\\ude00"}\n')
     assert sources.read_jsonl(tmp_path / "a.jsonl")[0] == {"a": "\U0001f600"}

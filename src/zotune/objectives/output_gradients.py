@@ -46,6 +46,7 @@ class OutputGradientRecorder:
         max_positions: scored positions to record, at most; None: all positions that may be scored, with zeros for those that are not, so
             that nothing waits for a device.
         max_rows: only the first rows have recorded positions; None: all.
+        chunk: logits whose softmax is taken at a time, about.
 
     Attributes:
         scored: of the current forward: the indices (n,) of the recorded positions (R, S), None for all, their examples and positions (n,),
@@ -58,8 +59,8 @@ class OutputGradientRecorder:
         logits_differ: whether some logits were not a multiple of the head's output, or not comparable.
     """
 
-    def __init__(self, max_positions: int | None = None, max_rows: int | None = None) -> None:
-        self.max_positions, self.max_rows = max_positions, max_rows
+    def __init__(self, max_positions: int | None = None, max_rows: int | None = None, chunk: int = CHUNK_ELEMENTS) -> None:
+        self.max_positions, self.max_rows, self.chunk = max_positions, max_rows, chunk
         self.scored: tuple[Tensor | None, Tensor, Tensor, Tensor] | None = None
         self.gradients: list[Tensor] = []
         self.examples: list[Tensor] = []
@@ -144,7 +145,7 @@ class OutputGradientRecorder:
         size = len(targets) if kept is None else len(kept)
         if weight is None or not size:
             return
-        parts, step = [], max(1, CHUNK_ELEMENTS // logits.shape[-1])
+        parts, step = [], max(1, self.chunk // logits.shape[-1])
         for start in range(0, size, step):
             part = slice(start, start + step) if kept is None else kept[start : start + step]
             error, target = logits[part].float().softmax(dim=-1), targets[part].clamp_min(0)
@@ -284,9 +285,11 @@ def _matrix(head: nn.Module | None, vocabulary: int) -> Tensor | None:
 
 
 @contextmanager
-def recording(max_positions: int | None = None, max_rows: int | None = None) -> Iterator[OutputGradientRecorder]:
-    """A recorder that is active within the block, for ``max_positions`` scored positions of the first ``max_rows`` rows at most."""
-    recorder = OutputGradientRecorder(max_positions, max_rows)
+def recording(
+    max_positions: int | None = None, max_rows: int | None = None, chunk: int = CHUNK_ELEMENTS
+) -> Iterator[OutputGradientRecorder]:
+    """A recorder that is active within the block; the arguments are the recorder's."""
+    recorder = OutputGradientRecorder(max_positions, max_rows, chunk)
     _recorders.append(recorder)
     try:
         yield recorder

@@ -111,9 +111,9 @@ def _select(states: Tensor, positions: Tensor) -> Tensor:
 
 
 @tagged("logits")
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[targets] in float32, 0 where the target is -100: (N, V), (N,) -> (N,)."""
-    rows = _rows_at_once(logits)
+def cross_entropy(logits: Tensor, targets: Tensor, chunk: int = CHUNK_ELEMENTS) -> Tensor:
+    """-log softmax(logits)[targets] in float32, 0 where the target is -100, of about ``chunk`` logits at a time: (N, V), (N,) -> (N,)."""
+    rows = max(1, chunk // logits.shape[-1])
     chunks = [
         F.cross_entropy(at_least_float32(part), target, reduction="none", ignore_index=IGNORE)
         for part, target in zip(logits.split(rows), targets.split(rows), strict=True)
@@ -122,14 +122,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @tagged("logits")
-def log_normalizers(logits: Tensor) -> Tensor:
-    """log Σ exp(logits) over the last dimension in float32: (N, V) -> (N,)."""
-    chunks = [at_least_float32(part).logsumexp(dim=-1) for part in logits.split(_rows_at_once(logits))]
+def log_normalizers(logits: Tensor, chunk: int = CHUNK_ELEMENTS) -> Tensor:
+    """log Σ exp(logits) over the last dimension in float32, of about ``chunk`` logits at a time: (N, V) -> (N,)."""
+    rows = max(1, chunk // logits.shape[-1])
+    chunks = [at_least_float32(part).logsumexp(dim=-1) for part in logits.split(rows)]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-
-
-def _rows_at_once(logits: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS // logits.shape[-1])
 
 
 @tagged("logits")

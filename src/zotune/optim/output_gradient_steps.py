@@ -103,7 +103,7 @@ class OutputGradientSteps:
         self.scale = RunningMean(FORGETTING)  # α
         self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
         self.phases = 0  # with output gradients since the last one with drawn directions
-        self.max_phases = MIN_PHASES
+        self.limit_phases()
         self.drawn_phases = 0  # with drawn directions, in all
         self.forwards = self.sequences = 0  # of the last measurement
         self.lost = False  # a batch of this phase had losses without output gradients
@@ -135,6 +135,11 @@ class OutputGradientSteps:
 
     # -- phases -----------------------------------------------------------------------------------------------------------------------
 
+    def limit_phases(self, least: int = MIN_PHASES, most: int = MAX_PHASES) -> None:
+        """Phases with output gradients before the first with drawn directions, and the most between two of those."""
+        self.phase_limits = least, most
+        self.max_phases = least
+
     def choose_phase(self, drawn: StepSize | None, evaluations: int) -> bool:
         """Whether the phase that begins goes along output gradients, if the loss provides them.
 
@@ -147,7 +152,8 @@ class OutputGradientSteps:
             return self.phases < self.max_phases and self.alpha > 0 and not self.lost
         if self.drawn_phases and drawn is not None:
             worth = (drawn.expected_fall or 0.0) / evaluations >= (self.size.expected_fall or 0.0)
-            self.max_phases = MIN_PHASES if worth else min(2 * self.max_phases, MAX_PHASES)
+            least, most = self.phase_limits
+            self.max_phases = least if worth else min(2 * self.max_phases, most)
         self.phases = 0
         return True
 

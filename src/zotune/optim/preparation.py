@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zotune.forward.batches import batch_rows, take_rows
 from zotune.io.memory_tags import tagged
-from zotune.optim import journal_events, resume
+from zotune.optim import journal_events
 from zotune.optim.calibration import layer_scales
 from zotune.optim.construction import RunParts
 from zotune.optim.output_gradient_steps import Derivatives
@@ -26,6 +26,8 @@ from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.subspaces.coordinate import Coordinate, Offset
 
+#: Steps between two records of the complete state of the measurements; a run resumes from one of them.
+STATE_EVERY = 200
 #: ε that low-rank hooks are compared with where none is known yet.
 EPS = 1e-3
 
@@ -35,6 +37,7 @@ class Preparation:
 
     def __init__(self, run: RunParts, updater: Updater) -> None:
         self.run, self.updater, self.state = run, updater, run.state
+        self.state_every = STATE_EVERY
 
     def prepare(self, context: StepContext) -> None:
         """Everything that is due before a step."""
@@ -169,10 +172,10 @@ class Preparation:
         self._measured(gradients.summary(), gradients.forwards, gradients.sequences, context.step)
 
     def _measured(self, found: Mapping[str, float], forwards: int, sequences: int, step: int) -> None:
-        """Count a measurement and record it; every :data:`~zotune.optim.resume.KEPT` steps with the complete state, to resume from."""
+        """Count a measurement and record it; every :attr:`state_every` steps with the complete state, to resume from."""
         run, state = self.run, self.state
         state.count(forwards, sequences)
-        complete = step % resume.KEPT == 0
+        complete = step % self.state_every == 0
         if not (forwards or (complete and run.output_gradients is not None)):
             return
         event: dict[str, Any] = {"event": "measured", **{name: float(f"{number:.6g}") for name, number in found.items()}}

@@ -17,9 +17,6 @@ from zotune.optim.journal import Record, StepRecord
 from zotune.optim.state import StepReport
 from zotune.optim.update import Updater
 
-#: Steps between two records of the complete state of the measurements; a run resumes from one of them.
-KEPT = 200
-
 
 def usable(records: Sequence[Record], measured: bool) -> int:
     """How many of these records a run can resume along: complete steps.

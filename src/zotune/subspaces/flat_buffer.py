@@ -31,8 +31,11 @@ AHEAD = 1 << 23
 DRAWN = 1 << 19
 
 
-def build_flat_buffers(coordinates: Sequence[Coordinate]) -> list[FlatBuffer]:
-    """Flat buffers of the small coordinates among these, one for each kind; drawing for one member then draws for all."""
+def build_flat_buffers(coordinates: Sequence[Coordinate], drawn: int = DRAWN) -> list[FlatBuffer]:
+    """Flat buffers of the small coordinates among these, one for each kind; drawing for one member then draws for all.
+
+    ``drawn``: elements drawn at a time, at most, unless a forward needs more at once.
+    """
     kinds: dict[tuple[torch.device, torch.dtype | None, float, bool], list[Coordinate]] = {}
     for coordinate in coordinates:
         most = GROUPED_NUMEL if coordinate.device.type == "cpu" else ACCELERATOR_NUMEL
@@ -40,7 +43,7 @@ def build_flat_buffers(coordinates: Sequence[Coordinate]) -> list[FlatBuffer]:
             stored = coordinate.stored_tensor() if coordinate.schedule is None else None
             dtype = None if stored is None else stored.dtype
             kinds.setdefault((coordinate.device, dtype, coordinate.lr_scale, coordinate.owned_tensor is None), []).append(coordinate)
-    return [FlatBuffer(members) for members in kinds.values()]
+    return [FlatBuffer(members, drawn) for members in kinds.values()]
 
 
 class FlatBuffer:
@@ -55,7 +58,7 @@ class FlatBuffer:
     """
 
     @tagged("directions")
-    def __init__(self, members: Sequence[Coordinate]) -> None:
+    def __init__(self, members: Sequence[Coordinate], drawn: int = DRAWN) -> None:
         self.members = list(members)
         self.names = [c.name for c in members]
         self.numels = [c.numel for c in members]
@@ -87,7 +90,7 @@ class FlatBuffer:
             for coordinate in members:
                 coordinate.rebind(self.owned[self.places[coordinate.name]])
         self._stored_cache: tuple[list[int], list[Tensor]] = [], []
-        self.together = min(GROUP, max(1, DRAWN // end))  # directions drawn at a time
+        self.together = min(GROUP, max(1, drawn // end))  # directions drawn at a time
         self.drawn: tuple[Key, Tensor] | None = None
         self._ahead: tuple[Key, Tensor] | None = None
         self._asked = 0, 0

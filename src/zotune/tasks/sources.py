@@ -128,8 +128,11 @@ class Lines(Sequence):
         return Lines(self.data, self.ends, array("Q", (self.chosen[index] for index in indices)))
 
 
-def read_jsonl(path: str | Path) -> Rows:
-    """Rows of a JSON Lines file (UTF-8, one object per line, gzip for .gz), without blank lines; ValueError where it is not one."""
+def read_jsonl(path: str | Path, longest: int = LONGEST_LINE) -> Rows:
+    """Rows of a JSON Lines file (UTF-8, one object per line, gzip for .gz), without blank lines; ValueError where it is not one.
+
+    ``longest``: bytes of a line, at most.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}: give the path of a JSON Lines file (.jsonl or .jsonl.gz).")
@@ -137,10 +140,10 @@ def read_jsonl(path: str | Path) -> Rows:
     try:
         with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
             size, checked = 0, FREE_BYTES
-            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(longest + 1), b""), start=1):
                 size += len(line)
-                if len(line) > LONGEST_LINE:
-                    raise ValueError(f"{path}, line {number} is longer than {LONGEST_LINE} bytes: one JSON object per line is expected.")
+                if len(line) > longest:
+                    raise ValueError(f"{path}, line {number} is longer than {longest} bytes: one JSON object per line is expected.")
                 if size > checked:
                     if size > MOST_UNPACKED * max(raw.tell(), 1):
                         raise ValueError(f"{path} unpacks to more than {MOST_UNPACKED} times its bytes: unpack it if you trust it.")

@@ -9,17 +9,17 @@ import torch
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.optim import evaluation_choice
+from zotune.io.execution import Execution, executing
 from zotune.optim.journal import Journal
 from zotune.optim.replay import replay
 
 
 @pytest.fixture
-def sequential_is_faster(monkeypatch):
+def sequential_is_faster():
     """A clock by which a batched evaluation takes a second and a sequential one a tenth."""
-    monkeypatch.setattr(
-        evaluation_choice, "clock", iter([time for k in range(1000) for time in (2 * k, 2 * k + 1, 2 * k + 1, 2 * k + 1.1)]).__next__
-    )
+    times = iter([time for k in range(1000) for time in (2 * k, 2 * k + 1, 2 * k + 1, 2 * k + 1.1)])
+    with executing(Execution(clock=times.__next__)):
+        yield
 
 
 def run(optimizer: ZerothOrder, steps: range) -> list[torch.Tensor]:
@@ -59,7 +59,7 @@ def test_short_evaluations_are_batched_without_a_measurement():
 
 
 @pytest.mark.parametrize("from_state", [True, False])
-def test_a_resumed_run_keeps_the_choice_bit_for_bit(sequential_is_faster, monkeypatch, tmp_path, from_state):
+def test_a_resumed_run_keeps_the_choice_bit_for_bit(sequential_is_faster, tmp_path, from_state):
     """From a checkpoint, and from the journal alone, though batched would be chosen now."""
     straight = ZerothOrder(toys.classifier(), methods.lozo(eps=1e-2), lr=1e-2, journal=tmp_path / "j")
     run(straight, range(2))
@@ -67,7 +67,6 @@ def test_a_resumed_run_keeps_the_choice_bit_for_bit(sequential_is_faster, monkey
     records = list(Journal.open(tmp_path / "j").records())
     expected = run(straight, range(2, 5))
 
-    monkeypatch.setattr(evaluation_choice, "clock", lambda: 0.0)
     model = toys.classifier()
     resumed = ZerothOrder(model, methods.lozo(eps=1e-2), lr=1e-2)
     if from_state:
@@ -78,7 +77,8 @@ def test_a_resumed_run_keeps_the_choice_bit_for_bit(sequential_is_faster, monkey
             resumed.apply(record)
         resumed.run.state.prepared = True
     assert resumed.evaluator.batched is False
-    assert all(torch.equal(a, b) for a, b in zip(run(resumed, range(2, 5)), expected, strict=True))
+    with executing(Execution(clock=lambda: 0.0)):
+        assert all(torch.equal(a, b) for a, b in zip(run(resumed, range(2, 5)), expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), straight.model.state_dict().values(), strict=True))
     replayed = replay(toys.classifier(), tmp_path / "j")
     assert all(torch.equal(a, b) for a, b in zip(replayed.model.state_dict().values(), model.state_dict().values(), strict=True))

@@ -12,7 +12,6 @@ from guided_runs import INTERVAL, ROWS, batch, examples, guided_coordinates, opt
 from trainer_cases import LENGTH, collate_choices, collate_completions, config, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder, ZOTrainer, methods, objectives, replay
 from zotune.objectives import output_gradients
-from zotune.optim import output_gradient_steps, resume
 from zotune.optim.journal import Journal, StepRecord
 from zotune.subspaces.guided import GuidedCoordinate
 from zotune.subspaces.guided_projection import RIDGE, CompressedRows, fit_projection
@@ -83,12 +82,11 @@ def test_a_texts_tokens_share_its_loss():
     assert torch.equal(recorder.gradients[0], errors[[0, 2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15]])
 
 
-def test_errors_are_made_a_few_rows_at_a_time(monkeypatch):
+def test_errors_are_made_a_few_rows_at_a_time():
     model, data = tiny_llama(), two_tokens()
     found = []
     for elements in (2**24, 300):
-        monkeypatch.setattr(output_gradients, "CHUNK_ELEMENTS", elements)
-        with output_gradients.recording() as recorder, torch.no_grad():
+        with output_gradients.recording(chunk=elements) as recorder, torch.no_grad():
             objectives.LanguageModelLoss(model)(data)
         found.append(recorder.gradients[0])
     assert torch.allclose(*found, atol=1e-6)
@@ -237,33 +235,34 @@ def test_a_run_through_guided_turns_replays_without_the_data(tmp_path):
 
 @pytest.mark.parametrize("rate", ["auto", 1e-2])
 @pytest.mark.parametrize("at", [INTERVAL, INTERVAL + 1, 2 * INTERVAL, 3 * INTERVAL + 1])
-def test_a_run_goes_on_bit_for_bit_from_any_turn(monkeypatch, at, rate):
+def test_a_run_goes_on_bit_for_bit_from_any_turn(at, rate):
     """The optimizer's state and the weights, in the middle of a turn of either kind and at its end; every second is LOZO's."""
-    monkeypatch.setattr(output_gradient_steps, "MIN_PHASES", 1)
-    monkeypatch.setattr(output_gradient_steps, "MAX_PHASES", 1)
     options = {"lr": rate, "eps": "auto", "layer_scales": False}
     straight = tiny_llama()
     seen, steps = [], optimizer(straight, **options)
+    steps.output_gradients.limit_phases(1, 1)
     for step in range(4 * INTERVAL):
         run(straight, steps, step, step + 1)
         seen.append(steps.run.along_output_gradients)
     assert seen == ([True] * INTERVAL + [False] * INTERVAL) * 2
     model = tiny_llama()
     first = optimizer(model, **options)
+    first.output_gradients.limit_phases(1, 1)
     run(model, first, 0, at)
     kept, stored = first.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
     resumed = tiny_llama(seed=1)
     resumed.load_state_dict(stored)
     second = optimizer(resumed, **options)
+    second.output_gradients.limit_phases(1, 1)
     second.load_state_dict(kept)
     run(resumed, second, at, 4 * INTERVAL)
     assert same_weights(weights(resumed), weights(straight))
 
 
-def test_begin_delays_guided_phases_and_guide_sets_their_rank(monkeypatch):
-    monkeypatch.setattr(output_gradient_steps, "MIN_PHASES", 1)
+def test_begin_delays_guided_phases_and_guide_sets_their_rank():
     model = tiny_llama()
     steps, seen = optimizer(model, lr=1e-3, begin=2, rank=1, guide=3), []
+    steps.output_gradients.limit_phases(1)
     for step in range(4 * INTERVAL):
         run(model, steps, step, step + 1)
         seen.append({tuple(c.p.shape[1:]) + tuple(c.v.shape[1:]) for c in guided_coordinates(steps)})
@@ -365,9 +364,8 @@ def test_numbers_that_make_no_sense_are_refused():
 
 
 @pytest.mark.parametrize("rate", ["auto", 1e-2])
-def test_a_killed_run_goes_on_from_its_journal_bit_for_bit(monkeypatch, tmp_path, rate):
+def test_a_killed_run_goes_on_from_its_journal_bit_for_bit(tmp_path, rate):
     """From the last record of all that is known of turns and scales, whatever was written after it."""
-    monkeypatch.setattr(resume, "KEPT", 4)
     straight = tiny_llama()
     steps = ZerothOrder(
         straight,
@@ -376,6 +374,7 @@ def test_a_killed_run_goes_on_from_its_journal_bit_for_bit(monkeypatch, tmp_path
         sample_batches=examples,
         journal=tmp_path / "j.zo",
     )
+    steps.preparation.state_every = 4
     run(straight, steps, 0, 9)
     steps.journal.close()
     records = list(Journal.open(tmp_path / "j.zo").records())

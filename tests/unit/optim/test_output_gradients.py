@@ -244,10 +244,10 @@ def test_they_come_half_as_often_while_they_promise_less():
     assert turns(steps, 17 + 17, StepSize(expected_fall=0.05)) == ("g" * 16 + "l") * 2
 
 
-def test_each_phase_has_its_own_rate_and_old_measurements_fade(monkeypatch):
-    monkeypatch.setattr("zotune.optim.output_gradient_steps.MIN_PHASES", 1)
+def test_each_phase_has_its_own_rate_and_old_measurements_fade():
     model = tiny_llama()
     steps = optimizer(model, lr="auto", eps="auto")
+    steps.output_gradients.limit_phases(1)
     run(model, steps, 0, 2 * INTERVAL)
     guided, plain = steps.output_gradients.size, steps.calibrator.step_size
     assert guided.expected_fall is not None and plain.expected_fall is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from zotune.io.execution import Execution, executing
 from zotune.rng import directions as drawing
 from zotune.rng.directions import CPU_BLOCK, Directions, Key, for_blocks, uniform_integers
 from zotune.subspaces import Full
@@ -92,12 +93,11 @@ def test_directions_of_neighboring_keys_are_independent(kind):
 
 @pytest.mark.parametrize("kind", Directions.KINDS)
 @pytest.mark.parametrize("size", [1000, 1 << 15, 100_000, 1 << 17, 1 << 20])
-def test_numbers_do_not_depend_on_the_size_of_blocks(kind, size, monkeypatch):
+def test_numbers_do_not_depend_on_the_size_of_blocks(kind, size):
     directions = Directions(kind)
     expected = directions.draw(KEY, (300_001,))
-    monkeypatch.setattr(drawing, "CPU_BLOCK", size)
-    monkeypatch.setattr(drawing, "SHARED_CPU_BLOCK", size)
-    drawn = directions.draw(KEY, (300_001,))
+    with executing(Execution(block_size=size)):
+        drawn = directions.draw(KEY, (300_001,))
     if kind == "sphere":  # its scale is a sum over blocks
         assert torch.allclose(drawn, expected, rtol=1e-6)
     else:

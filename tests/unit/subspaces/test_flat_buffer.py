@@ -52,8 +52,7 @@ def test_an_update_in_bounded_chunks_of_directions_is_the_same(monkeypatch, at_o
     """One draws the direction that is asked for, not its group: 16 of them may be more than the forward itself takes."""
     free, bounded = coordinates(), coordinates()
     (unbounded,) = build_flat_buffers(free)
-    monkeypatch.setattr("zotune.subspaces.flat_buffer.DRAWN", (at_once + 1) * sum(c.numel for c in bounded) - 1)
-    (buffer,) = build_flat_buffers(bounded)
+    (buffer,) = build_flat_buffers(bounded, drawn=(at_once + 1) * sum(c.numel for c in bounded) - 1)
     drawn, draw = [], Directions.draw_together
 
     def counted(self, key, count, *rest):

@@ -18,10 +18,10 @@ import paths
 import toys
 from command_cases import run_command, save_data, save_model
 from zotune import ZerothOrder, methods
+from zotune.io.execution import Execution, executing
 from zotune.io.sizes import parse_size
 from zotune.memory import Workload, estimate
 from zotune.memory.offload_needs import needs
-from zotune.optim import evaluation_choice
 from zotune.optim.replay import replay
 from zotune.training.checkpoint import contents, storage
 from zotune.training.compatibility import refusal
@@ -186,15 +186,15 @@ def test_a_pass_reads_every_block_once_whatever_is_evaluated():
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_one_pass_a_step_is_chosen_without_timing_others(adapter, monkeypatch):
+def test_one_pass_a_step_is_chosen_without_timing_others(adapter):
     """`auto` reads the model once a step from the second step on, however slow the clock says that is."""
     seconds = iter(range(0, 1 << 20, 7))
-    monkeypatch.setattr(evaluation_choice, "clock", lambda: float(next(seconds)))
     model = model_of("llama")
     stream = offload(model, "disk")
     model = lora(model) if adapter else model
     optimizer = ZerothOrder(model, "mezo" if adapter else methods.lozo(interval=50), lr=1e-3)
-    optimizer.step(toys.transformer_loss(model), toys.tokens())
+    with executing(Execution(clock=lambda: float(next(seconds)))):
+        optimizer.step(toys.transformer_loss(model), toys.tokens())
     stream.flush()
     assert optimizer.evaluator.batched and next(seconds) == 0
     before = stream.traffic.blocks
@@ -398,19 +398,17 @@ def test_amounts_of_memory():
 # -- files ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_spans_of_a_file_arrive_where_the_plan_says(tmp_path, monkeypatch):
+def test_spans_of_a_file_arrive_where_the_plan_says(tmp_path):
     """Whatever their offsets, and up to the last byte."""
-    monkeypatch.setattr(direct_io, "CHUNK", 8192)
-    monkeypatch.setattr(direct_io, "GAP", 10_000)
     generator = random.Random(0)
     content = {str(tmp_path / name): generator.randbytes(100_001) for name in "ab"}
     for path, data in content.items():
         Path(path).write_bytes(data)
     spans = [(path, at, 3000) for path in content for at in (8, 3008, 40_000, 97_001)]
     generator.shuffle(spans)
-    segments, places, size = direct_io.plan_reads(spans)
+    segments, places, size = direct_io.plan_reads(spans, gap=10_000)
     assert len(segments) < len(spans)
-    room, reader = direct_io.page_aligned(size), direct_io.DirectFiles()
+    room, reader = direct_io.page_aligned(size), direct_io.DirectFiles(chunk=8192)
     reader.read(segments, room)
     for (path, at, count), place in zip(spans, places, strict=True):
         assert bytes(room[place : place + count].tolist()) == content[path][at : at + count]

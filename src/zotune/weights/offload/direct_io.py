@@ -23,7 +23,7 @@ HUGE = 2 << 20
 #: Bytes of a call and calls at a time, for the throughput of a solid-state disk.
 CHUNK = 8 << 20
 AT_ONCE = 4
-#: Gaps of at most so many bytes are read too.
+#: Gaps between spans of at most so many bytes are read too.
 GAP = 1 << 20
 
 
@@ -56,7 +56,7 @@ def page_aligned(count: int, pinned: bool = False) -> Tensor:
     return memory[begin:][: pages(count)]
 
 
-def plan_reads(spans: list[tuple[str, int, int]]) -> tuple[list[Segment], list[int], int]:
+def plan_reads(spans: list[tuple[str, int, int]], gap: int = GAP) -> tuple[list[Segment], list[int], int]:
     """How to read spans (path, offset, bytes) of files: (segments, position of each span in the buffer, bytes of the buffer)."""
     segments: list[Segment] = []
     places = [0] * len(spans)
@@ -65,7 +65,7 @@ def plan_reads(spans: list[tuple[str, int, int]]) -> tuple[list[Segment], list[i
         path, offset, count = spans[index]
         start, stop = offset // PAGE * PAGE, pages(offset + count)
         last = segments[-1] if segments else None
-        if last is not None and last.path == path and start <= last.offset + last.length + GAP:
+        if last is not None and last.path == path and start <= last.offset + last.length + gap:
             stop = max(stop, last.offset + last.length)
             segments[-1] = last = Segment(path, last.offset, stop - last.offset, last.place)
         else:
@@ -77,9 +77,13 @@ def plan_reads(spans: list[tuple[str, int, int]]) -> tuple[list[Segment], list[i
 
 
 class DirectFiles:
-    """Open files, by path, and the threads that read them."""
+    """Open files, by path, and the threads that read them.
 
-    def __init__(self) -> None:
+    ``chunk``: bytes of a call, at most.
+    """
+
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self.chunk = chunk
         self._descriptors: dict[str, tuple[int, bool]] = {}
         self._closing = weakref.finalize(self, _close, self._descriptors)
         self._readers = ThreadPoolExecutor(AT_ONCE, "zotune-read")
@@ -98,7 +102,7 @@ class DirectFiles:
     def read(self, segments: list[Segment], into: Tensor) -> None:
         """Fill a buffer (uint8, from :func:`page_aligned`)."""
         bytes_ = _bytes(into)
-        list(self._readers.map(partial(self._read, bytes_), _chunks(segments)))
+        list(self._readers.map(partial(self._read, bytes_), _chunks(segments, self.chunk)))
 
     def _read(self, bytes_: memoryview, chunk: Segment) -> None:
         path, offset, length, place = astuple(chunk)
@@ -118,7 +122,7 @@ class DirectFiles:
         bytes_ = _bytes(source)
         done = 0
         while done < len(bytes_):
-            done += os.pwritev(descriptor, [bytes_[done : done + CHUNK]], offset + done)
+            done += os.pwritev(descriptor, [bytes_[done : done + self.chunk]], offset + done)
         if not direct:
             _drop_pages(descriptor, offset, len(bytes_))
 
@@ -133,11 +137,11 @@ def _close(descriptors: dict[str, tuple[int, bool]]) -> None:
     descriptors.clear()
 
 
-def _chunks(segments: list[Segment]) -> list[Segment]:
+def _chunks(segments: list[Segment], size: int) -> list[Segment]:
     return [
-        Segment(s.path, s.offset + first, min(CHUNK, s.length - first), s.place + first)
+        Segment(s.path, s.offset + first, min(size, s.length - first), s.place + first)
         for s in segments
-        for first in range(0, s.length, CHUNK)
+        for first in range(0, s.length, size)
     ]
 
 
