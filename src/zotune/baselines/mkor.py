@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zotune.baselines.baseline import Setting
 from zotune.io.memory_tags import tagged
+from zotune.methods.rules.base import BaseRule
 
 
 def updated_inverse(inverse: Tensor, vector: Tensor, gamma: float) -> Tensor:
@@ -37,7 +38,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
-class MKOR(torch.optim.Optimizer):
+class MKOR(BaseRule):
     """SGD with momentum on gradients that Kronecker factors precondition.
 
     Args:
@@ -62,7 +63,7 @@ class MKOR(torch.optim.Optimizer):
         max_side: int,
         hybrid: tuple[int, float] | None,
     ) -> None:
-        super().__init__(setting.groups, {"lr": setting.lr, "weight_decay": 0.0})
+        super().__init__(setting.groups, setting.lr, weight_decay=0.0)
         self.momentum, self.gamma, self.interval = momentum, gamma, interval
         self.stabilizer, self.threshold, self.hybrid = stabilizer, threshold, hybrid
         self.count, self.examples = 0, 1
@@ -109,32 +110,27 @@ class MKOR(torch.optim.Optimizer):
 
     # -- a step -----------------------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                direction = self._preconditioned(p, p.grad)
-                if self.momentum:
-                    state = self.state[p]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                    direction = state["momentum_buffer"].mul_(self.momentum).add_(direction)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(direction, alpha=group["lr"])
+        super().step()
         self.count += 1
         self.seen.clear()
 
-    def _preconditioned(self, p: Tensor, gradient: Tensor) -> Tensor:
-        state, seen = self.state[p], self.seen.get(id(p))
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        direction = self._preconditioned(grad, state, self.seen.get(id(p)))
+        if self.momentum:
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            direction = state["momentum_buffer"].mul_(self.momentum).add_(direction)
+        p.sub_(direction, alpha=group["lr"])
+
+    def _preconditioned(self, gradient: Tensor, state: dict[str, Any], seen: tuple[Tensor, Tensor, int] | None) -> Tensor:
         if self.first_order:
             state.pop("left", None)
             state.pop("right", None)
             return gradient
         if seen is not None:
             if "left" not in state:
-                state["left"], state["right"] = (torch.eye(side, dtype=p.dtype, device=p.device) for side in p.shape)
+                state["left"], state["right"] = (torch.eye(side, dtype=gradient.dtype, device=gradient.device) for side in gradient.shape)
             inputs, outputs, parts = seen
             state["left"] = self._updated(state["left"], outputs / self.examples)
             state["right"] = self._updated(state["right"], inputs / parts)

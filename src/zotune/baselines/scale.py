@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.methods.rules.base import BaseRule
+
 
 def column_normalized(gradient: Tensor, dim: int = 1) -> Tensor:
     """g / rms(g) over ``dim`` of a matrix (all but the first dimension of a larger tensor): every column has a root mean square of 1."""
@@ -15,7 +17,7 @@ def column_normalized(gradient: Tensor, dim: int = 1) -> Tensor:
     return gradient / gradient.square().mean(dim=dim, keepdim=True).sqrt().clamp_min(1e-8)
 
 
-class SCALE(torch.optim.Optimizer):
+class SCALE(BaseRule):
     """Column-normalized SGD, momentum in the last layer, Adam for vectors.
 
     Args:
@@ -37,20 +39,13 @@ class SCALE(torch.optim.Optimizer):
         last: frozenset[int],
         tables: frozenset[int],
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+        super().__init__(params, lr, weight_decay=0.0)
         self.momentum, self.betas, self.eps, self.ends, self.tables = momentum, betas, eps, last, tables
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(self._direction(p, p.grad), alpha=group["lr"])
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        p.sub_(self._direction(p, grad, state), alpha=group["lr"])
 
-    def _direction(self, p: Tensor, gradient: Tensor) -> Tensor:
-        state = self.state[p]
+    def _direction(self, p: Tensor, gradient: Tensor, state: dict[str, Any]) -> Tensor:
         if p.dim() < 2:
             if not state:
                 state.update(count=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
