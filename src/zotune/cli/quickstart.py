@@ -44,10 +44,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", default="zotune-quickstart", help="where the results go (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="forward-only training steps (default: %(default)s)")
+    parser.add_argument("--adam_steps", type=int, default=STEPS, help="Adam's training steps (default: %(default)s)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse(argv)
-    if args.steps < 1:
-        raise ValueError(f"--steps must be at least 1, not {args.steps}.")
+    for option in ("steps", "adam_steps"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option} must be at least 1, not {getattr(args, option)}.")
     folder = Path(args.output_dir).expanduser()
     if args.part is None:
         _compare(folder, args)
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             train(folder / FORWARD_ONLY, args.seed, method=METHOD, max_steps=args.steps, eval_steps=0.1, forward_batching=batching)
         else:
             rate = {"learning_rate": ADAM_LEARNING_RATE, "lr_scheduler_type": "linear"}
-            train(folder / ADAM, args.seed, method="fo-adamw", max_steps=STEPS, eval_steps=0.2, **rate)
+            train(folder / ADAM, args.seed, method="fo-adamw", max_steps=args.adam_steps, eval_steps=0.2, **rate)
     except KeyboardInterrupt:
         return 130  # the parent has received the signal too and reports it
     return 0
@@ -75,7 +77,7 @@ def _compare(folder: Path, args: argparse.Namespace) -> None:
     write_json(folder / RESULT_FILE, {"seed": args.seed, "steps": args.steps, "done": False})
     console.print(f"1/2  forward passes only ({METHOD}), {args.steps} steps", style="bold", highlight=False)
     _run_part(FORWARD_ONLY, folder, args)
-    console.print(f"\n2/2  the same data by Adam with backprop, {STEPS} steps", style="bold", highlight=False)
+    console.print(f"\n2/2  the same data by Adam with backprop, {args.adam_steps} steps", style="bold", highlight=False)
     _run_part(ADAM, folder, args)
     summaries = [json.loads((folder / part / run_folder.SUMMARY_FILE).read_text(encoding="utf-8")) for part in PARTS]
     rows = _rows(*summaries)
@@ -96,7 +98,7 @@ def _compare(folder: Path, args: argparse.Namespace) -> None:
 
 def _run_part(part: str, folder: Path, args: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "zotune", "quickstart", "--part", part, "--output_dir", str(folder)]
-    command += ["--seed", str(args.seed), "--steps", str(args.steps)]
+    command += ["--seed", str(args.seed), "--steps", str(args.steps), "--adam_steps", str(args.adam_steps)]
     sys.stdout.flush()
     # Threads that wait by spinning make a small model many times slower on a busy machine.
     process = subprocess.Popen(command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1"})

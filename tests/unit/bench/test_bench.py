@@ -195,12 +195,12 @@ def start(folder: Path, name: str, *extra: str) -> subprocess.Popen:
 def test_a_killed_bench_ends_with_the_table_of_an_unbroken_one(tmp_path: Path) -> None:
     save_model(tmp_path / "my-model")
     save_data(tmp_path)
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(changed(title="Test")))
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(changed(title="Test", methods=SMALL["methods"][:2])))
     unbroken = start(tmp_path, "whole")
     said, _ = unbroken.communicate()
     assert unbroken.returncode == 0, said
     expected = json.loads((tmp_path / "whole/table.json").read_text())
-    assert [len(row["scores"]) for row in expected["rows"]] == [2, 2, 2]
+    assert [len(row["scores"]) for row in expected["rows"]] == [2, 2]
 
     runs = tmp_path / "broken/runs"
     killed = start(tmp_path, "broken", "--processes", "2")
@@ -212,14 +212,14 @@ def test_a_killed_bench_ends_with_the_table_of_an_unbroken_one(tmp_path: Path) -
     killed.wait()
     killed.stdout.close()
     kept = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
-    assert len(kept) < 7
+    assert len(kept) < 5
     again = start(tmp_path, "broken")
     said, _ = again.communicate()
     assert again.returncode == 0, said
     assert "runs are done already" in said
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # none of them was run again
     assert json.loads((tmp_path / "broken/table.json").read_text()) == expected
-    assert len(list(runs.iterdir())) == 7
+    assert len(list(runs.iterdir())) == 5
     assert not list(runs.glob("*/model.safetensors"))
     assert list(runs.glob("*/journal.zo"))  # a journal is enough to keep
     page = (tmp_path / "broken/report.html").read_text()
