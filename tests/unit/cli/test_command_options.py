@@ -125,6 +125,7 @@ ROWS: dict[str, dict[str, str]] = {
     },
     "bench": {
         "grid": _BENCH, "output_dir": _BENCH, "data_dir": _BENCH, "processes": _BENCH, "threads": _BENCH,
+        "trust_remote_code": _HOSTILE,
         "keep_models": _HERE + "test_an_option_of_bench_acts", "dry_run": _HERE + "test_an_option_of_bench_acts",
         "report": _HERE + "test_an_option_of_bench_acts",
     },

@@ -133,3 +133,38 @@ def test_the_core_imports_torch_alone():
 def test_bad_options_get_one_sentence_with_the_fix(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+#: Another value of options that are texts; of others it follows from the default.
+OTHER = {
+    "direction": ("rademacher", "gaussian"), "estimator": ("forward", "central"), "update_rule": ("RMSprop",), "choice": ("column",),
+    "directions_per": ("example", "batch"), "rounding": ("residual",), "update_rule_args": ({"alpha": 0.5},),
+    "unit": ("linear",), "layers": ("magnitude",),
+}  # fmt: skip
+
+
+def another(name: str, default: object) -> list[object]:
+    if name in OTHER:
+        return [value for value in OTHER[name] if value != default]
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, int):
+        return [default + 1]
+    if isinstance(default, float):
+        return [default / 2 or 0.5]
+    assert isinstance(default, tuple), f"what would be another value of {name}={default!r}?"
+    return [tuple(value / 2 for value in default)]
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_option_of_a_recipe_changes_its_method(name):
+    """Each option is in the method, or its other value is refused; none is dropped."""
+    for option, default in methods.options_of(name).items():
+        beside = {"update_rule": "RMSprop"} if option == "update_rule_args" else {}
+        grouped = {"directions_per": "group"} if option == "group_size" else {}
+        for value in another(option, default):
+            try:
+                changed = methods.get(name, **beside, **grouped, **{option: value})
+            except ValueError:
+                continue
+            assert changed != methods.get(name, **beside), option
