@@ -72,7 +72,7 @@ def test_rows_take_the_memory_of_their_bytes(tmp_path: Path) -> None:
     assert rows.columns == ["text", "label"] and rows[-1] == {"text": "49999", "label": 1} and len(rows[1:4]) == 3
 
 
-def test_a_file_with_a_byte_order_mark_and_blank_lines_keeps_its_rows(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_blank_lines_leave_the_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n' + b"\n" * 900 + b'{"a": 2}')
     rows = sources.read_jsonl(tmp_path / "a.jsonl")
     assert list(rows) == [{"a": 1}, {"a": 2}] and rows.where(1).endswith("line 902")

@@ -38,7 +38,7 @@ def test_smoothing_and_a_loss_function_act_on_a_models_own_loss(tmp_path: Path) 
 
 @pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.5}, {"compute_loss_func": logit_sum}])
 @pytest.mark.parametrize("kind", ["choices", "lm", "classifier", "function", "keys"])
-def test_smoothing_and_a_loss_function_of_other_losses_are_refused(option: dict[str, Any], kind: str, tmp_path: Path) -> None:
+def test_smoothing_and_a_foreign_loss_function_are_refused(option: dict[str, Any], kind: str, tmp_path: Path) -> None:
     objective = {"function": lambda model, batch: model(**batch).logits.sum(), "keys": None}.get(kind, kind)
     with pytest.raises(ValueError, match=rf"{next(iter(option))} acts on the loss that a model computes from its labels"):
         trainer(tmp_path, objective=objective, data_collator=collate_completions, **option).train()

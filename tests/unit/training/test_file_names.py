@@ -88,7 +88,7 @@ def test_an_adapter_whose_weights_fit_nothing_is_refused(tmp_path: Path) -> None
             load_adapter(tiny_llama(), tmp_path)
 
 
-def test_a_checkpoint_of_an_adapter_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, apply(tiny_llama(), "lora"), callbacks=[StopAt(3)], **RUN).train()
     path = tmp_path / "checkpoint-2/adapter_model.safetensors"
