@@ -15,6 +15,7 @@ from zotune.kernels import low_rank_kernels, perturb_kernels
 from zotune.rng.directions import Directions, Key, for_blocks
 from zotune.subspaces.coordinate import Coordinate, Offset, is_thin, matching, unshared
 from zotune.subspaces.matrix_view import factor_strips, matrix_view, plus_product
+from zotune.subspaces.several_scales import perturb_at_scales
 from zotune.weights import placement, quantized_linear
 from zotune.weights.precision import HALF, join, split_into, stochastic_round
 
@@ -194,31 +195,8 @@ class FullCoordinate(Coordinate):
         buffers = torch.empty(len(scales), height * columns, dtype=flat.dtype, device=flat.device)
         for rows, part in self._strips(height):
             strips = [buffer[: part.stop - part.start] for buffer in buffers]
-            self._perturb_at_scales(directions, key, scales, unit, flat, strips, part)
+            perturb_at_scales(directions, key, scales, unit, partial(self._block, flat), self.device, strips, part)
             yield rows, [strip.view(-1, columns) for strip in strips]
-
-    def _perturb_at_scales(
-        self, directions: Directions, key: Key, scales: Sequence[float], unit: float, flat: Tensor, strips: Sequence[Tensor], whole: slice
-    ) -> None:
-        largest = max(scales, key=abs)
-        # Scales with a draw of their own come last: the draw overwrites ``move``.
-        ordered = sorted(zip(scales, strips, strict=True), key=lambda pair: abs(pair[0]) != abs(largest))
-
-        def perturb(part: slice) -> None:
-            move = directions.block(key, part, self.device, largest * unit)
-            base = self._block(flat, part)
-            target = slice(part.start - whole.start, part.stop - whole.start)
-            for scale, strip in ordered:
-                if scale == largest:
-                    torch.add(base, move, out=strip[target])
-                elif scale == -largest:
-                    torch.sub(base, move, out=strip[target])
-                elif scale:
-                    torch.add(base, directions.block(key, part, self.device, scale * unit), out=strip[target])
-                else:
-                    strip[target].copy_(base)
-
-        for_blocks(whole.stop, self.device, perturb, whole.start)
 
     @tagged("directions")
     def antithetic_pair(self, directions: Directions, key: Key, scales: Sequence[float], source: Any = None) -> Tensor | None:
