@@ -25,7 +25,8 @@ import trainer_cases
 from zotune.cli import main as cli
 from zotune.optim.distributed import restarted
 from zotune.optim.distributed.agreement import state_digest
-from zotune.optim.journal import Journal, StepRecord
+from zotune.optim.journal import Journal
+from zotune.optim.journal_records import StepRecord
 from zotune.weights.digest import digest
 
 BATCH = 8

@@ -33,7 +33,8 @@ from zotune.cli.verify import main as verify
 from zotune.io.atomic import whole_file, write_text
 from zotune.io.figures import save_figure, stacked_bars
 from zotune.io.json_files import write_json
-from zotune.optim.journal import Journal, StepRecord
+from zotune.optim.journal import Journal
+from zotune.optim.journal_records import StepRecord
 from zotune.optim.replay import replay
 from zotune.training import resume as resuming
 from zotune.training.checkpoint import contents, storage
@@ -324,7 +325,8 @@ READ_ONLY = """
 import os, sys
 from pathlib import Path
 from zotune.training.checkpoint.storage import draft
-from zotune.optim.journal import Journal, StepRecord
+from zotune.optim.journal import Journal
+from zotune.optim.journal_records import StepRecord
 from zotune.io.figures import save_figure, stacked_bars
 from zotune.io.json_files import write_json
 os.setgroups([])

@@ -29,7 +29,8 @@ from trainer_cases import StopAt, choice_rows, same_weights, tiny_llama, trainer
 from zotune import ZerothOrder
 from zotune.bench import grid
 from zotune.io import safe_yaml
-from zotune.optim.journal import MAGIC, MOST_GROUPS, Journal, verify
+from zotune.optim.journal import Journal, verify
+from zotune.optim.journal_records import MAGIC, MOST_GROUPS
 from zotune.optim.replay import replay
 from zotune.tasks import loader, sources
 from zotune.tasks.chat import chat_of

@@ -15,7 +15,7 @@ from zotune.baselines.split_check import refusal
 from zotune.io.memory_tags import tagged
 from zotune.methods import mezo
 from zotune.methods.estimators import ESTIMATORS
-from zotune.optim.journal import StepRecord
+from zotune.optim.journal_records import StepRecord
 from zotune.optim.optimizer import ZerothOrder
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators

@@ -12,132 +12,40 @@ record.
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import struct
 import weakref
-import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any, BinaryIO, overload
 
 from zotune.io.atomic import whole_file
-from zotune.io.memory_tags import tagged
-from zotune.methods.estimators import Estimate
-
-#: Version of the format. A journal of another version is refused.
-FORMAT = 2
-MAGIC = b"ZOJ%d" % FORMAT
-_STEP, _EVENT, _DEFLATED = 1, 2, 3
-_HEAD = struct.Struct("<BH")
-_CRC = struct.Struct("<I")
-_LONGEST = _HEAD.size + 0xFFFF + _CRC.size
-_STEP_HEAD = struct.Struct("<IfBH?")
-#: The dictionary that events are deflated with: part of the format, like the names of events and their entries.
-_PHRASES = (
-    b'"]]}{"event":"observed","step":,"pieces":[["{"event":"general_path","names":["{"event":"forward_batching","batched":false}'
-    b'"spread":{"forgetting":0.25,"agreement":{"forgetting":0.15,"single":{"forgetting":0.1,"moment":{"forgetting":0.1,'
-    b'"recent":{"forgetting":0.2,"count":0,"mean":0.0,"square":0.0},"units":1,"lowest":null,"brake":1.0}}'
-    b'"state":{"curvature":{"forgetting":0.25,"count":,"mean":,"square":{"event":"eps","value":0.00'
-    b'{"event":"scales","values":[0.,1.],"forwards":20,"sequences":{"event":"measured","curvature":,"signal":0.0,"moment":0.,'
-    b'"brake":1.0,"forwards":3,"sequences":'
+from zotune.optim.journal_records import (
+    CRC,
+    DEFLATED,
+    HEAD,
+    LONGEST,
+    Record,
+    StepRecord,
+    inflate,
+    pack,
+    pack_header,
+    parse,
+    read,
+    read_header,
+    unpack,
 )
-#: Parameter groups of a run, at most: in memory every step has a learning rate for each.
-MOST_GROUPS = 1024
 
-
-class StepRecord(NamedTuple):
-    """Step number from 0; learning rate per parameter group; mean loss; coefficients c_k; skipped flags per direction."""
-
-    step: int
-    lrs: tuple[float, ...]
-    loss: float
-    coefficients: tuple[float, ...]
-    skipped: tuple[bool, ...]
-
-    @classmethod
-    @tagged("activations")
-    def of_estimate(cls, step: int, estimate: Estimate, rates: tuple[float, ...]) -> StepRecord:
-        """The record of a step's estimate; curvatures follow the coefficients."""
-        return cls(
-            step=step,
-            lrs=rates,
-            loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
-            coefficients=(*estimate.coefficients.tolist(), *estimate.curvatures.tolist()),
-            skipped=estimate.skipped + estimate.skipped[: len(estimate.curvatures)],
-        )
-
-    @classmethod
-    def of(cls, values: Sequence[Any]) -> StepRecord:
-        """A record that has been through JSON."""
-        step, lrs, loss, coefficients, skipped = values
-        return cls(step, tuple(lrs), loss, tuple(coefficients), tuple(skipped))
-
-
-Record = StepRecord | dict[str, Any]
-
-
-def _pack(record: Record) -> bytes:
-    if isinstance(record, dict):
-        kind, payload = _EVENT, json.dumps(record, separators=(",", ":")).encode()
-        if len(payload) <= 0xFFFF:
-            deflater = zlib.compressobj(9, wbits=-15, zdict=_PHRASES)
-            deflated = deflater.compress(payload) + deflater.flush()
-            kind, payload = (_DEFLATED, deflated) if len(deflated) < len(payload) else (kind, payload)
-    else:
-        count, lrs = len(record.coefficients), record.lrs
-        if len(set(lrs)) == 1:
-            lrs = lrs[:1]  # groups share a rate as a rule
-        if len(lrs) > 0xFF:
-            raise ValueError(f"a journal record holds at most {0xFF} learning rates, not {len(lrs)}; use fewer parameter groups.")
-        kind = _STEP
-        payload = _STEP_HEAD.pack(record.step, record.loss, len(lrs), count, any(record.skipped))
-        payload += struct.pack(f"<{len(lrs)}d{count}f", *lrs, *record.coefficients)
-        if any(record.skipped):
-            payload += bytes(record.skipped)
-    if len(payload) > 0xFFFF:
-        raise ValueError(f"a journal record holds at most {0xFFFF} bytes and this one has {len(payload)}; use fewer directions.")
-    body = _HEAD.pack(kind, len(payload)) + payload
-    return body + _CRC.pack(zlib.crc32(body))
-
-
-def _unpack(kind: int, payload: bytes, groups: int) -> Record:
-    if kind == _DEFLATED:
-        inflater = zlib.decompressobj(-15, zdict=_PHRASES)
-        payload = inflater.decompress(payload, 0xFFFF)
-        if not inflater.eof or inflater.unused_data:
-            raise ValueError("an event that does not unpack")
-    if kind in (_EVENT, _DEFLATED):
-        event = json.loads(payload)
-        if not isinstance(event, dict):
-            raise ValueError("an event that is not an object")
-        return event
-    step, loss, num_lrs, count, any_skipped = _STEP_HEAD.unpack_from(payload)
-    numbers = struct.unpack_from(f"<{num_lrs}d{count}f", payload, _STEP_HEAD.size)
-    lrs = numbers[:num_lrs] * (groups if num_lrs == 1 else 1)
-    skipped = tuple(map(bool, payload[-count:])) if any_skipped else (False,) * count
-    return StepRecord(step, lrs, loss, numbers[num_lrs:], skipped)
-
-
-def _parse(data: bytes, position: int) -> tuple[int, bytes, int] | None:
-    """(type, payload, end) of the intact record at ``position``, None if there is none."""
-    if position + _HEAD.size + _CRC.size > len(data):
-        return None
-    kind, length = _HEAD.unpack_from(data, position)
-    end = position + _HEAD.size + length + _CRC.size
-    if kind not in (_STEP, _EVENT, _DEFLATED) or end > len(data):
-        return None
-    body = data[position : end - _CRC.size]
-    if zlib.crc32(body) != _CRC.unpack_from(data, end - _CRC.size)[0]:
-        return None
-    return kind, body[_HEAD.size :], end
+#: Bytes of events per deflated byte of theirs, over a journal, at most: runs have about 6.
+MOST_INFLATED = 64
 
 
 class Journal:
-    """A journal open for appending.
+    """A journal open for appending. Its records stay on the disk.
 
     Example:
         >>> import tempfile
@@ -148,12 +56,11 @@ class Journal:
         [(0.25,)]
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], records: list[Record], ends: list[int], start: int) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], start: int) -> None:
         self.path = path
         self.header = header
-        self._records = records
-        self._ends = ends
         self._start = start
+        self._ends, self._is_step = array("Q"), bytearray()  # of each record: its end in the file, whether it is a step
         self._file: int | None = None  # a descriptor, open from the first append on
         self._closer: weakref.finalize[..., Any] | None = None
 
@@ -166,16 +73,12 @@ class Journal:
             OSError: it could not be written; nothing is left behind.
             ValueError: the run has too many parameter groups.
         """
-        path = Path(path)
-        if len(header.get("groups", ())) > MOST_GROUPS:
-            raise ValueError(f"a journal is for at most {MOST_GROUPS} parameter groups; put parameters of one rate and decay in one group.")
-        text = json.dumps(header, separators=(",", ":")).encode()
-        blob = MAGIC + _CRC.pack(len(text)) + text + _CRC.pack(zlib.crc32(text))
+        path, blob = Path(path), pack_header(header)
         if path.exists():
             raise FileExistsError(f"{path} exists already; resume that run or choose another folder.")
         with whole_file(path) as draft:  # a kill leaves a whole header or none
             draft.write_bytes(blob)
-        return cls(path, json.loads(text), [], [], len(blob))
+        return cls(path, json.loads(json.dumps(header)), len(blob))
 
     @classmethod
     def open(cls, path: str | Path) -> Journal:
@@ -188,47 +91,39 @@ class Journal:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no journal at {path}.")
-        data = path.read_bytes()
-        start = len(MAGIC) + _CRC.size
-        if data[:3] != MAGIC[:3] or len(data) < start:
-            raise ValueError(f"{path} is not a zotune journal.")
-        if data[: len(MAGIC)] != MAGIC:
-            which = "an earlier" if data[3] < MAGIC[3] else "a later"
-            raise ValueError(f"{path} was written by {which} version of zotune and cannot be replayed by this one; start the run anew.")
-        length = _CRC.unpack_from(data, len(MAGIC))[0]
-        text = data[start : start + length]
-        start += length + _CRC.size
-        if len(data) < start or zlib.crc32(text) != _CRC.unpack_from(data, start - _CRC.size)[0]:
-            raise ValueError(f"{path}: the journal's header is damaged; this run cannot be resumed or replayed.")
-        try:
-            header = json.loads(text)
-            groups = len(header.get("groups", [None]))
-            if groups > MOST_GROUPS:
-                raise ValueError
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            raise ValueError(f"{path}: the journal's header does not parse; this is not a journal of this version of zotune.") from None
-        records: list[Record] = []
-        ends: list[int] = []
-        position, steps = start, 0
-        while position < len(data):
-            parsed = _parse(data, position)
-            if parsed is None:
+        with open(path, "rb") as file:
+            journal = cls(path, *read_header(path, file))
+            journal._scan(file)
+        return journal
+
+    def _scan(self, file: BinaryIO) -> None:
+        """Check and count the records of a file that is at the first of them."""
+        steps, size, groups = 0, os.fstat(file.fileno()).st_size, len(self.header.get("groups", [None]))
+        deflated = inflated = 0
+        while self.size < size:
+            found = read(file)
+            if found is None:
                 # What one append can have left is no longer than one record.
-                if len(data) - position > _LONGEST or any(_parse(data, later) for later in range(position + 1, len(data))):
-                    raise ValueError(f"{path}: record {len(records)} (after step {steps}) is damaged; restore the file from a copy.")
+                file.seek(self.size)
+                data = file.read(LONGEST + 1)
+                if len(data) > LONGEST or any(parse(data, later) for later in range(1, len(data))):
+                    where = f"record {len(self._ends)} (after step {steps})"
+                    raise ValueError(f"{self.path}: {where} is damaged; restore the file from a copy.")
                 break  # torn: the last append did not finish
-            kind, payload, position = parsed
+            kind, payload = found
             try:
-                record = _unpack(kind, payload, groups)
-            except (ValueError, struct.error, zlib.error, RecursionError) as error:
-                raise ValueError(f"{path}: record {len(records)} does not parse ({error}).") from None
+                if kind == DEFLATED:
+                    deflated, inflated = deflated + len(payload), inflated + len(inflate(payload))
+                    if inflated > MOST_INFLATED * max(deflated, 1 << 10):
+                        raise ValueError("events that unpack to more than a run writes")
+                record = unpack(kind, payload, groups)
+            except (ValueError, struct.error, RecursionError) as error:
+                raise ValueError(f"{self.path}: record {len(self._ends)} does not parse ({error}).") from None
             if isinstance(record, StepRecord):
                 if record.step != steps:
-                    raise ValueError(f"{path}: record {len(records)} is step {record.step} where step {steps} was due.")
+                    raise ValueError(f"{self.path}: record {len(self._ends)} is step {record.step} where step {steps} was due.")
                 steps += 1
-            records.append(record)
-            ends.append(position)
-        return cls(path, header, records, ends, start)
+            self._note(record, self.size + HEAD.size + len(payload) + CRC.size)
 
     def append(self, record: Record) -> None:
         """Write a record through to the disk.
@@ -236,7 +131,7 @@ class Journal:
         Raises:
             OSError: it could not be written; the file is then as before, or ends in a torn record that opening drops.
         """
-        blob = _pack(record)
+        blob = pack(record)
         end = self.size
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY)
@@ -246,8 +141,7 @@ class Journal:
         if os.pwrite(self._file, blob, end) != len(blob):
             raise OSError(f"{self.path}: the disk took only part of a record; free some space and resume.")
         os.fsync(self._file)
-        self._records.append(record)
-        self._ends.append(end + len(blob))
+        self._note(record, end + len(blob))
 
     def _check_in_place(self, file: int) -> None:
         """OSError where the open file is no longer the one of this name: what is written to it would be lost."""
@@ -258,9 +152,36 @@ class Journal:
         if there is None or not os.path.samestat(there, os.fstat(file)):
             raise OSError(f"{self.path} was deleted, moved or replaced while a run was writing to it: the run ends; start it again.")
 
-    def records(self) -> Iterator[Record]:
+    def _note(self, record: Record, end: int) -> None:
+        self._ends.append(end)
+        self._is_step.append(isinstance(record, StepRecord))
+
+    def records(self) -> Records:
         """All records in order: :class:`StepRecord` or, for events, a dict."""
-        return iter(tuple(self._records))
+        return Records(self, range(len(self._ends)))
+
+    def read(self, number: int) -> Record:
+        """The record with this number, from the disk.
+
+        Raises:
+            ValueError: it is damaged; it was intact when the journal was opened.
+        """
+        with open(self.path, "rb") as file:
+            return next(self._read(file, range(number, number + 1)))
+
+    def _read(self, file: BinaryIO, numbers: range) -> Iterator[Record]:
+        groups = len(self.header.get("groups", [None]))
+        for number in numbers:
+            file.seek(self._ends[number - 1] if number else self._start)
+            found = read(file)
+            if found is None:
+                raise ValueError(f"{self.path}: record {number} is damaged; restore the file from a copy.")
+            yield unpack(*found, groups)
+
+    def iterate(self, numbers: range) -> Iterator[Record]:
+        """The records of these numbers, one in memory at a time."""
+        with open(self.path, "rb") as file:
+            yield from self._read(file, numbers)
 
     @property
     def size(self) -> int:
@@ -269,16 +190,16 @@ class Journal:
 
     def __len__(self) -> int:
         """The number of steps."""
-        return sum(isinstance(record, StepRecord) for record in self._records)
+        return self._is_step.count(1)
 
-    def after(self, size: int) -> list[Record]:
+    def after(self, size: int) -> Records:
         """The records beyond the first ``size`` bytes of the file."""
-        return [record for record, end in zip(self._records, self._ends, strict=True) if end > size]
+        return Records(self, range(bisect.bisect_right(self._ends, size), len(self._ends)))
 
     def drop(self, count: int) -> None:
         """Cut off the last ``count`` records."""
         if count:
-            self._keep(len(self._records) - count)
+            self._keep(len(self._ends) - count)
 
     def truncate(self, steps: int) -> None:
         """Keep the first ``steps`` steps, and the events before them.
@@ -288,14 +209,11 @@ class Journal:
         """
         if steps > len(self):
             raise ValueError(f"{self.path} holds {len(self)} steps, fewer than the {steps} it is to be cut to.")
-        keep = done = 0
-        while done < steps:
-            done += isinstance(self._records[keep], StepRecord)
-            keep += 1
-        self._keep(keep)
+        places = [number for number, is_step in enumerate(self._is_step) if is_step]
+        self._keep(places[steps - 1] + 1 if steps else 0)
 
     def _keep(self, keep: int) -> None:
-        del self._records[keep:], self._ends[keep:]
+        del self._ends[keep:], self._is_step[keep:]
         self.close()
         with open(self.path, "r+b") as file:
             file.truncate(self.size)
@@ -305,6 +223,33 @@ class Journal:
         if self._closer is not None:
             self._closer()
         self._file = self._closer = None
+
+
+class Records(Sequence[Record]):
+    """Records of a journal that are on the disk: read when they are asked for, one in memory at a time.
+
+    Args:
+        journal: the journal.
+        numbers: of the records in it.
+    """
+
+    def __init__(self, journal: Journal, numbers: range) -> None:
+        self._journal, self._numbers = journal, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Records: ...
+    def __getitem__(self, index: int | slice) -> Record | Records:
+        if isinstance(index, slice):
+            return Records(self._journal, self._numbers[index])
+        return self._journal.read(self._numbers[index])
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._journal.iterate(self._numbers)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 #: Bytes of tensors in an event; base64 adds a third, and a record holds 65535.
 EVENT_BYTES = 36_000
+#: Elements that a tensor may have beyond those of its parameter.
+SPARE = 1 << 16
 
 
 def events(step: int, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
@@ -37,18 +39,30 @@ def events(step: int, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]
 
 
 class TensorAssembler:
-    """Assembles tensors from events."""
+    """Assembles tensors from events.
 
-    def __init__(self) -> None:
+    Args:
+        parameters: elements of the parameter of each name: what was observed of it is no larger, but for small ones.
+    """
+
+    def __init__(self, parameters: Mapping[str, int]) -> None:
+        self.parameters = parameters
         self.tensors: dict[str, Tensor] = {}
         self._missing: dict[str, int] = {}
 
     def add(self, event: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Add an event; returns the tensors that it completes."""
+        """Add an event; returns the tensors that it completes.
+
+        Raises:
+            ValueError: a tensor that is none of the run, by its name or size.
+        """
         whole = {}
         for name, dtype, shape, at, data in event["pieces"]:
             kind = getattr(torch, dtype)
             if at == 0:
+                most = SPARE + self.parameters.get(name, -SPARE - 1)
+                if not all(side >= 0 for side in shape) or math.prod(shape) > most:
+                    raise ValueError(f"{name!r} of shape {shape} is no tensor of this run")
                 self.tensors[name] = torch.empty(math.prod(shape), dtype=kind)
                 self._missing[name] = self.tensors[name].numel() * kind.itemsize
             piece = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.uint8)

@@ -19,7 +19,8 @@ from zotune.optim import saved_state
 from zotune.optim.construction import build, parameter_groups
 from zotune.optim.distributed.agreement import settle
 from zotune.optim.distributed.workers import Workers
-from zotune.optim.journal import Journal, Record, StepRecord
+from zotune.optim.journal import Journal
+from zotune.optim.journal_records import Record, StepRecord
 from zotune.optim.preparation import Preparation
 from zotune.optim.resume import Resume
 from zotune.optim.state import NO_BATCH, SampleBatches, StepContext, StepReport, micro_batches
@@ -214,7 +215,7 @@ class ZerothOrder(torch.optim.Optimizer):
         As many calls of :meth:`step` as ``records`` holds steps evaluate nothing, write nothing to the journal, and end in that run's
         weights, bit for bit. A run of measured rates continues from the last record with the complete state of the measurements.
         """
-        self.tail = list(records)
+        self.tail = records
 
     @torch.no_grad()
     def flush_updates(self) -> None:

@@ -119,7 +119,7 @@ class Preparation:
             # One worker observes for all, so that all have the same to the last bit.
             first = run.workers.from_first(lambda: [made(forward.evaluate(work, None)), forwards, counted])
             events, forwards, counted = first
-            assembler, found = journal_events.TensorAssembler(), dict[str, Tensor]()
+            assembler, found = journal_events.TensorAssembler(self.state.assembler.parameters), dict[str, Tensor]()
             for event in events:
                 if event["event"] == "residual":
                     self.updater.apply_event(event)

@@ -13,7 +13,7 @@ import torch
 from zotune.errors import NotBatchableError
 from zotune.forward.batches import batch_rows
 from zotune.optim.construction import RunParts
-from zotune.optim.journal import Record, StepRecord
+from zotune.optim.journal_records import Record, StepRecord
 from zotune.optim.state import StepReport
 from zotune.optim.update import Updater
 
@@ -47,7 +47,7 @@ class Resume:
         ready = False
         run, state = self.run, self.run.state
         while state.tail:
-            record = state.tail.pop(0)
+            record, state.tail = state.tail[0], state.tail[1:]
             if isinstance(record, StepRecord):
                 return self._take(record, parts), True
             state.count(record.get("forwards", 0), record.get("sequences", 0))

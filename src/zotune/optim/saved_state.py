@@ -16,7 +16,7 @@ from zotune.io import version
 from zotune.io.typed import are_groups, is_like, read_fields
 from zotune.methods import AUTO
 from zotune.optim.construction import RunParts
-from zotune.optim.journal import FORMAT
+from zotune.optim.journal_records import FORMAT
 from zotune.subspaces import LowRankCoordinate
 from zotune.weights.digest import digest
 

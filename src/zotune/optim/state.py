@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from zotune.errors import NonFiniteLossError
 from zotune.forward.losses import LossFunction
 from zotune.methods.history import PastStep
-from zotune.optim.journal import Journal, Record
+from zotune.optim.journal import Journal
 from zotune.optim.journal_events import TensorAssembler
+from zotune.optim.journal_records import Record
 from zotune.subspaces.coordinate import Coordinate
 
 #: In place of a batch: the loss function is a closure.
@@ -89,9 +90,12 @@ class RunState:
     begun: int = -1
     settled: bool = False
     terms: tuple[PastStep, ...] = ()
-    assembler: TensorAssembler = field(default_factory=TensorAssembler)
-    tail: list[Record] = field(default_factory=list)
+    assembler: TensorAssembler = field(init=False)
+    tail: Sequence[Record] = ()
     journal: Journal | None = None
+
+    def __post_init__(self) -> None:
+        self.assembler = TensorAssembler({c.name: c.parameter.numel() for c in self.every_coordinate()})
 
     def write(self, record: Record) -> None:
         """Append a record to the journal, if there is one."""

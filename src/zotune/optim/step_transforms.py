@@ -19,7 +19,7 @@ from zotune.methods.coefficients import Fitness, Shaping, State
 from zotune.methods.estimators import Estimate
 from zotune.methods.history import CoefficientHistory, PastStep
 from zotune.optim.evaluator import Evaluator
-from zotune.optim.journal import StepRecord
+from zotune.optim.journal_records import StepRecord
 from zotune.optim.state import RunState, StepContext
 from zotune.subspaces.coordinate import Offset
 

@@ -19,7 +19,7 @@ from zotune.methods.estimators import Estimate, Estimator
 from zotune.methods.history import PastStep
 from zotune.methods.svrg import SVRGSchedule
 from zotune.optim.evaluator import Evaluator
-from zotune.optim.journal import StepRecord
+from zotune.optim.journal_records import StepRecord
 from zotune.optim.state import RunState, StepContext
 from zotune.optim.step_transforms import StepTransform, Terms
 from zotune.rng.directions import Directions

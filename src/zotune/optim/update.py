@@ -16,7 +16,7 @@ from torch import Tensor
 from zotune.io.memory_tags import tagged
 from zotune.methods.history import PastStep
 from zotune.optim.construction import RunParts
-from zotune.optim.journal import Record, StepRecord
+from zotune.optim.journal_records import Record, StepRecord
 from zotune.optim.step_transforms import HistoryTransform, Terms
 from zotune.subspaces import GuidedCoordinate, HessianScaledCoordinate, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate, CoordinateGroup

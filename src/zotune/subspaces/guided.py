@@ -19,7 +19,7 @@ from zotune.subspaces import residual_check
 from zotune.subspaces.activation import ActivationCoordinate, observing_inputs
 from zotune.subspaces.base import Losses, at_least_one
 from zotune.subspaces.coordinate import Coordinate, MomentTransport
-from zotune.subspaces.guided_projection import CompressedRows, fit_projection
+from zotune.subspaces.guided_projection import CompressedRows, compress, decompress, fit_projection
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 from zotune.weights.layouts import is_outputs_first, residual_width
 from zotune.weights.structure import head_of, trained_layers
@@ -34,7 +34,7 @@ class GuidedCoordinate(ActivationCoordinate):
     """θ (m, r) of W + E(θ) Vᵀ: E(θ) = θ in a LOZO phase, E(θ) = P S in a guided phase.
 
     S (q, q) is the first q² elements of θ: W is trained as W + P S Vᵀ. The one of P and V on the layer's output side is orthonormal,
-    the other combines its inputs. Both are bfloat16 values, as the journal stores them.
+    the other combines its inputs. Both are compressed to eight bits, as the journal stores them.
 
     Attributes:
         fixed_direction: a direction in S, (q²,), for evaluations instead of a drawn one.
@@ -86,9 +86,9 @@ class GuidedCoordinate(ActivationCoordinate):
             self.v = self._v_buffer[:, : self.rank].copy_(self.v)
         else:
             self.observed, self.from_data, self.guided = None, True, True
-            found = observed.to(self.device, torch.float32)
-            self.p.copy_(found[: self.shape[0]])
-            self.v = self._v_buffer[:, : self.p.shape[1]].copy_(found[self.shape[0] :])
+            p, v = decompress(observed.to(self.device), self.parameter.shape)
+            self.p.copy_(p)
+            self.v = self._v_buffer[:, : self.p.shape[1]].copy_(v)
             transport = None
         return torch.zeros_like if was_guided or self.guided else transport  # the two subspaces are unrelated
 
@@ -105,7 +105,7 @@ class GuidedCoordinate(ActivationCoordinate):
     def state(self) -> dict[str, Tensor]:
         state = super().state()
         if self.guided:
-            state["v"] = torch.cat([self.p, self.v]).bfloat16().contiguous()
+            state["v"] = compress([self.p, self.v])
         return state
 
 
@@ -173,7 +173,7 @@ class Guided(LowRank):
 
     @tagged("directions")
     def observe(self, model: nn.Module, coordinates: Sequence[Coordinate], losses: Losses, seed: int, step: int) -> dict[str, Tensor]:
-        """[P; V] (m + n, q) of every guided layer, bfloat16, by name; empty for a LOZO phase."""
+        """P and V of every guided layer, compressed, (2 + m + n, q) int8, by name; empty for a LOZO phase."""
         guided = [c for c in coordinates if isinstance(c, GuidedCoordinate)]
         head, wanted = head_of(model), {id(c.parameter): c for c in guided if c.writes is not False}
         layers = {layer: c for layer, c in trained_layers(model, wanted).items() if layer is not head}
@@ -213,7 +213,7 @@ class Guided(LowRank):
                 projection = fit_projection(scored, gradients, sampled, self.guide)
                 if projection is not None:
                     p, v = projection
-                    found[coordinate.name] = torch.cat([p, v] if is_outputs_first(layer) else [v, p])
+                    found[coordinate.name] = compress([p, v] if is_outputs_first(layer) else [v, p])
             del scored, sampled  # before those of the next layer are made
         return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ class CompressedRows:
 
 @tagged("host")
 def fit_projection(inputs: Tensor, gradients: Tensor, sampled: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """P (d, rank) and V (n, rank) in bfloat16, of inputs x (N, n) and gradients δ (N, d) at the scored positions.
+    """P (d, rank) and V (n, rank), float32, of inputs x (N, n) and gradients δ (N, d) at the scored positions.
 
     B = Σ δ_i x_iᵀ (S + λ I)⁻¹ with S the mean of x xᵀ over the inputs ``sampled`` (T, n) at all positions rather than the scored ones, so
     that V responds to what predicts δ and to little else. Columns beyond the rank of the fit are 0. None where the inputs predict nothing.
@@ -64,7 +66,26 @@ def fit_projection(inputs: Tensor, gradients: Tensor, sampled: Tensor, rank: int
     v = whitened @ (gradients @ p) / len(inputs)  # Bᵀ = (S + λI)⁻¹ xᵀ δ / N
     response = (sampled @ v).square().mean(dim=0).clamp_min(1e-30)
     v = v * (size / response).sqrt()
-    return p.bfloat16().contiguous(), v.bfloat16().contiguous()
+    return p, v
+
+
+@tagged("directions")
+def compress(sides: Sequence[Tensor]) -> Tensor:
+    """Matrices (n_i, q) as int8, (len(sides) + Σ n_i, q): rows of exponents e, one for each matrix, then codes c, its elements c · 2^e.
+
+    e is the least with |c| ≤ 127 in its column, so that compressing what was decompressed changes nothing. The rounding is at most 1/127 of
+    the largest element of a column.
+    """
+    exponents = [(side.abs().amax(dim=0) / 127).clamp_min(2.0**-120).log2().ceil() for side in sides]
+    codes = [(side * torch.exp2(-exponent)).round() for side, exponent in zip(sides, exponents, strict=True)]
+    return torch.cat([torch.stack(exponents), *codes]).to(torch.int8)
+
+
+@tagged("directions")
+def decompress(packed: Tensor, heights: Sequence[int]) -> list[Tensor]:
+    """The matrices of :func:`compress`, float32, of so many rows each."""
+    exponents, *codes = packed.float().split([len(heights), *heights])
+    return [side * torch.exp2(exponent) for side, exponent in zip(codes, exponents, strict=True)]
 
 
 def _whitened(inputs: Tensor, sampled: Tensor, ridge: float) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from zotune.optim.journal import Journal, Record
+from zotune.optim.journal import Journal
+from zotune.optim.journal_records import Record
 from zotune.optim.optimizer import ZerothOrder
 from zotune.optim.resume import usable
 from zotune.training.checkpoint import identity, schema, storage
@@ -88,7 +89,7 @@ def begin(optimizer: ZerothOrder, model: nn.Module, path: Path, training: Mappin
         optimizer.journal = Journal.create(path, {**optimizer.header(), "training": dict(training)})
 
 
-def resume(optimizer: ZerothOrder, path: Path, checkpoint_folder: str | None, *, along_journal: bool) -> tuple[Any, ...]:
+def resume(optimizer: ZerothOrder, path: Path, checkpoint_folder: str | None, *, along_journal: bool) -> None:
     """Opens the journal of a resumed run; the optimizer retakes its steps after the checkpoint, or they are deleted.
 
     Args:
@@ -96,9 +97,6 @@ def resume(optimizer: ZerothOrder, path: Path, checkpoint_folder: str | None, *,
         path: of the journal.
         checkpoint_folder: None: the run resumes from the base weights.
         along_journal: whether the steps after the checkpoint are retaken.
-
-    Returns:
-        The records to retake, and how the steps are evaluated: (tail, batched, rowwise), for the other processes.
 
     Raises:
         ValueError: the journal of another run, or of other base weights.
@@ -127,12 +125,12 @@ def resume(optimizer: ZerothOrder, path: Path, checkpoint_folder: str | None, *,
     if len(journal) and checkpoint_folder is None:  # the clock may have chosen how its steps were evaluated
         last = (_choices(tail) or [{"batched": True, "rowwise": True}])[-1]
         evaluator.restore(last["batched"], last.get("rowwise", False))
+    choices = _choices(tail[count:])
     journal.drop(len(tail) - count)
-    for event in _choices(tail[count:]):
+    for event in choices:
         journal.append(event)
     optimizer.fast_forward(tail[:count])
     optimizer.journal = journal
-    return optimizer.tail, evaluator.batched, evaluator.rowwise
 
 
 def retaken(optimizer: ZerothOrder, records: Sequence[Record]) -> int:

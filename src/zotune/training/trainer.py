@@ -25,7 +25,7 @@ from zotune.forward.batches import batch_rows, take_rows
 from zotune.io.lock import locked
 from zotune.methods import AUTO, Method
 from zotune.optim.distributed import launch, partition
-from zotune.optim.journal import StepRecord
+from zotune.optim.journal_records import StepRecord
 from zotune.optim.optimizer import ZerothOrder
 from zotune.subspaces import Guided
 from zotune.training import resume, resume_rules
@@ -207,7 +207,11 @@ class ZOTrainer(EvaluatedTrainer):
             self.workers.from_first(partial(resume.begin, optimizer, self.model, self._journal_path, self._determining()))
             return prepared
         along = self._along_journal
-        resumed = partial(resume.resume, optimizer, self._journal_path, resume_from_checkpoint, along_journal=along)
+
+        def resumed() -> tuple[Any, ...]:
+            resume.resume(optimizer, self._journal_path, resume_from_checkpoint, along_journal=along)
+            return [*optimizer.tail] if self.workers.several else None, optimizer.evaluator.batched, optimizer.evaluator.rowwise
+
         tail, batched, rowwise = self.workers.from_first(resumed)
         if not self.workers.first:
             optimizer.evaluator.restore(batched, rowwise)

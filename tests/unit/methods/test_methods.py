@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zotune import ZerothOrder, methods
-from zotune.optim.journal import StepRecord
+from zotune.optim.journal_records import StepRecord
 from zotune.rng.directions import Directions, Key
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import zotune
 from zotune import ZerothOrder, methods
-from zotune.optim.journal import StepRecord
+from zotune.optim.journal_records import StepRecord
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces.coordinate import THIN
 from zotune.subspaces.full import rounding_key

@@ -11,11 +11,18 @@ from transformers import TrainerCallback
 
 import zotune
 from trainer_cases import StopAt, choice_rows, losses, same_weights, tiny_llama, trainer, weights
-from zotune.optim.journal import StepRecord
+from zotune.optim.journal_records import StepRecord
 from zotune.optim.resume import usable
 from zotune.training.checkpoint import storage
 
-RUN: dict[str, Any] = {"max_steps": 12, "logging_steps": 4, "train_dataset": choice_rows(40), "method": "lozo-m", "interval": 5}
+RUN: dict[str, Any] = {
+    "max_steps": 12,
+    "logging_steps": 4,
+    "train_dataset": choice_rows(40),
+    "method": "lozo-m",
+    "interval": 5,
+    "forward_batching": "batched",  # whatever a busy machine would find faster
+}
 SAVING = {**RUN, "save_strategy": "steps", "save_steps": 4}
 
 

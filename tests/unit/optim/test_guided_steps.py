@@ -12,7 +12,8 @@ from guided_runs import INTERVAL, ROWS, batch, examples, guided_coordinates, opt
 from trainer_cases import LENGTH, collate_choices, collate_completions, config, same_weights, tiny_llama, trainer, weights
 from zotune import ZerothOrder, ZOTrainer, methods, objectives, replay
 from zotune.objectives import output_gradients
-from zotune.optim.journal import Journal, StepRecord
+from zotune.optim.journal import Journal
+from zotune.optim.journal_records import StepRecord
 from zotune.subspaces.guided import GuidedCoordinate
 from zotune.subspaces.guided_projection import RIDGE, CompressedRows, fit_projection
 from zotune.training import resume as resuming

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
 import struct
+import tracemalloc
 import zlib
 
 import pytest
 import torch
+from torch import nn
 
 import toys
 from zotune import Journal, ZerothOrder, methods, replay
 from zotune.optim import resume
 from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.calibrator import INTERVAL
-from zotune.optim.journal import FORMAT, MAGIC, StepRecord, verify
+from zotune.optim.journal import verify
+from zotune.optim.journal_records import FORMAT, MAGIC, StepRecord
 from zotune.weights.digest import digest
 
 
@@ -253,3 +257,44 @@ def test_the_digest_sees_every_bit_name_and_dtype():
     with torch.no_grad():
         model[1].bias[3] += 1e-7
     assert digest(model) != first != digest(toys.classifier(torch.bfloat16))
+
+
+def test_records_stay_on_the_disk(tmp_path):
+    """A journal in memory takes some bytes a record, whatever the records hold."""
+    journal = Journal.create(tmp_path / "j", {"groups": [[]]})
+    event = {"event": "observed", "step": 0, "pieces": [["w", "uint8", [30_000], 0, base64.b64encode(os.urandom(30_000)).decode()]]}
+    for step in range(30):
+        journal.append(event)
+        journal.append(StepRecord(step, (1e-3,), 0.5, (0.25,), (False,)))
+    tracemalloc.start()
+    found = [Journal.open(tmp_path / "j"), journal.records()]
+    assert [len(found[0]), len(found[1]), found[1][-1].step, found[1][2:4][0]] == [30, 60, 29, event]
+    assert found[0].after(journal.size - 1)[0].step == 29 and not found[0].after(journal.size)
+    assert sum(isinstance(record, StepRecord) for record in found[0].records()) == 30
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 500_000  # of 1.2 MB on the disk: a few records and buffers
+
+
+def test_events_that_unpack_to_more_than_a_run_writes_are_refused(tmp_path):
+    journal = Journal.create(tmp_path / "j", {"groups": [[]]})
+    for _ in range(200):
+        journal.append({"event": "observed", "pieces": [[0] * 20_000]})
+    assert journal.size < 40_000  # and 8 MB of JSON
+    with pytest.raises(ValueError, match=r"record [0-9]+ does not parse .*unpack to more than a run writes"):
+        Journal.open(tmp_path / "j")
+
+
+def test_a_header_longer_than_the_file_is_damaged(tmp_path):
+    (tmp_path / "j").write_bytes(MAGIC + (2**32 - 1).to_bytes(4, "little") + b"{}")
+    with pytest.raises(ValueError, match="header is damaged"):
+        Journal.open(tmp_path / "j")
+
+
+def test_tensors_of_events_are_no_larger_than_their_weights(tmp_path):
+    """Memory is not taken for a shape that no weight of the run has."""
+    model = nn.Linear(4, 3)
+    optimizer = ZerothOrder(model, "lozo-g", lr=1e-3)
+    for name, shape in (("weight", [1 << 40]), ("nothing", [4]), ("weight", [-4, -4])):
+        with pytest.raises(ValueError, match="no tensor of this run"):
+            optimizer.apply({"event": "observed", "step": 0, "pieces": [[name, "uint8", shape, 0, "AAAA"]]})

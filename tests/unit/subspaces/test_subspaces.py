@@ -11,7 +11,8 @@ from torch import nn
 import toys
 from zotune import ZerothOrder, methods, replay
 from zotune.optim import journal_events
-from zotune.optim.journal import Journal, StepRecord
+from zotune.optim.journal import Journal
+from zotune.optim.journal_records import StepRecord
 from zotune.optim.state import StepContext
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Activation, Blocks, Full, LowRank, Sparse

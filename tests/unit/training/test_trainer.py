@@ -29,7 +29,7 @@ from trainer_cases import (
     weights,
 )
 from zotune.objectives.losses import ChoiceLoss, choice_scores
-from zotune.optim.journal import StepRecord
+from zotune.optim.journal_records import StepRecord
 
 
 @pytest.mark.parametrize("method", zotune.methods.names())
