@@ -16,11 +16,11 @@ from torch import nn
 
 import toys
 from zotune import Journal, ZerothOrder, methods, replay
-from zotune.optim import resume
 from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.calibrator import INTERVAL
 from zotune.optim.journal import verify
 from zotune.optim.journal_records import FORMAT, MAGIC, StepRecord
+from zotune.optim.preparation import STATE_EVERY
 from zotune.weights.digest import digest
 
 
@@ -147,7 +147,7 @@ def test_a_journal_of_20000_steps_stays_below_two_megabytes(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     model = toys.classifier()
     optimizer = ZerothOrder(model, methods.get("lozo-e", num_directions=1, eps="auto"), lr="auto", journal=tmp_path / "j")
-    steps = resume.KEPT + 1
+    steps = STATE_EVERY + 1
     for step in range(steps):
         optimizer.step(toys.loss_function(model), toys.batch(16, seed=step))
     longest, found = {}, {}
@@ -160,7 +160,7 @@ def test_a_journal_of_20000_steps_stays_below_two_megabytes(tmp_path, monkeypatc
 
     def times(count: int) -> dict[str, int]:
         measured = [step for step in range(count) if not (step % INTERVAL and step & (step - 1))]
-        kept = [step for step in measured if step % resume.KEPT == 0]
+        kept = [step for step in measured if step % STATE_EVERY == 0]
         scaled = [step for step in range(count) if layer_scales.due(step, optimizer.method.subspace.interval)]
         return {"step": count, "eps": 1, "state": len(kept), "measured": len(measured) - len(kept), "scales": len(scaled)}
 
