@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.objectives import output_gradients, packed_choices
+from zotune.objectives.router_balance import balance_losses, recorded_router_logits
 from zotune.objectives.token_logprobs import IGNORE, at_least_float32, cross_entropy, logits_of, scored_logits, token_logprobs
 from zotune.weights.structure import head_of
 
@@ -30,6 +31,7 @@ def _recorded(losses: Tensor) -> Tensor:
 class LanguageModelLoss:
     """Mean negative log-likelihood in nats of each example's scored tokens, ``loss(batch) -> (B,)``.
 
+    Of a mixture of experts with ``config.output_router_logits`` each example's load-balancing loss is added, as in the model's own loss.
     The batch holds input_ids (B, T), attention_mask (B, T), positions (B, S) and targets (B, S).
     """
 
@@ -40,8 +42,10 @@ class LanguageModelLoss:
     def __call__(self, batch: Batch) -> Tensor:
         targets = batch["targets"]
         scored = (targets != IGNORE).sum(dim=1).clamp(min=1)
-        logprobs = token_logprobs(self.model, batch["input_ids"], batch["attention_mask"], batch["positions"], targets, shares=1 / scored)
-        return _recorded(-logprobs.sum(dim=1) / scored)
+        inputs = batch["input_ids"], batch["attention_mask"], batch["positions"], targets
+        with recorded_router_logits(self.model) as routers:
+            losses = _recorded(-token_logprobs(self.model, *inputs, shares=1 / scored).sum(dim=1) / scored)
+        return sum((balance_losses(self.model, each, batch["attention_mask"]) for each in routers), losses)
 
 
 @tagged("activations")
