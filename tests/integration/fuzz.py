@@ -66,7 +66,7 @@ def rows(folder: Path, packed: bool) -> Target:
         data = b"\n".join(lines) * draw.choice((1, 1, 1, 50))
         if not packed:
             return data
-        data *= draw.choice((1, 1, 1000)) if len(data) < 100_000 else 1
+        data *= draw.choice((1, 1, 1, 1000)) if len(data) < 20_000 else 1
         return mutations.altered(gzip.compress(data), [data], draw) if draw.random() < 0.3 else gzip.compress(data)
 
     encoder = Encoder(chat_tokenizer("byte-level"), limit=60, truncate=True)

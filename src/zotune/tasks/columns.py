@@ -47,12 +47,9 @@ def format_of(rows: Rows) -> tuple[str, ...]:
 def unused(rows: Rows, columns: tuple[str, ...]) -> list[str]:
     """Columns of any row that have no effect, in order; ValueError for one that is refused."""
     form = columns[0]
-    for name, fix in REFUSED[form].items():
-        if any(row.get(name) is not None for row in rows) if name in _all(rows) else False:
-            raise ValueError(f"{rows.source} has the column {name!r}, which chat templates no longer read: {fix}.")
-    return [name for name in _all(rows) if name not in (*USED[form], *IGNORED[form])]
-
-
-def _all(rows: Rows) -> list[str]:
     names: Iterable[str] = rows.columns if hasattr(rows.rows, "column_names") else (name for row in rows for name in row)
-    return list(dict.fromkeys(names))
+    found = list(dict.fromkeys(names))
+    for name in REFUSED[form].keys() & set(found):
+        if any(row.get(name) is not None for row in rows):
+            raise ValueError(f"{rows.source} has the column {name!r}, which chat templates no longer read: {REFUSED[form][name]}.")
+    return [name for name in found if name not in (*USED[form], *IGNORED[form])]
