@@ -103,7 +103,7 @@ class Encoder:
         if left:
             logger.warning("%s: used are the columns %s; not used: %s.", rows.source, " and ".join(columns), ", ".join(map(repr, left)))
         chats = ChatTokens(self.tokenizer, self.chat, self._facts.add) if columns[0] == "messages" else None
-        encode = {"prompt": self._completion, "text": self._text}.get(columns[0]) or partial(self._chat, chats)
+        encode = self._completion if columns[0] == "prompt" else self._text if chats is None else partial(self._chat, chats)
 
         def checked(row: Mapping[str, Any]) -> dict[str, Any]:
             example = encode(row)

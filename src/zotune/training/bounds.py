@@ -72,8 +72,9 @@ def check_adapter(model: nn.Module, folder: Path, weights: Path) -> None:
     largest = max((side for shape in _shapes(weights).values() for side in shape), default=0)
     sizes = {name: config.get(name) for name in _SIZES}
     sizes |= {f"rank_pattern {key!r}": value for key, value in _mapping(config.get("rank_pattern")).items()}
-    if config.get("peft_type") == "PREFIX_TUNING" and all(isinstance(sizes[each], int) for each in ("num_layers", "token_dim")):
-        sizes["2 num_layers token_dim"] = 2 * sizes["num_layers"] * sizes["token_dim"]
+    layers, width = sizes["num_layers"], sizes["token_dim"]
+    if config.get("peft_type") == "PREFIX_TUNING" and isinstance(layers, int) and isinstance(width, int):
+        sizes["2 num_layers token_dim"] = 2 * layers * width
     for name, value in sizes.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= largest):
             raise ValueError(f"{path} is damaged: {shown(name)} is {shown(value)}, and the largest dimension of its weights is {largest}.")
