@@ -46,7 +46,7 @@ class LowRankHook:
         self.add_low_rank = rule.add_low_rank
         self.calls = 0
         self.module = module
-        self.owner = weakref.ref(owner)
+        self.owner: weakref.ref[object] | None = weakref.ref(owner)
         module.__dict__[MARK] = self
         self._handles = [
             module.register_forward_hook(self.forward_hook),
@@ -72,6 +72,14 @@ class LowRankHook:
         if self.rule.is_loaded(module, state_dict, prefix + self.local_name):
             self.coordinate.reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"owner": None}  # the hook of a copied model belongs to no optimizer
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether its optimizer no longer exists."""
+        return self.owner is None or self.owner() is None
+
     def remove(self) -> None:
         """Remove the hook from the module."""
         for handle in self._handles:
@@ -80,12 +88,12 @@ class LowRankHook:
 
 
 def release_abandoned(model: nn.Module) -> None:
-    """Remove the hooks of optimizers that no longer exist; their updates are folded into the weights first."""
+    """Fold the updates of optimizers that no longer exist, or are those of the model that this one is a copy of, and remove their hooks."""
     hooks = [module.__dict__[MARK] for module in model.modules() if MARK in module.__dict__]
     if hooks:
         gc.collect()  # a scheduler and its optimizer refer to each other
     for hook in hooks:
-        if hook.owner() is None:
+        if hook.abandoned:
             hook.coordinate.fold()
             hook.remove()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,20 @@ def test_an_optimizer_that_is_gone_leaves_its_updates() -> None:
     other.remove_hooks()
     gc.collect()
     trains(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copied_model_has_the_updates_and_is_free(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model, batch = toys.classifier(), toys.batch(4, seed=0)
+    optimizer = zotune.ZerothOrder(model, toys.method("lozo"), lr=1e-2)
+    optimizer.step(toys.loss_function(model), batch)
+    twin = copied(model)
+    with torch.no_grad():
+        assert torch.equal(toys.loss_function(twin)(batch), toys.loss_function(model)(batch))
+    trains(twin)
+    assert not any(module._forward_hooks or module._state_dict_hooks for module in twin.modules())
+    optimizer.step(toys.loss_function(model), batch)
+    optimizer.remove_hooks()
 
 
 def test_a_replay_that_fails_leaves_the_model_free(tmp_path: Path) -> None:
