@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from chat_tokenizers import chat_tokenizer
 from trainer_cases import tiny_llama
 from zotune.bench import grid
+from zotune.cli.main import main
 from zotune.io import safe_yaml
 from zotune.io.limited import Limited, LimitError
 from zotune.memory import shapes
@@ -118,6 +119,13 @@ def test_a_grid_without_end_or_with_code_is_refused(kind: str, tmp_path: Path) -
     (tmp_path / "g.yaml").write_text(text)
     with refused(message):
         grid.load(tmp_path / "g.yaml")
+
+
+def test_the_command_lets_code_of_the_models_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "g.yaml").write_text(BASE + "methods: [mezo]\n")
+    for words, said in (([], False), (["--trust_remote_code"], True)):
+        assert main(["bench", str(tmp_path / "g.yaml"), "--dry_run", "--output_dir", str(tmp_path / "out"), *words]) == 0
+        assert ("--trust_remote_code=true" in capsys.readouterr().out) == said
 
 
 def test_a_file_of_options_does_not_let_code_run(tmp_path: Path) -> None:
