@@ -15,9 +15,9 @@ from zotune.io.memory_tags import tagged
 from zotune.methods.estimators import Estimate
 
 #: Version of the format. A journal of another version is refused.
-FORMAT = 2
+FORMAT = 3
 MAGIC = b"ZOJ%d" % FORMAT
-STEP, EVENT, DEFLATED = 1, 2, 3
+STEP, EVENT, DEFLATED, HALF_STEP = 1, 2, 3, 4
 HEAD = struct.Struct("<BH")
 CRC = struct.Struct("<I")
 LONGEST = HEAD.size + 0xFFFF + CRC.size
@@ -33,6 +33,8 @@ _PHRASES = (
 )
 #: Parameter groups of a run, at most: in memory every step has a learning rate for each.
 MOST_GROUPS = 1024
+#: Coefficients of a step that may be stored as bfloat16, where they are bfloat16 numbers.
+MANY = 16
 #: Bytes of a header, at most: 64 for each of a million parameters.
 MOST_HEADER = 1 << 26
 
@@ -69,6 +71,11 @@ Record = StepRecord | dict[str, Any]
 
 
 def pack(record: Record) -> bytes:
+    """A record's bytes.
+
+    Raises:
+        ValueError: they are more than a record holds.
+    """
     if isinstance(record, dict):
         kind, payload = EVENT, json.dumps(record, separators=(",", ":")).encode()
         if len(payload) <= 0xFFFF:
@@ -81,9 +88,11 @@ def pack(record: Record) -> bytes:
             lrs = lrs[:1]  # groups share a rate as a rule
         if len(lrs) > 0xFF:
             raise ValueError(f"a journal record holds at most {0xFF} learning rates, not {len(lrs)}; use fewer parameter groups.")
-        kind = STEP
+        kind, numbers = STEP, struct.pack(f"<{count}f", *record.coefficients)
+        if count >= MANY and not any(numbers[0::4]) and not any(numbers[1::4]):  # bfloat16 numbers
+            kind, numbers = HALF_STEP, _interleaved(numbers[2::4], numbers[3::4])
         payload = _STEP_HEAD.pack(record.step, record.loss, len(lrs), count, any(record.skipped))
-        payload += struct.pack(f"<{len(lrs)}d{count}f", *lrs, *record.coefficients)
+        payload += struct.pack(f"<{len(lrs)}d", *lrs) + numbers
         if any(record.skipped):
             payload += bytes(record.skipped)
     if len(payload) > 0xFFFF:
@@ -109,6 +118,11 @@ def inflate(payload: bytes) -> bytes:
 
 
 def unpack(kind: int, payload: bytes, groups: int) -> Record:
+    """The record of a payload; ``groups``: parameter groups of the run.
+
+    Raises:
+        ValueError, struct.error: no run writes such a payload.
+    """
     if kind == DEFLATED:
         payload = inflate(payload)
     if kind in (EVENT, DEFLATED):
@@ -117,10 +131,23 @@ def unpack(kind: int, payload: bytes, groups: int) -> Record:
             raise ValueError("an event that is not an object")
         return event
     step, loss, num_lrs, count, any_skipped = _STEP_HEAD.unpack_from(payload)
-    numbers = struct.unpack_from(f"<{num_lrs}d{count}f", payload, _STEP_HEAD.size)
-    lrs = numbers[:num_lrs] * (groups if num_lrs == 1 else 1)
+    lrs = struct.unpack_from(f"<{num_lrs}d", payload, _STEP_HEAD.size) * (groups if num_lrs == 1 else 1)
+    begin, size = _STEP_HEAD.size + 8 * num_lrs, 2 if kind == HALF_STEP else 4
+    numbers = payload[begin : begin + size * count]
+    if kind == HALF_STEP:
+        zeros = bytes(count)
+        numbers = _interleaved(zeros, zeros, numbers[0::2], numbers[1::2])
+    coefficients = struct.unpack(f"<{count}f", numbers)
     skipped = tuple(map(bool, payload[-count:])) if any_skipped else (False,) * count
-    return StepRecord(step, lrs, loss, numbers[num_lrs:], skipped)
+    return StepRecord(step, lrs, loss, coefficients, skipped)
+
+
+def _interleaved(*columns: bytes) -> bytes:
+    """The first byte of each of these, then the second, and so on."""
+    rows = bytearray(len(columns) * len(columns[0]))
+    for place, column in enumerate(columns):
+        rows[place :: len(columns)] = column
+    return bytes(rows)
 
 
 def parse(data: bytes, position: int) -> tuple[int, bytes, int] | None:
@@ -129,7 +156,7 @@ def parse(data: bytes, position: int) -> tuple[int, bytes, int] | None:
         return None
     kind, length = HEAD.unpack_from(data, position)
     end = position + HEAD.size + length + CRC.size
-    if kind not in (STEP, EVENT, DEFLATED) or end > len(data):
+    if kind not in (STEP, EVENT, DEFLATED, HALF_STEP) or end > len(data):
         return None
     body = data[position : end - CRC.size]
     if zlib.crc32(body) != CRC.unpack_from(data, end - CRC.size)[0]:

@@ -206,11 +206,11 @@ class OutputGradientSteps:
 
     @tagged("activations")
     def estimate(self, found: Derivatives) -> Estimate:
-        """The derivative along every element of S as a coefficient; a non-finite one skips the step."""
+        """The derivative along every element of S as a coefficient, bfloat16 as the journal stores it; a non-finite one skips the step."""
         loss = float(found.losses.double().mean())
         coefficients = self.alpha * found.slopes.double().mean(dim=1)
         good = math.isfinite(loss) and bool(coefficients.isfinite().all())
-        kept = coefficients.float() if good else torch.zeros(len(coefficients))
+        kept = coefficients.bfloat16().float() if good else torch.zeros(len(coefficients))
         return Estimate(loss if good else math.nan, kept, (not good,) * len(kept), math.nan, None)
 
     # -- scale and rate -----------------------------------------------------------------------------------------------------------------

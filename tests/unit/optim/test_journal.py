@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import math
 import os
 import struct
 import tracemalloc
@@ -298,3 +299,19 @@ def test_tensors_of_events_are_no_larger_than_their_weights(tmp_path):
     for name, shape in (("weight", [1 << 40]), ("nothing", [4]), ("weight", [-4, -4])):
         with pytest.raises(ValueError, match="no tensor of this run"):
             optimizer.apply({"event": "observed", "step": 0, "pieces": [[name, "uint8", shape, 0, "AAAA"]]})
+
+
+def test_many_bfloat16_coefficients_take_two_bytes_each(tmp_path):
+    journal = Journal.create(tmp_path / "j", {"groups": [[], []]})
+    numbers = torch.randn(200, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    rounded = StepRecord(0, (1e-3, 2e-3), 0.5, (*numbers.tolist(), -0.0, math.inf), (False,) * 202)
+    exact = StepRecord(1, (1e-3,), 0.5, (*numbers.tolist(), float(torch.tensor(0.1))), (False,) * 200 + (True,))
+    sizes = []
+    for record in (rounded, exact):
+        before = journal.size
+        journal.append(record)
+        sizes.append(journal.size - before)
+    assert sizes == [7 + 12 + 2 * 8 + 2 * 202, 7 + 12 + 8 + 5 * 201]
+    again = list(Journal.open(tmp_path / "j").records())
+    assert again == [rounded, exact._replace(lrs=(1e-3, 1e-3))]
+    assert math.copysign(1, again[0].coefficients[200]) == -1
