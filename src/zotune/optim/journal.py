@@ -3,9 +3,9 @@
     header   b"ZOJ" and the format's version, a digit; u32 length, JSON, u32 CRC-32
     record   u8 type, u16 length, payload, u32 CRC-32 of the type, length and payload
 
-A *step* record (type 1; type 4: with bfloat16 coefficients) holds the step, learning rates, mean loss, coefficients and skipped flags; about
-30 bytes with one direction. An *event* record (type 2, deflated: type 3) is a JSON object: a change of the state between steps. Numbers are
-little-endian.
+A *step* record (type 1; type 4: with bfloat16 coefficients) holds the step, learning rates, mean loss, coefficients and skipped flags, in
+about 30 bytes with one direction. An *event* record (type 2, deflated: type 3) is a JSON object: a change of the state between steps.
+Numbers are little-endian.
 
 Appending syncs to disk. A torn last record, the trace of a crash, is dropped on opening; damage anywhere else is an error that names the
 record.
