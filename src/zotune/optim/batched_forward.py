@@ -14,6 +14,7 @@ from zotune.forward.batches import Assignment, BatchLayout, assigned_layout, bat
 from zotune.forward.cuda_graphs import CudaGraphs
 from zotune.forward.losses import LossFunction, evaluation, losses_of
 from zotune.forward.model import PerturbedForward
+from zotune.forward.row_check import rows_checked
 from zotune.io.memory_tags import tagged
 from zotune.methods.estimators import Point
 from zotune.optim.state import RunState, StepContext
@@ -42,12 +43,13 @@ class BatchedForward:
         """The losses of a layout, points × examples, in one forward.
 
         Raises:
-            NotBatchableError: the loss is not one number per row.
+            NotBatchableError: the loss is not one number per row, or does not call the model with the rows.
         """
         rows = take_rows(part, layout.source, batch_rows(part))
-        losses = self.graphs.losses(loss_fn, partial(losses_of, loss_fn), rows, layout)
-        if losses is None:
-            losses = self.forward.evaluate_batched(partial(losses_of, loss_fn, rows), layout)
+        with rows_checked(self.forward.model, layout.total):
+            losses = self.graphs.losses(loss_fn, partial(losses_of, loss_fn), rows, layout)
+            if losses is None:
+                losses = self.forward.evaluate_batched(partial(losses_of, loss_fn, rows), layout)
         if losses.numel() != layout.total:
             raise NotBatchableError(f"the loss of {layout.total} stacked examples is {losses.numel()} numbers")
         return losses[send(layout.losses, losses.device)]

@@ -20,7 +20,7 @@ from zotune.forward.losses import LossFunction, as_losses, evaluation
 from zotune.io.execution import clock
 from zotune.io.memory_tags import tagged
 from zotune.methods import Method
-from zotune.methods.estimators import Estimator
+from zotune.methods.estimators import Estimator, Point
 from zotune.optim.batched_forward import BatchedForward
 from zotune.optim.distributed.workers import Workers
 from zotune.optim.state import StepContext
@@ -31,6 +31,8 @@ WORTH_MEASURING = 0.5
 #: Sequential has to take less than this fraction of batched's time, so that a run's choice is not a matter of chance.
 CLEARLY = 0.8
 REPEATS = 3
+#: Multiples of ε at which evaluations are compared.
+FARTHER = (1, 10, 100, 1000)
 
 
 @dataclass(frozen=True)
@@ -155,19 +157,21 @@ class Chooser:
         points = self.estimator.points(self.method.directions_of(0))
         chosen = [i for i, point in enumerate(points) if point.direction in (0, points[-1].direction)]
         evaluate = evaluation(loss_fn, [part])
-        offsets = [Offset(points[i].sign * eps, context.seed, context.step, points[i].direction) for i in chosen]
 
-        def sequentially() -> Tensor:
+        def sequentially(farther: int = 1) -> Tensor:
+            signs = [(points[i].sign * farther, points[i].direction) for i in chosen]
+            offsets = [Offset(sign * eps, context.seed, context.step, direction) for sign, direction in signs]
             return torch.stack([batched.forward.evaluate(evaluate, offset) for offset in offsets])
 
-        slow = sequentially()
-        layout = batched.layout(context, part, points)
-        reason = self._difference(lambda: batched.losses(loss_fn, part, layout)[chosen], slow, here)
+        slow, farther = _with_effect(sequentially, here)
+        far = batched.layout(context, part, [Point(point.sign * farther, point.direction) for point in points])
+        reason = self._difference(lambda: batched.losses(loss_fn, part, far)[chosen], slow, here)
         if reason is not None:
             return known.give_up(reason)
         known = replace(known, rowwise=False)
         if not self._times:
             return replace(known, batched=known.batched is not False)
+        layout = batched.layout(context, part, points)
         share = slow.numel() / layout.losses.numel()
         slower = _sequential_is_faster(lambda: batched.losses(loss_fn, part, layout), sequentially, share)
         return replace(known, batched=not slower)
@@ -178,14 +182,16 @@ class Chooser:
         batched, signs = self.batched, self.estimator.signs
         ends = sorted({assignment.directions[0], assignment.directions[-1]})
         columns = [pair for direction in ends for pair, owner in enumerate(assignment.directions) if owner == direction]
-        slow = batched.by_direction(context, part, assignment, signs, only=ends)
         here = here[[assignment.examples[pair] for pair in columns]]
 
-        def rowwise(together: bool) -> Tensor:
-            return batched.rowwise(context, part, assignment, signs, together)[0]
+        def alone(farther: int) -> Tensor:
+            return batched.by_direction(context, part, assignment, [sign * farther for sign in signs], only=ends)
 
-        together = known.batched is not False
-        reason = self._difference(lambda: rowwise(together)[:, columns], slow, here)
+        def rowwise(together: bool, farther: int = 1) -> Tensor:
+            return batched.rowwise(context, part, assignment, [sign * farther for sign in signs], together)[0]
+
+        together, (slow, farther) = known.batched is not False, _with_effect(alone, here)
+        reason = self._difference(lambda: rowwise(together, farther)[:, columns], slow, here)
         if reason is not None:
             return known.give_up(reason)
         known = replace(known, rowwise=True)
@@ -205,7 +211,22 @@ class Chooser:
             return str(error)
         if self.batched.forward.agree(quick, slow, here):
             return None
-        return f"its losses are {quick.mean():.6g} on average, those of one point after the other {slow.mean():.6g}"
+        return (
+            f"its losses are {quick.mean():.6g} on average, those of one point after the other {slow.mean():.6g}, as where a row's loss "
+            "depends on the rows beside it (random numbers drawn for all rows, padding behind generated texts)"
+        )
+
+
+def _with_effect(losses: Callable[[int], Tensor], here: Tensor) -> tuple[Tensor, int]:
+    """The perturbed losses, of the smallest of some multiples of ε at which one differs from ``here``, and that multiple.
+
+    Losses of generated texts may be the same at θ ± ε, whichever weights they were computed with.
+    """
+    for farther in FARTHER:
+        found = losses(farther)
+        if bool((found != here).any()):
+            break
+    return found, farther
 
 
 def _sequential_is_faster(batched: Callable[[], Tensor], sequential: Callable[[], Tensor], share: float) -> bool:
