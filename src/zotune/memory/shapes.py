@@ -14,6 +14,7 @@ from torch import nn
 from zotune.tasks.preparation import is_encoder
 from zotune.training.bounds import check_counts
 from zotune.training.loading import explained
+from zotune.weights.structure import text_config
 
 
 def shipped() -> dict[str, str]:
@@ -80,24 +81,20 @@ def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -
     return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _text(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def context_of(config: Any) -> int:
     """The longest sequence the model takes; 0: unknown."""
-    return int(getattr(_text(config), "max_position_embeddings", 0) or 0)
+    return int(getattr(text_config(config), "max_position_embeddings", 0) or 0)
 
 
 def depth_of(config: Any) -> int:
     """The number of layers; 0: unknown."""
-    return int(getattr(_text(config), "num_hidden_layers", 0) or 0)
+    return int(getattr(text_config(config), "num_hidden_layers", 0) or 0)
 
 
 def shallow(config: Any, layers: int) -> Any:
     """The configuration of the same model with so many layers."""
     config = copy.deepcopy(config)
-    text = _text(config)
+    text = text_config(config)
     text.num_hidden_layers = layers
     kinds = getattr(text, "layer_types", None)
     if kinds:

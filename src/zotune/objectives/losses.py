@@ -17,12 +17,13 @@ from zotune.io.memory_tags import tagged
 from zotune.objectives import output_gradients, packed_choices
 from zotune.objectives.router_balance import balance_losses, recorded_router_logits
 from zotune.objectives.token_logprobs import IGNORE, at_least_float32, cross_entropy, logits_of, scored_logits, token_logprobs
-from zotune.weights.structure import head_of
+from zotune.weights.structure import head_of, text_config
 
 Batch = Mapping[str, Tensor]
 
 
-def _recorded(losses: Tensor) -> Tensor:
+def recorded(losses: Tensor) -> Tensor:
+    """The losses (B,) of the forward that just ended, which an active recorder gets."""
     recorder = output_gradients.active_recorder()
     return losses if recorder is None else recorder.end_losses(losses)
 
@@ -44,7 +45,7 @@ class LanguageModelLoss:
         scored = (targets != IGNORE).sum(dim=1).clamp(min=1)
         inputs = batch["input_ids"], batch["attention_mask"], batch["positions"], targets
         with recorded_router_logits(self.model) as routers:
-            losses = _recorded(-token_logprobs(self.model, *inputs, shares=1 / scored).sum(dim=1) / scored)
+            losses = recorded(-token_logprobs(self.model, *inputs, shares=1 / scored).sum(dim=1) / scored)
         return sum((balance_losses(self.model, each, batch["attention_mask"]) for each in routers), losses)
 
 
@@ -99,7 +100,7 @@ class ChoiceLoss:
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
         scores = choice_scores(self.model, batch, self.length_normalize, answers=batch["answer"])
-        return _recorded(F.cross_entropy(scores, batch["answer"], reduction="none"))
+        return recorded(F.cross_entropy(scores, batch["answer"], reduction="none"))
 
 
 @dataclass
@@ -167,7 +168,21 @@ def _classes(labels: Tensor) -> str:
 def class_scores(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (B, number of classes) of a sequence-classification model, in float32."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
-    return at_least_float32(logits_of(model(**inputs)))
+    return at_least_float32(logits_of(model(**padded_for(model, inputs))))
+
+
+@tagged("temporary")
+def padded_for(model: nn.Module, inputs: Batch) -> Batch:
+    """The inputs with the model's own padding id where the attention mask is 0.
+
+    A decoder with a classification head scores the last token that is not ``config.pad_token_id``. With another id behind a text, its
+    score would depend on the length of the batch.
+    """
+    ids, mask, config = inputs.get("input_ids"), inputs.get("attention_mask"), getattr(model, "config", None)
+    padding = getattr(text_config(config), "pad_token_id", None)
+    if padding is None or ids is None or mask is None or ids.shape != mask.shape:
+        return inputs
+    return {**inputs, "input_ids": ids.masked_fill(mask == 0, padding)}
 
 
 _OBJECTIVES: dict[str, Callable[[nn.Module], Callable[[Batch], Tensor]]] = {

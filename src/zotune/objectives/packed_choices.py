@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zotune.objectives.token_logprobs import IGNORE, at_least_float32, log_normalizers, scored_logits, takes, token_logprobs
 from zotune.weights.precision import HALF
+from zotune.weights.structure import text_config
 
 Batch = Mapping[str, Tensor]
 
@@ -64,8 +65,7 @@ def _may_pack(model: nn.Module, length: int) -> bool:
     adapter: Any = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):  # PEFT adds a soft prompt and sets masks and positions itself
         return False
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    windows = [getattr(config, name, None) for name in _WINDOWS]
+    windows = [getattr(text_config(config), name, None) for name in _WINDOWS]
     return all(length <= window for window in windows if isinstance(window, int))
 
 

@@ -22,7 +22,6 @@ IGNORE = -100
 CHUNK_ELEMENTS = 2**24
 
 
-@tagged("logits")
 def token_logprobs(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, *, shares: Tensor | None = None
 ) -> Tensor:
@@ -39,25 +38,51 @@ def token_logprobs(
     Returns:
         Natural-log probabilities in float32 (float64 for a float64 model), (R, S); 0 where the target is -100.
     """
-    recorder = output_gradients.active_recorder() if shares is not None else None
+    return scored_logprobs(model, {"input_ids": input_ids, "attention_mask": attention_mask}, positions, targets, shares=shares)
+
+
+@tagged("logits")
+def scored_logprobs(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    positions: Tensor,
+    targets: Tensor,
+    *,
+    shares: Tensor | None = None,
+    length: int | None = None,
+) -> Tensor:
+    """As :func:`token_logprobs`, with any inputs of the model.
+
+    Args:
+        inputs: the model's arguments, with input_ids (R, T).
+        length: T of the logits, where it is not that of input_ids (a decoder behind an encoder).
+    """
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    recorder = output_gradients.active_recorder() if shares is not None and mask.shape == ids.shape else None
     if recorder is not None:
-        recorder.begin(positions, targets != IGNORE, attention_mask)
-    logits = scored_logits(model, {"input_ids": input_ids, "attention_mask": attention_mask}, positions)
+        recorder.begin(positions, targets != IGNORE, mask)
+    logits = scored_logits(model, inputs, positions, length)
     if recorder is not None and shares is not None:
         recorder.end(logits, targets, head_of(model), shares)
     return -cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
 
 
 @tagged("activations")
-def scored_logits(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """Logits (R, S, vocabulary) at `positions` (R, S), by the model's own forward of ``input_ids`` (R, T) and other inputs."""
+def scored_logits(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor, length: int | None = None) -> Tensor:
+    """Logits (R, S, vocabulary) at `positions` (R, S), by the model's own forward of ``input_ids`` (R, T) and other inputs.
+
+    ``length``: T of the logits; None: that of the inputs.
+    """
+    rows, length = len(inputs["input_ids"]), inputs["input_ids"].shape[1] if length is None else length
     arguments: dict[str, Tensor | bool] = dict(inputs)
     if takes(model, "use_cache"):
         arguments["use_cache"] = False
-    with _gather_before_head(model, positions, inputs["input_ids"].shape) as gathered:
+    with _gather_before_head(model, positions, torch.Size((rows, length))) as gathered:
         logits = logits_of(model(**arguments))
     if not gathered:
-        logits = _select(logits, _behind_own_tokens(logits, positions, inputs["input_ids"].shape[1]))
+        logits = _select(logits, _behind_own_tokens(logits, positions, length))
     return logits
 
 

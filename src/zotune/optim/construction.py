@@ -33,6 +33,7 @@ from zotune.subspaces import Full, Guided, LowRank, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate
 from zotune.weights import placement, quantized_linear
 from zotune.weights.external_linear import is_external
+from zotune.weights.structure import refuse_compiled
 
 #: Types of weights that an update can write.
 WRITTEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -136,9 +137,10 @@ def build(
     """The parts of a run; ``measured``: the learning rate is.
 
     Raises:
-        ValueError: the method cannot train this model, or the model is being trained by another optimizer.
+        ValueError: the method cannot train this model, it is compiled, or it is being trained by another optimizer.
     """
     release_abandoned(model)
+    refuse_compiled(model)
     groups = [_coordinates(model, method, rule, group) for group in param_groups]
     coordinates = [c for group in groups for c in group]
     if not coordinates:

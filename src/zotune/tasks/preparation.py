@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.sources import Rows, clean, demonstrated, load_rows, read_jsonl, sample, split_train
 from zotune.tasks.task import Task
+from zotune.tasks.vocabulary import check_vocabulary
+from zotune.weights.structure import text_config
 
 OBJECTIVES = ("lm", "choices", "classifier")
 
@@ -113,8 +116,8 @@ def prepare(
     limit, users = context_limit(tokenizer, model_config, max_length)
     encoder = Encoder(tokenizer, limit, truncate, users, _chat_options(tools, chat_template_kwargs, task))
     padding: dict[str, Any] = {"pad_token_id": pad_token_id(tokenizer), "pad_to_multiple_of": pad_to_multiple_of}
-    if train_objective == "classifier" and getattr(model_config, "pad_token_id", 0) is None:
-        model_config.pad_token_id = padding["pad_token_id"]  # decoder classifiers find the last token by it
+    if train_objective == "classifier":
+        _align_padding(model_config, padding["pad_token_id"])
 
     references: list[tuple[str, ...]] = []  # of the dev and eval examples of a generation task
 
@@ -164,10 +167,12 @@ def prepare(
     if task is not None and eval_objective == "generation":
         compute_metrics = ComputeAnswerMetrics(partial(tokenizer.decode, skip_special_tokens=True), references, task.metrics)
     collate = partial(_collator, task=task, encoder=encoder, padding=padding)
+    train, dev, evaluated = encode(train_rows), encode(dev_rows, eval_task, evaluated=True), encode(eval_rows, eval_task, evaluated=True)
+    check_vocabulary(tokenizer, model_config, padding["pad_token_id"], chain(train or (), dev or (), evaluated or ()))
     return PreparedData(
-        train=encode(train_rows),
-        dev=encode(dev_rows, eval_task, evaluated=True),
-        eval=encode(eval_rows, eval_task, evaluated=True),
+        train=train,
+        dev=dev,
+        eval=evaluated,
         collate_train=collate(train_objective),
         collate_eval=collate(eval_objective),
         train_objective=train_objective,
@@ -189,6 +194,16 @@ def _chat_options(tools: Any, variables: Mapping[str, Any] | None, task: Task | 
     if isinstance(tools, str | Path):
         tools = read_tools(tools)
     return ChatOptions(None if tools is None else list(tools), variables_of(dict(variables or {})))
+
+
+def _align_padding(model_config: Any, padding: int) -> None:
+    """A decoder with a classification head scores the last token that is not its own padding: this id is to be the tokenizer's."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind, config = getattr(model_config, "model_type", None), text_config(model_config)
+    decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if decoder or getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = padding
 
 
 def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapping[str, Any]) -> Any:

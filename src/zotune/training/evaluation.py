@@ -14,10 +14,14 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from zotune import objectives
 from zotune.io.suggest import did_you_mean
+from zotune.objectives.losses import padded_for
 from zotune.objectives.token_logprobs import IGNORE
+from zotune.tasks.collators import LanguageModelCollator
+from zotune.tasks.vocabulary import check_token
 from zotune.training.checkpointing import CheckpointedTrainer
+from zotune.training.raw_text import encoded
 from zotune.training.samplers import LongestFirst, eval_sampler
-from zotune.weights.structure import module_mode
+from zotune.weights.structure import classifier_of, module_mode
 
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[Batch], Tensor]
@@ -43,7 +47,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
             self._eval_dataloaders: dict[str, Any] = {}  # persistent workers are of the data that they were started for
         try:
             with self._evaluation_collator():
-                return super().get_eval_dataloader(eval_dataset)
+                return super().get_eval_dataloader(self._encoded(eval_dataset))
         finally:
             if kept is not None:
                 self._eval_dataloaders = kept
@@ -51,7 +55,12 @@ class EvaluatedTrainer(CheckpointedTrainer):
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As in `transformers.Trainer`, with `eval_data_collator`."""
         with self._evaluation_collator():
-            return super().get_test_dataloader(test_dataset)
+            return super().get_test_dataloader(self._encoded(test_dataset))
+
+    def _encoded(self, dataset: Any) -> Any:
+        if dataset is None or isinstance(dataset, str) or not isinstance(self.data_collator, LanguageModelCollator):
+            return dataset
+        return encoded(dataset, self.processing_class, self.model, "the data set")
 
     @contextmanager
     def _evaluation_collator(self) -> Iterator[None]:
@@ -62,6 +71,16 @@ class EvaluatedTrainer(CheckpointedTrainer):
             yield
         finally:
             self.data_collator, self.args.dataloader_drop_last = usual, drop_last
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As in `transformers.Trainer`; token ids without embeddings are refused, and classifiers get padding of their own."""
+        if isinstance(inputs, Mapping) and isinstance(ids := inputs.get("input_ids"), Tensor):
+            rows = _embedding_rows(self.model)
+            if rows is not None and ids.device.type == "cpu" and ids.numel():  # elsewhere it would wait for the device
+                check_token(int(ids.max()), rows, self.processing_class)
+            if classifier_of(self.model) is not None:
+                inputs = {**inputs, **padded_for(self.model, inputs)}
+        return super()._prepare_inputs(inputs)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return eval_sampler(eval_dataset, self.args)
@@ -157,6 +176,12 @@ class EvaluatedTrainer(CheckpointedTrainer):
             self._set_signature_columns_if_needed()
             return dataset.remove_columns([c for c in dataset.column_names if c not in self._signature_columns])
         return super()._remove_unused_columns(dataset, description)
+
+
+def _embedding_rows(model: nn.Module) -> int | None:
+    """Rows of the table that token ids are looked up in; None where it is unknown."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def layout(batch: Mapping[str, Any]) -> str | None:

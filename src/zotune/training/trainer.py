@@ -27,16 +27,22 @@ from zotune.methods import AUTO, Method
 from zotune.optim.distributed import launch, partition
 from zotune.optim.journal_records import StepRecord
 from zotune.optim.optimizer import ZerothOrder
-from zotune.subspaces import Guided
+from zotune.rng.directions import Key
+from zotune.rng.isolation import isolated_generators
 from zotune.training import resume, resume_rules
 from zotune.training.checkpoint import storage
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
-from zotune.training.samplers import balanced_group_size, check_training_data, classes_of, train_sampler
+from zotune.training.model_loss import ModelLoss
+from zotune.training.raw_text import with_encoded_texts
+from zotune.training.samplers import check_training_data, train_sampler
+from zotune.training.settled_method import settled_method
 from zotune.training.stepped_optimizer import SteppedOptimizer
-from zotune.weights.structure import head_of
+from zotune.weights.structure import head_of, uncompiled
 
+#: Examples whose loss shows whether it is one number for each.
+SAMPLE = 8
 #: Share of the steps over which the default schedule decays.
 DECAY = 0.3
 
@@ -47,15 +53,18 @@ class ZOTrainer(EvaluatedTrainer):
     With a first-order `method` (:mod:`zotune.baselines`), gradients come from a backward pass, and there is no journal.
 
     Args:
-        model: any `transformers` model, PEFT model or module; its parameters with `requires_grad` are trained.
+        model: any `transformers` model, PEFT model or module; its parameters with `requires_grad` are trained. Of a model by
+            `torch.compile` the one that was compiled is trained, as it is.
         args: a :class:`ZOConfig`.
         objective: the loss: ``"lm"``, ``"choices"`` or ``"classifier"`` (see :mod:`zotune.objectives`), or a callable
             ``(model, batch) -> losses`` of shape (B,) or scalar, differentiable or not. None: "choices" or "lm" by the keys of batches with
-            `positions`; for others the loss the model computes from its labels (`compute_loss`).
+            `positions`; for others the loss the model computes of its labels (`compute_loss`), per example where it is known as such
+            (:mod:`zotune.objectives.label_losses`).
         eval_objective: the same for evaluation; None: by the keys of the evaluation batches, else `objective`.
         eval_data_collator: collator of evaluation and prediction batches; None: that of training.
         optimizers: a (:class:`ZerothOrder` or :class:`FirstOrder`, scheduler) pair of your own; either may be None.
-        kwargs: everything else `transformers.Trainer` takes.
+        kwargs: everything else `transformers.Trainer` takes. Without a `data_collator`, data sets of texts (text, messages, or prompt and
+            completion) are encoded by `processing_class` as `zotune train` does.
 
     Raises:
         ValueError: `args` is not a ZOConfig, or another kind of optimizer is passed.
@@ -97,7 +106,9 @@ class ZOTrainer(EvaluatedTrainer):
         self._micro_batches: list[Batch] = []
         self._bound: tuple[Objective, LossFunction] | None = None
         self._since_train = StepSums()
-        super().__init__(model, args, *positional, optimizers=optimizers, **kwargs)
+        self._model_loss = ModelLoss(self)
+        model = None if model is None else uncompiled(model)
+        super().__init__(model, args, optimizers=optimizers, **with_encoded_texts(model, objective, positional, kwargs))
         self._check_request()
         for chosen in (objective, eval_objective):
             if chosen is not None:
@@ -260,11 +271,15 @@ class ZOTrainer(EvaluatedTrainer):
         )
 
     def _sample_batches(self, step: int, count: int) -> list[Batch]:
-        """Micro-batches of ``count`` training examples, drawn by the run's seed and the step alone."""
+        """Micro-batches of ``count`` training examples for the loss function, drawn by the run's seed and the step alone."""
+        return self._loss_of(self._draw_batches(step, count))[1]
+
+    def _draw_batches(self, step: int, count: int) -> list[Batch]:
         size = self.args.per_device_train_batch_size
         chosen = np.random.default_rng((self.args.seed, step)).permutation(len(self.train_dataset))[:count].tolist()
         pieces = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-        return [self._prepare_inputs(self._collated(piece)) for piece in pieces]
+        with isolated_generators(Key(self.args.seed, step, 0, "", "sample"), []):  # a collator may draw
+            return [self._prepare_inputs(self._collated(piece)) for piece in pieces]
 
     def _collated(self, indices: list[int]) -> Batch:
         """A batch of training examples, as the data loader makes it."""
@@ -276,21 +291,22 @@ class ZOTrainer(EvaluatedTrainer):
         return collate([dataset[index] for index in indices])
 
     def _method(self) -> Method:
-        """The config's method, with options that it leaves open set by data and batch size.
+        """The config's method, with options that it leaves open set by data, loss and batch size."""
+        step_size = self._train_batch_size * self.args.gradient_accumulation_steps
+        return settled_method(self.args, self.train_dataset, step_size, guidable=self._is_guidable, per_example=self._loss_is_per_example)
 
-        Directions per example become directions per group of different classes; a guided method's phases are longer for small batches.
-        """
-        args, method = self.args, self.args.zo_method()
-        extra = args.method_args if isinstance(args.method_args, dict) else {}
-        examples, found = self._train_batch_size * args.gradient_accumulation_steps, dict[str, Any]()
-        if method.own and args.directions_per is None and "directions_per" not in extra:
-            stratified = args.train_sampling_strategy == "stratified" and has_length(self.train_dataset)
-            size = balanced_group_size(len(set(classes_of(self.train_dataset) or ())) if stratified else 0, examples)
-            found |= {} if size is None else {"directions_per": "group", "group_size": size}
-        guidable = head_of(self.model) is not None and self.objective in (None, "lm", "generation", "choices")
-        if guidable and isinstance(method.subspace, Guided) and args.interval is None and "interval" not in extra:
-            found["interval"] = method.subspace.interval_for(examples)
-        return args.zo_method(**found) if found else method
+    def _is_guidable(self) -> bool:
+        known = self.objective in (None, "lm", "generation", "choices") and self._model_loss.form in (None, "next token")
+        return known and head_of(self.model) is not None
+
+    def _loss_is_per_example(self) -> bool:
+        """Whether the loss of some training examples is one number for each; assumed where they cannot be drawn."""
+        if isinstance(self.objective, str) or not has_length(self.train_dataset):
+            return True
+        batch = self._draw_batches(0, min(self.args.per_device_train_batch_size, SAMPLE))[0]
+        if self.objective is None and layout(batch) is not None:
+            return True
+        return self._model_loss.is_per_example(batch, self.objective)
 
     # --- a step ---
 
@@ -301,9 +317,7 @@ class ZOTrainer(EvaluatedTrainer):
         if not self.accelerator.sync_gradients:
             return nothing
         batches, self._micro_batches = self._micro_batches, []
-        if self.workers.several and (self.objective or layout(batches[0])) is None:
-            batches = [piece for batch in batches for piece in _split(batch, self.workers.size)]  # a scalar loss per batch
-        loss_fn = self._loss_function(batches, num_items_in_batch)
+        loss_fn, batches = self._loss_of(batches, num_items_in_batch)
         start = time.perf_counter()
         try:
             self.zo_optimizer.step(loss_fn, batches[0] if len(batches) == 1 else batches)
@@ -337,23 +351,17 @@ class ZOTrainer(EvaluatedTrainer):
             "The weights are those before the step, and the run can be resumed from its last checkpoint."
         )
 
-    def _loss_function(self, batches: list[Batch], num_items_in_batch: Tensor | int | None) -> LossFunction:
+    def _loss_of(self, batches: list[Batch], num_items_in_batch: Tensor | int | None = None) -> tuple[LossFunction, list[Batch]]:
+        """The loss function of a step, and its micro-batches for it."""
         objective = self.objective or layout(batches[0])
         if objective is not None:
             self._check_loss(objective)
             if self._bound is None or self._bound[0] != objective:  # one object for all steps, which CUDA graphs identify it by
                 self._bound = objective, bound(objective, self.model)
-            return self._bound[1]
-        # The model divides by the labels of all micro-batches, and the optimizer averages over the micro-batches.
-        scaled = self.loss_is_scaled_for_ga
-        if scaled is None:
-            scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or bool(self.compute_loss_func)
-        factor = len(batches) if scaled else 1
-
-        def loss_of_labels(batch: Batch) -> Tensor:
-            return self.compute_loss(self.model, dict(batch), num_items_in_batch=num_items_in_batch) * factor
-
-        return loss_of_labels
+            return self._bound[1], batches
+        if self.workers.several and self._model_loss.per_example(batches[0]) is None:
+            batches = [piece for batch in batches for piece in _split(batch, self.workers.size)]
+        return self._model_loss.step(batches, num_items_in_batch)
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Nothing: a first-order step clips its gradient itself."""

@@ -92,6 +92,27 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` wraps, else the model itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """ValueError where a module is compiled: its graph would not see that weights are perturbed."""
+    for name, module in model.named_modules():
+        if uncompiled(module) is not module or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{f'the module {name!r}' if name else 'the model'} is compiled, and zotune attaches to the model's own modules: pass the "
+                "model without torch.compile, to the optimizer and in the loss."
+            )
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that is about text; the configuration itself where it has no parts."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def head_of(model: nn.Module) -> nn.Module | None:
     """The layer that maps the last hidden states of a language model to logits; None where it is unknown.
 
