@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from zotune.errors import NotBatchableError
-from zotune.forward.batches import batch_rows
+from zotune.forward.batches import batch_rows, take_rows
 from zotune.objectives import IGNORE, label_losses
 from zotune.objectives.label_losses import LabelLoss
+from zotune.optim.distributed import partition
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.training.evaluation import Batch, LossFunction, Objective, bound
@@ -78,6 +79,8 @@ class ModelLoss:
         found = self.per_example(batches[0])
         if found is not None:
             return found, list(found.batches(batches))
+        if self.trainer.workers.several:
+            batches = [piece for batch in batches for piece in _split(batch, self.trainer.workers.size)]
         if self.users:
             # By transformers' contract such a loss may be divided by the labels of all micro-batches, whose mean is taken here.
             factors = [float(len(batches) if self._is_divided(batches, num_items_in_batch) else 1)] * len(batches)
@@ -118,6 +121,12 @@ class ModelLoss:
 
 def _devices() -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+
+
+def _split(batch: Batch, pieces: int) -> list[Batch]:
+    """A batch in contiguous pieces, at most one per example."""
+    rows = batch_rows(batch)
+    return [take_rows(batch, torch.arange(piece.start, piece.stop), rows) for piece in partition.cut(rows, min(pieces, rows))]
 
 
 def _has_rows(batch: Any) -> bool:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput, has_length
 
 from zotune.baselines import Baseline, FirstOrder, optimizer_class
-from zotune.forward.batches import batch_rows, take_rows
 from zotune.io.lock import locked
 from zotune.methods import AUTO, Method
-from zotune.optim.distributed import launch, partition
+from zotune.optim.distributed import launch
 from zotune.optim.journal_records import StepRecord
 from zotune.optim.optimizer import ZerothOrder
 from zotune.rng.directions import Key
@@ -359,8 +358,6 @@ class ZOTrainer(EvaluatedTrainer):
             if self._bound is None or self._bound[0] != objective:  # one object for all steps, which CUDA graphs identify it by
                 self._bound = objective, bound(objective, self.model)
             return self._bound[1], batches
-        if self.workers.several and self._model_loss.per_example(batches[0]) is None:
-            batches = [piece for batch in batches for piece in _split(batch, self.workers.size)]
         return self._model_loss.step(batches, num_items_in_batch)
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
@@ -397,12 +394,6 @@ class ZOTrainer(EvaluatedTrainer):
         self._tr_loss = torch.zeros((), device=self.args.device)
         self._total_loss_scalar = self._since_train.mean_loss() * (self.state.global_step - self._initial_global_step)
         return super()._finalize_training(trial, num_train_samples, start_time)
-
-
-def _split(batch: Batch, pieces: int) -> list[Batch]:
-    """A batch in contiguous pieces, at most one per example."""
-    rows = batch_rows(batch)
-    return [take_rows(batch, torch.arange(piece.start, piece.stop), rows) for piece in partition.cut(rows, min(pieces, rows))]
 
 
 def _out_of_memory(error: BaseException) -> bool:
