@@ -11,7 +11,8 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from zotune.tasks.collators import LanguageModelCollator
-from zotune.tasks.encoding import FORMATS, Encoder, context_limit, pad_token_id
+from zotune.tasks.columns import FORMATS, USED
+from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.sources import Rows
 from zotune.tasks.vocabulary import check_vocabulary
 from zotune.weights.structure import classifier_of
@@ -68,7 +69,12 @@ def encoded(dataset: Any, tokenizer: Any, model: nn.Module | None, source: str) 
     config = getattr(model, "config", None)
     encoder = Encoder(tokenizer, context_limit(tokenizer, config)[0])
     if not has_length(dataset):
-        return dataset.map(lambda row: encoder.completions(Rows([row], source, [0], "row"))[0], remove_columns=list(columns))
+        used = next(USED[names[0]] for names in FORMATS if set(names) <= set(columns))
+
+        def encode(row: Mapping[str, Any]) -> dict[str, Any]:
+            return encoder.completions(Rows([{name: row[name] for name in used if name in row}], source, [0], "row"))[0]
+
+        return dataset.map(encode, remove_columns=columns)
     rows = dataset if hasattr(dataset, "column_names") else [dataset[index] for index in range(len(dataset))]
     examples = encoder.completions(Rows(rows, source, range(len(rows)), "row"))
     check_vocabulary(tokenizer, config, pad_token_id(tokenizer), examples)

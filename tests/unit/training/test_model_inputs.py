@@ -92,7 +92,7 @@ def test_a_decoder_classifiers_padding_is_the_tokenizers(tokenizer: Any, data_di
 # --- tokens without embeddings ---
 
 
-def test_a_token_without_an_embedding_is_named_before_the_model_is_read(tiny_lm: Path, tmp_path: Path) -> None:
+def test_a_token_without_an_embedding_is_named(tiny_lm: Path, tmp_path: Path) -> None:
     larger = AutoTokenizer.from_pretrained(tiny_lm)
     larger.add_tokens(["<new>"])
     base = LlamaConfig(vocab_size=len(larger) - 1, max_position_embeddings=64)

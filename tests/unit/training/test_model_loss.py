@@ -165,7 +165,7 @@ def test_an_objective_per_batch_has_directions_per_batch(tmp_path: Path) -> None
     assert run.zo_optimizer.method.directions_per == "batch"
 
 
-def test_directions_per_example_asked_for_need_a_loss_per_example(tmp_path: Path) -> None:
+def test_directions_per_example_need_a_loss_per_example(tmp_path: Path) -> None:
     def mean_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
 
