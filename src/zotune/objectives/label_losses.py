@@ -15,12 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
-from zotune.objectives.losses import recorded
-from zotune.objectives.token_logprobs import IGNORE, at_least_float32, cross_entropy, logits_of, scored_logprobs
+from zotune.objectives.losses import head_losses, recorded
+from zotune.objectives.token_logprobs import IGNORE, at_least_float32, logits_of, scored_logprobs
 from zotune.weights.precision import HALF
 
 Batch = Mapping[str, Tensor]
@@ -98,34 +97,16 @@ def _token(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
     return -_logprobs(model, batch, None).sum(dim=1)  # no language model's head, or one behind an encoder: no output gradients
 
 
-def _outputs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (B, C) in float32, and labels."""
+def _example(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return at_least_float32(logits_of(model(**inputs))), batch["labels"]
-
-
-def _class(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
-    logits, labels = _outputs(model, batch)
-    return cross_entropy(logits, labels.view(-1))
-
-
-def _regression(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
-    outputs, labels = _outputs(model, batch)
-    return (outputs - labels.view_as(outputs)).square().mean(dim=1)
-
-
-def _multi_label(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
-    logits, labels = _outputs(model, batch)
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(dim=1)
+    return head_losses(model, at_least_float32(logits_of(model(**inputs))), batch["labels"])
 
 
 #: The sum over an example's items of (model, batch, weights).
 FORMS: dict[str, Callable[[nn.Module, Batch, Tensor], Tensor]] = {
     "next token": _next_token,  # causal language models
     "token": _token,  # masked language models, encoder-decoders, token classifiers
-    "class": _class,
-    "regression": _regression,
-    "multi-label": _multi_label,
+    "example": _example,  # classes, numbers or several labels
 }
 
 
@@ -138,7 +119,7 @@ def find(model: nn.Module, batch: Batch) -> str | None:
     if not isinstance(labels, Tensor) or "input_ids" not in batch or "shift_labels" in batch or labels.dim() not in (1, 2):
         return None
     output = model(**batch)
-    own = output["loss"] if isinstance(output, Mapping) else output[0]
+    own = output.get("loss") if isinstance(output, Mapping) else output[0]
     if not isinstance(own, Tensor) or own.dim() or not own.isfinite() or getattr(output, "aux_loss", None) is not None:
         return None
     half = any(p.dtype in HALF for p in model.parameters())
@@ -156,6 +137,4 @@ def find(model: nn.Module, batch: Batch) -> str | None:
 
 
 def _candidates(labels: Tensor) -> tuple[str, ...]:
-    if labels.is_floating_point():
-        return ("regression", "multi-label")
-    return ("class", "regression") if labels.dim() == 1 else ("next token", "token", "class")
+    return ("example",) if labels.dim() == 1 or labels.is_floating_point() else ("next token", "token", "example")

@@ -122,25 +122,7 @@ class ClassifierLoss:
 
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
-        scores, labels = class_scores(self.model, batch), batch["labels"]
-        kind = problem_of(self.model, scores.shape[1], labels)
-        if kind != "single_label_classification":
-            values = labels.view(len(labels), -1)
-            if values.shape != scores.shape:
-                raise ValueError(
-                    f"the model has {scores.shape[1]} outputs, and the labels have shape {tuple(labels.shape)}: {_FIXES[kind]}."
-                )
-            values = values.to(scores.dtype)
-            errors = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
-            return errors(scores, values, reduction="none").mean(dim=1)
-        labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
-        if labels.shape != scores.shape[:1] or labels.is_floating_point():
-            raise ValueError(f"labels of {labels.dtype} and shape {tuple(labels.shape)} are no classes: {_FIXES[kind]}.")
-        if labels.device.type == "cpu" and bool((labels.ge(scores.shape[1]) | labels.lt(0) & labels.ne(IGNORE)).any()):
-            raise ValueError(
-                f"a label lies outside of the model's {scores.shape[1]} classes: load the model with num_labels={_classes(labels)}."
-            )
-        return cross_entropy(scores, labels)
+        return head_losses(self.model, class_scores(self.model, batch), batch["labels"])
 
 
 _FIXES = {
@@ -148,6 +130,27 @@ _FIXES = {
     "multi_label_classification": "give each example one 0.0 or 1.0 for every output",
     "single_label_classification": "give each example one whole number, or load the model with num_labels=1 for a regression",
 }
+
+
+@tagged("activations")
+def head_losses(model: nn.Module, scores: Tensor, labels: Tensor) -> Tensor:
+    """Losses (B,) of a classifier's outputs (B, C) in float32; see :class:`ClassifierLoss`."""
+    kind = problem_of(model, scores.shape[1], labels)
+    if kind != "single_label_classification":
+        values = labels.view(len(labels), -1)
+        if values.shape != scores.shape:
+            raise ValueError(f"the model has {scores.shape[1]} outputs, and the labels have shape {tuple(labels.shape)}: {_FIXES[kind]}.")
+        values = values.to(scores.dtype)
+        errors = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+        return errors(scores, values, reduction="none").mean(dim=1)
+    labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
+    if labels.shape != scores.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels of {labels.dtype} and shape {tuple(labels.shape)} are no classes: {_FIXES[kind]}.")
+    if labels.device.type == "cpu" and bool((labels.ge(scores.shape[1]) | labels.lt(0) & labels.ne(IGNORE)).any()):
+        raise ValueError(
+            f"a label lies outside of the model's {scores.shape[1]} classes: load the model with num_labels={_classes(labels)}."
+        )
+    return cross_entropy(scores, labels)
 
 
 def problem_of(model: nn.Module, outputs: int, labels: Tensor) -> str:
