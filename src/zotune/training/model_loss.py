@@ -17,9 +17,11 @@ from zotune.objectives.label_losses import LabelLoss
 from zotune.optim.distributed import partition
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
-from zotune.training.evaluation import Batch, LossFunction, Objective, bound
-from zotune.weights.structure import module_mode
+from zotune.training.evaluation import Batch, LossFunction, Objective, bound, layout
+from zotune.weights.structure import head_of, module_mode
 
+#: Examples whose loss shows whether it is one number for each.
+SAMPLE = 8
 #: Key of a micro-batch's factor, without dimensions, where the loss is one number per batch.
 FACTOR = "_factor"
 
@@ -61,10 +63,15 @@ class ModelLoss:
             self._per_example, self._decided = None if form is None else LabelLoss(model, form), True
         return self._per_example
 
+    def is_guidable(self, objective: Objective | None) -> bool:
+        """Whether steps can go along output gradients of an objective, or None, of the loss of labels."""
+        known = objective in (None, "lm", "generation", "choices") and self.form in (None, "next token")
+        return known and head_of(self.trainer.model) is not None
+
     def is_per_example(self, batch: Batch, objective: Objective | None) -> bool:
-        """Whether an objective, or None, the loss of labels, is one number for each example."""
+        """Whether an objective (None: that of the batch's keys, or the loss of labels) is one number for each example."""
         if objective is None:
-            return self.per_example(batch) is not None
+            return layout(batch) is not None or self.per_example(batch) is not None
         loss_fn = bound(objective, self.trainer.model)
         try:
             loss = self.at_weights(lambda: loss_fn(batch))

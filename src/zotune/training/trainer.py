@@ -33,15 +33,13 @@ from zotune.training.checkpoint import storage
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
-from zotune.training.model_loss import ModelLoss
+from zotune.training.model_loss import SAMPLE, ModelLoss
 from zotune.training.raw_text import with_encoded_texts
 from zotune.training.samplers import check_training_data, train_sampler
 from zotune.training.settled_method import settled_method
 from zotune.training.stepped_optimizer import SteppedOptimizer
-from zotune.weights.structure import head_of, uncompiled
+from zotune.weights.structure import uncompiled
 
-#: Examples whose loss shows whether it is one number for each.
-SAMPLE = 8
 #: Share of the steps over which the default schedule decays.
 DECAY = 0.3
 
@@ -292,19 +290,14 @@ class ZOTrainer(EvaluatedTrainer):
     def _method(self) -> Method:
         """The config's method, with options that it leaves open set by data, loss and batch size."""
         step_size = self._train_batch_size * self.args.gradient_accumulation_steps
-        return settled_method(self.args, self.train_dataset, step_size, guidable=self._is_guidable, per_example=self._loss_is_per_example)
-
-    def _is_guidable(self) -> bool:
-        known = self.objective in (None, "lm", "generation", "choices") and self._model_loss.form in (None, "next token")
-        return known and head_of(self.model) is not None
+        guidable = partial(self._model_loss.is_guidable, self.objective)
+        return settled_method(self.args, self.train_dataset, step_size, guidable=guidable, per_example=self._loss_is_per_example)
 
     def _loss_is_per_example(self) -> bool:
         """Whether the loss of some training examples is one number for each; assumed where they cannot be drawn."""
         if isinstance(self.objective, str) or not has_length(self.train_dataset):
             return True
         batch = self._draw_batches(0, min(self.args.per_device_train_batch_size, SAMPLE))[0]
-        if self.objective is None and layout(batch) is not None:
-            return True
         return self._model_loss.is_per_example(batch, self.objective)
 
     # --- a step ---

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import zotune
 from trainer_cases import LENGTH, config, journal_of, labelled_rows, tiny_llama, trainer
 from zotune.objectives.output_gradients import recording
-from zotune.optim.journal import StepRecord
+from zotune.optim.journal_records import StepRecord
 from zotune.training.model_loss import ModelLoss
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
