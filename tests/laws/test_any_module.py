@@ -77,3 +77,13 @@ def test_every_module_learns(name, method):
         step(optimizer, model, batch)
     with torch.no_grad():
         assert losses_of(model, batch).mean() < before - 0.001
+
+
+def test_forward_mode_names_the_option_for_experts():
+    model, batch = build("mixtral"), batch_of("mixtral")
+    optimizer = zotune.ZerothOrder(model, "forward-grad", lr=0.0)
+    with pytest.raises(ValueError, match="load it with experts_implementation='eager'"):
+        step(optimizer, model, batch)
+    optimizer.remove_hooks()
+    model.config._experts_implementation = "eager"
+    step(zotune.ZerothOrder(model, "forward-grad", lr=0.0), model, batch)

@@ -52,9 +52,10 @@ class ForwardMode:
             if "forward AD" not in str(error):
                 raise
             if self.math_attention or "scaled_dot_product" not in str(error):
+                remedy = "experts_implementation" if "grouped_mm" in str(error) else "attn_implementation"
                 raise ValueError(
                     f"the model uses an operation without a forward derivative ({str(error).splitlines()[0]}); load it with "
-                    "attn_implementation='eager', or use a method that needs losses only, such as mezo."
+                    f"{remedy}='eager', or use a method that needs losses only, such as mezo."
                 ) from None
         warnings.warn(
             "this model's attention kernel has no forward derivative: computing attention by plain products instead; results are the "

@@ -338,7 +338,7 @@ class LowRank(Subspace):
         if view is None:
             return math.prod(shape), 0
         moving, beside = self.factored_elements(view.rows, view.columns)
-        return view.count * moving, view.count * beside
+        return view.number * moving, view.number * beside
 
     def factored_elements(self, rows: int, columns: int) -> tuple[int, int]:
         """:meth:`elements` of one matrix."""

@@ -16,16 +16,16 @@ KERNEL = 16
 
 
 class MatrixView(NamedTuple):
-    """A tensor as ``count`` matrices (rows, columns), in the order of its elements."""
+    """A tensor as ``number`` matrices (rows, columns), in the order of its elements."""
 
-    count: int
+    number: int
     rows: int
     columns: int
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The leading dimension of factors: (count,), or () of a single matrix."""
-        return (self.count,) if self.count > 1 else ()
+        """The leading dimension of factors: (number,), or () of a single matrix."""
+        return (self.number,) if self.number > 1 else ()
 
 
 def matrix_view(shape: Sequence[int]) -> MatrixView | None:
@@ -37,7 +37,7 @@ def matrix_view(shape: Sequence[int]) -> MatrixView | None:
 
     Example:
         >>> matrix_view((8, 96, 32)), matrix_view((64, 1, 4))
-        (MatrixView(count=8, rows=96, columns=32), MatrixView(count=1, rows=64, columns=4))
+        (MatrixView(number=8, rows=96, columns=32), MatrixView(number=1, rows=64, columns=4))
     """
     sizes = [size for size in shape if size != 1]
     if len(sizes) < 2:
