@@ -35,8 +35,8 @@ _FSDP = "sharded models are not supported yet by the trainer; spread it with dev
 _PUSHED = "checkpoints are not pushed while training; call trainer.model.push_to_hub(...) afterwards"
 _DDP = "processes exchange losses, so there is no DistributedDataParallel; leave it out"
 
-# Refused with a method of every kind, unless it has its default.
-_REFUSED = {
+#: Refused with a method of every kind, unless it has its default: field → reason.
+REFUSED = {
     "bf16": _IN_DTYPE.format("bfloat16"),
     "fp16": _IN_DTYPE.format("float16"),
     "bf16_full_eval": _EVALUATE_IN.format("bfloat16"),
@@ -107,7 +107,7 @@ def check(config: Any) -> None:
     """
     usual = baselines.recipe(config.method)() if catalog.is_baseline(config.method) else None
     _check_backward(config, usual)
-    for name, reason in _REFUSED.items():
+    for name, reason in REFUSED.items():
         if _given(config, name):
             raise _unusable(config, name, reason)
     _check_values(config)

@@ -9,9 +9,10 @@ from typing import Any
 
 from zotune.methods import default
 from zotune.tasks.preparation import has_eval_rows
+from zotune.training import refusals
 from zotune.training.arguments import DataArguments, ModelArguments, OutputArguments
 from zotune.training.config import ZOConfig
-from zotune.training.given_options import check_given
+from zotune.training.given_options import DECIDED, check_given
 from zotune.training.option_parser import OptionParser
 from zotune.training.schemes import Scheme
 
@@ -57,6 +58,8 @@ def option_parser() -> OptionParser:
     parser = OptionParser((ModelArguments, DataArguments, Scheme, OutputArguments, ZOConfig), "zotune train", DEFAULTS)
     resume = parser.options()["resume_from_checkpoint"]
     resume.nargs, resume.const = "?", "true"
+    for name, reason in (refusals.REFUSED | DECIDED).items():
+        parser.options()[name].help = f"refused: {reason}"
     return parser
 
 

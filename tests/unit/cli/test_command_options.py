@@ -374,3 +374,10 @@ def test_a_run_is_refused_before_its_model_is_loaded(words: list[str], message: 
 def test_accuracy_of_plain_text_is_refused_before_training(capsys: Any) -> None:
     result = run_command(capsys, "train", *TEXT, "--num_dev", "4", "--metric_for_best_model", "accuracy")
     assert result.code == 2 and "'accuracy' is no metric of these data" in result.err and not Path("out").exists()
+
+
+def test_the_full_help_says_what_is_refused(capsys: Any) -> None:
+    shown = run_command(capsys, "train", "--help-all").out
+    for name in ("fp16", "do_train", "fsdp", "label_names"):
+        line = shown.partition(f"\n  --{name} ")[2].partition("\n  --")[0]
+        assert "refused: " in line, name
