@@ -51,6 +51,7 @@ class RunRecord:
             before: metrics before training.
         """
         check_in_place(self.folder)
+        examples = run_file.examples_of(self.data.train)
         write_json(
             self.folder / run_folder.RUN_FILE,
             {
@@ -65,7 +66,7 @@ class RunRecord:
                 "metric": self.data.main_metric,
                 "before": before,
                 "batch": dataclasses.asdict(self.trainer.batch_by_options()),
-                "examples": None if self.data.train is None else dataclasses.asdict(run_file.examples_of(self.data.train)),
+                "examples": None if examples is None else dataclasses.asdict(examples),
                 **run_file.options_of(self.config),
                 "versions": run_folder.versions(),
             },
@@ -76,7 +77,7 @@ class RunRecord:
             with whole_file(self.folder / run_folder.HEAD_FILE) as partial:
                 save_file(head, partial)
 
-    def resume(self) -> Metrics | None:
+    def resume(self) -> dict[str, Any] | None:
         """Compares the run with `zotune_run.json`, which gets the options that changed; the metrics before training.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ def digest(model: nn.Module) -> str:
     return _digest(model, list(model.named_parameters()), _packed(model))
 
 
-def digest_of_parameters(model: nn.Module, parameters: list[tuple[str, Tensor]]) -> str:
+def digest_of_parameters(model: nn.Module, parameters: Sequence[tuple[str, Tensor]]) -> str:
     """:func:`digest` of some named parameters of a model alone."""
     return _digest(model, parameters, [])
 
@@ -35,7 +35,7 @@ def frozen_digest(model: nn.Module, trained: Collection[Tensor]) -> str | None:
     return _digest(model, rest, packed) if rest or packed else None
 
 
-def _digest(model: nn.Module, parameters: list[tuple[str, Tensor]], packed: list[tuple[str, Tensor]]) -> str:
+def _digest(model: nn.Module, parameters: Sequence[tuple[str, Tensor]], packed: list[tuple[str, Tensor]]) -> str:
     def one(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
         with placement.loaded(tensor):

@@ -47,7 +47,6 @@ def stopped_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CHANGED: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
-    "warmup_steps": 2,
     "weight_decay": 0.1,
     "seed": 4,
     "data_seed": 5,
