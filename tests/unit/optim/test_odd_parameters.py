@@ -13,6 +13,13 @@ import zotune
 from zotune import methods
 
 
+def without_inputs(outputs: int) -> nn.Linear:
+    """A Linear layer whose weight has no element."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says so too
+        return nn.Linear(0, outputs, bias=False)
+
+
 class Odd(nn.Module):
     """A network with a Linear layer without inputs, and a trainable scalar."""
 
@@ -21,7 +28,7 @@ class Odd(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
-        self.empty = nn.Linear(0, 8, bias=False)
+        self.empty = without_inputs(8)
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,4 +65,4 @@ def test_a_scalar_is_batched_and_moves(tmp_path: Path) -> None:
 
 def test_a_model_of_empty_parameters_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="no trainable parameter"):
-        zotune.ZerothOrder(nn.Linear(0, 4, bias=False), "mezo", lr=1e-2)
+        zotune.ZerothOrder(without_inputs(4), "mezo", lr=1e-2)
