@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import fuzz
 import pytest
+
+_SPEC = importlib.util.spec_from_file_location("fuzz", Path(__file__).with_name("fuzz.py"))
+assert _SPEC is not None and _SPEC.loader is not None
+fuzz: Any = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(fuzz)
 
 
 @pytest.mark.parametrize("reader", ["rows", "grid", "task", "tools"])
