@@ -395,7 +395,7 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path) -> int:
                 os.kill(child, signal.SIGKILL)
         number, found, no, used, slow = struct.unpack("<QQQdd", progress[:40])
         inputs, findings, refused, slowest = inputs + number - first, findings + found, refused + no, max(slowest, slow)
-        spent += used + 1e-3
+        spent += used + (time.monotonic() - since if os.WIFSIGNALED(done[1]) else 0)  # a stopped input has not reported its time
         status = done[1]
         if os.WIFSIGNALED(status):
             killed += 1
