@@ -34,6 +34,7 @@ from zotune.forward.lazy_weight import WeightBuffer
 from zotune.forward.low_rank_hook import LowRankHook
 from zotune.forward.overrides import Factories, OverriddenParameters, Overrides
 from zotune.forward.siblings import siblings_of
+from zotune.io.execution import REAL, current
 from zotune.rng.counter import prefetch
 from zotune.rng.directions import Directions, Key
 from zotune.rng.isolation import isolated_generators
@@ -140,7 +141,7 @@ class PerturbedForward:
                 if context.reader is None or not self.by_block.widen(context.reader):
                     raise reasons[:2][-1] from None  # of the smallest module that could not be called block by block
                 continue
-            if not before and self.by_block.names:
+            if not before and self.by_block.names and current() is REAL:
                 names = self.by_block.names
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 warnings.warn(
