@@ -140,7 +140,9 @@ ROWS: dict[str, dict[str, str]] = {
         "memory": _ESTIMATE + "test_what_fits_a_card_does_and_twice_as_much_does_not",
         "exact": _HERE + "test_options_of_estimate_that_would_do_nothing_are_refused",
     },
-    "quickstart": dict.fromkeys(("output_dir", "seed", "steps", "part"), _CLI + "test_quickstart_compares_forward_only_with_backprop"),
+    "quickstart": dict.fromkeys(
+        ("output_dir", "seed", "steps", "adam_steps", "part"), _CLI + "test_quickstart_compares_forward_only_with_backprop"
+    ),
     "methods": {"name": _CLI + "test_methods_and_tasks_list_their_registries"},
     "tasks": {"name": _CLI + "test_methods_and_tasks_list_their_registries"},
 }  # fmt: skip
