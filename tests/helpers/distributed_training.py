@@ -97,7 +97,7 @@ def choices(out: Path, workers: int, dies: int | None = None, resume: bool = Fal
 
 
 def labels(out: Path, workers: int) -> dict[str, Any]:
-    """Six steps on the model's own loss, which is one number a batch; two micro-batches a step."""
+    """Six steps on the loss that the model computes of its labels; two micro-batches a step."""
     trainer = trainer_cases.trainer(
         out / "labels",
         method="mezo",
