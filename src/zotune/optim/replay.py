@@ -54,7 +54,7 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
     try:
         method = method or methods.get(header["method"], **header["options"])
         optimizer = ZerothOrder(model, method, params=groups, seed=header["seed"])
-    except (TypeError, ArithmeticError, LookupError) as error:  # options of types that no run has
+    except (TypeError, ArithmeticError, LookupError, AttributeError) as error:  # options of types that no run has
         raise ValueError(f"{journal.path}: the header's method cannot be made ({error}).") from error
     try:
         _apply(optimizer, journal, until)

@@ -167,7 +167,8 @@ class CheckpointedTrainer(Trainer):
         identity.check_dtypes(Path(resume_from_checkpoint), then, identity.dtypes_of(self.model))
         with module_mode(self.model):
             if not self._load_offloaded(Path(resume_from_checkpoint)):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                with schema.refused(Path(resume_from_checkpoint)):
+                    super()._load_from_checkpoint(resume_from_checkpoint, model)
                 if hasattr(self.model, "peft_config"):
                     adapters.check_fit(self.model, Path(resume_from_checkpoint))
 

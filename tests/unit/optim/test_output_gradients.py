@@ -121,10 +121,10 @@ def test_a_step_moves_s_by_the_scaled_mean_of_what_was_told():
         group["lr"] = 0.3
     run(model, steps, 1, 2)
     wanted = steps.output_gradients.alpha * found.slopes.mean(dim=1)
-    assert torch.allclose(steps.last_report.coefficients, wanted, rtol=1e-3, atol=1e-7)
+    assert torch.allclose(steps.last_report.coefficients, wanted, rtol=5e-3, atol=1e-7)  # bfloat16 numbers
     parts = wanted.split([c.num_guided for c in guided_coordinates(steps)])
     for coordinate, part in zip(guided_coordinates(steps), parts, strict=True):
-        assert torch.allclose(coordinate.core.flatten()[: coordinate.num_guided], -0.3 * part, rtol=1e-3, atol=1e-8)
+        assert torch.allclose(coordinate.core.flatten()[: coordinate.num_guided], -0.3 * part, rtol=5e-3, atol=1e-8)
         assert not coordinate.core.flatten()[coordinate.num_guided :].any()
     assert steps.last_report.loss_diff is None
 

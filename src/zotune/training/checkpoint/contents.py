@@ -116,7 +116,8 @@ def load_scheduler(folder: Path, scheduler: Any) -> None:
         )
     if not is_like(content["state"], scheduler.state_dict()):
         raise ValueError(f"{folder / SCHEDULER} is damaged, its state is none of {content['type']}: {schema.ANOTHER}.")
-    scheduler.load_state_dict(content["state"])
+    with schema.refused(folder / SCHEDULER):
+        scheduler.load_state_dict(content["state"])
 
 
 def save_rng(folder: Path) -> None:

@@ -178,11 +178,11 @@ def refused(place: Path) -> Iterator[None]:
     """Errors within, of content that does not fit, become one ValueError that names the place."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError, OSError):
         raise
     except ValueError as error:
         text = " ".join(str(error).split())
         raise (error if str(place) in text else ValueError(f"{place}: {text.rstrip('.')}: {ANOTHER}.")) from error
-    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # libraries have classes of their own for configurations that do not fit
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{place} is damaged, or of another run ({reason[:200]}): {ANOTHER}.") from error
