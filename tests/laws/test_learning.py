@@ -101,8 +101,7 @@ def test_a_pretrained_encoder_learns_real_sentences(name, data_dir, sentence_enc
         torch.manual_seed(0)  # the classification head is new
         model = AutoModelForSequenceClassification.from_pretrained(sentence_encoder, num_labels=2, dtype=torch.float32)
     data = zotune.tasks.prepare(
-        tokenizer, model.config, task="mr", data_dir=data_dir, objective="classifier", num_train=32, parts=("train",)
+        tokenizer, model.config, task="mr", data_dir=data_dir, objective="classifier", num_train=16, parts=("train",)
     )
-    batches = [data.collate_train(data.train[start : start + 16]) for start in (0, 16)]
-    before, after = train(model, zotune.methods.get(name), 1e-3, 20, "classifier", batches)
-    assert after < 0.97 * before
+    before, after = train(model, zotune.methods.get(name), 1e-3, 20, "classifier", [data.collate_train(data.train)])
+    assert after < 0.95 * before

@@ -21,6 +21,7 @@ class Execution:
         block_size: elements per block of a loop over a large tensor; None: the device's default.
         first_block_only: of the blocks of a large tensor, and of the strips of a matrix, only the first is computed.
         whole_weights: a large weight is materialized whole, never in strips.
+        has_values: tensors have values, which checks of data may read.
         isolates_generators: a loss is evaluated with isolated torch generators.
         clock: a clock in seconds.
         make_subclass: makes a tensor of a class from (class, tensor); None: ``Tensor._make_subclass``.
@@ -29,6 +30,7 @@ class Execution:
     block_size: int | None = None
     first_block_only: bool = False
     whole_weights: bool = False
+    has_values: bool = True
     isolates_generators: bool = True
     clock: Callable[[], float] = time.perf_counter
     make_subclass: Callable[[type, Any], Any] | None = None

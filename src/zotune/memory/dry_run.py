@@ -121,6 +121,7 @@ def dry_run(*, accelerator: bool = False) -> Iterator[FakeTensorMode]:
         block_size=ACCELERATOR_BLOCK if accelerator else CPU_BLOCK,
         first_block_only=True,
         whole_weights=accelerator,
+        has_values=False,
         isolates_generators=False,
         clock=float,  # always 0
         make_subclass=_over_fakes,

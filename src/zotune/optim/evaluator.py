@@ -73,6 +73,8 @@ class Evaluator:
             _about_dense(forward.dense, method, requested)
         self.forward, self.method, self.estimator, self.requested, self.state = forward, method, estimator, requested, state
         self.workers = workers or Workers()
+        wide = any(coordinate.parameter.dtype == torch.float64 for coordinate in forward.coordinates)
+        self.workers.loss_dtype = torch.float64 if wide else torch.float32
         self.graphs = CudaGraphs(forward, cuda_graphs)
         self.batched_forward = BatchedForward(forward, self.graphs, state)
         self.chooser = Chooser(self.batched_forward, method, estimator, self.workers, requested)

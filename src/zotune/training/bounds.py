@@ -70,6 +70,8 @@ def check_adapter(model: nn.Module, folder: Path, weights: Path) -> None:
         raise ValueError(f"{path} asks for megatron_config, which imports another module: it is not supported.")
     _check_iterations(config, path)
     largest = max((side for shape in _shapes(weights).values() for side in shape), default=0)
+    if not largest:
+        raise ValueError(f"{weights} holds no weights, so the adapter does not fit the model: it lacks all of them.")
     sizes = {name: config.get(name) for name in _SIZES}
     sizes |= {f"rank_pattern {key!r}": value for key, value in _mapping(config.get("rank_pattern")).items()}
     layers, width = sizes["num_layers"], sizes["token_dim"]

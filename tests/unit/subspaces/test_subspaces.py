@@ -375,7 +375,7 @@ def test_what_was_observed_is_in_the_journal_and_comes_back(tmp_path):
     for event in journal_events.events(3, tensors):
         journal.append(event)
     assert len(list(journal.records())) > 2
-    assembler, found = journal_events.TensorAssembler(), {}
+    assembler, found = journal_events.TensorAssembler({name: tensor.numel() for name, tensor in tensors.items()}), {}
     for event in Journal.open(tmp_path / "j").records():
         found |= assembler.add(event)
     assert found.keys() == tensors.keys()

@@ -104,6 +104,8 @@ class Workers:
         self.several = self.size > 1
         #: Whether this worker was asked to stop, and whether any was: sent with the losses, so that all know it after the same step.
         self.stop_requested = self.stopping = False
+        #: Of the losses that are exchanged: float64 where a trained weight is.
+        self.loss_dtype = torch.float32
         #: Bytes this worker has sent to each of the others.
         self.bytes_sent = 0
         self._step = 0
@@ -134,7 +136,7 @@ class Workers:
         return Share(mine.points, tuple(pieces(widths, here)), tuple(everybody), (points, columns))
 
     def gather(self, share: Share, values: Tensor | None, evaluated: int = 0, each: int = 1) -> tuple[Tensor, int]:
-        """The whole table of losses, float64, and the sequences evaluated for it, from all workers' blocks.
+        """The whole table of losses, in :attr:`loss_dtype`, and the sequences evaluated for it, from all workers' blocks.
 
         Args:
             values: losses of the share, (points · each, columns); None where there is nothing to evaluate.
@@ -147,16 +149,16 @@ class Workers:
         if not self.several:
             assert values is not None, "a single worker evaluates everything"
             return values, evaluated
-        sent = torch.zeros(max(map(len, share.blocks)) * each + 3, dtype=torch.float64)
+        sent = torch.zeros(max(map(len, share.blocks)) * each + 3, dtype=self.loss_dtype)
         if values is not None:
-            sent[: values.numel()] = values.detach().double().cpu().reshape(-1)
-        sent[-3:-1] = torch.tensor(self._digest_to_send(), dtype=torch.float64)
+            sent[: values.numel()] = values.detach().to(self.loss_dtype).cpu().reshape(-1)
+        sent[-3:-1] = torch.tensor(self._digest_to_send(), dtype=self.loss_dtype)
         sent[-1] = -1 - evaluated if self.stop_requested else evaluated
         found = self._all_gather(sent)
         odd = odd_ranks([tuple(row) for row in found[:, -3:-1].tolist()])
         if odd:
             raise other_batch(odd, self._step)
-        table = torch.empty(share.shape[0] * each, share.shape[1], dtype=torch.float64)
+        table = torch.empty(share.shape[0] * each, share.shape[1], dtype=self.loss_dtype)
         for block, row in zip(share.blocks, found, strict=True):
             part = row[: len(block) * each].view(len(block.points) * each, len(block.columns))
             table[block.points.start * each : block.points.stop * each, block.columns.start : block.columns.stop] = part
