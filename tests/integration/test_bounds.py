@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import json
@@ -20,6 +21,7 @@ from trainer_cases import tiny_llama
 from zotune.bench import grid
 from zotune.cli.main import main
 from zotune.io import safe_yaml
+from zotune.io.failures import explain
 from zotune.io.limited import Limited, LimitError
 from zotune.memory import shapes
 from zotune.tasks import loader, sources
@@ -294,3 +296,8 @@ def test_chats_are_encoded_while_the_parent_holds_files(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     template.close()
+
+
+def test_a_file_name_without_end_is_one_short_sentence() -> None:
+    said = explain(OSError(errno.ENAMETOOLONG, "File name too long", "a" * 60_000))
+    assert said is not None and said[1] == 2 and said[0].startswith("File name too long: aaa") and len(said[0]) < 1000

@@ -29,10 +29,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         hint = f" Install it with `pip install 'zotune[{extra}]'`." if extra else ""
         return f"this needs the package {error.name!r}, which is not installed.{hint}", WRONG
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        place = "" if error.filename is None else f" ({os.fspath(error.filename)!s})"
+        place = "" if error.filename is None else f" ({_name(error)})"
         return f"{error.strerror}{place}: free some space; a run that had begun goes on with --resume_from_checkpoint true.", WRONG
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {os.fspath(error.filename)!s}", WRONG
+        return f"{error.strerror}: {_name(error)}", WRONG
     if isinstance(error, ValueError | OSError | ImportError):
         return text or type(error).__name__, WRONG
     if type(error).__name__ == "SafetensorError":  # also for a full disk
@@ -44,3 +44,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             return text, FAILED
         return "out of memory; a smaller --per_device_train_batch_size, --max_length or --dtype bfloat16 needs less.", FAILED
     return None
+
+
+def _name(error: OSError) -> str:
+    return shortened(str(os.fspath(error.filename)), LONGEST // 4)

@@ -103,6 +103,14 @@ def test_each_json_file_has_its_types(stopped_runs: Path, tmp_path: Path) -> Non
     assert storage.problem(saved, run / "journal.zo") is None
 
 
+@pytest.mark.parametrize(("path", "value"), [("state._last_lr", []), ("state.lr_lambdas", [3])])
+def test_a_schedule_of_another_run_is_one_sentence(path: str, value: Any, stopped_runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(stopped_runs / "forward", tmp_path / "run"))
+    schedule = run / "checkpoint-2" / files.SCHEDULER
+    schedule.write_text(json.dumps(changed(json.loads(schedule.read_text()), path, value)))
+    refused("forward", run, files.SCHEDULER)
+
+
 NUMBERS: dict[str, list[tuple[str, Any]]] = {
     "forward": [
         ("zotune", 4),

@@ -118,6 +118,8 @@ def load_scheduler(folder: Path, scheduler: Any) -> None:
         raise ValueError(f"{folder / SCHEDULER} is damaged, its state is none of {content['type']}: {schema.ANOTHER}.")
     with schema.refused(folder / SCHEDULER):
         scheduler.load_state_dict(content["state"])
+        if len(scheduler.get_last_lr()) != len(scheduler.optimizer.param_groups):
+            raise ValueError("its learning rates are not one for each parameter group")
 
 
 def save_rng(folder: Path) -> None:
