@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from zotune.io.text import shown
+
 T = TypeVar("T")
 
 
@@ -39,7 +41,7 @@ def read_fields(kind: type[T], content: Any, source: str | Path, *, unknown: boo
                 raise ValueError(f"{source} is damaged, it has no {name!r}{end}")
             continue
         if not fits(content[name], hints[name]):
-            raise ValueError(f"{source} is damaged, its {name!r} is none ({_shown(content[name])}){end}")
+            raise ValueError(f"{source} is damaged, its {name!r} is none ({shown(content[name], 40)}){end}")
         values[name] = _made(content[name], hints[name])
     return kind(**values)
 
@@ -110,8 +112,3 @@ def _made(value: Any, hint: Any) -> Any:
             if dataclasses.is_dataclass(each) and isinstance(each, type):
                 return read_fields(each, value, "")
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -28,6 +28,7 @@ from zotune.io.atomic import whole_file
 from zotune.optim.journal_records import (
     CRC,
     DEFLATED,
+    EVENT,
     HEAD,
     LONGEST,
     Record,
@@ -112,9 +113,12 @@ class Journal:
                     raise ValueError(f"{self.path}: {where} is damaged; restore the file from a copy.")
                 break  # torn: the last append did not finish
             kind, payload = found
+            end = self.size + HEAD.size + len(payload) + CRC.size
             try:
                 if kind == DEFLATED:
-                    deflated, inflated = deflated + len(payload), inflated + len(inflate(payload))
+                    deflated += len(payload)
+                    kind, payload = EVENT, inflate(payload)
+                    inflated += len(payload)
                     if inflated > MOST_INFLATED * max(deflated, 1 << 10):
                         raise ValueError("events that unpack to more than a run writes")
                 record = unpack(kind, payload, groups)
@@ -124,7 +128,7 @@ class Journal:
                 if record.step != steps:
                     raise ValueError(f"{self.path}: record {len(self._ends)} is step {record.step} where step {steps} was due.")
                 steps += 1
-            self._note(record, self.size + HEAD.size + len(payload) + CRC.size)
+            self._note(record, end)
 
     def append(self, record: Record) -> None:
         """Write a record through to the disk.

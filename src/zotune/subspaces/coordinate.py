@@ -110,6 +110,8 @@ class Coordinate(abc.ABC):
     draws_separately = False
     #: May be updated by a multi-tensor group.
     supports_multi_tensor = False
+    #: Whether an update is rounded: once, however many directions it has.
+    rounds = False
     #: Trained now in a subspace of output gradients (see ``subspaces.guided``).
     guided = False
     #: The weight may be offloaded between evaluations (see ``weights.placement``).

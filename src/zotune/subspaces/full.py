@@ -93,8 +93,7 @@ class FullCoordinate(Coordinate):
             self.parameter.data.copy_(flat.view(self.shape))
 
     @property
-    def rounds(self) -> bool:
-        """Whether an update is rounded: once, however many directions it has."""
+    def rounds(self) -> bool:  # type: ignore[override]
         return self.half and self.residual is None
 
     def _rounding(self, seed: int, step: int) -> Key:

@@ -12,7 +12,7 @@ from typing import Any
 from zotune.kernels import perturb_kernels
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces.coordinate import Coordinate
-from zotune.subspaces.full import FullCoordinate, rounding_key
+from zotune.subspaces.full import rounding_key
 from zotune.weights import placement
 
 #: Alignment of a weight's memory, in bytes.
@@ -26,7 +26,7 @@ class MultiTensorGroup:
         self.members = list(members)
         self.names = [c.name for c in members]
         self.lr_scale = members[0].lr_scale
-        self.rounds = isinstance(members[0], FullCoordinate) and members[0].rounds
+        self.rounds = members[0].rounds
         self._many: Any = None
         for coordinate in members:
             coordinate.multi_tensor = self
@@ -73,6 +73,5 @@ def build_multi_tensor_groups(coordinates: Sequence[Coordinate], directions: Dir
             and perturb_kernels(weight) is not None
         )
         if fits:
-            rounds = isinstance(coordinate, FullCoordinate) and coordinate.rounds
-            kinds.setdefault((coordinate.device, weight.dtype, coordinate.lr_scale, rounds), []).append(coordinate)
+            kinds.setdefault((coordinate.device, weight.dtype, coordinate.lr_scale, coordinate.rounds), []).append(coordinate)
     return [MultiTensorGroup(members) for members in kinds.values() if len(members) > 1]

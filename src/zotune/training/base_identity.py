@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from zotune.io.typed import read_fields
 from zotune.training.adapters import base_name
 from zotune.training.checkpoint import storage
 from zotune.training.checkpoint.identity import dtypes_of
@@ -62,13 +63,8 @@ def saved(folder: Path) -> BaseIdentity | None:
     """The identity beside an adapter; None where there is none. ValueError for a damaged file."""
     if not (folder / FILE).is_file():
         return None
-    content = storage.load_json(folder / FILE)
-    texts = isinstance(content, dict) and all(
-        isinstance(content.get(key), list) and all(isinstance(each, str) for each in content[key]) for key in ("dtypes", "without")
-    )
-    if not texts or not isinstance(content.get("digest"), str):
-        raise ValueError(f"{folder / FILE} is damaged: it does not say which base model the adapter was trained on.")
-    return BaseIdentity(content["dtypes"], content["digest"], content["without"])
+    remedy = "it does not say which base model the adapter was trained on"
+    return read_fields(BaseIdentity, storage.load_json(folder / FILE), folder / FILE, remedy=remedy)
 
 
 def check(then: BaseIdentity, model: nn.Module, adapter: str, again: Callable[[str], nn.Module], missing: Collection[str]) -> None:

@@ -41,6 +41,7 @@ _WEIGHTS = ("model.safetensors", WEIGHTS_INDEX, "adapter_model.safetensors")
 _RESUMED = (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG)  # a run cannot resume without them
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DRAFT_SUFFIX = ".partial"
+_PIECE = 1 << 20  # bytes of a file that are hashed at a time
 _REPLACED, _DELETED = f".replaced{_DRAFT_SUFFIX}", f".deleted{_DRAFT_SUFFIX}"
 _LEFTOVER = re.compile(
     r"\.(checkpoint-\d+|initial_adapter|(model|zotune_\w+|summary|history|journal|curve|initial_head|linear_probe)(\.\w+)?)(\.replaced|\.deleted)?\.partial"
@@ -201,11 +202,9 @@ def problem(folder: str | os.PathLike[str], journal: str | os.PathLike[str]) -> 
         return None
     if not journal.is_file():
         return f"{folder} belongs to a journal that is not at {journal}: set output_dir to the folder of that run."
-    with journal.open("rb") as file:
-        head = file.read(mark.bytes)
-    if len(head) < mark.bytes:
+    if journal.stat().st_size < mark.bytes:
         return f"the journal {journal} ends before step {mark.steps} of {folder}: resume from an earlier checkpoint."
-    if hashlib.sha256(head).hexdigest() != mark.sha256:
+    if _sha256(journal, mark.bytes) != mark.sha256:
         return f"{folder} was written by another run than the journal {journal}: resume from a checkpoint of this run."
     return None
 
@@ -258,9 +257,16 @@ def _read_manifest(path: Path) -> tuple[Any, dict[str, tuple[int, str]]]:
     return manifest.get("format"), files
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, size: int | None = None) -> str:
+    """The digest of a file, or of its first ``size`` bytes, a piece in memory at a time."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        hashed = hashlib.sha256()
+        while size > 0 and (piece := file.read(min(size, _PIECE))):
+            hashed.update(piece)
+            size -= len(piece)
+        return hashed.hexdigest()
 
 
 def journal_bytes(folder: str | os.PathLike[str]) -> int:
@@ -271,5 +277,5 @@ def journal_bytes(folder: str | os.PathLike[str]) -> int:
 
 def journal_mark(journal: str | os.PathLike[str], steps: int) -> dict[str, Any]:
     """A checkpoint's entry on its journal: steps, bytes and digest."""
-    content = Path(journal).read_bytes()
-    return {"steps": steps, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    size = os.stat(journal).st_size
+    return {"steps": steps, "bytes": size, "sha256": _sha256(Path(journal), size)}
