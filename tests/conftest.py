@@ -33,3 +33,14 @@ def tiny_lm() -> Path:
     if not path.is_dir():
         pytest.skip(f"no model at {path}; set ZOTUNE_MODELS")
     return path
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a small model (``my-model``) and data in it."""
+    from command_cases import save_data, save_model  # with transformers, which most tests do not need
+
+    save_model(tmp_path / "my-model")
+    save_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

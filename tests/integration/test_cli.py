@@ -14,21 +14,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import zotune
-from command_cases import Result, run_command, save_data, save_encoder, save_model, weights_digest
+from command_cases import Result, run_command, save_encoder, weights_digest
 from zotune import bundled
 from zotune.training.run_folder import resume_command
 
 Command = Callable[..., Result]
 BASICS = ["--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--max_steps", "6", "--learning_rate", "1e-3"]
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a model, data and faulty files in it."""
-    save_model(tmp_path / "my-model")
-    save_data(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

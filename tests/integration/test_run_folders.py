@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from command_cases import run_command, save_data, save_model, weights_digest
+from command_cases import run_command, weights_digest
 from trainer_cases import StopAt, choice_rows, trainer
 from zotune import ZOTrainer
 from zotune.cli.verify import main as verify
@@ -29,11 +29,8 @@ FO = [*WORDS, "--method", "fo-sgd", "--save_strategy", "no"]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    save_model(tmp_path / "my-model")
-    save_data(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def here(workplace: Path) -> Path:
+    return workplace
 
 
 def everything(folder: Path) -> dict[str, bytes]:

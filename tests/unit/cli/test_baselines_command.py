@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from command_cases import Result, run_command, save_data, save_encoder, save_model, weights_digest
+from command_cases import Result, run_command, save_encoder, weights_digest
 from zotune import baselines, methods, tasks
 from zotune.baselines import logistic_regression
 from zotune.weights.trainable_scales import quantize
@@ -22,14 +22,6 @@ pytest.importorskip("pytorch_optimizer")
 
 Command = Callable[..., Result]
 BASICS = ["train", "--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--num_eval", "12"]
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    save_model(tmp_path / "my-model")
-    save_data(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from command_cases import Result, run_command, save_data, save_model
+from command_cases import Result, run_command
 from trainer_cases import trainer
 from zotune.training import base_identity
 from zotune.training.schemes import apply
@@ -26,14 +26,6 @@ TRAIN += ["--method", "mezo", "--learning_rate", "1e-2", "--max_steps", "2", "--
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     return lambda *words: run_command(capsys, *words)
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    save_model(tmp_path / "my-model")
-    save_data(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def change_base(name: str = "model.norm.weight") -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from command_cases import save_data, save_model
 from zotune.training import run_config
 from zotune.training.observer import RunObserver, RunStart
 from zotune.training.run import RunResult, run
@@ -33,11 +32,8 @@ class Recorder(RunObserver):
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    save_model(tmp_path / "my-model")
-    save_data(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def here(workplace: Path) -> Path:
+    return workplace
 
 
 def test_a_run_returns_its_result_reports_events_prints_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
