@@ -14,6 +14,8 @@ from zotune.io.text import shortened
 #: Most characters of a sentence, against values of a file that are quoted in it.
 LONGEST = 2000
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
+#: Package -> the extra of zotune that installs it.
+_EXTRAS = {"peft": "peft", "tensorboard": "tensorboard", "pytorch_optimizer": "optimizers", "gguf": "gguf", "llama_cpp": "gguf"}
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -25,7 +27,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, KeyboardInterrupt):
         return text or "Interrupted.", INTERRUPTED
     if isinstance(error, ModuleNotFoundError):
-        extra = {"peft": "peft", "tensorboard": "tensorboard", "pytorch_optimizer": "optimizers"}.get(error.name or "")
+        extra = _EXTRAS.get(error.name or "")
         hint = f" Install it with `pip install 'zotune[{extra}]'`." if extra else ""
         return f"this needs the package {error.name!r}, which is not installed.{hint}", WRONG
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
