@@ -1,1 +1,1 @@
-"""Who computes the model, where it is not torch: files and programs of inference engines."""
+"""Inference engines that compute the model: what they offer to training, and each of them."""

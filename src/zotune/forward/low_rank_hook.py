@@ -1,7 +1,8 @@
 """Low-rank hooks: layers that compute with W + A Vᵀ without materializing it.
 
 For y = x Wᵀ the low-rank part is (x V) Aᵀ: two thin products, added to the layer's output by a forward hook. W is only read, so it may be
-tied or quantized. What a layer type adds is in its file of ``forward.layers``. Leading dimensions of x do not matter.
+tied or quantized. What a layer type adds is in its file of ``forward.layers``. Leading dimensions of x do not matter. Where an engine
+computes the layer, there is no output to add to: the engine reads the factors (:meth:`LowRankHook.product`).
 """
 
 from __future__ import annotations
@@ -48,8 +49,12 @@ class LowRankHook:
         self.module = module
         self.owner: weakref.ref[object] | None = weakref.ref(owner)
         module.__dict__[MARK] = self
-        self._handles = [
-            module.register_forward_hook(self.forward_hook),
+        self._handles: list[Any] = []
+        if rule.by_engine:
+            module.product = self.product  # type: ignore[assignment]
+        else:
+            self._handles.append(module.register_forward_hook(self.forward_hook))
+        self._handles += [
             module.register_state_dict_post_hook(_SaveMerged(self)),
             module.register_load_state_dict_pre_hook(self.load_hook),
         ]
@@ -62,11 +67,16 @@ class LowRankHook:
 
     def forward_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         self.calls += 1
+        product = self.product()
+        return None if product is None else self.add_low_rank(*product, args[0], output)
+
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """(left, right) of what is added to the stored weight at the point that is evaluated; None for nothing."""
         coordinate = self.coordinate
         core = coordinate.hook_core
         if core is None or (core is coordinate.core and not coordinate.pending):
             return None
-        return self.add_low_rank(*coordinate.factors(core), args[0], output)
+        return coordinate.factors(core)
 
     def load_hook(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
         if self.rule.is_loaded(module, state_dict, prefix + self.local_name):
@@ -84,6 +94,8 @@ class LowRankHook:
         """Remove the hook from the module."""
         for handle in self._handles:
             handle.remove()
+        if self.rule.by_engine:
+            self.module.product = None  # type: ignore[assignment]
         self.module.__dict__.pop(MARK, None)
 
 

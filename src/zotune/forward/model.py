@@ -43,6 +43,7 @@ from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.flat_buffer import build_flat_buffers
 from zotune.subspaces.multi_tensor import build_multi_tensor_groups
 from zotune.weights import placement
+from zotune.weights.computed_linear import is_computed
 from zotune.weights.kept_buffers import KeptBuffers
 from zotune.weights.precision import HALF
 from zotune.weights.structure import module_mode
@@ -62,6 +63,7 @@ class PerturbedForward:
         devices: of the coordinates.
         sharded: whether a parameter is split among processes, which then have to evaluate the same points together.
         streams: whether a parameter is offloaded between forwards.
+        by_engine: whether an engine computes some layers, which evaluates one point at a time.
         by_block: modules that a batched evaluation calls block by block.
         low_rank_hooks: the hooks on the model.
         buffers: of the model, which evaluations put back.
@@ -87,6 +89,7 @@ class PerturbedForward:
         self.siblings = siblings_of(model, {id(c.parameter): c for c in self.coordinates})
         self.sharded = any(placement.is_sharded(parameter) for parameter in model.parameters())
         self.streams = any(placement.offload_handle(parameter) is not None for parameter in model.parameters())
+        self.by_engine = is_computed(model)
         self.forward_mode = ForwardMode()
         self.buffers = KeptBuffers(model)
         self.low_rank_hooks: list[LowRankHook] = []
@@ -276,7 +279,7 @@ class PerturbedForward:
 
     def prepare(self, function: Callable[[], Tensor], offset: Offset) -> list[str]:
         """Compare hooks and general path on one evaluation; the names of coordinates whose hooks are disabled, each with a warning."""
-        if not self.low_rank_hooks:
+        if not self.low_rank_hooks or self.by_engine:  # an engine has no general path
             return []
 
         def evaluate(at: Offset | None, hooks: bool, only: Collection[str] | None) -> tuple[Tensor, list[OverriddenParameters]]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from zotune.objectives import returned_losses
+from zotune.objectives.head_weight import HeadWeight, head_weight
 from zotune.weights.layouts import layout_of
 
 #: Sampled positions: of each row, and of the first one, with half as many of every next. Too small a sample underestimates the inputs'
@@ -109,9 +110,17 @@ class OutputGradientRecorder:
         """The same at positions of any kind, a few of every row, evenly spaced."""
         if self.scored is None:
             return None
+        sample = self.sample
+        return None if sample is None else self._rows(states, *sample)
+
+    @property
+    def sample(self) -> tuple[Tensor, Tensor] | None:
+        """(rows, positions) of :meth:`sampled_rows` in this forward; None where nothing is observed."""
+        if self.scored is None or self.max_positions is None:
+            return None
         if self._sample is None:
             self._sample = _sampled_positions(self.scored[3], self.rows - len(self.scored[3]))
-        return self._rows(states, *self._sample)
+        return self._sample
 
     def scored_places(self, states: Tensor) -> Tensor | None:
         """Where the rows of :meth:`scored_rows` are among all rows of ``states``, (n,)."""
@@ -140,7 +149,7 @@ class OutputGradientRecorder:
         """
         self._observe_head(logits, head)
         (kept, examples), count = self._end_forward(), len(targets)
-        weight = _matrix(head, logits.shape[-1])
+        weight = _weight(head, logits.shape[-1])
         logits, targets = logits.flatten(0, 1), targets.flatten()
         size = len(targets) if kept is None else len(kept)
         if weight is None or not size:
@@ -150,7 +159,7 @@ class OutputGradientRecorder:
             part = slice(start, start + step) if kept is None else kept[start : start + step]
             error, target = logits[part].float().softmax(dim=-1), targets[part].clamp_min(0)
             error.scatter_add_(1, target.unsqueeze(1), torch.full_like(error[:, :1], -1.0))
-            parts.append((error.to(weight.dtype) @ weight.detach()).float())
+            parts.append(weight.product(error))
         weights = shares[examples] * ((targets if kept is None else targets[kept]) >= 0)
         self._record(torch.cat(parts) * weights.unsqueeze(1), examples, count)
 
@@ -161,14 +170,14 @@ class OutputGradientRecorder:
         """
         self._observe_head(logits.unsqueeze(1), head)
         (kept, examples), count = self._end_forward(), len(options)
-        weight = _matrix(head, logits.shape[-1])
+        weight = _weight(head, logits.shape[-1])
         if kept is not None:
             logits, options, answers = (tensor[kept] for tensor in (logits, options, answers))
         if weight is None or not len(options):
             return
         error = logits.gather(1, options).float().softmax(dim=-1)
         error.scatter_add_(1, answers.unsqueeze(1), torch.full_like(error[:, :1], -1.0))
-        self._record((error.unsqueeze(2) * weight.detach()[options].float()).sum(dim=1), examples, count)
+        self._record((error.unsqueeze(2) * weight.rows(options)).sum(dim=1), examples, count)
 
     def _end_forward(self) -> tuple[Tensor | None, Tensor]:
         assert self.scored is not None
@@ -187,8 +196,13 @@ class OutputGradientRecorder:
 
     def head_called(self, states: Tensor, output: Tensor) -> None:
         """The head gave ``output`` (..., vocabulary) for ``states`` (..., d) in this forward."""
-        if self.scored is not None and self.max_positions is not None:
+        if self.wants_head:
             self._from_head = states, output
+
+    @property
+    def wants_head(self) -> bool:
+        """Whether :meth:`head_called` is of use in this forward."""
+        return self.scored is not None and self.max_positions is not None
 
     def _observe_head(self, logits: Tensor, head: nn.Module | None) -> None:
         """Compare the logits (R, S, vocabulary) of a few recorded positions with the head's output, up to one factor."""
@@ -206,11 +220,12 @@ class OutputGradientRecorder:
             return
         if self.keeps_hidden:
             self.hidden.append(inputs.detach().float())
-        weight, few = _matrix(head, logits.shape[-1]), slice(0, COMPARED)
-        if weight is None:
+        few = slice(0, COMPARED)
+        if head is None or _weight(head, logits.shape[-1]) is None:
             return
         given = logits.flatten(0, 1)[kept[few]].float()
-        if head is not None and layout_of(head) is not None:  # its output includes updates that its weight does not
+        weight = getattr(head, "weight", None)
+        if layout_of(head) is not None or weight is None:  # its output includes updates that its weight does not; or an engine's
             made = output.flatten(0, -2)[kept[few]] if gathered else self._rows(output, examples[few], positions[few])
         else:
             bias = getattr(head, "bias", None)
@@ -222,7 +237,7 @@ class OutputGradientRecorder:
             return
         made = made.detach().float()
         factor = (made * given).sum() / made.square().sum().clamp_min(1e-30)
-        rounding = ROUNDING if weight.dtype.itemsize >= 4 else ROUNDING_HALF
+        rounding = ROUNDING if weight is None or weight.dtype.itemsize >= 4 else ROUNDING_HALF
         close = (given - factor * made).abs().max() <= rounding * given.abs().max()
         self.logits_differ |= not (bool(close) and (float(factor) > 0 or not given.any()))
 
@@ -278,10 +293,10 @@ def _sampled_positions(mask: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return rows[index], positions[index]
 
 
-def _matrix(head: nn.Module | None, vocabulary: int) -> Tensor | None:
+def _weight(head: nn.Module | None, vocabulary: int) -> HeadWeight | None:
     """The weight of a head, if it is (vocabulary, d)."""
-    weight = getattr(head, "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == vocabulary else None
+    weight = head_weight(head)
+    return weight if weight is not None and weight.shape[0] == vocabulary else None
 
 
 @contextmanager

@@ -60,6 +60,8 @@ def option_logprobs(model: nn.Module, batch: Batch) -> Tensor:
 
 def _may_pack(model: nn.Module, length: int) -> bool:
     config: Any = getattr(model, "config", None)
+    if _by_segments(model):
+        return True
     if getattr(config, "_attn_implementation", None) not in _MASKS or not takes(model, "position_ids"):
         return False
     adapter: Any = getattr(model, "active_peft_config", None)
@@ -71,7 +73,13 @@ def _may_pack(model: nn.Module, length: int) -> bool:
 
 def _packed(model: nn.Module, batch: Batch) -> Tensor:
     """All options in the row of their prompt."""
-    return _row_logprobs(model, batch, {"attention_mask": _visible(model, batch["segments"]), "position_ids": batch["position_ids"]})
+    visible = {"segments": batch["segments"]} if _by_segments(model) else {"attention_mask": _visible(model, batch["segments"])}
+    return _row_logprobs(model, batch, {**visible, "position_ids": batch["position_ids"]})
+
+
+def _by_segments(model: nn.Module) -> bool:
+    """Whether a model takes the segments themselves (``engines``)."""
+    return hasattr(model, "scored_logits")
 
 
 def _as_one_text(model: nn.Module, batch: Batch) -> Tensor:

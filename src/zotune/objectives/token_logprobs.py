@@ -73,8 +73,12 @@ def scored_logprobs(
 def scored_logits(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor, length: int | None = None) -> Tensor:
     """Logits (R, S, vocabulary) at `positions` (R, S), by the model's own forward of ``input_ids`` (R, T) and other inputs.
 
-    ``length``: T of the logits; None: that of the inputs.
+    ``length``: T of the logits; None: that of the inputs. A model with a method ``scored_logits(inputs, positions)`` (``engines``) computes
+    them itself.
     """
+    own = getattr(model, "scored_logits", None)
+    if own is not None:
+        return own(inputs, positions)
     rows, length = len(inputs["input_ids"]), inputs["input_ids"].shape[1] if length is None else length
     arguments: dict[str, Tensor | bool] = dict(inputs)
     if takes(model, "use_cache"):

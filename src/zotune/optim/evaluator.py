@@ -78,9 +78,12 @@ class Evaluator:
         self.graphs = CudaGraphs(forward, cuda_graphs)
         self.batched_forward = BatchedForward(forward, self.graphs, state)
         self.chooser = Chooser(self.batched_forward, method, estimator, self.workers, requested)
+        self._alone = forward.sharded or forward.by_engine  # one point at a time
+        if forward.by_engine and requested == "batched":
+            raise ValueError("an engine evaluates one point at a time: leave forward_batching at 'auto'.")
         self.choice = EvaluationChoice(
-            batched=None if requested != "sequential" and self._possible and not forward.sharded else False,
-            rowwise=None if method.own and not forward.sharded else False,
+            batched=None if requested != "sequential" and self._possible and not self._alone else False,
+            rowwise=None if method.own and not self._alone else False,
         )
 
     @property
@@ -95,7 +98,7 @@ class Evaluator:
 
     def restore(self, batched: bool | None, rowwise: bool | None) -> None:
         """Continue with the run's choice, unless another one was requested."""
-        if self.forward.sharded:
+        if self._alone:
             return
         if self.requested != "sequential" and self._possible:
             self.choice = replace(self.choice, batched=batched)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
+from zotune.objectives.head_weight import head_weight
 from zotune.objectives.output_gradients import OutputGradientRecorder, recording
 from zotune.rng.directions import Directions
 from zotune.subspaces import residual_check
@@ -177,7 +178,8 @@ class Guided(LowRank):
         guided = [c for c in coordinates if isinstance(c, GuidedCoordinate)]
         head, wanted = head_of(model), {id(c.parameter): c for c in guided if c.writes is not False}
         layers = {layer: c for layer, c in trained_layers(model, wanted).items() if layer is not head}
-        width = getattr(getattr(head, "weight", None), "shape", (0,))[-1]
+        weight = head_weight(head)
+        width = 0 if weight is None else weight.shape[1]
         if not any(residual_width(layer) == width for layer in layers):
             return {}
         with recording(MAX_POSITIONS) as recorder:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.weights import placement
+from zotune.weights import placement, quantized_linear
+from zotune.weights.computed_linear import ComputedLinear
 from zotune.weights.external_linear import pieces
 
 #: Names of the buffers that hold quantized weights.
@@ -35,9 +36,13 @@ def frozen_digest(model: nn.Module, trained: Collection[Tensor]) -> str | None:
     return _digest(model, rest, packed) if rest or packed else None
 
 
-def _digest(model: nn.Module, parameters: Sequence[tuple[str, Tensor]], packed: list[tuple[str, Tensor]]) -> str:
-    def one(item: tuple[str, Tensor]) -> bytes:
+def _digest(model: nn.Module, parameters: Sequence[tuple[str, Tensor]], packed: list[tuple[str, Any]]) -> str:
+    def one(item: tuple[str, Tensor | memoryview]) -> bytes:
         name, tensor = item
+        if isinstance(tensor, memoryview):
+            return hashlib.blake2b(name.encode() + b"|" + hashlib.blake2b(tensor).digest(), digest_size=16).digest()
+        if isinstance(quantized_linear.owner_of(tensor), ComputedLinear):
+            return _hash_text(f"{name}|{tuple(tensor.shape)}")  # a place without values
         with placement.loaded(tensor):
             return _hash(name, tensor).digest()
 
@@ -47,10 +52,11 @@ def _digest(model: nn.Module, parameters: Sequence[tuple[str, Tensor]], packed: 
         return _joined(pool.map(one, [*parameters, *packed]))
 
 
-def _packed(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """What quantized layers store, by name."""
+def _packed(model: nn.Module) -> list[tuple[str, Any]]:
+    """What quantized layers and engines store, by name: tensors, or an engine's bytes."""
     packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in QUANTIZED]
-    return [*packed, *pieces(model)]
+    engine = getattr(model, "engine", None)
+    return [*packed, *pieces(model), *([] if engine is None else engine.pieces())]
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -82,6 +88,10 @@ def _hash(name: str, tensor: Tensor, hashed: Any = None) -> Any:
     hashed.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return hashed
+
+
+def _hash_text(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _joined(digests: Iterable[bytes]) -> str:

@@ -1,6 +1,7 @@
 """Quantized linear layers (``weights.quantized_linear``): as ``nn.Linear``, but W is never materialized and never written.
 
-The layer's ``weight`` is an empty placeholder; the layer adds the product with a batched ``weight`` to its own product.
+The layer's ``weight`` is an empty placeholder; the layer adds the product with a batched ``weight`` to its own product. A matrix that an
+engine computes with (``weights.computed_linear``) has its whole product from there, at one point at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from zotune.forward.layers.rule import Example, LayerRule, add_product, register
 from zotune.subspaces import LowRankCoordinate
 from zotune.weights import quantized_linear
+from zotune.weights.computed_linear import ComputedLinear as EngineMatrix
 
 
 class QuantizedLinear(LayerRule):
@@ -54,4 +56,20 @@ def _quantized(bits: int, bias: bool) -> nn.Module:
     return quantized_linear.quantize(nn.Sequential(nn.Linear(96, 80, bias=bias)), bits)
 
 
+class ComputedLinear(QuantizedLinear):
+    """A ``weights.ComputedLinear``: the engine adds the product of its low-rank coordinate."""
+
+    by_engine = True
+
+    def owns(self, module: nn.Module) -> bool:
+        return isinstance(module, EngineMatrix)
+
+    def shared_width(self, module: nn.Module, coordinate: LowRankCoordinate) -> int | None:
+        return None
+
+    def examples(self) -> Iterable[Example]:
+        return ()  # its paths are those of an engine
+
+
 register(QuantizedLinear())
+register(ComputedLinear())

@@ -48,6 +48,8 @@ class LayerRule:
 
     #: Whether the stored weight can be written; otherwise it cannot be trained in full space.
     writable: ClassVar[bool] = True
+    #: Whether an engine computes with the weight, at one point at a time; the module then has a ``product`` to read its factors from.
+    by_engine: ClassVar[bool] = False
     #: Batched forms of torch functions, by the function's name.
     batched: ClassVar[Mapping[str, Function]] = {}
     #: Forms of torch functions with a lazy weight among their arguments.

@@ -1,0 +1,106 @@
+"""What training needs of an inference engine.
+
+An engine holds a model that it only reads. It adds low-rank factors to some of its matrices, evaluates batches of texts, and gives logits at
+the positions asked for. :class:`zotune.engines.model.EngineModel` makes a module of it, which the forward, the objectives, the optimizer and
+the trainer take as any other: points θ ± εZ, journal, resume, replay, calibration and evaluation are the same code as for a torch model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+#: (left (m, r), right (n, r)) of the product left · rightᵀ that is added to a matrix (m, n), by its name.
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text of an evaluation, or one prompt and several continuations of it.
+
+    Attributes:
+        ids: token ids, (n,).
+        positions: of each token in its text, (n,).
+        segments: 0 for a token of the prompt; c > 0 for one of continuation c, which sees the prompt and itself, (n,).
+        outputs: places among the tokens whose logits are wanted, ascending, without repetition.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    outputs: np.ndarray
+
+    @property
+    def sequences(self) -> int:
+        """Number of continuations, at least 1."""
+        return max(1, int(self.segments.max(initial=0)))
+
+
+@dataclass
+class Watch:
+    """What is seen of an evaluation, and changed in it.
+
+    Attributes:
+        inputs: names of the matrices whose inputs are wanted.
+        change: by name of a matrix: ``change(tokens, output)`` of the tokens (k,), numbered through all rows, and the output (k, m) there;
+            what it returns replaces the output, None leaves it.
+        head: whether the head's inputs and outputs are wanted.
+        found: by name, pieces of (tokens (k,), x (k, n), key); matrices with the same key have the same input. Empty name: the head.
+        logits: the head's own output, before what the model makes of it, in pieces (tokens, (k, vocabulary)).
+    """
+
+    inputs: frozenset[str] = frozenset()
+    change: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray | None]] = field(default_factory=dict)
+    head: bool = False
+    found: dict[str, list[tuple[np.ndarray, np.ndarray, object]]] = field(default_factory=dict)
+    logits: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+
+class Engine(Protocol):
+    """An inference engine with a model.
+
+    Attributes:
+        name: of the engine, such as ``"llama.cpp"``.
+        matrices: shape (m, n) of the matrices that take low-rank factors, by name, as the checkpoint calls the layers.
+        vocabulary: number of tokens.
+        width: size d of the hidden states.
+        context: tokens of the longest text.
+    """
+
+    name: str
+    matrices: Mapping[str, tuple[int, int]]
+    vocabulary: int
+    width: int
+    context: int
+
+    def set_factors(self, folded: Factors, current: Factors) -> None:
+        """Add both products to the matrices, for the evaluations that follow. ``folded`` changes seldom, ``current`` at every point."""
+        ...
+
+    def decode(self, rows: Sequence[Row], watch: Watch | None = None) -> np.ndarray:
+        """Logits at the outputs of all rows, in their order, (Σ outputs, vocabulary) float32."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int]) -> list[list[int]]:
+        """Greedy continuations, each up to and with its first stop token."""
+        ...
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """Rows of the head's weight W (vocabulary, d), (len(ids), d) float32."""
+        ...
+
+    def head_product(self, weights: Tensor) -> Tensor:
+        """weights (N, vocabulary) · W, (N, d) float32."""
+        ...
+
+    def pieces(self) -> Iterator[tuple[str, memoryview]]:
+        """(name, bytes) of everything that determines what the engine computes, for a digest."""
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...

@@ -1,0 +1,245 @@
+"""A causal language model that an inference engine computes, as a module for the rest of zotune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zotune.engines.engine import Engine, Row, Watch
+from zotune.objectives import output_gradients
+from zotune.objectives.output_gradients import OutputGradientRecorder
+from zotune.weights.computed_linear import ComputedLinear
+
+
+class EngineHead(nn.Module):
+    """The head W (vocabulary, d) of an engine's model: its rows and products, without W in memory."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.shape = (engine.vocabulary, engine.width)
+        self.rows, self.product = engine.head_rows, engine.head_product
+
+
+class EngineModel(nn.Module):
+    """A causal language model computed by an engine.
+
+    Its submodules stand for the matrices that take low-rank factors, under the names of the original checkpoint. Hooks on them see what
+    the engine computes: inputs of all tokens (hidden states of padding are zeros) after the evaluation, outputs during it.
+
+    Args:
+        engine: computes the model.
+        config: a configuration, with what the rest of the code reads of it (``vocab_size``, ``max_position_embeddings``).
+
+    Raises:
+        ValueError: the engine's model has no matrix that can be trained.
+    """
+
+    def __init__(self, engine: Engine, config: Any = None) -> None:
+        super().__init__()
+        if not engine.matrices:
+            raise ValueError("the model has no matrix that low-rank factors can be added to.")
+        self.__dict__["engine"] = engine
+        self.config = config or SimpleNamespace(vocab_size=engine.vocabulary, max_position_embeddings=engine.context)
+        self.matrices: dict[str, ComputedLinear] = {}
+        for name, shape in engine.matrices.items():
+            self.matrices[name] = layer = ComputedLinear(*shape)
+            _put(self, name.split("."), layer)
+        self.__dict__["head"] = EngineHead(engine)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine."""
+        return self.__dict__["engine"]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors that it takes and returns."""
+        return torch.device("cpu")
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.__dict__["head"]
+
+    # -- evaluation -------------------------------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Any:
+        """Logits (R, T, vocabulary) of token ids (R, T), zeros where the attention mask is 0; as ``output.logits``."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        everywhere = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        logits = self.scored_logits({name: tensor for name, tensor in inputs.items() if tensor is not None}, everywhere)
+        if attention_mask is not None:
+            logits = logits.masked_fill_(attention_mask.unsqueeze(2) == 0, 0.0)
+        return SimpleNamespace(logits=logits)
+
+    def scored_logits(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        """Logits (R, S, vocabulary) at ``positions`` (R, S).
+
+        Args:
+            inputs: input_ids (R, T); attention_mask (R, T), or segments (R, T) with the position_ids of packed choices (-1: padding).
+            positions: indices along T; at one on padding the logits are those of the row's first token.
+
+        Raises:
+            ValueError: a text is longer than the context.
+        """
+        recorder = output_gradients.active_recorder()
+        batch = _Batch(inputs, positions, recorder, self.engine.context)
+        watch, layers = self._watch(batch, recorder)
+        self._set_factors()
+        logits = torch.from_numpy(self.engine.decode(batch.rows, watch))
+        if watch is not None:
+            self._show_inputs(watch, layers, batch)
+            if recorder is not None and watch.head:
+                self._show_head(watch, recorder, batch)
+        return logits[batch.places]
+
+    def _set_factors(self) -> None:
+        folded, current = {}, {}
+        for name, layer in self.matrices.items():
+            if layer.left.shape[1]:
+                folded[name] = (layer.left, layer.right)
+            product = None if layer.product is None else layer.product()
+            if product is not None:
+                current[name] = product
+        self.engine.set_factors(folded, current)
+
+    # -- hooks ------------------------------------------------------------------------------------------------------------------------
+
+    def _watch(self, batch: _Batch, recorder: OutputGradientRecorder | None) -> tuple[Watch | None, dict[str, ComputedLinear]]:
+        """What the hooks on the matrices want to see."""
+        seen = {name: layer for name, layer in self.matrices.items() if layer.watched[0]}
+        change = {name: _Change(layer, batch) for name, layer in self.matrices.items() if layer.watched[1]}
+        head = recorder is not None and recorder.wants_head
+        if not (seen or change or head):
+            return None, seen
+        return Watch(frozenset(seen), change, head), seen
+
+    def _show_inputs(self, watch: Watch, layers: Mapping[str, ComputedLinear], batch: _Batch) -> None:
+        """Call the hooks that wait for inputs; matrices with the same input get the same tensor."""
+        shared: dict[object, Tensor] = {}
+        for name, layer in layers.items():
+            pieces = watch.found.get(name, [])
+            if not pieces:
+                continue
+            key = tuple(key for _, _, key in pieces)
+            if key not in shared:
+                shared[key] = batch.padded([(tokens, x) for tokens, x, _ in pieces])
+            layer.computed = torch.empty(0)
+            layer(shared[key])
+
+    def _show_head(self, watch: Watch, recorder: OutputGradientRecorder, batch: _Batch) -> None:
+        hidden = batch.padded([(tokens, x) for tokens, x, _ in watch.found.get("", [])])
+        logits = batch.at_outputs(watch.logits)
+        rows = torch.arange(len(hidden)).unsqueeze(1)
+        recorder.head_called(hidden[rows, batch.positions], logits[batch.places])
+
+    # -- generation -------------------------------------------------------------------------------------------------------------------
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
+        """Greedy continuations of prompts (B, P) padded on the left, behind them, (B, P + new tokens), as transformers returns them."""
+        if generation_config.do_sample or generation_config.num_beams > 1:
+            raise ValueError("an engine generates greedily: set do_sample=False and num_beams=1.")
+        self._set_factors()
+        prompts = [ids[mask > 0].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        stops = generation_config.eos_token_id or []
+        stops = [stops] if isinstance(stops, int) else list(stops)
+        found = self.engine.generate(prompts, generation_config.max_new_tokens, stops)
+        length = max(map(len, found), default=0)
+        pad = generation_config.pad_token_id or 0
+        written = torch.tensor([answer + [pad] * (length - len(answer)) for answer in found], dtype=torch.long).view(len(found), length)
+        return torch.cat([input_ids, written], dim=1)
+
+
+class _Batch:
+    """A padded batch (R, T) as the texts of an engine, and the way back.
+
+    Attributes:
+        rows: the texts.
+        positions: the scored positions, (R, S), those on padding moved to the row's first token.
+        places: which of all outputs is at each of them, (R, S).
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor], positions: Tensor, recorder: OutputGradientRecorder | None, context: int) -> None:
+        ids = inputs["input_ids"]
+        segments = inputs.get("segments")
+        mask = inputs.get("attention_mask")
+        real = segments >= 0 if segments is not None else torch.ones_like(ids, dtype=torch.bool) if mask is None else mask > 0
+        given = inputs.get("position_ids")
+        self.shape = ids.shape
+        first = real.int().argmax(dim=1, keepdim=True)
+        self.positions = torch.where(real.gather(1, positions), positions, first)
+        wanted = torch.zeros_like(real)
+        wanted.scatter_(1, self.positions, True)
+        if recorder is not None and recorder.sample is not None:
+            wanted[recorder.sample] = True  # behind the last attention, only outputs have hidden states
+        wanted &= real
+        self.rows: list[Row] = []
+        for row in range(len(ids)):
+            kept = real[row]
+            length = int(kept.sum())
+            if length == 0:
+                raise ValueError("a row of the batch has no token: every text needs at least one.")
+            where = torch.arange(length) if given is None else given[row][kept]
+            if int(where.max()) >= context:
+                raise ValueError(
+                    f"a text has {int(where.max()) + 1} tokens, and the context takes {context}: raise --n_ctx where the model was trained "
+                    "for more, or cut texts with --max_length."
+                )
+            part = torch.zeros(length, dtype=torch.int32) if segments is None else segments[row][kept]
+            outputs = wanted[row][kept].nonzero()[:, 0]
+            self.rows.append(Row(*(tensor.to(torch.int32).numpy() for tensor in (ids[row][kept], where, part)), outputs.numpy()))
+        self.index = real.flatten().nonzero()[:, 0]  # of each token among the elements of the padded batch
+        numbers = torch.full((ids.numel(),), -1, dtype=torch.long)
+        self.outputs = wanted.flatten().nonzero()[:, 0]
+        numbers[self.outputs] = torch.arange(len(self.outputs))
+        self.places = numbers.view(self.shape).gather(1, self.positions)
+        self._of_token = numbers[self.index]  # the output at each token
+
+    def padded(self, pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+        """(R, T, n) of the values (k, n) of some tokens (k,), zeros elsewhere."""
+        width = pieces[0][1].shape[1] if pieces else 0
+        found = torch.zeros(self.shape.numel(), width)
+        for tokens, values in pieces:
+            found[self.index[torch.from_numpy(tokens)]] = torch.from_numpy(values)
+        return found.view(*self.shape, width)
+
+    def at_outputs(self, pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+        """(outputs, n) of the values (k, n) of some tokens (k,)."""
+        found = torch.zeros(len(self.outputs), pieces[0][1].shape[1])
+        for tokens, values in pieces:
+            found[self._of_token[torch.from_numpy(tokens)]] = torch.from_numpy(values)
+        return found
+
+    def tokens_of(self, states: Tensor, tokens: np.ndarray) -> Tensor:
+        """The values (k, n) of some tokens (k,) in a padded tensor (R, T, n)."""
+        return states.flatten(0, 1)[self.index[torch.from_numpy(tokens)]]
+
+
+class _Change:
+    """Calls a layer's forward hooks on the output of some tokens."""
+
+    def __init__(self, layer: ComputedLinear, batch: _Batch) -> None:
+        self.layer, self.batch = layer, batch
+
+    def __call__(self, tokens: np.ndarray, output: np.ndarray) -> np.ndarray | None:
+        layer, batch = self.layer, self.batch
+        layer.computed = given = batch.padded([(tokens, output)])
+        found = layer(torch.empty(0))
+        return None if found is given else batch.tokens_of(found, tokens).numpy()
+
+
+def _put(parent: nn.Module, path: Sequence[str], layer: nn.Module) -> None:
+    """Register a layer under a dotted name; numbers are places in lists."""
+    name, *rest = path
+    if not rest:
+        parent.add_module(name, layer)
+        return
+    child = parent._modules.get(name)
+    if child is None:
+        child = nn.ModuleList() if rest[0].isdigit() else nn.Module()
+        parent.add_module(name, child)
+    _put(child, rest, layer)

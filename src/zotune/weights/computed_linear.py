@@ -1,0 +1,64 @@
+"""Matrices that an inference engine stores and computes with, trained by low-rank factors that the engine adds.
+
+The module is a place for what the rest of zotune attaches to a layer: a parameter of the matrix's shape without memory, the factors of
+what training has added so far, and the hooks of whoever watches the layer's inputs. It computes nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from zotune.weights.quantized_linear import QuantizedLinear, own
+
+#: (left (m, r), right (n, r)) of a product that is added to a matrix (m, n); None for nothing.
+Product = Callable[[], tuple[Tensor, Tensor] | None]
+
+
+class ComputedLinear(QuantizedLinear):
+    """y = x Wᵀ + (x R) Lᵀ + (x V) Aᵀ, all of it computed by an engine.
+
+    L and R are ``left`` and ``right`` (see :class:`QuantizedLinear`); A and V are what ``product`` returns at the point that is evaluated.
+
+    Args:
+        outputs, inputs: m and n.
+
+    Attributes:
+        product: the factors beside L and R; None where no optimizer trains the matrix.
+        computed: what the engine computed for the call of the module that follows.
+    """
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = inputs, outputs, None
+        self._register_factors(torch.device("cpu"))
+        self.weight = nn.Parameter(self._zero_weight(torch.float32, torch.device("cpu")))
+        self.product: Product | None = None
+        self.computed = torch.empty(0)
+        own(self)
+
+    def add(self, left: Tensor, right: Tensor, keep: float) -> None:
+        if keep != 1.0:
+            raise ValueError("weight decay shrinks the weights themselves, which an engine only reads: set weight_decay=0.")
+        super().add(left, right, keep)
+
+    def with_factors(self, left: Tensor, right: Tensor) -> Tensor:
+        raise ValueError("an engine's weights stay in its file, and the update is an adapter beside them: there is no merged weight.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.computed
+
+    @property
+    def watched(self) -> tuple[bool, bool]:
+        """Whether hooks wait for its inputs, and whether some may change its outputs."""
+        return bool(self._forward_pre_hooks), bool(self._forward_hooks)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, columns={self.left.shape[1]}"
+
+
+def is_computed(model: nn.Module) -> bool:
+    """Whether an engine computes some matrices of a model."""
+    return any(isinstance(module, ComputedLinear) for module in model.modules())
