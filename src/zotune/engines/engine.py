@@ -1,8 +1,8 @@
 """What training needs of an inference engine.
 
-An engine holds a model that it only reads. It adds low-rank factors to some of its matrices, evaluates batches of texts, and gives logits at
-the positions asked for. :class:`zotune.engines.model.EngineModel` makes a module of it, which the forward, the objectives, the optimizer and
-the trainer take as any other: points θ ± εZ, journal, resume, replay, calibration and evaluation are the same code as for a torch model.
+An engine holds a model that it only reads. It adds low-rank factors to some of its matrices, evaluates batches of texts, and gives logits
+at the positions asked for. :class:`zotune.engines.model.EngineModel` makes a module of it, which the forward, the objectives, the optimizer
+and the trainer take as any other: points θ ± εZ, journal, resume, replay, calibration and evaluation are the same code as for a torch model.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Engine(Protocol):
         ...
 
     def head_rows(self, ids: Tensor) -> Tensor:
-        """Rows of the head's weight W (vocabulary, d), (len(ids), d) float32."""
+        """Rows of the head's weight W (vocabulary, d), of shape (*ids.shape, d), float32."""
         ...
 
     def head_product(self, weights: Tensor) -> Tensor:

@@ -191,7 +191,8 @@ class _Batch:
                 )
             part = torch.zeros(length, dtype=torch.int32) if segments is None else segments[row][kept]
             outputs = wanted[row][kept].nonzero()[:, 0]
-            self.rows.append(Row(*(tensor.to(torch.int32).numpy() for tensor in (ids[row][kept], where, part)), outputs.numpy()))
+            values = [tensor.to(torch.int32).numpy() for tensor in (ids[row][kept], where, part)]
+            self.rows.append(Row(values[0], values[1], values[2], outputs.numpy()))
         self.index = real.flatten().nonzero()[:, 0]  # of each token among the elements of the padded batch
         numbers = torch.full((ids.numel(),), -1, dtype=torch.long)
         self.outputs = wanted.flatten().nonzero()[:, 0]

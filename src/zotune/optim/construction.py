@@ -266,7 +266,7 @@ def _check_placement(model: nn.Module, method: Method, coordinate: Coordinate) -
     if quantized_linear.owner_of(coordinate.parameter) is not None and not isinstance(coordinate, LowRankCoordinate):
         if is_computed(model):
             raise ValueError(
-                f"{method.name} writes the weights themselves, and an engine only reads its file: use a method that trains low-rank factors "
+                f"{method.name} writes the weights themselves, and an engine only reads its file: use one that trains low-rank factors "
                 "(lozo-g, lozo-e, lozo, lozo-m, agzo, subzero)."
             )
         raise ValueError(f"{coordinate.name} is quantized, so it is trained by low-rank factors only: use lozo, or an adapter (PEFT).")

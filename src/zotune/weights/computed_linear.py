@@ -32,7 +32,8 @@ class ComputedLinear(QuantizedLinear):
 
     def __init__(self, outputs: int, inputs: int) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = inputs, outputs, None
+        self.in_features, self.out_features = inputs, outputs
+        self.register_parameter("bias", None)
         self._register_factors(torch.device("cpu"))
         self.weight = nn.Parameter(self._zero_weight(torch.float32, torch.device("cpu")))
         self.product: Product | None = None

@@ -53,7 +53,16 @@ class Context:
     """
 
     def __init__(
-        self, lib: Any, model: Any, vocabulary: int, longest: int, *, n_threads: int, n_ubatch: int, cache_type: int, weights: dict[bytes, str]
+        self,
+        lib: Any,
+        model: Any,
+        vocabulary: int,
+        longest: int,
+        *,
+        n_threads: int,
+        n_ubatch: int,
+        cache_type: int,
+        weights: dict[bytes, str],
     ) -> None:
         self.lib, self.model, self.vocabulary, self.longest = lib, model, vocabulary, longest
         self.n_threads, self.n_ubatch, self.cache_type = n_threads, n_ubatch, cache_type
@@ -154,8 +163,8 @@ class Context:
         if not self._context:
             self._context = None
             raise MemoryError(
-                f"llama.cpp has no memory for {tokens} tokens at a time ({last_words() or 'it gives no reason'}): take a smaller --n_ubatch or "
-                "per_device_train_batch_size."
+                f"llama.cpp has no memory for {tokens} tokens at a time ({last_words() or 'it gives no reason'}): take a smaller --n_ubatch "
+                "or per_device_train_batch_size."
             )
         self._size = (tokens, sequences, outputs)
         if self._adapters:

@@ -47,8 +47,8 @@ def load() -> Any:
         import llama_cpp.llama_cpp as lib
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(
-            'a GGUF file is computed by llama.cpp, which is not installed here: pip install "zotune[gguf]" (it is compiled, with cmake and a '
-            f"C++ compiler). The reason given: {' '.join(str(error).split())}"
+            'a GGUF file is computed by llama.cpp, which is not installed here: pip install "zotune[gguf]" (it is compiled, with cmake '
+            f"and a C++ compiler). The reason given: {' '.join(str(error).split())}"
         ) from None
     if _callback is None:
         _callback = lib.llama_log_callback(lambda level, text, data: _log.append(text.decode(errors="replace").rstrip()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -130,7 +129,8 @@ class LlamaCpp:
     # -- the head ---------------------------------------------------------------------------------------------------------------------
 
     def head_rows(self, ids: Tensor) -> Tensor:
-        return torch.from_numpy(self.file.rows(self.file.head, ids.numpy()))
+        rows = torch.from_numpy(self.file.rows(self.file.head, ids.flatten().numpy()))
+        return rows.view(*ids.shape, self.width)
 
     def head_product(self, weights: Tensor) -> Tensor:
         found = torch.zeros(len(weights), self.width)
