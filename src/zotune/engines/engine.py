@@ -2,7 +2,7 @@
 
 An engine holds a model that it only reads. It adds low-rank factors to some of its matrices, evaluates batches of texts, and gives logits
 at the positions asked for. :class:`zotune.engines.model.EngineModel` makes a module of it, which the forward, the objectives, the optimizer
-and the trainer take as any other: points θ ± εZ, journal, resume, replay, calibration and evaluation are the same code as for a torch model.
+and the trainer take as any other: points, journal, resume, replay, calibration and evaluation are the same code as for torch models.
 """
 
 from __future__ import annotations

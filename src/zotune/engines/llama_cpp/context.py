@@ -163,8 +163,8 @@ class Context:
         if not self._context:
             self._context = None
             raise MemoryError(
-                f"llama.cpp has no memory for {tokens} tokens at a time ({last_words() or 'it gives no reason'}): take a smaller --n_ubatch "
-                "or per_device_train_batch_size."
+                f"llama.cpp has no memory for {tokens} tokens at a time ({last_words() or 'no reason'}): take a smaller --n_ubatch or "
+                "per_device_train_batch_size."
             )
         self._size = (tokens, sequences, outputs)
         if self._adapters:
