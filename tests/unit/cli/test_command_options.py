@@ -40,6 +40,7 @@ _BENCH = "tests/unit/bench/test_bench.py::test_a_killed_bench_ends_with_the_tabl
 _RUN = _CLI + "test_a_run_leaves_model_summary_curve_and_replayable_journal"
 _ESTIMATE = "tests/unit/cli/test_estimate_command.py::"
 _DRAWS, _MEASURES = _ESTIMATE + "test_estimate_compares_methods_and_draws", _ESTIMATE + "test_the_process_grows_by_what_was_predicted"
+_CONVERT = "tests/unit/engines/test_gguf_convert.py::test_the_command_converts_and_spares_a_file"
 _MERGE = "tests/unit/optim/test_merge.py::test_the_command"
 #: On a machine with a GPU it acts.
 GPU = "acts on a machine with a GPU only"
@@ -134,6 +135,7 @@ ROWS: dict[str, dict[str, str]] = {
         "offload": _DISK, "max_memory": _DISK, "offload_dir": _DISK, "offload_blocks": _LOADING["offload_blocks"],
     },
     "merge": _REPLAYED | {"base": _MERGE, "output_dir": _MERGE, "journals": _MERGE, "weights": _MERGE},
+    "convert": dict.fromkeys(("checkpoint", "out", "outtype", "overwrite"), _CONVERT),
     "verify": {"run": _RUN},
     "estimate": _turned(PREDICTED, "test_an_option_of_estimate_is_in_what_is_predicted") | {
         "trust_remote_code": _HOSTILE, "method": _DRAWS, "chart": _DRAWS, "json": _DRAWS, "device": _MEASURES, "measure": _MEASURES,
