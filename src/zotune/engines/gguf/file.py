@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from zotune.engines.gguf.header import Header, Tensor
+from zotune.engines.gguf.header import Header, Tensor, dequantized
 from zotune.engines.gguf.names import PERMUTED, checkpoint_name, from_file_rows, to_file_rows, trainable
 
 __all__ = ["GGUFFile", "Matrix", "from_file_rows", "to_file_rows"]
@@ -175,17 +175,7 @@ class GGUFFile:
             raise ValueError(f"{tensor} of {self.path} has the shape {found.shape} and is no matrix.")
         if index.size and not 0 <= index.min() <= index.max() < found.shape[0]:
             raise IndexError(f"{tensor} of {self.path} has {found.shape[0]} rows, and rows {index.min()} to {index.max()} were asked for.")
-        data = found.data.reshape(found.shape[0], found.row_bytes)[index]
-        if found.type == gguf.GGMLQuantizationType.F32:
-            return data.view(np.float32)
-        if found.type == gguf.GGMLQuantizationType.F16:
-            return data.view(np.float16).astype(np.float32)
-        try:
-            return gguf.dequantize(data, found.type)
-        except NotImplementedError:
-            raise ValueError(
-                f"{tensor} of {self.path} is stored as {found.type.name}, which the installed gguf does not dequantize; update gguf."
-            ) from None
+        return dequantized(found, index)
 
     def pieces(self) -> Iterator[tuple[str, memoryview]]:
         """(name|type|shape, bytes as stored) of every tensor by name, for a digest that does not depend on how the file is split."""

@@ -46,6 +46,23 @@ class Tensor:
         return self.shape[-1] // block * size
 
 
+def dequantized(tensor: Tensor, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """Rows of a matrix in float32, (rows, n), without dequantizing the others.
+
+    Raises:
+        ValueError: the installed gguf cannot dequantize the tensor's type.
+    """
+    data = tensor.data.reshape(tensor.shape[0], tensor.row_bytes)[rows]
+    if tensor.type == gguf.GGMLQuantizationType.F32:
+        return data.view(np.float32)
+    if tensor.type == gguf.GGMLQuantizationType.F16:
+        return data.view(np.float16).astype(np.float32)
+    try:
+        return gguf.dequantize(data, tensor.type)
+    except NotImplementedError:
+        raise ValueError(f"{tensor.name} is stored as {tensor.type.name}, which the installed gguf cannot decode: update gguf.") from None
+
+
 @dataclass(frozen=True)
 class _Value:
     """A value that has been stepped over: its type, that of its elements if it is an array, and where it begins."""
