@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,9 @@ def reference(folder: Path, ids: list[int]) -> np.ndarray:
         return model(torch.tensor([ids])).logits[0].numpy()
 
 
-def tokens(path: Path, text: str) -> list[int]:
+def tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
     model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    result = model.tokenize(text.encode(), add_bos=True, special=True)
+    result = [model.tokenize(text.encode(), add_bos=True, special=True) for text in texts]
     model.close()
     return result
 
@@ -74,7 +77,7 @@ def test_the_bundled_model_computes_the_same(tmp_path: Path) -> None:
     folder = bundled.path("tiny-lm")
     ids = AutoTokenizer.from_pretrained(folder)(PAGE)["input_ids"]
     path = convert(folder, tmp_path / "tiny-lm.gguf", "f32")
-    assert tokens(path, PAGE) == ids
+    assert tokens(path, [PAGE]) == [ids]
     np.testing.assert_allclose(logits(path, ids[:100]), reference(folder, ids[:100]), atol=2e-3)
 
 
@@ -83,8 +86,11 @@ def test_tokens_of_a_page_equal_the_checkpoints(tmp_path: Path, pre: str) -> Non
     folder = save_checkpoint(tmp_path / "model", pre=pre)
     words = AutoTokenizer.from_pretrained(folder)
     path = convert(folder, tmp_path / "m.gguf", "f32")
-    for text in (PAGE, " two  spaces first", "a <tool> b", "x", *PAGE.splitlines()):
-        assert tokens(path, text) == words(text)["input_ids"]
+    draw = random.Random(0)
+    alphabet = [*PAGE, "\u2003", "\u3000", "\u200b", "\x85", "ǅ", "ª", "</s>", "<tool>", "'s", "'LL"]
+    mixed = [unicodedata.normalize("NFC", "".join(draw.choices(alphabet, k=draw.randint(1, 30)))) for _ in range(300)]
+    texts = [PAGE, " two  spaces first", "a <tool> b", "x", *PAGE.splitlines(), *mixed]
+    assert tokens(path, texts) == [words(text)["input_ids"] for text in texts]
     facts = GGUFFile(path).metadata
     assert facts["tokenizer.chat_template"] == "{{ messages }}"
     assert facts["tokenizer.ggml.pre"] == ("default" if pre == "llama" else pre)
@@ -149,6 +155,7 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
             "'yarn' scaling",
         ),
         ("num_hidden_layers", 3, r"lacks the tensor model\.layers\.2"),
+        ("num_hidden_layers", 10**9, "has 1000000000 layers by its config"),
         ("num_hidden_layers", 1, "holds the tensor model.layers.1"),
         ("intermediate_size", 128, "has the shape"),
         ("quantization_config", {"quant_method": "awq", "bits": 4}, "quantized already"),
@@ -191,12 +198,13 @@ def test_pieces_that_never_merge_are_refused(tmp_path: Path) -> None:
         convert(folder, tmp_path / "m.gguf")
 
 
-def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "message"), [(-1e5, "beyond float16's.*bf16"), (float("nan"), "not finite")])
+def test_numbers_that_cannot_be_stored_are_refused(tmp_path: Path, number: float, message: str) -> None:
     folder = save_checkpoint(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"][3, 4] = -1e5
+    weights["lm_head.weight"][3, 4] = number
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"output\.weight .* beyond float16's.*bf16"):
+    with pytest.raises(ValueError, match=r"output\.weight .*" + message):
         convert(folder, tmp_path / "m.gguf", "f16")
     assert not list(tmp_path.glob("*gguf*"))
 

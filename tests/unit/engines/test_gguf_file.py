@@ -129,6 +129,7 @@ def test_pieces_tell_any_changed_weight(model: Path, tmp_path: Path) -> None:
         (b"GGUF" + struct.pack("<IQQ", 3, 2**63, 1), "counts 9223372036854775808 tensors"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1, 2**40), "counts 1099511627776 entries"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**62) + bytes(99), "truncated"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**17) + bytes(2**18), "name in its header has 131072 bytes"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<IIQ", 9, 8, 2**60) + bytes(99), "list of 1152921504606846976"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<IIQ", 9, 4, 2**60) + bytes(99), "truncated"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<IIQ", 9, 9, 1) + bytes(99), "unknown type 9"),
@@ -165,7 +166,7 @@ def test_any_cut_of_a_file_is_told(model: Path, tmp_path: Path) -> None:
     whole, path = model.read_bytes(), tmp_path / "cut.gguf"
     for length in (4, 7, 20, 30, 100, 500, 1500, 3000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"truncated|can hold"):
+        with pytest.raises(ValueError, match="truncated"):
             GGUFFile(path)
 
 

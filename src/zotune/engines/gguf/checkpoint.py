@@ -86,7 +86,7 @@ class Checkpoint:
         norms = {"input_layernorm": ("attn_norm", width), "post_attention_layernorm": ("ffn_norm", width)}
         if arch == "qwen3":
             norms |= {"self_attn.q_norm": ("attn_q_norm", self.head_dim), "self_attn.k_norm": ("attn_k_norm", self.head_dim)}
-        table = {"model.embed_tokens.weight": ("token_embd.weight", (config.vocab_size, width))}
+        table: dict[str, tuple[str, tuple[int, ...]]] = {"model.embed_tokens.weight": ("token_embd.weight", (config.vocab_size, width))}
         for block in range(config.num_hidden_layers):
             here, there = f"model.layers.{block}", f"blk.{block}"
             table |= {f"{here}.{name}.weight": (f"{there}.{kind}.weight", (size,)) for name, (kind, size) in norms.items()}
@@ -121,6 +121,10 @@ class Checkpoint:
         return (1 / ((1 - kept) / rope["factor"] + kept)).astype(np.float32)
 
     def _check_tensors(self) -> None:
+        if self.config.num_hidden_layers > len(self._files):  # before a table of that length is made
+            raise ValueError(
+                f"{self.folder} has {self.config.num_hidden_layers} layers by its config.json, and {len(self._files)} tensors."
+            )
         layout = self.layout
         missing = [name for name in layout if name not in self._files]
         if missing:

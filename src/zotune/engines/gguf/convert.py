@@ -114,6 +114,8 @@ def _type_of(there: str, shape: tuple[int, ...], source: Checkpoint, outtype: st
 
 
 def _stored(folder: Path, name: str, tensor: Any, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{name} of {folder} holds numbers that are not finite: the checkpoint is damaged; download it again.")
     if kind == _TYPES.F16 and np.abs(tensor).max() > np.finfo(np.float16).max:
         raise ValueError(f"{name} of {folder} holds numbers beyond float16's: convert with --outtype bf16 or f32.")
     return tensor if kind == _TYPES.F32 else gguf.quantize(tensor, kind)

@@ -77,8 +77,8 @@ class GGUFFile:
             raise ValueError(f"{self.path} holds no language model (type {kind!r}, {len(self.tensors)} tensors): give the GGUF of one.")
         if len(self.tensors["token_embd.weight"].shape) != 2 or len(self.tensors[self.head].shape) != 2:
             raise ValueError(f"{self.path} is damaged: its embedding or its head is no matrix; download it again.")
-        for value in (self.architecture, self.context_length, self.width, self.num_blocks):
-            assert value is not None
+        for key in ("context_length", "embedding_length", "block_count"):
+            self._number(key)
 
     def _number(self, key: str) -> int:
         value = self.metadata.get(f"{self.architecture}.{key}")
@@ -181,7 +181,7 @@ class GGUFFile:
         """(name|type|shape, bytes as stored) of every tensor by name, for a digest that does not depend on how the file is split."""
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
-            yield f"{name}|{tensor.type.name}|{'x'.join(map(str, tensor.shape))}", memoryview(tensor.data)
+            yield f"{name}|{tensor.type.name}|{'x'.join(map(str, tensor.shape))}", tensor.data.data
 
 
 def _parts(given: Header) -> list[Header]:

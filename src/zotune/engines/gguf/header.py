@@ -6,7 +6,6 @@ bounded by its size, and leaves long arrays where they are.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-#: Most entries of an array of strings (the longest vocabularies have 2¹⁸), and most dimensions of a tensor.
-LONGEST_LIST, MOST_DIMENSIONS = 2**24, 4
+#: Most entries of an array of strings (the longest vocabularies have 2¹⁸), of metadata, tensors, bytes of a name, dimensions of a tensor.
+LONGEST_LIST, MOST_VALUES, MOST_TENSORS, LONGEST_NAME, MOST_DIMENSIONS = 2**22, 2**16, 2**17, 2**16, 4
 _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "|b1", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _TYPES = frozenset(int(kind) for kind in gguf.GGML_QUANT_SIZES)
@@ -119,12 +118,15 @@ class Reader:
 
     def integer(self, size: int = 8) -> int:
         """An unsigned integer of 4 or 8 bytes."""
-        return struct.unpack_from("<Q" if size == 8 else "<I", self.content, self.skip(size))[0]
+        start = self.skip(size)
+        return int.from_bytes(self.content[start : start + size].tobytes(), "little")
 
-    def text(self) -> str:
-        """A string in UTF-8."""
+    def text(self, longest: int | None = None) -> str:
+        """A string in UTF-8, of so many bytes at most."""
         size = self.integer()
         start = self.skip(size)
+        if longest is not None and size > longest:
+            raise ValueError(f"{self.path} is damaged: a name in its header has {size} bytes; download it again.")
         try:
             return self.content[start : start + size].tobytes().decode("utf-8")
         except UnicodeDecodeError:
@@ -168,12 +170,12 @@ class Header:
                 f"{path} is a GGUF of version {version}, and versions 2 and 3 are read: convert the model again with a recent llama.cpp."
             )
         tensors, values = reader.integer(), reader.integer()
-        for count, least, what in ((values, 13, "entries of metadata"), (tensors, 24, "tensors")):  # `least` bytes that one takes
-            if count > len(self.content) // least:
-                raise ValueError(f"{path} is damaged: its header counts {count} {what}, more than it can hold; download it again.")
+        for count, most, what in ((values, MOST_VALUES, "entries of metadata"), (tensors, MOST_TENSORS, "tensors")):
+            if count > most:
+                raise ValueError(f"{path} is damaged: its header counts {count} {what}, and no model has so many; download it again.")
         found: dict[str, _Value] = {}
         for _ in range(values):
-            key = reader.text()
+            key = reader.text(LONGEST_NAME)
             if key in found:
                 raise ValueError(f"{path} is damaged: its metadata names {_short(key)} twice; download it again.")
             found[key] = reader.value(key)
@@ -215,7 +217,7 @@ class Header:
 
 
 def _place(reader: Reader) -> tuple[str, gguf.GGMLQuantizationType, tuple[int, ...], int]:
-    name, dimensions = reader.text(), reader.integer(4)
+    name, dimensions = reader.text(LONGEST_NAME), reader.integer(4)
     if not 1 <= dimensions <= MOST_DIMENSIONS:
         raise ValueError(f"{reader.path} is damaged: the tensor {_short(name)} has {dimensions} dimensions; download it again.")
     shape = tuple(int(size) for size in reader.take("<u8", dimensions)[::-1])
