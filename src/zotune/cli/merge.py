@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zotune.cli.parser import CommandParser
-from zotune.cli.replay import base_model, new_folder
+from zotune.cli.replay import base_model, new_folder, save_adapter
 from zotune.optim.journal import Journal
 from zotune.optim.merge import merge
 from zotune.optim.replay import checked_header
 from zotune.training import run_folder
 from zotune.training.checkpoint import contents, storage
 from zotune.training.quiet import quiet_libraries
+from zotune.weights.computed_linear import is_computed
 from zotune.weights.trainable_scales import dequantize
 
 
@@ -44,8 +45,11 @@ def main(argv: Sequence[str]) -> int:
     merge(model, journals, args.weights)
     model = dequantize(model)
     with storage.draft(output) as folder:
-        contents.save_model(folder, model.cpu())
-        tokenizer.save_pretrained(folder)
+        if is_computed(model):
+            save_adapter(folder, model, {"method": "merge", "runs": len(journals), "steps": sum(map(len, journals))})
+        else:
+            contents.save_model(folder, model.cpu())
+            tokenizer.save_pretrained(folder)
     steps = ", ".join(f"{len(journal)} of {journal.header['method']}" for journal in journals)
     print(f"{output}: {args.base} after the steps of {len(journals)} runs ({steps}), averaged.")
     return 0

@@ -22,6 +22,7 @@ from zotune.training.loading import load_model, load_tokenizer, plan_model
 from zotune.training.quiet import quiet_libraries
 from zotune.training.schemes import Scheme
 from zotune.weights import quantized_linear, trainable_scales
+from zotune.weights.computed_linear import is_computed
 from zotune.weights.offload import stream_of
 from zotune.weights.offload.loading import PLACES
 
@@ -82,10 +83,20 @@ def main(argv: Sequence[str]) -> int:
     if args.merge:
         model = merged(model)
     with storage.draft(output) as folder:
-        contents.save_model(folder, model if stream_of(model) is not None else model.cpu())
-        tokenizer.save_pretrained(folder)
+        if is_computed(model):
+            save_adapter(folder, model, run_folder.adapter_facts(optimizer))
+        else:
+            contents.save_model(folder, model if stream_of(model) is not None else model.cpu())
+            tokenizer.save_pretrained(folder)
     print(f"{output}: {args.base} after {steps} of {len(journal)} steps of {journal.header['method']}.")
     return 0
+
+
+def save_adapter(folder: Path, model: Any, facts: dict[str, Any]) -> None:
+    """The files of a GGUF model's adapter, as a run saves them."""
+    from zotune.training import gguf_models
+
+    gguf_models.save(folder, model, facts, checkpoint_too=True)
 
 
 def new_folder(name: str | None, command: str, what: str) -> Path:
@@ -132,7 +143,7 @@ def base_model(args: argparse.Namespace, journal: Journal, folder: Path, **where
     on_gpu = torch.cuda.is_available() and not args.use_cpu and "cpu" not in header["device"]
     device = torch.device("cuda" if on_gpu else "cpu")
     plan = plan_model(options, "zotune replay")
-    tokenizer = load_tokenizer(plan, options)
+    tokenizer = None if plan.gguf is not None else load_tokenizer(plan, options)  # an adapter is saved without one
     adapter = folder / run_folder.ADAPTER_FOLDER
     if adapter.is_dir():
         plan = dataclasses.replace(plan, adapter=str(adapter))

@@ -7,7 +7,7 @@ and the trainer take as any other: points, journal, resume, replay, calibration 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -97,8 +97,8 @@ class Engine(Protocol):
         """weights (N, vocabulary) · W, (N, d) float32."""
         ...
 
-    def pieces(self) -> Iterator[tuple[str, memoryview]]:
-        """(name, bytes) of everything that determines what the engine computes, for a digest."""
+    def digest(self) -> str:
+        """Of everything that determines what the engine computes of token ids."""
         ...
 
     def close(self) -> None:

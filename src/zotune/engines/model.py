@@ -97,15 +97,21 @@ class EngineModel(nn.Module):
                 self._show_head(watch, recorder, batch)
         return logits[batch.places]
 
-    def _set_factors(self) -> None:
-        folded, current = {}, {}
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """All that training has added: (left (m, r), right (n, r)) of each matrix that it changed."""
+        found = {}
         for name, layer in self.matrices.items():
-            if layer.left.shape[1]:
-                folded[name] = (layer.left, layer.right)
             product = None if layer.product is None else layer.product()
-            if product is not None:
-                current[name] = product
-        self.engine.set_factors(folded, current)
+            parts = [(layer.left, layer.right), *([] if product is None else [product])]
+            left, right = (torch.cat(side, dim=1).contiguous() for side in zip(*parts, strict=True))
+            if left.shape[1]:
+                found[name] = (left, right)
+        return found
+
+    def _set_factors(self) -> None:
+        folded = {name: (layer.left, layer.right) for name, layer in self.matrices.items() if layer.left.shape[1]}
+        products = {name: layer.product() for name, layer in self.matrices.items() if layer.product is not None}
+        self.engine.set_factors(folded, {name: product for name, product in products.items() if product is not None})
 
     # -- hooks ------------------------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zotune.optim.journal import Journal
 from zotune.optim.replay import checked_header, replay
+from zotune.weights.computed_linear import ComputedLinear, is_computed
 from zotune.weights.quantized_linear import owner_of
 
 
@@ -47,6 +48,8 @@ def merge(model: nn.Module, journals: Sequence[str | Path | Journal], weights: S
     shares = _shares(weights, len(journals))
     opened = [journal if isinstance(journal, Journal) else Journal.open(journal) for journal in journals]
     trained = {name for journal in opened for group in checked_header(journal)["groups"] for name, _, _ in group["parameters"]}
+    if is_computed(model):
+        return _merge_factors(model, opened, shares)
     if any(name in trained and owner_of(parameter) is not None for name, parameter in model.named_parameters()):
         raise ValueError("what runs add to weights held in few bits stays beside them and is not averaged: merge runs without --quantize.")
     sums: dict[str, Tensor] = {}
@@ -64,6 +67,21 @@ def merge(model: nn.Module, journals: Sequence[str | Path | Journal], weights: S
     for name, parameter in model.named_parameters():
         if name in sums:
             parameter.copy_(sums[name])
+    return model
+
+
+def _merge_factors(model: nn.Module, journals: Sequence[Journal], shares: Sequence[float]) -> nn.Module:
+    """:func:`merge` of an engine's model: factors of the runs side by side, the left ones times the runs' shares."""
+    layers = [module for module in model.modules() if isinstance(module, ComputedLinear)]
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+    for share, journal in zip(shares, journals, strict=True):
+        replay(model, journal).remove_hooks()
+        for layer, parts in zip(layers, found, strict=True):
+            left, right = layer.take()
+            parts.append((left * share, right))
+    for layer, parts in zip(layers, found, strict=True):
+        for left, right in parts:
+            layer.add(left, right, 1.0)
     return model
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from zotune.io.sizes import parse_size
 from zotune.tasks.chat import variables_of
+
+
+#: Options of GGUF files.
+GGUF_OPTIONS = ("n_threads", "n_gpu_layers", "n_ctx", "n_ubatch", "cache_type", "tokenizer_name")
+#: In a folder that a run of a GGUF file saved: which file that was.
+GGUF_SOURCE = "zotune_gguf.json"
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -19,7 +26,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class ModelArguments:
     """Which model, and how it is loaded."""
 
-    model_name_or_path: str | None = option(None, "model folder or Hugging Face hub id")
+    model_name_or_path: str | None = option(None, "model folder, Hugging Face hub id, or a GGUF file, which llama.cpp computes")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype of the weights; auto: float32 on a CPU, as stored on a GPU"
     )
@@ -38,7 +45,19 @@ class ModelArguments:
         None, "quantize the Linear layers, which stay frozen; for low-rank methods, --scheme lora, scales"
     )
 
+    n_threads: int = option(0, "of a GGUF file: threads of llama.cpp; 0: as many as torch has")
+    n_gpu_layers: int = option(0, "of a GGUF file: blocks on a GPU, where llama.cpp was compiled for one; -1 for all")
+    n_ctx: int = option(0, "of a GGUF file: tokens of the longest text; 0: as many as the model was trained with")
+    n_ubatch: int = option(1024, "of a GGUF file: tokens that are evaluated at a time, at most")
+    cache_type: Literal["f32", "f16"] = option("f32", "of a GGUF file: precision of keys and values; f16 adds noise to loss differences")
+    tokenizer_name: str | None = option(None, "of a GGUF file: folder or hub id of its tokenizer, where it is not read from the file")
+
     def __post_init__(self) -> None:
+        if not self.is_gguf and self.model_name_or_path:
+            fields = {each.name: each.default for each in dataclasses.fields(ModelArguments)}
+            given = next((name for name in GGUF_OPTIONS if getattr(self, name) != fields[name]), None)
+            if given is not None:
+                raise ValueError(f"--{given} is an option of GGUF files, and --model_name_or_path {self.model_name_or_path} is none.")
         for name in ("max_memory", "offload_blocks", "offload_dir"):
             if getattr(self, name) is not None and self.offload == "no":
                 raise ValueError(f"--{name} is an option of --offload cpu and --offload disk.")
@@ -46,6 +65,12 @@ class ModelArguments:
             parse_size(self.max_memory)
         if self.offload_dir is not None and not Path(self.offload_dir).expanduser().is_dir():
             raise FileNotFoundError(f"--offload_dir: there is no folder {self.offload_dir!r}.")
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a file, which has to be GGUF, or the folder of a run that trained one."""
+        path = Path(self.model_name_or_path or "").expanduser()
+        return bool(self.model_name_or_path) and (path.is_file() or (path / GGUF_SOURCE).is_file())
 
     def require(self, command: str) -> str:
         """The model's name; ValueError when the user gave none."""

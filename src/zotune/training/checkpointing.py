@@ -21,7 +21,8 @@ from zotune.training.base_identity import BaseIdentity
 from zotune.training.checkpoint import contents, identity, offloaded, schema, storage
 from zotune.training.config import settings
 from zotune.training.log_sums import StepSums
-from zotune.training.run_folder import JOURNAL_FILE
+from zotune.training.run_folder import JOURNAL_FILE, adapter_facts
+from zotune.weights.computed_linear import is_computed
 from zotune.weights.offload import stream_of
 from zotune.weights.quantized_linear import is_quantized
 from zotune.weights.structure import module_mode
@@ -37,6 +38,7 @@ class CheckpointedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._since_log = StepSums()
+        self._in_checkpoint = False
         self._identity: identity.WeightsIdentity | None = None
         self._batch_of_run: resume_rules.Batch | None = None  # of a resumed one
         self.base: BaseIdentity | None = None  # of the files that the model is from; None: of the model
@@ -67,6 +69,9 @@ class CheckpointedTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        if is_computed(self.model):
+            self._save_adapter(folder)
+            return
         contents.save_model(folder, self.model, state_dict)
         if hasattr(self.model, "peft_config"):
             self.base = self.base or base_identity.identity_below(self.model)
@@ -75,6 +80,14 @@ class CheckpointedTrainer(Trainer):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        contents.save_json(folder / storage.ARGUMENTS, settings(self.args))
+
+    def _save_adapter(self, folder: Path) -> None:
+        """Of an engine's model the adapter alone: its tokenizer is in its file."""
+        from zotune.training import gguf_models
+
+        facts = adapter_facts(self.zo_optimizer)
+        gguf_models.save(folder, self.model, facts, checkpoint_too=not self._in_checkpoint)
         contents.save_json(folder / storage.ARGUMENTS, settings(self.args))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -91,7 +104,11 @@ class CheckpointedTrainer(Trainer):
     def _write_checkpoint(self, run_folder: Path, final: Path) -> None:
         check_in_place(run_folder)
         with storage.draft(final) as folder:
-            self.save_model(str(folder), _internal_call=True)
+            self._in_checkpoint = True
+            try:
+                self.save_model(str(folder), _internal_call=True)
+            finally:
+                self._in_checkpoint = False
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_rng_state(str(folder))
@@ -165,6 +182,8 @@ class CheckpointedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         then = schema.state_of(Path(resume_from_checkpoint)).weights.dtypes
         identity.check_dtypes(Path(resume_from_checkpoint), then, identity.dtypes_of(self.model))
+        if is_computed(self.model):
+            return  # its factors are in the optimizer's state
         with module_mode(self.model):
             if not self._load_offloaded(Path(resume_from_checkpoint)):
                 with schema.refused(Path(resume_from_checkpoint)):
@@ -183,7 +202,7 @@ class CheckpointedTrainer(Trainer):
         best, optimizer = Path(self.state.best_model_checkpoint or ""), self.zo_optimizer
         storage.check_index(best)
         with module_mode(self.model):
-            if not self._load_offloaded(best):
+            if not self._load_offloaded(best) and not is_computed(self.model):
                 super()._load_best_model()
         if isinstance(optimizer, ZerothOrder) and keeps_factors(self.model):  # in no file of weights
             spent = optimizer.forward_passes, optimizer.sequences_evaluated

@@ -36,18 +36,22 @@ class ModelPlan:
         adapter: folder of a trained adapter, or None.
         config: its transformers configuration.
         identity: of the base model's weights, where :func:`load_model` was asked for it.
+        gguf: the GGUF file, of a model that llama.cpp computes; None for torch models.
     """
 
     name: str
     adapter: str | None
     config: Any
     identity: BaseIdentity | None = None
+    gguf: Any = None
 
 
 def plan_model(args: ModelArguments, command: str) -> ModelPlan:
     """Reads the model's configuration; FileNotFoundError for an unknown folder or hub id, ValueError for a folder without a model."""
     from transformers import AutoConfig
 
+    if args.is_gguf:
+        return _plan_gguf(args)
     name, adapter = _located(args.require(command)), None
     if (Path(name) / "adapter_config.json").is_file():
         adapter = name
@@ -64,10 +68,31 @@ def plan_model(args: ModelArguments, command: str) -> ModelPlan:
     return ModelPlan(name, adapter, config)
 
 
+def _plan_gguf(args: ModelArguments) -> ModelPlan:
+    from zotune.engines.gguf.file import GGUFFile
+    from zotune.training import gguf_models
+
+    gguf_models.check_options(args)
+    path, adapter = Path(args.model_name_or_path or "").expanduser().resolve(), None
+    if path.is_dir():
+        found = gguf_models.source_of(path)
+        assert found is not None, "the folder holds its source"
+        path, adapter = found
+    file = GGUFFile(path)
+    return ModelPlan(str(path), None if adapter is None else str(adapter), gguf_models.config_of(file, args.n_ctx), gguf=file)
+
+
 def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
     """The base model's tokenizer."""
     from transformers import AutoTokenizer
 
+    if plan.gguf is not None:
+        from zotune.tasks.gguf_tokenizer import gguf_tokenizer
+
+        if args.tokenizer_name is None:
+            return gguf_tokenizer(plan.gguf)
+        name = args.tokenizer_name
+        return explained(name, lambda: AutoTokenizer.from_pretrained(name))
     return explained(plan.name, lambda: AutoTokenizer.from_pretrained(plan.name, trust_remote_code=args.trust_remote_code))
 
 
@@ -96,6 +121,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if plan.gguf is not None:
+        return _load_gguf(plan, args, classes, identify), []
     if args.offload == "cpu" and device.type == "cpu":
         raise ValueError("--offload cpu needs a GPU; on a CPU, --offload disk keeps blocks in the model's files.")
     options: dict[str, Any] = {"dtype": resolve_dtype(args.dtype, device), "trust_remote_code": args.trust_remote_code}
@@ -138,6 +165,19 @@ def load_model(
         model = explained(adapter, lambda: load_adapter(base, adapter))
         check_fresh(model, missing, adapter)
     return model, missing
+
+
+def _load_gguf(plan: ModelPlan, args: ModelArguments, classes: Sequence[str] | None, identify: bool) -> nn.Module:
+    from zotune.training import gguf_models
+
+    if classes is not None:
+        raise ValueError("llama.cpp computes language models, and --objective classifier trains a new head: use lm or choices.")
+    model = gguf_models.load_engine(plan.gguf, plan.config, args)
+    if identify:
+        plan.identity = gguf_models.identity_of(model)
+    if plan.adapter is not None:
+        gguf_models.add_adapter(model, Path(plan.adapter))
+    return model
 
 
 def _read(name: str, kind: Any, args: ModelArguments, device: torch.device, needs: Needs | None, **options: Any) -> Any:

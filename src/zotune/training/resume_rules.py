@@ -35,7 +35,7 @@ OPTIONS: Mapping[Rule, str] = {
         method_args learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay max_grad_norm label_smoothing_factor
         adam_beta1 adam_beta2 adam_epsilon optim optim_args optim_target_modules neftune_noise_alpha
         seed data_seed train_sampling_strategy length_column_name dataloader_drop_last ignore_data_skip average_tokens_across_devices
-        attn_implementation quantize
+        attn_implementation quantize n_ctx n_ubatch cache_type tokenizer_name
         task template options objective num_train num_dev k_shot num_demonstrations max_length truncate tools chat_template_kwargs
         scheme lora_r lora_alpha lora_dropout lora_target_modules num_virtual_tokens trainable
         bf16 fp16 tf32 use_liger_kernel liger_kernel_config
@@ -52,6 +52,7 @@ OPTIONS: Mapping[Rule, str] = {
         logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node include_num_input_tokens_seen
         log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+        n_threads n_gpu_layers
         use_cpu offload max_memory offload_blocks offload_dir trust_remote_code
         accelerator_config parallelism_config fsdp fsdp_config deepspeed
         activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs use_cache

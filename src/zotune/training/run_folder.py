@@ -37,7 +37,8 @@ PROBE_FILE = "linear_probe.safetensors"
 
 #: Names that a run gives to files in its folder; where no run has, they are somebody else's.
 _OWN_FILES = (JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE)
-_NAMES_OF_A_MODEL = ("config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors")
+_NAMES_OF_A_MODEL = ("config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
+                     "adapter.gguf", "Modelfile", "zotune_gguf.json")
 _CLEARED = "cleared"
 
 
@@ -194,10 +195,15 @@ def read_run(folder: Path) -> dict[str, Any]:
     return content
 
 
+def adapter_facts(optimizer: Any) -> dict[str, Any]:
+    """What a GGUF adapter says of the run that made it; equal for the run and its replay."""
+    return {"method": optimizer.method.name, "seed": optimizer.seed, "steps": optimizer.steps}
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, zotune and the libraries."""
     found = {"python": platform.python_version()}
-    for package in ("zotune", "torch", "transformers", "peft", "datasets", "safetensors"):
+    for package in ("zotune", "torch", "transformers", "peft", "datasets", "safetensors", "gguf", "llama-cpp-python"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -45,6 +45,12 @@ class ComputedLinear(QuantizedLinear):
             raise ValueError("weight decay shrinks the weights themselves, which an engine only reads: set weight_decay=0.")
         super().add(left, right, keep)
 
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Remove and return L and R."""
+        found = self.left, self.right
+        self.left, self.right = self.left[:, :0], self.right[:, :0]
+        return found
+
     def with_factors(self, left: Tensor, right: Tensor) -> Tensor:
         raise ValueError("an engine's weights stay in its file, and the update is an adapter beside them: there is no merged weight.")
 

@@ -37,10 +37,10 @@ def frozen_digest(model: nn.Module, trained: Collection[Tensor]) -> str | None:
 
 
 def _digest(model: nn.Module, parameters: Sequence[tuple[str, Tensor]], packed: list[tuple[str, Any]]) -> str:
-    def one(item: tuple[str, Tensor | memoryview]) -> bytes:
+    def one(item: tuple[str, Tensor | str]) -> bytes:
         name, tensor = item
-        if isinstance(tensor, memoryview):
-            return hashlib.blake2b(name.encode() + b"|" + hashlib.blake2b(tensor).digest(), digest_size=16).digest()
+        if isinstance(tensor, str):
+            return _hash_text(f"{name}|{tensor}")
         if isinstance(quantized_linear.owner_of(tensor), ComputedLinear):
             return _hash_text(f"{name}|{tuple(tensor.shape)}")  # a place without values
         with placement.loaded(tensor):
@@ -53,10 +53,10 @@ def _digest(model: nn.Module, parameters: Sequence[tuple[str, Tensor]], packed: 
 
 
 def _packed(model: nn.Module) -> list[tuple[str, Any]]:
-    """What quantized layers and engines store, by name: tensors, or an engine's bytes."""
+    """What quantized layers and engines store, by name: tensors, or an engine's digest."""
     packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in QUANTIZED]
     engine = getattr(model, "engine", None)
-    return [*packed, *pieces(model), *([] if engine is None else engine.pieces())]
+    return [*packed, *pieces(model), *([] if engine is None else [("engine", engine.digest())])]
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

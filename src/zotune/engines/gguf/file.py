@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,7 +183,22 @@ class GGUFFile:
         """(name|type|shape, bytes as stored) of every tensor by name, for a digest that does not depend on how the file is split."""
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
-            yield f"{name}|{tensor.type.name}|{'x'.join(map(str, tensor.shape))}", tensor.data.data
+            yield f"{name}|{tensor.type.name}|{'x'.join(map(str, tensor.shape))}|", tensor.data.data
+
+    def digest(self) -> str:
+        """BLAKE2b over all tensors and the architecture's numbers: what determines the logits of token ids. It reads the whole file."""
+        own = f"{self.architecture}."
+        numbers = {key: self.metadata[key] for key in sorted(self.metadata) if key.startswith(own)}
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+            parts = list(pool.map(_hash, self.pieces()))
+        return hashlib.blake2b(b"".join([repr(numbers).encode(), *parts]), digest_size=16).hexdigest()
+
+
+def _hash(named: tuple[str, memoryview]) -> bytes:
+    name, data = named
+    hashed = hashlib.blake2b(name.encode(), digest_size=16)
+    hashed.update(data)
+    return hashed.digest()
 
 
 def _parts(given: Header) -> list[Header]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,7 @@ class LlamaCpp:
             weights=names | {file.head.encode(): ""},
         )
         self._slots: dict[str, AdapterSlot] = {}
+        self._digest: str | None = None
 
     # -- factors ----------------------------------------------------------------------------------------------------------------------
 
@@ -142,8 +143,10 @@ class LlamaCpp:
 
     # -- the rest ---------------------------------------------------------------------------------------------------------------------
 
-    def pieces(self) -> Iterator[tuple[str, memoryview]]:
-        yield from self.file.pieces()
+    def digest(self) -> str:
+        if self._digest is None:  # the file does not change, and reading it takes long
+            self._digest = self.file.digest()
+        return self._digest
 
     def close(self) -> None:
         self._context.set_adapters(())

@@ -1,0 +1,137 @@
+"""Models in GGUF files, computed by llama.cpp: their plan, their tokenizer, and what a run saves of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from zotune.engines.gguf.file import GGUFFile
+from zotune.engines.llama_cpp.llama import LlamaCpp, LlamaOptions
+from zotune.engines.model import EngineModel
+from zotune.io.json_files import write_json
+from zotune.io.text import read_text
+from zotune.training.arguments import GGUF_SOURCE, ModelArguments
+from zotune.training.base_identity import BaseIdentity
+from zotune.weights.digest import digest
+
+ADAPTER, PEFT, MODELFILE, SOURCE = "adapter.gguf", "peft", "Modelfile", GGUF_SOURCE
+#: Bytes of a source file, at most.
+LONGEST = 1 << 20
+
+
+class GGUFConfig(PretrainedConfig):
+    """What the rest of the code reads of a model's configuration."""
+
+    model_type = "gguf"
+
+
+def config_of(file: GGUFFile, n_ctx: int = 0) -> GGUFConfig:
+    """The configuration of a model in a GGUF file."""
+    return GGUFConfig(
+        architectures=[f"{file.architecture} (GGUF)"],
+        vocab_size=file.vocabulary_size,
+        hidden_size=file.width,
+        num_hidden_layers=file.num_blocks,
+        max_position_embeddings=n_ctx or file.context_length,
+    )
+
+
+def check_options(args: ModelArguments) -> None:
+    """ValueError for an option of torch models."""
+    for name in ("attn_implementation", "trust_remote_code", "quantize"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} is an option of torch models, and llama.cpp computes a GGUF file: leave it out.")
+    if args.dtype not in ("auto", "float32"):
+        raise ValueError("a GGUF file has its own precision, and updates are float32: leave --dtype out.")
+    if args.offload != "no":
+        raise ValueError("a GGUF file is memory-mapped, so it need not fit into memory: leave --offload out.")
+
+
+def load_engine(file: GGUFFile, config: GGUFConfig, args: ModelArguments) -> EngineModel:
+    """The model, ready to be evaluated.
+
+    Raises:
+        ValueError: llama.cpp is not installed, or does not load the file.
+    """
+    options = LlamaOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LlamaOptions)})
+    return EngineModel(LlamaCpp(file, options), config)
+
+
+def identity_of(model: EngineModel) -> BaseIdentity:
+    """The identity of the file that a model is from."""
+    return BaseIdentity([quantization(model)], digest(model), [])
+
+
+def quantization(model: EngineModel) -> str:
+    """How the file stores most weights, such as ``Q4_K_M``."""
+    return getattr(model.engine, "file").quantization
+
+
+# -- what a run saves -----------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, model: EngineModel, facts: Mapping[str, Any], *, checkpoint_too: bool) -> None:
+    """Write the adapter: for llama.cpp and Ollama, with a Modelfile, and for the original checkpoint as a PEFT folder where it is known.
+
+    Args:
+        folder: where to; it exists.
+        model: with the trained factors.
+        facts: of the run, for the adapter's metadata.
+        checkpoint_too: whether to write the PEFT folder.
+    """
+    from zotune.engines.gguf.adapter import peft_folder, write_adapter
+    from zotune.engines.gguf.modelfile import modelfile
+
+    file: GGUFFile = model.engine.file  # type: ignore[attr-defined]
+    factors = {name: tuple(factor.numpy() for factor in pair) for name, pair in model.factors().items()}
+    base = digest(model)
+    write_adapter(folder / ADAPTER, file, factors, {"zotune.base": base, **{f"zotune.{key}": str(value) for key, value in facts.items()}})
+    (folder / MODELFILE).write_text(modelfile(file.path, ADAPTER), encoding="utf-8")
+    write_json(folder / SOURCE, {"base": str(file.path), "digest": base})
+    if checkpoint_too:
+        peft_folder(folder / PEFT, file, factors)
+
+
+def source_of(folder: Path) -> tuple[Path, Path] | None:
+    """(GGUF file, adapter) of a folder that a run saved; None for another folder.
+
+    Raises:
+        ValueError: the folder's files are damaged, or the GGUF file is gone.
+    """
+    path = folder / SOURCE
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(read_text(path, LONGEST))["base"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        base = None
+    if not isinstance(base, str):
+        raise ValueError(f"{path} is damaged: it names no GGUF file; give the file, and {folder / ADAPTER} as --adapter.")
+    if not Path(base).is_file():
+        raise ValueError(f"{base}, the model of {folder}, is gone: give the GGUF file, and {folder / ADAPTER} as --adapter.")
+    return Path(base), folder / ADAPTER
+
+
+def add_adapter(model: EngineModel, adapter: Path) -> None:
+    """Have the model compute with an adapter of its own base.
+
+    Raises:
+        ValueError: no adapter, or one of another base.
+    """
+    import torch
+
+    from zotune.engines.gguf.adapter import read_adapter
+
+    factors, metadata = read_adapter(adapter, model.engine.file)  # type: ignore[attr-defined]
+    base = metadata.get("zotune.base")
+    if base is not None and base != digest(model):
+        raise ValueError(
+            f"{adapter} was trained on another base (digest {base[:12]}…, this file's {digest(model)[:12]}…): give the GGUF file of that run."
+        )
+    for name, (left, right) in factors.items():
+        model.matrices[name].add(torch.from_numpy(left), torch.from_numpy(right), 1.0)
