@@ -110,8 +110,8 @@ class EngineModel(nn.Module):
 
     def _set_factors(self) -> None:
         folded = {name: (layer.left, layer.right) for name, layer in self.matrices.items() if layer.left.shape[1]}
-        products = {name: layer.product() for name, layer in self.matrices.items() if layer.product is not None}
-        self.engine.set_factors(folded, {name: product for name, product in products.items() if product is not None})
+        current = {name: layer.product() for name, layer in self.matrices.items() if layer.product is not None}
+        self.engine.set_factors(folded, current)
 
     # -- hooks ------------------------------------------------------------------------------------------------------------------------
 

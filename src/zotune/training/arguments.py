@@ -10,7 +10,6 @@ from typing import Any, Literal
 from zotune.io.sizes import parse_size
 from zotune.tasks.chat import variables_of
 
-
 #: Options of GGUF files.
 GGUF_OPTIONS = ("n_threads", "n_gpu_layers", "n_ctx", "n_ubatch", "cache_type", "tokenizer_name")
 #: In a folder that a run of a GGUF file saved: which file that was.

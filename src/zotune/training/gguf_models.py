@@ -69,7 +69,7 @@ def identity_of(model: EngineModel) -> BaseIdentity:
 
 def quantization(model: EngineModel) -> str:
     """How the file stores most weights, such as ``Q4_K_M``."""
-    return getattr(model.engine, "file").quantization
+    return model.engine.file.quantization
 
 
 # -- what a run saves -----------------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def add_adapter(model: EngineModel, adapter: Path) -> None:
     base = metadata.get("zotune.base")
     if base is not None and base != digest(model):
         raise ValueError(
-            f"{adapter} was trained on another base (digest {base[:12]}…, this file's {digest(model)[:12]}…): give the GGUF file of that run."
+            f"{adapter} was trained on another base (digest {base[:12]}…, this one {digest(model)[:12]}…): give the GGUF file of that run."
         )
     for name, (left, right) in factors.items():
         model.matrices[name].add(torch.from_numpy(left), torch.from_numpy(right), 1.0)

@@ -37,8 +37,16 @@ PROBE_FILE = "linear_probe.safetensors"
 
 #: Names that a run gives to files in its folder; where no run has, they are somebody else's.
 _OWN_FILES = (JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE)
-_NAMES_OF_A_MODEL = ("config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
-                     "adapter.gguf", "Modelfile", "zotune_gguf.json")
+_NAMES_OF_A_MODEL = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter.gguf",
+    "Modelfile",
+    "zotune_gguf.json",
+)
 _CLEARED = "cleared"
 
 

@@ -116,7 +116,9 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, fre
     elif options:
         raise ValueError("options go into the Scheme, or beside the name of one.")
     if is_computed(model) and scheme.scheme != "full":
-        raise ValueError(f"an engine trains low-rank factors of its matrices, which become a LoRA adapter: leave --scheme {scheme.scheme} out.")
+        raise ValueError(
+            f"an engine trains low-rank factors of its matrices, which become a LoRA adapter: leave --scheme {scheme.scheme} out."
+        )
     if scheme.scheme in ADAPTERS:
         device = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         with torch.random.fork_rng(devices=device):

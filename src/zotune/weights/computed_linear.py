@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from zotune.weights.quantized_linear import QuantizedLinear, own
 
-#: (left (m, r), right (n, r)) of a product that is added to a matrix (m, n); None for nothing.
-Product = Callable[[], tuple[Tensor, Tensor] | None]
+#: (left (m, r), right (n, r)) of a product that is added to a matrix (m, n).
+Product = Callable[[], tuple[Tensor, Tensor]]
 
 
 class ComputedLinear(QuantizedLinear):
@@ -44,6 +44,11 @@ class ComputedLinear(QuantizedLinear):
         if keep != 1.0:
             raise ValueError("weight decay shrinks the weights themselves, which an engine only reads: set weight_decay=0.")
         super().add(left, right, keep)
+        if self.left.shape[1] > min(self.out_features, self.in_features):  # the same sum in fewer columns
+            whole = self.left @ self.right.T
+            wide = self.in_features > self.out_features
+            self.left = torch.eye(self.out_features) if wide else whole
+            self.right = whole.T.contiguous() if wide else torch.eye(self.in_features)
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Remove and return L and R."""

@@ -1,7 +1,4 @@
-"""Low-rank factors as llama.cpp takes them: a LoRA adapter, a file in memory that is rewritten and loaded again.
-
-The file's header depends on shapes and rank only. It is written once; then only the numbers change.
-"""
+"""Low-rank factors as llama.cpp takes them: a LoRA adapter, loaded from a file in memory, whose numbers change from point to point."""
 
 from __future__ import annotations
 
@@ -15,56 +12,98 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from zotune.engines.engine import Factors
 from zotune.engines.gguf.file import Matrix, to_file_rows
-from zotune.engines.llama_cpp.library import last_words
+from zotune.engines.llama_cpp.library import Tensors, last_words
 
 #: Where a file in memory is looked for on systems without anonymous ones.
 SHARED_MEMORY = Path("/dev/shm")
 
 
-class AdapterSlot:
-    """One loaded adapter of a model, of a fixed rank.
+class Adapter:
+    """A loaded adapter of a model, of fixed ranks.
+
+    """One loaded adapter of a model, of fixed ranks."""
+    There is one adapter at a time: llama.cpp adds several in the order of their addresses, which differs from process to process.
 
     Args:
         lib: the C library.
         model: its model.
         architecture: of the model, which the adapter's has to be.
-        matrices: that have factors, all of them.
-        rank: columns of every factor.
+        matrices: that have factors.
+        ranks: columns of the factors, by name.
+        tensors: writes them.
+
+    Attributes:
+        pointer: llama.cpp's.
+        places: addresses of the tensors, by name in the file; filled by whoever watches an evaluation.
     """
 
-    def __init__(self, lib: Any, model: Any, architecture: str, matrices: Mapping[str, Matrix], rank: int) -> None:
-        self.lib, self.model, self.rank = lib, model, rank
+    def __init__(
+        self, lib: Any, model: Any, architecture: str, matrices: Mapping[str, Matrix], ranks: Mapping[str, int], tensors: Tensors
+    ) -> None:
+        self.lib, self.model, self.ranks, self.tensors = lib, model, dict(ranks), tensors
         self.pointer: Any = None
-        self._heads = {name: matrix.heads for name, matrix in matrices.items()}
-        header, self._places, size = _layout(architecture, matrices, rank)
+        self.places: dict[bytes, int] = {}
+        self._matrices = {name: matrices[name] for name in ranks}
+        header, places, size = _layout(architecture, self._matrices, ranks)
         self._file = _MemoryFile(size)
         self._file.memory[: len(header)] = header
-        self._numbers = {
-            name: (self._view(a, (rank, matrices[name].shape[1])), self._view(b, (matrices[name].shape[0], rank)))
-            for name, (a, b) in self._places.items()
-        }
+        self._numbers: dict[bytes, np.ndarray] = {}
+        for name, matrix in self._matrices.items():
+            (m, n), rank, (a, b) = matrix.shape, ranks[name], places[name]
+            self._numbers[f"{matrix.tensor}.lora_a".encode()] = self._view(a, (rank, n))
+            self._numbers[f"{matrix.tensor}.lora_b".encode()] = self._view(b, (m, rank))
+        self._folded: dict[str, Tensor] = {}
 
     def _view(self, offset: int, shape: tuple[int, int]) -> np.ndarray:
         return np.frombuffer(self._file.memory, np.float32, shape[0] * shape[1], offset).reshape(shape)
 
-    def load(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
-        """Have the adapter hold these factors, zeros for other matrices; whether that changed the pointer."""
-        changed = self.pointer is None
-        for name, (a, b) in self._numbers.items():
-            if name in factors:
-                left, right = factors[name]
-                changed |= _assign(a, right.T.numpy()) | _assign(b, to_file_rows(left.numpy(), self._heads[name]))
-            else:
-                changed |= _assign(b, np.float32(0))
-        if changed:
-            before, self.pointer = self.pointer, self.lib.llama_adapter_lora_init(self.model, self._file.path.encode())
-            if before is not None:
-                self.lib.llama_adapter_lora_free(before)
-            if not self.pointer:
-                self.pointer = None
-                raise ValueError(f"llama.cpp did not take the low-rank factors: {last_words() or 'it gives no reason'}.")
-        return changed
+    @property
+    def unseen(self) -> set[bytes]:
+        """Names of the tensors whose places are not known yet."""
+        return self._numbers.keys() - self.places.keys()
+
+    def refuse_unseen(self) -> None:
+        """ValueError where an evaluation did not use some of the factors."""
+        unused = sorted({name.rpartition(b".lora_")[0].decode() for name in self.unseen})
+        raise ValueError(
+            f"llama.cpp adds no low-rank factors to {unused[0]}{f' and {len(unused) - 1} more' if len(unused) > 1 else ''} of this model: "
+            "leave them out with --trainable (names or patterns of what to train)."
+        )
+
+    def set(self, folded: Factors, current: Factors) -> None:
+        """Have the adapter hold these factors, side by side."""
+        changed = set()
+        for name, matrix in self._matrices.items():
+            a, b = f"{matrix.tensor}.lora_a".encode(), f"{matrix.tensor}.lora_b".encode()
+            columns = 0
+            if name in folded:
+                left, right = folded[name]
+                columns = left.shape[1]
+                if self._folded.get(name) is not left:
+                    self._folded[name] = left
+                    self._numbers[a][:columns] = right.T.numpy()
+                    self._numbers[b][:, :columns] = to_file_rows(left.numpy(), matrix.heads)
+                    changed |= {a, b}
+            if name in current:
+                left, right = current[name]
+                changed |= {a} if _assign(self._numbers[a][columns:], right.T.numpy()) else set()
+                changed |= {b} if _assign(self._numbers[b][:, columns:], to_file_rows(left.numpy(), matrix.heads)) else set()
+        if self.pointer is not None and not self.unseen:
+            for tensor in changed:
+                self.tensors.write(self.places[tensor], self._numbers[tensor])
+        elif self.pointer is None or changed:
+            self._load()
+
+    def _load(self) -> None:
+        before, self.pointer = self.pointer, self.lib.llama_adapter_lora_init(self.model, self._file.path.encode())
+        self.places.clear()
+        if before is not None:
+            self.lib.llama_adapter_lora_free(before)
+        if not self.pointer:
+            self.pointer = None
+            raise ValueError(f"llama.cpp did not take the low-rank factors: {last_words() or 'it gives no reason'}.")
 
     def close(self) -> None:
         """Free the adapter and its file."""
@@ -75,15 +114,15 @@ class AdapterSlot:
         self._file.close()
 
 
-def _assign(place: np.ndarray, values: Any) -> bool:
+def _assign(place: np.ndarray, values: np.ndarray) -> bool:
     """Copy; whether anything differed."""
-    if np.array_equal(place, np.broadcast_to(values, place.shape)):
+    if np.array_equal(place, values):
         return False
     place[...] = values
     return True
 
 
-def _layout(architecture: str, matrices: Mapping[str, Matrix], rank: int) -> tuple[bytes, dict[str, tuple[int, int]], int]:
+def _layout(architecture: str, matrices: Mapping[str, Matrix], ranks: Mapping[str, int]) -> tuple[bytes, dict[str, tuple[int, int]], int]:
     """The bytes before the numbers, where each matrix's numbers begin (a, b), and the size of the file."""
     import gguf
 
@@ -96,7 +135,7 @@ def _layout(architecture: str, matrices: Mapping[str, Matrix], rank: int) -> tup
         writer.add_float32("adapter.lora.alpha", 0.0)  # without alpha a scale is taken as it is
         sizes = []
         for name, matrix in matrices.items():
-            (m, n), tensor = matrix.shape, matrix.tensor
+            (m, n), tensor, rank = matrix.shape, matrix.tensor, ranks[name]
             for suffix, shape in ((".lora_a", (rank, n)), (".lora_b", (m, rank))):
                 writer.add_tensor_info(tensor + suffix, shape, np.dtype(np.float32), 4 * shape[0] * shape[1], kinds.F32)
                 sizes.append((name, 4 * shape[0] * shape[1]))

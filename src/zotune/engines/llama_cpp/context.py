@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zotune.engines.engine import Row, Watch
+from zotune.engines.llama_cpp.adapters import Adapter
 from zotune.engines.llama_cpp.library import Tensors, last_words
 
 #: Tokens that a context's size is a multiple of, sequences that llama.cpp takes at most.
@@ -69,21 +70,22 @@ class Context:
         self._weights = weights
         self._context: Any = None
         self._size = (0, 0, 0)  # tokens, sequences, outputs
-        self._adapters: tuple[Any, ...] = ()
-        self._tensors = Tensors()
+        self._adapter: Adapter | None = None
+        self.tensors = Tensors()
         self._watch: _Watching | None = None
+        self._searching = False  # for the places of the adapter's tensors
         self._error: BaseException | None = None
         self._callback = lib.ggml_backend_sched_eval_callback(self._seen)
 
-    def set_adapters(self, adapters: Sequence[Any]) -> None:
-        """The adapters that are added from now on."""
-        self._adapters = tuple(adapters)
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """The adapter that is added from now on."""
+        self._adapter = adapter
         if self._context is not None:
             self._attach()
 
     def _attach(self) -> None:
-        count = len(self._adapters)
-        pointers = (self.lib.llama_adapter_lora_p_ctypes * count)(*self._adapters)
+        count = 0 if self._adapter is None else 1
+        pointers = (self.lib.llama_adapter_lora_p_ctypes * count)(*[] if self._adapter is None else [self._adapter.pointer])
         failed = self.lib.llama_set_adapters_lora(self._context, pointers, count, (ctypes.c_float * count)(*[1.0] * count))
         if failed:
             raise ValueError(f"llama.cpp did not take an adapter: {last_words() or 'it gives no reason'}.")
@@ -130,16 +132,19 @@ class Context:
 
     def _decode(self, ids: np.ndarray, positions: np.ndarray, sequences: list[tuple[int, int]], wanted: np.ndarray) -> None:
         batch, kept = _batch(self.lib, ids, positions, sequences, wanted)
+        self._searching = self._adapter is not None and bool(self._adapter.unseen)
         try:
             failed = self.lib.llama_decode(self._context, batch)
         finally:
-            self._watch = None
+            self._watch, self._searching = None, False
             error, self._error = self._error, None
             del kept
         if error is not None:
             raise error
         if failed:
             raise RuntimeError(f"llama.cpp could not evaluate {len(ids)} tokens (code {failed}): {last_words() or 'it gives no reason'}.")
+        if self._adapter is not None and self._adapter.unseen:
+            self._adapter.refuse_unseen()
 
     def _grow(self, tokens: int, sequences: int, outputs: int) -> None:
         """Have a context for so many."""
@@ -167,7 +172,7 @@ class Context:
                 "per_device_train_batch_size."
             )
         self._size = (tokens, sequences, outputs)
-        if self._adapters:
+        if self._adapter is not None:
             self._attach()
 
     def free(self) -> None:
@@ -180,19 +185,22 @@ class Context:
 
     def _seen(self, pointer: int, ask: bool, _data: Any) -> bool:
         """llama.cpp asks about every tensor whether it is wanted, and shows it when it is computed; False then ends the evaluation."""
-        watching = self._watch
-        if watching is None:
+        watching, adapter = self._watch, self._adapter
+        if watching is None and not self._searching:
             return not ask
         try:
-            tensor = self._tensors.at(pointer)
+            tensor = self.tensors.at(pointer)
             source = tensor.src[0]
-            if tensor.op != self._tensors.product or not source:
+            if tensor.op != self.tensors.product or not source:
                 return not ask
-            name = self._weights.get(self._tensors.at(source).name)
-            if name is None or not watching.wants(name):
+            weight = self.tensors.at(source).name
+            if self._searching and adapter is not None and b".lora_" in weight:
+                adapter.places[weight] = source
+            name = self._weights.get(weight)
+            if watching is None or name is None or not watching.wants(name):
                 return not ask
             if not ask:
-                watching.show(self._tensors, name, pointer, tensor.src[1])
+                watching.show(self.tensors, name, pointer, tensor.src[1])
             return True
         except BaseException as error:  # it must not pass through C
             self._error = error

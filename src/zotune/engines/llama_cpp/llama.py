@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zotune.engines.engine import Factors, Row, Watch
 from zotune.engines.gguf.file import GGUFFile, Matrix
-from zotune.engines.llama_cpp.adapters import AdapterSlot
+from zotune.engines.llama_cpp.adapters import Adapter
 from zotune.engines.llama_cpp.context import Context
 from zotune.engines.llama_cpp.library import last_words, load
 
@@ -88,34 +88,30 @@ class LlamaCpp:
             cache_type=getattr(self.lib, f"GGML_TYPE_{self.options.cache_type.upper()}"),
             weights=names | {file.head.encode(): ""},
         )
-        self._slots: dict[str, AdapterSlot] = {}
+        self._adapter: Adapter | None = None
         self._digest: str | None = None
 
     # -- factors ----------------------------------------------------------------------------------------------------------------------
 
     def set_factors(self, folded: Factors, current: Factors) -> None:
-        attached = [slot.pointer for slot in self._slots.values()]
-        self._context.set_adapters(())  # before one of them is freed
-        try:
-            self._set("folded", folded)
-            self._set("current", current)
-        finally:
-            now = [slot.pointer for slot in self._slots.values() if slot.pointer is not None]
-            self._context.set_adapters(now)
-        del attached
-
-    def _set(self, kind: str, factors: Factors) -> None:
-        rank = max((left.shape[1] for left, _ in factors.values()), default=0)
-        slot = self._slots.get(kind)
-        if slot is not None and slot.rank != rank:
-            self._slots.pop(kind).close()
-            slot = None
-        if not rank:
+        ranks = {}
+        for name in self.matrices:
+            columns = sum(factors[name][0].shape[1] for factors in (folded, current) if name in factors)
+            if columns:
+                ranks[name] = columns
+        if self._adapter is not None and self._adapter.ranks != ranks:
+            self._context.set_adapter(None)  # before it is freed
+            self._adapter.close()
+            self._adapter = None
+        if not ranks:
             return
-        if slot is None:
-            slot = AdapterSlot(self.lib, self._model, self.file.architecture, self._matrices, rank)
-            self._slots[kind] = slot
-        slot.load({name: (_padded(left, rank), _padded(right, rank)) for name, (left, right) in factors.items()})
+        if self._adapter is None:
+            tensors = self._context.tensors
+            self._adapter = Adapter(self.lib, self._model, self.file.architecture, self._matrices, ranks, tensors)
+        elif self._adapter.unseen:
+            self._context.set_adapter(None)  # it is loaded anew
+        self._adapter.set(folded, current)
+        self._context.set_adapter(self._adapter)
 
     # -- evaluation -------------------------------------------------------------------------------------------------------------------
 
@@ -149,17 +145,11 @@ class LlamaCpp:
         return self._digest
 
     def close(self) -> None:
-        self._context.set_adapters(())
-        for slot in self._slots.values():
-            slot.close()
-        self._slots.clear()
+        self._context.set_adapter(None)
+        if self._adapter is not None:
+            self._adapter.close()
+            self._adapter = None
         self._context.free()
         if self._model:
             self.lib.llama_model_free(self._model)
             self._model = None
-
-
-def _padded(factor: Tensor, rank: int) -> Tensor:
-    """A factor of so many columns, the further ones zeros."""
-    factor = factor.detach().float()
-    return factor if factor.shape[1] == rank else torch.nn.functional.pad(factor, (0, rank - factor.shape[1]))
