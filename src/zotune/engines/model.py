@@ -127,10 +127,10 @@ class EngineModel(nn.Module):
     def _show_inputs(self, watch: Watch, layers: Mapping[str, ComputedLinear], batch: _Batch) -> None:
         """Call the hooks that wait for inputs; matrices with the same input get the same tensor."""
         shared: dict[object, Tensor] = {}
-        for name, layer in layers.items():
-            pieces = watch.found.get(name, [])
-            if not pieces:
+        for name, pieces in watch.found.items():  # in the order of the computation
+            if name not in layers:
                 continue
+            layer = layers[name]
             key = tuple(key for _, _, key in pieces)
             if key not in shared:
                 shared[key] = batch.padded([(tokens, x) for tokens, x, _ in pieces])

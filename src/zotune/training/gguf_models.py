@@ -13,11 +13,11 @@ from transformers import PretrainedConfig
 from zotune.engines.gguf.file import GGUFFile
 from zotune.engines.llama_cpp.llama import LlamaCpp, LlamaOptions
 from zotune.engines.model import EngineModel
+from zotune.io.atomic import write_text
 from zotune.io.json_files import write_json
 from zotune.io.text import read_text
 from zotune.training.arguments import GGUF_SOURCE, ModelArguments
 from zotune.training.base_identity import BaseIdentity
-from zotune.weights.digest import digest
 
 ADAPTER, PEFT, MODELFILE, SOURCE = "adapter.gguf", "peft", "Modelfile", GGUF_SOURCE
 #: Bytes of a source file, at most.
@@ -64,12 +64,18 @@ def load_engine(file: GGUFFile, config: GGUFConfig, args: ModelArguments) -> Eng
 
 def identity_of(model: EngineModel) -> BaseIdentity:
     """The identity of the file that a model is from."""
-    return BaseIdentity([quantization(model)], digest(model), [])
+    return BaseIdentity([quantization(model)], model.engine.digest(), [])
+
+
+def file_of(model: EngineModel) -> GGUFFile:
+    """The file that a model is from."""
+    assert isinstance(model.engine, LlamaCpp), "a GGUF file is computed by llama.cpp"
+    return model.engine.file
 
 
 def quantization(model: EngineModel) -> str:
     """How the file stores most weights, such as ``Q4_K_M``."""
-    return model.engine.file.quantization
+    return file_of(model).quantization
 
 
 # -- what a run saves -----------------------------------------------------------------------------------------------------------------
@@ -87,13 +93,13 @@ def save(folder: Path, model: EngineModel, facts: Mapping[str, Any], *, checkpoi
     from zotune.engines.gguf.adapter import peft_folder, write_adapter
     from zotune.engines.gguf.modelfile import modelfile
 
-    file: GGUFFile = model.engine.file  # type: ignore[attr-defined]
-    factors = {name: tuple(factor.numpy() for factor in pair) for name, pair in model.factors().items()}
-    base = digest(model)
-    write_adapter(folder / ADAPTER, file, factors, {"zotune.base": base, **{f"zotune.{key}": str(value) for key, value in facts.items()}})
-    (folder / MODELFILE).write_text(modelfile(file.path, ADAPTER), encoding="utf-8")
+    file = file_of(model)
+    factors, base = model.factors(), model.engine.digest()
+    metadata = {f"zotune.{key}": str(value) for key, value in {"base": base, **facts}.items()}
+    write_adapter(folder / ADAPTER, file, factors, metadata)
+    write_text(folder / MODELFILE, modelfile(file))
     write_json(folder / SOURCE, {"base": str(file.path), "digest": base})
-    if checkpoint_too:
+    if checkpoint_too and all(name.startswith("model.") for name in factors):  # else it is not known what the checkpoint calls them
         peft_folder(folder / PEFT, file, factors)
 
 
@@ -127,11 +133,11 @@ def add_adapter(model: EngineModel, adapter: Path) -> None:
 
     from zotune.engines.gguf.adapter import read_adapter
 
-    factors, metadata = read_adapter(adapter, model.engine.file)  # type: ignore[attr-defined]
-    base = metadata.get("zotune.base")
-    if base is not None and base != digest(model):
+    factors, metadata = read_adapter(adapter, file_of(model))
+    base, here = metadata.get("zotune.base"), model.engine.digest()
+    if base is not None and base != here:
         raise ValueError(
-            f"{adapter} was trained on another base (digest {base[:12]}…, this one {digest(model)[:12]}…): give the GGUF file of that run."
+            f"{adapter} was trained on another base (digest {base[:12]}…, this one {here[:12]}…): give the GGUF file of that run."
         )
     for name, (left, right) in factors.items():
         model.matrices[name].add(torch.from_numpy(left), torch.from_numpy(right), 1.0)

@@ -87,9 +87,9 @@ def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
     from transformers import AutoTokenizer
 
     if plan.gguf is not None:
-        from zotune.tasks.gguf_tokenizer import gguf_tokenizer
-
         if args.tokenizer_name is None:
+            from zotune.tasks.gguf_tokenizer import gguf_tokenizer
+
             return gguf_tokenizer(plan.gguf)
         name = args.tokenizer_name
         return explained(name, lambda: AutoTokenizer.from_pretrained(name))

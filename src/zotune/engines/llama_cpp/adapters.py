@@ -23,7 +23,7 @@ SHARED_MEMORY = Path("/dev/shm")
 class Adapter:
     """A loaded adapter of a model, of fixed ranks.
 
-    """One loaded adapter of a model, of fixed ranks."""
+    The file is loaded once. As soon as an evaluation has shown where llama.cpp keeps the adapter's tensors, other numbers are put there.
     There is one adapter at a time: llama.cpp adds several in the order of their addresses, which differs from process to process.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ class LlamaCpp:
         self.options = options or LlamaOptions()
         self.file, self.lib = file, load()
         self._matrices: dict[str, Matrix] = {matrix.name: matrix for matrix in file.matrices}
-        self.matrices = {name: matrix.shape for name, matrix in self._matrices.items()}
+        self.matrices: Mapping[str, tuple[int, int]] = {name: matrix.shape for name, matrix in self._matrices.items()}
         parameters = self.lib.llama_model_default_params()
         parameters.n_gpu_layers = self.options.n_gpu_layers
         self._model = self.lib.llama_model_load_from_file(str(file.path).encode(), parameters)
