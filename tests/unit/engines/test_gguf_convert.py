@@ -137,6 +137,12 @@ def test_a_conversion_repeats_byte_for_byte(tmp_path: Path, outtype: str) -> Non
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_sliding_windows_of_some_layers_are_refused(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "model", "qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    with pytest.raises(ValueError, match="has sliding windows"):
+        convert(folder, tmp_path / "m.gguf")
+
+
 def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", "mistral", sliding_window=100)
     assert GGUFFile(convert(folder, tmp_path / "m.gguf")).context_length == 100
@@ -148,6 +154,7 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
         ("architectures", ["GPT2LMHeadModel"], "convert_hf_to_gguf"),
         ("architectures", ["LlamaForSequenceClassification"], "convert_hf_to_gguf"),
         ("num_attention_heads", "four", r"config\.json cannot be read"),
+        ("architectures", [["LlamaForCausalLM"]], "convert_hf_to_gguf"),
         ("hidden_act", "gelu", "activation 'gelu'"),
         (
             "rope_parameters",

@@ -34,7 +34,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, _config(folder)
-        name = (getattr(self.config, "architectures", None) or ["no architecture"])[0]
+        name = str((getattr(self.config, "architectures", None) or ["no architecture"])[0])[:60]
         if name not in ARCHITECTURES:
             raise ValueError(
                 f"{folder} is a {name}, and {', '.join(ARCHITECTURES)} are converted here{did_you_mean(name, ARCHITECTURES)}; {ELSEWHERE}."

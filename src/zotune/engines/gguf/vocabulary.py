@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,10 +210,9 @@ def _space_prefix(definition: Mapping[str, Any]) -> bool | None:
 
 def _added_around(folder: Path, tokenizer: Any) -> tuple[bool, bool]:
     """Whether the tokenizer puts a token before, and one behind a text."""
-    plain: Sequence[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: Sequence[int] = tokenizer("a")["input_ids"]
+    plain, whole = (tokenizer.backend_tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for before, after in ((False, False), (True, False), (False, True), (True, True)):
-        if [bos] * before + list(plain) + [eos] * after == list(whole):
+        if [bos] * before + plain + [eos] * after == whole:
             return before, after
     raise ValueError(f"the tokenizer of {folder} puts other tokens around a text than one that begins and one that ends it; {ELSEWHERE}.")
