@@ -141,13 +141,18 @@ class Reader:
         if kind == _STRING:
             if (count or 0) > LONGEST_LIST:
                 raise ValueError(f"{self.path} is damaged: {_short(key)} is a list of {count} texts; download it again.")
-            for _ in range(1 if count is None else count):
-                self.skip(self.integer())
+            self._skip_texts(1 if count is None else count)
         elif kind in _NUMBERS:
             self.skip(np.dtype(_NUMBERS[kind]).itemsize * (1 if count is None else count))
         else:
             raise ValueError(f"{self.path} is damaged: {_short(key)} has the unknown type {kind}; download it again.")
         return value
+
+    def _skip_texts(self, count: int) -> None:
+        offset, content = self.offset, self.content.data  # a vocabulary has 10⁵ of them
+        for _ in range(count):
+            offset += 8 + int.from_bytes(content[offset : offset + 8], "little")
+        self.skip(offset - self.offset)
 
 
 class Header:
