@@ -112,7 +112,7 @@ def test_pieces_tell_any_changed_weight(model: Path, tmp_path: Path) -> None:
     tensors["blk.0.attn_q.weight"][0, 0] += 1
     changed = dict(GGUFFile(write_model(tmp_path / "m.gguf", tensors)).pieces())
     differing = [name for name, data in GGUFFile(model).pieces() if bytes(changed[name]) != bytes(data)]
-    assert differing == ["blk.0.attn_q.weight|F32|64x64"]
+    assert differing == ["blk.0.attn_q.weight|F32|64x64|"]
 
 
 @pytest.mark.parametrize(

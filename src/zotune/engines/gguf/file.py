@@ -180,7 +180,7 @@ class GGUFFile:
         return dequantized(found, index)
 
     def pieces(self) -> Iterator[tuple[str, memoryview]]:
-        """(name|type|shape, bytes as stored) of every tensor by name, for a digest that does not depend on how the file is split."""
+        """(name|type|shape|, bytes as stored) of every tensor by name, for a digest that does not depend on how the file is split."""
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
             yield f"{name}|{tensor.type.name}|{'x'.join(map(str, tensor.shape))}|", tensor.data.data
