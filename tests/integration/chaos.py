@@ -14,8 +14,10 @@ Every attempt forks this process, which has imported everything, and so takes a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -34,9 +36,11 @@ import torch
 import transformers
 
 import zotune.cli.train  # noqa: F401
+from zotune import bundled
 from command_cases import save_data, save_encoder, save_model
 from disturbed import Disturbance, Ended, torchrun, train
 from zotune.cli.verify import findings
+from zotune.engines.gguf.convert import convert
 from zotune.training import run_folder
 from zotune.training.checkpoint import storage
 from zotune.training.run_folder import Kind, kind_of
@@ -47,6 +51,7 @@ WORDS = (
 )
 SAVING = "--save_steps 3 --save_total_limit 2"
 DECODER, ENCODER = "--model_name_or_path my-model", "--model_name_or_path my-encoder"
+GGUF = "--model_name_or_path my-model.gguf --n_threads 1 --tokenizer_name tiny-lm"
 ZO, ZO_ENCODER = (f"{model} --forward_batching batched" for model in (DECODER, ENCODER))
 SAVED_BEFORE_RUN = "--method mezo --max_steps 2 --save_strategy no --seed 5"
 
@@ -83,6 +88,8 @@ SETUPS: dict[str, Setup] = {
     "fo-adamw, a fresh head": Setup(f"{ENCODER} --method fo-adamw --scheme head"),
     "hybrid": Setup(f"{DECODER} --method hybrid"),
     "galore": Setup(f"{DECODER} --method galore"),
+    "gguf, lozo-g": Setup(f"{GGUF} --method lozo-g --interval 3"),
+    "gguf, lozo-m": Setup(f"{GGUF} --method lozo-m --interval 3"),
     "zero-shot": Setup(f"{DECODER} --method zero-shot --max_steps 1"),
     "linear probe": Setup(f"{DECODER} --method linear-probe --max_steps 1"),
     "over another run": Setup(f"{ZO} --method lozo-m", over=True),
@@ -270,6 +277,11 @@ class Chaos:
         return runs
 
 
+def possible(place: Path) -> list[str]:
+    """Names of the set-ups for which all is installed."""
+    return [name for name in SETUPS if (place / "my-model.gguf").exists() or not name.startswith("gguf")]
+
+
 def method_of(folder: Path) -> str | None:
     """The method of the run in a folder."""
     try:
@@ -284,7 +296,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of a finished run's journal and tensors, and its metrics."""
-    names = [path for path in (*sorted(folder.glob("*.safetensors")), folder / "journal.zo") if path.is_file()]
+    names = [path for path in (*sorted(folder.glob("*.safetensors")), folder / "adapter.gguf", folder / "journal.zo") if path.is_file()]
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
     summary = json.loads((folder / run_folder.SUMMARY_FILE).read_text())
     metrics = {
@@ -302,6 +314,10 @@ def prepare(place: Path) -> None:
     torch.set_num_threads(1)
     save_model(place / "my-model")
     save_encoder(place / "my-encoder")
+    with contextlib.suppress(ImportError):  # without llama.cpp
+        importlib.import_module("llama_cpp.llama_cpp")
+        convert(bundled.path("tiny-lm"), place / "my-model.gguf", "q8_0")
+        (place / "tiny-lm").symlink_to(bundled.path("tiny-lm"))
     save_data(place)
     os.chdir(place)
     gc.collect()
@@ -318,7 +334,7 @@ def main() -> int:
     place = Path(tempfile.mkdtemp(prefix="chaos-", dir=memory if os.access(memory, os.W_OK) else None))
     prepare(place)
     try:
-        Chaos(place, options.seed, options.only or list(SETUPS)).carry_out(options.rounds)
+        Chaos(place, options.seed, options.only or possible(place)).carry_out(options.rounds)
     except Failure as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1

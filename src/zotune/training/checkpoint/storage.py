@@ -37,7 +37,7 @@ from zotune.training.checkpoint.files import (
     load_json as load_json,
 )
 
-_WEIGHTS = ("model.safetensors", WEIGHTS_INDEX, "adapter_model.safetensors")
+_WEIGHTS = ("model.safetensors", WEIGHTS_INDEX, "adapter_model.safetensors", "adapter.gguf")
 _RESUMED = (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG)  # a run cannot resume without them
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DRAFT_SUFFIX = ".partial"
