@@ -51,7 +51,7 @@ WORDS = (
 )
 SAVING = "--save_steps 3 --save_total_limit 2"
 DECODER, ENCODER = "--model_name_or_path my-model", "--model_name_or_path my-encoder"
-GGUF = "--model_name_or_path my-model.gguf --n_threads 1 --tokenizer_name tiny-lm"
+GGUF = "--model_name_or_path my-model.gguf --n_threads 1"
 ZO, ZO_ENCODER = (f"{model} --forward_batching batched" for model in (DECODER, ENCODER))
 SAVED_BEFORE_RUN = "--method mezo --max_steps 2 --save_strategy no --seed 5"
 
@@ -317,7 +317,6 @@ def prepare(place: Path) -> None:
     with contextlib.suppress(ImportError):  # without llama.cpp
         importlib.import_module("llama_cpp.llama_cpp")
         convert(bundled.path("tiny-lm"), place / "my-model.gguf", "q8_0")
-        (place / "tiny-lm").symlink_to(bundled.path("tiny-lm"))
     save_data(place)
     os.chdir(place)
     gc.collect()

@@ -24,7 +24,7 @@ from zotune.training import run as training
 from zotune.training import run_folder
 from zotune.training.arguments import EvalDataArguments, ModelArguments
 from zotune.training.config import ZOConfig
-from zotune.training.loading import load_model, load_tokenizer, plan_model
+from zotune.training.loading import check_texts, load_model, load_tokenizer, plan_model
 from zotune.training.option_parser import OptionParser
 from zotune.training.peak_memory import PeakMemory
 from zotune.training.quiet import quiet_libraries
@@ -45,6 +45,7 @@ class EvaluationArguments:
     per_device_eval_batch_size: int = dataclasses.field(default=16, metadata={"help": "examples per batch"})
     seed: int = dataclasses.field(default=42, metadata={"help": "of the subset that --num_eval draws"})
     use_cpu: bool = dataclasses.field(default=False, metadata={"help": "stay on the CPU where there is a GPU"})
+    adapter: str | None = dataclasses.field(default=None, metadata={"help": "of a GGUF file: the LoRA adapter (GGUF) that is added to it"})
     output_file: str | None = dataclasses.field(
         default=None, metadata={"help": "write the result there as JSON; - prints JSON in place of the table"}
     )
@@ -86,9 +87,14 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
     if data.task is None and data.eval_file is None:
         raise ValueError("nothing to evaluate on: pass --task (list them with `zotune tasks`) or --eval_file.")
     plan = plan_model(model, "zotune eval")
+    if how.adapter is not None:
+        if plan.gguf is None or plan.adapter is not None:
+            raise ValueError("--adapter is an adapter of a GGUF file: give that file as --model_name_or_path.")
+        plan.adapter = how.adapter
     tokenizer = load_tokenizer(plan, model)
     prepared = prepare(tokenizer, plan.config, seed=how.seed, parts=("eval",), **dataclasses.asdict(data))
     assert prepared.eval is not None, "prepare loads what is asked for"
+    check_texts(plan, tokenizer, prepared.eval)
     with tempfile.TemporaryDirectory(prefix="zotune-eval-") as scratch:
         config = ZOConfig(
             output_dir=scratch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class ModelPlan:
         config: its transformers configuration.
         identity: of the base model's weights, where :func:`load_model` was asked for it.
         gguf: the GGUF file, of a model that llama.cpp computes; None for torch models.
+        engine: that model, loaded with its tokenizer, which is compared with the engine's.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelPlan:
     config: Any
     identity: BaseIdentity | None = None
     gguf: Any = None
+    engine: Any = None
 
 
 def plan_model(args: ModelArguments, command: str) -> ModelPlan:
@@ -87,12 +89,15 @@ def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
     from transformers import AutoTokenizer
 
     if plan.gguf is not None:
-        if args.tokenizer_name is None:
-            from zotune.tasks.gguf_tokenizer import gguf_tokenizer
+        from zotune.tasks.gguf_tokenizer import gguf_tokenizer
+        from zotune.tasks.tokenizer_check import check_tokenizer
+        from zotune.training import gguf_models
 
-            return gguf_tokenizer(plan.gguf)
         name = args.tokenizer_name
-        return explained(name, lambda: AutoTokenizer.from_pretrained(name))
+        tokenizer = gguf_tokenizer(plan.gguf) if name is None else explained(name, lambda: AutoTokenizer.from_pretrained(name))
+        plan.engine = gguf_models.load_engine(plan.gguf, plan.config, args)
+        check_tokenizer(tokenizer, plan.engine.engine)
+        return tokenizer
     return explained(plan.name, lambda: AutoTokenizer.from_pretrained(plan.name, trust_remote_code=args.trust_remote_code))
 
 
@@ -167,12 +172,22 @@ def load_model(
     return model, missing
 
 
+def check_texts(plan: ModelPlan, tokenizer: Any, examples: Iterable[Mapping[str, Any]]) -> None:
+    """ValueError where the engine's tokenizer reads the texts of some encoded examples otherwise than ``tokenizer``."""
+    if plan.engine is None:
+        return
+    from zotune.tasks.tokenizer_check import check_tokenizer
+
+    ids = (example["prompt_ids"] + example.get("completion_ids", []) for example in examples)
+    check_tokenizer(tokenizer, plan.engine.engine, (tokenizer.decode(each) for each in ids))
+
+
 def _load_gguf(plan: ModelPlan, args: ModelArguments, classes: Sequence[str] | None, identify: bool) -> nn.Module:
     from zotune.training import gguf_models
 
     if classes is not None:
         raise ValueError("llama.cpp computes language models, and --objective classifier trains a new head: use lm or choices.")
-    model = gguf_models.load_engine(plan.gguf, plan.config, args)
+    model = plan.engine or gguf_models.load_engine(plan.gguf, plan.config, args)
     if identify:
         plan.identity = gguf_models.identity_of(model)
     if plan.adapter is not None:

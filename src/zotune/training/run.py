@@ -23,7 +23,7 @@ from zotune.training.callbacks import StepClock, StopOnSignal
 from zotune.training.checkpoint import storage
 from zotune.training.compatibility import check_evaluations, check_request, under_scheme
 from zotune.training.config import ZOConfig
-from zotune.training.loading import ModelPlan, load_model, load_tokenizer, plan_model
+from zotune.training.loading import ModelPlan, check_texts, load_model, load_tokenizer, plan_model
 from zotune.training.observer import RunObserver, RunResult, RunStart
 from zotune.training.peak_memory import PeakMemory
 from zotune.training.run_config import RunConfig
@@ -31,6 +31,7 @@ from zotune.training.run_record import RunRecord, dtype_of
 from zotune.training.schemes import Scheme
 from zotune.training.trainer import ZOTrainer
 from zotune.weights import offload
+from zotune.weights.computed_linear import is_computed
 from zotune.weights.offload.budget import Needs
 
 #: Predicts the memory of a step beside the weights, for `--max_memory`; None without that option.
@@ -84,6 +85,7 @@ class _Run:
         parts = ("eval",) if isinstance(method, Baseline) and method.kind == "evaluate" else ("train", "eval")
         data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, **dataclasses.asdict(config.data))
         check_evaluations(training, data)
+        check_texts(plan, tokenizer, data.train or data.eval or [])
         set_seed(training.seed)  # a new head or adapter draws from the global generator
         classes = data.label_names if data.train_objective == "classifier" else None
         predict = self.predict_needs
@@ -232,13 +234,20 @@ class _Run:
                 model=record.base,
                 trainable=record.trainable(),
                 parameters=sum(p.numel() for p in model.parameters()),
-                dtype=dtype_of(model),
+                dtype=self._precision(model),
                 device=str(self.training.device),
                 data=self.config.name_of_data,
                 sizes=sizes,
                 offload=None if stream is None else stream.describe(),
             )
         )
+
+    def _precision(self, model: nn.Module) -> str:
+        if not is_computed(model):
+            return dtype_of(model)
+        from zotune.training import gguf_models
+
+        return f"{gguf_models.quantization(model)}, by llama.cpp"
 
     def _evaluate(self, trainer: ZOTrainer, data: PreparedData, when: str) -> dict[str, float] | None:
         """Metrics on the evaluation data; None where there are none."""
