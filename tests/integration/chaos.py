@@ -36,9 +36,9 @@ import torch
 import transformers
 
 import zotune.cli.train  # noqa: F401
-from zotune import bundled
 from command_cases import save_data, save_encoder, save_model
 from disturbed import Disturbance, Ended, torchrun, train
+from zotune import bundled
 from zotune.cli.verify import findings
 from zotune.engines.gguf.convert import convert
 from zotune.training import run_folder

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PrinterCallback, set_seed
@@ -247,7 +247,7 @@ class _Run:
             return dtype_of(model)
         from zotune.training import gguf_models
 
-        return f"{gguf_models.quantization(model)}, by llama.cpp"
+        return f"{gguf_models.quantization(cast(Any, model))}, by llama.cpp"
 
     def _evaluate(self, trainer: ZOTrainer, data: PreparedData, when: str) -> dict[str, float] | None:
         """Metrics on the evaluation data; None where there are none."""
