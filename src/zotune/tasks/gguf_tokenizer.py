@@ -30,6 +30,9 @@ CONTROL_NAMES = frozenset(
 
 _TYPES = {str: "texts", int: "whole numbers", float: "numbers"}
 
+#: Most characters of a token of which all halves are looked up.
+LONGEST_TOKEN = 1000
+
 #: Ids that a file of this kind need not name.
 _DEFAULTS = {"gpt2": {}, "llama": {"unknown": 0, "bos": 1, "eos": 2}}
 
@@ -127,6 +130,9 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> tuple[Any, bool]:
     missing = next((f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary), None)
     if missing is not None:
         raise ValueError(f"{file.path} has a tokenizer without tokens for all bytes ({missing} is missing): {INSTEAD}.")
+    longest = max(tokens, key=len)
+    if len(longest) > LONGEST_TOKEN:
+        raise _damaged(file, f"its token {_short(longest)} has {len(longest)} characters")
     scores = _list(file, "tokenizer.ggml.scores", float, len(tokens))
     unknown = tokens[_id(file, "unknown", 0, len(tokens)) or 0]
     bpe = models.BPE(vocab=vocabulary, merges=_merges(tokens, scores), unk_token=unknown, byte_fallback=True, fuse_unk=True)
@@ -141,14 +147,12 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> tuple[Any, bool]:
 
 def _merges(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
     """Every pair of tokens that is a token together, the best score of the joint token first."""
-    known = set(tokens)
-    order = sorted(range(len(tokens)), key=lambda number: -scores[number])
-    merges = []
-    for number in order:
+    known, merges = set(tokens), []
+    for number in sorted(range(len(tokens)), key=lambda number: -scores[number]):
         token = tokens[number]
-        # of one token's halves the longest first, as it grows from the left
-        halves = ((token[:place], token[place:]) for place in range(len(token) - 1, 0, -1))
-        merges += [pair for pair in halves if pair[0] in known and pair[1] in known]
+        for place in range(len(token) - 1, 0, -1):  # of one token's halves the longest first, as it grows from the left
+            if (left := token[:place]) in known and (right := token[place:]) in known:
+                merges.append((left, right))
     return merges
 
 

@@ -236,6 +236,7 @@ def test_unknown_ways_to_split_text_are_refused(kind: str, tmp_path: Path) -> No
         ({"tokens": [*BYTES, "▁", "a", "b", "a", "<unk>"]}, "its token 'a' is there twice"),
         ({"tokens": [*BYTES, "▁", "a", "b", "a\0b", "<unk>"]}, "its token 'a' is there twice"),
         ({"tokens": [*"▁ab", *BYTES[:-1], "ab", "<unk>"]}, "<0xFF> is missing"),
+        ({"tokens": [*BYTES, "▁", "a", "b", "ab" * 501, "<unk>"]}, "has 1002 characters"),
         ({"scores": ()}, "tokenizer.ggml.scores is missing"),
         ({"scores": [1.0, 2.0]}, "tokenizer.ggml.scores has 2 entries for 261 tokens"),
         ({"kinds": [1, 2]}, "token_type has 2 entries"),
@@ -268,6 +269,19 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(opened: Open) -> None:
         ValueError, match=r"does not match the given tokenizer: token \d+ is .* in the file and .* leave out --tokenizer_name"
     ):
         check_tokenizer(byte_level(), large)
+
+
+def test_a_file_without_bytes_does_not_end_the_process(opened: Open, tmp_path: Path) -> None:
+    """llama.cpp ends it where it needs such a token."""
+    tokens = ["<unk>", "<s>", "</s>", "a", *BYTES[:-1], "b"]
+    path = write_vocabulary(tmp_path / "v.gguf", tokens, [2, 3, 3, 1] + [6] * 255 + [1], model="llama", scores=[0.0] * len(tokens))
+    engine = VocabularyOnly(path)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[])), unk_token="<unk>"
+    )
+    with pytest.raises(ValueError, match=r"does not match the given tokenizer: token 0 is '<unk>' in the file and '<0xFF>'"):
+        check_tokenizer(tokenizer, engine)
+    engine.close()
 
 
 def test_the_first_text_that_is_read_otherwise_is_named(opened: Open) -> None:
