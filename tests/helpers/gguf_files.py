@@ -123,7 +123,8 @@ def write_tokenizer(path: Path, tokenizer: Any, **options: Any) -> Path:
         kinds[tokenizer.unk_token_id] = 2
         ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(pieces["merges"])))}
         scores = [float(-ranks.get(token, len(ranks) + number)) for number, token in enumerate(tokens)]
-        options = {"model": "llama", "scores": scores} | options
+        how = {"merges": pieces["merges"]} if options.get("model") == "gemma4" else {"scores": scores}
+        options = {"model": "llama", **how} | options
     else:
         options = {"pre": "gpt-2", "merges": [tuple(pair) for pair in pieces["merges"]]} | options
     for key, number in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):

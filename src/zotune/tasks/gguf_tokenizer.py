@@ -34,7 +34,7 @@ _TYPES = {str: "texts", int: "whole numbers", float: "numbers"}
 LONGEST_TOKEN = 1000
 
 #: Ids that a file of this kind need not name.
-_DEFAULTS = {"gpt2": {}, "llama": {"unknown": 0, "bos": 1, "eos": 2}}
+_DEFAULTS: dict[str, dict[str, int]] = {"gpt2": {}, "gemma4": {}, "llama": {"unknown": 0, "bos": 1, "eos": 2}}
 
 
 class Kind(IntEnum):
@@ -55,8 +55,8 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
     tokens before and after a text are those of the file.
 
     Args:
-        file: with ``tokenizer.ggml.model`` ``gpt2`` (byte-level BPE of a known ``tokenizer.ggml.pre``) or ``llama`` (SentencePiece's BPE
-            with bytes).
+        file: with ``tokenizer.ggml.model`` ``gpt2`` (byte-level BPE of a known ``tokenizer.ggml.pre``), ``llama`` (SentencePiece's BPE
+            with bytes) or ``gemma4``.
 
     Raises:
         ValueError: another kind of tokenizer, or damaged data of it.
@@ -65,11 +65,11 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
 
     model = _text(file, "tokenizer.ggml.model")
     if model not in _DEFAULTS:
-        raise ValueError(f"{file.path} has a tokenizer of the kind {_short(model)}, and gpt2 and llama are known: {INSTEAD}.")
+        raise ValueError(f"{file.path} has a tokenizer of the kind {_short(model)}, and {', '.join(_DEFAULTS)} are known: {INSTEAD}.")
     tokens = tokens_of(file)
     kinds = _kinds(file, len(tokens))
     try:
-        backend, add_bos = (_byte_level if model == "gpt2" else _sentencepiece)(file, tokens)
+        backend, add_bos = {"gpt2": _byte_level, "gemma4": _gemma4, "llama": _sentencepiece}[model](file, tokens)
     except ValueError:
         raise
     except Exception as error:  # of the tokenizers library: a merge of unknown tokens
@@ -77,7 +77,7 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
     _add_special(file, backend, tokens, kinds)
     special = _special(file, model, tokens)
     add = {
-        "add_bos_token": _flag(file, "tokenizer.ggml.add_bos_token", add_bos),
+        "add_bos_token": _flag(file, "tokenizer.ggml.add_bos_token", add_bos) or model == "gemma4",  # llama.cpp adds it always
         "add_eos_token": _flag(file, "tokenizer.ggml.add_eos_token", False),
     }
     for key, wanted in add.items():
@@ -104,14 +104,8 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Any, bool]:
     if name not in SPLITS:
         raise ValueError(f"{file.path} has a tokenizer that splits text in the way {_short(name)}, which is not known: {INSTEAD}.")
     splits = SPLITS[name]
-    merges = []
-    for merge in _list(file, "tokenizer.ggml.merges", str):
-        place = merge.find(" ", 1)
-        if place < 0:
-            raise _damaged(file, f"its merge {_short(merge)} is not of two tokens")
-        merges.append((merge[:place], merge[place + 1 :]))
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=splits.whole_words))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=_named_merges(file), ignore_merges=splits.whole_words))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits.patterns),
@@ -122,14 +116,44 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Any, bool]:
     return backend, splits.add_bos
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str]) -> tuple[Any, bool]:
-    """SentencePiece's BPE with bytes for what has no token; merges follow from the scores."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+def _gemma4(file: GGUFFile, tokens: list[str]) -> tuple[Any, bool]:
+    """BPE of letters with bytes for what has no token, and merges by name."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    vocabulary = _with_bytes(file, tokens)
+    unknown = _id(file, "unknown", None, len(tokens))
+    name = None if unknown is None else tokens[unknown]
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=_named_merges(file), unk_token=name, byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend, True
+
+
+def _named_merges(file: GGUFFile) -> list[tuple[str, str]]:
+    merges = []
+    for merge in _list(file, "tokenizer.ggml.merges", str):
+        place = merge.find(" ", 1)
+        if place < 0:
+            raise _damaged(file, f"its merge {_short(merge)} is not of two tokens")
+        merges.append((merge[:place], merge[place + 1 :]))
+    return merges
+
+
+def _with_bytes(file: GGUFFile, tokens: list[str]) -> dict[str, int]:
+    """Tokens by name, those of all bytes among them."""
     vocabulary = {token: number for number, token in enumerate(tokens)}
     missing = next((f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary), None)
     if missing is not None:
         raise ValueError(f"{file.path} has a tokenizer without tokens for all bytes ({missing} is missing): {INSTEAD}.")
+    return vocabulary
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str]) -> tuple[Any, bool]:
+    """SentencePiece's BPE with bytes for what has no token; merges follow from the scores."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary = _with_bytes(file, tokens)
     longest = max(tokens, key=len)
     if len(longest) > LONGEST_TOKEN:
         raise _damaged(file, f"its token {_short(longest)} has {len(longest)} characters")
@@ -162,9 +186,12 @@ def _add_special(file: GGUFFile, backend: Any, tokens: list[str], kinds: Sequenc
 
     name = (file.name or "").lower()
     strip = "phi-3" in name or "phi3" in name  # as llama.cpp knows them
+    plain = {"</s>"} if "<|tool_response>" in tokens else set()  # Gemma 4's, which has another end
     control: list[AddedToken] = []
     user: list[AddedToken] = []
     for token, kind in zip(tokens, kinds, strict=True):
+        if token in plain:
+            continue
         special = kind in (Kind.CONTROL, Kind.UNKNOWN) or token in CONTROL_NAMES
         if special or kind == Kind.USER_DEFINED:
             right = strip and token not in ("<unk>", "<s>", "<|endoftext|>")

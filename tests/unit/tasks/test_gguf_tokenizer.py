@@ -71,12 +71,13 @@ def byte_level() -> Any:
 
 
 @cache
-def sentencepiece() -> Any:
+def sentencepiece(end: str = "</s>") -> Any:
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
-    trainer = trainers.BpeTrainer(vocab_size=2000, limit_alphabet=100, special_tokens=["<unk>", "<s>", "</s>", *BYTES], show_progress=False)
+    special = list(dict.fromkeys(["<unk>", "<s>", "</s>", end, *BYTES]))
+    trainer = trainers.BpeTrainer(vocab_size=2000, limit_alphabet=100, special_tokens=special, show_progress=False)
     backend.train_from_iterator([*PAGE * 2, "aaaa aa a aaa   aaa    aa"], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=end, unk_token="<unk>")
 
 
 def bare(tokenizer: Any, text: str) -> list[int]:
@@ -128,6 +129,21 @@ def test_sentencepiece_ids_are_llama_cpps(prefix: bool, opened: Open) -> None:
 
     @settings(max_examples=80, deadline=None, derandomize=True, database=None)
     @given(TEXT | st.text("a ▁b<s>", max_size=30) | st.text(max_size=10))
+    def equal(text: str) -> None:
+        assert bare(tokenizer, text) == llama_ids(engine, text)
+
+    equal()
+
+
+def test_gemma_4s_ids_are_llama_cpps(opened: Open) -> None:
+    """Merges by name of SentencePiece's letters; ``</s>`` is text."""
+    engine = opened(sentencepiece("<|tool_response>"), model="gemma4", ggml__unknown_token_id=0, ggml__add_bos_token=False)
+    tokenizer = gguf_tokenizer(engine.file)
+    check_tokenizer(tokenizer, engine)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+    @settings(max_examples=80, deadline=None, derandomize=True, database=None)
+    @given(TEXT | st.text("a \n▁</s>", max_size=30) | st.text(max_size=10))
     def equal(text: str) -> None:
         assert bare(tokenizer, text) == llama_ids(engine, text)
 
@@ -220,7 +236,7 @@ def written(path: Path, **changes: Any) -> GGUFFile:
 
 @pytest.mark.parametrize("model", ["bert", "t5", "rwkv", "plamo2", "no_vocab"])
 def test_other_kinds_of_tokenizers_are_refused(model: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"a tokenizer of the kind '{model}', and gpt2 and llama are known.*--tokenizer_name"):
+    with pytest.raises(ValueError, match=rf"a tokenizer of the kind '{model}', and gpt2, gemma4, llama are known.*--tokenizer_name"):
         gguf_tokenizer(written(tmp_path, model=model))
 
 
