@@ -46,6 +46,7 @@ class Watch:
 
     Attributes:
         inputs: names of the matrices whose inputs are wanted.
+        only_outputs: whether only the inputs of tokens with outputs are wanted.
         change: by name of a matrix: ``change(tokens, output)`` of the tokens (k,), numbered through all rows, and the output (k, m) there;
             what it returns replaces the output, None leaves it.
         head: whether the head's inputs and outputs are wanted.
@@ -54,6 +55,7 @@ class Watch:
     """
 
     inputs: frozenset[str] = frozenset()
+    only_outputs: bool = False
     change: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray | None]] = field(default_factory=dict)
     head: bool = False
     found: dict[str, list[tuple[np.ndarray, np.ndarray, object]]] = field(default_factory=dict)
@@ -69,6 +71,7 @@ class Engine(Protocol):
         vocabulary: number of tokens.
         width: size d of the hidden states.
         context: tokens of the longest text.
+        continuations: most continuations of a row.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Engine(Protocol):
     vocabulary: int
     width: int
     context: int
+    continuations: int
 
     def set_factors(self, folded: Factors, current: Factors) -> None:
         """Add both products to the matrices, for the evaluations that follow. ``folded`` changes seldom, ``current`` at every point."""

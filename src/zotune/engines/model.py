@@ -29,7 +29,9 @@ class EngineModel(nn.Module):
     """A causal language model computed by an engine.
 
     Its submodules stand for the matrices that take low-rank factors, under the names of the original checkpoint. Hooks on them see what
-    the engine computes: inputs of all tokens (hidden states of padding are zeros) after the evaluation, outputs during it.
+    the engine computes. Inputs come after the evaluation, layers with the same input one after the other. They are zeros at padding, behind
+    the last attention also where nothing is scored, and, where output gradients are recorded, at all but scored and sampled positions.
+    Outputs come during the evaluation, some texts at a time, without what low-rank factors add.
 
     Args:
         engine: computes the model.
@@ -50,6 +52,7 @@ class EngineModel(nn.Module):
             self.matrices[name] = layer = ComputedLinear(*shape)
             _put(self, name.split("."), layer)
         self.__dict__["head"] = EngineHead(engine)
+        self.eval()
 
     @property
     def engine(self) -> Engine:
@@ -87,7 +90,7 @@ class EngineModel(nn.Module):
             ValueError: a text is longer than the context.
         """
         recorder = output_gradients.active_recorder()
-        batch = _Batch(inputs, positions, recorder, self.engine.context)
+        batch = _Batch(inputs, positions, recorder, self.engine)
         watch, layers = self._watch(batch, recorder)
         self._set_factors()
         logits = torch.from_numpy(self.engine.decode(batch.rows, watch))
@@ -122,20 +125,20 @@ class EngineModel(nn.Module):
         head = recorder is not None and recorder.wants_head
         if not (seen or change or head):
             return None, seen
-        return Watch(frozenset(seen), change, head), seen
+        recorded = recorder is not None and recorder.scored is not None
+        return Watch(frozenset(seen), recorded, change, head), seen
 
     def _show_inputs(self, watch: Watch, layers: Mapping[str, ComputedLinear], batch: _Batch) -> None:
         """Call the hooks that wait for inputs; matrices with the same input get the same tensor."""
-        shared: dict[object, Tensor] = {}
-        for name, pieces in watch.found.items():  # in the order of the computation
-            if name not in layers:
-                continue
-            layer = layers[name]
-            key = tuple(key for _, _, key in pieces)
-            if key not in shared:
-                shared[key] = batch.padded([(tokens, x) for tokens, x, _ in pieces])
-            layer.computed = torch.empty(0)
-            layer(shared[key])
+        sharing: dict[object, list[str]] = {}
+        for name in watch.found:  # in the order of the computation
+            if name in layers:
+                sharing.setdefault(tuple(key for _, _, key in watch.found[name]), []).append(name)
+        for names in sharing.values():
+            x = batch.padded([(tokens, values) for tokens, values, _ in watch.found[names[0]]])
+            for name in names:
+                del watch.found[name]
+                layers[name](x)
 
     def _show_head(self, watch: Watch, recorder: OutputGradientRecorder, batch: _Batch) -> None:
         hidden = batch.padded([(tokens, x) for tokens, x, _ in watch.found.get("", [])])
@@ -169,7 +172,7 @@ class _Batch:
         places: which of all outputs is at each of them, (R, S).
     """
 
-    def __init__(self, inputs: Mapping[str, Tensor], positions: Tensor, recorder: OutputGradientRecorder | None, context: int) -> None:
+    def __init__(self, inputs: Mapping[str, Tensor], positions: Tensor, recorder: OutputGradientRecorder | None, engine: Engine) -> None:
         ids = inputs["input_ids"]
         segments = inputs.get("segments")
         mask = inputs.get("attention_mask")
@@ -184,24 +187,24 @@ class _Batch:
             wanted[recorder.sample] = True  # behind the last attention, only outputs have hidden states
         wanted &= real
         self.rows: list[Row] = []
-        for row in range(len(ids)):
-            kept = real[row]
+        index, outputs = [], []
+        for row, (row_ids, kept, scored) in enumerate(zip(ids, real, wanted, strict=True)):
             length = int(kept.sum())
             if length == 0:
                 raise ValueError("a row of the batch has no token: every text needs at least one.")
-            where = torch.arange(length) if given is None else given[row][kept]
-            if int(where.max()) >= context:
-                raise ValueError(
-                    f"a text has {int(where.max()) + 1} tokens, and the context takes {context}: raise --n_ctx where the model was trained "
-                    "for more, or cut texts with --max_length."
-                )
-            part = torch.zeros(length, dtype=torch.int32) if segments is None else segments[row][kept]
-            outputs = wanted[row][kept].nonzero()[:, 0]
-            values = [tensor.to(torch.int32).numpy() for tensor in (ids[row][kept], where, part)]
-            self.rows.append(Row(values[0], values[1], values[2], outputs.numpy()))
-        self.index = real.flatten().nonzero()[:, 0]  # of each token among the elements of the padded batch
+            part = torch.zeros_like(row_ids) if segments is None else segments[row]
+            where = kept.cumsum(0) - 1 if given is None else given[row]
+            _check_positions(where[kept & (part == 0)], int(where[kept].max()), engine.context)
+            for first in range(0, max(1, int(part.max())), engine.continuations):
+                own = (part > first) & (part <= first + engine.continuations)
+                piece = kept & ((part == 0) | own)
+                found = scored & (piece if not first else own)
+                values = [tensor[piece].to(torch.int32).numpy() for tensor in (row_ids, where, (part - first).clamp_min(0))]
+                self.rows.append(Row(*values, found[piece].nonzero()[:, 0].numpy()))
+                index.append(row * ids.shape[1] + piece.nonzero()[:, 0])
+                outputs.append(row * ids.shape[1] + found.nonzero()[:, 0])
+        self.index, self.outputs = torch.cat(index), torch.cat(outputs)  # of each token and output among the elements of the padded batch
         numbers = torch.full((ids.numel(),), -1, dtype=torch.long)
-        self.outputs = wanted.flatten().nonzero()[:, 0]
         numbers[self.outputs] = torch.arange(len(self.outputs))
         self.places = numbers.view(self.shape).gather(1, self.positions)
         self._of_token = numbers[self.index]  # the output at each token
@@ -235,8 +238,22 @@ class _Change:
     def __call__(self, tokens: np.ndarray, output: np.ndarray) -> np.ndarray | None:
         layer, batch = self.layer, self.batch
         layer.computed = given = batch.padded([(tokens, output)])
-        found = layer(torch.empty(0))
+        try:
+            found = layer(torch.empty(0))
+        finally:
+            layer.computed = torch.empty(0)
         return None if found is given else batch.tokens_of(found, tokens).numpy()
+
+
+def _check_positions(prompt: Tensor, last: int, context: int) -> None:
+    """Refuse positions of a text's first part, and its last one, that an engine cannot compute."""
+    if last >= context:
+        raise ValueError(
+            f"a text has {last + 1} tokens, and the context takes {context}: raise --n_ctx where the model was trained for more, or cut "
+            "texts with --max_length."
+        )
+    if not torch.equal(prompt, torch.arange(len(prompt)) + (prompt[:1] if len(prompt) else 0)):
+        raise ValueError("position_ids skip or repeat a position, which an engine does not take: leave them out.")
 
 
 def _put(parent: nn.Module, path: Sequence[str], layer: nn.Module) -> None:

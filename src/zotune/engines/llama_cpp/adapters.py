@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zotune.engines.engine import Factors
 from zotune.engines.gguf.file import Matrix, to_file_rows
-from zotune.engines.llama_cpp.library import Tensors, last_words
+from zotune.engines.llama_cpp.library import Tensors, last_words, raising
 
 #: Where a file in memory is looked for on systems without anonymous ones.
 SHARED_MEMORY = Path("/dev/shm")
@@ -55,6 +55,7 @@ class Adapter:
             self._numbers[f"{matrix.tensor}.lora_a".encode()] = self._view(a, (rank, n))
             self._numbers[f"{matrix.tensor}.lora_b".encode()] = self._view(b, (m, rank))
         self._folded: dict[str, Tensor] = {}
+        self._changed: set[bytes] = set()  # tensors whose numbers in the file are not loaded yet
 
     def _view(self, offset: int, shape: tuple[int, int]) -> np.ndarray:
         return np.frombuffer(self._file.memory, np.float32, shape[0] * shape[1], offset).reshape(shape)
@@ -74,7 +75,6 @@ class Adapter:
 
     def set(self, folded: Factors, current: Factors) -> None:
         """Have the adapter hold these factors, side by side."""
-        changed = set()
         for name, matrix in self._matrices.items():
             a, b = f"{matrix.tensor}.lora_a".encode(), f"{matrix.tensor}.lora_b".encode()
             columns = 0
@@ -82,27 +82,33 @@ class Adapter:
                 left, right = folded[name]
                 columns = left.shape[1]
                 if self._folded.get(name) is not left:
+                    self._assign(a, self._numbers[a][:columns], right.T.numpy())
+                    self._assign(b, self._numbers[b][:, :columns], to_file_rows(left.numpy(), matrix.heads))
                     self._folded[name] = left
-                    self._numbers[a][:columns] = right.T.numpy()
-                    self._numbers[b][:, :columns] = to_file_rows(left.numpy(), matrix.heads)
-                    changed |= {a, b}
             if name in current:
                 left, right = current[name]
-                changed |= {a} if _assign(self._numbers[a][columns:], right.T.numpy()) else set()
-                changed |= {b} if _assign(self._numbers[b][:, columns:], to_file_rows(left.numpy(), matrix.heads)) else set()
+                self._assign(a, self._numbers[a][columns:], right.T.numpy())
+                self._assign(b, self._numbers[b][:, columns:], to_file_rows(left.numpy(), matrix.heads))
         if self.pointer is not None and not self.unseen:
-            for tensor in changed:
+            for tensor in sorted(self._changed):
                 self.tensors.write(self.places[tensor], self._numbers[tensor])
-        elif self.pointer is None or changed:
+        elif self.pointer is None or self._changed:
             self._load()
+        self._changed.clear()
+
+    def _assign(self, tensor: bytes, place: np.ndarray, values: np.ndarray) -> None:
+        if not np.array_equal(place, values):
+            self._changed.add(tensor)  # first, in case that the copy is interrupted
+            place[...] = values
 
     def _load(self) -> None:
-        before, self.pointer = self.pointer, self.lib.llama_adapter_lora_init(self.model, self._file.path.encode())
+        before, self.pointer = self.pointer, None
         self.places.clear()
         if before is not None:
             self.lib.llama_adapter_lora_free(before)
-        if not self.pointer:
-            self.pointer = None
+        with raising():
+            self.pointer = self.lib.llama_adapter_lora_init(self.model, self._file.path.encode()) or None
+        if self.pointer is None:
             raise ValueError(f"llama.cpp did not take the low-rank factors: {last_words() or 'it gives no reason'}.")
 
     def close(self) -> None:
@@ -112,14 +118,6 @@ class Adapter:
             self.pointer = None
         self._numbers = {}
         self._file.close()
-
-
-def _assign(place: np.ndarray, values: np.ndarray) -> bool:
-    """Copy; whether anything differed."""
-    if np.array_equal(place, values):
-        return False
-    place[...] = values
-    return True
 
 
 def _layout(architecture: str, matrices: Mapping[str, Matrix], ranks: Mapping[str, int]) -> tuple[bytes, dict[str, tuple[int, int]], int]:

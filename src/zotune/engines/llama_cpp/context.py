@@ -7,6 +7,7 @@ tokens is one batch; the texts of a group are chosen by their lengths alone.
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from zotune.engines.engine import Row, Watch
 from zotune.engines.llama_cpp.adapters import Adapter
-from zotune.engines.llama_cpp.library import Tensors, last_words
+from zotune.engines.llama_cpp.library import Tensors, last_words, raising
 
 #: Tokens that a context's size is a multiple of, sequences that llama.cpp takes at most.
 GRAIN, MAX_SEQUENCES = 256, 256
@@ -127,14 +128,15 @@ class Context:
         positions = np.concatenate([row.positions for row in group.rows]).astype(np.int32)
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self._context), True)
         if watch is not None:
-            self._watch = _Watching(watch, group.first + np.arange(len(ids)), group.first + np.flatnonzero(wanted))
+            self._watch = _Watching(watch, group.first, wanted, self.n_ubatch)
         self._decode(ids, positions, _sequences(group.rows), wanted)
 
     def _decode(self, ids: np.ndarray, positions: np.ndarray, sequences: list[tuple[int, int]], wanted: np.ndarray) -> None:
         batch, kept = _batch(self.lib, ids, positions, sequences, wanted)
         self._searching = self._adapter is not None and bool(self._adapter.unseen)
         try:
-            failed = self.lib.llama_decode(self._context, batch)
+            with raising():
+                failed = self.lib.llama_decode(self._context, batch)
         finally:
             self._watch, self._searching = None, False
             error, self._error = self._error, None
@@ -164,9 +166,9 @@ class Context:
         wanted.kv_unified = True  # the order of the tokens stays, and a prompt may belong to several sequences
         wanted.no_perf = True
         wanted.cb_eval = self._callback
-        self._context = self.lib.llama_init_from_model(self.model, wanted)
-        if not self._context:
-            self._context = None
+        with raising():
+            self._context = self.lib.llama_init_from_model(self.model, wanted) or None
+        if self._context is None:
             raise MemoryError(
                 f"llama.cpp has no memory for {tokens} tokens at a time ({last_words() or 'no reason'}): take a smaller --n_ubatch or "
                 "per_device_train_batch_size."
@@ -208,34 +210,48 @@ class Context:
 
 
 class _Watching:
-    """A watch during one batch, of tokens with these numbers, some of them with outputs."""
+    """A watch during one batch.
 
-    def __init__(self, watch: Watch, tokens: np.ndarray, outputs: np.ndarray) -> None:
-        self.watch, self.tokens, self.outputs = watch, tokens, outputs
+    Args:
+        watch: what is wanted.
+        first: number of the batch's first token.
+        outputs: 1 for its tokens with outputs, 0 for the others.
+        n_ubatch: tokens that are evaluated at a time.
+    """
+
+    def __init__(self, watch: Watch, first: int, outputs: np.ndarray, n_ubatch: int) -> None:
+        self.watch, self.first, self.outputs, self.n_ubatch = watch, first, outputs, n_ubatch
+        self._shown: Counter[str] = Counter()
 
     def wants(self, name: str) -> bool:
         return self.watch.head if not name else name in self.watch.inputs or name in self.watch.change
 
     def show(self, tensors: Tensors, name: str, output: int, x: int) -> None:
-        watch = self.watch
+        watch, start = self.watch, self._shown[name] * self.n_ubatch
+        self._shown[name] += 1
+        chosen = np.flatnonzero(self.outputs[start : start + self.n_ubatch])
+
+        def tokens(rows: int) -> np.ndarray:
+            """The tokens that so many rows are of: behind the last attention there are only those with outputs."""
+            every = len(self.outputs[start : start + self.n_ubatch])
+            if rows not in (every, len(chosen)):
+                raise ValueError(f"llama.cpp computes {rows} rows of {every} tokens in a way that is unknown here.")
+            return self.first + start + (np.arange(every) if rows == every else chosen)
+
         if not name or name in watch.inputs:
             inputs = tensors.read(x)
-            watch.found.setdefault(name, []).append((self._tokens(len(inputs)), inputs, x))
+            if watch.only_outputs and len(inputs) > len(chosen):
+                tokens(len(inputs))
+                inputs = inputs[chosen]
+            watch.found.setdefault(name, []).append((tokens(len(inputs)), inputs, x))
         if not name:
             logits = tensors.read(output)
-            watch.logits.append((self._tokens(len(logits)), logits))
+            watch.logits.append((tokens(len(logits)), logits))
         elif name in watch.change:
             values = tensors.read(output)
-            changed = watch.change[name](self._tokens(len(values)), values)
+            changed = watch.change[name](tokens(len(values)), values)
             if changed is not None:
                 tensors.write(output, changed)
-
-    def _tokens(self, rows: int) -> np.ndarray:
-        """The tokens that so many rows are of: behind the last attention there are only those with outputs."""
-        found = self.tokens if rows == len(self.tokens) else self.outputs
-        if rows != len(found):
-            raise ValueError(f"llama.cpp computes {rows} rows of {len(self.tokens)} tokens in a way that is unknown here.")
-        return found
 
 
 def _sequences(rows: Sequence[Row]) -> list[tuple[int, int]]:

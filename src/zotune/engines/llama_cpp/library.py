@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import sys
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,6 +65,30 @@ def last_words() -> str:
     """What the library last said of an error; empty for nothing."""
     said = [line for line in _log if "error" in line.lower() or "failed" in line.lower()]
     return " ".join(said[-1].split()) if said else ""
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Raise at the end of the block what was raised in a callback within it.
+
+    While C runs, only callbacks run Python code: an interrupt by the user is raised in one of them. ctypes would report and drop it.
+    """
+    found: list[BaseException] = []
+    before, thread = sys.unraisablehook, threading.get_ident()
+
+    def caught(report: Any) -> None:
+        if "ctypes callback" in (report.err_msg or "") and threading.get_ident() == thread:
+            found.append(report.exc_value)
+        else:
+            before(report)
+
+    sys.unraisablehook = caught
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+    if found:
+        raise found[0]
 
 
 class Tensors:

@@ -12,8 +12,8 @@ from torch import Tensor
 from zotune.engines.engine import Factors, Row, Watch
 from zotune.engines.gguf.file import GGUFFile, Matrix
 from zotune.engines.llama_cpp.adapters import Adapter
-from zotune.engines.llama_cpp.context import Context
-from zotune.engines.llama_cpp.library import last_words, load
+from zotune.engines.llama_cpp.context import MAX_SEQUENCES, Context
+from zotune.engines.llama_cpp.library import last_words, load, raising
 
 #: Elements of the head's weight that are dequantized at a time.
 STRIP = 1 << 22
@@ -62,6 +62,7 @@ class LlamaCpp:
     """
 
     name = "llama.cpp"
+    continuations = MAX_SEQUENCES
 
     def __init__(self, file: GGUFFile, options: LlamaOptions | None = None) -> None:
         self.options = options or LlamaOptions()
@@ -70,7 +71,8 @@ class LlamaCpp:
         self.matrices: Mapping[str, tuple[int, int]] = {name: matrix.shape for name, matrix in self._matrices.items()}
         parameters = self.lib.llama_model_default_params()
         parameters.n_gpu_layers = self.options.n_gpu_layers
-        self._model = self.lib.llama_model_load_from_file(str(file.path).encode(), parameters)
+        with raising():
+            self._model = self.lib.llama_model_load_from_file(str(file.path).encode(), parameters)
         if not self._model:
             raise ValueError(f"llama.cpp does not load {file.path}: {last_words() or 'it gives no reason'}.")
         self.vocab = self.lib.llama_model_get_vocab(self._model)
