@@ -230,7 +230,7 @@ def tokens_of(file: GGUFFile) -> list[str]:
     if len(set(tokens)) < len(tokens):
         seen: set[str] = set()
         twice = next(text for text in tokens if text in seen or seen.add(text))  # type: ignore[func-returns-value]
-        raise _damaged(file, f"its token {_short(twice)} is there twice")
+        raise ValueError(f"{file.path} is damaged: its token {_short(twice)} is there twice; download it again.")
     return tokens
 
 
