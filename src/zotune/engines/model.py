@@ -150,7 +150,7 @@ class EngineModel(nn.Module):
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
         """Greedy continuations of prompts (B, P) padded on the left, behind them, (B, P + new tokens), as transformers returns them."""
-        if generation_config.do_sample or generation_config.num_beams > 1:
+        if generation_config.do_sample or (generation_config.num_beams or 1) > 1:
             raise ValueError("an engine generates greedily: set do_sample=False and num_beams=1.")
         self._set_factors()
         prompts = [ids[mask > 0].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]

@@ -169,6 +169,7 @@ class _MemoryFile:
 
     def close(self) -> None:
         """Give the file's memory back."""
+        self.memory.close()
         os.close(self._descriptor)
         if self._folder is not None:
             self._folder.cleanup()
