@@ -139,6 +139,7 @@ def choice_batch(lengths: list[int], options: int = 3, seed: int = 0) -> dict[st
 def text_batch(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
     """Texts whose every token after the first is scored, for a language-model loss."""
     batch = texts(lengths, seed)
-    positions = torch.arange(max(lengths) - 1).expand(len(lengths), -1)
-    targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-    return {**batch, "positions": positions.contiguous(), "targets": targets}
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    positions = torch.arange(ids.shape[1]).repeat(len(ids), 1)  # the last one, which predicts nothing, too
+    return {**batch, "positions": positions, "targets": torch.nn.functional.pad(targets, (0, 1), value=-100)}

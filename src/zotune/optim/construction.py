@@ -32,7 +32,7 @@ from zotune.rng.directions import Directions
 from zotune.subspaces import Full, Guided, LowRank, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate
 from zotune.weights import placement, quantized_linear
-from zotune.weights.computed_linear import is_computed
+from zotune.weights.computed_linear import NO_DECAY, is_computed
 from zotune.weights.external_linear import is_external
 from zotune.weights.structure import refuse_compiled
 
@@ -215,6 +215,8 @@ def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, 
     names = {id(p): name for name, p in model.named_parameters()}
     if group["weight_decay"] and not rule.takes_weight_decay:
         raise ValueError(f"the update rule {rule.cls.__name__} has no weight decay; set weight_decay=0.")
+    if group["weight_decay"] and is_computed(model):
+        raise ValueError(NO_DECAY)
     coordinates = []
     for parameter in group["params"]:
         name = names.get(id(parameter))

@@ -16,6 +16,8 @@ from zotune.weights.quantized_linear import QuantizedLinear, own
 #: (left (m, r), right (n, r)) of a product that is added to a matrix (m, n).
 Product = Callable[[], tuple[Tensor, Tensor]]
 
+NO_DECAY = "weight decay shrinks the weights themselves, which an engine only reads: set weight_decay=0."
+
 
 class ComputedLinear(QuantizedLinear):
     """y = x Wᵀ + (x R) Lᵀ + (x V) Aᵀ, all of it computed by an engine.
@@ -42,7 +44,7 @@ class ComputedLinear(QuantizedLinear):
 
     def add(self, left: Tensor, right: Tensor, keep: float) -> None:
         if keep != 1.0:
-            raise ValueError("weight decay shrinks the weights themselves, which an engine only reads: set weight_decay=0.")
+            raise ValueError(NO_DECAY)
         super().add(left, right, keep)
         if self.left.shape[1] > min(self.out_features, self.in_features):  # the same sum in fewer columns
             whole = self.left @ self.right.T
