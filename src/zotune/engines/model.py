@@ -113,8 +113,8 @@ class EngineModel(nn.Module):
 
     def _set_factors(self) -> None:
         folded = {name: (layer.left, layer.right) for name, layer in self.matrices.items() if layer.left.shape[1]}
-        current = {name: layer.product() for name, layer in self.matrices.items() if layer.product is not None}
-        self.engine.set_factors(folded, current)
+        products = {name: layer.product() for name, layer in self.matrices.items() if layer.product is not None}
+        self.engine.set_factors(folded, {name: product for name, product in products.items() if product is not None})
 
     # -- hooks ------------------------------------------------------------------------------------------------------------------------
 
@@ -227,6 +227,11 @@ class _Batch:
     def tokens_of(self, states: Tensor, tokens: np.ndarray) -> Tensor:
         """The values (k, n) of some tokens (k,) in a padded tensor (R, T, n)."""
         return states.flatten(0, 1)[self.index[torch.from_numpy(tokens)]]
+
+
+def rows_of(inputs: Mapping[str, Tensor], positions: Tensor, context: int) -> list[Row]:
+    """The texts that :meth:`EngineModel.scored_logits` has an engine evaluate."""
+    return _Batch(inputs, positions, None, context).rows
 
 
 class _Change:

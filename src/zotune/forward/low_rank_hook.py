@@ -2,7 +2,7 @@
 
 For y = x Wᵀ the low-rank part is (x V) Aᵀ: two thin products, added to the layer's output by a forward hook. W is only read, so it may be
 tied or quantized. What a layer type adds is in its file of ``forward.layers``. Leading dimensions of x do not matter. Where an engine
-computes the layer, there is no output to add to: the engine reads the factors (:meth:`LowRankHook.engine_product`).
+computes the layer, there is no output to add to: the engine reads the factors (:meth:`LowRankHook.product`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gc
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zotune.forward.layers import LayerRule, rule_of
@@ -52,7 +51,7 @@ class LowRankHook:
         module.__dict__[MARK] = self
         self._handles: list[Any] = []
         if rule.by_engine:
-            module.product = self.engine_product  # type: ignore[assignment]
+            module.product = self.product  # type: ignore[assignment]
         else:
             self._handles.append(module.register_forward_hook(self.forward_hook))
         self._handles += [
@@ -78,12 +77,6 @@ class LowRankHook:
         if core is None or (core is coordinate.core and not coordinate.pending):
             return None
         return coordinate.factors(core)
-
-    def engine_product(self) -> tuple[Tensor, Tensor]:
-        """The same for an engine, with zeros for nothing: what it computes with has the same shape at every point."""
-        coordinate = self.coordinate
-        left, right = coordinate.factors(coordinate.core if coordinate.hook_core is None else coordinate.hook_core)
-        return (left, right) if coordinate.hook_core is not None else (torch.zeros_like(left), right)
 
     def load_hook(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
         if self.rule.is_loaded(module, state_dict, prefix + self.local_name):

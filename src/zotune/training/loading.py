@@ -89,11 +89,12 @@ def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
     from transformers import AutoTokenizer
 
     if plan.gguf is not None:
-        from zotune.tasks.gguf_tokenizer import gguf_tokenizer
+        from zotune.tasks.gguf_tokenizer import gguf_tokenizer, tokens_of
         from zotune.tasks.tokenizer_check import check_tokenizer
         from zotune.training import gguf_models
 
         name = args.tokenizer_name
+        tokens_of(plan.gguf)  # llama.cpp ends the process on damaged ones
         tokenizer = gguf_tokenizer(plan.gguf) if name is None else explained(name, lambda: AutoTokenizer.from_pretrained(name))
         plan.engine = gguf_models.load_engine(plan.gguf, plan.config, args)
         check_tokenizer(tokenizer, plan.engine.engine)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from zotune.weights.quantized_linear import QuantizedLinear, own
 
-#: (left (m, r), right (n, r)) of a product that is added to a matrix (m, n).
-Product = Callable[[], tuple[Tensor, Tensor]]
+#: (left (m, r), right (n, r)) of a product that is added to a matrix (m, n); None for nothing.
+Product = Callable[[], tuple[Tensor, Tensor] | None]
 
 NO_DECAY = "weight decay shrinks the weights themselves, which an engine only reads: set weight_decay=0."
 
