@@ -186,6 +186,7 @@ class _Batch:
         if recorder is not None and recorder.sample is not None:
             wanted[recorder.sample] = True  # behind the last attention, only outputs have hidden states
         wanted &= real
+        _check_ids(ids[real], engine.vocabulary)
         self.rows: list[Row] = []
         index, outputs = [], []
         for row, (row_ids, kept, scored) in enumerate(zip(ids, real, wanted, strict=True)):
@@ -248,6 +249,13 @@ class _Change:
         finally:
             layer.computed = torch.empty(0)
         return None if found is given else batch.tokens_of(found, tokens).numpy()
+
+
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Refuse token ids that the model has not."""
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(wrong):
+        raise ValueError(f"token id {int(wrong[0])} is none of the model's {vocabulary} tokens: take the tokenizer of this model.")
 
 
 def _check_positions(prompt: Tensor, last: int, context: int) -> None:

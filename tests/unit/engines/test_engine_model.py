@@ -114,6 +114,8 @@ def test_texts_that_cannot_be_computed_are_named(model: EngineModel) -> None:
         model(**texts([4, 0]))
     with pytest.raises(ValueError, match="position_ids skip or repeat"):
         model(torch.tensor([[5, 6, 7]]), position_ids=torch.tensor([[0, 1, 3]]))
+    with pytest.raises(ValueError, match=rf"token id {VOCABULARY} is none of the model's {VOCABULARY} tokens"):
+        model(torch.tensor([[5, VOCABULARY]]))
     assert model(**texts([320])).logits.isfinite().all()
 
 

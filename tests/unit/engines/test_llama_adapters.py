@@ -109,6 +109,14 @@ def test_earlier_factors_leave_no_trace(llama: Pair, model: EngineModel, opened:
     assert torch.equal(logits(model, current=one), with_one)
 
 
+def test_factors_that_are_not_finite_leave_no_trace(model: EngineModel) -> None:
+    one = random_factors(model, 2)
+    bare, before = logits(model), logits(model, current=one)
+    assert logits(model, current={name: (left * torch.nan, right) for name, (left, right) in one.items()}).isnan().all()
+    assert torch.equal(logits(model, current=one), before)
+    assert torch.equal(logits(model), bare)
+
+
 def test_factors_changed_in_place_are_the_ones_added(llama: Pair, model: EngineModel) -> None:
     one = random_factors(model, 2)
     logits(model, current=one)

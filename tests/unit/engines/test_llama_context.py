@@ -73,6 +73,21 @@ def test_options_out_of_range_are_named(option: str, value: int | str, message: 
         LlamaOptions(**{option: value})
 
 
+def test_a_closed_engine_says_so(llama: Pair) -> None:
+    model = llama.engine()
+    logits(model)
+    model.engine.close()
+    with pytest.raises(ValueError, match="the engine is closed"):
+        logits(model)
+
+
+def test_a_8_bit_file_gives_the_same_bits_in_any_state(llama_q8: Pair, opened: Opened) -> None:
+    one, two = opened(llama_q8), opened(llama_q8, n_threads=2)
+    first = logits(one, [9, 4])
+    logits(one, [320, 7])
+    assert torch.equal(logits(one, [9, 4]), first) and torch.equal(logits(two, [9, 4]), first)
+
+
 # -- exceptions ------------------------------------------------------------------------------------------------------------------------
 
 

@@ -152,6 +152,8 @@ class Context:
         """Have a context for so many."""
         if self._context is not None and all(have >= want for have, want in zip(self._size, (tokens, sequences, outputs), strict=True)):
             return
+        if self.model is None:
+            raise ValueError("the engine is closed: open its file again.")
         tokens = max(self._size[0], -(-tokens // GRAIN) * GRAIN)
         sequences = min(MAX_SEQUENCES, max(self._size[1], sequences))
         outputs = min(tokens, max(self._size[2], -(-outputs // 32) * 32, sequences))
@@ -176,6 +178,11 @@ class Context:
         self._size = (tokens, sequences, outputs)
         if self._adapter is not None:
             self._attach()
+
+    def close(self) -> None:
+        """Free the context, and evaluate no more."""
+        self.free()
+        self.model = None
 
     def free(self) -> None:
         """Free the context; the next evaluation makes another."""

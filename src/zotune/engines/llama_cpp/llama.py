@@ -105,7 +105,7 @@ class LlamaCpp:
             self._context.set_adapter(None)  # before it is freed
             self._adapter.close()
             self._adapter = None
-        if not ranks:
+        if not ranks or not self._model:  # closed: the evaluation will say so
             return
         if self._adapter is None:
             tensors = self._context.tensors
@@ -151,7 +151,7 @@ class LlamaCpp:
         if self._adapter is not None:
             self._adapter.close()
             self._adapter = None
-        self._context.free()
+        self._context.close()
         if self._model:
             self.lib.llama_model_free(self._model)
             self._model = None
