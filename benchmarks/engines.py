@@ -95,7 +95,7 @@ def bare(model: Any, data: dict[str, Any]) -> Callable[[], Any]:
     """llama.cpp's forward of the batch alone, its rows prepared before."""
     from zotune.engines.model import rows_of
 
-    rows = rows_of(data, data["positions"], model.engine.context)
+    rows = rows_of(data, data["positions"], model.engine)
     return lambda: model.engine.decode(rows)
 
 

@@ -179,8 +179,8 @@ class _Batch:
         real = segments >= 0 if segments is not None else torch.ones_like(ids, dtype=torch.bool) if mask is None else mask > 0
         given = inputs.get("position_ids")
         self.shape = ids.shape
-        first = real.int().argmax(dim=1, keepdim=True)
-        self.positions = torch.where(real.gather(1, positions), positions, first)
+        begin = real.int().argmax(dim=1, keepdim=True)
+        self.positions = torch.where(real.gather(1, positions), positions, begin)
         wanted = torch.zeros_like(real)
         wanted.scatter_(1, self.positions, True)
         if recorder is not None and recorder.sample is not None:
@@ -200,8 +200,8 @@ class _Batch:
                 own = (part > first) & (part <= first + engine.continuations)
                 piece = kept & ((part == 0) | own)
                 found = scored & (piece if not first else own)
-                values = [tensor[piece].to(torch.int32).numpy() for tensor in (row_ids, where, (part - first).clamp_min(0))]
-                self.rows.append(Row(*values, found[piece].nonzero()[:, 0].numpy()))
+                tokens, places, parts = (tensor[piece].to(torch.int32).numpy() for tensor in (row_ids, where, (part - first).clamp_min(0)))
+                self.rows.append(Row(tokens, places, parts, found[piece].nonzero()[:, 0].numpy()))
                 index.append(row * ids.shape[1] + piece.nonzero()[:, 0])
                 outputs.append(row * ids.shape[1] + found.nonzero()[:, 0])
         self.index, self.outputs = torch.cat(index), torch.cat(outputs)  # of each token and output among the elements of the padded batch
@@ -230,9 +230,9 @@ class _Batch:
         return states.flatten(0, 1)[self.index[torch.from_numpy(tokens)]]
 
 
-def rows_of(inputs: Mapping[str, Tensor], positions: Tensor, context: int) -> list[Row]:
+def rows_of(inputs: Mapping[str, Tensor], positions: Tensor, engine: Engine) -> list[Row]:
     """The texts that :meth:`EngineModel.scored_logits` has an engine evaluate."""
-    return _Batch(inputs, positions, None, context).rows
+    return _Batch(inputs, positions, None, engine).rows
 
 
 class _Change:

@@ -85,8 +85,7 @@ def test_a_journal_replays_on_a_fresh_engine(llama: Pair, model: EngineModel, op
     assert torch.equal(torch.get_rng_state(), states)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize(("name", "at"), [*((name, 2) for name in METHODS), ("lozo", 4), ("lozo-m", 4), ("lozo-g", 4), ("lozo-g-later", 4)])
 def test_a_saved_run_continues_on_a_fresh_engine(
     llama: Pair, model: EngineModel, opened: Opened, tmp_path: Path, name: str, at: int
 ) -> None:
