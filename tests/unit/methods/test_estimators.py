@@ -59,7 +59,7 @@ def test_the_mean_over_keys_approaches_the_gradient(recipe, estimator, direction
     options = {"direction": direction, "estimator": estimator, "eps": 1e-3}
     if recipe == "lozo":
         options |= {"rank": 2, "interval": 1}
-    found = estimates(methods.get(recipe, **options), model, loss, x, keys=800)
+    found = estimates(methods.get(recipe, **options), model, loss, x, keys=400)
     error = found.mean(dim=0) - gradient(model, loss, x)
     # Per coordinate: within 5 standard errors (51 of them), and the forward difference's bias of order eps besides.
     bound = 5 * found.std(dim=0) / math.sqrt(len(found)) + (0.05 if estimator == "forward" else 1e-3)
@@ -109,7 +109,7 @@ def test_second_moment_of_the_low_rank_estimate(rank):
     model = nn.Linear(n, m, bias=False)
     weight = torch.randn(m, n)
     method = methods.lozo(rank=rank, interval=1, eps=1e-2)
-    found = estimates(method, model, lambda x: (model(x).T * weight).sum()[None], torch.eye(n), keys=4000)
+    found = estimates(method, model, lambda x: (model(x).T * weight).sum()[None], torch.eye(n), keys=2000)
     ratios = found.square().sum(dim=1) / weight.double().square().sum()
     expected = m * n + 2 + (2 * m + 2 * n + 2) / rank
     assert abs(float(ratios.mean()) - expected) < 5 * float(ratios.std()) / math.sqrt(len(ratios))
