@@ -29,7 +29,7 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def write_adapter(path: str | os.PathLike[str], file: GGUFFile, factors: Factors, metadata: Mapping[str, str] | None = None) -> None:
     """Writes an adapter that llama.cpp and Ollama load; at scale 1 it adds A Vᵀ exactly. The same factors give the same bytes.
 
-    Factors of a lower rank than the highest are filled with zeros, since an adapter has one rank.
+    Where the ranks of the matrices differ there is no alpha, and the scale of an adapter is taken as it is; else alpha is the rank.
 
     Args:
         path: the file, written atomically.
@@ -40,18 +40,19 @@ def write_adapter(path: str | os.PathLike[str], file: GGUFFile, factors: Factors
     Raises:
         ValueError: there are no factors, they are not of the model's matrices, or not finite.
     """
-    matrices, rank = _checked(file, factors)
+    matrices, ranks = _checked(file, factors)
     writer = gguf.GGUFWriter(None, file.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(f"{file.name or file.path.stem} adapter")
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, file.name or file.path.stem)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, rank)  # a scale is taken times alpha / rank
+    rank = max(ranks) if len(ranks) == 1 else 0
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, rank)  # a scale is taken times alpha / rank, without alpha as it is
     for key in sorted(metadata or {}):
         writer.add_key_value(PREFIX + key, (metadata or {})[key], gguf.GGUFValueType.STRING)
     for matrix in matrices:
-        left, right = _padded(factors[matrix.name], rank)
+        left, right = map(_array, factors[matrix.name])
         writer.add_tensor(f"{matrix.tensor}.lora_a", np.ascontiguousarray(right.T))
         writer.add_tensor(f"{matrix.tensor}.lora_b", np.ascontiguousarray(to_file_rows(left, matrix.heads)))
     with whole_file(path) as partial:
@@ -107,18 +108,21 @@ def peft_folder(folder: str | os.PathLike[str], file: GGUFFile, factors: Factors
     """
     from safetensors.torch import save_file
 
-    matrices, rank = _checked(file, factors)
+    matrices, ranks = _checked(file, factors)
     strange = next((matrix.name for matrix in matrices if not matrix.name.startswith("model.")), None)
     if strange is not None:
         raise ValueError(f"it is not known what the checkpoint of a {file.architecture} calls {strange}, so PEFT has no adapter of it.")
     tensors = {}
     for matrix in matrices:
-        left, right = _padded(factors[matrix.name], rank)
+        left, right = map(_array, factors[matrix.name])
         tensors[f"base_model.model.{matrix.name}.lora_A.weight"] = torch.from_numpy(right.T.copy())
         tensors[f"base_model.model.{matrix.name}.lora_B.weight"] = torch.from_numpy(left.copy())
+    rank = max(ranks)
+    others = {matrix.name: columns for matrix in matrices if (columns := factors[matrix.name][0].shape[1]) != rank}
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "target_modules": _targets(file, matrices),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank,
+        "rank_pattern": others, "alpha_pattern": others, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "target_modules": _targets(file, matrices),
     }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,8 +131,8 @@ def peft_folder(folder: str | os.PathLike[str], file: GGUFFile, factors: Factors
     write_text(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _checked(file: GGUFFile, factors: Factors) -> tuple[list[Matrix], int]:
-    """The matrices that have factors, in the file's order, and the highest rank."""
+def _checked(file: GGUFFile, factors: Factors) -> tuple[list[Matrix], set[int]]:
+    """The matrices that have factors, in the file's order, and their ranks."""
     known = {matrix.name: matrix for matrix in file.matrices}
     if not factors:
         raise ValueError("an adapter needs factors of one matrix at least: train some of the model's matrices.")
@@ -143,12 +147,7 @@ def _checked(file: GGUFFile, factors: Factors) -> tuple[list[Matrix], int]:
             )
         if not (np.isfinite(_array(left)).all() and np.isfinite(_array(right)).all()):
             raise ValueError(f"factors of {name} are not finite: the run diverged; take an earlier checkpoint.")
-    return [matrix for matrix in known.values() if matrix.name in factors], max(left.shape[1] for left, _ in factors.values())
-
-
-def _padded(pair: tuple[Any, Any], rank: int) -> tuple[np.ndarray, np.ndarray]:
-    left, right = (np.pad(values, ((0, 0), (0, rank - values.shape[1]))) for values in map(_array, pair))
-    return left, right
+    return [matrix for matrix in known.values() if matrix.name in factors], {left.shape[1] for left, _ in factors.values()}
 
 
 def _array(values: Any) -> np.ndarray:
