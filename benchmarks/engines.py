@@ -109,8 +109,8 @@ def with_adapter(model: Any, data: dict[str, Any]) -> Callable[[], Any]:
     return bare(model, data)
 
 
-def times(folder: Path, outtype: str, threads: int, repeats: int) -> dict[str, float]:
-    """Medians of processor seconds by contender, all in this process."""
+def times(folder: Path, outtype: str, threads: int, repeats: int, dtypes: list[str]) -> dict[str, float]:
+    """Medians of processor seconds by contender, all in this process; ``dtypes``: those of torch."""
     import torch
 
     torch.set_num_threads(threads)
@@ -121,7 +121,7 @@ def times(folder: Path, outtype: str, threads: int, repeats: int) -> dict[str, f
         "lozo": steps(engine_model(path, threads), "lozo", data),
         "lozo-g": steps(engine_model(path, threads), "lozo-g", data),
     }
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         for method in ("lozo", "lozo-g"):
             work[f"torch {dtype} {method}"] = steps(torch_model(folder, dtype), method, data)
     found: dict[str, list[float]] = {name: [] for name in work}
@@ -173,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--outtypes", nargs="+", default=["f32", "q8_0", "q4_0"])
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], help="of the torch models beside it")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -186,8 +187,9 @@ def main() -> None:
             save(shape, folder)
             for outtype in options.outtypes:
                 convert(folder, folder / f"{outtype}.gguf", outtype)
-                row = times(folder, outtype, options.threads, options.repeats)
-                contenders = ["bare", "adapter", "lozo", "lozo-g", *(["torch float32 lozo"] if outtype == "f32" else [])]
+                dtypes = options.dtypes if outtype == options.outtypes[0] else []  # of torch, once a shape
+                row = times(folder, outtype, options.threads, options.repeats, dtypes)
+                contenders = ["bare", "adapter", "lozo", "lozo-g", *(f"torch {dtype} lozo-g" for dtype in dtypes)]
                 row |= {f"{what} MB": peak(folder, outtype, what, options.threads) for what in contenders}
                 found[f"{shape} {outtype}"] = row
                 print(f"{shape} {outtype}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)

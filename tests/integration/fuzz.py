@@ -310,6 +310,47 @@ def model(folder: Path) -> Target:
     return Target(documents([json.loads(path.read_text())], as_json), read)
 
 
+def gguf_model(folder: Path) -> Target:
+    import numpy as np
+    from gguf_checkpoints import tokenizer
+    from gguf_files import write_model, write_tokenizer
+    from zotune.engines.gguf.file import GGUFFile
+    from zotune.tasks.gguf_tokenizer import gguf_tokenizer
+
+    seeds = [write_model(folder / "model.gguf").read_bytes()]
+    seeds += [write_tokenizer(folder / "vocabulary.gguf", tokenizer(kind)).read_bytes() for kind in ("gpt-2", "llama")]
+    path = folder / "input.gguf"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        file = GGUFFile(path)
+        assert all(np.prod(matrix.shape) > 0 for matrix in file.matrices)
+        file.rows(file.head, [0, file.vocabulary_size - 1])
+        file.digest()
+        gguf_tokenizer(file)("the film was good")
+
+    return Target(lambda draw: mutations.altered(draw.choice(seeds), seeds, draw), read)
+
+
+def gguf_adapter(folder: Path) -> Target:
+    import numpy as np
+    from gguf_files import write_model
+    from zotune.engines.gguf.adapter import read_adapter, write_adapter
+    from zotune.engines.gguf.file import GGUFFile
+
+    file = GGUFFile(write_model(folder / "model.gguf"))
+    factors = {matrix.name: tuple(np.ones((size, 2), np.float32) for size in matrix.shape) for matrix in file.matrices[:3]}
+    path = folder / "adapter.gguf"
+    write_adapter(path, file, factors, {"base": "0" * 32})
+    seed = path.read_bytes()
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        read_adapter(path, file)
+
+    return Target(lambda draw: mutations.altered(seed, [seed], draw), read)
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "rows": lambda folder: rows(folder, False),
     "packed rows": lambda folder: rows(folder, True),
@@ -323,6 +364,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "model": model,
     "chat template": template,
     "tools": tools,
+    "gguf model": gguf_model,
+    "gguf adapter": gguf_adapter,
 }
 
 
