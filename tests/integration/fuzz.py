@@ -312,6 +312,7 @@ def model(folder: Path) -> Target:
 
 def gguf_model(folder: Path) -> Target:
     import numpy as np
+
     from gguf_checkpoints import tokenizer
     from gguf_files import write_model, write_tokenizer
     from zotune.engines.gguf.file import GGUFFile
@@ -334,6 +335,7 @@ def gguf_model(folder: Path) -> Target:
 
 def gguf_adapter(folder: Path) -> Target:
     import numpy as np
+
     from gguf_files import write_model
     from zotune.engines.gguf.adapter import read_adapter, write_adapter
     from zotune.engines.gguf.file import GGUFFile
