@@ -22,7 +22,7 @@ from zotune.memory.offload_needs import needs_of
 from zotune.tasks import prepare
 from zotune.training import run as training
 from zotune.training import run_folder
-from zotune.training.arguments import EvalDataArguments, ModelArguments
+from zotune.training.arguments import GGUF_SOURCE, EvalDataArguments, ModelArguments
 from zotune.training.config import ZOConfig
 from zotune.training.loading import check_texts, load_model, load_tokenizer, plan_model
 from zotune.training.option_parser import OptionParser
@@ -31,6 +31,8 @@ from zotune.training.quiet import quiet_libraries
 from zotune.training.schemes import Scheme
 from zotune.training.trainer import ZOTrainer
 
+#: Options of a GGUF file that determine its metrics.
+OF_CONTEXT = ("n_ctx", "n_ubatch", "cache_type", "tokenizer_name")
 USAGE = "zotune eval --model_name_or_path MODEL --task TASK [--data_dir DIR] [options]"
 ABOUT = (
     "Evaluates a model: option log-likelihood on a task, the class scores of an encoder, or the loss on your own text. The data "
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         how = dict.fromkeys((field.name for field in dataclasses.fields(EvaluationArguments)), "")
         print(help_page(parser, USAGE, ABOUT, {"model": model_options, "data": data_options, "evaluation": how | {"config": ""}}))
         return 0
-    (model, data, how), _ = parser.parse(argv, _data_options_of_run)
+    (model, data, how), _ = parser.parse(argv, _options_of_run)
     result = evaluate(model, data, how)
     if how.output_file == "-":
         print(json.dumps(result, indent=2))
@@ -94,7 +96,7 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
     tokenizer = load_tokenizer(plan, model)
     prepared = prepare(tokenizer, plan.config, seed=how.seed, parts=("eval",), **dataclasses.asdict(data))
     assert prepared.eval is not None, "prepare loads what is asked for"
-    check_texts(plan, tokenizer, prepared.eval)
+    check_texts(plan, tokenizer, prepared)
     with tempfile.TemporaryDirectory(prefix="zotune-eval-") as scratch:
         config = ZOConfig(
             output_dir=scratch,
@@ -135,13 +137,18 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         }
 
 
-def _data_options_of_run(values: dict[str, Any], given: set[str]) -> None:
-    """Data options default to those of the run whose folder (or checkpoint) the model is from."""
-    if not values["model_name_or_path"] or {"task", "eval_file"} & given:
+def _options_of_run(values: dict[str, Any], given: set[str]) -> None:
+    """Options of the data, and of a GGUF file's context, default to those of the run whose folder (or checkpoint) the model is from."""
+    if not values["model_name_or_path"]:
         return
     folder = Path(values["model_name_or_path"]).expanduser()
-    for place in (folder, folder.parent):
+    for place in (folder, folder.parent) if folder.is_dir() else ():
         if (place / run_folder.RUN_FILE).is_file():
+            loaded = run_folder.read_run(place).get("model_arguments")
+            if (folder / GGUF_SOURCE).is_file() and isinstance(loaded, dict):
+                values.update({name: loaded[name] for name in OF_CONTEXT if name in loaded and name not in given})
+            if {"task", "eval_file"} & given:
+                return
             options = run_folder.read_run(place).get("data_arguments")
             if not isinstance(options, dict):
                 raise ValueError(f"{place / run_folder.RUN_FILE} is damaged: it does not say what the run's data were.")

@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     model = dequantize(model)
     with storage.draft(output) as folder:
         if is_computed(model):
-            save_adapter(folder, model, {"method": "merge", "runs": len(journals), "steps": sum(map(len, journals))})
+            facts = {"method": "merge", "runs": len(journals), "steps": sum(map(len, journals))}
+            save_adapter(folder, model, facts, journals[0].path.parent)
         else:
             contents.save_model(folder, model.cpu())
             tokenizer.save_pretrained(folder)

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         model = merged(model)
     with storage.draft(output) as folder:
         if is_computed(model):
-            save_adapter(folder, model, run_folder.adapter_facts(optimizer))
+            save_adapter(folder, model, run_folder.adapter_facts(optimizer), path.parent)
         else:
             contents.save_model(folder, model if stream_of(model) is not None else model.cpu())
             tokenizer.save_pretrained(folder)
@@ -92,11 +92,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def save_adapter(folder: Path, model: Any, facts: dict[str, Any]) -> None:
-    """The files of a GGUF model's adapter, as a run saves them."""
+def save_adapter(folder: Path, model: Any, facts: dict[str, Any], run: Path) -> None:
+    """The files of a GGUF model's adapter, as the run in the folder ``run`` saves them."""
     from zotune.training import gguf_models
 
-    gguf_models.save(folder, model, facts, checkpoint_too=True)
+    chats = (run / run_folder.RUN_FILE).is_file() and bool(run_folder.read_run(run).get("chats"))
+    gguf_models.save(folder, model, facts, checkpoint_too=True, chat=chats)
 
 
 def new_folder(name: str | None, command: str, what: str) -> Path:

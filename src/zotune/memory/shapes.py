@@ -40,7 +40,16 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> Any:
     known = shipped()
     by_last = {each.rpartition("/")[2]: each for each in known}
     if path.is_file():
-        return _read(path.read_text(encoding="utf-8"), name)
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                raise ValueError(
+                    f"{name} is a GGUF file, and the memory of training in llama.cpp is not predicted (about that of its inference and the "
+                    "adapters): give a folder, a config.json or a hub id."
+                )
+        try:
+            return _read(path.read_text(encoding="utf-8"), name)
+        except UnicodeDecodeError:
+            raise ValueError(f"{name} is not a model's config.json: it is no text.") from None
     if not path.exists() and (name in known or name in by_last):
         file = known[by_last.get(name, name)]
         return _read((resources.files("zotune.memory") / "configs" / file).read_text(encoding="utf-8"), name)

@@ -74,7 +74,10 @@ def _merge_factors(model: nn.Module, journals: Sequence[Journal], shares: Sequen
     """:func:`merge` of an engine's model: factors of the runs side by side, the left ones times the runs' shares."""
     layers = [module for module in model.modules() if isinstance(module, ComputedLinear)]
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+    began = [layer.take() for layer in layers]  # the adapter that the runs began with
     for share, journal in zip(shares, journals, strict=True):
+        for layer, (left, right) in zip(layers, began, strict=True):
+            layer.left, layer.right = left, right
         replay(model, journal).remove_hooks()
         for layer, parts in zip(layers, found, strict=True):
             left, right = layer.take()

@@ -21,6 +21,9 @@ _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelay
 # A tokenizer without a limit reports an enormous number.
 _NO_LIMIT = 10**9
 
+#: Texts that are kept of what was encoded.
+TEXTS = 256
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,6 +37,9 @@ class Encoder:
         truncate: cut what is too long (the beginning of a prompt, the end of a text, the oldest turns of a chat) instead of raising.
         limit_is_users: whether the limit is `max_length`, for the error message.
         chat: tools and template variables of chats without their own.
+
+    Attributes:
+        texts: the first texts that were encoded, without those of chats.
     """
 
     tokenizer: Any
@@ -41,6 +47,7 @@ class Encoder:
     truncate: bool = False
     limit_is_users: bool = False
     chat: ChatOptions | None = None
+    texts: list[str] = field(default_factory=list, repr=False, compare=False)
     _facts: set[str] = field(default_factory=set, repr=False, compare=False)
     _options: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -166,13 +173,18 @@ class Encoder:
                 return whole[:start], whole[start + len(bare) :]
         return [], []
 
+    def _keep(self, texts: Sequence[str]) -> None:
+        self.texts.extend(texts[: max(0, TEXTS - len(self.texts))])
+
     def _ids(self, text: str, special: bool = False) -> list[int]:
+        self._keep([text])
         return list(self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
     def _prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids with the special tokens before a text and without those after it."""
         if not prompts:
             return []
+        self._keep(prompts)
         encoded = self.tokenizer(list(prompts), return_attention_mask=False, verbose=False)["input_ids"]
         after = len(self._affixes[1])
         return [self._not_empty(list(ids[: len(ids) - after])) for ids in encoded]

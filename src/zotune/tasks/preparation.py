@@ -12,6 +12,7 @@ from typing import Any
 from zotune.tasks import loader
 from zotune.tasks.chat import ChatOptions, read_tools, variables_of
 from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator
+from zotune.tasks.columns import format_of
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.sources import Rows, clean, demonstrated, load_rows, read_jsonl, sample, split_train
@@ -34,6 +35,8 @@ class PreparedData:
         main_metric: ``"accuracy"``, ``"token_f1"`` ... or ``"loss"``.
         task: None for text without a task.
         num_labels, label_names: of the labels; None and () where there are none.
+        chats: whether the training data (else those to evaluate on) are messages.
+        texts: the first texts that were encoded, of a few rows; none of chats.
     """
 
     train: list[dict[str, Any]] | None
@@ -48,6 +51,8 @@ class PreparedData:
     task: Task | None = None
     num_labels: int | None = None
     label_names: tuple[str, ...] = ()
+    chats: bool = False
+    texts: tuple[str, ...] = ()
 
 
 def prepare(
@@ -182,6 +187,8 @@ def prepare(
         task=task,
         num_labels=None if task is None or not task.labels else len(task.labels),
         label_names=() if task is None else task.label_names,
+        chats=task is None and format_of(train_rows if train_rows is not None else eval_rows)[0] == "messages",
+        texts=tuple(encoder.texts),
     )
 
 

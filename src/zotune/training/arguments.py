@@ -53,6 +53,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if not self.is_gguf and self.model_name_or_path:
+            _check_no_gguf(Path(self.model_name_or_path).expanduser())
             fields = {each.name: each.default for each in dataclasses.fields(ModelArguments)}
             given = next((name for name in GGUF_OPTIONS if getattr(self, name) != fields[name]), None)
             if given is not None:
@@ -74,8 +75,18 @@ class ModelArguments:
     def require(self, command: str) -> str:
         """The model's name; ValueError when the user gave none."""
         if not self.model_name_or_path:
-            raise ValueError(f"{command} needs --model_name_or_path: a model folder or a Hugging Face hub id.")
+            raise ValueError(f"{command} needs --model_name_or_path: a model folder, a Hugging Face hub id or a GGUF file.")
         return self.model_name_or_path
+
+
+def _check_no_gguf(path: Path) -> None:
+    """FileNotFoundError for a GGUF file that is not there, ValueError for a folder that holds nothing else."""
+    if path.suffix == ".gguf" and not path.exists():
+        raise FileNotFoundError(f"--model_name_or_path: there is no file {str(path)!r}.")
+    if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        files = sorted(each.name for each in path.glob("*.gguf"))
+        if files:
+            raise ValueError(f"--model_name_or_path {path} is a folder with GGUF files: give one of them, such as {path / files[0]}.")
 
 
 @dataclass

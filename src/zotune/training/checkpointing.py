@@ -42,6 +42,7 @@ class CheckpointedTrainer(Trainer):
         self._identity: identity.WeightsIdentity | None = None
         self._batch_of_run: resume_rules.Batch | None = None  # of a resumed one
         self.base: BaseIdentity | None = None  # of the files that the model is from; None: of the model
+        self.chats = False  # whether the training data are chats, which the Modelfile of a GGUF model's adapter tells Ollama
         super().__init__(*args, **kwargs)
         if self.args.load_best_model_at_end and self.args.save_only_model and keeps_factors(self.model):
             raise ValueError(
@@ -87,7 +88,7 @@ class CheckpointedTrainer(Trainer):
         from zotune.training import gguf_models
 
         facts = adapter_facts(self.zo_optimizer)
-        gguf_models.save(folder, self.model, facts, checkpoint_too=not self._in_checkpoint)
+        gguf_models.save(folder, self.model, facts, checkpoint_too=not self._in_checkpoint, chat=self.chats)
         contents.save_json(folder / storage.ARGUMENTS, settings(self.args))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

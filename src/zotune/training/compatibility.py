@@ -14,6 +14,7 @@ from zotune.subspaces import Full, LowRank
 from zotune.training import baseline_runs, schemes
 from zotune.training.evaluation import SPEED
 from zotune.weights import placement
+from zotune.weights.computed_linear import LOW_RANK_METHODS, NO_DECAY
 
 if TYPE_CHECKING:
     from zotune.tasks import PreparedData
@@ -34,6 +35,25 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
         raise ValueError("--scheme scales trains the scales of int8 layers, one per row: it needs --quantize int8.")
     if config.model.offload != "no":
         raise ValueError("--scheme scales trains scales, which stay in memory with their layers: leave --offload out.")
+
+
+def check_engine(config: RunConfig, method: Method | Baseline) -> None:
+    """ValueError for what cannot be done with a model that an inference engine computes, before it is loaded."""
+    training, scheme = config.training, config.scheme.scheme
+    if isinstance(method, Baseline):
+        reason = {"fit": "reads hidden states, which an engine does not give", "backward": "goes backward, which an engine cannot"}
+        if method.kind in reason:
+            raise ValueError(f"{method.name} {reason[method.kind]}: {LOW_RANK_METHODS}.")
+    elif not isinstance(method.subspace, LowRank):
+        raise ValueError(f"{method.name} writes the weights themselves, and an engine only reads its file: {LOW_RANK_METHODS}.")
+    if scheme != "full":
+        raise ValueError(f"an engine trains low-rank factors of its matrices, which become a LoRA adapter: leave --scheme {scheme} out.")
+    if config.data.objective == "classifier":
+        raise ValueError("llama.cpp computes language models, and --objective classifier trains a new head: use lm or choices.")
+    if training.weight_decay:
+        raise ValueError(NO_DECAY)
+    if training.forward_batching == "batched":
+        raise ValueError("an engine evaluates one point at a time: leave forward_batching at 'auto'.")
 
 
 def check_evaluations(training: ZOConfig, data: PreparedData) -> None:

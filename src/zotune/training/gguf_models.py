@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ class GGUFConfig(PretrainedConfig):
 
 
 def config_of(file: GGUFFile, n_ctx: int = 0) -> GGUFConfig:
-    """The configuration of a model in a GGUF file."""
+    """The configuration of a model in a GGUF file.
+
+    Raises:
+        ValueError: ``n_ctx`` is more than the model was trained with.
+    """
+    if n_ctx > file.context_length:
+        raise ValueError(f"--n_ctx {n_ctx} is more than the {file.context_length} tokens that {file.path} was trained with: take fewer.")
     return GGUFConfig(
         architectures=[f"{file.architecture} (GGUF)"],
         vocab_size=file.vocabulary_size,
@@ -42,7 +49,8 @@ def config_of(file: GGUFFile, n_ctx: int = 0) -> GGUFConfig:
 
 
 def check_options(args: ModelArguments) -> None:
-    """ValueError for an option of torch models."""
+    """ValueError for an option of torch models, or a value that llama.cpp does not take."""
+    options_of(args)
     for name in ("attn_implementation", "trust_remote_code", "quantize"):
         if getattr(args, name):
             raise ValueError(f"--{name} is an option of torch models, and llama.cpp computes a GGUF file: leave it out.")
@@ -58,8 +66,15 @@ def load_engine(file: GGUFFile, config: GGUFConfig, args: ModelArguments) -> Eng
     Raises:
         ValueError: llama.cpp is not installed, or does not load the file.
     """
-    options = LlamaOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LlamaOptions)})
-    return EngineModel(LlamaCpp(file, options), config)
+    return EngineModel(LlamaCpp(file, options_of(args)), config)
+
+
+def options_of(args: ModelArguments) -> LlamaOptions:
+    """The options of llama.cpp; ValueError for one out of range."""
+    try:
+        return LlamaOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LlamaOptions)})
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
 def identity_of(model: EngineModel) -> BaseIdentity:
@@ -78,10 +93,15 @@ def quantization(model: EngineModel) -> str:
     return file_of(model).quantization
 
 
+def elements(model: EngineModel) -> int:
+    """Numbers of all weights in the file."""
+    return sum(math.prod(tensor.shape) for tensor in file_of(model).tensors.values())
+
+
 # -- what a run saves -----------------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, model: EngineModel, facts: Mapping[str, Any], *, checkpoint_too: bool) -> None:
+def save(folder: Path, model: EngineModel, facts: Mapping[str, Any], *, checkpoint_too: bool, chat: bool) -> None:
     """Write the adapter: for llama.cpp and Ollama, with a Modelfile, and for the original checkpoint as a PEFT folder where it is known.
 
     Args:
@@ -89,6 +109,7 @@ def save(folder: Path, model: EngineModel, facts: Mapping[str, Any], *, checkpoi
         model: with the trained factors.
         facts: of the run, for the adapter's metadata.
         checkpoint_too: whether to write the PEFT folder.
+        chat: whether the model was trained on chats, so that Ollama takes its chat template.
     """
     from zotune.engines.gguf.adapter import peft_folder, write_adapter
     from zotune.engines.gguf.modelfile import modelfile
@@ -97,7 +118,7 @@ def save(folder: Path, model: EngineModel, facts: Mapping[str, Any], *, checkpoi
     factors, base = model.factors(), model.engine.digest()
     metadata = {f"zotune.{key}": str(value) for key, value in {"base": base, **facts}.items()}
     write_adapter(folder / ADAPTER, file, factors, metadata)
-    write_text(folder / MODELFILE, modelfile(file))
+    write_text(folder / MODELFILE, modelfile(file, chat=chat))
     write_json(folder / SOURCE, {"base": str(file.path), "digest": base})
     if checkpoint_too and all(name.startswith("model.") for name in factors):  # else it is not known what the checkpoint calls them
         peft_folder(folder / PEFT, file, factors)

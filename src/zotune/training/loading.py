@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from zotune.io.inside import check_indexes
 from zotune.io.sizes import parse_size
 from zotune.io.text import read_text
+from zotune.tasks import PreparedData
 from zotune.training import base_identity, offloaded_loading
 from zotune.training.adapters import check_fresh
 from zotune.training.arguments import ModelArguments
@@ -173,14 +175,14 @@ def load_model(
     return model, missing
 
 
-def check_texts(plan: ModelPlan, tokenizer: Any, examples: Iterable[Mapping[str, Any]]) -> None:
-    """ValueError where the engine's tokenizer reads the texts of some encoded examples otherwise than ``tokenizer``."""
+def check_texts(plan: ModelPlan, tokenizer: Any, data: PreparedData) -> None:
+    """ValueError where the engine's tokenizer reads texts of the data otherwise than ``tokenizer``."""
     if plan.engine is None:
         return
     from zotune.tasks.tokenizer_check import check_tokenizer
 
-    ids = (example["prompt_ids"] + example.get("completion_ids", []) for example in examples)
-    check_tokenizer(tokenizer, plan.engine.engine, (tokenizer.decode(each) for each in ids))
+    ids = (example["prompt_ids"] + example.get("completion_ids", []) for example in data.train or data.eval or ())
+    check_tokenizer(tokenizer, plan.engine.engine, chain(data.texts, (tokenizer.decode(each) for each in ids)))
 
 
 def _load_gguf(plan: ModelPlan, args: ModelArguments, classes: Sequence[str] | None, identify: bool) -> nn.Module:

@@ -21,7 +21,7 @@ from zotune.training import baseline_runs, run_file, run_folder
 from zotune.training.arguments import ModelArguments
 from zotune.training.callbacks import StepClock, StopOnSignal
 from zotune.training.checkpoint import storage
-from zotune.training.compatibility import check_evaluations, check_request, under_scheme
+from zotune.training.compatibility import check_engine, check_evaluations, check_request, under_scheme
 from zotune.training.config import ZOConfig
 from zotune.training.loading import ModelPlan, check_texts, load_model, load_tokenizer, plan_model
 from zotune.training.observer import RunObserver, RunResult, RunStart
@@ -80,12 +80,14 @@ class _Run:
         method = training.chosen_method()
         check_request(config, method)
         plan = plan_model(config.model, "zotune train")
+        if plan.gguf is not None:
+            check_engine(config, method)
         self.workers.from_first(partial(run_folder.check_sources, self.folder, self._sources(plan)))
         tokenizer = load_tokenizer(plan, config.model)
         parts = ("eval",) if isinstance(method, Baseline) and method.kind == "evaluate" else ("train", "eval")
         data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, **dataclasses.asdict(config.data))
         check_evaluations(training, data)
-        check_texts(plan, tokenizer, data.train or data.eval or [])
+        check_texts(plan, tokenizer, data)
         set_seed(training.seed)  # a new head or adapter draws from the global generator
         classes = data.label_names if data.train_objective == "classifier" else None
         predict = self.predict_needs
@@ -102,7 +104,7 @@ class _Run:
             with self.workers.on_first(locked(self.folder)):
                 resume, clear = self._start()  # another process may have worked in the folder since
                 trainer = self._trainer(model, tokenizer, data)
-                trainer.base = plan.identity
+                trainer.base, trainer.chats = plan.identity, data.chats
                 record = RunRecord(config, trainer, data, plan.adapter or plan.name, self.workers.size)
                 if isinstance(method, Baseline) and method.kind != "backward":
                     summary = self._run_without_steps(method, trainer, data, clear, record)
@@ -233,7 +235,7 @@ class _Run:
                 method=title,
                 model=record.base,
                 trainable=record.trainable(),
-                parameters=sum(p.numel() for p in model.parameters()),
+                parameters=self._parameters(model),
                 dtype=self._precision(model),
                 device=str(self.training.device),
                 data=self.config.name_of_data,
@@ -241,6 +243,13 @@ class _Run:
                 offload=None if stream is None else stream.describe(),
             )
         )
+
+    def _parameters(self, model: nn.Module) -> int:
+        if not is_computed(model):
+            return sum(p.numel() for p in model.parameters())
+        from zotune.training import gguf_models
+
+        return gguf_models.elements(cast(Any, model))
 
     def _precision(self, model: nn.Module) -> str:
         if not is_computed(model):

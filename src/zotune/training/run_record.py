@@ -63,6 +63,7 @@ class RunRecord:
                 "base": None if self.trainer.base is None else dataclasses.asdict(self.trainer.base),
                 "dtype": dtype_of(self.trainer.model),
                 "classes": list(self.data.label_names) if self.data.train_objective == "classifier" else None,
+                "chats": self.data.chats,
                 "metric": self.data.main_metric,
                 "before": before,
                 "batch": dataclasses.asdict(self.trainer.batch_by_options()),

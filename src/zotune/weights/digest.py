@@ -19,8 +19,8 @@ QUANTIZED = ("codes", "scales", "quantized")
 
 
 def digest(model: nn.Module) -> str:
-    """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trained or not, and of quantized weights."""
-    return _digest(model, list(model.named_parameters()), _packed(model))
+    """BLAKE2b over names, dtypes, shapes and bytes of all parameters, trained or not, of quantized weights, and of an engine's factors."""
+    return _digest(model, list(model.named_parameters()), [*_packed(model), *_factors(model)])
 
 
 def digest_of_parameters(model: nn.Module, parameters: Sequence[tuple[str, Tensor]]) -> str:
@@ -57,6 +57,14 @@ def _packed(model: nn.Module) -> list[tuple[str, Any]]:
     packed = [(name, buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in QUANTIZED]
     engine = getattr(model, "engine", None)
     return [*packed, *pieces(model), *([] if engine is None else [("engine", engine.digest())])]
+
+
+def _factors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What training has added to the matrices of an engine, by name; nothing for its file alone."""
+    for name, module in model.named_modules():
+        if isinstance(module, ComputedLinear) and module.left.shape[1]:
+            yield f"{name}.left", module.left
+            yield f"{name}.right", module.right
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

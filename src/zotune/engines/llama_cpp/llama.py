@@ -19,6 +19,8 @@ from zotune.engines.llama_cpp.library import last_words, load, raising
 STRIP = 1 << 22
 #: Types of keys and values by name.
 CACHE_TYPES = ("f32", "f16")
+#: Threads that llama.cpp takes at most.
+MAX_THREADS = 512
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class LlamaOptions:
         for name, least in (("n_threads", 0), ("n_gpu_layers", -1), ("n_ctx", 0), ("n_ubatch", 32)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)!r}.")
+        if self.n_threads > MAX_THREADS:  # llama.cpp would end the process
+            raise ValueError(f"n_threads must be at most {MAX_THREADS}, not {self.n_threads!r}.")
         if self.cache_type not in CACHE_TYPES:
             raise ValueError(f"cache_type must be {' or '.join(CACHE_TYPES)}, not {self.cache_type!r}.")
 
@@ -69,6 +73,8 @@ class LlamaCpp:
         self.file, self.lib = file, load()
         self._matrices: dict[str, Matrix] = {matrix.name: matrix for matrix in file.matrices}
         self.matrices: Mapping[str, tuple[int, int]] = {name: matrix.shape for name, matrix in self._matrices.items()}
+        if self.options.n_gpu_layers and not self.lib.llama_supports_gpu_offload():
+            raise ValueError("n_gpu_layers needs a llama.cpp that was compiled for a GPU, and this one was not: leave it out.")
         parameters = self.lib.llama_model_default_params()
         parameters.n_gpu_layers = self.options.n_gpu_layers
         with raising():
