@@ -18,7 +18,7 @@ Product = Callable[[], tuple[Tensor, Tensor] | None]
 
 NO_DECAY = "weight decay shrinks the weights themselves, which an engine only reads: set weight_decay=0."
 
-LOW_RANK_METHODS = "use a method that trains low-rank factors (lozo-g, lozo-e, lozo, lozo-m, agzo, subzero)"
+LOW_RANK_METHODS = "use one that trains low-rank factors (lozo-g, lozo-e, lozo, lozo-m, agzo, subzero)"
 
 
 class ComputedLinear(QuantizedLinear):
