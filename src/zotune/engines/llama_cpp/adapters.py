@@ -16,6 +16,10 @@ from zotune.engines.engine import Factors
 from zotune.engines.gguf.file import Matrix, to_file_rows
 from zotune.engines.llama_cpp.library import Tensors, last_words, raising
 
+#: Ranks are filled up with zeros to a multiple of this: so llama.cpp takes its fast kernels for the thin products (a forward of a model of
+#: 7 M parameters takes 1.35 times as long with an adapter of rank 2, and 1.07 times with one of rank 8).
+GRAIN = 8
+ZERO = np.zeros((), np.float32)
 #: Where a file in memory is looked for on systems without anonymous ones.
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -31,7 +35,7 @@ class Adapter:
         model: its model.
         architecture: of the model, which the adapter's has to be.
         matrices: that have factors.
-        ranks: columns of the factors, by name.
+        ranks: columns of the factors, by name; the adapter's are :func:`padded`.
         tensors: writes them.
 
     Attributes:
@@ -42,16 +46,16 @@ class Adapter:
     def __init__(
         self, lib: Any, model: Any, architecture: str, matrices: Mapping[str, Matrix], ranks: Mapping[str, int], tensors: Tensors
     ) -> None:
-        self.lib, self.model, self.ranks, self.tensors = lib, model, dict(ranks), tensors
+        self.lib, self.model, self.ranks, self.tensors = lib, model, padded(ranks), tensors
         self.pointer: Any = None
         self.places: dict[bytes, int] = {}
         self._matrices = {name: matrices[name] for name in ranks}
-        header, places, size = _layout(architecture, self._matrices, ranks)
+        header, places, size = _layout(architecture, self._matrices, self.ranks)
         self._file = _MemoryFile(size)
         self._file.memory[: len(header)] = header
         self._numbers: dict[bytes, np.ndarray] = {}
         for name, matrix in self._matrices.items():
-            (m, n), rank, (a, b) = matrix.shape, ranks[name], places[name]
+            (m, n), rank, (a, b) = matrix.shape, self.ranks[name], places[name]
             self._numbers[f"{matrix.tensor}.lora_a".encode()] = self._view(a, (rank, n))
             self._numbers[f"{matrix.tensor}.lora_b".encode()] = self._view(b, (m, rank))
         self._folded: dict[str, Tensor] = {}
@@ -78,17 +82,22 @@ class Adapter:
         for name, matrix in self._matrices.items():
             a, b = f"{matrix.tensor}.lora_a".encode(), f"{matrix.tensor}.lora_b".encode()
             columns = 0
-            if name in folded:
-                left, right = folded[name]
-                columns = left.shape[1]
-                if self._folded.get(name) is not left:
-                    self._assign(a, self._numbers[a][:columns], right.T.numpy())
-                    self._assign(b, self._numbers[b][:, :columns], to_file_rows(left.numpy(), matrix.heads))
+            for factors in (folded, current):
+                if name not in factors:
+                    continue
+                left, right = factors[name]
+                place = slice(columns, columns + left.shape[1])
+                columns += left.shape[1]
+                if factors is folded and self._folded.get(name) is left:
+                    continue
+                self._assign(a, self._numbers[a][place], right.T.numpy())
+                self._assign(b, self._numbers[b][:, place], to_file_rows(left.numpy(), matrix.heads))
+                if factors is folded:
                     self._folded[name] = left
-            if name in current:
-                left, right = current[name]
-                self._assign(a, self._numbers[a][columns:], right.T.numpy())
-                self._assign(b, self._numbers[b][:, columns:], to_file_rows(left.numpy(), matrix.heads))
+            if name not in folded:
+                self._folded.pop(name, None)
+            self._assign(a, self._numbers[a][columns:], ZERO)
+            self._assign(b, self._numbers[b][:, columns:], ZERO)
         if self.pointer is not None and not self.unseen:
             for tensor in sorted(self._changed):
                 self.tensors.write(self.places[tensor], self._numbers[tensor])
@@ -97,7 +106,7 @@ class Adapter:
         self._changed.clear()
 
     def _assign(self, tensor: bytes, place: np.ndarray, values: np.ndarray) -> None:
-        if not np.array_equal(place, values):
+        if not (place == values).all():
             self._changed.add(tensor)  # first, in case that the copy is interrupted
             place[...] = values
 
@@ -118,6 +127,11 @@ class Adapter:
             self.pointer = None
         self._numbers = {}
         self._file.close()
+
+
+def padded(ranks: Mapping[str, int]) -> dict[str, int]:
+    """The ranks of an adapter for factors of so many columns."""
+    return {name: -(-columns // GRAIN) * GRAIN for name, columns in ranks.items()}
 
 
 def _layout(architecture: str, matrices: Mapping[str, Matrix], ranks: Mapping[str, int]) -> tuple[bytes, dict[str, tuple[int, int]], int]:

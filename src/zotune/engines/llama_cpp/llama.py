@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zotune.engines.engine import Factors, Row, Watch
 from zotune.engines.gguf.file import GGUFFile, Matrix
-from zotune.engines.llama_cpp.adapters import Adapter
+from zotune.engines.llama_cpp.adapters import Adapter, padded
 from zotune.engines.llama_cpp.context import MAX_SEQUENCES, Context
 from zotune.engines.llama_cpp.library import last_words, load, raising
 
@@ -107,7 +107,7 @@ class LlamaCpp:
             columns = sum(factors[name][0].shape[1] for factors in (folded, current) if name in factors)
             if columns:
                 ranks[name] = columns
-        if self._adapter is not None and self._adapter.ranks != ranks:
+        if self._adapter is not None and self._adapter.ranks != padded(ranks):
             self._context.set_adapter(None)  # before it is freed
             self._adapter.close()
             self._adapter = None
