@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from zotune.optim.state import StepReport
     from zotune.training import schemes
     from zotune.training.config import ZOConfig
+    from zotune.training.gguf_loading import load_gguf
     from zotune.training.trainer import ZOTrainer
     from zotune.weights.offload import offload
 
 # Public names are imported when first asked for, so that `zotune --help` need not wait for torch.
 _PACKAGES = (
-    "baselines", "bundled", "errors", "forward", "memory", "methods", "objectives", "optim", "subspaces", "tasks", "training", "weights",
+    "baselines", "bundled", "engines", "errors", "forward", "memory", "methods", "objectives", "optim", "subspaces", "tasks", "training",
+    "weights",
 )  # fmt: skip
 _MODULES = {name: f"zotune.{name}" for name in _PACKAGES} | {"schemes": "zotune.training.schemes"}
 _NAMES = {
@@ -38,6 +40,7 @@ _NAMES = {
     "ZOConfig": "zotune.training.config",
     "ZOTrainer": "zotune.training.trainer",
     "ZerothOrder": "zotune.optim.optimizer",
+    "load_gguf": "zotune.training.gguf_loading",
     "merge": "zotune.optim.merge",
     "offload": "zotune.weights.offload",
     "replay": "zotune.optim.replay",
@@ -54,6 +57,7 @@ __all__ = [
     "ZOTrainer",
     "ZerothOrder",
     "baselines",
+    "load_gguf",
     "merge",
     "methods",
     "objectives",

@@ -13,41 +13,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from command_cases import run_command, save_data, save_model
-from docs_pages import PAGES, ROOT, name_of, save_files
+from docs_pages import PAGES, ROOT, command_blocks, name_of, save_files
 from zotune.cli.main import COMMANDS
 
-BLOCK = re.compile(r"^(?P<mark><!-- runs -->\n)?```(?:console|bash|sh|shell)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE)
-
-
-class Block(NamedTuple):
-    page: Path
-    commands: list[list[str]]
-    runs: bool
-
-
-def _blocks(page: Path) -> list[Block]:
-    found = []
-    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        lines = match["text"].replace("\\\n", " ").splitlines()
-        if any(line.startswith("$ ") for line in lines):
-            lines = [line[2:] for line in lines if line.startswith("$ ")]  # the others are output
-        words = [shlex.split(line, comments=True) for line in lines]
-        found.append(Block(page, [_bare(line) for line in words if line], match["mark"] is not None))
-    return found
-
-
-def _bare(words: list[str]) -> list[str]:
-    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words = words[1:]
-    return [words[0].removeprefix(".venv/bin/"), *words[1:]]
-
-
-BLOCKS = [block for page in PAGES for block in _blocks(page)]
+BLOCKS = [block for page in PAGES for block in command_blocks(page)]
 
 
 def _flags(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -86,7 +59,7 @@ def _names(flags: set[str]) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.runs for b in _blocks(page))], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.mark == "" for b in command_blocks(page))], ids=name_of)
 def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "my-model")
     save_data(tmp_path)
@@ -94,8 +67,8 @@ def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
         shutil.copy(tmp_path / "my.jsonl", tmp_path / f"{name}.jsonl")
     save_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
-    for block in _blocks(page):
-        for words in block.commands if block.runs else []:
+    for block in command_blocks(page):
+        for words in block.commands if block.mark == "" else []:
             command = _launched(words)
             assert command[0] == "zotune", f"only zotune commands can be marked: {shlex.join(words)}"
             extra = ["--max_steps", "4"] if command[1] == "train" else []

@@ -23,6 +23,7 @@ MODULES = {
     "zotune.subspaces": "Coordinates and their map to the weights.",
     "zotune.forward.layers": "Layer types ([add a layer type](../how-to/add_layer_type.md)).",
     "zotune.weights.offload": "Models larger than memory ([big models](../how-to/big_models.md)).",
+    "zotune.engines": "Inference engines and GGUF files ([GGUF](../how-to/gguf.md), [add an engine](../how-to/add_engine.md)).",
     "zotune.optim.distributed": "Several processes ([several machines](../how-to/several_machines.md)).",
     "zotune.memory": "Predicted and measured memory ([memory](../explanation/memory.md)).",
     "zotune.bundled": "The model and the data that come with the package.",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 _PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_COMMANDS = re.compile(r"^(?:<!-- runs(?P<mark>[^\n]*?) -->\n)?```(?:console|bash|sh|shell)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE)
 _YAML = re.compile(r"^```yaml\n# (\w+\.yaml)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"^<!-- file: (\S+) -->\n```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -29,3 +32,29 @@ def save_files(page: Path, folder: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for name, content in [*_YAML.findall(text), *_FILE.findall(text)]:
         (folder / name).write_text(content, encoding="utf-8")
+
+
+class Block(NamedTuple):
+    """Commands of a page in words; ``mark``: what its line `<!-- runs MARK -->` says, None without that line."""
+
+    page: Path
+    commands: list[list[str]]
+    mark: str | None
+
+
+def command_blocks(page: Path) -> list[Block]:
+    """The page's commands, block by block."""
+    found = []
+    for match in _COMMANDS.finditer(page.read_text(encoding="utf-8")):
+        lines = match["text"].replace("\\\n", " ").splitlines()
+        if any(line.startswith("$ ") for line in lines):
+            lines = [line[2:] for line in lines if line.startswith("$ ")]  # the others are output
+        words = [shlex.split(line, comments=True) for line in lines]
+        found.append(Block(page, [_bare(line) for line in words if line], None if match["mark"] is None else match["mark"].strip()))
+    return found
+
+
+def _bare(words: list[str]) -> list[str]:
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    return [words[0].removeprefix(".venv/bin/"), *words[1:]]

@@ -20,6 +20,7 @@ from zotune.forward import batches
 from zotune.io.memory_tags import tagged
 from zotune.io.typed import are_groups, is_like
 from zotune.rng.directions import Directions, Key
+from zotune.weights.computed_linear import is_computed
 from zotune.weights.precision import HALF
 from zotune.weights.structure import last_layer, module_mode
 
@@ -91,6 +92,8 @@ class FirstOrder(torch.optim.Optimizer):
             raise ValueError(f"{self.method.name} takes no gradient of the first blocks: step with zotune.baselines.Hybrid.")
         if self.method.build is None:
             raise ValueError(f"{self.method.name} takes no steps: `zotune train --method {self.method.name}` runs it.")
+        if is_computed(model):
+            raise ValueError(f"{self.method.name} needs a backward pass, and the engine of this model has none: use lozo-g or lozo.")
         if lr is None:
             assert self.method.lr is not None, "a method that takes steps has a rate"
             lr = self.method.lr

@@ -166,7 +166,7 @@ def _pair(path: str | os.PathLike[str], matrix: Matrix, sides: Mapping[str, Tens
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise ValueError(f"{path} is damaged: factors of {matrix.tensor} are not finite.")
     scale = np.float32(alpha / rank if isinstance(alpha, float) and alpha else 1)
-    return left * scale, np.ascontiguousarray(right)
+    return left * scale, np.array(right, order="C")  # a copy: the file is mapped read-only
 
 
 def _targets(file: GGUFFile, matrices: list[Matrix]) -> list[str]:
