@@ -5,7 +5,8 @@
 For every shape (random weights) and type of weights, on one batch of texts with answers of one token: seconds of llama.cpp's bare forward
 of the batch, and of one with a LoRA adapter of rank 2 loaded; of a step of `lozo` (two forwards), of a step of `lozo-g` along output
 gradients (one), each over the bare forwards it needs; and of the same steps in torch, float32 and bfloat16. Medians of processor time over
-repeats in which all contenders alternate. Then, each in a process of its own, the peak resident set: of llama.cpp evaluating the batch, and
+repeats in which all contenders alternate. Then wall seconds of two forwards in one context with two threads and in two contexts with a
+thread each; and, each in a process of its own, the peak resident set: of llama.cpp evaluating the batch, and
 of the training steps.
 """
 
@@ -136,6 +137,25 @@ def times(folder: Path, outtype: str, threads: int, repeats: int, dtypes: list[s
     }
 
 
+def contexts(folder: Path, outtype: str, repeats: int) -> dict[str, float]:
+    """Wall seconds of two forwards: one after the other with two threads, and at a time with a thread each, sharing the file's pages."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    path, data = folder / f"{outtype}.gguf", batch()
+    one = bare(engine_model(path, 2), data)
+    several = [bare(engine_model(path, 1), data) for _ in range(2)]
+    found: dict[str, list[float]] = {"one context": [], "two contexts": []}
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(repeats + 1):
+            begin = time.perf_counter()
+            one(), one()
+            middle = time.perf_counter()
+            list(pool.map(lambda call: call(), several))
+            found["one context"].append(middle - begin)
+            found["two contexts"].append(time.perf_counter() - middle)
+    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
+
+
 def peak(folder: Path, outtype: str, what: str, threads: int) -> float:
     """Peak resident MB of a process that does this alone, twelve times."""
     pipe, end = multiprocessing.get_context("spawn").Pipe()
@@ -190,6 +210,7 @@ def main() -> None:
                 dtypes = options.dtypes if outtype == options.outtypes[0] else []  # of torch, once a shape
                 row = times(folder, outtype, options.threads, options.repeats, dtypes)
                 contenders = ["bare", "adapter", "lozo", "lozo-g", *(f"torch {dtype} lozo-g" for dtype in dtypes)]
+                row |= contexts(folder, outtype, options.repeats)
                 row |= {f"{what} MB": peak(folder, outtype, what, options.threads) for what in contenders}
                 found[f"{shape} {outtype}"] = row
                 print(f"{shape} {outtype}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
