@@ -6,6 +6,7 @@ The results are recorded in the run's journal.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from zotune.forward.batches import batch_rows, take_rows
 from zotune.io.memory_tags import tagged
 from zotune.optim import journal_events
 from zotune.optim.calibration import layer_scales
+from zotune.optim.calibration.eps import disagreement
 from zotune.optim.construction import RunParts
 from zotune.optim.output_gradient_steps import Derivatives
 from zotune.optim.state import StepContext
@@ -30,6 +32,8 @@ from zotune.subspaces.coordinate import Coordinate, Offset
 STATE_EVERY = 200
 #: ε that low-rank hooks are compared with where none is known yet.
 EPS = 1e-3
+#: Relative distance of coefficients at ε and 2ε beyond which a given ε is warned of.
+DISAGREEMENT = 0.25
 
 
 class Preparation:
@@ -131,8 +135,10 @@ class Preparation:
         return found, events, forwards, counted
 
     def _compare_paths(self, context: StepContext) -> None:
-        """Take the general path for layers whose fast path differs from it."""
+        """Take the general path for layers whose fast path differs from it; of an engine, which has none, check the given ε."""
         run, state = self.run, self.state
+        if run.forward.by_engine and not math.isnan(state.eps) and not isinstance(run.method.eps, str):
+            self._check_eps(context)
         eps = EPS if math.isnan(state.eps) else state.eps
         differing = run.forward.prepare(run.evaluator.trial(context), Offset(eps, context.seed, context.step, 0))
         if run.workers.several:
@@ -141,6 +147,22 @@ class Preparation:
         state.prepared = True
         if differing:
             state.write({"event": "general_path", "names": differing})
+
+    def _check_eps(self, context: StepContext) -> None:
+        """Warn where a given ε is lost in the rounding of an engine, which may quantize activations."""
+        run, eps, evaluate = self.run, self.state.eps, self.run.evaluator.function(context)
+
+        def at(scale: float, direction: int) -> Tensor:
+            return run.forward.evaluate(evaluate, Offset(scale, context.seed, context.step, direction)).cpu()
+
+        found = disagreement(at, run.estimator, eps)
+        run.forward.drop_directions()
+        if not found <= DISAGREEMENT:
+            warnings.warn(
+                f"coefficients at eps={eps:g} and at {2 * eps:g} differ by {100 * found:.0f}%: the engine's rounding or the loss's curvature "
+                "is in them. Set eps='auto', which measures a size at which they agree.",
+                stacklevel=2,
+            )
 
     # -- measurements ----------------------------------------------------------------------------------------------------------------
 

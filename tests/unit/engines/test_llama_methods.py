@@ -115,6 +115,14 @@ def test_a_measured_eps_clears_the_rounding_of_8_bits(llama_q8: Pair, opened) ->
     assert float(found) == pytest.approx(float(expected), rel=0.25)
 
 
+def test_an_eps_within_the_rounding_is_warned_of(llama: Pair, llama_q8: Pair, opened) -> None:
+    method = dataclasses.replace(methods.lozo(), eps=1e-5)
+    with pytest.warns(UserWarning, match=r"coefficients at eps=1e-05 and at 2e-05 differ by \d+%: the engine's rounding"):
+        ZerothOrder(model := opened(llama_q8), method, lr=1e-3).step(objectives.LanguageModelLoss(model), batch(0))
+    method = dataclasses.replace(methods.lozo(), eps=1e-2)  # warnings are errors
+    ZerothOrder(model := opened(llama), method, lr=1e-3).step(objectives.LanguageModelLoss(model), batch(0))
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,25 @@ def choose_eps(at: At, estimator: Estimator) -> float:
     return LADDER[rung]
 
 
+@tagged("activations")
+def disagreement(at: At, estimator: Estimator, eps: float, directions: int = 2) -> float:
+    """Relative distance of the coefficients at ε from those at 2ε: small where neither rounding nor curvature is in them.
+
+    Args:
+        at: losses at a point.
+        estimator: computes the coefficients.
+        eps: ε.
+        directions: to compare along.
+    """
+    low, high = min(estimator.signs), max(estimator.signs)
+
+    def coefficients(scale: float) -> Tensor:
+        pairs = [(at(high * scale, DIRECTION + k).double(), at(low * scale, DIRECTION + k).double()) for k in range(directions)]
+        return torch.cat([(plus - minus) / (scale * (high - low)) for plus, minus in pairs])
+
+    return _distance(coefficients(eps), coefficients(2 * eps))
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ over the root of ‖a‖ ‖b‖; infinite where that is undefined."""
     size = float((a.norm() * b.norm()).sqrt())
