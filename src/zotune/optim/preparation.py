@@ -159,8 +159,8 @@ class Preparation:
         run.forward.drop_directions()
         if not found <= DISAGREEMENT:
             warnings.warn(
-                f"coefficients at eps={eps:g} and at {2 * eps:g} differ by {100 * found:.0f}%: the engine's rounding or the loss's curvature "
-                "is in them. Set eps='auto', which measures a size at which they agree.",
+                f"coefficients at eps={eps:g} and at {2 * eps:g} differ by {100 * found:.0f}%: the engine's rounding or the loss's "
+                "curvature is in them. Set eps='auto', which measures a size at which they agree.",
                 stacklevel=2,
             )
 
