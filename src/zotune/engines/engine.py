@@ -72,6 +72,7 @@ class Engine(Protocol):
         width: size d of the hidden states.
         context: tokens of the longest text.
         continuations: most continuations of a row.
+        exact: whether it computes in float32, without the rounding of quantized weights, activations or caches.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Engine(Protocol):
     width: int
     context: int
     continuations: int
+    exact: bool
 
     def set_factors(self, folded: Factors, current: Factors) -> None:
         """Add both products to the matrices, for the evaluations that follow. ``folded`` changes seldom, ``current`` at every point."""

@@ -137,7 +137,8 @@ class Preparation:
     def _compare_paths(self, context: StepContext) -> None:
         """Take the general path for layers whose fast path differs from it; of an engine, which has none, check the given ε."""
         run, state = self.run, self.state
-        if run.forward.by_engine and not math.isnan(state.eps) and not isinstance(run.method.eps, str):
+        rounds = run.forward.by_engine and not run.model.engine.exact  # type: ignore[union-attr]
+        if rounds and not math.isnan(state.eps) and not isinstance(run.method.eps, str):
             self._check_eps(context)
         eps = EPS if math.isnan(state.eps) else state.eps
         differing = run.forward.prepare(run.evaluator.trial(context), Offset(eps, context.seed, context.step, 0))
@@ -156,11 +157,12 @@ class Preparation:
             return run.forward.evaluate(evaluate, Offset(scale, context.seed, context.step, direction)).cpu()
 
         found = disagreement(at, run.estimator, eps)
+        rounding = found > DISAGREEMENT and disagreement(at, run.estimator, 2 * eps) < found  # curvature grows with ε, rounding shrinks
         run.forward.drop_directions()
-        if not found <= DISAGREEMENT:
+        if rounding:
             warnings.warn(
-                f"coefficients at eps={eps:g} and at {2 * eps:g} differ by {100 * found:.0f}%: the engine's rounding or the loss's "
-                "curvature is in them. Set eps='auto', which measures a size at which they agree.",
+                f"coefficients at eps={eps:g} and at {2 * eps:g} differ by {100 * found:.0f}%: the engine's rounding is in them. "
+                "Set eps='auto', which measures a size at which they agree.",
                 stacklevel=2,
             )
 
