@@ -19,6 +19,7 @@ from zotune.io.json_files import write_json
 from zotune.io.text import read_text
 from zotune.training.arguments import GGUF_SOURCE, ModelArguments
 from zotune.training.base_identity import BaseIdentity
+from zotune.training.checkpoint.identity import dtypes_of
 
 ADAPTER, PEFT, MODELFILE, SOURCE = "adapter.gguf", "peft", "Modelfile", GGUF_SOURCE
 #: Bytes of a source file, at most.
@@ -79,7 +80,7 @@ def options_of(args: ModelArguments) -> LlamaOptions:
 
 def identity_of(model: EngineModel) -> BaseIdentity:
     """The identity of the file that a model is from."""
-    return BaseIdentity([quantization(model)], model.engine.digest(), [])
+    return BaseIdentity(dtypes_of(model), model.engine.digest(), [])
 
 
 def file_of(model: EngineModel) -> GGUFFile:

@@ -100,6 +100,8 @@ def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
         tokenizer = gguf_tokenizer(plan.gguf) if name is None else explained(name, lambda: AutoTokenizer.from_pretrained(name))
         plan.engine = gguf_models.load_engine(plan.gguf, plan.config, args)
         check_tokenizer(tokenizer, plan.engine.engine)
+        for special in ("bos_token_id", "eos_token_id", "pad_token_id"):  # else the trainer tells that they differ
+            setattr(plan.config, special, getattr(tokenizer, special))
         return tokenizer
     return explained(plan.name, lambda: AutoTokenizer.from_pretrained(plan.name, trust_remote_code=args.trust_remote_code))
 

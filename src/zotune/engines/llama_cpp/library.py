@@ -63,8 +63,14 @@ def load() -> Any:
 
 def last_words() -> str:
     """What the library last said of an error; empty for nothing."""
-    said = [line for line in _log if "error" in line.lower() or "failed" in line.lower()]
-    return " ".join(said[-1].split()) if said else ""
+    said = [line for line in _log if "failed" in line.lower()]
+    said += [line for line in _log if "error" in line.lower()]  # they give the reason
+    return " ".join(said[-1].removeprefix("llama_model_load: ").split()).rstrip(".") if said else ""
+
+
+def forget() -> None:
+    """Drop what the library has said so far."""
+    _log.clear()
 
 
 @contextmanager

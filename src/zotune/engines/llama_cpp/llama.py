@@ -13,7 +13,7 @@ from zotune.engines.engine import Factors, Row, Watch
 from zotune.engines.gguf.file import GGUFFile, Matrix
 from zotune.engines.llama_cpp.adapters import Adapter, padded
 from zotune.engines.llama_cpp.context import MAX_SEQUENCES, Context
-from zotune.engines.llama_cpp.library import last_words, load, raising
+from zotune.engines.llama_cpp.library import forget, last_words, load, raising
 
 #: Elements of the head's weight that are dequantized at a time.
 STRIP = 1 << 22
@@ -77,6 +77,7 @@ class LlamaCpp:
             raise ValueError("n_gpu_layers needs a llama.cpp that was compiled for a GPU, and this one was not: leave it out.")
         parameters = self.lib.llama_model_default_params()
         parameters.n_gpu_layers = self.options.n_gpu_layers
+        forget()
         with raising():
             self._model = self.lib.llama_model_load_from_file(str(file.path).encode(), parameters)
         if not self._model:
