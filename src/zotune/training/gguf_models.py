@@ -117,7 +117,7 @@ def save(folder: Path, model: EngineModel, facts: Mapping[str, Any], *, checkpoi
 
     file = file_of(model)
     factors, base = model.factors(), model.engine.digest()
-    metadata = {f"zotune.{key}": str(value) for key, value in {"base": base, **facts}.items()}
+    metadata = {key: str(value) for key, value in {"base": base, **facts}.items()}
     write_adapter(folder / ADAPTER, file, factors, metadata)
     write_text(folder / MODELFILE, modelfile(file, chat=chat))
     write_json(folder / SOURCE, {"base": str(file.path), "digest": base})
@@ -156,7 +156,7 @@ def add_adapter(model: EngineModel, adapter: Path) -> None:
     from zotune.engines.gguf.adapter import read_adapter
 
     factors, metadata = read_adapter(adapter, file_of(model))
-    base, here = metadata.get("zotune.base"), model.engine.digest()
+    base, here = metadata.get("base"), model.engine.digest()
     if base is not None and base != here:
         raise ValueError(
             f"{adapter} was trained on another base (digest {base[:12]}…, this one {here[:12]}…): give the GGUF file of that run."

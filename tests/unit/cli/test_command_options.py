@@ -41,6 +41,7 @@ _RUN = _CLI + "test_a_run_leaves_model_summary_curve_and_replayable_journal"
 _ESTIMATE = "tests/unit/cli/test_estimate_command.py::"
 _DRAWS, _MEASURES = _ESTIMATE + "test_estimate_compares_methods_and_draws", _ESTIMATE + "test_the_process_grows_by_what_was_predicted"
 _CONVERT = "tests/unit/engines/test_gguf_convert.py::test_the_command_converts_and_spares_a_file"
+_GGUF = "tests/integration/test_gguf_runs.py::"
 _MERGE = "tests/unit/optim/test_merge.py::test_the_command"
 #: On a machine with a GPU it acts.
 GPU = "acts on a machine with a GPU only"
@@ -103,6 +104,12 @@ _LOADING = _turned(MODEL, "test_an_option_of_the_model_acts") | {
     "max_memory": _DISK,
     "offload_dir": _DISK,
     "offload_blocks": _OFFLOAD + "test_where_no_blocks_are_found_the_reason_is_told",
+    "n_threads": _GGUF + "test_other_threads_change_nothing_but_how_many_work",
+    "n_gpu_layers": _GGUF + "test_blocks_on_a_gpu_need_a_llama_cpp_for_one",
+    "n_ctx": _GGUF + "test_a_smaller_context_is_that_of_the_data",
+    "n_ubatch": _GGUF + "test_an_option_of_llama_cpp_changes_the_last_bits",
+    "cache_type": _GGUF + "test_an_option_of_llama_cpp_changes_the_last_bits",
+    "tokenizer_name": _GGUF + "test_the_tokenizer_of_the_checkpoint_can_be_given",
 }
 _ROWS = _turned(DATA, "test_an_option_of_the_data_acts") | {
     "task": "tests/unit/tasks/test_tasks_rendered.py::test_every_task_goes_from_rows_to_metrics",
@@ -122,6 +129,7 @@ ROWS: dict[str, dict[str, str]] = {
         "seed": _HERE + "test_an_option_of_eval_acts",
         "use_cpu": GPU,
         "output_file": _RUN,
+        "adapter": _GGUF + "test_eval_gives_the_metrics_of_the_run",
         "config": _HERE + "test_an_option_of_eval_acts",
     },
     "bench": {
