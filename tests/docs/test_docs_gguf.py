@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import zotune
 from command_cases import run_command
 from docs_pages import DOCS, command_blocks, python_blocks, save_files
 
@@ -45,18 +46,22 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     for words in (words for block in others for words in block):
         again = "--resume_from_checkpoint" in words
         steps = ["--max_steps", "4"] if words[1] == "train" and not again else []
-        rows = ["--num_eval", "8"] if "--eval_file" in words and not again else []
+        rows = ["--num_eval", "8"] if "--eval_file" in words else []
         _run(capsys, words, *steps, *rows)
     assert Path("rebuilt/adapter.gguf").read_bytes() == adapter
     assert Path("run/adapter.gguf").read_bytes() == adapter, "the run had ended when it was resumed"
     assert Path("run/Modelfile").read_text().splitlines()[1:3] == [f"FROM {tmp_path.resolve() / 'tiny.gguf'}", "ADAPTER ./adapter.gguf"]
+
+    templates = ["TEMPLATE" in Path(f"runs/{run}/Modelfile").read_text() for run in ("answers", "chats")]
+    assert templates == [True, False], "chats go through the template of the model's file"
 
     blocks = python_blocks(PAGE)
     assert len(blocks) == 4
     exec(compile("\n".join(blocks), str(PAGE), "exec"), {})
     printed = capsys.readouterr().out
     assert printed.count("loss") == 2 and "answer" in printed
-    assert Path("adapter.gguf").is_file()
+    for name, adapter in (("tiny.gguf", "adapter.gguf"), ("run", None)):
+        assert zotune.load_gguf(name, adapter=adapter)[0].factors(), "as the page says"
 
 
 def _run(capsys: pytest.CaptureFixture[str], words: list[str], *more: str) -> str:
