@@ -23,6 +23,7 @@ def load_gguf(
     Raises:
         ValueError: the extra ``zotune[gguf]`` is not installed, the file or the adapter is refused, or the tokenizer reads text otherwise
             than llama.cpp.
+        FileNotFoundError: there is no such file.
         TypeError: llama.cpp has no such option here.
     """
     try:

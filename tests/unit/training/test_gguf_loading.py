@@ -46,8 +46,10 @@ def test_an_adapter_of_the_file_is_added(tiny, tmp_path):
 
 
 def test_a_missing_file_or_an_unknown_option_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"no GGUF file .*none\.gguf"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.gguf"):
         zotune.load_gguf(tmp_path / "none.gguf")
+    with pytest.raises(ValueError, match="no GGUF file"):
+        zotune.load_gguf(tmp_path / "none")
     with pytest.raises(TypeError, match="threads"):
         zotune.load_gguf(tiny, threads=1)
 
