@@ -64,6 +64,7 @@ class PerturbedForward:
         sharded: whether a parameter is split among processes, which then have to evaluate the same points together.
         streams: whether a parameter is offloaded between forwards.
         by_engine: whether an engine computes some layers, which evaluates one point at a time.
+        rounds: whether it rounds what it computes, weights or activations, to a few bits.
         by_block: modules that a batched evaluation calls block by block.
         low_rank_hooks: the hooks on the model.
         buffers: of the model, which evaluations put back.
@@ -90,6 +91,7 @@ class PerturbedForward:
         self.sharded = any(placement.is_sharded(parameter) for parameter in model.parameters())
         self.streams = any(placement.offload_handle(parameter) is not None for parameter in model.parameters())
         self.by_engine = is_computed(model)
+        self.rounds = self.by_engine and not model.engine.exact  # type: ignore[union-attr]
         self.forward_mode = ForwardMode()
         self.buffers = KeptBuffers(model)
         self.low_rank_hooks: list[LowRankHook] = []

@@ -50,6 +50,9 @@ from zotune.weights.structure import trained_layers
 
 #: Distance from θ, as a norm of all S, at which the first slope is measured; an S of norm 1 is a change of the size of a weight.
 NEAR = 1e-2
+#: The least distance where an engine rounds activations to 8 bits: nearer, differences of losses are rounding, and slopes and curvatures
+#: made of them shrink steps and distances further.
+ROUNDED = 1 / 256
 #: Factor of the distance at which a slope is measured again if steps would go elsewhere; how often, at most.
 FARTHER, MAX_SAMPLES = 8.0, 6
 #: Steps between measurements if rates are measured, beside steps 1, 2, 4, 8, ...
@@ -224,7 +227,8 @@ class OutputGradientSteps:
         if not (self._due(step) and math.isfinite(norm) and norm > 0):
             return
         size, far, fall = self.size, self.size.radius or NEAR, -math.inf
-        radius = min(size.stride, LONGER * far) if size.stride > 0 else far
+        least = ROUNDED if self.forward.rounds else 0.0
+        radius = max(least, min(size.stride, LONGER * far) if size.stride > 0 else far)
         self.wall = math.inf
         with self._along(mean / norm):
             for sample in range(MAX_SAMPLES):
@@ -248,9 +252,9 @@ class OutputGradientSteps:
                     break
                 self._record_first(found, self.alpha * norm)
                 size.rate(1, len(found.losses))
-                if radius / FARTHER <= size.stride <= FARTHER * radius:
+                if radius / FARTHER <= size.stride <= FARTHER * radius or (radius == least and size.stride < least):
                     break
-                radius = min(max(size.stride, radius / FARTHER), FARTHER * radius)
+                radius = max(least, min(max(size.stride, radius / FARTHER), FARTHER * radius))
         if self.scale.mean <= 0:
             size.expected_fall = 0.0
 

@@ -137,8 +137,7 @@ class Preparation:
     def _compare_paths(self, context: StepContext) -> None:
         """Take the general path for layers whose fast path differs from it; of an engine, which has none, check the given ε."""
         run, state = self.run, self.state
-        rounds = run.forward.by_engine and not run.model.engine.exact  # type: ignore[union-attr]
-        if rounds and not math.isnan(state.eps) and not isinstance(run.method.eps, str):
+        if run.forward.rounds and not math.isnan(state.eps) and not isinstance(run.method.eps, str):
             self._check_eps(context)
         eps = EPS if math.isnan(state.eps) else state.eps
         differing = run.forward.prepare(run.evaluator.trial(context), Offset(eps, context.seed, context.step, 0))

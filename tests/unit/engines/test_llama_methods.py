@@ -15,6 +15,7 @@ from gguf_models import Pair, choice_batch, text_batch
 from zotune import ZerothOrder, methods, objectives
 from zotune.engines.model import EngineModel
 from zotune.methods import Method
+from zotune.optim.output_gradient_steps import ROUNDED
 
 STEPS = 5
 TRAINED = ["agzo", "lozo", "lozo-e", "lozo-g", "lozo-m", "subzero"]
@@ -113,6 +114,21 @@ def test_a_measured_eps_clears_the_rounding_of_8_bits(llama_q8: Pair, opened) ->
     assert rounded.eps > 2 * exact.eps
     (expected,), (found,) = exact.last_report.coefficients, rounded.last_report.coefficients
     assert float(found) == pytest.approx(float(expected), rel=0.25)
+
+
+@pytest.mark.parametrize("rounds", [False, True], ids=["f32", "q8_0"])
+def test_slopes_are_measured_beyond_the_rounding(llama: Pair, llama_q8: Pair, opened, rounds: bool) -> None:
+    model = opened(llama_q8 if rounds else llama)
+    optimizer, loss = ZerothOrder(model, short("lozo-g"), lr="auto", seed=1), objectives.LanguageModelLoss(model)
+    for step in range(2):
+        optimizer.step(loss, batch(step))
+    gradients = optimizer.output_gradients
+    gradients.size.stride, gradients.scale.count = 1e-6, 0  # steps have become short, and a measurement is due
+    distances: list[float] = []
+    sample_at = gradients.size.sample_at
+    gradients.size.sample_at = lambda radius: (distances.append(radius), sample_at(radius))[1]
+    optimizer.step(loss, batch(2))
+    assert (min(distances) >= ROUNDED) == rounds
 
 
 def test_an_eps_within_the_rounding_is_warned_of(llama: Pair, llama_q8: Pair, opened) -> None:
