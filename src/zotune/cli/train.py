@@ -12,6 +12,7 @@ from zotune.cli.parser import help_page
 from zotune.memory.offload_needs import needs_of
 from zotune.methods import default
 from zotune.training import run_config
+from zotune.training.arguments import GGUF_OPTIONS
 from zotune.training.config import ZOConfig
 from zotune.training.quiet import quiet_libraries
 from zotune.training.run import run
@@ -65,6 +66,7 @@ def option_groups() -> dict[str, dict[str, str]]:
         "model and scheme": dict.fromkeys(
             (*(field.name for field in dataclasses.fields(Scheme)), "dtype", "attn_implementation", "trust_remote_code"), ""),
         "models larger than memory": dict.fromkeys(("offload", "max_memory", "offload_blocks", "offload_dir", "quantize"), ""),
+        "a GGUF file, computed by llama.cpp": dict.fromkeys(GGUF_OPTIONS, ""),
         "the run": {
             "num_train_epochs": "instead of --max_steps",
             "gradient_accumulation_steps": "micro-batches per step, all evaluated under the same directions",

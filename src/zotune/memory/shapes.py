@@ -40,8 +40,8 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> Any:
     known = shipped()
     by_last = {each.rpartition("/")[2]: each for each in known}
     if path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) == b"GGUF":
+        with path.open("rb") as opened:
+            if opened.read(4) == b"GGUF":
                 raise ValueError(
                     f"{name} is a GGUF file, and the memory of training in llama.cpp is not predicted (about that of its inference and the "
                     "adapters): give a folder, a config.json or a hub id."

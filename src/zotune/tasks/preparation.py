@@ -171,6 +171,7 @@ def prepare(
     compute_metrics: ComputeMetrics | ComputeAnswerMetrics | None = None if task is None else ComputeMetrics(task.metrics)
     if task is not None and eval_objective == "generation":
         compute_metrics = ComputeAnswerMetrics(partial(tokenizer.decode, skip_special_tokens=True), references, task.metrics)
+    shown = train_rows if train_rows is not None else eval_rows
     collate = partial(_collator, task=task, encoder=encoder, padding=padding)
     train, dev, evaluated = encode(train_rows), encode(dev_rows, eval_task, evaluated=True), encode(eval_rows, eval_task, evaluated=True)
     check_vocabulary(tokenizer, model_config, padding["pad_token_id"], chain(train or (), dev or (), evaluated or ()))
@@ -187,7 +188,7 @@ def prepare(
         task=task,
         num_labels=None if task is None or not task.labels else len(task.labels),
         label_names=() if task is None else task.label_names,
-        chats=task is None and format_of(train_rows if train_rows is not None else eval_rows)[0] == "messages",
+        chats=task is None and shown is not None and format_of(shown)[0] == "messages",
         texts=tuple(encoder.texts),
     )
 
