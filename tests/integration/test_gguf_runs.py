@@ -135,6 +135,14 @@ def test_eval_gives_the_metrics_of_the_run(trained: Path, command: Command) -> N
     assert evaluated(command, "--model_name_or_path", "run/checkpoint-2")["loss"] == second != after["loss"]
 
 
+def test_eval_of_a_run_takes_its_context(tmp_path: Path, command: Command) -> None:
+    words = ["--model_name_or_path", "q8.gguf", "--n_ubatch", "32", "--cache_type", "f16", "--output_dir", tmp_path / "run"]
+    assert command("train", *SHORT, *TASK, *words).code == 0
+    after = summary(tmp_path / "run")["after"]
+    assert evaluated(command, "--model_name_or_path", tmp_path / "run") == after
+    assert evaluated(command, "--model_name_or_path", tmp_path / "run", "--cache_type", "f32")["loss"] != after["loss"]
+
+
 def test_llama_cpps_own_interface_loads_the_adapter(trained: Path) -> None:
     from llama_cpp import Llama
 
