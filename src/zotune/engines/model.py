@@ -15,6 +15,9 @@ from zotune.objectives import output_gradients
 from zotune.objectives.output_gradients import OutputGradientRecorder
 from zotune.weights.computed_linear import ComputedLinear
 
+#: Logits of sampled positions, at most (64 MiB): a large vocabulary's would take more memory than the rest of an evaluation.
+MOST_LOGITS = 2**24
+
 
 class EngineHead(nn.Module):
     """The head W (vocabulary, d) of an engine's model: its rows and products, without W in memory."""
@@ -37,6 +40,9 @@ class EngineModel(nn.Module):
         engine: computes the model.
         config: a configuration, with what the rest of the code reads of it (``vocab_size``, ``max_position_embeddings``).
 
+    Attributes:
+        most_logits: logits of sampled positions that are computed for their hidden states behind the last attention, at most.
+
     Raises:
         ValueError: the engine's model has no matrix that can be trained.
     """
@@ -52,6 +58,7 @@ class EngineModel(nn.Module):
             self.matrices[name] = layer = ComputedLinear(*shape)
             _put(self, name.split("."), layer)
         self.__dict__["head"] = EngineHead(engine)
+        self.most_logits = MOST_LOGITS
         self.eval()
 
     @property
@@ -90,7 +97,7 @@ class EngineModel(nn.Module):
             ValueError: a text is longer than the context.
         """
         recorder = output_gradients.active_recorder()
-        batch = _Batch(inputs, positions, recorder, self.engine)
+        batch = _Batch(inputs, positions, recorder, self.engine, self.most_logits)
         watch, layers = self._watch(batch, recorder)
         self._set_factors()
         logits = torch.from_numpy(self.engine.decode(batch.rows, watch))
@@ -172,7 +179,14 @@ class _Batch:
         places: which of all outputs is at each of them, (R, S).
     """
 
-    def __init__(self, inputs: Mapping[str, Tensor], positions: Tensor, recorder: OutputGradientRecorder | None, engine: Engine) -> None:
+    def __init__(
+        self,
+        inputs: Mapping[str, Tensor],
+        positions: Tensor,
+        recorder: OutputGradientRecorder | None,
+        engine: Engine,
+        most_logits: int = MOST_LOGITS,
+    ) -> None:
         ids = inputs["input_ids"]
         segments = inputs.get("segments")
         mask = inputs.get("attention_mask")
@@ -183,8 +197,10 @@ class _Batch:
         self.positions = torch.where(real.gather(1, positions), positions, begin)
         wanted = torch.zeros_like(real)
         wanted.scatter_(1, self.positions, True)
-        if recorder is not None and recorder.sample is not None:
-            wanted[recorder.sample] = True  # behind the last attention, only outputs have hidden states
+        if recorder is not None and (sample := recorder.sample) is not None:  # behind the last attention, only outputs have hidden states
+            recorder.incomplete = len(sample[0]) * engine.vocabulary > most_logits
+            if not recorder.incomplete:
+                wanted[sample] = True
         wanted &= real
         _check_ids(ids[real], engine.vocabulary)
         self.rows: list[Row] = []

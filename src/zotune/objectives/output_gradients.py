@@ -57,6 +57,7 @@ class OutputGradientRecorder:
         num_examples: examples so far.
         hidden: the head's input at the recorded positions of every forward so far, (n, d), where ``keeps_hidden``.
         factors: of every call so far, the factor of each example's recorded loss in what was returned.
+        incomplete: whether an engine computes some layers at scored positions alone, with zeros elsewhere: those are their sample then.
         logits_differ: whether some logits were not a multiple of the head's output, or not comparable.
     """
 
@@ -68,7 +69,7 @@ class OutputGradientRecorder:
         self.num_examples = self.num_positions = 0
         self.rows = 0  # of all forwards, this one included
         self._sample: tuple[Tensor, Tensor] | None = None  # rows and places of the sampled positions of this forward
-        self.keeps_hidden = False
+        self.keeps_hidden = self.incomplete = False
         self.hidden: list[Tensor] = []
         self.factors: list[Tensor] = []
         self.logits_differ = self._following = False
@@ -111,7 +112,10 @@ class OutputGradientRecorder:
         if self.scored is None:
             return None
         sample = self.sample
-        return None if sample is None else self._rows(states, *sample)
+        found = None if sample is None else self._rows(states, *sample)
+        if found is None or not self.incomplete:
+            return found
+        return found if bool(found.any(dim=1).all()) else self.scored_rows(states)
 
     @property
     def sample(self) -> tuple[Tensor, Tensor] | None:

@@ -257,6 +257,22 @@ def test_hooks_see_the_inputs_that_torch_has(llama: Pair, model: EngineModel, op
         assert not inputs[~shown].any(), name
 
 
+@pytest.mark.parametrize("most_logits", [2**24, 0])
+def test_a_large_vocabulary_samples_the_last_layer_where_it_is_scored(model: EngineModel, most_logits: int) -> None:
+    names = {model.matrices[f"model.layers.{block}.mlp.down_proj"]: block for block in (0, 1)}
+    sampled, scored = dict[int, Tensor](), dict[int, Tensor]()
+    model.most_logits = most_logits
+
+    def see(module: torch.nn.Module, args: tuple[Tensor]) -> None:
+        sampled[names[module]], scored[names[module]] = recorder.sampled_rows(args[0]), recorder.scored_rows(args[0])
+
+    with torch.no_grad(), recording(8) as recorder, observing_inputs(names, see):
+        objectives.ChoiceLoss(model)(choice_batch([9, 12, 7], seed=2))
+    assert all(rows.any(dim=1).all() for rows in sampled.values())
+    assert len(sampled[0]) > len(scored[0]) == 3
+    assert len(sampled[1]) == (len(sampled[0]) if most_logits else 3)
+
+
 def test_matrices_with_one_input_get_the_same_tensor(model: EngineModel) -> None:
     found = seen_inputs(model, choice_batch(LENGTHS))
     same = [[name.rsplit(".")[-1] for name in found if found[name] is one] for one in {id(x): x for x in found.values()}.values()]
