@@ -46,7 +46,7 @@ class Watch:
 
     Attributes:
         inputs: names of the matrices whose inputs are wanted.
-        only_outputs: whether only the inputs of tokens with outputs are wanted.
+        tokens: whether the inputs of each token of all rows are wanted, (Σ n,) boolean; None for all.
         change: by name of a matrix: ``change(tokens, output)`` of the tokens (k,), numbered through all rows, and the output (k, m) there;
             what it returns replaces the output, None leaves it.
         head: whether the head's inputs and outputs are wanted.
@@ -55,7 +55,7 @@ class Watch:
     """
 
     inputs: frozenset[str] = frozenset()
-    only_outputs: bool = False
+    tokens: np.ndarray | None = None
     change: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray | None]] = field(default_factory=dict)
     head: bool = False
     found: dict[str, list[tuple[np.ndarray, np.ndarray, object]]] = field(default_factory=dict)

@@ -133,7 +133,7 @@ class EngineModel(nn.Module):
         if not (seen or change or head):
             return None, seen
         recorded = recorder is not None and recorder.scored is not None
-        return Watch(frozenset(seen), recorded, change, head), seen
+        return Watch(frozenset(seen), batch.read if recorded else None, change, head), seen
 
     def _show_inputs(self, watch: Watch, layers: Mapping[str, ComputedLinear], batch: _Batch) -> None:
         """Call the hooks that wait for inputs; matrices with the same input get the same tensor."""
@@ -177,6 +177,7 @@ class _Batch:
         rows: the texts.
         positions: the scored positions, (R, S), those on padding moved to the row's first token.
         places: which of all outputs is at each of them, (R, S).
+        read: whether a recorder reads the inputs of each token of all rows.
     """
 
     def __init__(
@@ -195,10 +196,11 @@ class _Batch:
         self.shape = ids.shape
         begin = real.int().argmax(dim=1, keepdim=True)
         self.positions = torch.where(real.gather(1, positions), positions, begin)
-        wanted = torch.zeros_like(real)
+        wanted, read = torch.zeros_like(real), torch.zeros_like(real)
         wanted.scatter_(1, self.positions, True)
         if recorder is not None and (sample := recorder.sample) is not None:  # behind the last attention, only outputs have hidden states
             recorder.incomplete = len(sample[0]) * engine.vocabulary > most_logits
+            read[sample] = True
             if not recorder.incomplete:
                 wanted[sample] = True
         wanted &= real
@@ -225,6 +227,7 @@ class _Batch:
         numbers[self.outputs] = torch.arange(len(self.outputs))
         self.places = numbers.view(self.shape).gather(1, self.positions)
         self._of_token = numbers[self.index]  # the output at each token
+        self.read = (wanted | read).flatten()[self.index].numpy()
 
     def padded(self, pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
         """(R, T, n) of the values (k, n) of some tokens (k,), zeros elsewhere."""

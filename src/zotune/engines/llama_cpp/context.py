@@ -247,10 +247,11 @@ class _Watching:
 
         if not name or name in watch.inputs:
             inputs = tensors.read(x)
-            if watch.only_outputs and len(inputs) > len(chosen):
-                tokens(len(inputs))
-                inputs = inputs[chosen]
-            watch.found.setdefault(name, []).append((tokens(len(inputs)), inputs, x))
+            numbers = tokens(len(inputs))
+            if watch.tokens is not None:
+                kept = watch.tokens[numbers]
+                numbers, inputs = numbers[kept], inputs[kept]
+            watch.found.setdefault(name, []).append((numbers, inputs, x))
         if not name:
             logits = tensors.read(output)
             watch.logits.append((tokens(len(logits)), logits))
