@@ -25,7 +25,7 @@ from typing import Any
 
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4},
-    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8},
+    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 8},
 }
 ROWS, TOKENS, VOCABULARY = 16, 32, 8192
 
@@ -157,7 +157,7 @@ def contexts(folder: Path, outtype: str, repeats: int) -> dict[str, float]:
 
 
 def peak(folder: Path, outtype: str, what: str, threads: int) -> float:
-    """Peak resident MB of a process that does this alone, twelve times."""
+    """Peak resident MB of a process that does this alone, three times."""
     pipe, end = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_peak, args=(end, folder, outtype, what, threads))
     process.start()
@@ -183,10 +183,14 @@ def _peak(end: Any, folder: Path, outtype: str, what: str, threads: int) -> None
     else:
         model = engine_model(folder / f"{outtype}.gguf", threads)
         call = bare(model, data) if what == "bare" else with_adapter(model, data) if what == "adapter" else steps(model, what, data)
-    for _ in range(12):
+    for _ in range(3):
         call()
     status = Path("/proc/self/status").read_text()
     end.send(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+
+
+def show(name: str, row: dict[str, float]) -> None:
+    print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
 
 
 def main() -> None:
@@ -209,11 +213,12 @@ def main() -> None:
                 convert(folder, folder / f"{outtype}.gguf", outtype)
                 dtypes = options.dtypes if outtype == options.outtypes[0] else []  # of torch, once a shape
                 row = times(folder, outtype, options.threads, options.repeats, dtypes)
+                show(f"{shape} {outtype}", row)
                 contenders = ["bare", "adapter", "lozo", "lozo-g", *(f"torch {dtype} lozo-g" for dtype in dtypes)]
-                row |= contexts(folder, outtype, options.repeats)
-                row |= {f"{what} MB": peak(folder, outtype, what, options.threads) for what in contenders}
-                found[f"{shape} {outtype}"] = row
-                print(f"{shape} {outtype}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+                more = contexts(folder, outtype, options.repeats)
+                more |= {f"{what} MB": peak(folder, outtype, what, options.threads) for what in contenders}
+                show(f"{shape} {outtype}", more)
+                found[f"{shape} {outtype}"] = row | more
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
