@@ -133,7 +133,14 @@ class EngineModel(nn.Module):
         if not (seen or change or head):
             return None, seen
         recorded = recorder is not None and recorder.scored is not None
-        return Watch(frozenset(seen), batch.read if recorded else None, change, head), seen
+        last: list[tuple[object, Tensor]] = []
+
+        def done(name: str, tokens: np.ndarray, values: np.ndarray, key: object) -> None:
+            if not last or last[0][0] != key:
+                last[:] = [(key, batch.padded([(tokens, values)]))]
+            seen[name](last[0][1])
+
+        return Watch(frozenset(seen), batch.read if recorded else None, change, head, done), seen
 
     def _show_inputs(self, watch: Watch, layers: Mapping[str, ComputedLinear], batch: _Batch) -> None:
         """Call the hooks that wait for inputs; matrices with the same input get the same tensor."""

@@ -97,7 +97,7 @@ class Context:
         place = 0
         for group in grouped(rows, self.n_ubatch):
             outputs = sum(len(row.outputs) for row in group.rows)
-            self._run(group, outputs, watch)
+            self._run(group, outputs, watch, whole=len(group.rows) == len(rows))
             logits = self.lib.llama_get_logits(self._context)
             found[place : place + outputs] = np.ctypeslib.as_array(logits, (outputs, self.vocabulary))
             place += outputs
@@ -117,7 +117,7 @@ class Context:
     def _logits(self, outputs: int) -> np.ndarray:
         return np.ctypeslib.as_array(self.lib.llama_get_logits(self._context), (outputs, self.vocabulary)).copy()
 
-    def _run(self, group: Group, outputs: int, watch: Watch | None, room: int = 0) -> None:
+    def _run(self, group: Group, outputs: int, watch: Watch | None, room: int = 0, whole: bool = False) -> None:
         ids = np.concatenate([row.ids for row in group.rows]).astype(np.int32)
         self._grow(len(ids) + room, sum(row.sequences for row in group.rows), outputs)
         wanted = np.zeros(len(ids), np.int8)
@@ -128,7 +128,7 @@ class Context:
         positions = np.concatenate([row.positions for row in group.rows]).astype(np.int32)
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self._context), True)
         if watch is not None:
-            self._watch = _Watching(watch, group.first, wanted, self.n_ubatch)
+            self._watch = _Watching(watch, group.first, wanted, self.n_ubatch, whole)
         self._decode(ids, positions, _sequences(group.rows), wanted)
 
     def _decode(self, ids: np.ndarray, positions: np.ndarray, sequences: list[tuple[int, int]], wanted: np.ndarray) -> None:
@@ -224,10 +224,12 @@ class _Watching:
         first: number of the batch's first token.
         outputs: 1 for its tokens with outputs, 0 for the others.
         n_ubatch: tokens that are evaluated at a time.
+        whole: whether the batch is all rows of the watch.
     """
 
-    def __init__(self, watch: Watch, first: int, outputs: np.ndarray, n_ubatch: int) -> None:
+    def __init__(self, watch: Watch, first: int, outputs: np.ndarray, n_ubatch: int, whole: bool) -> None:
         self.watch, self.first, self.outputs, self.n_ubatch = watch, first, outputs, n_ubatch
+        self.whole = whole and len(outputs) <= n_ubatch
         self._shown: Counter[str] = Counter()
 
     def wants(self, name: str) -> bool:
@@ -251,7 +253,10 @@ class _Watching:
             if watch.tokens is not None:
                 kept = watch.tokens[numbers]
                 numbers, inputs = numbers[kept], inputs[kept]
-            watch.found.setdefault(name, []).append((numbers, inputs, x))
+            if name and watch.done is not None and self.whole:
+                watch.done(name, numbers, inputs, x)
+            else:
+                watch.found.setdefault(name, []).append((numbers, inputs, x))
         if not name:
             logits = tensors.read(output)
             watch.logits.append((tokens(len(logits)), logits))
