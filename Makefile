@@ -13,7 +13,7 @@ EXTRAS := dev,peft,tensorboard,optimizers
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check chaos fuzz quickstart clean
+.PHONY: help setup engine-wheel test lint check chaos fuzz quickstart clean
 
 help:
 	@echo "make quickstart  fine-tune the bundled small model, forward passes only (installs first)"
@@ -40,10 +40,16 @@ $(ENCODER): $(STAMP)
 
 # llama.cpp comes as source: compile the library alone, in two minutes. `make test ENGINE=` goes on without it.
 LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DLLAMA_ALL_WARNINGS=OFF '-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/.ci/llama.cmake'
+# Its wheel alone, while something else runs: the installation then takes it.
+WHEELS := build/wheels
+engine-wheel: setup
+	@CMAKE_ARGS="$(LLAMA_FLAGS)" $(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps -c constraints.txt \
+	    llama-cpp-python --wheel-dir $(WHEELS)
+
 $(ENGINE): $(STAMP)
 	@if command -v "$${CXX:-c++}" >/dev/null && command -v "$${CC:-cc}" >/dev/null; then \
 	    echo "compiling llama.cpp for the tests of GGUF files; make test ENGINE= leaves it out"; \
-	    CMAKE_ARGS="$(LLAMA_FLAGS)" $(PIP_INSTALL) -c constraints.txt -e ".[gguf]" && touch $@ \
+	    CMAKE_ARGS="$(LLAMA_FLAGS)" $(PIP_INSTALL) $(if $(wildcard $(WHEELS)),--find-links $(WHEELS)) -c constraints.txt -e ".[gguf]" && touch $@ \
 	        || { echo "llama.cpp did not compile, see above; make test ENGINE= runs the other tests" >&2; exit 1; }; \
 	else \
 	    echo "the tests of GGUF files are skipped: llama.cpp needs a C++ compiler (Debian, Ubuntu: apt install build-essential)" >&2; \
