@@ -22,7 +22,8 @@ from zotune.memory.offload_needs import needs_of
 from zotune.tasks import prepare
 from zotune.training import run as training
 from zotune.training import run_folder
-from zotune.training.arguments import GGUF_SOURCE, EvalDataArguments, ModelArguments
+from zotune.training.arguments import EvalDataArguments, ModelArguments
+from zotune.training.checkpoint.files import GGUF_SOURCE
 from zotune.training.config import ZOConfig
 from zotune.training.loading import check_texts, load_model, load_tokenizer, plan_model
 from zotune.training.option_parser import OptionParser

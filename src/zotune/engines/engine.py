@@ -17,6 +17,9 @@ from torch import Tensor
 #: (left (m, r), right (n, r)) of the product left · rightᵀ that is added to a matrix (m, n), by its name.
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
+#: (tokens (k,), their values x (k, n), what tells inputs apart).
+Piece = tuple[np.ndarray, np.ndarray, object]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,7 +53,7 @@ class Watch:
         change: by name of a matrix: ``change(tokens, output)`` of the tokens (k,), numbered through all rows, and the output (k, m) there;
             what it returns replaces the output, None leaves it.
         head: whether the head's inputs and outputs are wanted.
-        done: called with a matrix's name and its piece of ``found`` as soon as it is known, in place of ``found``, where the rows are
+        done: called with a matrix's name and its pieces of ``found`` as soon as they are known, in place of ``found``, where the rows are
             evaluated in one piece: so not all inputs are in memory at a time.
         found: by name, pieces of (tokens (k,), x (k, n), key); matrices with the same key have the same input. Empty name: the head.
         logits: the head's own output, before what the model makes of it, in pieces (tokens, (k, vocabulary)).
@@ -60,8 +63,8 @@ class Watch:
     tokens: np.ndarray | None = None
     change: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray | None]] = field(default_factory=dict)
     head: bool = False
-    done: Callable[[str, np.ndarray, np.ndarray, object], None] | None = None
-    found: dict[str, list[tuple[np.ndarray, np.ndarray, object]]] = field(default_factory=dict)
+    done: Callable[[str, Sequence[Piece]], None] | None = None
+    found: dict[str, list[Piece]] = field(default_factory=dict)
     logits: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zotune.engines.engine import Engine, Row, Watch
+from zotune.engines.engine import Engine, Piece, Row, Watch
 from zotune.objectives import output_gradients
 from zotune.objectives.output_gradients import OutputGradientRecorder
 from zotune.weights.computed_linear import ComputedLinear
@@ -101,8 +101,9 @@ class EngineModel(nn.Module):
         watch, layers = self._watch(batch, recorder)
         self._set_factors()
         logits = torch.from_numpy(self.engine.decode(batch.rows, watch))
-        if watch is not None:
-            self._show_inputs(watch, layers, batch)
+        if watch is not None and layers is not None:
+            for name in [name for name in watch.found if name]:  # in the order of the computation
+                layers.show(name, watch.found.pop(name))
             if recorder is not None and watch.head:
                 self._show_head(watch, recorder, batch)
         return logits[batch.places]
@@ -125,34 +126,16 @@ class EngineModel(nn.Module):
 
     # -- hooks ------------------------------------------------------------------------------------------------------------------------
 
-    def _watch(self, batch: _Batch, recorder: OutputGradientRecorder | None) -> tuple[Watch | None, dict[str, ComputedLinear]]:
+    def _watch(self, batch: _Batch, recorder: OutputGradientRecorder | None) -> tuple[Watch | None, _Inputs | None]:
         """What the hooks on the matrices want to see."""
         seen = {name: layer for name, layer in self.matrices.items() if layer.watched[0]}
         change = {name: _Change(layer, batch) for name, layer in self.matrices.items() if layer.watched[1]}
         head = recorder is not None and recorder.wants_head
         if not (seen or change or head):
-            return None, seen
+            return None, None
         recorded = recorder is not None and recorder.scored is not None
-        last: list[tuple[object, Tensor]] = []
-
-        def done(name: str, tokens: np.ndarray, values: np.ndarray, key: object) -> None:
-            if not last or last[0][0] != key:
-                last[:] = [(key, batch.padded([(tokens, values)]))]
-            seen[name](last[0][1])
-
-        return Watch(frozenset(seen), batch.read if recorded else None, change, head, done), seen
-
-    def _show_inputs(self, watch: Watch, layers: Mapping[str, ComputedLinear], batch: _Batch) -> None:
-        """Call the hooks that wait for inputs; matrices with the same input get the same tensor."""
-        sharing: dict[object, list[str]] = {}
-        for name in watch.found:  # in the order of the computation
-            if name in layers:
-                sharing.setdefault(tuple(key for _, _, key in watch.found[name]), []).append(name)
-        for names in sharing.values():
-            x = batch.padded([(tokens, values) for tokens, values, _ in watch.found[names[0]]])
-            for name in names:
-                del watch.found[name]
-                layers[name](x)
+        inputs = _Inputs(seen, batch)
+        return Watch(frozenset(seen), batch.read if recorded else None, change, head, inputs.show), inputs
 
     def _show_head(self, watch: Watch, recorder: OutputGradientRecorder, batch: _Batch) -> None:
         hidden = batch.padded([(tokens, x) for tokens, x, _ in watch.found.get("", [])])
@@ -259,6 +242,20 @@ class _Batch:
 def rows_of(inputs: Mapping[str, Tensor], positions: Tensor, engine: Engine) -> list[Row]:
     """The texts that :meth:`EngineModel.scored_logits` has an engine evaluate."""
     return _Batch(inputs, positions, None, engine).rows
+
+
+class _Inputs:
+    """Calls the hooks that wait for layers' inputs; matrices with the same input, one after the other, get the same tensor."""
+
+    def __init__(self, layers: Mapping[str, ComputedLinear], batch: _Batch) -> None:
+        self.layers, self.batch = layers, batch
+        self._last: tuple[object, Tensor] | None = None
+
+    def show(self, name: str, pieces: Sequence[Piece]) -> None:
+        key = tuple(key for _, _, key in pieces)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self.batch.padded([(tokens, x) for tokens, x, _ in pieces])
+        self.layers[name](self._last[1])
 
 
 class _Change:

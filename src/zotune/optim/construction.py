@@ -32,7 +32,7 @@ from zotune.rng.directions import Directions
 from zotune.subspaces import Full, Guided, LowRank, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate
 from zotune.weights import placement, quantized_linear
-from zotune.weights.computed_linear import LOW_RANK_METHODS, NO_DECAY, is_computed
+from zotune.weights.computed_linear import NO_DECAY, WRITES, is_computed
 from zotune.weights.external_linear import is_external
 from zotune.weights.structure import refuse_compiled
 
@@ -267,7 +267,7 @@ def _check_placement(model: nn.Module, method: Method, coordinate: Coordinate) -
     """Refuse a quantized or offloaded weight that the method cannot train."""
     if quantized_linear.owner_of(coordinate.parameter) is not None and not isinstance(coordinate, LowRankCoordinate):
         if is_computed(model):
-            raise ValueError(f"{method.name} writes the weights themselves, and an engine only reads its file: {LOW_RANK_METHODS}.")
+            raise ValueError(WRITES.format(method.name))
         raise ValueError(f"{coordinate.name} is quantized, so it is trained by low-rank factors only: use lozo, or an adapter (PEFT).")
     handle = placement.offload_handle(coordinate.parameter)
     if handle is None:

@@ -34,6 +34,7 @@ from zotune.optim.evaluation_choice import Chooser, EvaluationChoice, worker_chu
 from zotune.optim.state import RunState, StepContext
 from zotune.optim.work import Work, split, split_assigned
 from zotune.subspaces.coordinate import Coordinate, Offset
+from zotune.weights.computed_linear import ONE_POINT
 
 #: Values of the option ``forward_batching``.
 FORWARD_BATCHING = ("auto", "batched", "sequential")
@@ -80,7 +81,7 @@ class Evaluator:
         self.chooser = Chooser(self.batched_forward, method, estimator, self.workers, requested)
         self._alone = forward.sharded or forward.by_engine  # one point at a time
         if forward.by_engine and requested == "batched":
-            raise ValueError("an engine evaluates one point at a time: leave forward_batching at 'auto'.")
+            raise ValueError(ONE_POINT)
         self.choice = EvaluationChoice(
             batched=None if requested != "sequential" and self._possible and not self._alone else False,
             rowwise=None if method.own and not self._alone else False,

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from zotune.io.sizes import parse_size
 from zotune.tasks.chat import variables_of
+from zotune.training.checkpoint.files import GGUF_SOURCE
 
 #: Options of GGUF files.
 GGUF_OPTIONS = ("n_threads", "n_gpu_layers", "n_ctx", "n_ubatch", "cache_type", "tokenizer_name")
-#: In a folder that a run of a GGUF file saved: which file that was.
-GGUF_SOURCE = "zotune_gguf.json"
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:

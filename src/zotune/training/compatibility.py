@@ -14,7 +14,7 @@ from zotune.subspaces import Full, LowRank
 from zotune.training import baseline_runs, schemes
 from zotune.training.evaluation import SPEED
 from zotune.weights import placement
-from zotune.weights.computed_linear import LOW_RANK_METHODS, NO_DECAY
+from zotune.weights.computed_linear import LOW_RANK_METHODS, NO_DECAY, NO_SCHEME, ONE_POINT, WRITES
 
 if TYPE_CHECKING:
     from zotune.tasks import PreparedData
@@ -45,15 +45,15 @@ def check_engine(config: RunConfig, method: Method | Baseline) -> None:
         if method.kind in reason:
             raise ValueError(f"{method.name} {reason[method.kind]}: {LOW_RANK_METHODS}.")
     elif not isinstance(method.subspace, LowRank):
-        raise ValueError(f"{method.name} writes the weights themselves, and an engine only reads its file: {LOW_RANK_METHODS}.")
+        raise ValueError(WRITES.format(method.name))
     if scheme != "full":
-        raise ValueError(f"an engine trains low-rank factors of its matrices, which become a LoRA adapter: leave --scheme {scheme} out.")
+        raise ValueError(NO_SCHEME.format(scheme))
     if config.data.objective == "classifier":
         raise ValueError("llama.cpp computes language models, and --objective classifier trains a new head: use lm or choices.")
     if training.weight_decay:
         raise ValueError(NO_DECAY)
     if training.forward_batching == "batched":
-        raise ValueError("an engine evaluates one point at a time: leave forward_batching at 'auto'.")
+        raise ValueError(ONE_POINT)
 
 
 def check_evaluations(training: ZOConfig, data: PreparedData) -> None:

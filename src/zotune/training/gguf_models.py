@@ -17,11 +17,12 @@ from zotune.engines.model import EngineModel
 from zotune.io.atomic import write_text
 from zotune.io.json_files import write_json
 from zotune.io.text import read_text
-from zotune.training.arguments import GGUF_SOURCE, ModelArguments
+from zotune.training.arguments import ModelArguments
 from zotune.training.base_identity import BaseIdentity
+from zotune.training.checkpoint.files import GGUF_ADAPTER, GGUF_SOURCE, MODELFILE
 from zotune.training.checkpoint.identity import dtypes_of
 
-ADAPTER, PEFT, MODELFILE, SOURCE = "adapter.gguf", "peft", "Modelfile", GGUF_SOURCE
+PEFT = "peft"
 #: Bytes of a source file, at most.
 LONGEST = 1 << 20
 
@@ -118,9 +119,9 @@ def save(folder: Path, model: EngineModel, facts: Mapping[str, Any], *, checkpoi
     file = file_of(model)
     factors, base = model.factors(), model.engine.digest()
     metadata = {key: str(value) for key, value in {"base": base, **facts}.items()}
-    write_adapter(folder / ADAPTER, file, factors, metadata)
+    write_adapter(folder / GGUF_ADAPTER, file, factors, metadata)
     write_text(folder / MODELFILE, modelfile(file, chat=chat))
-    write_json(folder / SOURCE, {"base": str(file.path), "digest": base})
+    write_json(folder / GGUF_SOURCE, {"base": str(file.path), "digest": base})
     if checkpoint_too and all(name.startswith("model.") for name in factors):  # else it is not known what the checkpoint calls them
         peft_folder(folder / PEFT, file, factors)
 
@@ -131,7 +132,7 @@ def source_of(folder: Path) -> tuple[Path, Path] | None:
     Raises:
         ValueError: the folder's files are damaged, or the GGUF file is gone.
     """
-    path = folder / SOURCE
+    path = folder / GGUF_SOURCE
     if not path.is_file():
         return None
     try:
@@ -139,10 +140,10 @@ def source_of(folder: Path) -> tuple[Path, Path] | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         base = None
     if not isinstance(base, str):
-        raise ValueError(f"{path} is damaged: it names no GGUF file; give the file, and {folder / ADAPTER} as --adapter.")
+        raise ValueError(f"{path} is damaged: it names no GGUF file; give the file, and {folder / GGUF_ADAPTER} as --adapter.")
     if not Path(base).is_file():
-        raise ValueError(f"{base}, the model of {folder}, is gone: give the GGUF file, and {folder / ADAPTER} as --adapter.")
-    return Path(base), folder / ADAPTER
+        raise ValueError(f"{base}, the model of {folder}, is gone: give the GGUF file, and {folder / GGUF_ADAPTER} as --adapter.")
+    return Path(base), folder / GGUF_ADAPTER
 
 
 def add_adapter(model: EngineModel, adapter: Path) -> None:

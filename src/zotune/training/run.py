@@ -230,13 +230,14 @@ class _Run:
         model, stream = trainer.model, offload.stream_of(trainer.model)
         sizes = {"to train on": len(data.train or [])}
         sizes |= {name: len(part) for name, part in (("held out", data.dev), ("to evaluate on", data.eval)) if part}
+        parameters, precision = self._weights(model)
         self.observer.begin(
             RunStart(
                 method=title,
                 model=record.base,
                 trainable=record.trainable(),
-                parameters=self._parameters(model),
-                dtype=self._precision(model),
+                parameters=parameters,
+                dtype=precision,
                 device=str(self.training.device),
                 data=self.config.name_of_data,
                 sizes=sizes,
@@ -244,19 +245,13 @@ class _Run:
             )
         )
 
-    def _parameters(self, model: nn.Module) -> int:
+    def _weights(self, model: nn.Module) -> tuple[int, str]:
+        """Number of a model's weights, and their precision."""
         if not is_computed(model):
-            return sum(p.numel() for p in model.parameters())
+            return sum(p.numel() for p in model.parameters()), dtype_of(model)
         from zotune.training import gguf_models
 
-        return gguf_models.elements(cast(Any, model))
-
-    def _precision(self, model: nn.Module) -> str:
-        if not is_computed(model):
-            return dtype_of(model)
-        from zotune.training import gguf_models
-
-        return f"{gguf_models.quantization(cast(Any, model))}, by llama.cpp"
+        return gguf_models.elements(cast(Any, model)), f"{gguf_models.quantization(cast(Any, model))}, by llama.cpp"
 
     def _evaluate(self, trainer: ZOTrainer, data: PreparedData, when: str) -> dict[str, float] | None:
         """Metrics on the evaluation data; None where there are none."""

@@ -22,6 +22,7 @@ from zotune.io.json_files import write_json
 from zotune.optim.distributed.launch import LAUNCH_FILE
 from zotune.training import run_file
 from zotune.training.checkpoint import storage
+from zotune.training.checkpoint.files import GGUF_ADAPTER, GGUF_SOURCE, MODELFILE
 from zotune.training.checkpoint.storage import other_format
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,9 @@ _NAMES_OF_A_MODEL = (
     "model.safetensors.index.json",
     "adapter_config.json",
     "adapter_model.safetensors",
-    "adapter.gguf",
-    "Modelfile",
-    "zotune_gguf.json",
+    GGUF_ADAPTER,
+    MODELFILE,
+    GGUF_SOURCE,
 )
 _CLEARED = "cleared"
 

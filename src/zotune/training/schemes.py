@@ -20,7 +20,7 @@ from zotune.io import patterns
 from zotune.training.adapters import WEIGHTS, check_fit, fresh_layers
 from zotune.training.arguments import option
 from zotune.training.bounds import check_adapter
-from zotune.weights.computed_linear import is_computed
+from zotune.weights.computed_linear import NO_SCHEME, is_computed
 from zotune.weights.external_linear import external_layers
 from zotune.weights.structure import classifier_of, module_mode, output_embeddings
 from zotune.weights.trainable_scales import quantize
@@ -116,9 +116,7 @@ def apply(model: nn.Module, scheme: Scheme | str = "full", *, seed: int = 0, fre
     elif options:
         raise ValueError("options go into the Scheme, or beside the name of one.")
     if is_computed(model) and scheme.scheme != "full":
-        raise ValueError(
-            f"an engine trains low-rank factors of its matrices, which become a LoRA adapter: leave --scheme {scheme.scheme} out."
-        )
+        raise ValueError(NO_SCHEME.format(scheme.scheme))
     if scheme.scheme in ADAPTERS:
         device = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         with torch.random.fork_rng(devices=device):

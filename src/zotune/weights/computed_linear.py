@@ -20,6 +20,12 @@ NO_DECAY = "weight decay shrinks the weights themselves, which an engine only re
 
 LOW_RANK_METHODS = "use one that trains low-rank factors (lozo-g, lozo-e, lozo, lozo-m, agzo, subzero)"
 
+ONE_POINT = "an engine evaluates one point at a time: leave forward_batching at 'auto'."
+
+WRITES = f"{{}} writes the weights themselves, and an engine only reads its file: {LOW_RANK_METHODS}."
+
+NO_SCHEME = "an engine trains low-rank factors of its matrices, which become a LoRA adapter: leave --scheme {} out."
+
 
 class ComputedLinear(QuantizedLinear):
     """y = x Wᵀ + (x R) Lᵀ + (x V) Aᵀ, all of it computed by an engine.

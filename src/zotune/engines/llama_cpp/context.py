@@ -254,7 +254,7 @@ class _Watching:
                 kept = watch.tokens[numbers]
                 numbers, inputs = numbers[kept], inputs[kept]
             if name and watch.done is not None and self.whole:
-                watch.done(name, numbers, inputs, x)
+                watch.done(name, [(numbers, inputs, x)])
             else:
                 watch.found.setdefault(name, []).append((numbers, inputs, x))
         if not name:

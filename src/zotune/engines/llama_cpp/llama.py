@@ -85,7 +85,6 @@ class LlamaCpp:
         self.vocab = self.lib.llama_model_get_vocab(self._model)
         self.vocabulary = int(self.lib.llama_vocab_n_tokens(self.vocab))
         self.width = int(self.lib.llama_model_n_embd(self._model))
-
         types = {file.tensors[matrix.tensor].type.name for matrix in file.matrices} | {file.tensors[file.head].type.name}
         self.exact = types == {"F32"} and self.options.cache_type == "f32" and not self.options.n_gpu_layers
         self.context = self.options.n_ctx or int(self.lib.llama_model_n_ctx_train(self._model))

@@ -41,15 +41,10 @@ def choose_eps(at: At, estimator: Estimator) -> float:
         NonFiniteLossError: losses on the ladder are not finite.
     """
     here = at(0.0, DIRECTION).double()
-    low, high = min(estimator.signs), max(estimator.signs)
 
     @functools.cache
     def coefficients(rung: int) -> Tensor:
-        eps, columns = LADDER[rung], []
-        for k in range(LADDER_DIRECTIONS):
-            plus, minus = (here if sign == 0 else at(sign * eps, DIRECTION + k).double() for sign in (high, low))
-            columns.append((plus - minus) / (eps * (high - low)))
-        return torch.cat(columns)
+        return _coefficients(at, estimator, LADDER[rung], here)
 
     @functools.cache
     def distance(rung: int) -> float:
@@ -71,22 +66,26 @@ def choose_eps(at: At, estimator: Estimator) -> float:
 
 
 @tagged("activations")
-def disagreement(at: At, estimator: Estimator, eps: float, directions: int = 2) -> float:
+def disagreement(at: At, estimator: Estimator, eps: float) -> float:
     """Relative distance of the coefficients at ε from those at 2ε: small where neither rounding nor curvature is in them.
 
     Args:
         at: losses at a point.
         estimator: computes the coefficients.
         eps: ε.
-        directions: to compare along.
     """
+    here = at(0.0, DIRECTION).double() if 0 in estimator.signs else None
+    return _distance(*(_coefficients(at, estimator, scale, here) for scale in (eps, 2 * eps)))
+
+
+def _coefficients(at: At, estimator: Estimator, eps: float, here: Tensor | None) -> Tensor:
+    """Coefficients of the examples along the ladder's directions; ``here``: losses at θ, for an estimator that has them."""
     low, high = min(estimator.signs), max(estimator.signs)
-
-    def coefficients(scale: float) -> Tensor:
-        pairs = [(at(high * scale, DIRECTION + k).double(), at(low * scale, DIRECTION + k).double()) for k in range(directions)]
-        return torch.cat([(plus - minus) / (scale * (high - low)) for plus, minus in pairs])
-
-    return _distance(coefficients(eps), coefficients(2 * eps))
+    columns = []
+    for k in range(LADDER_DIRECTIONS):
+        plus, minus = (here if sign == 0 and here is not None else at(sign * eps, DIRECTION + k).double() for sign in (high, low))
+        columns.append((plus - minus) / (eps * (high - low)))
+    return torch.cat(columns)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -21,6 +21,9 @@ MANIFEST = "zotune_manifest.json"
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
+#: Of a GGUF model: its adapter, the adapter's Modelfile, and which file the model is.
+GGUF_ADAPTER, MODELFILE, GGUF_SOURCE = "adapter.gguf", "Modelfile", "zotune_gguf.json"
+
 
 def other_format(path: str | os.PathLike[str], found: Any) -> str | None:
     """Why a folder of format ``found`` is refused, in one sentence with the fix; None for the present format."""

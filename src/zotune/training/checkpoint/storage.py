@@ -23,6 +23,7 @@ from zotune.training.checkpoint.files import (
 )
 from zotune.training.checkpoint.files import (
     FORMAT,
+    GGUF_ADAPTER,
     MANIFEST,
     RNG,
     SCHEDULER,
@@ -37,7 +38,7 @@ from zotune.training.checkpoint.files import (
     load_json as load_json,
 )
 
-_WEIGHTS = ("model.safetensors", WEIGHTS_INDEX, "adapter_model.safetensors", "adapter.gguf")
+_WEIGHTS = ("model.safetensors", WEIGHTS_INDEX, "adapter_model.safetensors", GGUF_ADAPTER)
 _RESUMED = (TRAINER_STATE, STATE, STATE_TENSORS, SCHEDULER, RNG)  # a run cannot resume without them
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DRAFT_SUFFIX = ".partial"
