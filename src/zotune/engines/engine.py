@@ -17,6 +17,9 @@ from torch import Tensor
 #: (left (m, r), right (n, r)) of the product left · rightᵀ that is added to a matrix (m, n), by its name.
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
+#: (logits (n, vocabulary) float32, numbers of the n completions, place of the new token) -> the next token of each, (n,).
+Choose = Callable[[np.ndarray, list[int], int], np.ndarray]
+
 #: (tokens (k,), their values x (k, n), what tells inputs apart).
 Piece = tuple[np.ndarray, np.ndarray, object]
 
@@ -30,17 +33,19 @@ class Row:
         positions: of each token in its text, (n,).
         segments: 0 for a token of the prompt; c > 0 for one of continuation c, which sees the prompt and itself, (n,).
         outputs: places among the tokens whose logits are wanted, ascending, without repetition.
+        samples: completions that share the text as their prompt.
     """
 
     ids: np.ndarray
     positions: np.ndarray
     segments: np.ndarray
     outputs: np.ndarray
+    samples: int = 1
 
     @property
     def sequences(self) -> int:
-        """Number of continuations, at least 1."""
-        return max(1, int(self.segments.max(initial=0)))
+        """Number of continuations or completions, at least 1."""
+        return max(self.samples, int(self.segments.max(initial=0)))
 
 
 @dataclass
@@ -97,8 +102,23 @@ class Engine(Protocol):
         """Logits at the outputs of all rows, in their order, (Σ outputs, vocabulary) float32."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int]) -> list[list[int]]:
-        """Greedy continuations, each up to and with its first stop token."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[int],
+        choose: Choose | None = None,
+        num_samples: int = 1,
+    ) -> list[list[int]]:
+        """Completions, each up to and with its first stop token; number p · num_samples + s is sample s of prompt p.
+
+        Args:
+            prompts: token ids.
+            max_new_tokens: most tokens of a completion.
+            stops: tokens that end one.
+            choose: picks the next token of each completion that goes on; None: the likeliest.
+            num_samples: completions of each prompt.
+        """
         ...
 
     def head_rows(self, ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zotune.engines.engine import Engine, Piece, Row, Watch
+from zotune.engines.engine import Choose, Engine, Piece, Row, Watch
 from zotune.objectives import output_gradients
 from zotune.objectives.output_gradients import OutputGradientRecorder
 from zotune.weights.computed_linear import ComputedLinear
@@ -145,15 +145,26 @@ class EngineModel(nn.Module):
 
     # -- generation -------------------------------------------------------------------------------------------------------------------
 
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[int],
+        choose: Choose | None = None,
+        num_samples: int = 1,
+    ) -> list[list[int]]:
+        """Completions at the current point, as :meth:`zotune.engines.engine.Engine.generate` gives them."""
+        self._set_factors()
+        return self.engine.generate(prompts, max_new_tokens, stops, choose, num_samples)
+
     def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
         """Greedy continuations of prompts (B, P) padded on the left, behind them, (B, P + new tokens), as transformers returns them."""
         if generation_config.do_sample or (generation_config.num_beams or 1) > 1:
             raise ValueError("an engine generates greedily: set do_sample=False and num_beams=1.")
-        self._set_factors()
         prompts = [ids[mask > 0].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
         stops = generation_config.eos_token_id or []
         stops = [stops] if isinstance(stops, int) else list(stops)
-        found = self.engine.generate(prompts, generation_config.max_new_tokens, stops)
+        found = self.complete(prompts, generation_config.max_new_tokens, stops)
         length = max(map(len, found), default=0)
         pad = generation_config.pad_token_id or 0
         written = torch.tensor([answer + [pad] * (length - len(answer)) for answer in found], dtype=torch.long).view(len(found), length)

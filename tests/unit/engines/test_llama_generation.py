@@ -1,7 +1,10 @@
-"""Greedy generation in llama.cpp gives transformers' tokens."""
+"""Generation in llama.cpp gives transformers' tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -56,6 +59,42 @@ def test_generation_is_at_the_trained_weights(llama: Pair, model: EngineModel) -
     found, expected = both(Pair(copy, llama.path), model, batch)
     assert torch.equal(found, expected)
     assert not torch.equal(found, both(llama, model, batch)[1])
+
+
+def noisy(logits: np.ndarray, rows: list[int], place: int) -> np.ndarray:
+    """Samples with noise that depends on the completion and the place alone."""
+    noise = [np.random.default_rng([row, place]).gumbel(size=logits.shape[1]) for row in rows]
+    return (logits + np.stack(noise)).argmax(axis=1)
+
+
+def one_by_one(llama: Pair, prompts: list[list[int]], samples: int, stops: list[int]) -> list[list[int]]:
+    """The same samples, each prompt by itself and without a cache, by torch."""
+    found = []
+    for number, prompt in enumerate(prompt for prompt in prompts for _ in range(samples)):
+        answer: list[int] = []
+        while len(answer) < 8 and not set(answer[-1:]) & set(stops):
+            logits = llama.torch(torch.tensor([[*prompt, *answer]])).logits[:, -1]
+            answer.append(int(noisy(logits.numpy(), [number], len(answer))[0]))
+        found.append(answer)
+    return found
+
+
+@pytest.mark.parametrize("n_ubatch", [1024, 32])
+@torch.no_grad()
+def test_samples_of_a_prompt_are_those_of_torch(llama: Pair, opened: Callable[..., EngineModel], n_ubatch: int) -> None:
+    prompts = [[3, 5, 8], list(range(1, 41)), [9], [7, 7, 2, 4]]
+    stops = list(range(0, 90, 15))
+    expected = one_by_one(llama, prompts, 3, stops)
+    assert opened(llama, n_ubatch=n_ubatch).complete(prompts, 8, stops, noisy, num_samples=3) == expected
+    assert len({len(answer) for answer in expected}) > 2 and len(set(map(tuple, expected))) == 12
+
+
+def test_more_samples_than_sequences_are_all_there(model: EngineModel) -> None:
+    def number(logits: np.ndarray, rows: list[int], place: int) -> np.ndarray:
+        return np.array(rows) // (1 if place else 90) % 90
+
+    found = model.complete([[1, 2], [3]], 2, [], number, num_samples=300)
+    assert found == [[row // 90, row % 90] for row in range(600)]
 
 
 def test_a_prompt_without_room_is_one_sentence(llama: Pair, model: EngineModel) -> None:

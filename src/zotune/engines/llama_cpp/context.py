@@ -104,8 +104,8 @@ class Context:
         return found
 
     def begin(self, rows: Sequence[Row], room: int) -> np.ndarray:
-        """Evaluate one group of texts with room for ``room`` further tokens of each, to be continued; logits at their outputs."""
-        self._run(Group(list(rows), 0), sum(len(row.outputs) for row in rows), None, room * len(rows))
+        """Evaluate one group of texts with room for ``room`` further tokens of each sequence, to be continued; logits at their outputs."""
+        self._run(Group(list(rows), 0), sum(len(row.outputs) for row in rows), None, room * sum(row.sequences for row in rows))
         return self._logits(sum(len(row.outputs) for row in rows))
 
     def extend(self, ids: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> np.ndarray:

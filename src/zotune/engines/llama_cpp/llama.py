@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.engines.engine import Factors, Row, Watch
+from zotune.engines.engine import Choose, Factors, Row, Watch
 from zotune.engines.gguf.file import GGUFFile, Matrix
 from zotune.engines.llama_cpp.adapters import Adapter, padded
 from zotune.engines.llama_cpp.context import MAX_SEQUENCES, Context
+from zotune.engines.llama_cpp.generation import completions, likeliest
 from zotune.engines.llama_cpp.library import forget, last_words, load, raising
 
 #: Elements of the head's weight that are dequantized at a time.
@@ -129,10 +130,15 @@ class LlamaCpp:
     def decode(self, rows: Sequence[Row], watch: Watch | None = None) -> np.ndarray:
         return self._context.decode(rows, watch)
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int]) -> list[list[int]]:
-        from zotune.engines.llama_cpp.generation import greedy
-
-        return greedy(self._context, prompts, max_new_tokens, stops)
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[int],
+        choose: Choose | None = None,
+        num_samples: int = 1,
+    ) -> list[list[int]]:
+        return completions(self._context, prompts, max_new_tokens, stops, choose or likeliest, num_samples)
 
     # -- the head ---------------------------------------------------------------------------------------------------------------------
 
