@@ -74,6 +74,19 @@ class ZOConfig(TrainingArguments):
     method_args: dict | str | None = option(None, "Further options of the method's recipe, as JSON.")
     max_nonfinite_steps: int = option(10, "Consecutive steps with a non-finite loss after which training stops.")
 
+    max_completion_length: int = option(256, "Rewards: most tokens of a completion; by default those of the task's answers, else 256.")
+    num_generations: int = option(1, "Rewards: completions per prompt and evaluation; more than one needs a temperature.")
+    temperature: float = option(0.0, "Rewards: temperature of the completions; 0: greedy.")
+    top_p: float = option(1.0, "Rewards: sample among the likeliest tokens that have this probability together.")
+    top_k: int = option(0, "Rewards: sample among so many of the likeliest tokens; 0: among all.")
+    reward_weights: list[float] | None = option(None, "Rewards: weight of each reward function; 1 each by default.")
+    max_failed_rewards: int = option(100, "Rewards: failed rewards (an exception, NaN) of a run after which training stops.")
+    kv_cache_memory: str | None = option(
+        None, "Rewards: memory (2GiB) of keys and values, by which the rows of a step are cut into parts; by default a share of the free."
+    )
+    log_completions: bool = option(True, "Rewards: log a few completions at each evaluation: console, completions.jsonl, report_to.")
+    num_completions_to_print: int = option(4, "Rewards: how many completions an evaluation logs.")
+
     parallelism: str = option(
         "auto",
         "What several processes (torchrun, accelerate launch) divide among them: data (the examples of a step), directions, both, or "

@@ -20,6 +20,7 @@ from zotune.baselines import Baseline, catalog
 from zotune.io.suggest import did_you_mean
 from zotune.optim.distributed import MODES, Workers
 from zotune.optim.evaluator import FORWARD_BATCHING
+from zotune.training import reward_options
 
 #: The learning rate is not given: calibrated where the method supports it, else the method's own.
 NOT_GIVEN = "auto where known"
@@ -95,6 +96,7 @@ _NO_SCHEDULE_OPTIONS = ("constant", "constant_with_warmup")
 _LOWEST = {
     "rank": 1, "interval": 1, "max_nonfinite_steps": 1, "check_workers_steps": 0, "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
+    "max_completion_length": 1, "num_generations": 1, "temperature": 0, "top_k": 0, "max_failed_rewards": 0, "num_completions_to_print": 1,
 }  # fmt: skip
 _NOTHING: tuple[Any, ...] = (None, False, "", 0, 0.0, {}, [])
 
@@ -115,6 +117,7 @@ def check(config: Any) -> None:
     _check_evaluations(config)
     _check_loading(config)
     _check_schedule(config)
+    reward_options.check(config)
 
 
 def untouched(name: str) -> Any:

@@ -37,6 +37,7 @@ OPTIONS: Mapping[Rule, str] = {
         seed data_seed train_sampling_strategy length_column_name dataloader_drop_last ignore_data_skip average_tokens_across_devices
         attn_implementation quantize n_ctx n_ubatch cache_type tokenizer_name
         task template options objective num_train num_dev k_shot num_demonstrations max_length truncate tools chat_template_kwargs
+        reward_weights max_completion_length num_generations temperature top_p top_k
         scheme lora_r lora_alpha lora_dropout lora_target_modules num_virtual_tokens trainable
         bf16 fp16 tf32 use_liger_kernel liger_kernel_config
         """,
@@ -52,7 +53,7 @@ OPTIONS: Mapping[Rule, str] = {
         logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node include_num_input_tokens_seen
         log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
-        n_threads n_gpu_layers
+        n_threads n_gpu_layers max_failed_rewards kv_cache_memory log_completions num_completions_to_print
         use_cpu offload max_memory offload_blocks offload_dir trust_remote_code
         accelerator_config parallelism_config fsdp fsdp_config deepspeed
         activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs use_cache
