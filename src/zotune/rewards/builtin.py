@@ -1,66 +1,91 @@
-"""Built-in reward functions."""
+"""Built-in reward functions by name, and those that look at the completion alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from zotune.io.text import shown
+from zotune.rewards.answers import bleu, exact_match, math_verify, text_of, token_f1
 from zotune.rewards.calls import RewardFunction, RewardRequestError
-from zotune.tasks import metrics
-
-#: Columns that hold the right answer, in the order in which they are looked for.
-ANSWER_COLUMNS = ("reference", "answer", "solution", "label")
 
 
-def text_of(completion: Any) -> str:
-    """The text of a completion: itself, or the contents of its messages."""
-    return completion if isinstance(completion, str) else "".join(str(message.get("content") or "") for message in completion)
-
-
-class AgainstAnswers:
-    """reward = score(text, right answers), from a column that holds a text, a number or a list of them a row.
+class OfText:
+    """reward = score(text).
 
     Args:
         name: of the function, for messages.
-        score: of a text and its right answers; None for a row that it does not judge.
-        column: the first of ``ANSWER_COLUMNS`` that the data have by default.
+        score: of a text.
     """
 
-    def __init__(self, name: str, score: Callable[[str, list[str]], float | None], column: str = "") -> None:
-        self.__name__, self.score, self.column = name, score, column
+    def __init__(self, name: str, score: Callable[[str], float]) -> None:
+        self.__name__, self.score = name, score
 
-    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
-        """Rewards; None for a row without an answer."""
-        wanted = (self.column,) if self.column else ANSWER_COLUMNS
-        column = next((name for name in wanted if name in columns), None)
-        if column is None:
-            raise RewardRequestError(
-                f"the reward {self.__name__!r} compares with a column named {' or '.join(map(repr, wanted))}, and the data have none: "
-                f"rename yours, or name it as in '{self.__name__}:my_column'."
-            )
-        return [self._one(text_of(each), answer) for each, answer in zip(completions, columns[column], strict=True)]
-
-    def _one(self, text: str, answer: Any) -> float | None:
-        answers = [answer] if isinstance(answer, str | int | float) else answer
-        if answers is None or len(answers) == 0:
-            return None
-        if not all(isinstance(each, str | int | float) for each in answers):
-            raise ValueError(f"the right answer {shown(answer)} is neither a text nor a number nor a list of them")
-        return self.score(text, [str(each) for each in answers])
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
+        """Rewards."""
+        return [float(self.score(text_of(each))) for each in completions]
 
 
-def exact_match(option: str) -> RewardFunction:
-    """1 where the normalized text is a right answer's, else 0; the option names the column (1606.05250)."""
-    return AgainstAnswers("exact_match", metrics.exact_match, option)
+def contains(text: str) -> RewardFunction:
+    """1 where the completion contains a text, case included, else 0."""
+    if not text:
+        raise ValueError("the reward 'contains' needs a text, as in 'contains:TEXT'.")
+    return OfText("contains", lambda completion: text in completion)
 
 
-def token_f1(option: str) -> RewardFunction:
-    """F1 of the bags of normalized words of text and right answer; the option names the column (1606.05250)."""
-    return AgainstAnswers("token_f1", metrics.token_f1, option)
+def regex(pattern: str) -> RewardFunction:
+    """1 where a regular expression of Python is found in the completion, else 0.
+
+    Raises:
+        ValueError: the pattern is empty or wrong.
+    """
+    if not pattern:
+        raise ValueError("the reward 'regex' needs a pattern, as in 'regex:[0-9]+'.")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"the reward 'regex' needs a regular expression, and {pattern!r} is none: {error}.") from None
+    return OfText("regex", lambda completion: compiled.search(completion) is not None)
 
 
-_FACTORIES: dict[str, Callable[[str], RewardFunction]] = {"exact_match": exact_match, "token_f1": token_f1}
+def characters(wanted: int | str) -> RewardFunction:
+    """min(n, N) / max(n, N) for a completion of n characters: 1 at N, and nowhere flat."""
+    number = _length("characters", wanted)
+    return OfText("characters", lambda completion: _closeness(len(completion), number))
+
+
+def length(wanted: int | str) -> RewardFunction:
+    """min(n, N) / max(n, N) for a completion of n tokens: 1 at N, and nowhere flat."""
+    number = _length("length", wanted)
+
+    def length(completions: list[Any], completion_ids: Sequence[Sequence[int]] | None = None, **columns: Any) -> list[float]:
+        if completion_ids is None:
+            raise RewardRequestError("the reward 'length' counts tokens, and there are none here: use 'characters:N'.")
+        return [_closeness(len(each), number) for each in completion_ids]
+
+    return length
+
+
+def _length(name: str, wanted: int | str) -> int:
+    if not str(wanted).strip().isdecimal() or int(wanted) < 1:
+        raise ValueError(f"the reward {name!r} needs a length of at least 1, as in '{name}:20', and not {str(wanted)!r}.")
+    return int(wanted)
+
+
+def _closeness(found: int, wanted: int) -> float:
+    return min(found, wanted) / max(found, wanted)
+
+
+_FACTORIES: dict[str, Callable[[str], RewardFunction]] = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "bleu": bleu,
+    "math_verify": math_verify,
+    "contains": contains,
+    "regex": regex,
+    "length": length,
+    "characters": characters,
+}
 #: Names of the built-in functions.
 NAMES = tuple(_FACTORIES)
 
@@ -69,7 +94,7 @@ def builtin(name: str) -> RewardFunction | None:
     """The built-in function of a name and its option behind a colon, or None.
 
     Raises:
-        ValueError: the option is missing or wrong.
+        ValueError: the option is missing or wrong, or a package is missing.
     """
     kind, _, option = name.partition(":")
     return _FACTORIES[kind](option) if kind in _FACTORIES else None

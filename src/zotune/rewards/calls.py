@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from zotune.io.text import shortened, shown
 
@@ -38,10 +37,11 @@ class Failure:
 
     Args:
         function: name of the reward function, or of all where none judged the row.
-        row: number of the row.
+        row: its place in the batch.
         reason: what happened, as in "raised ValueError: ...".
         kind: the part of the reason that failures share, as in "raised ValueError".
         prompt, completion: their beginnings.
+        number: of the row in its data set, where it is known.
     """
 
     function: str
@@ -50,9 +50,11 @@ class Failure:
     kind: str
     prompt: str
     completion: str
+    number: int | None = None
 
     def __str__(self) -> str:
-        return f"reward function {self.function!r} {self.reason} for row {self.row} (prompt {self.prompt}, completion {self.completion})"
+        where = f"row {self.row} of the batch" if self.number is None else f"row {self.number} of the data"
+        return f"reward function {self.function!r} {self.reason} for {where} (prompt {self.prompt}, completion {self.completion})"
 
 
 #: Most characters of a prompt, a completion and a reason in a message.
@@ -132,8 +134,7 @@ class RewardCall:
         result: Any = self.function(**{name: list(value) for name, value in arguments.items()})  # type: ignore[arg-type]
         if inspect.isawaitable(result):
             result = _awaited(result)
-        is_array = isinstance(result, np.ndarray | torch.Tensor) and result.ndim == 1
-        if not (is_array or isinstance(result, list | tuple)):
+        if not isinstance(result, list | tuple) and len(getattr(result, "shape", ())) != 1:
             raise RewardRequestError(
                 f"reward function {self.name!r} returned {_described(result)}; it must return a list of {rows} numbers."
             )
@@ -194,11 +195,10 @@ def _awaited(result: Any) -> Any:
 
 def _number(value: Any) -> tuple[float, tuple[str, str] | None]:
     """(the number, None), or (NaN, (reason, kind))."""
-    plain = value
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and math.prod(value.shape) == 1):
-        plain = value.item()
+    shape = getattr(value, "shape", None)
+    plain = value.item() if shape is not None and math.prod(shape) == 1 else value
     kind = f"returned {_described(value)}"
-    if not hasattr(type(plain), "__float__") or isinstance(plain, np.ndarray | torch.Tensor):
+    if not hasattr(type(plain), "__float__") or hasattr(plain, "shape"):
         return math.nan, (f"returned {shown(value, _BEGINNING)}, which is not a number,", kind)
     try:
         number = float(plain)

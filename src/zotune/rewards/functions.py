@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,7 @@ class Rewards:
         completions: Sequence[Any],
         columns: Mapping[str, Sequence[Any]] | None = None,
         completion_ids: Sequence[Sequence[int]] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Scores:
         """Rewards of N completions, each function called once for all.
 
@@ -83,6 +84,7 @@ class Rewards:
             completions: N texts; beside messages also ``[{"role": "assistant", "content": text}]``, which a text becomes.
             columns: further columns of the data, N values each.
             completion_ids: N lists of token ids.
+            numbers: of the N rows in their data set, for messages.
 
         Raises:
             ValueError: a function returns no list of N values, asks for a missing column, or too many rows failed.
@@ -100,7 +102,10 @@ class Rewards:
                 raise ValueError(f"there are {rows} prompts and {len(values)} values of {name!r}; a row needs one each.")
         if not rows:
             return Scores(np.zeros(0), {name: np.zeros(0) for name in self.names}, [])
-        return self._total(rows, arguments)
+        scores = self._total(rows, arguments)
+        failures = scores.failures if numbers is None else [replace(each, number=int(numbers[each.row])) for each in scores.failures]
+        self.limit.record(rows, failures)
+        return replace(scores, failures=failures)
 
     def _total(self, rows: int, arguments: Mapping[str, Sequence[Any]]) -> Scores:
         by_function: dict[str, np.ndarray] = {}
@@ -116,7 +121,6 @@ class Rewards:
                 who, prompt, completion = ", ".join(self.names), arguments["prompts"][row], arguments["completions"][row]
                 failures.append(failure(who, int(row), "returned None", "returned None", prompt, completion))
         total[[each.row for each in failures]] = np.nan
-        self.limit.record(rows, failures)
         return Scores(total, by_function, failures)
 
 

@@ -19,8 +19,10 @@ def load(name: str) -> RewardFunction:
     """The reward function of a name.
 
     Args:
-        name: a built-in function's, with its option behind a colon (``regex:[0-9]+``), or ``module:function`` of a module on
-            ``sys.path`` or in the current directory, or ``path/file.py:function``. Built-in names come first.
+        name: ``module:function`` of a module on ``sys.path`` or in the current directory, ``path/file.py:function``, or a built-in
+            function, which comes first: ``exact_match``, ``token_f1``, ``bleu`` or ``math_verify`` (``:COLUMN`` of the right answer, by
+            default "reference", "answer", "solution" or "label"), ``contains:TEXT``, ``regex:PATTERN``, ``length:TOKENS``,
+            ``characters:NUMBER``.
 
     Raises:
         ValueError: there is no such function, module, file or attribute, or it is not callable.
