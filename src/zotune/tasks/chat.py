@@ -77,11 +77,25 @@ def chat_of(row: Mapping[str, Any], options: ChatOptions | None = None) -> Chat:
         raise ValueError("no message has the role 'assistant', so there is nothing to learn from.")
     if not any(trained or any(whether for *_, whether in details) for trained, details in marks):
         raise ValueError("every message of the assistant has the weight 0, so there is nothing to learn from: leave the row out.")
-    tools = _tools(row["tools"]) if row.get("tools") is not None else options.tools
-    own = row.get("chat_template_kwargs")
-    variables = {**options.variables, **({} if own is None else variables_of(own))}
     bare = [{key: value for key, value in message.items() if key not in MARKS} for message in messages[: last + 1]]
-    return Chat(bare, [trained for trained, _ in marks[: last + 1]], [each for _, each in marks[: last + 1]], tools, variables)
+    return Chat(bare, [trained for trained, _ in marks[: last + 1]], [each for _, each in marks[: last + 1]], *_given(row, options))
+
+
+def prompt_chat_of(messages: Any, row: Mapping[str, Any], options: ChatOptions | None = None, *, answered: bool = False) -> Chat:
+    """The chat of a prompt's messages, which ends before the assistant's answer; ValueError where it is malformed.
+
+    Args:
+        messages: a list of messages.
+        row: with tools and template variables of its own, if any.
+        options: for rows without.
+        answered: the answer is there.
+    """
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError('column \'prompt\' must hold a text, or a list of {"role": ..., "content": ...}.')
+    if messages[-1]["role"] == "assistant" and not answered:
+        raise ValueError("the last message of the prompt is the assistant's, whose answer is to be generated: end it with the user's.")
+    bare = [{key: value for key, value in message.items() if key not in MARKS and value is not None} for message in messages]
+    return Chat(bare, [False] * len(bare), [[] for _ in bare], *_given(row, options or ChatOptions()))
 
 
 def variables_of(value: Any) -> dict[str, Any]:
@@ -127,6 +141,13 @@ def with_parsed_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]
         {**message, "tool_calls": [call(each) for each in message["tool_calls"]]} if message.get("tool_calls") else message
         for message in messages
     ]
+
+
+def _given(row: Mapping[str, Any], options: ChatOptions) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    """Tools and template variables: a row's own, else those of the options."""
+    tools = _tools(row["tools"]) if row.get("tools") is not None else options.tools
+    own = row.get("chat_template_kwargs")
+    return tools, {**options.variables, **({} if own is None else variables_of(own))}
 
 
 def _is_message(message: Any) -> bool:

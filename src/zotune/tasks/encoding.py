@@ -64,11 +64,11 @@ class Encoder:
             option_ids = [self._continuation(prompt, text) for text in texts]
             if len(set(map(tuple, option_ids))) < len(option_ids):
                 raise ValueError(f"two of the options {list(texts)} are the same tokens; choose others.")
-            prompt_ids = self._fit_prompt(prompt_ids, max(map(len, option_ids)), "its longest option")
+            prompt_ids = self.fit_prompt(prompt_ids, max(map(len, option_ids)), "its longest option")
             example = {"prompt_ids": prompt_ids, "option_ids": option_ids, "answer": right[0]}
             return {**example, "right": list(right)} if task.candidates else example
 
-        return self._map(rows, encode, self._prompts([prompt for prompt, *_ in rendered]), rendered)
+        return self.map_rows(rows, encode, self.prompts([prompt for prompt, *_ in rendered]), rendered)
 
     def answers(self, rows: Rows, task: Task, max_new_tokens: int = 0) -> list[dict[str, Any]]:
         """Examples ``{"prompt_ids", "completion_ids"}`` of a generation task; the completion is the first right answer.
@@ -86,9 +86,9 @@ class Encoder:
             prompt, texts = parts
             completion_ids = self._continuation(prompt, texts[0])
             following, what = max((len(completion_ids), "its answer"), (max_new_tokens, "an answer may have"))
-            return {"prompt_ids": self._fit_prompt(prompt_ids, following, what), "completion_ids": completion_ids}
+            return {"prompt_ids": self.fit_prompt(prompt_ids, following, what), "completion_ids": completion_ids}
 
-        return self._map(rows, encode, self._prompts([prompt for prompt, _ in rendered]), rendered)
+        return self.map_rows(rows, encode, self.prompts([prompt for prompt, _ in rendered]), rendered)
 
     def answer_ends(self) -> list[int]:
         """Ids of the tokens that end an answer: the line break after a word, and the end of text."""
@@ -120,7 +120,7 @@ class Encoder:
             return example
 
         try:
-            return self._map(rows, checked)
+            return self.map_rows(rows, checked)
         finally:
             if chats is not None:
                 chats.close()
@@ -144,9 +144,9 @@ class Encoder:
             kept = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
             return {**kept, "label": task.answer(row)}
 
-        return self._map(rows, encode)
+        return self.map_rows(rows, encode)
 
-    def _map(self, rows: Rows, function: Callable[..., dict[str, Any]], *values: Iterable[Any]) -> list[dict[str, Any]]:
+    def map_rows(self, rows: Rows, function: Callable[..., dict[str, Any]], *values: Iterable[Any]) -> list[dict[str, Any]]:
         """:meth:`Rows.map`, and a line of the log on what befell how many rows."""
         counts: Counter[str] = Counter()
 
@@ -180,7 +180,7 @@ class Encoder:
         self._keep([text])
         return list(self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
-    def _prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+    def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids with the special tokens before a text and without those after it."""
         if not prompts:
             return []
@@ -213,7 +213,7 @@ class Encoder:
             return list(ids)
         return list(self._options[key])
 
-    def _fit_prompt(self, prompt: list[int], following: int, what: str) -> list[int]:
+    def fit_prompt(self, prompt: list[int], following: int, what: str) -> list[int]:
         """The prompt, its beginning cut where it is too long; special tokens at its start are kept."""
         # The last token is predicted, not an input.
         excess = 0 if self.limit is None else len(prompt) + following - 1 - self.limit
@@ -237,12 +237,12 @@ class Encoder:
 
     def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:
         prompt, completion = _string(row, "prompt"), _string(row, "completion")
-        prompt_ids = self._prompts([prompt])[0]
+        prompt_ids = self.prompts([prompt])[0]
         completion_ids = self._continuation(prompt, completion) if completion else []
         if completion_ids:
             completion_ids += self._end()
         return {
-            "prompt_ids": self._fit_prompt(prompt_ids, len(completion_ids), "its completion"),
+            "prompt_ids": self.fit_prompt(prompt_ids, len(completion_ids), "its completion"),
             "completion_ids": completion_ids,
         }
 

@@ -15,12 +15,13 @@ from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, Generati
 from zotune.tasks.columns import format_of
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
+from zotune.tasks.prompts import RewardCollator, encode_prompts, is_chat, stop_tokens
 from zotune.tasks.sources import Rows, clean, demonstrated, load_rows, read_jsonl, sample, split_train
 from zotune.tasks.task import Task
 from zotune.tasks.vocabulary import check_vocabulary
 from zotune.weights.structure import text_config
 
-OBJECTIVES = ("lm", "choices", "classifier")
+OBJECTIVES = ("lm", "choices", "accuracy", "classifier", "reward")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class PreparedData:
         num_labels, label_names: of the labels; None and () where there are none.
         chats: whether the training data (else those to evaluate on) are messages.
         texts: the first texts that were encoded, of a few rows; none of chats.
+        stops: of prompts whose completions are rewarded, the tokens that end a completion.
     """
 
     train: list[dict[str, Any]] | None
@@ -53,6 +55,7 @@ class PreparedData:
     label_names: tuple[str, ...] = ()
     chats: bool = False
     texts: tuple[str, ...] = ()
+    stops: tuple[int, ...] = ()
 
 
 def prepare(
@@ -77,6 +80,8 @@ def prepare(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     pad_to_multiple_of: int | None = None,
+    max_completion_length: int = 0,
+    end_of_text: int | Sequence[int] | None = None,
     parts: Collection[str] = ("train", "eval"),
 ) -> PreparedData:
     """Loads, checks, subsets and encodes the data of a run.
@@ -89,7 +94,8 @@ def prepare(
         train_file, eval_file: JSON Lines with the task's columns, or without a task with prompt and completion, text, or messages.
         template, options: see :func:`zotune.tasks.load`.
         objective: training loss: ``"lm"`` (over the right option's tokens; the default), ``"choices"``
-            (cross-entropy over the options' scores) or ``"classifier"`` (the default for encoder models).
+            (cross-entropy over the options' scores), ``"accuracy"`` (whether the best score is the right option's), ``"classifier"``
+            (the default for encoder models) or ``"reward"`` (prompts, whose completions are rewarded).
         num_train, num_eval: most rows, drawn by `seed`.
         num_dev: training rows held out.
         k_shot: training rows per class.
@@ -100,6 +106,8 @@ def prepare(
         chat_template_kwargs: variables of the chat template; those of a row come first.
         seed: seed of the subsets.
         pad_to_multiple_of: round batch lengths up to a multiple of this.
+        max_completion_length: of a reward: tokens that must fit behind a prompt.
+        end_of_text: of a reward: tokens with which the model ends a text, beside the tokenizer's.
         parts: which of ``"train"`` (with dev) and ``"eval"`` to load.
 
     Raises:
@@ -129,6 +137,8 @@ def prepare(
     def encode(rows: Rows | None, task: Task | None = task, evaluated: bool = False) -> list[dict[str, Any]] | None:
         if rows is None:
             return None
+        if train_objective == "reward":
+            return encode_prompts(encoder, rows, task, max_completion_length=max_completion_length)
         if task is None:
             return encoder.completions(rows)
         if task.generation and train_objective == "lm":
@@ -168,7 +178,10 @@ def prepare(
         train_rows = dev_rows = None
     if eval_rows is not None:
         eval_rows = sample(eval_rows, num_eval, seed=seed)
-    compute_metrics: ComputeMetrics | ComputeAnswerMetrics | None = None if task is None else ComputeMetrics(task.metrics)
+    rewarded = train_objective == "reward"
+    compute_metrics: ComputeMetrics | ComputeAnswerMetrics | None = None
+    if task is not None and not rewarded:
+        compute_metrics = ComputeMetrics(task.metrics)
     if task is not None and eval_objective == "generation":
         compute_metrics = ComputeAnswerMetrics(partial(tokenizer.decode, skip_special_tokens=True), references, task.metrics)
     shown = train_rows if train_rows is not None else eval_rows
@@ -184,12 +197,13 @@ def prepare(
         train_objective=train_objective,
         eval_objective=eval_objective,
         compute_metrics=compute_metrics,
-        main_metric="loss" if task is None else task.metrics[0],
+        main_metric="reward" if rewarded else "loss" if task is None else task.metrics[0],
         task=task,
         num_labels=None if task is None or not task.labels else len(task.labels),
         label_names=() if task is None else task.label_names,
-        chats=task is None and shown is not None and format_of(shown)[0] == "messages",
+        chats=is_chat(train or evaluated or ()) if rewarded else task is None and shown is not None and format_of(shown)[0] == "messages",
         texts=tuple(encoder.texts),
+        stops=stop_tokens(encoder, train or evaluated or (), task, end_of_text) if rewarded else (),
     )
 
 
@@ -215,12 +229,12 @@ def _align_padding(model_config: Any, padding: int) -> None:
 
 
 def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapping[str, Any]) -> Any:
-    if objective == "choices":
+    if objective in ("choices", "accuracy"):
         return ChoicesCollator(**padding, length_normalize=task is not None and task.length_normalize)
     if objective == "generation":
         assert task is not None and task.max_new_tokens is not None
         return GenerationCollator(**padding, max_new_tokens=task.max_new_tokens, stop_ids=tuple(encoder.answer_ends()))
-    return {"lm": LanguageModelCollator, "classifier": ClassifierCollator}[objective](**padding)
+    return {"lm": LanguageModelCollator, "classifier": ClassifierCollator, "reward": RewardCollator}[objective](**padding)
 
 
 def is_encoder(model_config: Any) -> bool:
@@ -243,20 +257,22 @@ def _objectives(objective: str | None, task: Task | None, model_config: Any) -> 
     if getattr(model_config, "is_encoder_decoder", False):
         raise ValueError(f"{model_config.model_type} is an encoder-decoder model: use a causal language model or an encoder.")
     if is_encoder(model_config):
-        if objective in ("lm", "choices"):
+        if objective in ("lm", "choices", "accuracy", "reward"):
             raise ValueError(
                 f"objective {objective!r} needs a causal language model, and this is a sequence classifier "
                 f"({model_config.model_type}): leave the objective out."
             )
         objective = "classifier"
+    if objective == "reward":
+        return "reward", "reward"
     if task is None:
-        if objective in ("choices", "classifier"):
+        if objective in ("choices", "accuracy", "classifier"):
             raise ValueError(f"objective {objective!r} needs a task with labels: pass --task (a name or your own YAML file).")
         return "lm", "lm"
     if objective == "classifier":
         return "classifier", "classifier"
     if task.generation:
-        if objective == "choices":
+        if objective in ("choices", "accuracy"):
             raise ValueError(f"task {task.name!r} has no options to score, its answers are generated: leave the objective out.")
         return "lm", "generation"
     return objective or "lm", "choices"
