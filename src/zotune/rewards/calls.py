@@ -10,21 +10,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from zotune.io.text import shortened, shown
 
-
-class RewardFunction(Protocol):
-    """TRL's contract: called by keyword, returns one number a row, None for a row that it does not judge.
-
-    Source: https://huggingface.co/docs/trl/grpo_trainer#using-a-custom-reward-function
-    """
-
-    def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        """Rewards of N completions; a column holds N values."""
+#: TRL's contract: ``f(prompts=, completions=, completion_ids=, **columns) -> list[float | None]``, called by keyword with N entries each,
+#: of which a function without ``**`` names those it takes; it returns N numbers, None for a row that it does not judge. It may be
+#: asynchronous. Source: https://huggingface.co/docs/trl/grpo_trainer#using-a-custom-reward-function
+RewardFunction = Callable[..., Any]
 
 
 class RewardRequestError(ValueError):
@@ -131,7 +126,7 @@ class RewardCall:
 
     def _values(self, arguments: Mapping[str, Sequence[Any]], rows: int) -> list[Any]:
         # A new list for each call: what a function does to it reaches no other function.
-        result: Any = self.function(**{name: list(value) for name, value in arguments.items()})  # type: ignore[arg-type]
+        result: Any = self.function(**{name: list(value) for name, value in arguments.items()})
         if inspect.isawaitable(result):
             result = _awaited(result)
         if not isinstance(result, list | tuple) and len(getattr(result, "shape", ())) != 1:

@@ -50,7 +50,7 @@ class Rewards:
         weights: Sequence[float] | None = None,
         max_failed: int = 100,
     ) -> None:
-        listed = list(functions) if isinstance(functions, list | tuple) else [functions]
+        listed: list[Any] = list(functions) if isinstance(functions, list | tuple) else [functions]
         if not listed:
             raise ValueError("give at least one reward function.")
         taken: Counter[str] = Counter()
@@ -114,12 +114,14 @@ class Rewards:
             by_function[call.name], failed = call(rows, arguments)
             failures += failed
         values = np.stack(list(by_function.values()))
-        total = np.nansum(values * self.weights[:, None], axis=0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.nansum(values * self.weights[:, None], axis=0)
         broken = {each.row for each in failures}
-        for row in np.flatnonzero(np.isnan(values).all(axis=0)):
-            if int(row) not in broken:
-                who, prompt, completion = ", ".join(self.names), arguments["prompts"][row], arguments["completions"][row]
-                failures.append(failure(who, int(row), "returned None", "returned None", prompt, completion))
+        unjudged = np.isnan(values).all(axis=0)
+        for row in np.flatnonzero(unjudged | ~np.isfinite(total)).tolist():
+            if row not in broken:
+                who, what = ", ".join(self.names), "returned None" if unjudged[row] else "has no finite weighted sum"
+                failures.append(failure(who, row, what, what, arguments["prompts"][row], arguments["completions"][row]))
         total[[each.row for each in failures]] = np.nan
         return Scores(total, by_function, failures)
 

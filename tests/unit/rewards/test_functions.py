@@ -52,6 +52,12 @@ def test_total_is_the_weighted_sum_of_those_that_judge():
     assert list(scores.by_function) == ["lengths", "odd", "lengths_2"] and not scores.failures
 
 
+def test_a_sum_that_is_not_finite_fails_its_row():
+    scores = Rewards([listing([1e308, 1.0]), listing([1e308, 1.0])]).score(["p", "p"], ["a", "b"])
+    np.testing.assert_array_equal(scores.total, [math.nan, 2])
+    assert "has no finite weighted sum for row 0" in str(scores.failures[0])
+
+
 def test_numbers_of_other_libraries_count():
     values = [True, np.float32(2), torch.tensor(3.0), np.array([4])]
     scores = Rewards([listing(values), listing(torch.ones(4)), listing(np.ones(4))]).score(["p"] * 4, ["c"] * 4)
