@@ -10,11 +10,17 @@ from typing import Any
 from zotune.io.atomic import whole_file
 
 
-def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A matplotlib figure of ``size`` inches and its panels, an array (rows, columns)."""
+def new_figure(rows: int, columns: int, size: tuple[float, float], margins: Mapping[str, float] | None = None) -> tuple[Any, Any]:
+    """A matplotlib figure of ``size`` inches and its panels, an array (rows, columns).
+
+    Args:
+        margins: around the panels, as `subplots_adjust` takes them; None: measured, which takes as long as drawing.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained" if margins is None else None)
+    if margins is not None:
+        figure.subplots_adjust(**margins)
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:
         panel.grid(alpha=0.25)

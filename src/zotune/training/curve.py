@@ -10,6 +10,8 @@ from typing import Any
 from zotune.io.figures import new_figure, save_figure
 from zotune.io.text import is_share, metric_text
 
+_MARGINS = {"left": 0.08, "right": 0.98, "bottom": 0.15, "top": 0.83, "wspace": 0.22}
+
 
 @dataclass
 class Curve:
@@ -39,7 +41,7 @@ def write_curve(curve: Curve, path: Path, title: str = "") -> None:
     """Draws loss (left) and metric (right) over steps."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure, panels = new_figure(1, 2, (9.6, 3.6))
+    figure, panels = new_figure(1, 2, (9.6, 3.6), _MARGINS)
     left, right = panels[0]
     if title:
         figure.suptitle(title, fontsize=11)
