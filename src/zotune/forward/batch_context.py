@@ -47,6 +47,7 @@ class BatchContext:
         self.parameters: dict[str, Tensor] = {}  # batched parameters, by name
         self.reader: nn.Module | None = None  # the last module that read one
         self.block: int | None = None  # that a module called block by block evaluates
+        self.keeps = False  # values for the calls that follow, as while text is generated
         self._first = min(layout.directions)
         self._count = max(layout.directions) - self._first + 1
         self._consecutive = layout.directions == tuple(range(self._first, self._first + self._count))
@@ -56,12 +57,19 @@ class BatchContext:
         self._scales: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
         self._input: tuple[weakref.ref[Tensor] | None, int] = None, 0
         self._projections: dict[str, Tensor] = {}
+        self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def narrow(self, rows: int) -> None:
+        """From now on inputs have ``rows`` rows, or multiples: equally many of each block, as where some texts have ended."""
+        assert rows % self.blocks == 0, (rows, self.blocks)
+        self.total = self.input_rows = rows
 
     def clear(self) -> None:
         """Release all tensors: the context and its parameters refer to each other, and would live until a garbage collection."""
         self.parameters.clear()
         self._values.clear()
         self._projections.clear()
+        self._kept.clear()
 
     # -- directions -----------------------------------------------------------------------------------------------------------------
 
@@ -82,7 +90,7 @@ class BatchContext:
         if id(of) in self._z:
             return self._z[id(of)][1]
         z = self._draw_groups(of)
-        if self.persistent:
+        if self.persistent or self.keeps:
             z = z.clone()
             self._z[id(of)] = of, z
         return z
@@ -146,6 +154,14 @@ class BatchContext:
 
     def values(self, coordinate: Coordinate, dtype: torch.dtype) -> Tensor:
         """θ + s Z_g of every block in ``dtype``, (B, *shape)."""
+        if not self.keeps:
+            return self._computed_values(coordinate, dtype)
+        key = id(coordinate), dtype
+        if key not in self._kept:
+            self._kept[key] = self._computed_values(coordinate, dtype)
+        return self._kept[key]
+
+    def _computed_values(self, coordinate: Coordinate, dtype: torch.dtype) -> Tensor:
         buffer = coordinate.flat_buffer
         if buffer is None or not buffer.stored:
             return self._own_values(coordinate, dtype)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from zotune.errors import NotBatchableError
 from zotune.forward import materialized, path_check
+from zotune.forward.active import activated
 from zotune.forward.batch_context import BatchContext
 from zotune.forward.batches import BatchLayout
 from zotune.forward.by_block import ByBlock, read
@@ -163,7 +164,8 @@ class PerturbedForward:
             factories: dict[int, Factories] = {
                 id(o): {name: partial(read, o.module, c, context) for name, c in o.parameters.items()} for o in owners
             }
-            with self._evaluating(), self._overrides.active(factories, self._reset_hooks), self.by_block.active(context):
+            overridden = self._overrides.active(factories, self._reset_hooks)
+            with self._evaluating(), overridden as tables, self.by_block.active(context), activated(tables, context):
                 for coordinate in self._low_rank:
                     coordinate.hook_core = None  # batched parameters include A
                 return function()
@@ -210,7 +212,8 @@ class PerturbedForward:
                 elif coordinate.uses_hook:
                     active = offset is not None and coordinate.is_active(offset.step, offset.direction)
                     coordinate.set_hook_core(self.directions, offset if active else None)
-            yield tables
+            with activated(tables):
+                yield tables
 
     def _materializes(self, coordinate: LowRankCoordinate, offset: Offset | None) -> bool:
         """Whether its layer reads a weight that it may materialize, instead of using the hook."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zotune.forward.layers import LayerRule, rule_of
-from zotune.forward.lazy_weight import LazyWeight, WeightBuffer
+from zotune.forward.lazy_weight import LazyWeight, WeightBuffer, whole
 from zotune.rng.directions import Directions
 from zotune.subspaces import FullCoordinate, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate, Offset
@@ -32,13 +32,22 @@ class OverriddenParameters(dict[str, Any]):
         self.factories = factories
         self.coordinates = coordinates  # by local name
         self.reads: dict[str, int] = dict.fromkeys(factories, 0)
+        self.kept: dict[str, Any] | None = None  # None: parameters are made anew at each read
+
+    def keep(self, kept: bool) -> None:
+        """Whether a parameter is made, whole, at its first read only."""
+        self.kept = {} if kept else None
 
     def __getitem__(self, name: str) -> Any:
         make = self.factories.get(name)
         if make is None:
             return super().__getitem__(name)
         self.reads[name] += 1
-        return make()
+        if self.kept is None:
+            return make()
+        if name not in self.kept:
+            self.kept[name] = whole(make())
+        return self.kept[name]
 
 
 class Owner:

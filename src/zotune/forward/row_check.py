@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zotune.errors import NotBatchableError
+from zotune.forward.active import active
 
 #: Arguments of a model of transformers that hold its rows.
 _ROWS = ("input_ids", "inputs_embeds")
@@ -27,8 +28,9 @@ def rows_checked(model: nn.Module, total: int) -> Iterator[None]:
         if first is not None and first.is_floating_point() and module is not model:
             first = None  # the images of a model within the model, for one
         for value in (first, *(kwargs.get(name) for name in _ROWS)):
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] % total:
-                raise NotBatchableError(f"the loss calls the model with {value.shape[0]} of {total} rows: call it with all rows of a batch")
+            rows = active().rows or total
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] % rows:
+                raise NotBatchableError(f"the loss calls the model with {value.shape[0]} of {rows} rows: call it with all rows of a batch")
 
     # A wrapper's generate() calls the model within it.
     within = [module for module in model.modules() if module is model or hasattr(module, "get_input_embeddings")]

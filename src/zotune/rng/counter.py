@@ -74,7 +74,7 @@ def mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _mix64(x: Tensor) -> Tensor:
+def mixed(x: Tensor) -> Tensor:
     """:func:`mix64` of an int64 tensor, in place."""
     for shift, factor in ((30, FIRST_SIGNED), (27, SECOND_SIGNED), (31, 1)):
         x ^= (x >> shift) & ((1 << (64 - shift)) - 1)
@@ -99,7 +99,7 @@ def multiplier(origin: int, page: int) -> int:
 
 def multipliers(origin: int, pages: Tensor) -> Tensor:
     """:func:`multiplier` of an int64 tensor of pages."""
-    return _mix64((pages * GOLDEN_SIGNED).add_(signed(origin))).bitwise_or_(1)
+    return mixed((pages * GOLDEN_SIGNED).add_(signed(origin))).bitwise_or_(1)
 
 
 #: Words that are enough for most steps; a whole page takes as long as the directions of several small parameters.
@@ -110,7 +110,7 @@ _FRONT = PAGE >> 3
 def _page_words(seed: int, step: int, device: torch.device, count: int) -> Tensor:
     with torch.inference_mode(False):
         start = signed(_hash(f"page|{seed}|{step}"))
-        return _mix64(torch.arange(1, count + 1, device=device).mul_(GOLDEN_SIGNED).add_(start))
+        return mixed(torch.arange(1, count + 1, device=device).mul_(GOLDEN_SIGNED).add_(start))
 
 
 def page_words(seed: int, step: int, device: torch.device, count: int = PAGE) -> Tensor:
@@ -162,7 +162,7 @@ def words_together(
     """
     origins = torch.tensor([signed(_origin(seed, step, name, purpose)) for name in names])
     directions = torch.arange(first, first + count).mul_(_GOLDEN_TENSOR).unsqueeze(1)
-    factors = send(_mix64(_mix64(origins + directions)).bitwise_or_(1), index.device)  # page 0
+    factors = send(mixed(mixed(origins + directions)).bitwise_or_(1), index.device)  # page 0
     x = page_words(seed, step, index.device).index_select(0, index)
     x.mul_(torch.repeat_interleave(factors.view(-1), lengths, output_size=index.numel()))
     return x.bitwise_xor_(x >> _FOLD_TENSOR).mul_(_GOLDEN_TENSOR)
