@@ -112,6 +112,8 @@ def forced_logprobs(model: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor,
         scores.append(logits.float().log_softmax(dim=1).gather(1, wanted.unsqueeze(1)).squeeze(1))
         return wanted
 
+    if is_computed(model):
+        return _forced_by_engine(model, ids, mask, tokens)
     with active().kept():
         one = Sampling(tokens.shape[1], (), sampling.pad)
         _Decoder(model, one, active(), force).decode(ids, mask, None)
@@ -175,7 +177,7 @@ class _Decoder:
         for place in range(sampling.max_new_tokens):
             keys = None if noise is None else noise[rows]
             chosen = choose(logits, keys, place, sampling) if self.pick is None else self.pick(logits, rows, place)
-            finite[rows] &= logits.isfinite().any(dim=1) & ~logits.isnan().any(dim=1) | ~going
+            finite[rows] &= _sound(logits) | ~going
             tokens[rows[going], place] = chosen[going]
             going = going & ~torch.isin(chosen, stops)
             if place + 1 == sampling.max_new_tokens or not bool(going.any()):
@@ -223,6 +225,11 @@ class _Decoder:
         return (order + first).reshape(-1)
 
 
+def _sound(logits: Tensor) -> Tensor:
+    """Whether the best logit of each row is a number, which it is not where any is NaN, (R,)."""
+    return logits.amax(dim=1).isfinite()
+
+
 def _selected(cache: Any, index: Tensor) -> Any:
     """The cache of these rows."""
     select = getattr(cache, "batch_select_indices", None)
@@ -238,13 +245,25 @@ def _parameters_of(model: nn.Module) -> list[str]:
     return [*inspect.signature(base.forward).parameters]
 
 
+def _forced_by_engine(model: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    """:func:`forced_logprobs` in one evaluation of prompts and continuations."""
+    texts, rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)], len(ids)
+    inputs, seen = ids.new_zeros(rows, ids.shape[1] + tokens.shape[1]), mask.new_zeros(rows, ids.shape[1] + tokens.shape[1])
+    for row, text in enumerate(texts):
+        inputs[row, : len(text)], inputs[row, len(text) : len(text) + tokens.shape[1]] = text, tokens[row]
+        seen[row, : len(text) + tokens.shape[1]] = 1
+    places = torch.tensor([len(text) - 1 for text in texts]).unsqueeze(1) + torch.arange(tokens.shape[1])
+    logits = model.scored_logits({"input_ids": inputs, "attention_mask": seen}, places)  # type: ignore[operator]
+    return logits.float().log_softmax(dim=2).gather(2, tokens.unsqueeze(2)).sum(dim=(1, 2))
+
+
 def _by_engine(model: Any, ids: Tensor, mask: Tensor, noise: Tensor | None, sampling: Sampling) -> Generated:
     prompts = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
     finite = torch.ones(len(prompts) * sampling.num_samples, dtype=torch.bool)
 
     def pick(logits: Any, rows: list[int], place: int) -> Any:
         scores = torch.from_numpy(logits)
-        finite[rows] &= ~scores.isnan().any(dim=1)
+        finite[rows] &= _sound(scores)
         return choose(scores, None if noise is None else noise[rows], place, sampling).numpy()
 
     found = model.generate_tokens(prompts, sampling.max_new_tokens, sampling.stops, pick, sampling.num_samples)
