@@ -22,6 +22,12 @@ from zotune.rng.transfer import send, send_list
 from zotune.subspaces.coordinate import Offset
 
 
+def rows_at_once(loss_fn: LossFunction, part: Any) -> int | None:
+    """Rows that a loss evaluates at once, at most, where it says so."""
+    limit = getattr(loss_fn, "rows_at_once", None)
+    return None if limit is None else limit(part)
+
+
 class BatchedForward:
     """Evaluates micro-batches at θ + sign · εZ.
 
@@ -37,6 +43,14 @@ class BatchedForward:
     def layout(self, context: StepContext, part: Any, points: Sequence[Point]) -> BatchLayout:
         """All examples of a micro-batch at each of these points."""
         return shared_layout(points, self.state.eps, batch_rows(part), context.seed, context.step)
+
+    @tagged("activations")
+    def at_points(self, context: StepContext, part: Any, points: Sequence[Point]) -> Tensor:
+        """The losses of a micro-batch at points, points × examples: in one forward, or in as many as the loss's memory needs."""
+        most = rows_at_once(context.loss_fn, part)
+        each = len(points) if most is None else max(1, most // batch_rows(part))
+        runs = [points[start : start + each] for start in range(0, len(points), each)]
+        return torch.cat([self.losses(context.loss_fn, part, self.layout(context, part, run)) for run in runs])
 
     @tagged("activations")
     def losses(self, loss_fn: LossFunction, part: Any, layout: BatchLayout) -> Tensor:
@@ -82,7 +96,8 @@ class BatchedForward:
             together: in one forward; else in forwards of at most a batch's rows, every sign by itself.
         """
         eps, seed, step, loss_fn = self.state.eps, context.seed, context.step, context.loss_fn
-        if together:
+        most = rows_at_once(loss_fn, part)
+        if together and (most is None or len(signs) * len(assignment) <= most):
             layout = assigned_layout(signs, eps, assignment, seed, step)
             return self.losses(loss_fn, part, layout), layout.total
         rows, size, evaluated = [], batch_rows(part), 0

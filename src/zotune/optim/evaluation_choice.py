@@ -2,7 +2,8 @@
 
 Some points are evaluated both ways. Batched is given up, with a warning, where losses disagree. ``"auto"`` then times both and takes
 sequential only where it is clearly faster (a batch whose stacked activations leave the caches). With offloaded weights nothing is timed:
-batched loads them once, sequential once a point.
+batched loads them once, sequential once a point. Losses that generate texts jump where a token changes; the comparison takes a smooth loss
+in their place (``proxy``), and batched, which reads every weight once a token for all points.
 """
 
 from __future__ import annotations
@@ -98,11 +99,12 @@ class Chooser:
         Raises:
             ValueError: the method needs one loss per example, and gets another shape.
         """
+        generates, context = context.generates, context.smooth
         if context.parts is None:
             found = replace(before, batched=False)
         else:
             part, assignment = worker_chunk(self.workers, context.parts[0], assignment)
-            found = self._compare(before, context, part, assignment)
+            found = self._compare(before, context, part, assignment, times=self.requested != "batched" and not generates)
         if self.workers.several:
             answers = self.workers.exchange([bool(found.batched), bool(found.per_example), bool(found.rowwise)])
             batched, per_example, rowwise = (all(column) for column in zip(*answers, strict=True))
@@ -113,7 +115,7 @@ class Chooser:
         """Whether the loss of this worker's chunk is one number per example."""
         if context.parts is None:
             return False
-        _, shape, rows = self._at_theta(context.loss_fn, worker_chunk(self.workers, context.parts[0])[0])
+        _, shape, rows = self._at_theta(context.smooth.loss_fn, worker_chunk(self.workers, context.parts[0])[0])
         return shape == (rows,)
 
     def _at_theta(self, loss_fn: LossFunction, part: Any) -> tuple[Tensor, tuple[int, ...], int | None]:
@@ -132,7 +134,9 @@ class Chooser:
         here = self.batched.forward.evaluate(losses, Offset(0.0, 0, 0, 0))
         return here, shapes[0], rows
 
-    def _compare(self, before: EvaluationChoice, context: StepContext, part: Any, assignment: Assignment | None) -> EvaluationChoice:
+    def _compare(
+        self, before: EvaluationChoice, context: StepContext, part: Any, assignment: Assignment | None, times: bool
+    ) -> EvaluationChoice:
         try:
             batch_rows(part)
         except NotBatchableError:
@@ -149,10 +153,10 @@ class Chooser:
         if not known.undecided:
             return known
         if assignment is None:
-            return self._compare_shared(known, context, part, here)
-        return self._compare_assigned(known, context, part, assignment, here)
+            return self._compare_shared(known, context, part, here, times)
+        return self._compare_assigned(known, context, part, assignment, here, times)
 
-    def _compare_shared(self, known: EvaluationChoice, context: StepContext, part: Any, here: Tensor) -> EvaluationChoice:
+    def _compare_shared(self, known: EvaluationChoice, context: StepContext, part: Any, here: Tensor, times: bool) -> EvaluationChoice:
         batched, eps, loss_fn = self.batched, self.batched.state.eps, context.loss_fn
         points = self.estimator.points(self.method.directions_of(0))
         chosen = [i for i, point in enumerate(points) if point.direction in (0, points[-1].direction)]
@@ -169,7 +173,7 @@ class Chooser:
         if reason is not None:
             return known.give_up(reason)
         known = replace(known, rowwise=False)
-        if not self._times:
+        if not times or self.batched.forward.streams:
             return replace(known, batched=known.batched is not False)
         layout = batched.layout(context, part, points)
         share = slow.numel() / layout.losses.numel()
@@ -177,7 +181,7 @@ class Chooser:
         return replace(known, batched=not slower)
 
     def _compare_assigned(
-        self, known: EvaluationChoice, context: StepContext, part: Any, assignment: Assignment, here: Tensor
+        self, known: EvaluationChoice, context: StepContext, part: Any, assignment: Assignment, here: Tensor, times: bool
     ) -> EvaluationChoice:
         batched, signs = self.batched, self.estimator.signs
         ends = sorted({assignment.directions[0], assignment.directions[-1]})
@@ -195,13 +199,9 @@ class Chooser:
         if reason is not None:
             return known.give_up(reason)
         known = replace(known, rowwise=True)
-        if not self._times:
+        if not times or self.batched.forward.streams:
             return replace(known, batched=together)
         return replace(known, batched=together and not _sequential_is_faster(lambda: rowwise(True), lambda: rowwise(False), share=1.0))
-
-    @property
-    def _times(self) -> bool:
-        return self.requested != "batched" and not self.batched.forward.streams
 
     def _difference(self, batched: Callable[[], Tensor], slow: Tensor, here: Tensor) -> str | None:
         """Why batched losses do not stand for the sequential ones; None: they do."""

@@ -141,8 +141,7 @@ class Evaluator:
         forward, pieces = self.batched_forward, work.pieces
         if self.batched and pieces is not None:
             try:
-                layouts = [(piece, forward.layout(context, piece, points)) for piece in pieces]
-                return torch.cat([forward.losses(context.loss_fn, piece, layout) for piece, layout in layouts], dim=1)
+                return torch.cat([forward.at_points(context, piece, points) for piece in pieces], dim=1)
             except NotBatchableError as error:
                 self._take(self.choice.give_up(str(error)))
         if pieces is not None and self.graphs.enabled:
@@ -217,6 +216,7 @@ class Evaluator:
 
     def trial(self, context: StepContext) -> Callable[[], Tensor]:
         """A function without arguments that evaluates losses of this worker alone, to compare evaluations."""
+        context = context.smooth
         parts = context.parts
         return evaluation(context.loss_fn, None if parts is None else [worker_chunk(self.workers, part)[0] for part in parts])
 

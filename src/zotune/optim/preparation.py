@@ -88,7 +88,7 @@ class Preparation:
         """(what the subspace observes, its journal events, forward passes, sequences evaluated)."""
         run, step, forward = self.run, context.step, self.run.forward
         subspace = run.method.subspace
-        loss_fn, parts = context.loss_fn, context.parts
+        loss_fn, parts = context.smooth.loss_fn, context.parts
         wanted, whole = subspace.sample_size(step), True
         if wanted and run.sample_batches is not None and parts is not None:
             parts, whole = run.sample_batches(step, wanted), False
@@ -170,7 +170,7 @@ class Preparation:
     def _choose_eps(self, context: StepContext) -> None:
         calibrator, state = self.run.calibrator, self.state
         assert calibrator is not None
-        state.eps = calibrator.eps(self.run.evaluator.function(context), context.seed, context.step)
+        state.eps = calibrator.eps(self.run.evaluator.function(context.smooth), context.seed, context.step)
         state.count(calibrator.forwards, calibrator.sequences)
         state.write({"event": "eps", "value": state.eps, **_cost(calibrator.forwards, calibrator.sequences)})
 
@@ -221,7 +221,7 @@ class Preparation:
     def _scale_layers(self, context: StepContext) -> None:
         run, state = self.run, self.state
         before = state.forward_passes, state.sequences_evaluated
-        few = replace(context, parts=None if context.parts is None else self._few(context.parts[0]))
+        few = replace(context.smooth, parts=None if context.parts is None else self._few(context.parts[0]))
 
         def coefficients(draw: int) -> Tensor:
             losses = run.evaluator.evaluate(few.at(layer_scales.STEP + context.step * layer_scales.SAMPLES + draw))

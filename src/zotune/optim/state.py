@@ -38,6 +38,16 @@ class StepContext:
     loss_fn: LossFunction
     parts: list[Any] | None
 
+    @property
+    def smooth(self) -> StepContext:
+        """The step with a loss that varies smoothly with the weights, where the loss itself is a reward of generated texts."""
+        return replace(self, loss_fn=getattr(self.loss_fn, "proxy", self.loss_fn))
+
+    @property
+    def generates(self) -> bool:
+        """Whether the loss generates texts."""
+        return hasattr(self.loss_fn, "proxy")
+
     def at(self, step: int) -> StepContext:
         """The same data under the directions of another step."""
         return self if step == self.step else replace(self, step=step)
