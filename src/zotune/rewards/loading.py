@@ -52,15 +52,11 @@ def _from_path(place: str, name: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{place}.".startswith(f"{error.name}."):
             suggestion = did_you_mean_or(place, NAMES, "built in are")
             raise ValueError(f"there is no module {error.name!r} on the path or in {here}, for the reward {name!r}{suggestion}") from None
-        raise ValueError(f"the module of the reward {name!r} needs {error.name!r}, which is not installed.") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the module of the reward {name!r} cannot be imported: {error}") from error
-    except Exception as error:  # a user's module may raise anything
-        raise ValueError(f"the module of the reward {name!r} raised {type(error).__name__} when imported: {error}") from error
+        raise _not_imported(place, name, error) from error
     finally:
         if added:
             sys.path.remove(here)
@@ -69,13 +65,23 @@ def _from_path(place: str, name: str) -> ModuleType:
 def _from_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}, for the reward {name!r}.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    key = str(path.resolve())
+    if key in sys.modules:  # two functions of a file share its state
+        return sys.modules[key]
+    spec = importlib.util.spec_from_file_location(key, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[key] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{str(path)!r} of the reward {name!r} needs {error.name!r}, which is not installed.") from None
-    except Exception as error:  # a user's file may raise anything
-        raise ValueError(f"{str(path)!r} of the reward {name!r} raised {type(error).__name__} when imported: {error}") from error
+    except BaseException as error:
+        del sys.modules[key]
+        if isinstance(error, Exception | SystemExit):  # a user's file may raise anything
+            raise _not_imported(str(path), name, error) from error
+        raise
     return module
+
+
+def _not_imported(place: str, name: str, error: BaseException) -> ValueError:
+    if isinstance(error, ModuleNotFoundError):
+        return ValueError(f"{place!r} of the reward {name!r} needs {error.name!r}, which is not installed.")
+    return ValueError(f"{place!r} of the reward {name!r} raised {type(error).__name__} when imported: {error}")

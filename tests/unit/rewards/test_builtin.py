@@ -74,15 +74,29 @@ def test_a_missing_package_is_named():
         load("math_verify")
 
 
+OWN = """from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Judge:
+    calls: int = 0
+
+    def half(self, completions):
+        self.calls += 1
+        return [0.5 * self.calls] * len(completions)
+
+judge = Judge()
+"""
+
+
 def test_functions_come_from_modules_and_files(tmp_path, monkeypatch):
-    (tmp_path / "own_rewards.py").write_text(
-        "class Judge:\n    @staticmethod\n    def half(completions):\n        return [0.5] * len(completions)\n"
-    )
+    (tmp_path / "own_rewards.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    before = list(sys.path)
-    assert rewards("own_rewards:Judge.half", ["x"]) == rewards(f"{tmp_path}/own_rewards.py:Judge.half", ["x"]) == [0.5]
+    before, file = list(sys.path), f"{tmp_path}/own_rewards.py"
+    assert rewards("own_rewards:judge.half", ["x"]) == [0.5]
+    assert Rewards([f"{file}:judge.half", "own_rewards.py:judge.half"]).score(["p"], ["x"]).total == [1.5]  # one state for both
     assert sys.path == before
-    sys.modules.pop("own_rewards")
+    del sys.modules["own_rewards"], sys.modules[str((tmp_path / "own_rewards.py").resolve())]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +109,14 @@ def test_functions_come_from_modules_and_files(tmp_path, monkeypatch):
         ("math:pi", "the reward 'math:pi' must be a function, and it is of type float"),
         ("missing.py:f", "there is no file 'missing.py'"),
         ("broken.py:f", "'broken.py' of the reward 'broken.py:f' raised ZeroDivisionError when imported"),
-        ("broken:f", "the module of the reward 'broken:f' raised ZeroDivisionError when imported"),
-        ("needy:f", "the module of the reward 'needy:f' needs 'no_such_package'"),
+        ("broken:f", "'broken' of the reward 'broken:f' raised ZeroDivisionError when imported"),
+        ("ending:f", "'ending' of the reward 'ending:f' raised SystemExit when imported: 3"),
+        ("needy:f", "'needy' of the reward 'needy:f' needs 'no_such_package'"),
     ],
 )
 def test_names_of_nothing_are_refused(name, message, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "ending.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "needy.py").write_text("import no_such_package\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
