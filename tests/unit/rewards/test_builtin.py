@@ -7,9 +7,8 @@ import sys
 import numpy as np
 import pytest
 
+from zotune.rewards import Rewards, load
 from zotune.rewards.answers import sentence_bleu
-from zotune.rewards.functions import Rewards
-from zotune.rewards.loading import load
 
 
 def rewards(name, texts, ids=None, **columns):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from zotune.rewards.functions import Rewards
+from zotune.rewards import Rewards
 
 PROMPTS, TEXTS = ["one", "two", "three"], ["a", "bb", "ccc"]
 
