@@ -82,7 +82,7 @@ class ZOConfig(TrainingArguments):
     reward_weights: list[float] | None = option(None, "Rewards: weight of each reward function; 1 each by default.")
     max_failed_rewards: int = option(100, "Rewards: failed rewards (an exception, NaN) of a run after which training stops.")
     kv_cache_memory: str | None = option(
-        None, "Rewards: memory (2GiB) of keys and values, by which the rows of a step are cut into parts; by default a share of the free."
+        None, "Rewards: memory (2GiB) of keys and values, by which the rows of a step are cut into parts; 2GB by default."
     )
     log_completions: bool = option(True, "Rewards: log a few completions at each evaluation: console, completions.jsonl, report_to.")
     num_completions_to_print: int = option(4, "Rewards: how many completions an evaluation logs.")

@@ -20,6 +20,7 @@ from zotune.tasks.collators import LanguageModelCollator
 from zotune.tasks.vocabulary import check_token
 from zotune.training.checkpointing import CheckpointedTrainer
 from zotune.training.raw_text import encoded
+from zotune.training.rewarded import TrainerRewards
 from zotune.training.samplers import LongestFirst, eval_sampler
 from zotune.weights.structure import classifier_of, module_mode
 
@@ -37,6 +38,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
     data_collator: Any
     compute_metrics: Any
     objective: Objective | None
+    rewards: TrainerRewards | None
     eval_objective: Objective | None
     eval_data_collator: Callable[[list[Any]], dict[str, Any]] | None
 
@@ -153,6 +155,9 @@ class EvaluatedTrainer(CheckpointedTrainer):
         options may be right. A missing option scores -inf; -100 where the batch has fewer options than another. "generation": token ids
         of the answers (B, S), and `reference`.
         """
+        if self.rewards is not None and "prompt_number" in inputs:
+            losses = self.rewards.evaluation(self._prepare_inputs(inputs))
+            return losses.nanmean(), None, None
         objective = self.eval_objective or layout(inputs)
         if objective is None and callable(self.objective):
             objective = self.objective

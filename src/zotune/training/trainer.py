@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from zotune.methods import AUTO, Method
 from zotune.optim.distributed import launch
 from zotune.optim.journal_records import StepRecord
 from zotune.optim.optimizer import ZerothOrder
+from zotune.rewards.calls import RewardFunction
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.training import resume, resume_rules
@@ -34,7 +35,9 @@ from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
 from zotune.training.model_loss import SAMPLE, ModelLoss
-from zotune.training.raw_text import with_encoded_texts
+from zotune.training.raw_text import named_arguments, with_encoded_texts
+from zotune.training.reward_options import check_rewarded
+from zotune.training.rewarded import TrainerRewards
 from zotune.training.samplers import check_training_data, train_sampler
 from zotune.training.settled_method import settled_method
 from zotune.training.stepped_optimizer import SteppedOptimizer
@@ -57,6 +60,9 @@ class ZOTrainer(EvaluatedTrainer):
             ``(model, batch) -> losses`` of shape (B,) or scalar, differentiable or not. None: "choices" or "lm" by the keys of batches with
             `positions`; for others the loss the model computes of its labels (`compute_loss`), per example where it is known as such
             (:mod:`zotune.objectives.label_losses`).
+        reward_funcs: in place of an objective, one or several reward functions with TRL's contract, ``f(prompts, completions, **columns) ->
+            list[float]``, or names (see :mod:`zotune.rewards`): the model completes the `prompt` of every row, a text or messages, at
+            every point of a step, and the mean reward is maximized. The other columns are handed on.
         eval_objective: the same for evaluation; None: by the keys of the evaluation batches, else `objective`.
         eval_data_collator: collator of evaluation and prediction batches; None: that of training.
         optimizers: a (:class:`ZerothOrder` or :class:`FirstOrder`, scheduler) pair of your own; either may be None.
@@ -76,6 +82,7 @@ class ZOTrainer(EvaluatedTrainer):
         args: ZOConfig | None = None,
         *positional: Any,
         objective: Objective | None = None,
+        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str] | None = None,
         eval_objective: Objective | None = None,
         eval_data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         optimizers: tuple[ZerothOrder | FirstOrder | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
@@ -105,7 +112,18 @@ class ZOTrainer(EvaluatedTrainer):
         self._since_train = StepSums()
         self._model_loss = ModelLoss(self)
         model = None if model is None else uncompiled(model)
-        super().__init__(model, args, optimizers=optimizers, **with_encoded_texts(model, objective, positional, kwargs))
+        self.rewards = None
+        if reward_funcs is None:
+            check_rewarded(args)
+            kwargs = with_encoded_texts(model, objective, positional, kwargs)
+        else:
+            if objective is not None:
+                raise ValueError("objective and reward_funcs are two ways to say what is optimized: give one of them.")
+            if isinstance(args.chosen_method(), Baseline):
+                raise ValueError(f"{args.method} needs gradients, and a reward of generated texts has none: choose a zeroth-order method.")
+            self.rewards = TrainerRewards(model, args, reward_funcs, named_arguments(positional, kwargs))
+            kwargs = self.rewards.options
+        super().__init__(model, args, optimizers=optimizers, **kwargs)
         self._check_request()
         for chosen in (objective, eval_objective):
             if chosen is not None:
@@ -290,12 +308,12 @@ class ZOTrainer(EvaluatedTrainer):
     def _method(self) -> Method:
         """The config's method, with options that it leaves open set by data, loss and batch size."""
         step_size = self._train_batch_size * self.args.gradient_accumulation_steps
-        guidable = partial(self._model_loss.is_guidable, self.objective)
+        guidable = (lambda: False) if self.rewards is not None else partial(self._model_loss.is_guidable, self.objective)
         return settled_method(self.args, self.train_dataset, step_size, guidable=guidable, per_example=self._loss_is_per_example)
 
     def _loss_is_per_example(self) -> bool:
         """Whether the loss of some training examples is one number for each; assumed where they cannot be drawn."""
-        if isinstance(self.objective, str) or not has_length(self.train_dataset):
+        if isinstance(self.objective, str) or self.rewards is not None or not has_length(self.train_dataset):
             return True
         batch = self._draw_batches(0, min(self.args.per_device_train_batch_size, SAMPLE))[0]
         return self._model_loss.is_per_example(batch, self.objective)
@@ -345,6 +363,8 @@ class ZOTrainer(EvaluatedTrainer):
 
     def _loss_of(self, batches: list[Batch], num_items_in_batch: Tensor | int | None = None) -> tuple[LossFunction, list[Batch]]:
         """The loss function of a step, and its micro-batches for it."""
+        if self.rewards is not None:
+            return self.rewards.step(batches, self.zo_optimizer.steps)
         objective = self.objective or layout(batches[0])
         if objective is not None:
             self._check_loss(objective)
@@ -378,6 +398,8 @@ class ZOTrainer(EvaluatedTrainer):
             if self.args.learning_rate == AUTO and self.zo_optimizer.last_report is not None:
                 rate = self.zo_optimizer.last_report.lr[0]  # the scheduler has the factor only
             logs.update(self._since_log.entries(), learning_rate=rate)
+            if self.rewards is not None:
+                logs.update(self.rewards.loss.statistics.take())
             logs["forward_passes"] = self.zo_optimizer.forward_passes
             self._since_log = StepSums()
         super().log(logs, start_time)
