@@ -21,6 +21,11 @@ def evaluation(loss_fn: LossFunction, parts: Sequence[Any] | None) -> Callable[[
     return lambda: as_losses([loss_fn(part) for part in parts])
 
 
+def may_fail(loss_fn: LossFunction) -> bool:
+    """Whether a loss of NaN is a failed measurement, which counts for nothing (its attribute ``may_fail``)."""
+    return bool(getattr(loss_fn, "may_fail", False))
+
+
 def losses_of(loss_fn: LossFunction, rows: Any) -> Tensor:
     return as_losses([loss_fn(rows)])
 
@@ -55,6 +60,22 @@ class Losses(NamedTuple):
     owners: Tensor | None
     num_directions: int
     evaluated: int
+
+    def without_failed(self) -> Losses:
+        """Without the columns that have a NaN, those of failed rewards; unchanged where nothing is left.
+
+        With shared directions an example counts at all points or at none. With directions per example or part it is a pair of an example
+        and one of its directions: the example's other directions, and the direction's other examples, still count.
+        """
+        kept = ~self.values.isnan().any(dim=0)
+        if bool(kept.all()) or not bool(kept.any()):
+            return self
+        owners = None if self.owners is None else self.owners[kept.to(self.owners.device)]
+        return self._replace(values=self.values[:, kept], owners=owners)
+
+    def counted(self, loss_fn: LossFunction) -> Losses:
+        """:meth:`without_failed` for a loss function that ``may_fail``, as that of rewards; unchanged for others."""
+        return self.without_failed() if may_fail(loss_fn) else self
 
     def estimate(self, estimator: Estimator, eps: float) -> Estimate:
         values = self.values.cpu()  # the step's one wait for the device

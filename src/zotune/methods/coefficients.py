@@ -149,8 +149,8 @@ class Fitness(CoefficientTransform):
     """The fitness of the 2K points of a step, in place of the loss.
 
     Attributes:
-        of: fitness of the losses (2K,), float64; the lower the loss, the lower.
-        slope: its standard deviation over the points, about.
+        of: fitness (2K,) of the losses (2K, N) of N examples, float64; the lower the losses, the lower.
+        slope: size of a coefficient, about.
     """
 
     of: Callable[[Tensor], Tensor]
@@ -162,9 +162,9 @@ class Fitness(CoefficientTransform):
         """c_k = (s(L(θ + εZ_k)) − s(L(θ − εZ_k))) / 2, so that (1/K) Σ c_k Z_k = (1/2K) Σ over the points of s · their direction.
 
         Args:
-            plus, minus: mean losses at θ ± εZ_k, (K,); directions with a non-finite one get 0 and do not count.
+            plus, minus: losses at θ ± εZ_k, (K, N); directions with a non-finite one get 0 and do not count.
         """
-        kept = plus.isfinite() & minus.isfinite()
+        kept = (plus.double() + minus.double()).sum(dim=1).isfinite()
         out = torch.zeros(len(plus), dtype=torch.float64)
         if bool(kept.any()):
             fitness = self.of(torch.cat([plus[kept], minus[kept]]).double())
@@ -173,18 +173,35 @@ class Fitness(CoefficientTransform):
         return out.float()
 
     def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
-        return math.sqrt(moment) / self.slope  # a c of size √M becomes one of ``slope``
+        """√M over the root mean square of the step's coefficients: :data:`SQUARE` of the state, where it has been recorded."""
+        square = state.get(SQUARE, 0.0)
+        return math.sqrt(moment) / (math.sqrt(square) if square > 0 else self.slope)
+
+
+#: The entry of a state that holds the mean square of the coefficients that a :class:`Fitness` makes.
+SQUARE = "fitness"
 
 
 def _z_scores(losses: Tensor) -> Tensor:
-    """(L − mean) / standard deviation; 0 where all are equal."""
-    centered = losses - losses.mean()
-    deviation = centered.square().mean().sqrt()
-    return centered / deviation if float(deviation) > 0 else torch.zeros_like(losses)
+    """Each column's (L − mean) / standard deviation; 0 where all are equal."""
+    centered = losses - losses.mean(dim=0)
+    deviation = centered.square().mean(dim=0).sqrt()
+    equal = (losses == losses[0]).all(dim=0)
+    return centered / deviation.masked_fill(equal, math.inf)
+
+
+def _population_z_scores(losses: Tensor) -> Tensor:
+    return _z_scores(losses.mean(dim=1, keepdim=True))[:, 0]
+
+
+def _prompt_z_scores(losses: Tensor) -> Tensor:
+    """The mean over examples of the z-score within an example's group of points (GRPO's advantage, 2402.03300)."""
+    return _z_scores(losses).mean(dim=1)
 
 
 def _centered_ranks(losses: Tensor) -> Tensor:
-    """Ranks spread evenly over [−½, ½]; equal losses share their mean rank."""
+    """Ranks of the mean losses, spread evenly over [−½, ½]; equal losses share their mean rank."""
+    losses = losses.mean(dim=1)
     _, place, count = losses.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
     rank = (last - (count.double() + 1) / 2)[place]  # from 0
@@ -194,6 +211,8 @@ def _centered_ranks(losses: Tensor) -> Tensor:
 #: By name; None: the loss itself.
 FITNESS: dict[str, Fitness | None] = {
     "loss": None,
-    "z-score": Fitness(_z_scores, 1.0),
+    "raw": None,
+    "z-score": Fitness(_population_z_scores, 1.0),
     "ranks": Fitness(_centered_ranks, math.sqrt(1 / 12)),
+    "prompt-z-score": Fitness(_prompt_z_scores, 1.0),
 }

@@ -190,24 +190,25 @@ def _estimate_own(high: Tensor, low: Tensor, levels: Tensor, owners: Tensor, wid
     """Every example under its own direction, or its group's: c_k = K/(N · width) Σ over the examples i of direction k of (high_i − low_i).
 
     With groups of one size that is the group's mean difference over ``width``; otherwise a group counts by its examples, so that the mean
-    of c_k Z_k over k is the mean over examples. Only directions with a non-finite loss are skipped.
+    of c_k Z_k over k is the mean over examples. Only directions with a non-finite loss, or without an example, are skipped.
 
     Args:
         high, low, levels: losses of the difference, and those to report, (N,).
-        owners: direction of each example, (N,), every number below ``num_directions`` at least once.
+        owners: direction of each example, (N,), numbers below ``num_directions``.
     """
     k, n = num_directions, len(owners)
     difference = high.double() - low.double()
     counts = torch.bincount(owners, minlength=k)
     sums = difference.new_zeros(k).index_add_(0, owners, difference)
-    skipped = ~sums.isfinite()
+    skipped = ~sums.isfinite() | (counts == 0)
     sums = sums.masked_fill(skipped, 0.0)
     finite = levels[levels.isfinite()]
     kept = ~skipped
-    differences = (sums / counts).abs()[kept]
+    means = sums / counts.clamp(min=1)
+    differences = means.abs()[kept]
     error = None
-    if int(counts.min()) > 1 and bool(kept.any()):
-        squares = difference.new_zeros(k).index_add_(0, owners, (difference - (sums / counts)[owners]).square())
+    if bool(kept.any()) and int(counts[kept].min()) > 1:
+        squares = difference.new_zeros(k).index_add_(0, owners, (difference - means[owners]).square())
         error = float((squares[kept] / (counts[kept] - 1) / counts[kept]).sqrt().mean())
     return Estimate(
         loss=float(finite.mean()) if len(finite) else math.nan,

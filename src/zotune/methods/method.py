@@ -51,7 +51,8 @@ class Method:
         update_rule: name or class of a torch optimizer, or a name of ``methods.rules``.
         update_rule_args: its keyword arguments besides lr.
         update_rule_state: float32 elements of its state per coordinate.
-        fitness: how the points of a step are compared: by ``"loss"``, ``"z-score"`` or ``"ranks"`` (see ``methods.coefficients``).
+        fitness: how the points of a step are compared: by the loss itself (``"loss"``, or ``"raw"``), by its ``"z-score"`` or centered
+            ``"ranks"`` over the points, or by the mean of every example's z-score (``"prompt-z-score"``; see ``methods.coefficients``).
         shaping: transform of the coefficients before the rule; None: none.
         rounding: of half-precision weights that are written every step: ``"stochastic"``, unbiased and keyed by the step, without state;
             or ``"residual"``: 16 more bits beside every weight, so that nothing is rounded away. Thin weights have residuals always.
@@ -129,12 +130,7 @@ class Method:
             raise ValueError(f"{self.name} writes no weight of the model at each step, so that none is rounded; leave rounding out.")
         assert self.estimates in ESTIMATES and self.reach in ("all", "rows", "span", "part"), (self.estimates, self.reach)
         shared = not self.own
-        if self.fitness not in FITNESS:
-            raise ValueError(f"unknown fitness {self.fitness!r}; choose one of {', '.join(FITNESS)}.")
-        if self.fitness != "loss" and not (shared and self.estimator == "central"):
-            raise ValueError(
-                "fitness compares pairs of points on the same examples: set directions_per to 'batch', estimator to 'central'."
-            )
+        self._check_fitness()
         if isinstance(self.shaping, ByDeviation) and shared and self.num_directions == 1:
             raise ValueError(f"{self.name} divides by the deviation of its directions' losses: set num_directions to at least 2.")
         if self.blocks > 1 and not shared:
@@ -153,6 +149,19 @@ class Method:
             raise ValueError(f"{self.name} has its own update; leave update_rule at SGD.")
         if (self.history or self.conservative or self.svrg) and not isinstance(self.subspace, Full):
             raise ValueError(f"{self.name} trains weights in full space, not in a subspace.")
+
+    def _check_fitness(self) -> None:
+        if self.fitness not in FITNESS:
+            raise ValueError(f"unknown fitness {self.fitness!r}{did_you_mean_or(self.fitness, FITNESS, 'choose one of')}")
+        if FITNESS[self.fitness] is None:
+            return
+        if self.own or self.estimator != "central":
+            raise ValueError(
+                f"fitness={self.fitness!r} compares all points of a step on the same examples, in pairs θ ± εZ, which {self.name} does not "
+                "have as it is: set directions_per to 'batch' and estimator to 'central'."
+            )
+        if self.shaping or self.svrg or self.conservative:
+            raise ValueError(f"{self.name} needs the differences of the losses themselves: set fitness to 'loss'.")
 
     @property
     def own(self) -> bool:

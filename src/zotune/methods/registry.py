@@ -29,6 +29,7 @@ COMMON: dict[str, tuple[str, Any]] = {
     "group_size": ("int", 1),
     "direction": ("str", "gaussian"),
     "estimator": ("str", "central"),
+    "fitness": ("str", "loss"),
     "rounding": ("str", "stochastic"),
 }
 #: The common options of methods whose estimates can be of groups or single examples.

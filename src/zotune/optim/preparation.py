@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zotune.forward.batches import batch_rows, take_rows
+from zotune.forward.losses import may_fail
 from zotune.io.memory_tags import tagged
 from zotune.optim import journal_events
 from zotune.optim.calibration import layer_scales
@@ -184,7 +185,8 @@ class Preparation:
         def around(step: int, scale: float) -> Any:
             return evaluator.around(context.at(step), scale)
 
-        calibrator.measure(evaluate, around if self.run.method.own else None, self.state.eps, context.seed, context.step)
+        own = around if self.run.method.own else None
+        calibrator.measure(evaluate, own, self.state.eps, context.seed, context.step, may_fail=may_fail(context.loss_fn))
         self._measured(calibrator.step_size.summary(), calibrator.forwards, calibrator.sequences, context.step)
 
     def measure_output_gradients(self, found: Derivatives, context: StepContext) -> None:
@@ -226,7 +228,7 @@ class Preparation:
         def coefficients(draw: int) -> Tensor:
             losses = run.evaluator.evaluate(few.at(layer_scales.STEP + context.step * layer_scales.SAMPLES + draw))
             state.count(run.method.forwards_per_step, losses.evaluated)
-            return losses.estimate(run.estimator, state.eps).coefficients
+            return losses.counted(context.loss_fn).estimate(run.estimator, state.eps).coefficients
 
         if run.evaluator.choice.undecided:
             coefficients(0)  # makes the evaluation choice while the whole model is perturbed

@@ -27,6 +27,7 @@ class StepEstimate:
             at = transform.evaluated_at(at)
         losses = run.evaluator.evaluate(at)
         state.count(run.method.forwards(context.step), losses.evaluated)
+        losses = losses.counted(context.loss_fn)
         run.forward.prefetch(context.seed, at.step + 1)
         estimate = losses.estimate(run.estimator, state.eps)
         rates = self._rates(estimate, losses)

@@ -8,9 +8,9 @@ this half alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from zotune.forward.losses import Losses
@@ -77,8 +77,8 @@ class FitnessTransform(StepTransform):
 
     @tagged("activations")
     def before_journal(self, estimate: Estimate, losses: Losses, context: StepContext, rates: tuple[float, ...]) -> Estimate:
-        means = losses.values.double().mean(dim=1).cpu()
-        return estimate._replace(coefficients=self.fitness.coefficients(means[0::2], means[1::2]))
+        values = losses.values.cpu()
+        return estimate._replace(coefficients=self.fitness.coefficients(values[0::2], values[1::2]))
 
 
 class ConservativeChoice(StepTransform):
@@ -93,19 +93,17 @@ class ConservativeChoice(StepTransform):
         if len(set(rates)) > 1:
             name = self.evaluator.method.name
             raise ValueError(f"{name} compares steps of one length: give all parameter groups the same lr.")
-        best, lowest = 0.0, math.inf
         c = float(estimate.coefficients[0])
-        for sign in (1.0, 0.0, -1.0):
-            loss = self._loss(evaluate, Offset(-rates[0] * sign * c, context.seed, context.step, 0))
+        signs = (1.0, 0.0, -1.0)
+        offsets = [Offset(-rates[0] * sign * c, context.seed, context.step, 0) for sign in signs]
+        values = torch.stack([self.evaluator.forward.evaluate(evaluate, offset) for offset in offsets])
+        self.run_state.sequences_evaluated += values.numel()
+        means = Losses(values, None, 1, values.numel()).counted(context.loss_fn).values.double().mean(dim=1).tolist()
+        best, lowest = 0.0, math.inf
+        for sign, loss in zip(signs, means, strict=True):
             if loss < lowest:
                 best, lowest = sign, loss
         return estimate._replace(coefficients=best * estimate.coefficients)
-
-    @tagged("activations")
-    def _loss(self, evaluate: Callable[[], Tensor], offset: Offset) -> float:
-        losses = self.evaluator.forward.evaluate(evaluate, offset)
-        self.run_state.sequences_evaluated += losses.numel()
-        return float(losses.double().mean())
 
 
 class ShapingTransform(StepTransform):

@@ -68,11 +68,11 @@ class SVRGCorrection(StepTransform):
         count = len(estimate.coefficients)
         with forward.replace_coordinates({c.name: SnapshotCoordinate(c, self.weights[c.name]) for c in forward.coordinates}):
             offsets = [Offset(p.sign * eps, context.seed, context.step, p.direction) for p in self.estimator.points(count)]
-            found = [forward.evaluate(evaluate, offset) for offset in offsets]
-        snapshot = self.estimator.estimate([loss.cpu() for loss in found], eps, count)
+            found = torch.stack([forward.evaluate(evaluate, offset) for offset in offsets])
+        snapshot = Losses(found, None, count, found.numel()).counted(context.loss_fn).estimate(self.estimator, eps)
         skipped = tuple(a or b for a, b in zip(estimate.skipped, snapshot.skipped, strict=True))
         difference = (estimate.coefficients - snapshot.coefficients).masked_fill(torch.tensor(skipped), 0.0)
-        self.run_state.sequences_evaluated += sum(loss.numel() for loss in found)
+        self.run_state.sequences_evaluated += found.numel()
         return estimate._replace(coefficients=difference, skipped=skipped)
 
     @tagged("update")

@@ -24,8 +24,8 @@ from zotune.training.arguments import option
 logger = logging.getLogger(__name__)
 
 _METHOD_FIELDS = (
-    "eps", "num_directions", "directions_per", "group_size", "direction", "estimator", "rank", "interval", "momentum", "update_rule",
-    "update_rule_args",
+    "eps", "num_directions", "directions_per", "group_size", "direction", "estimator", "fitness", "rank", "interval", "momentum",
+    "update_rule", "update_rule_args",
 )  # fmt: skip
 _JSON_FIELDS = (
     "update_rule_args", "method_args", "lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
@@ -66,6 +66,11 @@ class ZOConfig(TrainingArguments):
     )
     direction: str | None = option(None, "Distribution of the directions, e.g. gaussian.")
     estimator: str | None = option(None, "Estimator of the gradient: central or forward.")
+    fitness: str | None = option(
+        None,
+        "How the points of a step are compared, for the methods that compare pairs of points on the same examples: raw (the loss), z-score "
+        "or ranks over the points, or prompt-z-score (within each prompt's group, GRPO's).",
+    )
     rank: int | None = option(None, "Rank of a low-rank subspace.")
     interval: int | None = option(None, "Steps between redraws of a low-rank subspace.")
     momentum: float | None = option(None, "Momentum of the method, in [0, 1).")

@@ -31,7 +31,7 @@ class Rule(Enum):
 #: The options by rule, in the order of the documents' table.
 OPTIONS: Mapping[Rule, str] = {
     Rule.EQUAL: """
-        method eps num_directions directions_per group_size direction estimator rank interval momentum update_rule update_rule_args
+        method eps num_directions directions_per group_size direction estimator fitness rank interval momentum update_rule update_rule_args
         method_args learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay max_grad_norm label_smoothing_factor
         adam_beta1 adam_beta2 adam_epsilon optim optim_args optim_target_modules neftune_noise_alpha
         seed data_seed train_sampling_strategy length_column_name dataloader_drop_last ignore_data_skip average_tokens_across_devices

@@ -46,16 +46,25 @@ def test_the_root_mean_square_is_adams_of_the_coefficient():
 def test_z_scores_and_ranks_of_a_population():
     losses = torch.tensor([3.0, 1.0, 1.0, 10.0], dtype=torch.float64)
     z = (losses - losses.mean()) / losses.std(unbiased=False)
-    plus, minus = losses[:2], losses[2:]
+    table = losses.unsqueeze(1) + torch.tensor([-1.0, 0.0, 1.0])  # of three examples
+    plus, minus = table[:2], table[2:]
     assert torch.allclose(FITNESS["z-score"].coefficients(plus, minus), ((z[:2] - z[2:]) / 2).float())
     ranks = torch.tensor([1 / 6, -1 / 3, -1 / 3, 1 / 2])  # places 2, 0½, 0½, 3 of 0..3, over 3, less ½
     assert torch.allclose(FITNESS["ranks"].coefficients(plus, minus), (ranks[:2] - ranks[2:]) / 2)
 
 
-@pytest.mark.parametrize("fitness", ["z-score", "ranks"])
+def test_z_scores_within_a_prompt_are_grpos_advantages():
+    """Each example (column) by its own mean and deviation over the points, 0 where all are equal; the mean of those."""
+    table = torch.tensor([[1.0, 500.0, 0.1], [0.0, 100.0, 0.1], [0.0, 300.0, 0.1], [1.0, 300.0, 0.1]])
+    z = (table - table.mean(dim=0)) / table.std(dim=0, unbiased=False).clamp(min=1e-3)
+    expected = (z[:2] - z[2:])[:, :2].sum(dim=1) / 3 / 2
+    assert torch.allclose(FITNESS["prompt-z-score"].coefficients(table[:2], table[2:]), expected)
+
+
+@pytest.mark.parametrize("fitness", ["z-score", "ranks", "prompt-z-score"])
 def test_fitness_ignores_units_and_ranks_ignore_outliers(fitness):
     generator = torch.Generator().manual_seed(0)
-    plus, minus = torch.randn(2, 6, generator=generator).double()
+    plus, minus = torch.randn(2, 6, 1, generator=generator).double()
     there = FITNESS[fitness].coefficients(plus, minus)
     assert torch.allclose(FITNESS[fitness].coefficients(5 * plus + 3, 5 * minus + 3), there)
     far = torch.where(plus == torch.maximum(plus.max(), minus.max()), plus * 100, plus)
@@ -63,7 +72,7 @@ def test_fitness_ignores_units_and_ranks_ignore_outliers(fitness):
 
 
 def test_fitness_leaves_points_out_that_have_no_loss():
-    plus, minus = torch.tensor([1.0, math.nan, 2.0]), torch.tensor([0.0, 1.0, 1.5])
+    plus, minus = torch.tensor([[1.0], [math.nan], [2.0]]), torch.tensor([[0.0], [1.0], [1.5]])
     kept = [0, 2]
     found = FITNESS["ranks"].coefficients(plus, minus)
     assert float(found[1]) == 0.0

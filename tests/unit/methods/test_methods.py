@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 
@@ -128,6 +129,9 @@ def test_the_core_imports_torch_alone():
         (lambda: methods.mezo(num_directions=0), "num_directions must be"),
         (lambda: methods.mezo(direction="gausian"), "did you mean 'gaussian'"),
         (lambda: methods.mezo(estimator="middle"), "unknown estimator 'middle'"),
+        (lambda: methods.lozo(fitness="rank"), "unknown fitness 'rank'; did you mean 'ranks'"),
+        (lambda: methods.lozo_e(fitness="ranks"), "lozo-e does not have as it is: set directions_per to 'batch'"),
+        (lambda: dataclasses.replace(methods.meazo(), fitness="ranks"), "meazo needs the differences of the losses themselves"),
     ],
 )
 def test_bad_options_get_one_sentence_with_the_fix(call, message):
@@ -139,7 +143,7 @@ def test_bad_options_get_one_sentence_with_the_fix(call, message):
 OTHER = {
     "direction": ("rademacher", "gaussian"), "estimator": ("forward", "central"), "update_rule": ("RMSprop",), "choice": ("column",),
     "directions_per": ("example", "batch"), "rounding": ("residual",), "update_rule_args": ({"alpha": 0.5},),
-    "unit": ("linear",), "layers": ("magnitude",),
+    "unit": ("linear",), "fitness": ("ranks", "z-score"), "layers": ("magnitude",),
 }  # fmt: skip
 
 

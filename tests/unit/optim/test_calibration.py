@@ -216,7 +216,7 @@ def test_a_shaped_step_is_as_long_as_that_of_plain_sgd(name):
     method = methods.get(name, num_directions=k)
     c = math.sqrt(moment) * torch.randn(k, generator=torch.Generator().manual_seed(0)).double()
     fitness = FITNESS[method.fitness]
-    shaped = c if fitness is None else fitness.coefficients(2.0 + eps * c, 2.0 - eps * c).double()
+    shaped = c if fitness is None else fitness.coefficients((2.0 + eps * c).unsqueeze(1), (2.0 - eps * c).unsqueeze(1)).double()
     if method.shaping is not None:
         shaped = torch.tensor(method.shaping.shape(shaped.tolist(), [False] * k, eps, {}))
     size = gain(method, Rule(method.update_rule, method.update_rule_args), moment, k, eps) * float(shaped.square().mean().sqrt())

@@ -192,6 +192,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, Any, Look]] = {
     "forward_batching": ({}, "batched", "sequential", forwards),
     "direction": ({"method": "mezo"}, "gaussian", "rademacher", Seen.digest),
     "estimator": ({}, None, "forward", Seen.digest),
+    "fitness": ({}, None, "ranks", Seen.digest),
     "rank": ({}, None, 1, Seen.digest),
     "interval": ({}, None, 1, Seen.digest),
     "momentum": ({"method": "lozo-m"}, 0.1, 0.9, Seen.digest),

@@ -41,7 +41,7 @@ def r_adazo(*, betas: tuple[float, float] = (0.9, 0.999)) -> Fields:
     return {"update_rule": "RAdaZO", "update_rule_args": {"betas": tuple(betas)}, "update_rule_state": 2}
 
 
-@register(title="MEAZO", arxiv="2605.03869", lr=1e-5)
+@register(title="MEAZO", arxiv="2605.03869", without=("fitness",), lr=1e-5)
 def meazo(*, beta: float = 0.999) -> Fields:
     """MEAZO: one scalar as the second moment of all weights (2605.03869).
 

@@ -6,7 +6,16 @@ from zotune.methods.coefficients import ByDeviation
 from zotune.methods.registry import PER, Fields, register, variant
 
 
-@register(title="FZOO", arxiv="2506.09034", lr=5e-5, eps=1e-4, num_directions=8, direction="rademacher", estimator="forward")
+@register(
+    title="FZOO",
+    arxiv="2506.09034",
+    without=("fitness",),
+    lr=5e-5,
+    eps=1e-4,
+    num_directions=8,
+    direction="rademacher",
+    estimator="forward",
+)
 def fzoo() -> Fields:
     """FZOO: one-sided differences, and a step normalized by the deviation of the losses (2506.09034).
 
@@ -19,8 +28,8 @@ def fzoo() -> Fields:
     return {"shaping": ByDeviation(), "estimates": "direction"}
 
 
-@register(title="ES (z-scores)", arxiv="2509.24372", without=(*PER, "estimator"), lr=5e-4, num_directions=15)
-def es(fitness: str = "z-score") -> Fields:
+@register(title="ES (z-scores)", arxiv="2509.24372", without=(*PER, "estimator"), lr=5e-4, num_directions=15, fitness="z-score")
+def es() -> Fields:
     """Evolution strategies with z-scored fitness, in antithetic pairs (2509.24372).
 
     s_i = (L_i − mean) / std over the 2K points θ ± εZ_k,   θ ← θ − η (1/2K) Σ_k (s_k₊ − s_k₋) Z_k
@@ -29,10 +38,10 @@ def es(fitness: str = "z-score") -> Fields:
     of it, do not matter. State: none.
     Departs from the published code: every parameter draws from its own key (there layers share a seed), and points come in pairs.
     """
-    return {"fitness": fitness, "estimates": "direction"}
+    return {"estimates": "direction"}
 
 
-@variant(es, "ranks", title="ES (ranks)", arxiv="1703.03864")
+@variant(es, title="ES (ranks)", arxiv="1703.03864", fitness="ranks")
 def es_ranks() -> None:
     """Evolution strategies with centered ranks as fitness, in antithetic pairs (1703.03864).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from zotune.methods.registry import PER, Fields, register
 
 
-@register(title="Forward-Grad", arxiv="2402.11592", without=(*PER, "estimator"))
+@register(title="Forward-Grad", arxiv="2402.11592", without=(*PER, "estimator", "fitness"))
 def forward_grad() -> Fields:
     """Forward-Grad: SGD on exact directional derivatives, by forward-mode differentiation (2202.08587, 2402.11592).
 

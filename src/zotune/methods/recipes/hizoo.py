@@ -6,7 +6,7 @@ from zotune.methods.registry import PER, Fields, register, variant
 from zotune.subspaces import HessianScaled
 
 
-@register(title="HiZOO", arxiv="2402.15173", without=(*PER, "estimator"))
+@register(title="HiZOO", arxiv="2402.15173", without=(*PER, "estimator", "fitness"))
 def hizoo(factored: bool = False, *, smoothing: float = 1e-8) -> Fields:
     """HiZOO: directions scaled by an estimate of the Hessian's diagonal (2402.15173).
 

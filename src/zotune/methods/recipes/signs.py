@@ -18,7 +18,7 @@ def zo_sgd_sign() -> Fields:
     return {"update_rule": "Sign"}
 
 
-@register(title="ZO-SGD-Sign (scalar)", arxiv="2402.11592")
+@register(title="ZO-SGD-Sign (scalar)", arxiv="2402.11592", without=("fitness",))
 def zo_sgd_scalar_sign() -> Fields:
     """ZO-SGD-Sign as its code has it: the sign of the loss difference, along the direction itself (code of 2402.11592).
 
@@ -30,7 +30,7 @@ def zo_sgd_scalar_sign() -> Fields:
     return {"shaping": BySign(), "estimates": "direction"}
 
 
-@register(title="ZO-SGD-Cons", arxiv="2402.11592", without=("num_directions", *PER))
+@register(title="ZO-SGD-Cons", arxiv="2402.11592", without=("num_directions", *PER, "fitness"))
 def zo_sgd_cons() -> Fields:
     """ZO-SGD-Cons, conservative: of a step forward, none and one back, the one of the lowest loss (2402.11592).
 

@@ -6,7 +6,7 @@ from zotune.methods.registry import PER, Fields, register
 from zotune.methods.svrg import SVRGSchedule
 
 
-@register(title="MeZO-SVRG", arxiv="2404.08080", without=PER)
+@register(title="MeZO-SVRG", arxiv="2404.08080", without=(*PER, "fitness"))
 def mezo_svrg(*, anchor_batches: int = 8, interval: int = 8, anchor_ratio: float = 1000.0) -> Fields:
     """MeZO-SVRG: the noise of a batch is reduced by evaluating it at a snapshot of the weights too (2404.08080).
 

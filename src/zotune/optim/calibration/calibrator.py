@@ -18,7 +18,7 @@ from zotune.forward.batches import PARTS_PER_DIRECTION
 from zotune.forward.losses import Losses
 from zotune.forward.model import PerturbedForward
 from zotune.io.memory_tags import tagged
-from zotune.methods.coefficients import State
+from zotune.methods.coefficients import SQUARE, Fitness, State
 from zotune.methods.estimators import ESTIMATORS, Estimate
 from zotune.methods.method import Method
 from zotune.methods.rules import Rule
@@ -89,12 +89,15 @@ class Calibrator:
         return found
 
     @tagged("activations")
-    def measure(self, evaluate: Callable[[], Tensor], around: Around | None, eps: float, seed: int, step: int) -> None:
+    def measure(
+        self, evaluate: Callable[[], Tensor], around: Around | None, eps: float, seed: int, step: int, *, may_fail: bool = False
+    ) -> None:
         """Measure curvature and signal, where that is due.
 
         Args:
             evaluate: losses of the step's examples at the model's weights.
             around: for methods with own directions, losses at θ and θ ± scale · εZ under the directions of a step of the given number.
+            may_fail: whether a loss of NaN is a failed reward, which counts for nothing.
         """
         self.forwards = self.sequences = 0
         if not (self.chooses_lr and self._due(step)):
@@ -105,12 +108,13 @@ class Calibrator:
         def sample(draw: int, radius: float) -> tuple[Tensor, Tensor | None]:
             """Losses (3, n) at θ and θ ± radius · Z, and whose direction Z is."""
             if here is not None:
-                return torch.stack([here, at(radius, DIRECTION + draw), at(-radius, DIRECTION + draw)]).cpu(), None
+                found = torch.stack([here, at(radius, DIRECTION + draw), at(-radius, DIRECTION + draw)]).cpu()
+                return Losses(found, None, 1, 0).without_failed().values if may_fail else found, None
             assert around is not None
             losses = around(STEP + step * FIRST_DRAWS + draw, radius / eps)
             self.forwards += 3
             self.sequences += losses.evaluated
-            return losses.values.cpu(), losses.owners
+            return _completed(losses.values.cpu()) if may_fail else losses.values.cpu(), losses.owners
 
         radius = max(eps, min(self.step_size.stride, WIDEST, FARTHER * self.step_size.radius))
         for _ in range(MAX_SAMPLES):
@@ -170,20 +174,27 @@ class Calibrator:
         """
         low, high = min(self.estimator.signs), max(self.estimator.signs)
         plus, minus = (at(sign * eps, direction).cpu() if sign else here for sign in (high, low))
-        slopes = (plus - minus).double().unsqueeze(0) / (eps * (high - low))
+        slopes = _completed((plus - minus).double().unsqueeze(0) / (eps * (high - low)))
         return in_units(slopes, number=max(2, self.method.parts(len(here))))
 
     def record(self, losses: Losses, estimate: Estimate, eps: float) -> None:
         """Record a step's losses and estimate."""
         if losses.owners is None:
             self.step_size.record_examples(self.estimator.singles(losses.values.cpu(), eps, losses.num_directions))
-        self.step_size.record_step(estimate.coefficients.tolist(), estimate.loss)
+        coefficients = estimate.coefficients.tolist()
+        self.step_size.record_step(coefficients, estimate.loss)
+        for fitness in self.method.transforms:
+            if isinstance(fitness, Fitness):
+                values = losses.values.cpu()
+                self.step_size.record_fitness(coefficients, fitness.coefficients(values[0::2], values[1::2]).tolist())
 
     def rate(self, directions: int, examples: int, eps: float, step: int, shaping: State | None = None) -> float:
         """η for step ``step``, of K directions on N examples; ``shaping``: the state of the method's shaping."""
         size = self.step_size
         plain = size.within_reach(size.rate(directions, examples), directions)
         size.expected_fall = 0.5 * plain * size.signal * size.moment.mean
+        if size.shaped.count:
+            shaping = {**(shaping or {}), SQUARE: size.shaped.mean}
         return plain * gain(self.method, self.rule, size.moment.mean, directions, eps, step, shaping) / self.lr_scale
 
     def _at(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> At:
@@ -194,3 +205,12 @@ class Calibrator:
             return losses
 
         return at
+
+
+@tagged("activations")
+def _completed(losses: Tensor) -> Tensor:
+    """Losses (P, N); a column with a NaN, that of a failed reward, has the mean of the others, which leaves their mean as it is."""
+    failed = losses.isnan().any(dim=0)
+    if not bool(failed.any()) or bool(failed.all()):
+        return losses
+    return torch.where(failed, losses[:, ~failed].mean(dim=1, keepdim=True), losses)

@@ -72,6 +72,7 @@ class StepSize:
         units: units of examples, as agreement compares them, that make a coefficient of a step together, U.
         few: whether agreement is seen in measurements only, because steps have directions of examples' own.
         latest: the mean square of the last step's coefficients.
+        shaped: the mean square of the coefficients that a fitness makes of theirs.
         leapt: whether the last step would have gone much farther than curvature was sampled.
         brake: factor that a rising loss has taken the rate back by.
         radius: distance from θ at which curvature has been measured last, 0 before.
@@ -88,6 +89,7 @@ class StepSize:
     moment: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING))
     recent: RunningMean = field(default_factory=lambda: RunningMean(2 * FORGETTING))
     guess: GuessedSignal = field(default_factory=GuessedSignal)
+    shaped: RunningMean = field(default_factory=lambda: RunningMean(FORGETTING))
     units: int = 1
     few: bool = False
     latest: float = 0.0
@@ -178,6 +180,12 @@ class StepSize:
             self.recent = RunningMean(self.recent.forgetting)  # see first what the lower rate does
             self.lowest = None
 
+    def record_fitness(self, coefficients: Sequence[float], shaped: Sequence[float]) -> None:
+        """Record what a fitness makes of a step's coefficients."""
+        kept = [s for c, s in zip(coefficients, shaped, strict=True) if c]
+        if kept:
+            self.shaped.add(sum(s * s for s in kept) / len(kept))
+
     def expect(self, factor: float) -> None:
         """Record that the expected step is taken, its rate multiplied by ``factor``."""
         self.guess.expect(factor * (self.expected_fall or 0.0))
@@ -231,7 +239,8 @@ class StepSize:
 
     def state(self) -> dict[str, Any]:
         """Its state as JSON; :meth:`restored` takes it back exactly."""
-        return asdict(self)
+        found = asdict(self)
+        return found if self.shaped.count else {name: value for name, value in found.items() if name != "shaped"}
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> StepSize:
