@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from zotune.weights.computed_linear import is_computed
 
 #: The place behind a completion's last token.
 NOTHING = -100
+#: The method of a cache of transformers that selects rows.
+SELECT = "batch_select_indices"
 #: Rows leave the batch where at most this share of it is still going: moving the others' cached states has a price.
 GOING = 0.75
 
@@ -157,17 +159,19 @@ class _Decoder:
     def __init__(
         self, model: nn.Module, sampling: Sampling, evaluation: Evaluation, pick: Callable[[Tensor, Tensor, int], Tensor] | None = None
     ) -> None:
-        self.model, self.sampling, self.evaluation, self.pick = model, sampling, evaluation, pick
+        self.wrapper, self.sampling, self.evaluation, self.pick = model, sampling, evaluation, pick
+        self.virtual = _virtual_tokens(model)
+        self.model = model.get_base_model() if self.virtual else model  # type: ignore[operator]
         known = set(_parameters_of(model))
         self.takes_positions = "position_ids" in known
         self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def decode(self, ids: Tensor, mask: Tensor, noise: Tensor | None) -> Generated:
         sampling, samples = self.sampling, self.sampling.num_samples
-        logits, cache = self._prompts(ids, mask)
+        logits, cache, mask = self._prompts(ids, mask)
         if samples > 1:
-            logits, mask = logits.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
-            cache = self._repeated(cache, samples, mask.shape[0])
+            index = torch.arange(len(ids), device=ids.device).repeat_interleave(samples)
+            logits, mask, cache = logits[index], mask[index], _selected(cache, index)
         total = mask.shape[0]
         tokens = torch.full((total, sampling.max_new_tokens), NOTHING, dtype=torch.int64, device=ids.device)
         finite = torch.ones(total, dtype=torch.bool, device=ids.device)
@@ -182,7 +186,7 @@ class _Decoder:
             going = going & ~torch.isin(chosen, stops)
             if place + 1 == sampling.max_new_tokens or not bool(going.any()):
                 break
-            kept = self._kept(going)
+            kept = self._kept(going) if hasattr(cache, SELECT) else None
             if kept is not None:
                 rows, going, chosen, mask = rows[kept], going[kept], chosen[kept], mask[kept]
                 cache = _selected(cache, kept)
@@ -191,15 +195,27 @@ class _Decoder:
             logits, cache = self._next(chosen.masked_fill(~going, sampling.pad), mask, cache)
         return Generated(tokens, finite)
 
-    def _prompts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
-        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)} if self.takes_positions else {}
-        return self._call(input_ids=ids, attention_mask=mask, **positions)
+    def _prompts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any, Tensor]:
+        """Logits behind the prompts, the cache, and the mask of what is in it."""
+        inputs: dict[str, Any] = {"input_ids": ids}
+        places = (mask.cumsum(dim=1) - 1).clamp_min(0) + self.virtual
+        if self.virtual:  # PEFT's own forward would put the learned tokens before every new one again
+            rows, wrapper = len(ids), cast(Any, self.wrapper)
+            mask = torch.cat([mask.new_ones(rows, self.virtual), mask], dim=1)
+            if wrapper.active_peft_config.peft_type == "PREFIX_TUNING":
+                inputs["past_key_values"] = wrapper.get_prompt(rows, max_cache_len=mask.shape[1])
+            else:
+                embedded = wrapper.word_embeddings(ids)
+                inputs = {"inputs_embeds": torch.cat([wrapper.get_prompt(batch_size=rows).to(embedded.dtype), embedded], dim=1)}
+                places = torch.cat([torch.arange(self.virtual, device=ids.device).expand(rows, -1), places], dim=1)
+        positions = {"position_ids": places} if self.takes_positions else {}
+        return *self._call(**inputs, attention_mask=mask, **positions), mask
 
     def _next(self, chosen: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         positions = {"position_ids": mask.sum(dim=1, keepdim=True) - 1} if self.takes_positions else {}
         return self._call(input_ids=chosen.unsqueeze(1), attention_mask=mask, past_key_values=cache, **positions)
 
-    def _call(self, **inputs: Tensor) -> tuple[Tensor, Any]:
+    def _call(self, **inputs: Any) -> tuple[Tensor, Any]:
         """Logits of the last place, (R, vocabulary), and the cache."""
         output = self.model(**inputs, use_cache=True, **self.last_only)
         logits, cache = getattr(output, "logits", None), getattr(output, "past_key_values", None)
@@ -209,10 +225,6 @@ class _Decoder:
                 "rewards need such a model."
             )
         return logits[:, -1], cache
-
-    def _repeated(self, cache: Any, samples: int, rows: int) -> Any:
-        index = torch.arange(rows // samples, device=self.model.device).repeat_interleave(samples)  # type: ignore[arg-type]
-        return _selected(cache, index)
 
     def _kept(self, going: Tensor) -> Tensor | None:
         """The batch's rows that stay, equally many of each block; None: all."""
@@ -232,11 +244,24 @@ def _sound(logits: Tensor) -> Tensor:
 
 def _selected(cache: Any, index: Tensor) -> Any:
     """The cache of these rows."""
-    select = getattr(cache, "batch_select_indices", None)
-    if select is None:
-        raise ValueError(f"a {type(cache).__name__} cannot be cut by rows: rewards need a model whose cache can (a DynamicCache).")
-    select(index)
+    if not hasattr(cache, SELECT):
+        raise ValueError(f"the rows of a {type(cache).__name__} cannot be copied: set num_generations=1, or take more prompts a step.")
+    getattr(cache, SELECT)(index)
     return cache
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """Learned tokens that a PEFT model puts before every text.
+
+    Raises:
+        ValueError: they are neither a prefix nor a soft prompt.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return 0
+    if config.peft_type not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
+        raise ValueError(f"completions cannot be generated under {config.peft_type}: take LoRA, a prefix or a soft prompt.")
+    return int(config.num_virtual_tokens)
 
 
 def _parameters_of(model: nn.Module) -> list[str]:

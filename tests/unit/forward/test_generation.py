@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
 import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
@@ -194,3 +196,25 @@ def test_noise_is_a_function_of_row_and_place_alone():
 def test_a_sampling_that_makes_no_sense_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         Sampling(**{"max_new_tokens": 4, **changes})
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "lora"])
+def test_adapters_complete_as_a_forward_of_the_whole_text(kind):
+    options: dict = {"task_type": "CAUSAL_LM"} | ({"r": 2} if kind == "lora" else {"num_virtual_tokens": 3})
+    config = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig, "lora": LoraConfig}[kind](**options)
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        adapted = get_peft_model(copy.deepcopy(model()), config).eval()
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn_like(parameter) * 0.7)
+    ids, mask = prompts()
+    found = generate(adapted, ids, mask, None, Sampling(4)).tokens
+    for row, length in enumerate(mask.sum(dim=1).tolist()):
+        text = ids[row : row + 1, ids.shape[1] - length :]
+        for token in found[row].tolist():
+            with torch.no_grad():
+                assert int(adapted(input_ids=text, attention_mask=torch.ones_like(text)).logits[0, -1].argmax()) == token
+            text = torch.cat([text, torch.tensor([[token]])], dim=1)
+    assert not torch.equal(found, generate(model(), ids, mask, None, Sampling(4)).tokens)
