@@ -154,6 +154,8 @@ class EngineModel(nn.Module):
         num_samples: int = 1,
     ) -> list[list[int]]:
         """Completions at the current point, as :meth:`zotune.engines.engine.Engine.generate` gives them."""
+        for prompt in prompts:
+            _check_ids(torch.tensor(prompt, dtype=torch.long), self.engine.vocabulary)
         self._set_factors()
         return self.engine.generate(prompts, max_new_tokens, stops, choose, num_samples)
 

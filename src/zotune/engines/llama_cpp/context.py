@@ -19,6 +19,9 @@ from zotune.engines.llama_cpp.library import Tensors, last_words, raising
 
 #: Tokens that a context's size is a multiple of, sequences that llama.cpp takes at most.
 GRAIN, MAX_SEQUENCES = 256, 256
+#: Keys and values where texts are continued: their tokens in widths of the model, and their bytes. Every new token attends to all of them,
+#: masked: beyond a few widths that takes longer than the matrices, and larger groups gain nothing.
+WIDTHS, MOST_CACHE = 4, 1 << 30
 
 
 class Group(NamedTuple):
@@ -28,11 +31,11 @@ class Group(NamedTuple):
     first: int
 
 
-def grouped(rows: Sequence[Row], tokens: int) -> Iterator[Group]:
-    """Neighboring rows of together at most ``tokens`` tokens; a longer row is alone."""
+def grouped(rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Group]:
+    """Neighboring rows of together at most ``tokens`` tokens, with ``room`` further ones of each sequence; a longer row is alone."""
     group, size, sequences, first = list[Row](), 0, 0, 0
     for row in rows:
-        if group and (size + len(row.ids) > tokens or sequences + row.sequences > MAX_SEQUENCES):
+        if group and (size + len(row.ids) + room * (sequences + row.sequences) > tokens or sequences + row.sequences > MAX_SEQUENCES):
             yield Group(group, first)
             group, first, size, sequences = [], first + size, 0, 0
         group.append(row)
@@ -52,6 +55,9 @@ class Context:
         n_threads, n_ubatch: as llama.cpp calls them; n_ubatch: most tokens of a batch.
         cache_type: ggml's number of the type of keys and values.
         weights: names of the matrices by the name of their tensor, and of the head (an empty name), for a watch.
+
+    Attributes:
+        most_cached: tokens whose keys and values are kept at a time where texts are continued, unless one text has more.
     """
 
     def __init__(
@@ -77,6 +83,14 @@ class Context:
         self._searching = False  # for the places of the adapter's tensors
         self._error: BaseException | None = None
         self._callback = lib.ggml_backend_sched_eval_callback(self._seen)
+        self.most_cached = max(n_ubatch, min(WIDTHS * int(lib.llama_model_n_embd(model)), MOST_CACHE // self._bytes_of_a_token()))
+
+    def _bytes_of_a_token(self) -> int:
+        """Of its keys and values."""
+        lib, model = self.lib, self.model
+        head = lib.llama_model_n_embd(model) // max(1, lib.llama_model_n_head(model))
+        element = 4 if self.cache_type == lib.GGML_TYPE_F32 else 2
+        return max(1, 2 * element * lib.llama_model_n_layer(model) * lib.llama_model_n_head_kv(model) * head)
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         """The adapter that is added from now on."""

@@ -31,11 +31,12 @@ def completions(
                 "with --max_length, or raise --n_ctx where the model was trained for more."
             )
         ids, last = np.array(prompt, np.int32), np.array([len(prompt) - 1])
-        for first in range(0, num_samples, MAX_SEQUENCES):
-            samples = min(MAX_SEQUENCES, num_samples - first)
+        most = min(MAX_SEQUENCES, max(1, (context.most_cached - len(prompt)) // max(1, max_new_tokens)))
+        for first in range(0, num_samples, most):
+            samples = min(most, num_samples - first)
             rows.append(Row(ids, np.arange(len(ids), dtype=np.int32), np.zeros(len(ids), np.int32), last, samples))
     found: list[list[int]] = []
-    for group in grouped(rows, context.n_ubatch):
+    for group in grouped(rows, context.most_cached, max_new_tokens):
         found += _continued(context, group.rows, max_new_tokens, frozenset(stops), choose, len(found))
     return found
 
