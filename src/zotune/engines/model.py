@@ -145,7 +145,7 @@ class EngineModel(nn.Module):
 
     # -- generation -------------------------------------------------------------------------------------------------------------------
 
-    def complete(
+    def generate_tokens(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
@@ -166,7 +166,7 @@ class EngineModel(nn.Module):
         prompts = [ids[mask > 0].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
         stops = generation_config.eos_token_id or []
         stops = [stops] if isinstance(stops, int) else list(stops)
-        found = self.complete(prompts, generation_config.max_new_tokens, stops)
+        found = self.generate_tokens(prompts, generation_config.max_new_tokens, stops)
         length = max(map(len, found), default=0)
         pad = generation_config.pad_token_id or 0
         written = torch.tensor([answer + [pad] * (length - len(answer)) for answer in found], dtype=torch.long).view(len(found), length)

@@ -85,7 +85,7 @@ def test_samples_of_a_prompt_are_those_of_torch(llama: Pair, opened: Callable[..
     prompts = [[3, 5, 8], list(range(1, 41)), [9], [7, 7, 2, 4]]
     stops = list(range(0, 90, 15))
     expected = one_by_one(llama, prompts, 3, stops)
-    assert opened(llama, n_ubatch=n_ubatch).complete(prompts, 8, stops, noisy, num_samples=3) == expected
+    assert opened(llama, n_ubatch=n_ubatch).generate_tokens(prompts, 8, stops, noisy, num_samples=3) == expected
     assert len({len(answer) for answer in expected}) > 2 and len(set(map(tuple, expected))) == 12
 
 
@@ -93,7 +93,7 @@ def test_more_samples_than_sequences_are_all_there(model: EngineModel) -> None:
     def number(logits: np.ndarray, rows: list[int], place: int) -> np.ndarray:
         return np.array(rows) // (1 if place else 90) % 90
 
-    found = model.complete([[1, 2], [3]], 2, [], number, num_samples=300)
+    found = model.generate_tokens([[1, 2], [3]], 2, [], number, num_samples=300)
     assert found == [[row // 90, row % 90] for row in range(600)]
 
 
