@@ -101,13 +101,13 @@ class Task:
         raise ValueError(f"column {self.label_column!r} holds {label!r}, which is none of the options {known}.")
 
     def right(self, row: Row) -> tuple[int, ...]:
-        """Indices of all right options."""
+        """Indices of all right options, in the order of the right answers; training uses the first (MeZO's code, 2305.17333)."""
         if not self.gold:
             return (self.answer(row),)
         if not self.candidates:
             return tuple(range(len(self.references(row))))
         references, candidates = self.references(row), self._candidates(row)
-        found = tuple(index for index, text in enumerate(candidates) if text in references)
+        found = tuple(candidates.index(text) for text in references if text in candidates)
         if not found:
             raise ValueError(f"none of the right answers {list(references)} is among the row's {self.candidates!r}.")
         return found

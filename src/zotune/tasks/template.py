@@ -80,6 +80,15 @@ def _column_of(match: re.Match[str], template: str) -> str | None:
     return name
 
 
+def _parts_at_blank(text: str) -> tuple[str, str]:
+    """A sentence before the word that holds its blank ``_``, and from that word on; ValueError without a blank."""
+    before, blank, _ = text.partition("_")
+    if not blank:
+        raise ValueError(f"{shown(text)} has no blank: write _ where an option belongs.")
+    kept = before.rpartition(" ")[0].rstrip(" ")
+    return kept, text[len(kept) :].lstrip(" ")
+
+
 def _lower_first(text: str) -> str:
     first, blank, rest = text.partition(" ")
     return text if first == "I" else first.lower() + blank + rest
@@ -92,4 +101,6 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "upper_first": lambda text: text[:1].upper() + text[1:],
     "question_mark": lambda text: text if text.endswith("?") else text + "?",
     "drop_final_period": lambda text: text.removesuffix("."),
+    "before_blank": lambda text: _parts_at_blank(text)[0],
+    "from_blank": lambda text: _parts_at_blank(text)[1],
 }

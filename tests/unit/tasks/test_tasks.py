@@ -108,7 +108,7 @@ def test_candidates_are_a_rows_own_and_several_may_be_right():
     prompt, options = task.render(RECORD)
     assert prompt == "Ann met Bo.\n- They talked\n-"
     assert options == (" Later Ann left.", " Later Bo left.", " Later Cy left.")
-    assert (task.right(RECORD), task.answer(RECORD)) == ((1, 2), 1)
+    assert (task.right(RECORD), task.answer(RECORD)) == ((2, 1), 2)  # trained on is the first of the answers
     assert task.references(RECORD) == ("Cy", "Bo")
     with pytest.raises(ValueError, match=r"none of the right answers \['Di'\] is among the row's 'entities'"):
         task.right({**RECORD, "answers": ["Di"]})
@@ -124,10 +124,26 @@ def test_a_generation_task_renders_its_right_answers():
         task.references({**row, "answers": {"text": []}})
 
 
-def test_both_names_are_put_in_place_of_a_blank():
-    row = {"sentence": "Al paid Ed as _ lost.", "option1": "Al", "option2": "Ed", "answer": "2"}
-    assert tasks.load("winogrande").render(row) == ("", ("Al paid Ed as Al lost.", "Al paid Ed as Ed lost."))
+def test_an_option_with_what_follows_the_blank_is_scored():
+    row = {"sentence": "Al paid  Ed as _ lost.", "option1": "Al", "option2": "Ed", "answer": "2"}
+    assert tasks.load("winogrande").render(row) == ("Al paid  Ed as", (" Al lost.", " Ed lost."))
+    assert tasks.load("winogrande", template="mezo").render(row) == ("", ("Al paid  Ed as Al lost.", "Al paid  Ed as Ed lost."))
     assert tasks.load("winogrande").answer(row) == 1
+    quoted = {**row, "sentence": "Al said (_'s book) is lost."}
+    assert tasks.load("winogrande").render(quoted) == ("Al said", (" (Al's book) is lost.", " (Ed's book) is lost."))
+    assert tasks.load("winogrande").render({**row, "sentence": "_ lost."}) == ("", (" Al lost.", " Ed lost."))
+    with pytest.raises(ValueError, match=r"'Al lost\.' has no blank: write _ where an option belongs"):
+        tasks.load("winogrande").render({**row, "sentence": "Al lost."})
+
+
+def test_published_prompts_of_boolq():
+    row = {"passage": "Title -- A text.", "question": "is it a text", "label": 1}
+    assert tasks.load("boolq").render(row) == ("Title -- A text. Is it a text?\n", ("No", "Yes"))  # MeZO's code, version 2
+    assert tasks.load("boolq", template="zo-bench").render(row) == ("Title -- A text. Is it a text?", (" No", " Yes"))
+
+
+def test_published_data_sets():
+    assert [tasks.load(name).subset for name in ("wsc", "winogrande")] == ["wsc.fixed", "winogrande_m"]
 
 
 def test_a_label_may_be_its_value_its_class_name_or_a_boolean():
