@@ -102,6 +102,7 @@ def _parser() -> CommandParser:
     add("--dtype", choices=DTYPES, metavar="NAME", help=f"of the weights: {', '.join(DTYPES)} (default bfloat16, with --measure float32)")
     batching = ("auto", "batched", "sequential")
     add("--forward_batching", default="auto", choices=batching, metavar="NAME", help=f"as in train: {', '.join(batching)} (default auto)")
+    add("--anchor_decay", type=float, default=0.0, metavar="X", help="as in train: above 0 the weights that training begins with are kept")
     add("--activation_checkpointing", action="store_true", help="first-order methods run forwards again and keep no activations")
     add("--device", choices=("cpu", "cuda"), metavar="NAME", help="allocate as on a cpu or on a GPU (cuda, the default without --measure)")
     add("--measure", action="store_true", help="also run real steps on this machine, with random weights of the model's shapes")
@@ -172,6 +173,7 @@ def workload(args: argparse.Namespace, method: Any, dtype: str) -> Any:
         dtype=getattr(torch, dtype),
         scored=args.scored_tokens,
         forward_batching=args.forward_batching,
+        anchor_decay=args.anchor_decay,
         activation_checkpointing=args.activation_checkpointing,
     )
 
@@ -186,6 +188,8 @@ def _refuse_idle(args: argparse.Namespace, methods: Sequence[Any]) -> None:
         raise ValueError("--activation_checkpointing is an option of first-order methods, and none is named: leave it out.")
     if args.forward_batching != "auto" and not zeroth:
         raise ValueError("--forward_batching is an option of zeroth-order methods, and none is named: leave it out.")
+    if args.anchor_decay and not zeroth:
+        raise ValueError("--anchor_decay is an option of zeroth-order methods, and none is named: leave it out.")
     if args.exact and args.measure:
         raise ValueError("--measure computes every layer anyway: leave --exact out.")
 

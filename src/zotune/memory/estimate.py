@@ -117,7 +117,8 @@ def _steps(
             rows = len(next(iter(batch.values())))
             # Examples beyond the batch are kept on the host: on a device they cost no more than their forwards.
             examples = (lambda _, count: [batch] * -(-count // rows)) if counted.host else None
-            optimizer = ZerothOrder(model, method, lr=rate, forward_batching=workload.forward_batching, sample_batches=examples)
+            batching, decay = workload.forward_batching, workload.anchor_decay
+            optimizer = ZerothOrder(model, method, lr=rate, anchor_decay=decay, forward_batching=batching, sample_batches=examples)
     for _ in range(STEPS):
         counted.begin_step()
         optimizer.step(loss, batch)

@@ -174,7 +174,7 @@ class Ledger(TorchDispatchMode):
         kind = ""
         for value in tree_iter(result):
             if isinstance(value, Tensor) and _storage(value) not in self._known:
-                kind = kind or self._phase or self._purpose()
+                kind = kind or self._kind()
                 self._count(value, kind)
         return result
 
@@ -196,6 +196,11 @@ class Ledger(TorchDispatchMode):
         self._events += 1
         piece.died = self._events
         self._now -= piece.size
+
+    def _kind(self) -> str:
+        """The kind of a new tensor: the phase's, unless the host's memory does not count and it is there."""
+        elsewhere = not self.host and "host" in tags()
+        return self._phase if self._phase and not elsewhere else self._purpose()
 
     def _purpose(self) -> str:
         """The kind of a new tensor, by the innermost tag; ``… if kept`` where its lifetime decides."""

@@ -31,6 +31,7 @@ class Workload:
         dtype: of the weights.
         scored: tokens of an example whose logits the loss needs; None: T − 1, all that can be predicted.
         forward_batching: as in :class:`zotune.ZerothOrder`.
+        anchor_decay: as there; above 0 the weights that training begins with are kept beside the trained ones.
         activation_checkpointing: first-order methods recompute activations in the backward pass.
     """
 
@@ -42,6 +43,7 @@ class Workload:
     dtype: torch.dtype = torch.float32
     scored: int | None = None
     forward_batching: str = "auto"
+    anchor_decay: float = 0.0
     activation_checkpointing: bool = False
 
     def with_(self, **changes: Any) -> Workload:
@@ -76,7 +78,7 @@ class Workload:
         )
 
 
-_PLAIN_FIELDS = ("batch_size", "sequence_length", "scored", "forward_batching", "activation_checkpointing")
+_PLAIN_FIELDS = ("batch_size", "sequence_length", "scored", "forward_batching", "anchor_decay", "activation_checkpointing")
 
 
 def prepared(model: nn.Module, workload: Workload) -> nn.Module:

@@ -19,6 +19,7 @@ from zotune.methods.estimators import ESTIMATORS, Estimator
 from zotune.methods.history import CoefficientHistory
 from zotune.methods.rules import Rule
 from zotune.methods.svrg import SVRGSchedule
+from zotune.optim.anchor import Anchor
 from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.calibrator import Calibrator
 from zotune.optim.distributed.workers import Workers
@@ -50,7 +51,8 @@ class RunParts:
 
     Attributes:
         model: what is trained.
-        param_groups: the optimizer's, with the current learning rates and weight decays.
+        param_groups: the optimizer's, with the current learning rates and decays.
+        anchor: the weights that training began with, where they are kept.
         method, rule, estimator, directions: the four choices of a step.
         layers: low-rank coordinates whose scales are measured, by layer.
         forward: evaluates the model at a point.
@@ -76,6 +78,7 @@ class RunParts:
     workers: Workers
     calibrator: Calibrator | None
     output_gradients: OutputGradientSteps | None
+    anchor: Anchor | None
     sample_batches: SampleBatches | None
     state: RunState
 
@@ -99,26 +102,29 @@ class RunParts:
         return [float(group["lr"]) for group in self.param_groups]
 
 
-def parameter_groups(model: nn.Module, params: Iterable[Any] | None, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, params: Iterable[Any] | None, weight_decay: float, anchor_decay: float = 0.0
+) -> list[dict[str, Any]]:
     """Groups as torch's optimizers take them; weight decay is for matrices, unless the groups are given.
 
     Raises:
         ValueError: nothing is trainable.
     """
+    decays = {"weight_decay": weight_decay, "anchor_decay": anchor_decay}
     if params is not None:
         given = list(params)
         if given and isinstance(given[0], dict):
-            return [{"weight_decay": weight_decay, **group, "params": list(group["params"])} for group in given]
+            return [{**decays, **group, "params": list(group["params"])} for group in given]
         trainable = given
     else:
         trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(NOTHING_TRAINED)
     if not weight_decay:
-        return [{"params": trainable}]
+        return [{"params": trainable, **decays}]
     matrices = [p for p in trainable if p.dim() > 1]
     vectors = [p for p in trainable if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, **decays}, {"params": vectors, **decays, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -134,6 +140,7 @@ def build(
     workers: Workers,
     sample_batches: SampleBatches | None,
     measured: bool,
+    anchor: Anchor | None = None,
 ) -> RunParts:
     """The parts of a run; ``measured``: the learning rate is.
 
@@ -142,10 +149,16 @@ def build(
     """
     release_abandoned(model)
     refuse_compiled(model)
+    decaying = [group["anchor_decay"] > 0 for group in param_groups]
+    if any(decaying) and anchor is None:
+        anchor = Anchor(model, [p for group in param_groups for p in group["params"]])
     groups = [_coordinates(model, method, rule, group) for group in param_groups]
     coordinates = [c for group in groups for c in group]
     if not coordinates:
         raise ValueError(NOTHING_TRAINED)
+    if anchor is not None:
+        anchor.check(coordinates)
+        anchor.attach(c for group, decays in zip(groups, decaying, strict=True) if decays for c in group)
     method = dataclasses.replace(method, blocks=method.subspace.attach(model, coordinates))
     estimator = ESTIMATORS[method.estimator]
     layers = _scaled_layers(method, coordinates)
@@ -175,6 +188,7 @@ def build(
             workers=workers,
             calibrator=calibrator,
             output_gradients=output_gradients,
+            anchor=anchor,
             sample_batches=sample_batches,
             state=state,
         )
@@ -213,6 +227,8 @@ def _scaled_layers(method: Method, coordinates: list[Coordinate]) -> list[list[L
 def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, Any]) -> list[Coordinate]:
     """The coordinates of a parameter group."""
     names = {id(p): name for name, p in model.named_parameters()}
+    if group["weight_decay"] and group["anchor_decay"]:
+        raise ValueError("weight_decay shrinks weights toward 0, anchor_decay toward those that training began with: set one of them to 0.")
     if group["weight_decay"] and not rule.takes_weight_decay:
         raise ValueError(f"the update rule {rule.cls.__name__} has no weight decay; set weight_decay=0.")
     if group["weight_decay"] and is_computed(model):

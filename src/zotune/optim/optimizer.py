@@ -16,6 +16,7 @@ from zotune.io.memory_tags import memory_tag
 from zotune.methods import AUTO, Method
 from zotune.methods.rules import Rule
 from zotune.optim import saved_state
+from zotune.optim.anchor import Anchor, Drift, drift
 from zotune.optim.construction import build, parameter_groups
 from zotune.optim.distributed.agreement import settle
 from zotune.optim.distributed.workers import Workers
@@ -48,6 +49,11 @@ class ZerothOrder(torch.optim.Optimizer):
             default, which suits models of a billion parameters.
         params: parameters or parameter groups (as in torch, each with its own ``lr`` and ``weight_decay``) to train instead of all.
         weight_decay: λ in θ ← θ − η (ĝ + λθ); not on vectors (bias, norm), unless you pass groups of your own.
+        anchor_decay: λ in θ ← θ − η (ĝ + λ (θ − θ₀)), θ₀ the weights that training began with (2605.30148); on vectors too. It needs a
+            copy of θ₀ (see :class:`~zotune.optim.anchor.Anchor`). Low-rank methods shrink what earlier redraws added to the weights at the
+            next redraw, up to an interval late.
+        anchor: θ₀, where the model does not have these weights now: a run that resumes from a checkpoint. Given without ``anchor_decay`` it
+            is kept for :meth:`drift`.
         seed: the run's seed; it determines every direction.
         max_nonfinite_steps: stop after so many steps in a row without a finite loss.
         forward_batching: how a step's points are evaluated: ``"batched"``, in one forward of stacked rows (least time); ``"sequential"``,
@@ -88,6 +94,8 @@ class ZerothOrder(torch.optim.Optimizer):
         *,
         params: Iterable[Any] | None = None,
         weight_decay: float = 0.0,
+        anchor_decay: float = 0.0,
+        anchor: Anchor | None = None,
         seed: int = 0,
         max_nonfinite_steps: int = 10,
         forward_batching: str = "auto",
@@ -100,7 +108,7 @@ class ZerothOrder(torch.optim.Optimizer):
         lr = method.lr if lr is None else lr
         measured = lr == AUTO
         lr = 1.0 if measured else lr
-        for label, number in (("learning rate", lr), ("weight_decay", weight_decay)):
+        for label, number in (("learning rate", lr), ("weight_decay", weight_decay), ("anchor_decay", anchor_decay)):
             if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
                 auto = " or 'auto'" if label == "learning rate" else ""
                 raise ValueError(f"the {label} must be a number of at least 0{auto}, not {number!r}.")
@@ -109,7 +117,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.model, self.seed, self.max_nonfinite_steps = model, int(seed), max_nonfinite_steps
         self.workers = workers or Workers()
         self.rule = Rule(method.update_rule, method.update_rule_args)
-        super().__init__(parameter_groups(model, params, weight_decay), {"lr": lr, "weight_decay": 0.0})
+        groups = parameter_groups(model, params, weight_decay, anchor_decay)
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "anchor_decay": 0.0})
         self.run = run = build(
             model,
             method,
@@ -121,6 +130,7 @@ class ZerothOrder(torch.optim.Optimizer):
             workers=self.workers,
             sample_batches=sample_batches,
             measured=measured,
+            anchor=anchor,
         )
         self.method, self.estimator, self.directions, self.layers = run.method, run.estimator, run.directions, run.layers
         self.forward, self.evaluator = run.forward, run.evaluator
@@ -226,6 +236,10 @@ class ZerothOrder(torch.optim.Optimizer):
         if not self.tail:
             self.run.state.write({"event": "fold"})
         self.updater.fold()
+
+    def drift(self) -> Drift | None:
+        """‖θ − θ₀‖, θ₀ the weights that training began with; None where they are not kept (see ``anchor_decay`` and ``anchor``)."""
+        return drift(self.run.anchor, self.forward.coordinates)
 
     def remove_hooks(self) -> None:
         """Make the model a plain module with the trained weights: fold, and remove every hook. The optimizer cannot be used afterwards."""

@@ -48,7 +48,11 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
     if missing:
         raise ValueError(f"the journal trains {missing[0]!r}, which this model does not have.")
     groups = [
-        {"params": [parameters[name] for name, _, _ in group["parameters"]], "weight_decay": group["weight_decay"]}
+        {
+            "params": [parameters[name] for name, _, _ in group["parameters"]],
+            "weight_decay": group["weight_decay"],
+            "anchor_decay": group.get("anchor_decay", 0.0),
+        }
         for group in header["groups"]
     ]
     try:
@@ -95,6 +99,7 @@ def checked_header(journal: Journal) -> dict[str, Any]:
     try:
         whole = all(isinstance(header[key], kind) for key, kind in _HEADER.items()) and all(
             isinstance(group["weight_decay"], int | float)
+            and isinstance(group.get("anchor_decay", 0.0), int | float)
             and all(isinstance(name, str) and isinstance(dtype, str) for name, _, dtype in group["parameters"])
             for group in header["groups"]
         )

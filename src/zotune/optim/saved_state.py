@@ -48,6 +48,7 @@ class Numbers:
     general_path: list[str]
     rule: dict[str, dict[str, Any]]
     transforms: dict[str, dict[str, Any]]
+    anchor: str | None = None
 
 
 def _check_types(run: RunParts, state_dict: Mapping[str, Any]) -> None:
@@ -100,6 +101,8 @@ def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
         "rule": rule_others,
         "transforms": {transform.name: transform.state() for transform in run.transforms if transform.name},
     }
+    if _anchored(run):
+        numbers["anchor"] = _anchored(run)
     return {"state": tensors, "param_groups": groups, "zotune": numbers}
 
 
@@ -121,6 +124,11 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
         if numbers.get(key) != value:
             raise ValueError(f"the saved run has {key} {numbers.get(key)!r} and this one {value!r}; continue with the saved one's.")
     _check_types(run, state_dict)
+    if numbers.get("anchor") != _anchored(run):
+        raise ValueError(
+            "the saved run and this one do not decay toward the same weights: give anchor_decay as it was, and construct the optimizer on "
+            "the weights that training began with, or pass them as its anchor."
+        )
     if len(state_dict["param_groups"]) != len(run.param_groups):
         raise ValueError("the saved run has another number of parameter groups; construct the optimizer as it was then.")
     states: dict[str, dict[str, Tensor]] = {name: {} for name in run.state.by_name()}
@@ -184,11 +192,18 @@ def header(run: RunParts, *, base: bool) -> dict[str, Any]:
         "groups": [
             {
                 "weight_decay": group["weight_decay"],
+                **({"anchor_decay": group["anchor_decay"]} if group["anchor_decay"] else {}),
                 "parameters": [[c.name, list(c.parameter.shape), str(c.parameter.dtype).removeprefix("torch.")] for c in coordinates],
             }
             for group, coordinates in zip(run.param_groups, run.state.coordinates, strict=True)
         ],
     }
+
+
+def _anchored(run: RunParts) -> str | None:
+    """The digest of the weights that the run decays toward; None where it does not."""
+    decays = run.anchor is not None and any(coordinate.anchored for coordinate in run.forward.coordinates)
+    return run.anchor.digest if decays and run.anchor is not None else None
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

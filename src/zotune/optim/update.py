@@ -39,6 +39,18 @@ def update_groups(coordinates: Sequence[Coordinate]) -> Iterator[UpdateGroup]:
             yield group
 
 
+def decay_of(group: Mapping[str, Any], coordinates: Sequence[Coordinate]) -> float:
+    """λ of a parameter group's decay, toward 0 or, of anchored coordinates, toward their anchor.
+
+    Raises:
+        ValueError: ``anchor_decay`` was set after the optimizer was constructed.
+    """
+    weight, anchor = float(group["weight_decay"]), float(group["anchor_decay"])
+    if anchor and not all(coordinate.anchored for coordinate in coordinates):
+        raise ValueError("the weights that training began with are not known: give anchor_decay when the optimizer is constructed.")
+    return anchor or weight
+
+
 class Updater:
     """Applies journal records to the weights of a run."""
 
@@ -87,7 +99,7 @@ class Updater:
         run = self.run
         for place, term in enumerate(terms.terms):
             for group, coordinates, lr in zip(run.param_groups, self.state.coordinates, record.lrs, strict=True):
-                weight_decay = 0.0 if place else float(group["weight_decay"])
+                weight_decay = 0.0 if place else decay_of(group, coordinates)
                 for coordinate in self._update_groups(coordinates) if self.groupable else coordinates:
                     self._schedule(coordinate, term.step, term.coefficients, terms.factor * lr, weight_decay)
                     if isinstance(coordinate, HessianScaledCoordinate):
@@ -101,13 +113,13 @@ class Updater:
         assert run.output_gradients is not None
         derivatives = {id(coordinate): part for coordinate, part in run.output_gradients.parts(torch.tensor(record.coefficients))}
         for group, coordinates, lr in zip(run.param_groups, self.state.coordinates, record.lrs, strict=True):
-            keep = 1 - lr * float(group["weight_decay"])
+            keep = 1 - lr * decay_of(group, coordinates)
             for coordinate in coordinates:
                 coordinate.drop()
                 if not coordinate.decays_weights:
                     coordinate.decay(keep)
                 elif keep != 1:  # a vector of a group with decay
-                    coordinate.assign(coordinate.value() * keep, self.state.seed, record.step)
+                    coordinate.assign(coordinate.decayed(coordinate.value(), keep), self.state.seed, record.step)
                 if isinstance(coordinate, GuidedCoordinate) and coordinate.guided:
                     value = coordinate.value()
                     value = run.rule.update(coordinate.name, value, coordinate.expand_guided(derivatives[id(coordinate)]), lr, 0.0)
@@ -150,8 +162,7 @@ class Updater:
         if self.history is not None:
             coordinate.drop()
             value = coordinate.value()
-            if weight_decay:
-                value.mul_(1 - lr * weight_decay)
+            value = coordinate.decayed(value, 1 - lr * weight_decay)
             self.history.history.update(coordinate, value, past, rate, run.directions, seed)
         else:
             value = coordinate.value()
@@ -160,6 +171,9 @@ class Updater:
             coordinate.drop()
             if weight_decay and not coordinate.decays_weights:
                 coordinate.decay(1 - lr * weight_decay)
+                weight_decay = 0.0
+            elif coordinate.anchored:
+                value = coordinate.decayed(value, 1 - lr * weight_decay)
                 weight_decay = 0.0
             value = run.rule.update(coordinate.name, value, estimate, rate, weight_decay)
         coordinate.assign(value, seed, step)

@@ -99,6 +99,8 @@ class Coordinate(abc.ABC):
         shape: of their direction Z.
         lr_scale: multiplies the learning rate.
         observed: data for the next redraw, if the subspace is built from data.
+        anchored: whether weight decay shrinks the weight toward an anchor θ₀ in place of 0.
+        anchor: θ₀'s elements that are stored here, flat; None where there is none, or what training adds is stored apart.
         schedule: when they are trained; None: in every step, along every direction.
         flat_buffer: the flat buffer that stores them, if any.
         multi_tensor: the multi-tensor group that updates them, if any.
@@ -126,6 +128,8 @@ class Coordinate(abc.ABC):
         self.numel = math.prod(shape)
         self.lr_scale = lr_scale
         self.observed: Tensor | None = None
+        self.anchored = False
+        self.anchor: Tensor | None = None
         self.schedule: BlockSchedule | None = None
         self.flat_buffer: CoordinateBuffer | None = None
         self.multi_tensor: CoordinateGroup | None = None
@@ -217,6 +221,14 @@ class Coordinate(abc.ABC):
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
         """θ ← keep · θ + Σ_k weights[k] · Z_k, Z_k direction k of ``step``; in full space no large Z is materialized."""
 
+    def set_anchor(self, anchor: Tensor | None) -> None:
+        """Have weight decay shrink the weight toward ``anchor``, see the attribute."""
+        self.anchored, self.anchor = True, anchor
+
+    def decayed(self, value: Tensor, keep: float) -> Tensor:
+        """``value`` of θ shrunk by ``keep``, in place, where θ is the weight (:func:`shrink`)."""
+        return shrink(value.view(-1), keep, self.anchor).view(value.shape)
+
     def decay(self, keep: float) -> None:  # noqa: B027 - nothing to do where the rule updates the weights themselves
         """Multiply the *weights* by ``keep`` where the rule, which updates θ only, cannot."""
 
@@ -259,6 +271,15 @@ class Coordinate(abc.ABC):
 
     def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
         assert not state, f"{self.name} keeps no state, but was given {sorted(state)}"
+
+
+def shrink(block: Tensor, keep: float, anchor: Tensor | None) -> Tensor:
+    """block ← keep · block, or θ₀ + keep · (block − θ₀) with the anchor's elements θ₀, in place; exactly the same where block is θ₀."""
+    if keep == 1.0:
+        return block
+    if anchor is None:
+        return block.mul_(keep)
+    return block.lerp_(anchor.to(block.device, block.dtype), 1 - keep)
 
 
 def matching(saved: Tensor, here: Tensor, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from zotune.io.memory_tags import tagged
 from zotune.rng.counter import PAGE
 from zotune.rng.directions import GROUP, GROUPED_NUMEL, Directions, Key, add_weighted, group_of
-from zotune.subspaces.coordinate import Coordinate
+from zotune.subspaces.coordinate import Coordinate, shrink
 from zotune.weights.precision import HALF, join, split_into
 
 #: Elements of a run, about; an accelerator wants few, large launches.
@@ -185,7 +185,10 @@ class FlatBuffer:
         if keep == 1.0 and not any(weights):
             return
         value = self.values()  # the members' own, or a new tensor
-        if keep != 1.0:
+        if keep != 1.0 and any(c.anchored and c.decays_weights for c in self.members):
+            for coordinate in self.members:
+                shrink(value[self.places[coordinate.name]], keep, coordinate.anchor if coordinate.decays_weights else None)
+        elif keep != 1.0:
             value.mul_(keep)
         self._add_weighted(value, directions, weights, seed, step)
         if value is not self.owned:

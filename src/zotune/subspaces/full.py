@@ -13,7 +13,7 @@ from zotune.io.execution import walked
 from zotune.io.memory_tags import tagged
 from zotune.kernels import low_rank_kernels, perturb_kernels
 from zotune.rng.directions import Directions, Key, for_blocks
-from zotune.subspaces.coordinate import Coordinate, Offset, is_thin, matching, unshared
+from zotune.subspaces.coordinate import Coordinate, Offset, is_thin, matching, shrink, unshared
 from zotune.subspaces.matrix_view import factor_strips, matrix_view, plus_product
 from zotune.subspaces.several_scales import perturb_at_scales
 from zotune.weights import placement, quantized_linear
@@ -259,9 +259,7 @@ class FullCoordinate(Coordinate):
         rounding = self._rounding(seed, step)
         if self.thin:
             whole = slice(0, self.numel)
-            block = self._block(flat, whole)
-            if keep != 1.0:
-                block.mul_(keep)
+            block = shrink(self._block(flat, whole), keep, self.anchor)
             self._add_weighted(block, directions, weights, seed, step)
             self._write(flat, whole, block, rounding)
             self._finish(flat)
@@ -269,16 +267,14 @@ class FullCoordinate(Coordinate):
         keys = [(Key(seed, step, direction, self.name), weight) for direction, weight in enumerate(weights) if weight]
         moves = [(key, weight * directions.scale(key, self.numel, self.device)) for key, weight in keys]
         kernels = self._perturb_kernels(directions, flat)
-        if kernels is not None and moves and (len(moves) == 1 or not self.rounds):
+        if kernels is not None and moves and (len(moves) == 1 or not self.rounds) and (keep == 1.0 or self.anchor is None):
             for place, (key, scale) in enumerate(moves):
                 kernels.update(directions, key, scale, flat, self.residual, 1.0 if place else keep, rounding)
             self._finish(flat)
             return
 
         def move(part: slice, here: slice) -> None:
-            block = self._block(flat, here)
-            if keep != 1.0:
-                block = block.mul_(keep)
+            block = shrink(self._block(flat, here), keep, None if self.anchor is None else self.anchor[here])
             directions.add_to(block, part, moves)
             self._write(flat, here, block, rounding)
 
@@ -296,7 +292,7 @@ class FullCoordinate(Coordinate):
         """
         layer = quantized_linear.owner_of(self.parameter)
         if layer is not None:
-            layer.add(left, right, keep)
+            layer.add(left, right, keep, anchored=self.anchored)
             return
         if placement.offload_handle(self.parameter) is not None:
             left, right = left.clone(), right.clone()
@@ -307,14 +303,17 @@ class FullCoordinate(Coordinate):
     def _add_product(self, left: Tensor, right: Tensor, seed: int, step: int, keep: float) -> None:
         rounding = self._rounding(seed, step)
         kernels = self._low_rank_kernels(left)
-        if kernels is not None:
+        anchored = self.anchor is not None and keep != 1.0
+        if kernels is not None and not anchored:
             kernels.fold(self.parameter.data, self.residual, left.float(), right.float(), keep, rounding)
             return
         flat = self._flat()
         for _, part, some, others in factor_strips(left, right, self._product_height(), self._strips):
             here = self._here(part)
             block = self._block(flat, here)
-            plus_product(block, some, others, keep)
+            if self.anchor is not None:
+                shrink(block, keep, self.anchor[here])
+            plus_product(block, some, others, 1.0 if anchored else keep)
             self._write(flat, here, block, rounding)
         self._finish(flat)
 

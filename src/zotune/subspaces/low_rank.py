@@ -208,12 +208,18 @@ class LowRankCoordinate(Coordinate):
 
     # -- folding ----------------------------------------------------------------------------------------------------------------------
 
+    def set_anchor(self, anchor: Tensor | None) -> None:
+        super().set_anchor(anchor)
+        self._weight.set_anchor(anchor)
+
     @tagged("directions")
     def fold_every_step(self) -> None:
         """Stop using hooks. W is then written every step, as in full space."""
         assert not self.pending
         self.uses_hook = False
         self._weight = full_coordinate(self.name, self.parameter)
+        if self.anchored:
+            self._weight.set_anchor(self.anchor)
 
     @property
     def _unchanged(self) -> bool:
@@ -221,7 +227,10 @@ class LowRankCoordinate(Coordinate):
 
     @tagged("directions")
     def fold(self) -> None:
-        """W ← keep · W + A Vᵀ, θ ← 0; a half-precision W rounds stochastically, keyed by the last update's step."""
+        """W ← keep · W + A Vᵀ, θ ← 0; a half-precision W rounds stochastically, keyed by the last update's step.
+
+        With an anchor W₀: W ← W₀ + keep · (W − W₀) + A Vᵀ.
+        """
         if self._unchanged:
             return
         self._weight.add_product(*self.factors(self.core), *self.updated_at, keep=self.keep)
@@ -246,6 +255,8 @@ class LowRankCoordinate(Coordinate):
         with placement.loaded(self.parameter):
             merged = self.parameter.detach().clone()
         copy = full_coordinate(self.name, nn.Parameter(merged, requires_grad=False), keep_residual=False)
+        if self.anchored:
+            copy.set_anchor(self.anchor)
         copy.add_product(*self.factors(self.core), *self.updated_at, keep=self.keep)
         self._merged = weakref.ref(merged)
         return merged

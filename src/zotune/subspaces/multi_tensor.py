@@ -39,7 +39,8 @@ class MultiTensorGroup:
                 for coordinate in self.members:
                     coordinate.descend(directions, weights, keep, seed, step)
             return
-        if self.rounds and len(taken) > 1:  # a kernel rounds after every direction
+        anchored = keep != 1.0 and any(c.anchored for c in self.members)
+        if anchored or (self.rounds and len(taken) > 1):  # a kernel knows no anchor, and rounds after every direction
             for coordinate in self.members:
                 coordinate.descend(directions, weights, keep, seed, step)
             return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key, block_size
 from zotune.subspaces.base import Losses, Subspace, check_density
-from zotune.subspaces.coordinate import Coordinate, Offset, matching
+from zotune.subspaces.coordinate import Coordinate, Offset, matching, shrink
 from zotune.subspaces.full import FullCoordinate
 from zotune.subspaces.scaled_directions import TransformedCoordinate
 from zotune.weights.precision import HALF, join, split_into
@@ -62,6 +62,10 @@ class IndexedCoordinate(Coordinate):
         return stored.float() if self.residual is None else join(stored, self.residual)
 
     @tagged("directions")
+    def decayed(self, value: Tensor, keep: float) -> Tensor:
+        return shrink(value, keep, None if self.anchor is None else self.anchor[self.index.long().to(self.anchor.device)])
+
+    @tagged("directions")
     def assign(self, value: Tensor, seed: int, step: int) -> None:
         data = self.parameter.data
         flat = data.contiguous()
@@ -71,9 +75,7 @@ class IndexedCoordinate(Coordinate):
 
     @tagged("directions")
     def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
-        value = self.value()
-        if keep != 1.0:
-            value.mul_(keep)
+        value = self.decayed(self.value(), keep)
         self.assign(value.add_(self.weighted(directions, weights, seed, step)), seed, step)
 
     def reset(self) -> None:

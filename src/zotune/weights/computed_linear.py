@@ -50,10 +50,10 @@ class ComputedLinear(QuantizedLinear):
         self.computed = torch.empty(0)
         own(self)
 
-    def add(self, left: Tensor, right: Tensor, keep: float) -> None:
-        if keep != 1.0:
+    def add(self, left: Tensor, right: Tensor, keep: float, *, anchored: bool = False) -> None:
+        if keep != 1.0 and not anchored:
             raise ValueError(NO_DECAY)
-        super().add(left, right, keep)
+        super().add(left, right, keep, anchored=anchored)
         if self.left.shape[1] > min(self.out_features, self.in_features):  # the same sum in fewer columns
             whole = self.left @ self.right.T
             wide = self.in_features > self.out_features

@@ -95,9 +95,9 @@ class QuantizedLinear(nn.Linear):
             whole = self.unpacked(slice(0, self.out_features), torch.float32)
         return whole.addmm_(left, right.T).to(self.weight.dtype)
 
-    def add(self, left: Tensor, right: Tensor, keep: float) -> None:
-        """W ← keep · W + left · rightᵀ."""
-        if keep != 1.0:
+    def add(self, left: Tensor, right: Tensor, keep: float, *, anchored: bool = False) -> None:
+        """W ← keep · W + left · rightᵀ; ``anchored``: only what training has added is multiplied by ``keep``."""
+        if keep != 1.0 and not anchored:
             self.factor = self.factor * keep
         self.left = torch.cat([self.left * keep, left], dim=1)
         self.right = torch.cat([self.right, right], dim=1)

@@ -37,7 +37,11 @@ class QuantizedLinear(LayerRule):
         return None if coordinate.transposed else coordinate.parameter.shape[1]
 
     def save_merged(self, module: nn.Module, coordinate: LowRankCoordinate, state_dict: dict[str, Any], name: str) -> None:
-        """Save A Vᵀ as additional columns of the layer's own low-rank factors."""
+        """Save A Vᵀ as additional columns of the layer's own low-rank factors, shrunk as the next fold will."""
+        if coordinate.keep != 1.0:
+            prefix = name.removesuffix("weight")
+            for part in ("left",) if coordinate.anchored else ("left", "factor"):
+                state_dict[prefix + part] = state_dict[prefix + part] * coordinate.keep
         for part, more in zip(("left", "right"), coordinate.pending_factors(), strict=True):
             if more is not None:
                 part = name.removesuffix("weight") + part
