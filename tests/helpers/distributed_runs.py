@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import reward_toys
 import toys
 import zotune
 from zotune import methods
@@ -38,6 +39,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "batches of their own": ("lozo", {}, {}, "own"),
     "batches of their own, a direction an example": ("lozo", {"directions_per": "example"}, {}, "own"),
     "more workers than examples": ("lozo", {"num_directions": 2}, {}, "few"),
+    "sampled rewards": ("lozo", {"num_directions": 2, "eps": 0.1}, {"parallelism": "both"}, "reward"),
     "measured": ("lozo", {"eps": "auto", "lr": "auto"}, {}, "each"),
     "measured, a direction an example": ("lozo-e", {"eps": "auto", "lr": "auto"}, {}, "each"),
     "measured, mezo-adam": ("mezo-adam", {"eps": "auto", "lr": "auto"}, {}, "each"),
@@ -56,8 +58,8 @@ def run(name: str) -> dict[str, Any]:
     options = dict(options)
     lr = options.pop("lr", 1e-2)
     workers = Workers(**shared, check_every=1)
-    model = toys.classifier()
-    each = toys.loss_function(model)
+    model = reward_toys.model() if kind == "reward" else toys.classifier()
+    each = toys.loss_function(model) if kind != "reward" else reward_toys.loss_of(model, temperature=1.0)
     optimizer = zotune.ZerothOrder(model, toys.method(method_name, **options), lr=lr, seed=5, workers=workers)
     found: dict[str, Any] = {"coefficients": [], "losses": [], "digests": [], "counts": [], "lr": []}
     for step in range(STEPS):
@@ -72,6 +74,8 @@ def run(name: str) -> dict[str, Any]:
         elif kind == "own":
             mine = slice(ROWS * workers.rank // workers.size, ROWS * (workers.rank + 1) // workers.size)
             optimizer.step(each, tuple(x[mine] for x in batch))
+        elif kind == "reward":
+            optimizer.step(each, each.keyed(reward_toys.batch(), 5, step))
         else:
             optimizer.step(each, batch)
         assert optimizer.last_report is not None
