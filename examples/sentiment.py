@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zotune
 
-BEGINNINGS = [f"{who} {what}" for who in ("The film", "This movie", "The story", "The acting", "The director") for what in (
-    "is", "was", "has", "and the rest of it", "seems to be", "about a man who", "in the end", "makes me feel", "that I saw", "will")]  # fmt: skip
+SUBJECTS = ("The film", "This movie", "The story", "The acting", "The director")
+VERBS = ("is", "was", "has", "and the rest of it", "seems to be", "about a man who", "in the end", "makes me feel", "that I saw", "will")
+BEGINNINGS = [f"{subject} {verb}" for subject in SUBJECTS for verb in VERBS]
 
 
 class Judge:
@@ -64,9 +65,7 @@ def main() -> None:
         eval_steps=max(1, options.max_steps // 4),
         report_to="none",
     )
-    trainer = zotune.ZOTrainer(
-        model, args, reward_funcs=judge, train_dataset=rows, eval_dataset=rows[:16], processing_class=tokenizer
-    )
+    trainer = zotune.ZOTrainer(model, args, reward_funcs=judge, train_dataset=rows, eval_dataset=rows[:16], processing_class=tokenizer)
     trainer.train()
     model.save_pretrained(f"{options.output_dir}/model")
 
