@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.subspaces import LowRankCoordinate
-from zotune.subspaces.coordinate import Coordinate
+from zotune.subspaces.coordinate import Coordinate, matching
 from zotune.weights import placement, quantized_linear
 from zotune.weights.computed_linear import ComputedLinear
 from zotune.weights.digest import digest_of
 
+#: Saved states hold an anchor of at most this part of the model's parameters: an adapter's, which may have begun at random.
+SAVED = 0.1
 #: Elements whose distance is summed at a time.
 BLOCK = 1 << 22
 
@@ -65,6 +67,23 @@ class Anchor:
                 _check(name, parameter, layer)
                 if layer is None:
                     self.weights[name] = parameter.detach().reshape(-1).to("cpu", copy=True)
+        self.is_small = sum(map(Tensor.numel, self.weights.values())) <= SAVED * sum(map(Tensor.numel, model.parameters()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a saved state holds of it: everything, where it is small."""
+        return self.weights if self.is_small else {}
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the anchor of a saved state.
+
+        Raises:
+            ValueError: it is another model's.
+        """
+        for name, saved in weights.items():
+            if name not in self.weights:
+                raise ValueError(f"the saved run trains {name!r}, which this one does not; construct the optimizer as it was then.")
+            self.weights[name].copy_(matching(saved, self.weights[name], name))
+        self.__dict__.pop("digest", None)
 
     @functools.cached_property
     def digest(self) -> str:

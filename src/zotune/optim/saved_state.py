@@ -101,8 +101,9 @@ def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
         "rule": rule_others,
         "transforms": {transform.name: transform.state() for transform in run.transforms if transform.name},
     }
-    if _anchored(run):
+    if _anchored(run) and run.anchor is not None:
         numbers["anchor"] = _anchored(run)
+        tensors |= {f"anchor/{name}": tensor for name, tensor in run.anchor.tensors().items()}
     return {"state": tensors, "param_groups": groups, "zotune": numbers}
 
 
@@ -124,6 +125,9 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
         if numbers.get(key) != value:
             raise ValueError(f"the saved run has {key} {numbers.get(key)!r} and this one {value!r}; continue with the saved one's.")
     _check_types(run, state_dict)
+    if run.anchor is not None:
+        saved = {path: tensor for path, tensor in state_dict["state"].items() if path.startswith("anchor/")}
+        run.anchor.restore({path.removeprefix("anchor/"): tensor for path, tensor in saved.items()})
     if numbers.get("anchor") != _anchored(run):
         raise ValueError(
             "the saved run and this one do not decay toward the same weights: give anchor_decay as it was, and construct the optimizer on "
@@ -136,6 +140,8 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
     transform_tensors: dict[str, dict[str, Tensor]] = {}
     for path, tensor in state_dict["state"].items():
         kind, _, rest = path.partition("/")
+        if kind == "anchor":
+            continue
         if kind == "rule":
             rule_tensors[rest] = tensor
             continue

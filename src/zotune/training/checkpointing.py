@@ -14,6 +14,7 @@ from transformers.trainer_utils import SaveStrategy, has_length
 
 from zotune.baselines import FirstOrder
 from zotune.io.lock import check_in_place
+from zotune.optim.anchor import Anchor
 from zotune.optim.distributed import Workers
 from zotune.optim.optimizer import ZerothOrder
 from zotune.training import adapters, base_identity, resume_rules
@@ -39,6 +40,7 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._since_log = StepSums()
         self._in_checkpoint = False
+        self._anchor: Anchor | None = None  # the weights that a resumed run began with
         self._identity: identity.WeightsIdentity | None = None
         self._batch_of_run: resume_rules.Batch | None = None  # of a resumed one
         self.base: BaseIdentity | None = None  # of the files that the model is from; None: of the model
@@ -185,6 +187,8 @@ class CheckpointedTrainer(Trainer):
         identity.check_dtypes(Path(resume_from_checkpoint), then, identity.dtypes_of(self.model))
         if is_computed(self.model):
             return  # its factors are in the optimizer's state
+        if getattr(self.args, "anchor_decay", 0.0):
+            self._anchor = Anchor(self.model)
         with module_mode(self.model):
             if not self._load_offloaded(Path(resume_from_checkpoint)):
                 with schema.refused(Path(resume_from_checkpoint)):

@@ -16,6 +16,7 @@ from zotune import objectives
 from zotune.io.suggest import did_you_mean
 from zotune.objectives.losses import padded_for
 from zotune.objectives.token_logprobs import IGNORE
+from zotune.optim.optimizer import ZerothOrder
 from zotune.tasks.collators import LanguageModelCollator
 from zotune.tasks.vocabulary import check_token
 from zotune.training.checkpointing import CheckpointedTrainer
@@ -126,6 +127,16 @@ class EvaluatedTrainer(CheckpointedTrainer):
             if "metric_for_best_model" not in str(error):
                 raise
             raise ValueError(" ".join(str(error.args[0]).split())) from error
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs; entries of evaluations also have the distance from the weights that training began with, where these are kept."""
+        optimizer = None if self.optimizer is None else self.zo_optimizer
+        if isinstance(optimizer, ZerothOrder) and any(name.startswith("eval_") for name in logs):
+            drift = optimizer.drift()
+            if drift is not None:
+                logs["drift"] = drift.distance
+                logs |= {} if drift.relative is None else {"drift_relative": drift.relative}
+        super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers.Trainer`, with the results in the order of the data; leaves the model's training flags as found."""

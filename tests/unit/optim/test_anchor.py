@@ -136,6 +136,27 @@ def test_an_anchor_given_is_the_one_decayed_to_and_a_wrong_one_is_refused():
     assert second.drift() == first.drift()
 
 
+def test_an_adapter_resumes_toward_the_beginning_of_its_run(monkeypatch):
+    monkeypatch.setattr("zotune.optim.anchor.SAVED", 1.0)  # this model is no larger than its adapter
+
+    def built(seed: int) -> tuple[nn.Module, ZerothOrder]:
+        model = lora()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_A" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        return model, ZerothOrder(model, methods.mezo(eps=EPS), lr=RATE, anchor_decay=DECAY)
+
+    (halted, first), (resumed, second) = built(0), built(1)
+    first.step(toys.loss_function(halted), toys.batch())
+    resumed.load_state_dict(copy.deepcopy(halted.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in ((halted, first), (resumed, second)):
+        optimizer.step(toys.loss_function(model), toys.batch(seed=1))
+    assert first.drift() == second.drift()
+    assert all(torch.equal(a, b) for a, b in zip(halted.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
