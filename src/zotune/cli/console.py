@@ -7,14 +7,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback
 
 from zotune.cli.progress import RunProgress
 from zotune.cli.table import facts_table
 from zotune.io.sizes import size_text
-from zotune.io.text import duration_text, metric_text
+from zotune.io.text import duration_text, metric_text, shortened
+from zotune.rewards.evaluation import Shown
+from zotune.training.completions import prompt_text
+from zotune.training.guard import PREFIX
 from zotune.training.observer import RunObserver, RunResult, RunStart
+
+#: Characters of a text in a table, at most.
+LONGEST_CELL = 300
 
 
 class EnduringConsole(Console):
@@ -51,7 +60,10 @@ class ConsoleObserver(RunObserver):
             self.console.print(start.offload, highlight=False)
 
     def evaluated(self, when: str, metric: str, value: float) -> None:
-        self.console.print(f"{when}: {metric} {metric_text(metric, value)}")
+        self.console.print(f"{when}: {metric.replace(PREFIX, 'guard ')} {metric_text(metric.removeprefix(PREFIX), value)}")
+
+    def completions(self, step: int, shown: Sequence[Shown]) -> None:
+        self.console.print(completions_table(step, shown))
 
     def callbacks(self, metric: str, first: float | None) -> Sequence[TrainerCallback]:
         self.progress = RunProgress(self.console, metric, first)
@@ -66,6 +78,20 @@ class ConsoleObserver(RunObserver):
             self.console.print(closing_table(result.summary))
 
 
+def completions_table(step: int, shown: Sequence[Shown]) -> Table:
+    """Prompts, completions and rewards of an evaluation; long texts are cut in their middle."""
+    table = Table(title=f"completions at step {step}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("prompt", "completion"):
+        table.add_column(name, overflow="fold", ratio=1)
+    names = list(shown[0].rewards)
+    for name in names:
+        table.add_column(name.removeprefix("reward_"), justify="right")
+    for each in shown:
+        texts = (Text(shortened(text, LONGEST_CELL)) for text in (prompt_text(each.prompt), each.completion))
+        table.add_row(*texts, *(metric_text(name, each.rewards[name]) for name in names))
+    return table
+
+
 def closing_table(summary: Mapping[str, Any]) -> Any:
     """The closing table of a run."""
     metric = summary["metric"]
@@ -75,10 +101,15 @@ def closing_table(summary: Mapping[str, Any]) -> Any:
         rows.append((metric, change))
     elif summary["after"]:
         rows.append((metric, metric_text(metric, summary["after"][metric])))
+    for name in (name for name in summary["after"] or () if name.startswith(PREFIX)):
+        if name != f"{PREFIX}loss" or f"{PREFIX}accuracy" not in summary["after"]:
+            values = [metrics[name] for metrics in (summary["before"], summary["after"]) if metrics]
+            rows.append((name.replace("_", " "), " → ".join(metric_text(name.removeprefix(PREFIX), value) for value in values)))
     loss, memory = summary["loss"], summary["memory"]
     if loss["last"] is not None:  # a run shorter than --logging_steps logs none
-        change = " → ".join(metric_text("loss", value) for value in dict.fromkeys((loss["first"], loss["last"])) if value is not None)
-        rows.append(("training loss", change))
+        sign, name = (-1, "reward") if metric == "reward" else (1, "loss")
+        values = [sign * value + 0.0 for value in dict.fromkeys((loss["first"], loss["last"])) if value is not None]
+        rows.append((f"training {name}", " → ".join(metric_text("loss", value) for value in values)))
     if summary["steps"]:
         rows.append(("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {_rate_text(summary)}"))
     rows += [

@@ -20,11 +20,11 @@ from zotune.io.sizes import size_text
 from zotune.io.text import duration_text, metric_text
 from zotune.memory.offload_needs import needs_of
 from zotune.tasks import prepare
-from zotune.training import run as training
 from zotune.training import run_folder
 from zotune.training.arguments import EvalDataArguments, ModelArguments
 from zotune.training.checkpoint.files import GGUF_SOURCE
 from zotune.training.config import ZOConfig
+from zotune.training.evaluation import measured
 from zotune.training.loading import check_texts, load_model, load_tokenizer, plan_model
 from zotune.training.option_parser import OptionParser
 from zotune.training.peak_memory import PeakMemory
@@ -123,7 +123,7 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         )
         memory = PeakMemory(config.device)
         begin = time.perf_counter()
-        metrics = training.evaluate(trainer, prepared.eval)
+        metrics = measured(trainer, prepared.eval)
         return {
             "model": model.model_name_or_path,
             "data": data.task or Path(data.eval_file or "").name,

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from zotune.io.text import metric_text
+from zotune.training.guard import PREFIX
 
 
 class RunProgress(TrainerCallback):
@@ -26,6 +27,8 @@ class RunProgress(TrainerCallback):
         self.metric_name = metric_name
         self.metric = first
         self.loss: float | None = None
+        self.reward: float | None = None
+        self.guard: dict[str, float] = {}
         self.forwards = 0
         self.bar: Progress | None = None
         self.rate: float | None = None
@@ -58,8 +61,10 @@ class RunProgress(TrainerCallback):
             self._line(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.loss = logs["loss"]
+        logs = logs or {}
+        if "loss" in logs:
+            self.loss, self.reward = logs["loss"], logs.get("reward")
+        self.guard.update({name: value for name, value in logs.items() if name.startswith(PREFIX) and name != f"{PREFIX}loss"})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs: Any) -> None:
         metrics = metrics or {}
@@ -84,11 +89,14 @@ class RunProgress(TrainerCallback):
 
     def _facts(self) -> str:
         facts = []
-        if self.loss is not None:
+        if self.reward is not None:
+            facts.append(f"training reward {self.reward:.3f}")
+        elif self.loss is not None:
             facts.append(f"loss {self.loss:.3f}")
         if self.metric is not None:
             loss = self.metric_name == "loss"
             facts.append(f"eval loss {self.metric:.3f}" if loss else f"{self.metric_name} {metric_text(self.metric_name, self.metric)}")
+        facts += [f"{name.replace('_', ' ')} {metric_text(name.removeprefix(PREFIX), value)}" for name, value in self.guard.items()]
         if self.rate is not None:
             facts.append(f"{self.rate:.1f} steps/s" if self.rate >= 1 else f"{1 / self.rate:.1f} s/step")
         facts.append(f"{self.forwards} forwards")

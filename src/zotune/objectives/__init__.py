@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from zotune.objectives.losses import ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, class_scores, objective
+from zotune.objectives.losses import AccuracyLoss, ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, class_scores, objective
 from zotune.objectives.token_logprobs import IGNORE, token_logprobs
 
 __all__ = [
     "IGNORE",
+    "AccuracyLoss",
     "ChoiceLoss",
     "ClassifierLoss",
     "LanguageModelLoss",

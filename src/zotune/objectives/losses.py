@@ -1,4 +1,4 @@
-"""Per-example losses of a batch: language-model loss, choice scoring, classification.
+"""Per-example losses of a batch: language-model loss, choice scoring, accuracy, classification.
 
 A batch is a mapping of tensors with the examples along dimension 0 and a loss has shape (B,), so k stacked copies of a batch give k * B
 losses. Only hidden states that predict a scored token go through the language-model head.
@@ -105,6 +105,30 @@ class ChoiceLoss:
 
 
 @dataclass
+class AccuracyLoss:
+    """1 − accuracy: 0 where the best score is a right option's, else 1, ``loss(batch) -> (B,)``; NaN where a score is.
+
+    It has no gradient: it is constant between the points where two options' scores cross. The batch is one of :func:`choice_scores`, with
+    ``answer`` (B,), the index of the right option, or ``right`` (B, C), 1 for every right one.
+    """
+
+    model: nn.Module
+    length_normalize: bool = False
+    capturable = True
+
+    @tagged("activations")
+    def __call__(self, batch: Batch) -> Tensor:
+        scores = choice_scores(self.model, batch, self.length_normalize)
+        right = batch["right"] if "right" in batch else F.one_hot(batch["answer"], scores.shape[1])
+        wrong = 1 - right.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+        return wrong.to(scores.dtype).masked_fill(scores.isnan().any(dim=1), torch.nan)
+
+    def proxy(self, batch: Batch) -> Tensor:
+        """The cross-entropy of the options, (B,), which varies smoothly where the accuracy jumps: evaluations are compared by it."""
+        return ChoiceLoss(self.model, self.length_normalize)(batch)
+
+
+@dataclass
 class ClassifierLoss:
     """The loss of a sequence-classification head, ``loss(batch) -> (B,)``, of the kind that transformers takes.
 
@@ -192,13 +216,14 @@ def padded_for(model: nn.Module, inputs: Batch) -> Batch:
 _OBJECTIVES: dict[str, Callable[[nn.Module], Callable[[Batch], Tensor]]] = {
     "lm": LanguageModelLoss,
     "choices": ChoiceLoss,
+    "accuracy": AccuracyLoss,
     "classifier": ClassifierLoss,
     "generation": LanguageModelLoss,
 }
 
 
 def objective(name: str, model: nn.Module) -> Callable[[Batch], Tensor]:
-    """The loss function of a name: ``"lm"``, ``"choices"``, ``"classifier"``, or ``"generation"`` (that of the right answer).
+    """The loss function of a name: ``"lm"``, ``"choices"``, ``"accuracy"``, ``"classifier"``, or ``"generation"`` (of the right answer).
 
     Raises:
         ValueError: for any other name.

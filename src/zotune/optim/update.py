@@ -101,12 +101,8 @@ class Updater:
             for group, coordinates, lr in zip(run.param_groups, self.state.coordinates, record.lrs, strict=True):
                 weight_decay = 0.0 if place else decay_of(group, coordinates)
                 for coordinate in self._update_groups(coordinates) if self.groupable else coordinates:
-                    scaled = isinstance(coordinate, HessianScaledCoordinate)
-                    if scaled and coordinate.renew_first:
-                        coordinate.drop()  # directions of the evaluations, scaled by the H before
-                        coordinate.update_curvature(run.directions, record.coefficients[k:], self.state.seed, record.step)
                     self._schedule(coordinate, term.step, term.coefficients, terms.factor * lr, weight_decay)
-                    if scaled and not coordinate.renew_first:
+                    if isinstance(coordinate, HessianScaledCoordinate):
                         coordinate.update_curvature(run.directions, record.coefficients[k:], self.state.seed, record.step)
         if not terms.terms:
             run.forward.drop_directions()

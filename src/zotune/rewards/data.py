@@ -24,7 +24,7 @@ class PromptData:
     Attributes:
         tokenizer, model: for the tokens, their limits and ends.
         max_completion_length: tokens that must fit behind a prompt.
-        stops: tokens that end a completion; known once a data set is encoded.
+        stops: tokens that end a completion, beside those of the model; known once a data set is encoded.
     """
 
     tokenizer: Any
@@ -56,22 +56,22 @@ class PromptData:
         numbered = Rows(rows, source, range(len(rows)), "row")
         examples = encode_prompts(encoder, numbered, max_completion_length=self.max_completion_length)
         check_vocabulary(self.tokenizer, config, pad_token_id(self.tokenizer), examples)
-        self.stops = tuple(dict.fromkeys((*self.stops, *stop_tokens(encoder, examples, None, end_of_text(self.model)))))
+        self.stops = tuple(dict.fromkeys((*self.stops, *stop_tokens(encoder, examples, None))))
         return examples
 
     @property
     def collator(self) -> RewardCollator:
         """The batches of the examples."""
-        return RewardCollator(pad_token_id(self.tokenizer))
+        return RewardCollator(pad_token_id(self.tokenizer), stops=self.stops)
 
 
-def end_of_text(model: Any) -> Any:
-    """The end of text in a model's generation settings, else its configuration: an id, a list of ids, or None."""
+def end_of_text(model: Any) -> tuple[int, ...]:
+    """Ids of the tokens that end a text by a model's generation settings, else by its configuration."""
     for settings in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         found = getattr(settings, "eos_token_id", None)
         if found is not None:
-            return found
-    return None
+            return tuple(found) if isinstance(found, list | tuple) else (found,)
+    return ()
 
 
 def _is_encoded(dataset: Any) -> bool:

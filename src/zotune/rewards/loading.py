@@ -15,6 +15,11 @@ from zotune.rewards.builtin import NAMES, builtin
 from zotune.rewards.calls import RewardFunction
 
 
+def is_code(name: str) -> bool:
+    """Whether a name is that of a module's or a file's function, which runs code of its author; not a built-in one's."""
+    return name.partition(":")[0] not in NAMES
+
+
 def load(name: str) -> RewardFunction:
     """The reward function of a name.
 

@@ -38,7 +38,6 @@ class PreparedData:
         num_labels, label_names: of the labels; None and () where there are none.
         chats: whether the training data (else those to evaluate on) are messages.
         texts: the first texts that were encoded, of a few rows; none of chats.
-        stops: of prompts whose completions are rewarded, the tokens that end a completion.
     """
 
     train: list[dict[str, Any]] | None
@@ -55,7 +54,12 @@ class PreparedData:
     label_names: tuple[str, ...] = ()
     chats: bool = False
     texts: tuple[str, ...] = ()
-    stops: tuple[int, ...] = ()
+
+    def optimized(self, rewards: Sequence[str] | None) -> dict[str, Any]:
+        """The arguments of a trainer that say what is optimized: objectives, or the reward functions of prompts."""
+        if self.train_objective == "reward":
+            return {"reward_funcs": rewards}
+        return {"objective": self.train_objective, "eval_objective": self.eval_objective}
 
 
 def prepare(
@@ -81,7 +85,6 @@ def prepare(
     seed: int = 0,
     pad_to_multiple_of: int | None = None,
     max_completion_length: int = 0,
-    end_of_text: int | Sequence[int] | None = None,
     parts: Collection[str] = ("train", "eval"),
 ) -> PreparedData:
     """Loads, checks, subsets and encodes the data of a run.
@@ -107,7 +110,6 @@ def prepare(
         seed: seed of the subsets.
         pad_to_multiple_of: round batch lengths up to a multiple of this.
         max_completion_length: of a reward: tokens that must fit behind a prompt.
-        end_of_text: of a reward: tokens with which the model ends a text, beside the tokenizer's.
         parts: which of ``"train"`` (with dev) and ``"eval"`` to load.
 
     Raises:
@@ -185,8 +187,10 @@ def prepare(
     if task is not None and eval_objective == "generation":
         compute_metrics = ComputeAnswerMetrics(partial(tokenizer.decode, skip_special_tokens=True), references, task.metrics)
     shown = train_rows if train_rows is not None else eval_rows
-    collate = partial(_collator, task=task, encoder=encoder, padding=padding)
     train, dev, evaluated = encode(train_rows), encode(dev_rows, eval_task, evaluated=True), encode(eval_rows, eval_task, evaluated=True)
+    if rewarded:
+        padding["stops"] = stop_tokens(encoder, train or evaluated or (), task)
+    collate = partial(_collator, task=task, encoder=encoder, padding=padding)
     check_vocabulary(tokenizer, model_config, padding["pad_token_id"], chain(train or (), dev or (), evaluated or ()))
     return PreparedData(
         train=train,
@@ -203,7 +207,6 @@ def prepare(
         label_names=() if task is None else task.label_names,
         chats=is_chat(train or evaluated or ()) if rewarded else task is None and shown is not None and format_of(shown)[0] == "messages",
         texts=tuple(encoder.texts),
-        stops=stop_tokens(encoder, train or evaluated or (), task, end_of_text) if rewarded else (),
     )
 
 

@@ -16,6 +16,8 @@ from zotune.tasks.task import Task
 
 #: Columns that no reward function gets: the prompt is its own argument, and a completion is what is generated.
 NOT_HANDED_ON = ("prompt", "completion", "completion_ids")
+#: Tokens of a completion that names an option of a task.
+LONGEST_OPTION = 16
 #: Column of the texts of a task's right answers.
 REFERENCE = "reference"
 
@@ -30,10 +32,12 @@ class RewardCollator:
     Attributes:
         pad_token_id: id of the padding, which is masked.
         pad_to_multiple_of: round P up to a multiple of this.
+        stops: tokens that end a completion, beside those of the model.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    stops: tuple[int, ...] = ()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         prompts = [example["prompt_ids"] for example in examples]
@@ -85,21 +89,20 @@ def encode_prompts(encoder: Encoder, rows: Rows, task: Task | None = None, *, ma
         template.close()
 
 
-def stop_tokens(encoder: Encoder, examples: Sequence[Mapping[str, Any]], task: Task | None, of_model: Any = None) -> tuple[int, ...]:
-    """Ids of the tokens that end a completion.
+def stop_tokens(encoder: Encoder, examples: Sequence[Mapping[str, Any]], task: Task | None) -> tuple[int, ...]:
+    """Ids of the tokens that end a completion of encoded prompts, beside those of the model.
 
-    The ends of text of tokenizer and model; of a task's answers also the line break, and of chats what the template writes behind an
-    answer.
-
-    Args:
-        encoder, examples, task: as encoded.
-        of_model: the end of text of the model's generation settings: an id, a list of ids, or None.
+    The tokenizer's end of text; of a task's answers also the line break, and of chats what the template writes behind an answer.
     """
-    ends = encoder.answer_ends() if task is not None else [encoder.tokenizer.eos_token_id]
-    ends += of_model if isinstance(of_model, list | tuple) else [of_model]
+    ends: list[int | None] = [*encoder.answer_ends()] if task is not None else [encoder.tokenizer.eos_token_id]
     if examples and not isinstance(examples[0]["prompt"], str):
         ends.append(_turn_end(encoder, examples[0]["prompt"]))
     return tuple(dict.fromkeys(int(end) for end in ends if end is not None))
+
+
+def longest_answer(task: Task) -> int:
+    """Most tokens of a completion that answers a task."""
+    return task.max_new_tokens or LONGEST_OPTION
 
 
 def is_chat(examples: Sequence[Mapping[str, Any]]) -> bool:

@@ -11,6 +11,10 @@ from zotune.io.sizes import parse_size
 from zotune.tasks.chat import variables_of
 from zotune.training.checkpoint.files import GGUF_SOURCE
 
+#: The reward of a task's options by their scores.
+ACCURACY = "accuracy"
+#: Options of data that are no arguments of :func:`zotune.tasks.prepare`.
+OF_REWARDS = ("reward", "guard_task", "guard_file")
 #: Options of GGUF files.
 GGUF_OPTIONS = ("n_threads", "n_gpu_layers", "n_ctx", "n_ubatch", "cache_type", "tokenizer_name")
 
@@ -105,6 +109,11 @@ class EvalDataArguments:
     chat_template_kwargs: dict | str | None = option(
         None, "with messages: variables of the chat template as JSON, such as '{\"enable_thinking\": false}'"
     )
+    reward: list[str] | None = option(
+        None,
+        "reward functions of generated completions: built-in names (exact_match, token_f1, regex:[0-9]+, ...), module:function or "
+        "file.py:function; or accuracy, of a task's options by their scores, without generation",
+    )
 
     def __post_init__(self) -> None:
         if self.chat_template_kwargs is not None:
@@ -114,10 +123,38 @@ class EvalDataArguments:
                 raise ValueError(f"--{error}") from None
         if self.data_dir is not None and not Path(self.data_dir).expanduser().is_dir():
             raise FileNotFoundError(f"--data_dir: there is no folder {self.data_dir!r}.")
-        for name in ("train_file", "eval_file", "tools"):
+        for name in ("train_file", "eval_file", "guard_file", "tools"):
             path = getattr(self, name, None)
             if path is not None and not Path(path).expanduser().is_file():
                 raise FileNotFoundError(f"--{name}: there is no file {path!r}.")
+        if self.reward is not None:
+            self._check_reward(self.reward)
+
+    @property
+    def generates(self) -> bool:
+        """Whether completions are generated and rewarded."""
+        return bool(self.reward) and self.reward != [ACCURACY]
+
+    def of_prepare(self) -> dict[str, Any]:
+        """The arguments of :func:`zotune.tasks.prepare`."""
+        values = dataclasses.asdict(self)
+        for name in OF_REWARDS:
+            values.pop(name, None)
+        if self.task is None and getattr(self, "guard_task", None) is not None:
+            values["data_dir"] = None  # it is the guard's
+        if self.reward:
+            values["objective"] = "reward" if self.generates else ACCURACY
+        return values
+
+    def _check_reward(self, reward: list[str]) -> None:
+        if ACCURACY in reward and len(reward) > 1:
+            raise ValueError(
+                "--reward accuracy scores a task's options without generating, so it cannot stand beside other rewards: use "
+                "exact_match there."
+            )
+        objective = getattr(self, "objective", None)
+        if objective is not None:
+            raise ValueError(f"--objective {objective} is a loss, and --reward stands in its place: give one of them.")
 
 
 @dataclass
@@ -125,14 +162,16 @@ class DataArguments(EvalDataArguments):
     """Which data to train and evaluate on."""
 
     train_file: str | None = option(None, "your JSON Lines to train on, in the same formats")
-    objective: Literal["lm", "choices", "classifier"] | None = option(
+    objective: Literal["lm", "choices", "accuracy", "classifier"] | None = option(
         None,
-        "training loss: over the answer's tokens (lm, the default), over the options' scores (choices), or of a classification head "
-        "(classifier, the default for encoders)",
+        "training loss: over the answer's tokens (lm, the default), over the options' scores (choices), their errors, which no gradient "
+        "reaches (accuracy), or of a classification head (classifier, the default for encoders)",
     )
     num_train: int | None = option(None, "training examples, drawn by seed; all when not given")
     num_dev: int | None = option(None, "training examples held out for the evaluations during training")
     k_shot: int | None = option(None, "training examples per class")
+    guard_task: str | None = option(None, "another task, evaluated beside the run's data: does the model forget it?")
+    guard_file: str | None = option(None, "JSON Lines to evaluate beside the run's data, of --guard_task or texts")
 
 
 @dataclass

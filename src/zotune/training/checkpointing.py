@@ -171,6 +171,9 @@ class CheckpointedTrainer(Trainer):
         rows = f"{len(self.train_dataset)} examples" if has_length(self.train_dataset) else None
         objective = getattr(self, "objective", None)
         named = objective if isinstance(objective, str) else None
+        rewards = getattr(self, "rewards", None)
+        if rewards is not None:
+            named = f"rewards {', '.join(rewards.names)}"
         return resume_rules.determining(self.args, batch=dataclasses.asdict(batch), train_dataset=rows, objective=named)
 
     def _weights_identity(self) -> identity.WeightsIdentity:

@@ -12,6 +12,7 @@ from zotune.io.suggest import did_you_mean
 from zotune.methods import Method
 from zotune.subspaces import Full, LowRank
 from zotune.training import baseline_runs, schemes
+from zotune.training.arguments import ACCURACY
 from zotune.training.evaluation import SPEED
 from zotune.weights import placement
 from zotune.weights.computed_linear import LOW_RANK_METHODS, NO_DECAY, NO_SCHEME, ONE_POINT, WRITES
@@ -29,12 +30,22 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
             config.data.num_demonstrations = baseline_runs.DEMONSTRATIONS
     elif config.data.num_demonstrations is not None:
         raise ValueError(f"--num_demonstrations is an option of --method icl, not of {method.name}.")
+    if config.data.reward or config.data.objective == ACCURACY:
+        check_no_gradient(method)
     if config.scheme.scheme != "scales":
         return
     if config.model.quantize != "int8":
         raise ValueError("--scheme scales trains the scales of int8 layers, one per row: it needs --quantize int8.")
     if config.model.offload != "no":
         raise ValueError("--scheme scales trains scales, which stay in memory with their layers: leave --offload out.")
+
+
+def check_no_gradient(method: Method | Baseline) -> None:
+    """ValueError for a method that differentiates, of an objective through which no gradient passes."""
+    backward = isinstance(method, Baseline) and method.kind == "backward"
+    if backward or (isinstance(method, Method) and method.estimator == "tangent"):
+        how = "goes backward" if backward else "differentiates forward"
+        raise ValueError(f"{method.name} {how}, and no gradient passes through a reward or an accuracy: choose a method such as lozo.")
 
 
 def check_engine(config: RunConfig, method: Method | Baseline) -> None:
@@ -56,9 +67,11 @@ def check_engine(config: RunConfig, method: Method | Baseline) -> None:
         raise ValueError(ONE_POINT)
 
 
-def check_evaluations(training: ZOConfig, data: PreparedData) -> None:
+def check_evaluations(training: ZOConfig, data: PreparedData, *, guarded: bool = False) -> None:
     """ValueError where evaluations during training, or their metric, cannot be had of the data."""
     if data.dev is None and data.eval is None:
+        if guarded:
+            raise ValueError("a guard is evaluated beside other data, and there are none: pass --eval_file or --num_dev.")
         asked = [name for name in ("load_best_model_at_end", "eval_on_start") if getattr(training, name)]
         if training.eval_strategy != "no":
             asked.append("eval_strategy")
@@ -66,11 +79,16 @@ def check_evaluations(training: ZOConfig, data: PreparedData) -> None:
             raise ValueError(
                 f"{asked[0]}={getattr(training, asked[0])!s} needs evaluation data: pass --eval_file or --num_dev, or leave it out."
             )
-    metric, known = training.metric_for_best_model, ["loss", *(data.task.metrics if data.task is not None else ()), *SPEED]
+    metric, known = training.metric_for_best_model, ["loss", *metric_names(data), *SPEED]
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise ValueError(
             f"metric_for_best_model={metric!r} is no metric of these data{did_you_mean(metric, known)}: there are {', '.join(known)}."
         )
+
+
+def metric_names(data: PreparedData) -> Sequence[str]:
+    """The metrics of data, beside the loss."""
+    return getattr(data.compute_metrics, "names", ()) or getattr(data.compute_metrics, "metrics", ())
 
 
 def under_scheme(model: nn.Module, config: RunConfig, method: Method | Baseline, fresh: Sequence[str], *, on_adapter: bool) -> nn.Module:

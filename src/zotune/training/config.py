@@ -79,7 +79,9 @@ class ZOConfig(TrainingArguments):
     method_args: dict | str | None = option(None, "Further options of the method's recipe, as JSON.")
     max_nonfinite_steps: int = option(10, "Consecutive steps with a non-finite loss after which training stops.")
 
-    max_completion_length: int = option(256, "Rewards: most tokens of a completion; by default those of the task's answers, else 256.")
+    max_completion_length: int = option(
+        256, "Rewards: most tokens of a completion; in `zotune train` by default those of the task's answers, else 256."
+    )
     num_generations: int = option(1, "Rewards: completions per prompt and evaluation; more than one needs a temperature.")
     temperature: float = option(0.0, "Rewards: temperature of the completions; 0: greedy.")
     top_p: float = option(1.0, "Rewards: sample among the likeliest tokens that have this probability together.")

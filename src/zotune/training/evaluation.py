@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,11 @@ from zotune.io.suggest import did_you_mean
 from zotune.objectives.losses import padded_for
 from zotune.objectives.token_logprobs import IGNORE
 from zotune.optim.optimizer import ZerothOrder
+from zotune.rewards.evaluation import Shown
 from zotune.tasks.collators import LanguageModelCollator
 from zotune.tasks.vocabulary import check_token
 from zotune.training.checkpointing import CheckpointedTrainer
+from zotune.training.completions import COMPLETIONS_FILE, CompletionLog, report
 from zotune.training.raw_text import encoded
 from zotune.training.rewarded import TrainerRewards
 from zotune.training.samplers import LongestFirst, eval_sampler
@@ -42,6 +44,9 @@ class EvaluatedTrainer(CheckpointedTrainer):
     rewards: TrainerRewards | None
     eval_objective: Objective | None
     eval_data_collator: Callable[[list[Any]], dict[str, Any]] | None
+    on_completions: Callable[[int, Sequence[Shown]], None] | None = None
+    _completion_log: CompletionLog | None = None
+    _logged: tuple[int, list[Shown]] | None = None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `transformers.Trainer`, with `eval_data_collator`."""
@@ -120,6 +125,40 @@ class EvaluatedTrainer(CheckpointedTrainer):
                     "or write such a loss as objective=f(model, batch)."
                 )
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `transformers.Trainer`; of rewards, a few completions are logged."""
+        metrics = super().evaluate(*args, **kwargs)
+        self.log_completions()
+        return metrics
+
+    def log_completions(self) -> None:
+        """Writes the completions of the last evaluation to `completions.jsonl`, reports them, and gives them to `on_completions`."""
+        if self.rewards is None or not self.rewards.shown or not self.is_world_process_zero():
+            return
+        step, shown = self.state.global_step, self.rewards.shown
+        if (step, shown) == self._logged:
+            return
+        self._logged = step, shown
+        if self._completion_log is None or self._completion_log.path.parent != self._run_folder:
+            self._completion_log = CompletionLog(self._run_folder / COMPLETIONS_FILE)
+        self._completion_log.write(step, shown)
+        report(self.callback_handler.callbacks, step, shown)
+        if self.on_completions is not None:
+            self.on_completions(step, shown)
+
+    @contextmanager
+    def evaluating(self, objective: Objective | None, collator: Any, compute_metrics: Any) -> Iterator[None]:
+        """Within the block other data are evaluated: by this objective, with this collator and these metrics."""
+        usual = self.eval_objective, self.eval_data_collator, self.compute_metrics
+        shown = None if self.rewards is None else self.rewards.shown
+        self.eval_objective, self.eval_data_collator, self.compute_metrics = objective, collator, compute_metrics
+        try:
+            yield
+        finally:
+            self.eval_objective, self.eval_data_collator, self.compute_metrics = usual
+            if self.rewards is not None and shown is not None:
+                self.rewards.shown = shown
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -142,6 +181,8 @@ class EvaluatedTrainer(CheckpointedTrainer):
         """As in `transformers.Trainer`, with the results in the order of the data; leaves the model's training flags as found."""
         batches = getattr(dataloader, "batch_sampler", None)
         sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)  # nested where there are several processes
+        if self.rewards is not None:
+            self.rewards.shown = []
         with module_mode(self.model):
             if not isinstance(sampler, LongestFirst):
                 return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -164,11 +205,13 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
         "choices": log-probabilities of the options under the softmax of their scores (B, C), and `answer`, or `right` (B, C) where several
         options may be right. A missing option scores -inf; -100 where the batch has fewer options than another. "generation": token ids
-        of the answers (B, S), and `reference`.
+        of the answers (B, S), and `reference`. Prompts that are rewarded: the table of :func:`zotune.rewards.evaluation.evaluated`, and
+        their numbers.
         """
         if self.rewards is not None and "prompt_number" in inputs:
-            losses = self.rewards.evaluation(self._prepare_inputs(inputs))
-            return losses.nanmean(), None, None
+            table = self.rewards.evaluate(self._prepare_inputs(inputs))
+            loss = -table[:, 0].nanmean()
+            return loss, *((None, None) if prediction_loss_only else (table, inputs["prompt_number"].to(table.device)))
         objective = self.eval_objective or layout(inputs)
         if objective is None and callable(self.objective):
             objective = self.objective
@@ -192,6 +235,16 @@ class EvaluatedTrainer(CheckpointedTrainer):
             self._set_signature_columns_if_needed()
             return dataset.remove_columns([c for c in dataset.column_names if c not in self._signature_columns])
         return super()._remove_unused_columns(dataset, description)
+
+
+def measured(trainer: EvaluatedTrainer, examples: Any) -> dict[str, float]:
+    """Metrics on encoded examples, without their `eval_` prefix and without the trainer's log and callbacks."""
+    loader = trainer.get_eval_dataloader(examples)
+    result = trainer.evaluation_loop(loader, "evaluation", prediction_loss_only=None)
+    assert result.metrics is not None, "the loop always measures"
+    metrics = {name.removeprefix("eval_"): float(value) for name, value in result.metrics.items()}
+    metrics.pop("model_preparation_time", None)
+    return metrics
 
 
 def _embedding_rows(model: nn.Module) -> int | None:

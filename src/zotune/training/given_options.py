@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from zotune.training.arguments import ACCURACY
+from zotune.training.reward_options import REWARD_FIELDS
+
 _ENCODED = "zotune encodes the data and knows their columns and lengths"
 _MEASURED = "the metrics are those of the task (--task)"
 _NOT_PUSHED = "nothing is pushed; upload the run's folder afterwards"
@@ -46,6 +49,10 @@ def _reports(values: Mapping[str, Any], service: str | None = None) -> bool:
     return any((name not in ("none", "") and service in (None, name)) or name == "all" for name in reporters)
 
 
+def _generates(values: Mapping[str, Any]) -> bool:
+    return bool(values["reward"]) and values["reward"] != [ACCURACY]
+
+
 #: Option → whether it acts by the values of all options, and why it would not.
 CONDITIONAL: dict[str, tuple[Callable[[Mapping[str, Any], Collection[str]], bool], str]] = {
     "num_train_epochs": (lambda values, given: "max_steps" not in given, "--max_steps is given too, and takes precedence"),
@@ -58,6 +65,7 @@ CONDITIONAL: dict[str, tuple[Callable[[Mapping[str, Any], Collection[str]], bool
         lambda values, given: str(values["resume_from_checkpoint"]).lower() in ("none", "false", "no"),
         "--resume_from_checkpoint goes on with the run in the folder",
     ),
+    **dict.fromkeys(REWARD_FIELDS, (lambda values, given: _generates(values), "it is an option of generated completions (--reward)")),
     "run_name": (lambda values, given: _reports(values), "it names the run for --report_to, which is none"),
     "project": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),
     "trackio_space_id": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),

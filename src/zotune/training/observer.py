@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from zotune.rewards.evaluation import Shown
+
 
 @dataclass(frozen=True)
 class RunStart:
@@ -68,6 +70,9 @@ class RunObserver:
 
     def evaluated(self, when: str, metric: str, value: float) -> None:
         """An evaluation outside of training is complete; ``when``: "before training", for example."""
+
+    def completions(self, step: int, shown: Sequence[Shown]) -> None:
+        """A few completions of an evaluation, also of one during training."""
 
     def callbacks(self, metric: str, first: float | None) -> Sequence[TrainerCallback]:
         """Callbacks of the trainer, from the main metric without `eval_` prefix and its value before training."""

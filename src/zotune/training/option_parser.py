@@ -16,9 +16,13 @@ from zotune.io import safe_yaml
 from zotune.io.failures import LONGEST
 from zotune.io.suggest import did_you_mean
 from zotune.io.text import shortened, shown
+from zotune.rewards.loading import is_code
+from zotune.training.arguments import ACCURACY
 
 #: Options that let code of others run: a file from elsewhere must not set them.
 COMMAND_LINE_ONLY = ("trust_remote_code",)
+#: The option that may be given several times.
+REPEATED = "reward"
 
 
 class OptionParser(HfArgumentParser):
@@ -47,6 +51,7 @@ class OptionParser(HfArgumentParser):
         Raises:
             ValueError: unknown flag or key, wrong type or choice. FileNotFoundError: the YAML file does not exist.
         """
+        argv = _joined(argv, REPEATED)
         config = self._config_of(argv)
         words = [*self._yaml_words(config), *argv] if config else list(argv)
         namespace, unknown = self.parse_known_args(words)
@@ -97,6 +102,8 @@ class OptionParser(HfArgumentParser):
                 continue
             if name in COMMAND_LINE_ONLY and value is not False:
                 raise ValueError(f"{path}: {name} can be set on the command line only (--{name}), not by a file: leave it out.")
+            if name == "reward":
+                check_not_code(path, value if isinstance(value, list) else [value])
             try:
                 if isinstance(value, list):
                     _check_list(name, value, is_list=actions[name].nargs == "+")
@@ -131,6 +138,30 @@ def option_words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}={str(value).lower()}"]
     return [f"--{name}={value}"]
+
+
+def _joined(argv: Sequence[str], name: str) -> list[str]:
+    """The words with all values of an option, which may be given several times, behind one flag at the end."""
+    words: list[str] = []
+    values: list[str] = []
+    flag, inside = f"--{name}", False
+    for word in argv:
+        if word == flag or word.startswith(f"{flag}="):
+            inside = word == flag
+            values += [] if inside else [word.removeprefix(f"{flag}=")]
+            continue
+        inside = inside and not word.startswith("--")
+        (values if inside else words).append(word)
+    if flag in argv and not values:
+        return list(argv)  # argparse says that a value is missing
+    return [*words, flag, *values] if values else words
+
+
+def check_not_code(path: str | Path, rewards: Sequence[Any]) -> None:
+    """ValueError where a file names a reward that runs code: the command line alone may name it."""
+    for each in map(str, rewards):
+        if each != ACCURACY and is_code(each):
+            raise ValueError(f"{path}: the reward {shown(each)} is code, which only the command line can name (--reward), not a file.")
 
 
 def _check_list(name: str, value: list[Any], *, is_list: bool) -> None:

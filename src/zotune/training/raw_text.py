@@ -20,11 +20,6 @@ from zotune.weights.structure import classifier_of
 _NAMES = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # behind self, model and args
 
 
-def named_arguments(positional: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A trainer's arguments behind model and args, by name."""
-    return {**dict(zip(_NAMES, positional, strict=False)), **options}
-
-
 def with_encoded_texts(model: nn.Module | None, objective: Any, positional: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a trainer behind model and args, with data sets of texts encoded, and their collator.
 
@@ -33,7 +28,7 @@ def with_encoded_texts(model: nn.Module | None, objective: Any, positional: Sequ
     Raises:
         ValueError: there is no tokenizer, or a row cannot be encoded; the message names it.
     """
-    found = named_arguments(positional, options)
+    found = {**dict(zip(_NAMES, positional, strict=False)), **options}
     if found.get("data_collator") is not None or objective not in (None, "lm"):
         return found
     given = {name: found.get(name) for name in ("train_dataset", "eval_dataset")}

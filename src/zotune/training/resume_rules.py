@@ -37,7 +37,7 @@ OPTIONS: Mapping[Rule, str] = {
         seed data_seed train_sampling_strategy length_column_name dataloader_drop_last ignore_data_skip average_tokens_across_devices
         attn_implementation quantize n_ctx n_ubatch cache_type tokenizer_name
         task template options objective num_train num_dev k_shot num_demonstrations max_length truncate tools chat_template_kwargs
-        reward_weights max_completion_length num_generations temperature top_p top_k
+        reward reward_weights max_completion_length num_generations temperature top_p top_k
         scheme lora_r lora_alpha lora_dropout lora_target_modules num_virtual_tokens trainable
         bf16 fp16 tf32 use_liger_kernel liger_kernel_config
         """,
@@ -48,7 +48,7 @@ OPTIONS: Mapping[Rule, str] = {
         max_steps num_train_epochs max_nonfinite_steps forward_batching parallelism check_workers_steps
         per_device_eval_batch_size eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches
         eval_use_gather_object batch_eval_metrics prediction_loss_only include_for_metrics bf16_full_eval fp16_full_eval
-        load_best_model_at_end metric_for_best_model greater_is_better eval_file num_eval
+        load_best_model_at_end metric_for_best_model greater_is_better eval_file num_eval guard_task guard_file
         save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
         logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node include_num_input_tokens_seen
         log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from zotune.forward.generation import Sampling
 from zotune.io.sizes import parse_size
 from zotune.rewards.calls import RewardFunction
 from zotune.rewards.data import PromptData, end_of_text
+from zotune.rewards.evaluation import RewardMetrics, Shown, evaluated
 from zotune.rewards.functions import Rewards
 from zotune.rewards.objective import KV_CACHE, RewardLoss
 from zotune.tasks.encoding import pad_token_id
 from zotune.training.config import ZOConfig
 from zotune.training.raw_text import tokenizer_of
+from zotune.training.reward_options import check_rewarded
 
 
 class TrainerRewards:
@@ -26,12 +29,13 @@ class TrainerRewards:
         args: its options of rewards.
         functions: reward functions, or names of them.
         options: the trainer's arguments behind model and args, by name.
-        stops: tokens that end a completion, of data sets that are encoded already.
 
     Attributes:
-        options: the trainer's arguments, with prompts encoded and their collator.
+        options: the trainer's arguments, with prompts encoded, their collator and metrics.
         loss: of training steps.
         evaluation: of evaluations: the same rewards of greedy completions.
+        names: of the reward functions.
+        shown: a few completions of the last evaluation, those of its first prompts.
 
     Raises:
         ValueError: no model or tokenizer, an option that makes no sense beside rewards, or a data set that cannot be encoded.
@@ -43,7 +47,6 @@ class TrainerRewards:
         args: ZOConfig,
         functions: RewardFunction | str | Sequence[RewardFunction | str],
         options: Mapping[str, Any],
-        stops: Sequence[int] = (),
     ) -> None:
         if model is None:
             raise ValueError("rewards need the model itself: pass model, not model_init.")
@@ -53,9 +56,14 @@ class TrainerRewards:
         self.options = dict(options)
         for name in ("train_dataset", "eval_dataset"):
             self.options[name] = data.encoded(options.get(name), name)
-        self.options["data_collator"] = options.get("data_collator") or data.collator
-        ends = tuple(stops) or data.stops or _ends(tokenizer, model)
+        collator = self.options["data_collator"] = options.get("data_collator") or data.collator
+        stops = (*getattr(collator, "stops", ()), tokenizer.eos_token_id, *end_of_text(model))
+        ends = tuple(dict.fromkeys(int(stop) for stop in stops if stop is not None))
         rewards = Rewards(functions, args.reward_weights, args.max_failed_rewards)
+        self.names = rewards.names
+        self.options["compute_metrics"] = options.get("compute_metrics") or RewardMetrics(self.names)
+        self.shown: list[Shown] = []
+        self._most = args.num_completions_to_print if args.log_completions else 0
         kv_cache = KV_CACHE if args.kv_cache_memory is None else parse_size(args.kv_cache_memory)
 
         def loss(temperature: float, top_p: float, top_k: int, samples: int) -> RewardLoss:
@@ -69,8 +77,33 @@ class TrainerRewards:
         """The loss of a step, and its micro-batches with the keys of their noise."""
         return self.loss, [self.loss.keyed(batch, self.seed, step) for batch in batches]
 
+    def entries(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """What a log entry says of the completions since the last one."""
+        found = self.loss.statistics.take()
+        if "loss" in logs:
+            found["reward"] = 0.0 - logs["loss"]  # of all steps since, also of those before a resumption
+        return found
 
-def _ends(tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
-    of_model = end_of_text(model)
-    ends = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list | tuple) else [of_model])]
-    return tuple(dict.fromkeys(int(end) for end in ends if end is not None))
+    def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
+        """The table of a batch of prompts at the weights as they are; see :func:`zotune.rewards.evaluation.evaluated`."""
+        table, shown = evaluated(self.evaluation, batch)
+        self.shown = heapq.nsmallest(self._most, [*self.shown, *shown], key=lambda each: each.number)
+        return table.to(batch["prompt_ids"].device)
+
+
+def rewards_of(
+    model: nn.Module | None,
+    args: ZOConfig,
+    functions: RewardFunction | str | Sequence[RewardFunction | str] | None,
+    options: dict[str, Any],
+) -> tuple[TrainerRewards | None, dict[str, Any]]:
+    """The rewards of a trainer, None without reward functions, and its arguments behind model and args.
+
+    Raises:
+        ValueError: see :class:`TrainerRewards`; an option of rewards is given without any.
+    """
+    if functions is None:
+        check_rewarded(args)
+        return None, options
+    rewards = TrainerRewards(model, args, functions, options)
+    return rewards, rewards.options

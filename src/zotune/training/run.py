@@ -16,6 +16,8 @@ from zotune.baselines import Baseline
 from zotune.io.lock import locked
 from zotune.methods import Method
 from zotune.optim.distributed import Workers, restarted
+from zotune.rewards import Rewards
+from zotune.rewards.evaluation import RewardMetrics
 from zotune.tasks import PreparedData, prepare
 from zotune.training import baseline_runs, run_file, run_folder
 from zotune.training.arguments import ModelArguments
@@ -23,6 +25,8 @@ from zotune.training.callbacks import StepClock, StopOnSignal
 from zotune.training.checkpoint import storage
 from zotune.training.compatibility import check_engine, check_evaluations, check_request, under_scheme
 from zotune.training.config import ZOConfig
+from zotune.training.evaluation import measured
+from zotune.training.guard import Guard, guard_data
 from zotune.training.loading import ModelPlan, check_texts, load_model, load_tokenizer, plan_model
 from zotune.training.observer import RunObserver, RunResult, RunStart
 from zotune.training.peak_memory import PeakMemory
@@ -55,16 +59,6 @@ def run(config: RunConfig, observer: RunObserver | None = None, predict_needs: N
     return _Run(config, observer or RunObserver(), predict_needs).carry_out()
 
 
-def evaluate(trainer: ZOTrainer, examples: Any) -> dict[str, float]:
-    """Metrics on encoded examples, without their `eval_` prefix and without the trainer's log and callbacks."""
-    loader = trainer.get_eval_dataloader(examples)
-    result = trainer.evaluation_loop(loader, "evaluation", prediction_loss_only=None)
-    assert result.metrics is not None, "the loop always measures"
-    metrics = {name.removeprefix("eval_"): float(value) for name, value in result.metrics.items()}
-    metrics.pop("model_preparation_time", None)
-    return metrics
-
-
 class _Run:
     """One run, from its configuration to a result."""
 
@@ -72,6 +66,7 @@ class _Run:
         self.config, self.predict_needs = config, predict_needs
         self.training, self.folder = config.training, config.folder
         self.workers = Workers()
+        self.guard: Guard | None = None
         self.observer = observer if self.workers.first else RunObserver()  # the first process reports and writes the folder
 
     def carry_out(self) -> RunResult:
@@ -79,14 +74,19 @@ class _Run:
         self._check_resumed(self._start()[0])
         method = training.chosen_method()
         check_request(config, method)
+        rewards = Rewards(config.data.reward or (), training.reward_weights) if config.data.generates else None
         plan = plan_model(config.model, "zotune train")
         if plan.gguf is not None:
             check_engine(config, method)
         self.workers.from_first(partial(run_folder.check_sources, self.folder, self._sources(plan)))
         tokenizer = load_tokenizer(plan, config.model)
         parts = ("eval",) if isinstance(method, Baseline) and method.kind == "evaluate" else ("train", "eval")
-        data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, **dataclasses.asdict(config.data))
-        check_evaluations(training, data)
+        most = training.max_completion_length
+        data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, max_completion_length=most, **config.data.of_prepare())
+        if rewards is not None:
+            data = dataclasses.replace(data, compute_metrics=RewardMetrics(rewards.names))
+        guarded = guard_data(tokenizer, plan.config, config.data, training.seed)
+        check_evaluations(training, data, guarded=guarded is not None)
         check_texts(plan, tokenizer, data)
         set_seed(training.seed)  # a new head or adapter draws from the global generator
         classes = data.label_names if data.train_objective == "classifier" else None
@@ -105,6 +105,7 @@ class _Run:
                 resume, clear = self._start()  # another process may have worked in the folder since
                 trainer = self._trainer(model, tokenizer, data)
                 trainer.base, trainer.chats = plan.identity, data.chats
+                self.guard = None if guarded is None else Guard(trainer, guarded)
                 record = RunRecord(config, trainer, data, plan.adapter or plan.name, self.workers.size)
                 if isinstance(method, Baseline) and method.kind != "backward":
                     summary = self._run_without_steps(method, trainer, data, clear, record)
@@ -133,15 +134,23 @@ class _Run:
         """The files and folders that the run reads."""
         data = self.config.data
         files = None if data.data_dir is None or data.task is None else Path(data.data_dir) / data.task
-        return [plan.name, plan.adapter, self.config.model.model_name_or_path, data.train_file, data.eval_file, data.task, files]
+        return [
+            plan.name,
+            plan.adapter,
+            self.config.model.model_name_or_path,
+            data.train_file,
+            data.eval_file,
+            data.guard_file,
+            data.task,
+            files,
+        ]
 
     def _trainer(self, model: nn.Module, tokenizer: Any, data: PreparedData) -> ZOTrainer:
         try:
             trainer = ZOTrainer(
                 model=model,
                 args=self.training,
-                objective=data.train_objective,
-                eval_objective=data.eval_objective,
+                **data.optimized(self.config.data.reward),
                 train_dataset=data.train,
                 eval_dataset=data.dev or data.eval,
                 data_collator=data.collate_train,
@@ -154,6 +163,7 @@ class _Run:
                 raise
             raise ValueError(f"--report_to: {error}") from error
         trainer.remove_callback(PrinterCallback)
+        trainer.on_completions = self.observer.completions
         return trainer
 
     def _train(
@@ -169,6 +179,7 @@ class _Run:
                 if clear:
                     run_folder.clear_run(self.folder)
                 record.start(fresh, before)
+                trainer.log_completions()
             self.workers.wait()
         else:
             before = record.resume()
@@ -178,6 +189,7 @@ class _Run:
         seconds = self._loop(trainer, resume, self.observer.callbacks(data.main_metric, (before or {}).get(data.main_metric)))
         peaks = memory.summary(evaluation=peak_before)
         after = self._evaluate(trainer, data, "after training")
+        trainer.log_completions()
         held_out = None if data.dev is None else self._on_held_out(trainer, data)
         summary = record.summary(before, after, time.perf_counter() - begin, peaks, seconds=seconds) | {"held_out": held_out}
         if self.workers.first:
@@ -189,9 +201,10 @@ class _Run:
     def _loop(self, trainer: ZOTrainer, resume: str | bool | None, callbacks: Any) -> float:
         """Trains; the seconds without those of evaluations."""
         clock, stop = StepClock(), StopOnSignal()
-        for callback in (*callbacks, clock, stop):  # `stop` last: the others see the step after which it raises
+        guard = () if self.guard is None else (self.guard,)
+        for callback in (*guard, *callbacks, clock, stop):  # `stop` last: the others see the step after which it raises
             trainer.add_callback(callback)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), 0.0 if self.guard is None else self.guard.seconds
         try:
             with stop.listening():
                 trainer.train(resume_from_checkpoint=resume)
@@ -199,7 +212,8 @@ class _Run:
             raise KeyboardInterrupt(self._interrupted()) from None
         finally:
             self.observer.stopped()
-        return time.perf_counter() - started - clock.evaluation_seconds
+        guarding = 0.0 if self.guard is None else self.guard.seconds - before
+        return time.perf_counter() - started - clock.evaluation_seconds - guarding
 
     def _run_without_steps(
         self, method: Baseline, trainer: ZOTrainer, data: PreparedData, clear: bool, record: RunRecord
@@ -257,15 +271,18 @@ class _Run:
         """Metrics on the evaluation data; None where there are none."""
         if data.eval is None:
             return None
-        metrics = evaluate(trainer, data.eval)
+        metrics = measured(trainer, data.eval)
         self.observer.evaluated(when, data.main_metric, metrics[data.main_metric])
+        if self.guard is not None:
+            metrics |= self.guard.metrics()
+            self.observer.evaluated(when, self.guard.main_metric, metrics[self.guard.main_metric])
         return metrics
 
     def _on_held_out(self, trainer: ZOTrainer, data: PreparedData) -> dict[str, float]:
         """Metrics of the trained model on the held-out part; from the log where its last evaluation was at the last step."""
         last: dict[str, float] = next((e for e in reversed(trainer.state.log_history) if f"eval_{data.main_metric}" in e), {})
         if last.get("step") != trainer.state.global_step or self.training.load_best_model_at_end:
-            return evaluate(trainer, data.dev)
+            return measured(trainer, data.dev)
         metrics = {name.removeprefix("eval_"): float(value) for name, value in last.items() if name.startswith("eval_")}
         for name in ("runtime", "samples_per_second", "steps_per_second"):
             metrics.pop(name, None)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from zotune.methods import default
+from zotune.tasks import loader
 from zotune.tasks.preparation import has_eval_rows
+from zotune.tasks.prompts import longest_answer
 from zotune.training import refusals
 from zotune.training.arguments import DataArguments, ModelArguments, OutputArguments
 from zotune.training.config import ZOConfig
@@ -23,6 +25,8 @@ DEFAULTS = {
     "eval_steps": 0.1,
     "disable_tqdm": True,
 }
+#: Defaults of a run by a reward, and by an accuracy.
+REWARD_DEFAULTS: dict[str, Any] = {"method": "lozo"}
 
 
 @dataclass
@@ -85,5 +89,9 @@ def _adjust(values: dict[str, Any], given: set[str]) -> None:
     check_given(values, given, evaluated=bool(evaluated))
     if not evaluated:
         values["eval_strategy"] = "no"
+    if values["reward"]:
+        values.update({name: value for name, value in REWARD_DEFAULTS.items() if name not in given})
+        if values["task"] and "max_completion_length" not in given:
+            values["max_completion_length"] = longest_answer(loader.load(values["task"]))
     if values["load_best_model_at_end"] and "save_steps" not in given and "save_strategy" not in given:
         values["save_steps"] = values["eval_steps"]  # the best evaluation needs a checkpoint

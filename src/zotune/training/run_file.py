@@ -155,9 +155,10 @@ def _flat(groups: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absolute(data: dict[str, Any]) -> dict[str, Any]:
     """The data options with absolute paths, for a later `zotune eval` from any folder."""
-    for name in ("data_dir", "train_file", "eval_file", "tools"):
+    for name in ("data_dir", "train_file", "eval_file", "guard_file", "tools"):
         if data[name] is not None:
             data[name] = str(Path(data[name]).expanduser().resolve())
-    if data["task"] and data["task"].endswith((".yaml", ".yml")):
-        data["task"] = str(Path(data["task"]).resolve())
+    for name in ("task", "guard_task"):
+        if data[name] and data[name].endswith((".yaml", ".yml")):
+            data[name] = str(Path(data[name]).resolve())
     return data

@@ -1,6 +1,7 @@
 """The folder of a run: what it is (:class:`Kind`), how `zotune train` starts in it, its files, the command that resumes it.
 
-journal.zo  zotune_run.json  summary.json  history.json  curve.png  checkpoint-N/  and the trained model with its tokenizer
+journal.zo  zotune_run.json  summary.json  history.json  curve.png  checkpoint-N/  and the trained model with its tokenizer; of rewards
+also completions.jsonl
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from zotune.training import run_file
 from zotune.training.checkpoint import storage
 from zotune.training.checkpoint.files import GGUF_ADAPTER, GGUF_SOURCE, MODELFILE
 from zotune.training.checkpoint.storage import other_format
+from zotune.training.completions import COMPLETIONS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ HEAD_FILE = "initial_head.safetensors"
 PROBE_FILE = "linear_probe.safetensors"
 
 #: Names that a run gives to files in its folder; where no run has, they are somebody else's.
-_OWN_FILES = (JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE)
+_OWN_FILES = (JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE, COMPLETIONS_FILE)
 _NAMES_OF_A_MODEL = (
     "config.json",
     "model.safetensors",

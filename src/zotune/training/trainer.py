@@ -30,14 +30,16 @@ from zotune.rewards.calls import RewardFunction
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.training import resume, resume_rules
+from zotune.training.arguments import ACCURACY
 from zotune.training.checkpoint import storage
+from zotune.training.compatibility import check_no_gradient
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
 from zotune.training.model_loss import SAMPLE, ModelLoss
-from zotune.training.raw_text import named_arguments, with_encoded_texts
-from zotune.training.reward_options import check_rewarded
-from zotune.training.rewarded import TrainerRewards
+from zotune.training.out_of_memory import is_out_of_memory, memory_advice
+from zotune.training.raw_text import with_encoded_texts
+from zotune.training.rewarded import rewards_of
 from zotune.training.samplers import check_training_data, train_sampler
 from zotune.training.settled_method import settled_method
 from zotune.training.stepped_optimizer import SteppedOptimizer
@@ -112,17 +114,12 @@ class ZOTrainer(EvaluatedTrainer):
         self._since_train = StepSums()
         self._model_loss = ModelLoss(self)
         model = None if model is None else uncompiled(model)
-        self.rewards = None
-        if reward_funcs is None:
-            check_rewarded(args)
-            kwargs = with_encoded_texts(model, objective, positional, kwargs)
-        else:
-            if objective is not None:
-                raise ValueError("objective and reward_funcs are two ways to say what is optimized: give one of them.")
-            if isinstance(args.chosen_method(), Baseline):
-                raise ValueError(f"{args.method} needs gradients, and a reward of generated texts has none: choose a zeroth-order method.")
-            self.rewards = TrainerRewards(model, args, reward_funcs, named_arguments(positional, kwargs))
-            kwargs = self.rewards.options
+        if reward_funcs is not None and objective is not None:
+            raise ValueError("objective and reward_funcs are two ways to say what is optimized: give one of them.")
+        if reward_funcs is not None or objective == ACCURACY:
+            check_no_gradient(args.chosen_method())
+        kwargs = with_encoded_texts(model, objective or reward_funcs, positional, kwargs)
+        self.rewards, kwargs = rewards_of(model, args, reward_funcs, kwargs)
         super().__init__(model, args, optimizers=optimizers, **kwargs)
         self._check_request()
         for chosen in (objective, eval_objective):
@@ -332,9 +329,9 @@ class ZOTrainer(EvaluatedTrainer):
         try:
             self.zo_optimizer.step(loss_fn, batches[0] if len(batches) == 1 else batches)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            raise MemoryError(self._out_of_memory_advice()) from error
+            raise MemoryError(memory_advice(self.args, self.zo_optimizer.steps)) from error
         seconds = time.perf_counter() - start
         report = self.zo_optimizer.last_report
         assert report is not None
@@ -345,21 +342,6 @@ class ZOTrainer(EvaluatedTrainer):
         self._since_train.add(report, seconds)
         loss = torch.as_tensor(report.loss, dtype=torch.float32, device=self.args.device)
         return loss if math.isfinite(report.loss) else nothing  # the report is on the CPU: nothing waits for the device
-
-    def _out_of_memory_advice(self) -> str:
-        size, accumulated = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
-        advice = "try shorter sequences, or half-precision weights"
-        if size > 1:
-            smaller = size // 2
-            advice = f"try per_device_train_batch_size={smaller}"
-            if size % 2 == 0:
-                advice += f" with gradient_accumulation_steps={2 * accumulated}, which is the same batch in more pieces"
-        elif self.args.forward_batching == "batched":
-            advice = "try forward_batching='sequential', which evaluates one point at a time"
-        return (
-            f"out of memory in step {self.zo_optimizer.steps}, with {size} example{'s' * (size > 1)} in a forward; {advice}. "
-            "The weights are those before the step, and the run can be resumed from its last checkpoint."
-        )
 
     def _loss_of(self, batches: list[Batch], num_items_in_batch: Tensor | int | None = None) -> tuple[LossFunction, list[Batch]]:
         """The loss function of a step, and its micro-batches for it."""
@@ -399,7 +381,7 @@ class ZOTrainer(EvaluatedTrainer):
                 rate = self.zo_optimizer.last_report.lr[0]  # the scheduler has the factor only
             logs.update(self._since_log.entries(), learning_rate=rate)
             if self.rewards is not None:
-                logs.update(self.rewards.loss.statistics.take())
+                logs.update(self.rewards.entries(logs))
             logs["forward_passes"] = self.zo_optimizer.forward_passes
             self._since_log = StepSums()
         super().log(logs, start_time)
@@ -409,11 +391,3 @@ class ZOTrainer(EvaluatedTrainer):
         self._tr_loss = torch.zeros((), device=self.args.device)
         self._total_loss_scalar = self._since_train.mean_loss() * (self.state.global_step - self._initial_global_step)
         return super()._finalize_training(trial, num_train_samples, start_time)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on any device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from zotune.objectives.losses import ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, objective, token_logprobs
+from zotune.objectives.losses import AccuracyLoss, ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, objective, token_logprobs
 from zotune.objectives.token_logprobs import cross_entropy, log_normalizers
 from zotune.tasks import ChoicesCollator, LanguageModelCollator
 
@@ -317,8 +317,9 @@ def test_classifier_loss_is_the_models_own():
 def test_objectives_have_names(llama):
     assert isinstance(objective("lm", llama), LanguageModelLoss)
     assert isinstance(objective("choices", llama), ChoiceLoss)
+    assert isinstance(objective("accuracy", llama), AccuracyLoss)
     assert isinstance(objective("classifier", llama), ClassifierLoss)
-    with pytest.raises(ValueError, match=r"unknown objective 'reward'.*lm, choices, classifier"):
+    with pytest.raises(ValueError, match=r"unknown objective 'reward'.*lm, choices, accuracy, classifier"):
         objective("reward", llama)
 
 

@@ -32,15 +32,15 @@ def of_file(tokenizer: Any, folder: Path, rows: list[dict], **options: Any) -> t
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chat_is_its_template_with_the_generation_prompt(kind: str, tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(kind)
-    data = of_file(tokenizer, tmp_path, CHATS, end_of_text=[7])
+    data = of_file(tokenizer, tmp_path, CHATS)
     for example, row in zip(data.train, CHATS, strict=True):
         template = tokenizer.apply_chat_template(row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True)
         assert example["prompt_ids"] == list(template["input_ids"]) and example["prompt"] == row["prompt"]
     assert [example["columns"] for example in data.train] == [{"answer": "so", "other": None}, {"answer": None, "other": 1}]
     assert data.chats and data.main_metric == "reward"
     turn_end = {"phi3": "<|end|>"}.get(kind)
-    expected = [tokenizer.eos_token_id, 7] + ([] if turn_end is None else [tokenizer.convert_tokens_to_ids(turn_end)])
-    assert list(data.stops) == expected
+    expected = [tokenizer.eos_token_id] + ([] if turn_end is None else [tokenizer.convert_tokens_to_ids(turn_end)])
+    assert list(data.collate_eval.stops) == expected
 
 
 def test_a_task_gives_its_prompt_and_its_right_answers(tiny_lm: Path, data_dir: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_task_gives_its_prompt_and_its_right_answers(tiny_lm: Path, data_dir: 
         for example in data.train:
             columns = example["columns"]
             assert columns["reference"] == list(task.references(columns)) and example["prompt"] == task.render(columns)[0]
-        assert data.stops == (tokenizer("a\n")["input_ids"][-1], tokenizer.eos_token_id)
+        assert data.collate_eval.stops == (tokenizer("a\n")["input_ids"][-1], tokenizer.eos_token_id)
         assert data.train_objective == data.eval_objective == "reward"
 
 
@@ -69,14 +69,14 @@ def test_a_batch_is_padded_on_the_left() -> None:
     assert batch["prompt_mask"].sum(dim=1).tolist() == [len(short), len(long)] and batch["prompt_mask"][0, 0] == 0
     assert batch["prompt_number"].tolist() == [0, 1]
     assert batch["rows"] == [{"prompt": row["prompt"], "columns": {"n": row["n"]}} for row in rows]
-    assert data.stops == (tokenizer.eos_token_id,)
+    assert data.stops == data.collator.stops == (tokenizer.eos_token_id,)
     assert data.encoded(examples, "train_dataset") is examples
 
 
 def test_the_generation_settings_say_where_a_text_ends() -> None:
     config = SimpleNamespace(eos_token_id=3)
-    assert end_of_text(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 2]), config=config)) == [1, 2]
-    assert end_of_text(SimpleNamespace(config=config)) == 3 and end_of_text(SimpleNamespace()) is None
+    assert end_of_text(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 2]), config=config)) == (1, 2)
+    assert end_of_text(SimpleNamespace(config=config)) == (3,) and end_of_text(SimpleNamespace()) == ()
 
 
 LONG = [{"prompt": "the film was good and the end"}]
