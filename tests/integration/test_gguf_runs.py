@@ -1,10 +1,9 @@
-"""Runs that train a GGUF file: what they leave, what reads it, what is refused."""
+"""Runs that train a GGUF file: what they leave, and what reads it."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,59 +16,14 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 import disturbed
-from command_cases import Result, run_command, save_data
+from command_cases import Result
 from disturbed import Disturbance
-from gguf_files import write_model
-from zotune import bundled
+from gguf_runs import PROMPT, RUN, SHORT, TASK, loaded, summary
 from zotune.engines.gguf.adapter import read_adapter
-from zotune.engines.gguf.convert import convert
 from zotune.engines.gguf.file import GGUFFile
-from zotune.training.arguments import ModelArguments
-from zotune.training.loading import load_model, load_tokenizer, plan_model
 
+pytestmark = pytest.mark.usefixtures("inside")
 Command = Callable[..., Result]
-
-TASK = ["--task", "sst2", "--data_dir", "data", "--num_train", "24", "--num_eval", "12"]
-STEPS = ["--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--per_device_train_batch_size", "8"]
-RUN = ["--model_name_or_path", "base.gguf", "--n_threads", "1", *TASK, *STEPS, "--seed", "3"]
-#: Cheap steps: nothing is measured.
-LOZO = ["--method", "lozo", "--learning_rate", "1e-3", "--eps", "1e-2"]
-SHORT = ["--model_name_or_path", "base.gguf", "--n_threads", "1", *LOZO, "--max_steps", "1", "--per_device_train_batch_size", "4"]
-TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
-PROMPT = "the film is warm"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, the bundled model with a chat template as GGUF in float32, the same in 8 bits, and one run of four steps."""
-    folder = tmp_path_factory.mktemp("gguf-runs")
-    save_data(folder)
-    shutil.copytree(bundled.path("tiny-lm"), folder / "checkpoint")
-    settings = json.loads((folder / "checkpoint/tokenizer_config.json").read_text())
-    (folder / "checkpoint/tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
-    convert(folder / "checkpoint", folder / "base.gguf", "f32")
-    convert(bundled.path("tiny-lm"), folder / "q8.gguf", "q8_0")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return lambda *words: run_command(capsys, *map(str, words))
-
-
-@pytest.fixture
-def trained(place: Path, command: Command) -> Path:
-    """The folder of the run, which the first test trains."""
-    if not (place / "run").exists():
-        result = command("train", *RUN, "--output_dir", "run")
-        assert result.code == 0, result.err
-        (place / "run.out").write_text(result.out)
-    return Path("run")
 
 
 @pytest.fixture
@@ -78,10 +32,6 @@ def other(place: Path, trained: Path, command: Command) -> Path:
     if not (place / "other").exists():
         assert command("train", *SHORT, *TASK, "--output_dir", "other").code == 0
     return Path("other")
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
 
 
 def evaluated(command: Command, *words: Any) -> dict[str, float]:
@@ -94,14 +44,6 @@ def updates(adapter: Path) -> dict[str, np.ndarray]:
     """The sum that an adapter adds to each matrix."""
     factors, _ = read_adapter(adapter, GGUFFile("base.gguf"))
     return {name: left @ right.T for name, (left, right) in factors.items()}
-
-
-def loaded(path: Path | str, **options: Any) -> tuple[Any, Any]:
-    """The model of a file or folder, and its tokenizer."""
-    args = ModelArguments(str(path), **{"n_threads": 1, **options})
-    plan = plan_model(args, "test")
-    tokenizer = load_tokenizer(plan, args)
-    return load_model(plan, args, torch.device("cpu"))[0], tokenizer
 
 
 def same_bytes(one: Path, two: Path, *names: str) -> bool:
@@ -315,146 +257,6 @@ def test_blocks_on_a_gpu_need_a_llama_cpp_for_one() -> None:
         pytest.skip("this llama.cpp is for a GPU")
     with pytest.raises(ValueError, match=r"^n_gpu_layers needs a llama\.cpp that"):
         loaded("base.gguf", n_gpu_layers=1)
-
-
-# -- what is refused: one sentence, exit code 2, nothing written ---------------------------------------------------------------------
-
-BAD_OPTIONS = {
-    "writes weights": (["--method", "mezo"], "mezo writes the weights themselves"),
-    "backward": (["--method", "fo-adamw"], "fo-adamw goes backward, which an engine cannot: use one that trains low-rank factors"),
-    "both": (["--method", "hybrid"], "hybrid goes backward"),
-    "hidden states": (["--method", "linear-probe"], "linear-probe reads hidden states"),
-    "lora": (["--scheme", "lora"], "which become a LoRA adapter: leave --scheme lora out"),
-    "prefix": (["--scheme", "prefix"], "leave --scheme prefix out"),
-    "head": (["--scheme", "head"], "leave --scheme head out"),
-    "classifier": (["--objective", "classifier"], "--objective classifier trains a new head: use lm or choices"),
-    "quantize": (["--quantize", "int8"], "--quantize is an option of torch models"),
-    "offload": (["--offload", "disk"], "leave --offload out"),
-    "max_memory": (["--max_memory", "1GiB"], "--max_memory is an option of --offload"),
-    "dtype": (["--dtype", "bfloat16"], "leave --dtype out"),
-    "attention": (["--attn_implementation", "eager"], "--attn_implementation is an option of torch models"),
-    "decay": (["--weight_decay", "0.1"], "set weight_decay=0"),
-    "batched": (["--forward_batching", "batched"], "leave forward_batching at 'auto'"),
-    "no threads": (["--n_threads", "-1"], "--n_threads must be at least 0, not -1"),
-    "many threads": (["--n_threads", "513"], "--n_threads must be at most 512, not 513"),
-    "layers": (["--n_gpu_layers", "-2"], "--n_gpu_layers must be at least -1"),
-    "small batch": (["--n_ubatch", "8"], "--n_ubatch must be at least 32, not 8"),
-    "cache": (["--cache_type", "q8_0"], "--cache_type: unknown value 'q8_0' (one of f32, f16)"),
-    "wide context": (["--n_ctx", "513"], "--n_ctx 513 is more than the 512 tokens that"),
-    "no tokenizer": (["--tokenizer_name", "data"], "cannot load a model from the folder data"),
-    "other tokenizer": (["--tokenizer_name", "my-model"], "does not match the given tokenizer"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_an_option_that_does_not_fit_is_refused(name: str, place: Path, command: Command) -> None:
-    words, message = BAD_OPTIONS[name]
-    if name == "other tokenizer":
-        from command_cases import save_model
-
-        save_model(place / "my-model")
-    result = command("train", *RUN, "--output_dir", "refused", *words)
-    assert (result.code, result.err.count("\n")) == (2, 1) and message in result.err, result.err
-    assert not Path("refused").exists()
-
-
-def _text(place: Path) -> None:
-    (place / "bad.gguf").write_text("no model\n")
-
-
-def _truncated(place: Path) -> None:
-    (place / "bad.gguf").write_bytes((place / "q8.gguf").read_bytes()[:-1000])
-
-
-def _unknown(place: Path) -> None:
-    (place / "bad.gguf").write_bytes((place / "q8.gguf").read_bytes().replace(b"llama", b"lxama"))
-
-
-def _split(place: Path) -> None:
-    write_model(place / "split.gguf", split_max_tensors=12)
-    shutil.move(place / "split-00001-of-00002.gguf", place / "bad-00001-of-00002.gguf")
-
-
-BAD_FILES: dict[str, tuple[Callable[[Path], None] | None, str, str]] = {
-    "text": (_text, "bad.gguf", "bad.gguf is no GGUF file"),
-    "safetensors": (None, "checkpoint/model.safetensors", "but a safetensors file: convert its folder with `zotune convert`"),
-    "pickle": (lambda place: torch.save({"a": torch.zeros(2)}, place / "bad.pt"), "bad.pt", "is no GGUF file, but a zip or PyTorch file"),
-    "adapter": (None, "run/adapter.gguf", "is an adapter, no model"),
-    "truncated": (_truncated, "bad.gguf", "is truncated"),
-    "unknown": (_unknown, "bad.gguf", "unknown model architecture: 'lxama'"),
-    "part missing": (_split, "bad-00001-of-00002.gguf", "bad-00002-of-00002.gguf is missing beside it"),
-    "no file": (None, "nowhere.gguf", "there is no file 'nowhere.gguf'"),
-    "a folder of files": (None, ".", "is a folder with GGUF files: give one of them"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_that_is_no_model_is_refused(name: str, place: Path, trained: Path, command: Command) -> None:
-    make, file, message = BAD_FILES[name]
-    if make is not None:
-        make(place)
-    for words in (
-        ["train", *RUN, "--model_name_or_path", file, "--output_dir", "refused"],
-        ["eval", "--model_name_or_path", file, *TASK[:4]],
-    ):
-        result = command(*words)
-        assert (result.code, result.err.count("\n")) == (2, 1) and message in result.err, result.err
-        assert not Path("refused").exists()
-
-
-def test_an_adapter_that_does_not_fit_is_refused(place: Path, trained: Path, tmp_path: Path, command: Command) -> None:
-    lines = (tmp_path / "text.gguf").write_text("no adapter\n") and tmp_path / "text.gguf"
-    foreign = tmp_path / "foreign.gguf"
-    foreign.write_bytes((trained / "adapter.gguf").read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen2"))
-    cases = [
-        ("base.gguf", "q8.gguf", "is no LoRA adapter, but a model"),
-        ("base.gguf", lines, "is no GGUF file"),
-        ("base.gguf", "nowhere.gguf", "there is no such file"),
-        ("base.gguf", "run", "give the file adapter.gguf in it"),
-        ("q8.gguf", "run/adapter.gguf", "was trained on another base"),
-        ("base.gguf", foreign, "is an adapter of a qwen2"),
-        ("checkpoint", "run/adapter.gguf", "--adapter is an adapter of a GGUF file"),
-        ("run", "run/adapter.gguf", "--adapter is an adapter of a GGUF file"),
-    ]
-    for model, adapter, message in cases:
-        result = command("eval", "--model_name_or_path", model, "--adapter", adapter, *TASK[:4])
-        assert (result.code, result.err.count("\n")) == (2, 1) and message in result.err, (model, adapter, result.err)
-
-
-def test_commands_without_a_use_for_the_file_say_so(trained: Path, tmp_path: Path, command: Command) -> None:
-    cases = [
-        (
-            ["estimate", "--model_name_or_path", "base.gguf", "--sequence_length", "16"],
-            "the memory of training in llama.cpp is not predicted",
-        ),
-        (["replay", "q8.gguf", "run", "--output_dir", tmp_path / "x"], "is not the one the journal starts from"),
-        (["replay", "base.gguf", "run", "--merge", "--output_dir", tmp_path / "x"], "leave --merge out"),
-        (["replay", "base.gguf", "run", "--offload", "disk", "--output_dir", tmp_path / "x"], "leave --offload out"),
-        (["convert", "base.gguf", tmp_path / "x"], "is no folder"),
-        (["train", "--model_name_or_path", "checkpoint", *TASK, "--n_ctx", "64", "--output_dir", tmp_path / "x"], "option of GGUF files"),
-    ]
-    for words, message in cases:
-        result = command(*words)
-        assert (result.code, result.err.count("\n")) == (2, 1) and message in result.err, result.err
-    assert not (tmp_path / "x").exists()
-
-
-def test_a_run_whose_file_is_gone_says_what_to_give(trained: Path, tmp_path: Path, command: Command) -> None:
-    shutil.copytree(trained, tmp_path / "run")
-    source = tmp_path / "run/zotune_gguf.json"
-    source.write_text(source.read_text().replace("base.gguf", "gone.gguf"))
-    result = command("eval", "--model_name_or_path", tmp_path / "run")
-    assert result.code == 2 and "is gone: give the GGUF file, and" in result.err
-    source.write_text("[]")
-    result = command("eval", "--model_name_or_path", tmp_path / "run")
-    assert result.code == 2 and "is damaged: it names no GGUF file" in result.err
-
-
-def test_without_llama_cpp_it_says_what_to_install(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("llama_cpp", "llama_cpp.llama_cpp"):
-        monkeypatch.setitem(sys.modules, name, None)
-    result = command("train", *RUN, "--output_dir", "refused")
-    assert (result.code, result.err.count("\n")) == (2, 1) and 'pip install "zotune[gguf]"' in result.err and not Path("refused").exists()
 
 
 def test_zero_shot_needs_no_training(command: Command, tmp_path: Path) -> None:
