@@ -16,6 +16,7 @@ from zotune.bench.progress import Progress
 from zotune.bench.results import FINAL, Results
 from zotune.bench.selection import due, total
 from zotune.bench.worker import Job, work
+from zotune.io.cores import available_cores
 from zotune.io.failures import WRONG
 from zotune.io.lock import locked
 from zotune.training import run_folder
@@ -143,9 +144,8 @@ def environment(slot: int) -> dict[str, str]:
 
 def default_threads(processes: int) -> int:
     """Threads per run where ``processes`` share the machine, at most ``OMP_NUM_THREADS``."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")
-    share = max(1, cores // processes)
+    share = max(1, available_cores() // processes)
     return min(share, int(allowed)) if allowed.isdigit() and int(allowed) else share
 
 

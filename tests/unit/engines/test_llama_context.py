@@ -18,6 +18,7 @@ from zotune.engines.engine import Row
 from zotune.engines.llama_cpp.context import MAX_SEQUENCES, grouped
 from zotune.engines.llama_cpp.llama import LlamaOptions
 from zotune.engines.model import EngineModel
+from zotune.io.cores import available_cores
 
 Opened = Callable[..., EngineModel]
 LENGTHS = [9, 75, 1, 30, 20, 4, 64, 12]
@@ -45,6 +46,13 @@ def test_earlier_evaluations_change_no_bit(llama: Pair, opened: Opened, n_ubatch
 
 def test_two_threads_give_the_bits_of_one(llama: Pair, model: EngineModel, opened: Opened) -> None:
     assert torch.equal(logits(opened(llama, n_threads=2), [9, 4]), logits(model, [9, 4]))
+
+
+def test_more_threads_than_cores_are_not_used(llama: Pair, opened: Opened) -> None:
+    with pytest.warns(UserWarning, match=r"^n_threads=500 is more than the \d+ cores? that this process may use, .* used\.$"):
+        model = opened(llama, n_threads=500)
+    logits(model, [3])
+    assert model.engine.lib.llama_n_threads(model.engine._context._context) == available_cores()
 
 
 def test_half_precision_of_keys_and_values_is_near(llama: Pair, model: EngineModel, opened: Opened) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from zotune.engines.llama_cpp.adapters import Adapter, padded
 from zotune.engines.llama_cpp.context import MAX_SEQUENCES, Context
 from zotune.engines.llama_cpp.generation import completions, likeliest
 from zotune.engines.llama_cpp.library import forget, last_words, load, raising
+from zotune.io.cores import available_cores
 
 #: Elements of the head's weight that are dequantized at a time.
 STRIP = 1 << 22
@@ -29,7 +31,7 @@ class LlamaOptions:
     """Options of llama.cpp, as it calls them.
 
     Attributes:
-        n_threads: of the evaluation; results do not depend on it, time does. 0: as many as torch has.
+        n_threads: of the evaluation, at most one a core; results do not depend on it, time does. 0: as many as torch has.
         n_gpu_layers: blocks that are offloaded to a GPU, if llama.cpp was compiled for one; -1 for all.
         n_ctx: most tokens of a text; 0: as many as the model was trained with.
         n_ubatch: most tokens that are evaluated at a time.
@@ -53,6 +55,18 @@ class LlamaOptions:
             raise ValueError(f"n_threads must be at most {MAX_THREADS}, not {self.n_threads!r}.")
         if self.cache_type not in CACHE_TYPES:
             raise ValueError(f"cache_type must be {' or '.join(CACHE_TYPES)}, not {self.cache_type!r}.")
+
+
+def _threads(wanted: int) -> int:
+    """Threads of the evaluation: no more than cores, since they wait actively."""
+    cores = available_cores()
+    if wanted > cores:
+        warnings.warn(
+            f"n_threads={wanted} is more than the {cores} {'core' if cores == 1 else 'cores'} that this process may use, where llama.cpp "
+            f"becomes many times slower: {cores} {'is' if cores == 1 else 'are'} used.",
+            stacklevel=3,
+        )
+    return min(wanted or torch.get_num_threads(), cores)
 
 
 class LlamaCpp:
@@ -95,7 +109,7 @@ class LlamaCpp:
             self._model,
             self.vocabulary,
             self.context,
-            n_threads=self.options.n_threads or torch.get_num_threads(),
+            n_threads=_threads(self.options.n_threads),
             n_ubatch=self.options.n_ubatch,
             cache_type=getattr(self.lib, f"GGML_TYPE_{self.options.cache_type.upper()}"),
             weights=names | {file.head.encode(): ""},
