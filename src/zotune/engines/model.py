@@ -113,7 +113,8 @@ class EngineModel(nn.Module):
         found = {}
         for name, layer in self.matrices.items():
             product = None if layer.product is None else layer.product()
-            parts = [(layer.left, layer.right), *([] if product is None else [product])]
+            folded = layer.left if layer.shrunk is None else layer.left * layer.shrunk()
+            parts = [(folded, layer.right), *([] if product is None else [product])]
             left, right = (torch.cat(side, dim=1).contiguous() for side in zip(*parts, strict=True))
             if left.shape[1]:
                 found[name] = (left, right)

@@ -51,7 +51,7 @@ class LowRankHook:
         module.__dict__[MARK] = self
         self._handles: list[Any] = []
         if rule.by_engine:
-            module.product = self.product  # type: ignore[assignment]
+            module.product, module.shrunk = self.product, self.shrunk  # type: ignore[assignment]
         else:
             self._handles.append(module.register_forward_hook(self.forward_hook))
         self._handles += [
@@ -78,6 +78,10 @@ class LowRankHook:
             return None
         return coordinate.factors(core)
 
+    def shrunk(self) -> float:
+        """What the next fold multiplies by what earlier ones added."""
+        return self.coordinate.keep
+
     def load_hook(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
         if self.rule.is_loaded(module, state_dict, prefix + self.local_name):
             self.coordinate.reset()
@@ -95,7 +99,7 @@ class LowRankHook:
         for handle in self._handles:
             handle.remove()
         if self.rule.by_engine:
-            self.module.product = None  # type: ignore[assignment]
+            self.module.product = self.module.shrunk = None  # type: ignore[assignment]
         self.module.__dict__.pop(MARK, None)
 
 

@@ -37,6 +37,7 @@ class ComputedLinear(QuantizedLinear):
 
     Attributes:
         product: the factors beside L and R; None where no optimizer trains the matrix.
+        shrunk: the factor of L R with the decay that the next fold applies; None as for ``product``.
         computed: what the engine computed for the call of the module that follows.
     """
 
@@ -47,6 +48,7 @@ class ComputedLinear(QuantizedLinear):
         self._register_factors(torch.device("cpu"))
         self.weight = nn.Parameter(self._zero_weight(torch.float32, torch.device("cpu")))
         self.product: Product | None = None
+        self.shrunk: Callable[[], float] | None = None
         self.computed = torch.empty(0)
         own(self)
 

@@ -98,6 +98,10 @@ def test_variants_of_lozo_take_torchs_steps(llama: Pair, model: EngineModel, cha
     check_same(llama, model, dataclasses.replace(short("lozo", **rank), **changes))
 
 
+def test_an_adapter_decays_as_weights_do_toward_their_anchor(llama: Pair, model: EngineModel) -> None:
+    check_same(llama, model, short("lozo"), anchor_decay=50.0)
+
+
 def test_biases_and_tied_heads_are_no_obstacle(qwen2: Pair, opened) -> None:
     check_same(qwen2, opened(qwen2), short("lozo"))
 
