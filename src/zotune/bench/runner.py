@@ -80,7 +80,8 @@ class Runner:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # A process of its own gives each run its own memory peak; forked from one with the libraries imported, it starts at once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["zotune.training.run", "zotune.bench.worker", self.observer.__module__])
+        figures = ["matplotlib.figure", "matplotlib.backends.backend_agg"]  # of each run's curve
+        context.set_forkserver_preload(["zotune.training.run", "zotune.bench.worker", self.observer.__module__, *figures])
         with locked(self.results.folder):
             self.progress.begin(total(self.places, self.grid.seeds, self.grid.tune_seeds))
             try:

@@ -186,37 +186,36 @@ def test_a_curve_is_the_mean_over_runs_at_their_common_steps() -> None:
 # -- a bench, whole and killed ------------------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, name: str, *extra: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "zotune", "bench", "grid.yaml", "--data_dir", "data", "--output_dir", name, "--threads", "1", *extra]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+BENCH = ["bench", "grid.yaml", "--data_dir", "data", "--threads", "1", "--output_dir"]
 
 
 @pytest.mark.slow
-def test_a_killed_bench_ends_with_the_table_of_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_killed_bench_ends_with_the_table_of_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "my-model")
     save_data(tmp_path)
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(changed(title="Test", methods=SMALL["methods"][:2])))
-    unbroken = start(tmp_path, "whole")
-    said, _ = unbroken.communicate()
-    assert unbroken.returncode == 0, said
+    unbroken = run_command(capsys, *BENCH, "whole")
+    assert unbroken.code == 0, unbroken
     expected = json.loads((tmp_path / "whole/table.json").read_text())
     assert [len(row["scores"]) for row in expected["rows"]] == [2, 2]
 
     runs = tmp_path / "broken/runs"
-    killed = start(tmp_path, "broken", "--processes", "2")
+    command = [sys.executable, "-m", "zotune", *BENCH, "broken", "--processes", "2"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (list(runs.glob("*/result.json")) and list(runs.glob("*mezo*/checkpoint-*"))):  # in the middle of a run
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    killed.stdout.close()
     kept = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
     assert len(kept) < 5
-    again = start(tmp_path, "broken")
-    said, _ = again.communicate()
-    assert again.returncode == 0, said
-    assert "runs are done already" in said
+    again = run_command(capsys, *BENCH, "broken")
+    assert again.code == 0, again
+    assert "runs are done already" in again.out
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # none of them was run again
     assert json.loads((tmp_path / "broken/table.json").read_text()) == expected
     assert len(list(runs.iterdir())) == 5
