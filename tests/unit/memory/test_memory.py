@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -229,11 +228,12 @@ def test_what_is_kept_on_the_host_is_none_of_an_accelerators():
 def test_an_anchor_is_a_copy_of_the_weights_where_they_are_trained_in_full():
     """Of low-rank methods the matrices' copy is on the host, which counts where the model is there too."""
     numbers, _ = elements_of(plan("gpt2", "mezo"))
-    on_accelerator = partial(estimate, accelerator=True)
-    for method, find, copies in (("mezo", measure, 1.0), ("lozo", measure, 1.0), ("lozo", on_accelerator, 0.0)):
-        small = plan("gpt2", method, batch_size=1, sequence_length=4)
-        state = [find(small.with_(anchor_decay=decay)).kinds["optimizer state"] for decay in (0.0, 1.0)]
-        assert state[1] - state[0] == pytest.approx(4 * copies * numbers, abs=0.04 * 4 * numbers), method
+    small = {method: plan("gpt2", method, batch_size=1, sequence_length=4) for method in ("mezo", "lozo")}
+    for workload in small.values():
+        state = [measure(workload.with_(anchor_decay=decay)).kinds["optimizer state"] for decay in (0.0, 1.0)]
+        assert state[1] - state[0] == pytest.approx(4 * numbers, rel=0.04)
+    away = estimate(small["lozo"].with_(anchor_decay=1.0), accelerator=True).kinds["optimizer state"]
+    assert away < state[0] + 0.1 * 4 * numbers
 
 
 def test_later_phases_of_a_method_count_too() -> None:
