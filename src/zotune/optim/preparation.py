@@ -56,6 +56,8 @@ class Preparation:
             if not gradients.active and calibrator is not None:
                 calibrator.step_size.waited = gradients.phases
         along_output_gradients = run.along_output_gradients
+        if calibrator is not None:
+            calibrator.generates = context.generates
         if calibrator is not None and math.isnan(state.eps) and not along_output_gradients:
             self._choose_eps(context)
         if not state.prepared:
@@ -201,7 +203,8 @@ class Preparation:
         run, state = self.run, self.state
         state.count(forwards, sequences)
         complete = step % self.state_every == 0
-        if not (forwards or (complete and run.output_gradients is not None)):
+        unmeasured = run.output_gradients is not None or (run.calibrator is not None and run.calibrator.generates)
+        if not (forwards or (complete and unmeasured)):
             return
         event: dict[str, Any] = {"event": "measured", **{name: float(f"{number:.6g}") for name, number in found.items()}}
         event |= _cost(forwards, sequences)

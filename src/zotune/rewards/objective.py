@@ -101,11 +101,14 @@ class RewardLoss:
         return generate(self.model, ids[:, first:], mask[:, first:], keys, self.sampling)
 
     def proxy(self, batch: Mapping[str, Any]) -> Tensor:
-        """A loss that varies smoothly with the weights, (B,), of a given continuation: what evaluations of the model are compared by."""
+        """A loss that varies smoothly with the weights: − mean log-probability of the tokens of a given continuation, (B,).
+
+        Evaluations of the model are compared by it, and ε is chosen by it.
+        """
         ids, mask = batch["prompt_ids"], batch["prompt_mask"]
         ends = mask.sum(dim=1, keepdim=True)
         places = torch.arange(min(PROXY_TOKENS, self.sampling.max_new_tokens), device=ids.device) % ends + ids.shape[1] - ends
-        return -forced_logprobs(self.model, ids, mask, ids.gather(1, places), self.sampling)
+        return -forced_logprobs(self.model, ids, mask, ids.gather(1, places), self.sampling) / len(places[0])
 
     def rows_at_once(self, batch: Mapping[str, Any]) -> int | None:
         """Prompts that are completed in one batch, at most, by the memory of their cache; None: any number."""

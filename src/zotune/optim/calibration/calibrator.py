@@ -4,10 +4,14 @@ Curvature and signal (see ``step_size``) are measured on the first batch, after 
 curvature grows and signal falls during training. Curvature is measured as far from θ as a step goes: an adapter's B = 0 is a saddle with
 walls around it, and a loss that is flat within ε may be anything there. A step's own losses are recorded too. Where examples have
 directions of their own they show little, so the agreement of groups is measured under shared directions. A loss that rises halves η.
+
+Rewards of generated texts have no curvature to see: they are levels with steps between them, averaged by the directions over a distance
+of about ε. Their η makes every step :data:`STRIDE` · ε long, along each weight, whatever the rewards' unit; it takes no evaluations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +26,7 @@ from zotune.methods.coefficients import SQUARE, Fitness, State
 from zotune.methods.estimators import ESTIMATORS, Estimate
 from zotune.methods.method import Method
 from zotune.methods.rules import Rule
-from zotune.optim.calibration.eps import DIRECTION, FIRST_DIRECTIONS, At, choose_eps
+from zotune.optim.calibration.eps import DIRECTION, FIRST_DIRECTIONS, At, choose_eps, choose_reach
 from zotune.optim.calibration.gains import gain
 from zotune.optim.calibration.step_size import WIDER, StepSize, in_units
 from zotune.subspaces import Guided
@@ -40,6 +44,9 @@ STEP = 1 << 50
 #: The largest distance from θ at which curvature is measured; how many times as far as before a measurement is repeated, and how often,
 #: at most: losses far from θ are bad and level, and the walls between are what counts.
 WIDEST, FARTHER, MAX_SAMPLES = 1.0, 10.0, 6
+
+#: Length of a step on rewards of generated texts, as a multiple of ε.
+STRIDE = 0.2
 
 #: How many times as far as curvature was last measured a step may go before it is measured again.
 LONGER = 2.0
@@ -72,6 +79,7 @@ class Calibrator:
         #: Steps of a phase, where phases alternate (see ``output_gradient_steps``).
         self.interval = method.subspace.interval if isinstance(method.subspace, Guided) else None
         self.step_size = StepSize(few=method.own)
+        self.generates = False  # whether losses are those of generated texts
         self.forwards = self.sequences = 0  # evaluations of the batch, and of examples, that the last call made
 
     def state(self) -> dict[str, Any]:
@@ -82,9 +90,10 @@ class Calibrator:
         self.step_size = StepSize.restored(state)
 
     def eps(self, evaluate: Callable[[], Tensor], seed: int, step: int) -> float:
-        """ε for the run; ``evaluate`` returns the losses of its first batch."""
+        """ε for the run; ``evaluate`` returns the losses of its first batch, smooth ones where texts are generated."""
         self.forwards = self.sequences = 0
-        found = choose_eps(self._at(evaluate, seed, step), self.estimator)
+        at = self._at(evaluate, seed, step)
+        found = choose_reach(at) if self.generates else choose_eps(at, self.estimator)
         self.forward.drop_directions()
         return found
 
@@ -100,7 +109,7 @@ class Calibrator:
             may_fail: whether a loss of NaN is a failed reward, which counts for nothing.
         """
         self.forwards = self.sequences = 0
-        if not (self.chooses_lr and self._due(step)):
+        if self.generates or not (self.chooses_lr and self._due(step)):
             return
         at = self._at(evaluate, seed, step)
         here = at(0.0, DIRECTION) if around is None else None
@@ -191,7 +200,10 @@ class Calibrator:
     def rate(self, directions: int, examples: int, eps: float, step: int, shaping: State | None = None) -> float:
         """η for step ``step``, of K directions on N examples; ``shaping``: the state of the method's shaping."""
         size = self.step_size
-        plain = size.within_reach(size.rate(directions, examples), directions)
+        if self.generates:
+            plain = STRIDE * eps * math.sqrt(directions / size.moment.mean) if size.moment.mean else 0.0
+        else:
+            plain = size.within_reach(size.rate(directions, examples), directions)
         size.expected_fall = 0.5 * plain * size.signal * size.moment.mean
         if size.shaped.count:
             shaping = {**(shaping or {}), SQUARE: size.shaped.mean}

@@ -1,6 +1,9 @@
 """The choice of ε: coefficients are measured at a ladder of ε, and the largest ε that agrees with its neighbor is taken.
 
 Below the right range coefficients are rounding noise; above it they follow the curvature of the loss.
+
+Rewards of generated texts jump where a token changes. There ε has to reach other texts: it is the one at which the log-probability of a
+given token changes by about :data:`NATS`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ LADDER_DIRECTIONS, FIRST_DIRECTIONS = 2, 8
 DIRECTION = 1 << 24
 #: Relative error of the coefficients that a larger ε may bring: small beside that of a random direction, which is 100%.
 TOLERANCE = 0.03
+#: Root mean square change of a token's log-probability, in nats, at the ε of generated texts.
+NATS = 0.35
+#: The values of ε between which it is sought, each three times the one before.
+REACHES = (1e-3 / 9, 1e-3 / 3, 1e-3, 3e-3, 9e-3, 2.7e-2, 8.1e-2, 0.243, 0.729)
 #: Losses of the batch at θ + scale · Z_direction, (n,).
 At = Callable[[float, int], Tensor]
 
@@ -63,6 +70,37 @@ def choose_eps(at: At, estimator: Estimator) -> float:
     while rung in steps and distance(rung) <= max(TOLERANCE, 2 * distance(best)):
         rung += 1
     return LADDER[rung]
+
+
+@tagged("activations")
+def choose_reach(at: At) -> float:
+    """The ε at which losses change by :data:`NATS`, root mean square over rows and a few directions; two digits.
+
+    Args:
+        at: mean negative log-probabilities of given tokens, a row each, at a point; scale 0 is θ itself.
+
+    Raises:
+        NonFiniteLossError: they are not finite at θ.
+    """
+    here = at(0.0, DIRECTION).double()
+    if not bool(here.isfinite().all()):
+        raise NonFiniteLossError("log-probabilities are not finite at the model's weights, so no eps can be chosen; look at the model.")
+
+    def change(eps: float) -> float:
+        moved = [at(sign * eps, DIRECTION + k).double() - here for k in range(LADDER_DIRECTIONS) for sign in (+1, -1)]
+        found = float(torch.cat(moved).square().mean().sqrt())
+        return found if math.isfinite(found) else math.inf
+
+    low = before = 0.0
+    for eps in REACHES:
+        now = change(eps)
+        if now >= NATS:
+            break
+        low, before = eps, now
+    if not 0 < before < NATS <= now < math.inf:
+        return eps
+    share = math.log(NATS / before) / math.log(now / before)
+    return float(f"{low * (eps / low) ** share:.2g}")
 
 
 @tagged("activations")
