@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from zotune.cli.parser import CommandParser
 from zotune.cli.table import wide_table
 from zotune.io.suggest import did_you_mean
 
@@ -72,14 +74,29 @@ def _describe_method(name: str) -> None:
 
 
 def tasks(argv: Sequence[str]) -> int:
-    """Runs `zotune tasks [NAME]`."""
-    name = _one_name(argv, "zotune tasks [NAME]", "Lists the tasks, or describes one: its templates, options, columns and data.")
-    if name is None:
-        return 0
+    """Runs `zotune tasks [NAME]` and `zotune tasks --fetch NAME --data_dir DIR`."""
+    parser = CommandParser(
+        "zotune tasks",
+        "Lists the tasks, or describes one: its templates, options, columns and data. With --fetch, writes a task's rows from the Hugging "
+        "Face hub to the folder that the --data_dir of other commands reads.",
+    )
+    parser.add_argument("name", nargs="?", default="", help="the task to describe, or the path of a task file")
+    parser.add_argument("--fetch", metavar="NAME", help="the task whose rows to write to <data_dir>/<task>/<split>.jsonl")
+    parser.add_argument("--data_dir", help="the folder to write to; with NAME, the folder whose rows of the task to count and to digest")
+    parser.add_argument("--num_train", type=int, help="most training rows, drawn by random.Random(0).sample (default: all)")
+    parser.add_argument("--num_eval", type=int, help="most evaluation rows, drawn in the same way (default: all)")
+    args = parser.parse(argv)
     from zotune import tasks as registry
 
-    if name:
-        _describe_task(registry.load(name), name)
+    if args.fetch is not None:
+        return _fetch(args)
+    for option in ("num_train", "num_eval", *(() if args.name else ("data_dir",))):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} goes with --fetch (see `zotune tasks --help`).")
+    if args.name:
+        _describe_task(registry.load(args.name), args.name)
+        if args.data_dir is not None:
+            _describe_rows(registry.load(args.name), args.data_dir)
         return 0
     rows = []
     for each in registry.names():
@@ -89,6 +106,21 @@ def tasks(argv: Sequence[str]) -> int:
         rows.append((each, task.title, options, templates, ", ".join(task.metrics)))
     print(wide_table(("name", "title", "options", "templates", "metrics"), rows))
     print("* the default template. `zotune tasks NAME` shows prompts, answer options and columns.")
+    return 0
+
+
+def _fetch(args: Namespace) -> int:
+    from zotune import tasks as registry
+    from zotune.tasks.fetch import fetch
+    from zotune.training.quiet import quiet_libraries
+
+    if args.data_dir is None:
+        raise ValueError("--fetch needs --data_dir, the folder to write to (see `zotune tasks --help`).")
+    if args.name:
+        raise ValueError(f"--fetch takes one task: write `zotune tasks --fetch {args.fetch}` without {args.name!r}.")
+    quiet_libraries()
+    for found in fetch(registry.load(args.fetch), args.data_dir, args.num_train, args.num_eval):
+        print(f"{found.path}: {found.rows} of {found.of} rows, digest {found.digest}")
     return 0
 
 
@@ -113,6 +145,16 @@ def _describe_task(task: Any, name: str) -> None:
         print(f"  {template}{' *' if template == task.template else ''}")
         print(f"    prompt   {one.prompt!r}")
         print(f"    {'answer ' if one.gold else 'options'}  {', '.join(map(repr, one.options))}")
+
+
+def _describe_rows(task: Any, data_dir: str) -> None:
+    from zotune.tasks.fetch import digest
+    from zotune.tasks.sources import load_rows
+
+    print()
+    for use in task.splits:
+        rows = load_rows(task, use, data_dir)
+        print(f"{rows.source}: {len(rows)} rows, digest {digest(task, rows)}")
 
 
 def _one_name(argv: Sequence[str], usage: str, about: str) -> str | None:

@@ -101,9 +101,13 @@ class Updater:
             for group, coordinates, lr in zip(run.param_groups, self.state.coordinates, record.lrs, strict=True):
                 weight_decay = 0.0 if place else decay_of(group, coordinates)
                 for coordinate in self._update_groups(coordinates) if self.groupable else coordinates:
+                    scaled = coordinate if isinstance(coordinate, HessianScaledCoordinate) else None
+                    if scaled is not None and scaled.renew_first:
+                        scaled.drop()  # directions of the evaluations, scaled by the H before
+                        scaled.update_curvature(run.directions, record.coefficients[k:], self.state.seed, record.step)
                     self._schedule(coordinate, term.step, term.coefficients, terms.factor * lr, weight_decay)
-                    if isinstance(coordinate, HessianScaledCoordinate):
-                        coordinate.update_curvature(run.directions, record.coefficients[k:], self.state.seed, record.step)
+                    if scaled is not None and not scaled.renew_first:
+                        scaled.update_curvature(run.directions, record.coefficients[k:], self.state.seed, record.step)
         if not terms.terms:
             run.forward.drop_directions()
 

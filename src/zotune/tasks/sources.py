@@ -176,7 +176,7 @@ def load_rows(task: Task, split: str, data_dir: str | Path | None = None) -> Row
         ValueError: the folder, file, data set or a column does not exist.
     """
     name = task.splits.get(split, split)
-    rows = _local(task, task.files.get(split, name), Path(data_dir)) if data_dir is not None else _hub(task, name)
+    rows = _local(task, task.files.get(split, name), Path(data_dir)) if data_dir is not None else hub_rows(task, name)
     return clean(rows, task)
 
 
@@ -289,19 +289,25 @@ def _local(task: Task, split: str, data_dir: Path) -> Rows:
     raise ValueError(f"no file {split}.jsonl or {split}.jsonl.gz in {folder}: it holds {_listed(present)}.")
 
 
-def _hub(task: Task, split: str) -> Rows:
+def hub_rows(task: Task, split: str, fix: str | None = None) -> Rows:
+    """All rows of a split on the hub; ValueError, with the ``fix``, where they cannot be read."""
+    fix = fix or f"pass --data_dir, a folder with {task.name}/{split}.jsonl[.gz]"
     if not task.hub:
-        raise ValueError(f"task {task.name!r} names no hub data set: pass --data_dir, a folder with {task.name}/{split}.jsonl.")
+        raise ValueError(f"task {task.name!r} names no hub data set: {fix}.")
     import datasets  # slow to import, and not needed for local files
 
     name = task.hub + (f"/{task.subset}" if task.subset else "")
     try:
-        data = datasets.load_dataset(task.hub, task.subset, split=split)
+        try:
+            data = datasets.load_dataset(task.hub, task.subset, split=split)
+        except RuntimeError as error:  # the data set is a program, which datasets 4 no longer runs: the hub's own export of its rows
+            if "scripts are no longer supported" not in str(error):
+                raise
+            data = datasets.load_dataset(task.hub, task.subset, split=split, revision="refs/convert/parquet")
     except Exception as error:  # offline, absent, gated, no such split: the same fix for all
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"cannot load {name} (split {split}) from the Hugging Face hub ({type(error).__name__}: {reason}): "
-            f"pass --data_dir, a folder with {task.name}/{split}.jsonl[.gz]."
+            f"cannot load {name} (split {split}) from the Hugging Face hub ({type(error).__name__}: {reason}): {fix}."
         ) from None
     if not len(data):
         raise ValueError(f"{name} (split {split}) on the Hugging Face hub holds no rows.")
