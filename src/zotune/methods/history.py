@@ -71,9 +71,12 @@ class HistoryMomentum(CoefficientHistory):
 class HistoryAdam(CoefficientHistory):
     """θ ← θ − η m̂ / (√v̂ + ζ), m and v over the last h steps, bias-corrected for a start at 0 h steps ago.
 
+    Without the correction it is AdaMeZO's θ ← θ − η m / √(v + ζ).
+
     Args:
         betas: (β₁, β₂).
         zeta: ζ.
+        corrected: whether the moments are bias-corrected.
 
     Raises:
         ValueError: a value is out of range.
@@ -81,6 +84,7 @@ class HistoryAdam(CoefficientHistory):
 
     betas: tuple[float, float] = (0.7, 0.9)
     zeta: float = 1e-8
+    corrected: bool = True
 
     def __post_init__(self) -> None:
         _check(self.length, *self.betas)
@@ -94,12 +98,16 @@ class HistoryAdam(CoefficientHistory):
             estimate = directions.combine(_terms(coordinate, step, seed, 1.0), coordinate.shape, coordinate.device)
             mean.lerp_(estimate, 1 - first)
             square.mul_(second).addcmul_(estimate, estimate, value=1 - second)
-        mean.div_(1 - first ** len(past))
-        root = square.div_(1 - second ** len(past)).sqrt_().add_(self.zeta)
+        if self.corrected:
+            mean.div_(1 - first ** len(past))
+            root = square.div_(1 - second ** len(past)).sqrt_().add_(self.zeta)
+        else:
+            root = square.add_(self.zeta).sqrt_()
         value.add_(mean.div_(root).to(value.dtype), alpha=-lr)
 
     def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
-        return (moment / directions) ** 0.5  # the step is η whatever the size of ĝ
+        sums = [1.0 if self.corrected else 1 - beta**self.length for beta in self.betas]  # of the weights of m and v
+        return (moment / directions * sums[1]) ** 0.5 / sums[0]  # the step is η · sums[0] / √sums[1] whatever the size of ĝ
 
 
 def _terms(coordinate: Coordinate, past: PastStep, seed: int, weight: float) -> list[tuple[Key, float]]:

@@ -19,11 +19,14 @@ class HessianScaledCoordinate(ScaledCoordinate):
     """θ = W with directions H^-½ Z; H, diagonal, float32, starts at 1.
 
     H ← (1 − α) H + α (1/K) Σ_k q_k H ⊙ Z_k²,   q_k = |L(θ + εH^-½Z_k) + L(θ − εH^-½Z_k) − 2 L(θ)| / 2ε²
+
+    Attributes:
+        renew_first: whether H is updated before the step's update of θ.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, smoothing: float) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, smoothing: float, renew_first: bool = False) -> None:
         super().__init__(name, parameter)
-        self.smoothing = smoothing
+        self.smoothing, self.renew_first = smoothing, renew_first
         self.h = torch.ones(self.numel, device=parameter.device)
 
     def factors(self, seed: int, step: int) -> Factors:
@@ -31,7 +34,7 @@ class HessianScaledCoordinate(ScaledCoordinate):
 
     @tagged("directions")
     def update_curvature(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
-        """Update H by the q_k of a step, after the step's update of θ."""
+        """Update H by the q_k of a step."""
         add_squares = self._squares(directions, curvatures, seed, step)
 
         def update(part: slice) -> None:
@@ -69,8 +72,8 @@ class FactoredCoordinate(HessianScaledCoordinate):
     r_i ← (1 − α) r_i + α (1/K) Σ_k q_k mean_j (H ⊙ Z_k²)_ij,   c_j likewise with the mean over i: Adafactor's factoring.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, smoothing: float) -> None:
-        super().__init__(name, parameter, smoothing)
+    def __init__(self, name: str, parameter: nn.Parameter, smoothing: float, renew_first: bool = False) -> None:
+        super().__init__(name, parameter, smoothing, renew_first)
         self.num_rows, self.num_columns = parameter.shape
         self.h = torch.ones(self.num_rows + self.num_columns, device=parameter.device)  # r, then c
 
@@ -114,6 +117,7 @@ class HessianScaled(Subspace):
     Args:
         smoothing: α, in [0, 1).
         factored: keep a matrix's H as a row and a column.
+        renew_first: update H before the step's update of θ, not after it.
 
     Raises:
         ValueError: smoothing is outside [0, 1).
@@ -121,6 +125,7 @@ class HessianScaled(Subspace):
 
     smoothing: float = 1e-8
     factored: bool = False
+    renew_first: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
@@ -128,7 +133,7 @@ class HessianScaled(Subspace):
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
         kind = FactoredCoordinate if self.factored and parameter.dim() == 2 else HessianScaledCoordinate
-        return kind(name, parameter, self.smoothing)
+        return kind(name, parameter, self.smoothing, self.renew_first)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
         trained, _ = super().elements(shape)

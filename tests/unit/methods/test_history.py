@@ -9,6 +9,8 @@ import torch
 
 import toys
 from zotune import ZerothOrder, methods
+from zotune.methods.rules import Rule
+from zotune.optim.calibration.gains import gain
 from zotune.optim.step_transforms import HistoryTransform
 from zotune.rng.directions import Directions, Key
 
@@ -60,6 +62,27 @@ def test_with_all_of_the_history_it_is_the_plain_method(replayed, plain):
         b.step(toys.loss_function(models[1]), toys.batch(seed=step))
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_without_bias_correction_it_is_adamezos_update():
+    """θ ← θ − η m / √(v + 1e-8), m and v summed from the last h estimates (2605.00650)."""
+    h, lr = 3, 1e-2
+    model = toys.classifier()
+    method = methods.replayed_adam(history=h, bias_correction=False)
+    optimizer = ZerothOrder(model, method, lr=lr)
+    past: list[tuple[int, list[float]]] = []
+    for step in range(5):
+        before = copy.deepcopy(dict(model.named_parameters()))
+        optimizer.step(toys.loss_function(model), toys.batch(seed=step))
+        past = [*past, (step, optimizer.last_report.coefficients.tolist())][-h:]
+        found = estimates(optimizer, past, model)[::-1]
+        for n, parameter in model.named_parameters():
+            mean = sum(0.3 * 0.7**age * g[n] for age, g in enumerate(found))
+            square = sum(0.1 * 0.9**age * g[n].square() for age, g in enumerate(found))
+            assert torch.allclose(parameter, before[n] - lr * mean / (square + 1e-8).sqrt(), atol=2e-6)
+    rule = Rule("SGD", {})
+    unit = gain(methods.replayed_adam(history=h), rule, 4.0, 1, 1e-3)
+    assert gain(method, rule, 4.0, 1, 1e-3) == pytest.approx(unit * (1 - 0.9**h) ** 0.5 / (1 - 0.7**h))
 
 
 def test_what_it_keeps_is_numbers():

@@ -166,6 +166,23 @@ def test_hizoo_learns_the_curvature_after_the_update(tmp_path):
         assert torch.allclose(coordinate.h.view(7, 6), h, rtol=1e-4)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_hizoo_may_renew_the_curvature_first(first, tmp_path):
+    """θ ← θ − η c H^-½ Z, with the H of the evaluations, or (the published code) the renewed one."""
+    model = matrix()
+    optimizer = ZerothOrder(model, methods.hizoo(smoothing=0.3, eps=1e-2, renew_first=first), lr=1e-3, journal=tmp_path / "j")
+    (coordinate,) = optimizer.forward.coordinates
+    for step in range(2):
+        weight, h = model.weight.detach().clone(), coordinate.h.clone()
+        optimizer.step(lambda x: model(x).square().sum() / 2, torch.eye(6))
+        z = Directions("gaussian").draw(Key(0, step, 0, "weight"), (7, 6))
+        scale = (coordinate.h if first else h).view(7, 6).rsqrt()
+        assert torch.allclose(model.weight, weight - 1e-3 * float(optimizer.last_report.coefficients) * z * scale, atol=1e-6)
+    copy = matrix()
+    replay(copy, tmp_path / "j")
+    assert torch.equal(copy.weight, model.weight)
+
+
 def test_hizoo_l_keeps_means_of_rows_and_columns():
     """H = r cᵀ / mean r; r and c take in the row and column means of q H ⊙ Z²."""
     model = matrix()

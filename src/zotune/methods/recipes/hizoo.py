@@ -7,17 +7,19 @@ from zotune.subspaces import HessianScaled
 
 
 @register(title="HiZOO", arxiv="2402.15173", without=(*PER, "estimator", "fitness"))
-def hizoo(factored: bool = False, *, smoothing: float = 1e-8) -> Fields:
+def hizoo(factored: bool = False, *, smoothing: float = 1e-8, renew_first: bool = False) -> Fields:
     """HiZOO: directions scaled by an estimate of the Hessian's diagonal (2402.15173).
 
     c = (l₊ − l₋) / 2ε,   θ ← θ − η c H^-½ Z,   l_± = L(θ ± ε H^-½ Z),   l₀ = L(θ),   H begins at 1
     H ← (1 − α) H + α |l₊ + l₋ − 2 l₀| / (2ε²) · H ⊙ Z²,   α = smoothing
 
     State: H, one float32 element per weight. A step's record holds c and |l₊ + l₋ − 2 l₀| / 2ε².
-    Departs from the published code, which renews H between the evaluations and the update of a step, so that the update is not along
-    the direction that was evaluated, and makes a fourth evaluation only to report it.
+    H is renewed after the update of θ, as in the paper's equations, where one H scales a step's evaluations and its update. The
+    published code renews H in between, so that the update is not along the direction that was evaluated (``renew_first=True``), and
+    makes a fourth evaluation only to report it. With the default α the orders hardly differ; with a large one, such as 0.3, they end at
+    different weights.
     """
-    return {"estimator": "curvature", "subspace": HessianScaled(smoothing, factored=factored), "estimates": "descent"}
+    return {"estimator": "curvature", "subspace": HessianScaled(smoothing, factored, renew_first), "estimates": "descent"}
 
 
 @variant(hizoo, True, title="HiZOO-L", arxiv="2402.15173")

@@ -74,5 +74,8 @@ def agzo(*, rank: int = 1, interval: int = 50) -> Fields:
     where x has few large singular values; that part is not trained until V changes.
     V goes to the journal in bfloat16, 2·n·r bytes per layer and redraw, so that a run replays without the data.
     State: A and V, r·(m + n) float32 elements per matrix.
+    Departs from the paper, whose ĝ = (L(W + μ R Qᵀ) − L(W)) / μ · R Qᵀ, Q = V / √n orthonormal, is one-sided, without the 1/r, and has
+    Q renewed for every batch. ``interval=1, estimator="forward"`` is its schedule and its difference. Its scale is another one: with
+    ε = μ / √n the points are the same, and its update is r / n of that with the same η, by layer; of vectors ε is μ, as in MeZO.
     """
     return {"subspace": Activation(rank, interval), "estimates": "descent"}
