@@ -43,6 +43,7 @@ class Preparation:
     def __init__(self, run: RunParts, updater: Updater) -> None:
         self.run, self.updater, self.state = run, updater, run.state
         self.state_every = STATE_EVERY
+        self.warned = False  # that a reward has no output gradients
 
     def prepare(self, context: StepContext) -> None:
         """Everything that is due before a step."""
@@ -78,6 +79,14 @@ class Preparation:
         if state.begun == step or not subspace.needs_data(step):
             return
         if gradients is not None:
+            if context.generates:
+                if not self.warned:
+                    self.warned = True
+                    warnings.warn(
+                        f"{run.method.name}: a reward has no output gradients; every phase has drawn directions, as in lozo-e.",
+                        stacklevel=2,
+                    )
+                return
             drawn = run.calibrator.step_size if run.calibrator is not None and gradients.measured else None
             if not gradients.choose_phase(drawn, run.method.forwards(step)):
                 return

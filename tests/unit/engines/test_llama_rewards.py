@@ -93,3 +93,9 @@ def test_a_journal_of_rewards_replays_without_them(llama: Pair, model: EngineMod
     found, expected = again.factors(), model.factors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(a, b) for name in found for a, b in zip(found[name], expected[name], strict=True))
+
+
+def test_lozo_g_says_once_that_a_reward_has_no_output_gradients(model: EngineModel) -> None:
+    with pytest.warns(UserWarning, match="^lozo-g: a reward has no output gradients; ") as said:
+        _, found = run(model, 2, dataclasses.replace(methods.lozo_g(interval=1, layer_scales=False), eps=0.05), {})
+    assert len(said) == 1 and all(any(coefficients) for _, coefficients in found)
