@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class FailureLimit:
-    """Counts failed rows of a run.
+    """Counts failed rows of the data, each once a step or part of one.
 
     Args:
         most: failed rows that a run goes on with.
@@ -36,9 +36,9 @@ class FailureLimit:
         first, self._scored = not self._scored, self._scored or rows > 0
         if not failures:
             return
-        failed = len({each.row for each in failures})
-        self.failed += failed
-        if first and failed == rows:
+        # A prompt fails at many points of a step at once: it counts once.
+        self.failed += len({each.row if each.number is None else each.number for each in failures})
+        if first and len({each.row for each in failures}) == rows:
             raise ValueError(f"no row of the first batch has a reward: {failures[-1]}.")
         if self.failed > self.most:
             raise ValueError(
