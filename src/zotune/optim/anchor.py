@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,18 @@ from zotune.weights.digest import digest_of
 SAVED = 0.1
 #: Elements whose distance is summed at a time.
 BLOCK = 1 << 22
+
+
+class Stored(Protocol):
+    """The tensors in the files that a model was loaded from."""
+
+    def __call__(self, name: str) -> Tensor | None:
+        """The contiguous tensor of a parameter, not to be written to; None where there is none."""
+        ...
+
+    def check(self) -> None:
+        """ValueError where a file has been changed since."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,29 +58,47 @@ class Drift:
 class Anchor:
     """θ₀ of the trained parameters of a model, as they are when it is constructed.
 
-    Memory: a copy of these parameters in their dtype, on the host. Those that are trained in full space have theirs beside the weight once
-    an optimizer is constructed, since every step reads it; of those with low-rank factors the host's copy is read at a redraw only.
-    Weights held in few bits, or by an engine, need none: what training adds to them is stored apart, and θ₀ is all the rest.
+    Memory: a copy of these parameters in their dtype, on the host, or none where ``stored`` has the same numbers in files. Those that are
+    trained in full space have theirs beside the weight once an optimizer is constructed, since every step reads it; of those with low-rank
+    factors the host's copy is read at a redraw only. Weights held in few bits, or by an engine, need none: what training adds to them is
+    stored apart, and θ₀ is all the rest.
 
     Args:
         model: what will be trained.
         parameters: which of its parameters; None: those with ``requires_grad``.
+        stored: where the model was loaded from.
 
     Raises:
         ValueError: a parameter is offloaded or sharded, or an engine's model begins with an adapter.
     """
 
     @tagged("host")
-    def __init__(self, model: nn.Module, parameters: Iterable[Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, parameters: Iterable[Tensor] | None = None, stored: Stored | None = None) -> None:
         chosen = None if parameters is None else {id(parameter) for parameter in parameters}
-        self.weights: dict[str, Tensor] = {}
+        trained: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad if chosen is None else id(parameter) in chosen:
                 layer = quantized_linear.owner_of(parameter)
                 _check(name, parameter, layer)
                 if layer is None:
-                    self.weights[name] = parameter.detach().reshape(-1).to("cpu", copy=True)
-        self.is_small = sum(map(Tensor.numel, self.weights.values())) <= SAVED * sum(map(Tensor.numel, model.parameters()))
+                    trained[name] = parameter.detach()
+        self.is_small = sum(map(Tensor.numel, trained.values())) <= SAVED * sum(map(Tensor.numel, model.parameters()))
+        self.stored = None if self.is_small else stored
+        self.mapped: set[str] = set()
+        self.weights = {name: self._kept(name, weight) for name, weight in trained.items()}
+
+    def _kept(self, name: str, weight: Tensor) -> Tensor:
+        """The weight's numbers, flat: in a file that has the same ones, or a copy."""
+        found = None if self.stored is None else self.stored(name)
+        if found is not None and found.dtype == weight.dtype and torch.equal(found, weight.cpu()):
+            self.mapped.add(name)
+            return found.view(-1)
+        return weight.reshape(-1).to("cpu", copy=True)
+
+    def check_stored(self) -> None:
+        """ValueError where files that it is read from have been changed."""
+        if self.stored is not None and self.mapped:
+            self.stored.check()
 
     def tensors(self) -> dict[str, Tensor]:
         """What a saved state holds of it: everything, where it is small."""
@@ -106,7 +137,7 @@ class Anchor:
                 coordinate.set_anchor(None)
                 continue
             if not isinstance(coordinate, LowRankCoordinate):
-                self.weights[name] = self.weights[name].to(coordinate.device, copy=True)
+                self.weights[name] = self.weights[name].to(coordinate.device, copy=name not in self.mapped)
             coordinate.set_anchor(self.weights[name])
 
     def drift(self, coordinates: Iterable[Coordinate]) -> Drift:

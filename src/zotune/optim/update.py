@@ -222,6 +222,8 @@ class Updater:
         """Begin a step once: redraw coordinates, and carry the rule's moments across redraws."""
         if self.state.begun == step:
             return
+        if self.run.anchor is not None:
+            self.run.anchor.check_stored()
         for coordinate in self.state.every_coordinate():
             carry = coordinate.begin_step(self.state.seed, step)
             if carry is not None:

@@ -23,6 +23,7 @@ from zotune.training.checkpoint import contents, identity, offloaded, schema, st
 from zotune.training.config import settings
 from zotune.training.log_sums import StepSums
 from zotune.training.run_folder import JOURNAL_FILE, adapter_facts
+from zotune.training.stored_weights import StoredWeights
 from zotune.weights.computed_linear import is_computed
 from zotune.weights.offload import stream_of
 from zotune.weights.quantized_linear import is_quantized
@@ -191,7 +192,7 @@ class CheckpointedTrainer(Trainer):
         if is_computed(self.model):
             return  # its factors are in the optimizer's state
         if getattr(self.args, "anchor_decay", 0.0):
-            self._anchor = Anchor(self.model)
+            self._anchor = Anchor(self.model, stored=StoredWeights(self.model))
         with module_mode(self.model):
             if not self._load_offloaded(Path(resume_from_checkpoint)):
                 with schema.refused(Path(resume_from_checkpoint)):

@@ -179,3 +179,27 @@ def test_a_decay_set_later_is_refused_before_it_changes_a_weight():
     with pytest.raises(ValueError, match="give anchor_decay when the optimizer is constructed"):
         optimizer.step(toys.loss_function(model), toys.batch())
     assert all(torch.equal(a, before[key]) for key, a in model.state_dict().items())
+
+
+def test_an_anchor_in_the_models_own_file_is_not_copied(tmp_path):
+    import transformers
+
+    from zotune.training.stored_weights import StoredWeights
+
+    toys.transformer("llama").save_pretrained(tmp_path)
+    runs = []
+    for stored in (True, False):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        with torch.no_grad():
+            model.model.norm.weight.add_(1.0)  # no longer that of the file
+        anchor = Anchor(model, stored=StoredWeights(model) if stored else None)
+        mapped = {name for name, _ in model.named_parameters()} - {"model.norm.weight"} if stored else set()
+        assert anchor.mapped == mapped
+        optimizer = ZerothOrder(model, methods.lozo(eps=EPS, interval=2), lr=1e-3, anchor_decay=DECAY, anchor=anchor)
+        for _ in range(5):
+            optimizer.step(toys.transformer_loss(model), toys.tokens())
+        runs.append((model.state_dict(), optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0].values(), runs[1][0].values(), strict=True))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"model\.safetensors was changed while a run decays toward the weights in it"):
+        runs[0][1].step(toys.transformer_loss(model), toys.tokens())
