@@ -314,21 +314,27 @@ def test_own_text_is_evaluated_by_loss(command: Command, workplace: Path) -> Non
     assert summary["before"]["loss"] > 0 and summary["after"]["loss"] != summary["before"]["loss"]
 
 
-#: `zotune` with the words after a signal's number; the process sends itself that signal in its 7th step, whatever the machine's load.
+#: `zotune` with these words in the folder cut-NAME of each signal, forked from a process that has imported it; each sends itself that
+#: signal in its 7th step, whatever the machine's load. Their exit codes are printed, their errors are in NAME.err.
 SIGNALLED = """
-import os, sys
+import os, signal, sys
+import zotune.cli.train
 from zotune.cli.main import main
 from zotune import ZOTrainer
-number, *words = sys.argv[1:]
 genuine, steps = ZOTrainer.training_step, 0
 def step(*args, **kwargs):
     global steps
     steps += 1
     if steps == 7:
-        os.kill(os.getpid(), int(number))
+        os.kill(os.getpid(), number)
     return genuine(*args, **kwargs)
 ZOTrainer.training_step = step
-sys.exit(main(words))
+for number in (signal.SIGINT, signal.SIGTERM):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(number.name + ".err", os.O_WRONLY | os.O_CREAT), 2)
+        sys.exit(main([*sys.argv[1:], "--output_dir", "cut-" + number.name]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr)
 """
 
 
@@ -336,17 +342,13 @@ sys.exit(main(words))
 def test_after_ctrl_c_or_sigterm_the_named_command_continues(command: Command, workplace: Path) -> None:
     words = [*BASICS, "--max_steps", "12", "--save_steps", "100", "--eval_strategy", "no"]
     assert command("train", *words, "--output_dir", "straight").code == 0
+    launch = [sys.executable, "-c", SIGNALLED, "train", *words]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stderr.split() == ["130", "130"], done
     for number in (signal.SIGINT, signal.SIGTERM):
-        folder = f"cut-{number.name}"
-        done = subprocess.run(
-            [sys.executable, "-c", SIGNALLED, str(int(number)), "train", *words, "--output_dir", folder],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 130, done.stderr
-        assert "Traceback" not in done.stderr
-        assert resume_command([*words, "--output_dir", folder]) in done.stderr
+        folder, said = f"cut-{number.name}", Path(f"{number.name}.err").read_text()
+        assert "Traceback" not in said
+        assert resume_command([*words, "--output_dir", folder]) in said
         assert [path.name for path in Path(folder).glob("checkpoint-*")] == ["checkpoint-7"]  # the step was finished and saved
         assert command("verify", folder).code == 0
         assert not Path(folder, "model.safetensors").exists() and not Path(folder, "summary.json").exists()
