@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from zotune.tasks.encoding import pad_token_id
 from zotune.training.config import ZOConfig
 from zotune.training.raw_text import tokenizer_of
 from zotune.training.reward_options import check_rewarded
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerRewards:
@@ -63,6 +66,7 @@ class TrainerRewards:
         self.names = rewards.names
         self.options["compute_metrics"] = options.get("compute_metrics") or RewardMetrics(self.names)
         self.shown: list[Shown] = []
+        self._warned = False
         self._most = args.num_completions_to_print if args.log_completions else 0
         kv_cache = KV_CACHE if args.kv_cache_memory is None else parse_size(args.kv_cache_memory)
 
@@ -80,6 +84,12 @@ class TrainerRewards:
     def entries(self, logs: Mapping[str, float]) -> dict[str, float]:
         """What a log entry says of the completions since the last one."""
         found = self.loss.statistics.take()
+        if logs.get("loss_diff") == 0 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "since the last log entry every point of a step had the same reward, so nothing was learned: check that the reward tells "
+                "completions apart (one that is 0 almost always needs easier prompts or partial credit), or raise eps."
+            )
         if "loss" in logs:
             found["reward"] = 0.0 - logs["loss"]  # of all steps since, also of those before a resumption
         return found

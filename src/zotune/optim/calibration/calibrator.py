@@ -46,7 +46,7 @@ STEP = 1 << 50
 WIDEST, FARTHER, MAX_SAMPLES = 1.0, 10.0, 6
 
 #: Length of a step on rewards of generated texts, as a multiple of ε.
-STRIDE = 0.2
+STRIDE = 0.3
 
 #: How many times as far as curvature was last measured a step may go before it is measured again.
 LONGER = 2.0
