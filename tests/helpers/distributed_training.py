@@ -1,4 +1,4 @@
-"""A training in one process and, by `torchrun tests/helpers/distributed_training.py OUT`, in several.
+"""A training in one process and, by `forked.py` under the agent of torchrun, in several.
 
 Every process writes what it was like to OUT/rank-N.json. With a further argument "dies", the last rank kills itself in the middle of the
 first run, and torchrun's restart goes on from the checkpoint.

@@ -36,21 +36,9 @@ from zotune.weights.digest import digest
 HERE = paths.HELPERS
 
 
-def accelerate_launch(script: str, processes: int, out: Path, *words: str, options: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """What every rank of `accelerate launch tests/SCRIPT OUT ...` has written. Accelerate lets torchrun do the work."""
-    # --multi_gpu is its word for several processes; with --cpu it starts one, or as many as mpirun does.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--rdzv_backend", "c10d", "--main_process_ip", "localhost"]
-    launch += ["--main_process_port", "0", *options]
-    # torchrun's workers would find the addresses of those before the restart in the store that its agents share with them.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run([*launch, str(HERE / script), str(out), *words], capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(processes)]
-
-
 #: What is run in processes that fork, as `forked.py` takes it.
 JOBS = [("distributed_runs.py", "2", "two", "all"), ("distributed_runs.py", "4", "four", "some"), ("sharded_runs.py", "2", "shards")]
+JOBS += [("distributed_training.py", "2+1", "training", "dies")]
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +183,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """ZOTrainer under accelerate launch. A rank is killed at step 3 of 6; its torchrun restarts all, from the checkpoint of step 2."""
-    folder = tmp_path_factory.mktemp("two")
-    return folder, accelerate_launch("distributed_training.py", 2, folder, "dies", options=("--max_restarts", "1"))
+def two_processes(worlds: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """ZOTrainer under torchrun's agent. A rank is killed at step 3 of 6; the agent restarts all, from the checkpoint of step 2."""
+    return worlds / "training", written(worlds / "training")
 
 
 @pytest.mark.slow
@@ -273,10 +260,10 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_stopped_torchrun_saves_and_one_process_continues(
+def test_a_stopped_launch_saves_and_one_process_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGTERM to torchrun: both processes finish the step and save, and say how to go on; one does."""
+    """SIGTERM to `accelerate launch`: both processes finish the step and save, and say how to go on; one does."""
     monkeypatch.chdir(tmp_path)
     command_cases.save_model(tmp_path / "my-model")
     command_cases.save_data(tmp_path)
@@ -295,7 +282,10 @@ def test_a_stopped_torchrun_saves_and_one_process_continues(
         "run",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "stopped.py", "train", *words]
+    # --multi_gpu is accelerate's word for several processes; with --cpu it starts one, or as many as mpirun does. torchrun does the work.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--rdzv_backend", "c10d", "--main_process_ip", "localhost"]
+    launch += ["--main_process_port", "0", "stopped.py", "train", *words]
     with subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         limit = time.monotonic() + 200
         while not Path("ready").exists() and process.poll() is None and time.monotonic() < limit:
