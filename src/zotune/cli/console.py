@@ -63,7 +63,7 @@ class ConsoleObserver(RunObserver):
         self.console.print(f"{when}: {metric.replace(PREFIX, 'guard ')} {metric_text(metric.removeprefix(PREFIX), value)}")
 
     def completions(self, step: int, shown: Sequence[Shown]) -> None:
-        self.console.print(completions_table(step, shown))
+        self.console.print(completions_table(f"completions at step {step}", shown))
 
     def callbacks(self, metric: str, first: float | None) -> Sequence[TrainerCallback]:
         self.progress = RunProgress(self.console, metric, first)
@@ -78,9 +78,9 @@ class ConsoleObserver(RunObserver):
             self.console.print(closing_table(result.summary))
 
 
-def completions_table(step: int, shown: Sequence[Shown]) -> Table:
+def completions_table(title: str, shown: Sequence[Shown]) -> Table:
     """Prompts, completions and rewards of an evaluation; long texts are cut in their middle."""
-    table = Table(title=f"completions at step {step}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("prompt", "completion"):
         table.add_column(name, overflow="fold", ratio=1)
     names = list(shown[0].rewards)

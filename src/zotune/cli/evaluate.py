@@ -12,32 +12,37 @@ from typing import Any
 
 from transformers import set_seed
 
-from zotune.cli.console import new_console
+from zotune.cli.console import completions_table, new_console
 from zotune.cli.parser import help_page
 from zotune.cli.table import facts_table
 from zotune.io.json_files import write_json
 from zotune.io.sizes import size_text
 from zotune.io.text import duration_text, metric_text
 from zotune.memory.offload_needs import needs_of
-from zotune.tasks import prepare
+from zotune.rewards import Rewards
+from zotune.rewards.evaluation import Shown
+from zotune.tasks import load, prepare
+from zotune.tasks.prompts import longest_answer
 from zotune.training import run_folder
-from zotune.training.arguments import EvalDataArguments, ModelArguments
+from zotune.training.arguments import ACCURACY, EvalDataArguments, ModelArguments
 from zotune.training.checkpoint.files import GGUF_SOURCE
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import measured
 from zotune.training.loading import check_texts, load_model, load_tokenizer, plan_model
-from zotune.training.option_parser import OptionParser
+from zotune.training.option_parser import OptionParser, check_not_code
 from zotune.training.peak_memory import PeakMemory
 from zotune.training.quiet import quiet_libraries
 from zotune.training.schemes import Scheme
 from zotune.training.trainer import ZOTrainer
 
+#: Tokens of a completion of prompts without a task, at most.
+USUAL_LENGTH = 256
 #: Options of a GGUF file that determine its metrics.
 OF_CONTEXT = ("n_ctx", "n_ubatch", "cache_type", "tokenizer_name")
 USAGE = "zotune eval --model_name_or_path MODEL --task TASK [--data_dir DIR] [options]"
 ABOUT = (
-    "Evaluates a model: option log-likelihood on a task, the class scores of an encoder, or the loss on your own text. The data "
-    "options of a `zotune train` run are the defaults for its folder."
+    "Evaluates a model: option log-likelihood on a task, the class scores of an encoder, the loss on your own text, or the rewards of "
+    "greedy completions. The data options of a `zotune train` run are the defaults for its folder."
 )
 
 
@@ -48,6 +53,11 @@ class EvaluationArguments:
     per_device_eval_batch_size: int = dataclasses.field(default=16, metadata={"help": "examples per batch"})
     seed: int = dataclasses.field(default=42, metadata={"help": "of the subset that --num_eval draws"})
     use_cpu: bool = dataclasses.field(default=False, metadata={"help": "stay on the CPU where there is a GPU"})
+    reward_weights: list[float] | None = dataclasses.field(default=None, metadata={"help": "weight of each reward function; 1 each"})
+    max_completion_length: int | None = dataclasses.field(
+        default=None, metadata={"help": "of a reward: most tokens of a completion; by default those of the task's answers, else 256"}
+    )
+    num_completions_to_print: int = dataclasses.field(default=4, metadata={"help": "of a reward: how many completions are shown"})
     adapter: str | None = dataclasses.field(default=None, metadata={"help": "of a GGUF file: the LoRA adapter (GGUF) that is added to it"})
     output_file: str | None = dataclasses.field(
         default=None, metadata={"help": "write the result there as JSON; - prints JSON in place of the table"}
@@ -71,13 +81,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if how.output_file is not None:
         write_json(Path(how.output_file).expanduser(), result)
+    shown = [Shown(**each) for each in result["completions"]]
+    console = new_console()
+    if shown:
+        console.print(completions_table("completions", shown))
     rows = [(name, metric_text(name, value)) for name, value in result["metrics"].items()]
     rows += [
         ("examples", str(result["examples"])),
         ("time", duration_text(result["seconds"])),
         ("peak memory", f"{size_text(result['peak_memory_bytes'])} ({result['peak_memory_of']})"),
     ]
-    new_console().print(facts_table(rows, f"{result['model']} on {result['data']}"))
+    console.print(facts_table(rows, f"{result['model']} on {result['data']}"))
     return 0
 
 
@@ -89,13 +103,15 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
     """
     if data.task is None and data.eval_file is None:
         raise ValueError("nothing to evaluate on: pass --task (list them with `zotune tasks`) or --eval_file.")
+    rewarded = _rewarded(data, how)
     plan = plan_model(model, "zotune eval")
     if how.adapter is not None:
         if plan.gguf is None or plan.adapter is not None:
             raise ValueError("--adapter is an adapter of a GGUF file: give that file as --model_name_or_path.")
         plan.adapter = how.adapter
     tokenizer = load_tokenizer(plan, model)
-    prepared = prepare(tokenizer, plan.config, seed=how.seed, parts=("eval",), **dataclasses.asdict(data))
+    most = rewarded.get("max_completion_length", 0)
+    prepared = prepare(tokenizer, plan.config, seed=how.seed, parts=("eval",), max_completion_length=most, **data.of_prepare())
     assert prepared.eval is not None, "prepare loads what is asked for"
     check_texts(plan, tokenizer, prepared)
     with tempfile.TemporaryDirectory(prefix="zotune-eval-") as scratch:
@@ -105,6 +121,7 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
             seed=how.seed,
             use_cpu=how.use_cpu,
             disable_tqdm=True,
+            **rewarded,
         )
         classes = prepared.label_names if prepared.train_objective == "classifier" else None
         set_seed(how.seed)
@@ -115,8 +132,8 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         trainer = ZOTrainer(
             model=network,
             args=config,
-            objective=prepared.train_objective,
-            eval_objective=prepared.eval_objective,
+            **prepared.optimized(data.reward),
+            processing_class=tokenizer if rewarded else None,
             eval_dataset=prepared.eval,
             eval_data_collator=prepared.collate_eval,
             compute_metrics=prepared.compute_metrics,
@@ -129,7 +146,9 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
             "data": data.task or Path(data.eval_file or "").name,
             "template": prepared.task.template if prepared.task else None,
             "prompt": prepared.task.prompt if prepared.task else None,
+            "reward": data.reward,
             "metrics": metrics,
+            "completions": [each._asdict() for each in (trainer.rewards.shown if trainer.rewards is not None else ())],
             "examples": len(prepared.eval),
             "seconds": time.perf_counter() - begin,
             "peak_memory_bytes": memory.peak(),
@@ -138,25 +157,44 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         }
 
 
+def _rewarded(data: EvalDataArguments, how: EvaluationArguments) -> dict[str, Any]:
+    """The options of a config for rewards; none where no completions are generated."""
+    if data.generates:
+        Rewards(data.reward or (), how.reward_weights)  # an unknown one fails before anything is loaded
+        most = how.max_completion_length or (USUAL_LENGTH if data.task is None else longest_answer(load(data.task)))
+        shown = {"num_completions_to_print": how.num_completions_to_print}
+        return {"reward_weights": how.reward_weights, "max_completion_length": most, **shown}
+    for field in dataclasses.fields(EvaluationArguments):
+        of_rewards = field.name in ("reward_weights", "max_completion_length", "num_completions_to_print")
+        if of_rewards and getattr(how, field.name) != field.default:
+            raise ValueError(f"--{field.name} would have no effect: it is an option of --reward; leave --{field.name} out.")
+    return {}
+
+
 def _options_of_run(values: dict[str, Any], given: set[str]) -> None:
     """Options of the data, and of a GGUF file's context, default to those of the run whose folder (or checkpoint) the model is from."""
     if not values["model_name_or_path"]:
         return
     folder = Path(values["model_name_or_path"]).expanduser()
-    for place in (folder, folder.parent) if folder.is_dir() else ():
-        if (place / run_folder.RUN_FILE).is_file():
-            loaded = run_folder.read_run(place).get("model_arguments")
-            if (folder / GGUF_SOURCE).is_file() and isinstance(loaded, dict):
-                values.update({name: loaded[name] for name in OF_CONTEXT if name in loaded and name not in given})
-            if {"task", "eval_file"} & given:
-                return
-            options = run_folder.read_run(place).get("data_arguments")
-            if not isinstance(options, dict):
-                raise ValueError(f"{place / run_folder.RUN_FILE} is damaged: it does not say what the run's data were.")
-            for field in dataclasses.fields(EvalDataArguments):
-                if field.name not in given and field.name in options:
-                    values[field.name] = options[field.name]
-            trained = run_folder.read_run(place).get("training_arguments")
-            if "seed" not in given and isinstance(trained, dict) and isinstance(trained.get("seed"), int):
-                values["seed"] = trained["seed"]  # of the same subset
-            return
+    found = next((place for place in (folder, folder.parent) if (place / run_folder.RUN_FILE).is_file()), None) if folder.is_dir() else None
+    if found is None:
+        return
+    run = run_folder.read_run(found)
+    loaded, options, trained = (run.get(name) for name in ("model_arguments", "data_arguments", "training_arguments"))
+    trained = trained if isinstance(trained, dict) else {}
+    if (folder / GGUF_SOURCE).is_file() and isinstance(loaded, dict):
+        values.update({name: loaded[name] for name in OF_CONTEXT if name in loaded and name not in given})
+    if not {"task", "eval_file"} & given:
+        if not isinstance(options, dict):
+            raise ValueError(f"{found / run_folder.RUN_FILE} is damaged: it does not say what the run's data were.")
+        if "reward" not in given and options.get("reward"):
+            check_not_code(found / run_folder.RUN_FILE, options["reward"])
+        for field in dataclasses.fields(EvalDataArguments):
+            of_guard = field.name == "data_dir" and not options.get("task")
+            if field.name not in given and field.name in options and not of_guard:
+                values[field.name] = options[field.name]
+        if "seed" not in given and isinstance(trained.get("seed"), int):
+            values["seed"] = trained["seed"]  # of the same subset
+    if values["reward"] and values["reward"] != [ACCURACY] and isinstance(options, dict) and options.get("reward"):
+        same = ("max_completion_length", "reward_weights") if values["reward"] == options["reward"] else ("max_completion_length",)
+        values.update({name: trained[name] for name in same if name in trained and name not in given})

@@ -47,7 +47,7 @@ class PreparedData:
     collate_eval: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
     train_objective: str
     eval_objective: str
-    compute_metrics: ComputeMetrics | ComputeAnswerMetrics | None
+    compute_metrics: Callable[[Any], dict[str, float]] | None
     main_metric: str
     task: Task | None = None
     num_labels: int | None = None
@@ -181,7 +181,7 @@ def prepare(
     if eval_rows is not None:
         eval_rows = sample(eval_rows, num_eval, seed=seed)
     rewarded = train_objective == "reward"
-    compute_metrics: ComputeMetrics | ComputeAnswerMetrics | None = None
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
     if task is not None and not rewarded:
         compute_metrics = ComputeMetrics(task.metrics)
     if task is not None and eval_objective == "generation":

@@ -210,8 +210,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
         """
         if self.rewards is not None and "prompt_number" in inputs:
             table = self.rewards.evaluate(self._prepare_inputs(inputs))
-            loss = -table[:, 0].nanmean()
-            return loss, *((None, None) if prediction_loss_only else (table, inputs["prompt_number"].to(table.device)))
+            return -table[:, 0].nanmean(), *((None, None) if prediction_loss_only else (table, inputs["prompt_number"].to(table.device)))
         objective = self.eval_objective or layout(inputs)
         if objective is None and callable(self.objective):
             objective = self.objective

@@ -49,7 +49,8 @@ def _reports(values: Mapping[str, Any], service: str | None = None) -> bool:
     return any((name not in ("none", "") and service in (None, name)) or name == "all" for name in reporters)
 
 
-def _generates(values: Mapping[str, Any]) -> bool:
+def generates(values: Mapping[str, Any]) -> bool:
+    """Whether completions are generated and rewarded."""
     return bool(values["reward"]) and values["reward"] != [ACCURACY]
 
 
@@ -65,7 +66,7 @@ CONDITIONAL: dict[str, tuple[Callable[[Mapping[str, Any], Collection[str]], bool
         lambda values, given: str(values["resume_from_checkpoint"]).lower() in ("none", "false", "no"),
         "--resume_from_checkpoint goes on with the run in the folder",
     ),
-    **dict.fromkeys(REWARD_FIELDS, (lambda values, given: _generates(values), "it is an option of generated completions (--reward)")),
+    **dict.fromkeys(REWARD_FIELDS, (lambda values, given: generates(values), "it is an option of generated completions (--reward)")),
     "run_name": (lambda values, given: _reports(values), "it names the run for --report_to, which is none"),
     "project": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),
     "trackio_space_id": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),

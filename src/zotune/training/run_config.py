@@ -12,9 +12,9 @@ from zotune.tasks import loader
 from zotune.tasks.preparation import has_eval_rows
 from zotune.tasks.prompts import longest_answer
 from zotune.training import refusals
-from zotune.training.arguments import DataArguments, ModelArguments, OutputArguments
+from zotune.training.arguments import ACCURACY, DataArguments, ModelArguments, OutputArguments
 from zotune.training.config import ZOConfig
-from zotune.training.given_options import DECIDED, check_given
+from zotune.training.given_options import DECIDED, check_given, generates
 from zotune.training.option_parser import OptionParser
 from zotune.training.schemes import Scheme
 
@@ -89,9 +89,9 @@ def _adjust(values: dict[str, Any], given: set[str]) -> None:
     check_given(values, given, evaluated=bool(evaluated))
     if not evaluated:
         values["eval_strategy"] = "no"
-    if values["reward"]:
+    if values["reward"] or values["objective"] == ACCURACY:
         values.update({name: value for name, value in REWARD_DEFAULTS.items() if name not in given})
-        if values["task"] and "max_completion_length" not in given:
+        if values["task"] and generates(values) and "max_completion_length" not in given:
             values["max_completion_length"] = longest_answer(loader.load(values["task"]))
     if values["load_best_model_at_end"] and "save_steps" not in given and "save_strategy" not in given:
         values["save_steps"] = values["eval_steps"]  # the best evaluation needs a checkpoint

@@ -346,7 +346,7 @@ class ZOTrainer(EvaluatedTrainer):
     def _loss_of(self, batches: list[Batch], num_items_in_batch: Tensor | int | None = None) -> tuple[LossFunction, list[Batch]]:
         """The loss function of a step, and its micro-batches for it."""
         if self.rewards is not None:
-            return self.rewards.step(batches, self.zo_optimizer.steps)
+            return self.rewards.step(batches, self.zo_optimizer.steps)  # type: ignore[return-value]
         objective = self.objective or layout(batches[0])
         if objective is not None:
             self._check_loss(objective)
