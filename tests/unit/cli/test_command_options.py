@@ -89,6 +89,7 @@ PREDICTED: dict[str, tuple[list[str], list[str], list[str]]] = {
     "dtype": ([], ["--dtype", "float32"], ["--dtype", "bfloat16"]),
     "method_args": ([], [], ["--method_args", '{"rank": 7}']),
     "forward_batching": ([], ["--forward_batching", "batched"], ["--forward_batching", "sequential"]),
+    "anchor_decay": ([], [], ["--anchor_decay", "1"]),
     "activation_checkpointing": (["--method", "fo-sgd"], [], ["--activation_checkpointing"]),
     "model_name_or_path": ([], ["--model_name_or_path", "my-model"], ["--model_name_or_path", "opt-125m"]),
 }
