@@ -52,6 +52,7 @@ WORDS = (
 SAVING = "--save_steps 3 --save_total_limit 2"
 DECODER, ENCODER = "--model_name_or_path my-model", "--model_name_or_path my-encoder"
 GGUF = "--model_name_or_path my-model.gguf --n_threads 1"
+REWARDED = f"{DECODER} --reward characters:9 --max_completion_length 4 --interval 3"
 ZO, ZO_ENCODER = (f"{model} --forward_batching batched" for model in (DECODER, ENCODER))
 SAVED_BEFORE_RUN = "--method mezo --max_steps 2 --save_strategy no --seed 5"
 
@@ -88,6 +89,8 @@ SETUPS: dict[str, Setup] = {
     "fo-adamw, a fresh head": Setup(f"{ENCODER} --method fo-adamw --scheme head"),
     "hybrid": Setup(f"{DECODER} --method hybrid"),
     "galore": Setup(f"{DECODER} --method galore"),
+    "rewards, sampled": Setup(f"{REWARDED} --method lozo --num_directions 2 --temperature 1 --num_generations 2 --learning_rate auto"),
+    "rewards, anchored": Setup(f"{REWARDED} --method lozo-e --anchor_decay 0.1 --learning_rate auto --eps auto"),
     "gguf, lozo-g": Setup(f"{GGUF} --method lozo-g --interval 3"),
     "gguf, lozo-m": Setup(f"{GGUF} --method lozo-m --interval 3"),
     "zero-shot": Setup(f"{DECODER} --method zero-shot --max_steps 1"),
@@ -96,6 +99,7 @@ SETUPS: dict[str, Setup] = {
     "torchrun": Setup(f"{ZO} --method lozo-m", processes=1),
     "torchrun, fo-adamw": Setup(f"{DECODER} --method fo-adamw", processes=1),
     "torchrun, over another run": Setup(f"{ZO} --method lozo-m", processes=1, over=True),
+    "torchrun, two processes, rewards": Setup(f"{REWARDED} --method lozo --temperature 1 --num_directions 2", processes=2),
     "torchrun, two processes": Setup(f"{ZO} --method lozo-e --per_device_train_batch_size 2", processes=2),
 }
 #: Set-ups whose start is disturbed at every file operation.

@@ -178,6 +178,8 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
         state = self.run.state
         context = StepContext(self.seed, state.steps, loss_fn, micro_batches(batch))
+        if self.calibrator is not None:
+            self.calibrator.generates = context.generates
         self._settle(context.parts)
         self.workers.begin_step(context.step, context.parts)
         resumed, prepared = self.resume.step(context.parts)

@@ -57,8 +57,6 @@ class Preparation:
             if not gradients.active and calibrator is not None:
                 calibrator.step_size.waited = gradients.phases
         along_output_gradients = run.along_output_gradients
-        if calibrator is not None:
-            calibrator.generates = context.generates
         if calibrator is not None and math.isnan(state.eps) and not along_output_gradients:
             self._choose_eps(context)
         if not state.prepared:
