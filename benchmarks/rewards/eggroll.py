@@ -6,6 +6,7 @@ Fitness: reward minus its group's mean, over the standard deviation of all; W â†
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 import record
@@ -54,7 +55,10 @@ def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--sigma", type=float, default=3e-3)
     parser.add_argument("--rank", type=int, default=1)
-    args = parser.parse_args()
+    record.for_each_seed(run, parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
     model, tokenizer = record.load_model(args.model)
     task = tasks.load(args.task, args.model, args.data_dir, args.out)
     matrices = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]

@@ -6,6 +6,8 @@ reward of greedy completions of the same prompts; the rewards become z-scores; Î
 
 from __future__ import annotations
 
+import argparse
+
 import record
 import tasks
 import torch
@@ -24,7 +26,10 @@ def add_noise(model: torch.nn.Module, seed: int, scale: float) -> None:
 def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--sigma", type=float, default=3e-3)
-    args = parser.parse_args()
+    record.for_each_seed(run, parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
     model, tokenizer = record.load_model(args.model)
     task = tasks.load(args.task, args.model, args.data_dir, args.out)
     log = record.Record(args, task, "es-at-scale", tokenizer, sigma=args.sigma)

@@ -5,6 +5,7 @@ Its defaults, but for the learning rate, the batch (64 completions a step, 8 a p
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from typing import Any
 
@@ -19,7 +20,10 @@ def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--lora", type=int, default=0, help="rank of an adapter; 0: all weights")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    args = parser.parse_args()
+    record.for_each_seed(run, parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
     model, tokenizer = record.load_model(args.model)
     task = tasks.load(args.task, args.model, args.data_dir, args.out)
     name = "grpo-lora" if args.lora else "grpo"

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--task", required=True, choices=list(BUDGET))
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each")
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--part", type=float, default=1.0, help="part of the token budget; below 1: a run to choose the rate by")
     parser.add_argument("--evaluations", type=int, default=4)
@@ -53,6 +54,11 @@ def memory(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":"))
 
 
+def for_each_seed(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    for args.seed in args.seeds:
+        run(args)
+
+
 class Record:
     """Evaluations of a run, a JSON line each. Seconds and memory are those of training alone.
 
@@ -60,7 +66,9 @@ class Record:
         method: its name in the table. settings: what is recorded with each line.
     """
 
-    def __init__(self, args: argparse.Namespace, task: tasks.Task, method: str, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+    def __init__(
+        self, args: argparse.Namespace, task: tasks.Task, method: str, tokenizer: PreTrainedTokenizerBase, **settings: Any
+    ) -> None:
         self.args, self.task, self.method, self.tokenizer, self.settings = args, task, method, tokenizer, settings
         args.out.mkdir(parents=True, exist_ok=True)
         self.budget = int(BUDGET[task.name] * args.part)
@@ -81,6 +89,15 @@ class Record:
         self.wall += time.perf_counter() - self._wall
         self.peak = max(self.peak, memory("VmHWM") - self.loaded)
 
+    def _known_base(self) -> bool:
+        """Whether an earlier run has evaluated the model before training, which is the same for all."""
+        path = self.args.out / "results.jsonl"
+        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+        found = any(line["task"] == self.task.name and not line["tokens"] for line in lines)
+        if found:
+            self._resume()
+        return found
+
     def step(self, model: PreTrainedModel, tokens: int, reward: float) -> bool:
         """Count a step's generated tokens; evaluate when due; False when the budget is used up."""
         self.tokens += tokens
@@ -92,9 +109,11 @@ class Record:
         return self.tokens < self.budget
 
     def evaluate(self, model: PreTrainedModel) -> float:
-        """Mean reward of greedy completions of the held-out prompts, written as a line."""
+        """Mean reward of greedy completions of the held-out prompts, written as a line; before training once for all runs."""
         if self.tokens:
             self._pause()
+        elif self._known_base():
+            return 0.0
         rows, completions = self.task.held_out, []
         for start in range(0, len(rows), 128):
             prompts = [row["prompt"] for row in rows[start : start + 128]]
@@ -121,7 +140,10 @@ class Record:
         self.train_rewards.clear()
         with (self.args.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{self.task.name} {self.method} seed {self.args.seed} rate {self.args.learning_rate} tokens {self.tokens} reward {reward:.4f} "
-              f"cpu {self.cpu:.1f} s wall {self.wall:.1f} s peak {self.peak:.0f} MiB {completions[:2]}", flush=True)
+        print(
+            f"{self.task.name} {self.method} seed {self.args.seed} rate {self.args.learning_rate} tokens {self.tokens} reward {reward:.4f} "
+            f"cpu {self.cpu:.1f} s wall {self.wall:.1f} s peak {self.peak:.0f} MiB {completions[:2]}",
+            flush=True,
+        )
         self._resume()
         return reward

@@ -140,7 +140,9 @@ def load(name: str, model: str, data_dir: Path, cache: Path) -> Task:
     if name == "sst2":
         train, held_out = (read(data_dir / "sst2" / f"{split}.jsonl") for split in ("train", "validation"))
         return Task(name, sentences(train, POOL["train"]), sentences(held_out, POOL["held_out"]), right_side, 2)
-    train, held_out = (beginnings(read(data_dir / "mr" / f"{s}.jsonl"), POOL[k]) for s, k in (("train", "train"), ("validation", "held_out")))
+    train, held_out = (
+        beginnings(read(data_dir / "mr" / f"{s}.jsonl"), POOL[k]) for s, k in (("train", "train"), ("validation", "held_out"))
+    )
     reward: Reward = contains_word if name == "word" else Probe(model, data_dir, cache / "probe.pt")
     if isinstance(reward, Probe):
         reward.__name__ = "positive"  # TRL names a reward by it
