@@ -1,7 +1,7 @@
 """EGGROLL's form of evolution strategies (arXiv 2511.16652): a low-rank perturbation of its own for every row of a batch.
 
 Row i generates with W + σE_i, E_i = A_i B_iᵀ / √r, A_i and B_i standard normal, in antithetic pairs; rows of one prompt are a group.
-Fitness: reward minus its group's mean, over the standard deviation of all; W ← W + α (1/N) Σ f_i E_i. The matrices of the blocks are trained.
+Fitness: reward minus its group's mean, over the standard deviation of all; W ← W + α (1/N) Σ f_i E_i. Trained are the blocks' matrices.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
     adapter = None
     if args.lora:
-        from peft import LoraConfig  # noqa: PLC0415
+        from peft import LoraConfig
 
         adapter = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:

@@ -24,18 +24,20 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+#: The word of either label that the loss is of.
+WORDS = (" bad", " good")
+
+
 def number_or_auto(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
 def arguments() -> argparse.Namespace:
-    parser = record.arguments(__doc__)
-    for action in parser._actions:  # noqa: SLF001
-        if action.dest == "learning_rate":
-            action.type = number_or_auto
+    parser = record.arguments(__doc__, number_or_auto)
     parser.add_argument("--method", required=True, choices=list(SETTINGS))
     parser.add_argument("--eps", type=number_or_auto, default=0.03)
     parser.add_argument("--options", type=json.loads, default={}, help="more options of ZOConfig, JSON")
+    parser.add_argument("--loss", action="store_true", help="sst2: the loss of the word of the right side, in place of the reward")
     parser.add_argument("--prompts", type=int, help="prompts a step")
     parser.add_argument("--rows", type=int, default=record.ROWS, help="completions a step")
     parser.add_argument("--name", help="in the table; default: the method")
@@ -59,19 +61,23 @@ def run(args: argparse.Namespace) -> None:
 
     class Evaluate(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if loss:  # as many sequences as with a reward
+                count[0] = rows * task.max_new_tokens
             going = log.step(model, count[0], scored[0] / max(1, scored[1]))
             count[0], scored[:] = 0, [0.0, 0]
             control.should_training_stop = control.should_training_stop or not going
 
+    loss, rows = args.loss, args.rows
+    data = [{"prompt": row["prompt"], "completion": WORDS[row["label"]]} for row in task.train] if loss else task.train
     steps = max(1, log.budget // (args.rows * task.max_new_tokens))
     with tempfile.TemporaryDirectory() as folder:
         config = zotune.ZOConfig(
             output_dir=folder, learning_rate=args.learning_rate, eps=args.eps, max_steps=steps, per_device_train_batch_size=prompts,
-            max_completion_length=task.max_new_tokens, seed=args.seed, use_cpu=True, logging_strategy="no", save_strategy="no",
-            eval_strategy="no", report_to=[], disable_tqdm=True, log_completions=False, **options,
+            seed=args.seed, use_cpu=True, logging_strategy="no", save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
+            **({} if loss else {"max_completion_length": task.max_new_tokens, "log_completions": False}), **options,
         )  # fmt: skip
         trainer = zotune.ZOTrainer(
-            model, config, reward_funcs=reward, train_dataset=task.train, processing_class=tokenizer, callbacks=[Evaluate()]
+            model, config, reward_funcs=None if loss else reward, train_dataset=data, processing_class=tokenizer, callbacks=[Evaluate()]
         )
         trainer.train()
         print("learning rate", trainer.optimizer.param_groups[0]["lr"], "steps", trainer.state.global_step)

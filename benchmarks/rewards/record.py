@@ -20,14 +20,14 @@ BUDGET = {"sentiment": 20_480, "word": 20_480, "sst2": 5_120}
 PROMPTS, ROWS = 8, 64
 
 
-def arguments(doc: str) -> argparse.ArgumentParser:
+def arguments(doc: str, rate: Callable[[str], Any] = float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--task", required=True, choices=list(BUDGET))
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each")
-    parser.add_argument("--learning_rate", type=float, required=True)
+    parser.add_argument("--learning_rate", type=rate, required=True)
     parser.add_argument("--part", type=float, default=1.0, help="part of the token budget; below 1: a run to choose the rate by")
     parser.add_argument("--evaluations", type=int, default=4)
     return parser
@@ -55,7 +55,8 @@ def memory(name: str) -> float:
 
 
 def for_each_seed(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    for args.seed in args.seeds:
+    for seed in args.seeds:
+        args.seed = seed
         run(args)
 
 
