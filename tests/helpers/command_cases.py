@@ -59,7 +59,7 @@ def save_encoder(folder: Path, kind: type[PreTrainedModel] = BertModel, **change
 
 
 def _save(folder: Path, kind: type[PreTrainedModel], start: str, **changes: Any) -> None:
-    tokenizer = _tokenizer([start])
+    tokenizer = word_tokenizer([start])
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **changes}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -97,7 +97,8 @@ def _write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _tokenizer(start: list[str]) -> PreTrainedTokenizerFast:
+def word_tokenizer(start: list[str]) -> PreTrainedTokenizerFast:
+    """A word is a token; ``start``: tokens that begin a text."""
     words = ["<unk>", "<pad>", "</s>", *start, *GOOD, *BAD, *OTHER]
     words += [f"Ġ{word}" for word in [*GOOD, *BAD, *OTHER]]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))

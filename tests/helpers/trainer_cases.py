@@ -88,7 +88,7 @@ def trainer(output_dir: Path, model: Any = None, **options: Any) -> zotune.ZOTra
     """A trainer on the choice problem; keywords of ZOTrainer are taken as such, all others go to the config."""
     given = {
         name: options.pop(name)
-        for name in ("train_dataset", "eval_dataset", "data_collator", "compute_metrics", "callbacks", "objective",
+        for name in ("train_dataset", "eval_dataset", "data_collator", "compute_metrics", "callbacks", "objective", "reward_funcs",
                      "eval_objective", "eval_data_collator", "optimizers", "processing_class", "compute_loss_func")
         if name in options
     }  # fmt: skip

@@ -42,6 +42,9 @@ _ESTIMATE = "tests/unit/cli/test_estimate_command.py::"
 _DRAWS, _MEASURES = _ESTIMATE + "test_estimate_compares_methods_and_draws", _ESTIMATE + "test_the_process_grows_by_what_was_predicted"
 _CONVERT = "tests/unit/engines/test_gguf_convert.py::test_the_command_converts_and_spares_a_file"
 _GGUF = "tests/integration/test_gguf_runs.py::"
+_REWARD = "tests/unit/cli/test_reward_command.py::"
+_LOGGED, _ACCURACY = _REWARD + "test_a_run_by_rewards_is_logged_and_evaluated", _REWARD + "test_an_accuracy_is_a_reward_without_generation"
+_WEIGHED = _REWARD + "test_options_of_rewards_are_refused_by_eval_without_one"
 _MERGE = "tests/unit/optim/test_merge.py::test_the_command"
 #: On a machine with a GPU it acts.
 GPU = "acts on a machine with a GPU only"
@@ -116,6 +119,9 @@ _ROWS = _turned(DATA, "test_an_option_of_the_data_acts") | {
     "task": "tests/unit/tasks/test_tasks_rendered.py::test_every_task_goes_from_rows_to_metrics",
     "tools": _CHAT,
     "chat_template_kwargs": _CHAT,
+    "reward": _LOGGED,
+    "guard_task": _LOGGED,
+    "guard_file": _ACCURACY,
 }
 _REPLAYED = {"base": _RUN, "output_dir": _RUN, "use_cpu": GPU, "trust_remote_code": _HOSTILE}
 
@@ -128,6 +134,9 @@ ROWS: dict[str, dict[str, str]] = {
     "eval": _LOADING | {name: place for name, place in _ROWS.items() if name in {f.name for f in dataclasses.fields(EvalDataArguments)}} | {
         "per_device_eval_batch_size": _HERE + "test_an_option_of_eval_acts",
         "seed": _HERE + "test_an_option_of_eval_acts",
+        "reward_weights": _WEIGHED,
+        "max_completion_length": _WEIGHED,
+        "num_completions_to_print": _WEIGHED,
         "use_cpu": GPU,
         "output_file": _RUN,
         "adapter": _GGUF + "test_eval_gives_the_metrics_of_the_run",

@@ -117,10 +117,12 @@ def test_an_accuracy_is_a_reward_without_generation(tmp_path: Path, command: Cal
     folder = tmp_path / "run"
     words = ["train", "--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data", "--output_dir", str(folder)]
     words += ["--learning_rate", "0.01", "--eps", "0.01", "--max_steps", "2", "--logging_steps", "1", "--num_eval", "4"]
-    assert command(*words, "--reward", "accuracy").code == 0
+    assert command(*words, "--reward", "accuracy", "--guard_file", "my.jsonl").code == 0
     losses = [entry["loss"] for entry in json.loads((folder / "history.json").read_text())["entries"] if "loss" in entry]
     assert all(32 * loss == int(32 * loss) for loss in losses)  # 16 examples at two points
-    assert json.loads((folder / "summary.json").read_text())["metric"] == "accuracy" and not (folder / "completions.jsonl").exists()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["metric"] == "accuracy" and summary["before"]["guard_loss"] > 0 < summary["after"]["guard_loss"]
+    assert not (folder / "completions.jsonl").exists()
 
 
 def test_a_tasks_answers_bound_the_completions() -> None:
@@ -167,5 +169,12 @@ def test_options_of_rewards_are_refused_by_eval_without_one(command: Callable[..
     words = ["eval", "--model_name_or_path", "my-model", "--task", "sst2", "--data_dir", "data"]
     result = command(*words, "--max_completion_length", "4")
     assert result.code == 2 and "it is an option of --reward" in result.err
-    weighed = command(*words, "--reward", "exact_match", "--num_eval", "2", "--reward_weights", "3", "--num_completions_to_print", "1")
-    assert weighed.code == 0 and "loss" in weighed.out and weighed.out.count("This movie is") == 1
+    words += ["--reward", "length:3", "--num_eval", "2", "--max_completion_length", "3", "--num_completions_to_print", "1"]
+    rewards = []
+    for weight in ("1", "3"):
+        evaluated = command(*words, "--reward_weights", weight)
+        assert evaluated.code == 0 and evaluated.out.count("This movie is") == 1
+        rewards.append(float(evaluated.out.partition("loss")[2].split()[0]))
+    assert rewards[1] == pytest.approx(3 * rewards[0]) and rewards[0] < 0
+    short = command(*words, "--max_completion_length", "2", "--output_file", "-")
+    assert json.loads(short.out)["metrics"]["completion_length"] <= 2

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import EvalLoopContainer
 
 import zotune
+from command_cases import word_tokenizer
 from paths import ROOT
 from trainer_cases import accuracy, choice_rows, config, labelled_rows, trainer, weights
 
@@ -125,7 +126,16 @@ WITH_LENGTHS = {
     "per_device_train_batch_size": 4,
 }
 TEXT = {"train_dataset": datasets.Dataset.from_list([{**row, "text": "a film"} for row in labelled_rows()]), "data_collator": None}
+PROMPTS = [{"prompt": f"the {noun} is"} for noun in ("film", "plot", "cast", "movie")]
+REWARDED = {
+    "reward_funcs": [lambda completion_ids, **columns: [sum(token < 50 for token in ids) / len(ids) for ids in completion_ids]],
+    "train_dataset": PROMPTS, "data_collator": None, "processing_class": word_tokenizer(["<s>"]), "per_device_train_batch_size": 4,
+    "max_completion_length": 4, "method": "lozo", "eps": 0.3,
+}  # fmt: skip
+SAMPLED = {**REWARDED, "temperature": 1.0}
+SHOWN = {**REWARDED, **EVAL, "eval_dataset": PROMPTS, "compute_metrics": None}
 Look = Callable[[Seen], Any]
+shown: Look = lambda seen: [path.read_text().count("\n") for path in seen.folder.rglob("completions.jsonl")]  # noqa: E731
 forwards: Look = lambda seen: seen.run.calls  # noqa: E731
 recomputed: Look = lambda seen: getattr(seen.run.model.model.layers[0]._gradient_checkpointing_func, "keywords", None)  # noqa: E731
 
@@ -199,6 +209,16 @@ ACTS: dict[str, tuple[dict[str, Any], Any, Any, Look]] = {
     "update_rule": ({}, None, "RMSprop", Seen.digest),
     "update_rule_args": ({}, None, '{"momentum": 0.9}', Seen.digest),
     "method_args": ({}, None, {"rank": 1}, Seen.digest),
+    "max_completion_length": (REWARDED, 2, 4, Seen.digest),
+    "num_generations": (SAMPLED, 1, 2, Seen.digest),
+    "temperature": (REWARDED, 0.5, 1.0, Seen.digest),
+    "top_p": (SAMPLED, 1.0, 0.2, Seen.digest),
+    "top_k": (SAMPLED, 0, 2, Seen.digest),
+    "reward_weights": (REWARDED, [1.0], [-1.0], Seen.digest),
+    "max_failed_rewards": (REWARDED, None, 3, lambda seen: seen.run.rewards.loss.rewards.limit.most),
+    "kv_cache_memory": (REWARDED, None, "1MiB", lambda seen: seen.run.rewards.loss.kv_cache),
+    "log_completions": (SHOWN, None, False, shown),
+    "num_completions_to_print": (SHOWN, 1, 2, shown),
     "parallelism": ({}, None, "directions", lambda seen: seen.run.workers.parallelism),
     "check_workers_steps": ({}, None, 5, lambda seen: seen.run.workers.check_every),
 }  # fmt: skip
