@@ -191,14 +191,17 @@ class CheckpointedTrainer(Trainer):
         identity.check_dtypes(Path(resume_from_checkpoint), then, identity.dtypes_of(self.model))
         if is_computed(self.model):
             return  # its factors are in the optimizer's state
-        if getattr(self.args, "anchor_decay", 0.0):
-            self._anchor = Anchor(self.model, stored=StoredWeights(self.model))
+        self._anchor = self._anchored()
         with module_mode(self.model):
             if not self._load_offloaded(Path(resume_from_checkpoint)):
                 with schema.refused(Path(resume_from_checkpoint)):
                     super()._load_from_checkpoint(resume_from_checkpoint, model)
                 if hasattr(self.model, "peft_config"):
                     adapters.check_fit(self.model, Path(resume_from_checkpoint))
+
+    def _anchored(self) -> Anchor | None:
+        """The model's weights now as those that ``anchor_decay`` is toward, if there is one."""
+        return Anchor(self.model, stored=StoredWeights(self.model)) if self.args.anchor_decay else None
 
     def _load_callback_state(self) -> None:
         # The best checkpoint is one of this run's folder, wherever the file of the state says that it was.

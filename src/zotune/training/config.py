@@ -77,6 +77,9 @@ class ZOConfig(TrainingArguments):
     update_rule: str | None = option(None, "Update rule: a torch optimizer's name, e.g. SGD.")
     update_rule_args: dict | str | None = option(None, "Arguments of the update rule, as JSON.")
     method_args: dict | str | None = option(None, "Further options of the method's recipe, as JSON.")
+    anchor_decay: float = option(
+        0.0, "Decay toward the weights that training began with, in place of weight_decay, which is toward 0: less is forgotten."
+    )
     max_nonfinite_steps: int = option(10, "Consecutive steps with a non-finite loss after which training stops.")
 
     max_completion_length: int = option(

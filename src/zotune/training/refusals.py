@@ -96,6 +96,7 @@ _NO_SCHEDULE_OPTIONS = ("constant", "constant_with_warmup")
 _LOWEST = {
     "rank": 1, "interval": 1, "max_nonfinite_steps": 1, "check_workers_steps": 0, "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
+    "anchor_decay": 0,
     "max_completion_length": 1, "num_generations": 1, "temperature": 0, "top_k": 0, "max_failed_rewards": 0, "num_completions_to_print": 1,
 }  # fmt: skip
 _NOTHING: tuple[Any, ...] = (None, False, "", 0, 0.0, {}, [])
@@ -187,6 +188,10 @@ def _check_choices(config: Any, usual: Baseline | None) -> None:
         value = getattr(config, name)
         if value not in choices:
             raise ValueError(f"unknown {name} {value!r}{did_you_mean(str(value), choices)}: choose one of {', '.join(choices)}.")
+    if config.anchor_decay and usual is not None:
+        raise _unusable(config, "anchor_decay", f"it is an option of zeroth-order methods, and {config.method} is none; leave it out")
+    if config.anchor_decay and config.weight_decay:
+        raise _unusable(config, "anchor_decay", "weight_decay shrinks the same weights toward 0; set one of them to 0")
     if usual is not None and config.forward_batching != "auto":
         why = "evaluates one point after the other" if usual.blocks else "evaluates no perturbed weights"
         raise _unusable(config, "forward_batching", f"{config.method} {why}; leave it out")

@@ -278,6 +278,8 @@ class ZOTrainer(EvaluatedTrainer):
             common |= {"max_grad_norm": args.max_grad_norm, "max_steps": self.state.max_steps or None}
             return optimizer_class(method)(self.model, method, **common)
         examples = self._sample_batches if has_length(self.train_dataset) else None
+        anchor, self._anchor = self._anchor or self._anchored(), None
+        common |= {"anchor_decay": args.anchor_decay, "anchor": anchor}
         return ZerothOrder(
             self.model, self._method(), forward_batching=args.forward_batching, workers=self.workers, sample_batches=examples, **common
         )

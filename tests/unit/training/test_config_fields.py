@@ -149,6 +149,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, Any, Look]] = {
     "lr_scheduler_kwargs": ({"lr_scheduler_type": "cosine_with_min_lr"}, {"min_lr_rate": 0.1}, '{"min_lr_rate": 0.9}', Seen.digest),
     "warmup_steps": ({"lr_scheduler_type": "linear"}, 0, 2, Seen.digest),
     "weight_decay": ({}, None, 0.5, Seen.digest),
+    "anchor_decay": ({"interval": 1}, None, 5.0, Seen.digest),
     "gradient_accumulation_steps": ({}, None, 2, lambda seen: seen.run.zo_optimizer.sequences_evaluated),
     "max_grad_norm": ({"method": "fo-sgd"}, 0.0, 1e-3, Seen.digest),
     "adam_beta1": (FIRST, 0.9, 0.5, Seen.digest),

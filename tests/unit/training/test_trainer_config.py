@@ -94,6 +94,8 @@ def test_a_run_is_a_thousand_steps_by_default(tmp_path: Path) -> None:
         ({"learning_rate": -1.0}, "learning_rate must be at least 0, got -1.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"weight_decay": 0.1, "anchor_decay": 0.1}, "weight_decay shrinks the same weights toward 0; set one of them to 0"),
+        ({"method": "fo-sgd", "anchor_decay": 0.1}, "it is an option of zeroth-order methods, and fo-sgd is none; leave it out"),
         ({"max_nonfinite_steps": 0}, "max_nonfinite_steps must be at least 1, got 0"),
         ({"max_steps": 0}, "max_steps must be at least 1 (or -1 to count epochs instead), got 0"),
         ({"num_train_epochs": 0}, "num_train_epochs must be positive, got 0"),

@@ -334,3 +334,19 @@ def test_a_bare_module_resumes(tmp_path: Path) -> None:
     resumed = trainer(tmp_path / "run", net(), **INTERRUPTED, **shared)
     resumed.train(resume_from_checkpoint=True)
     assert same_weights(weights(straight.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize("method", ["mezo", "lozo"])
+def test_a_resumed_run_decays_toward_the_weights_it_began_with(method: str, tmp_path: Path) -> None:
+    """θ₀ is in no checkpoint: it is the model that the trainer is given, before the checkpoint is loaded into it."""
+    options = {"method": method, "anchor_decay": 3.0, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
+    options |= {"eval_steps": 4, "eval_dataset": choice_rows(8)}
+    straight = trainer(tmp_path / "straight", **options)
+    straight.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "halted", callbacks=[StopAt(3)], **options).train()
+    resumed = trainer(tmp_path / "halted", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert same_weights(weights(straight.model), weights(resumed.model))
+    drifts = [[entry["drift"] for entry in each.state.log_history if "drift" in entry] for each in (straight, resumed)]
+    assert drifts[0] == drifts[1] and len(drifts[0]) == 1 and drifts[0][0] > 0
