@@ -15,6 +15,7 @@ from zotune.training import run_config
 from zotune.training.arguments import GGUF_OPTIONS
 from zotune.training.config import ZOConfig
 from zotune.training.quiet import quiet_libraries
+from zotune.training.reward_options import REWARD_FIELDS
 from zotune.training.run import run
 from zotune.training.schemes import Scheme
 
@@ -60,8 +61,9 @@ def option_groups() -> dict[str, dict[str, str]]:
         "data": dict.fromkeys(
             ("train_file", "eval_file", "template", "options", "objective", "num_train", "num_dev", "num_eval", "k_shot",
              "num_demonstrations", "max_length", "truncate", "tools", "chat_template_kwargs"), ""),
+        "rewards of generated completions": dict.fromkeys(("reward", *REWARD_FIELDS, "guard_task", "guard_file"), ""),
         "the method's options (its own defaults when not given)": {
-            field.name: "" for field in dataclasses.fields(ZOConfig) if field.name not in inherited | first.keys()
+            field.name: "" for field in dataclasses.fields(ZOConfig) if field.name not in inherited | first.keys() | set(REWARD_FIELDS)
         },
         "model and scheme": dict.fromkeys(
             (*(field.name for field in dataclasses.fields(Scheme)), "dtype", "attn_implementation", "trust_remote_code"), ""),

@@ -60,9 +60,10 @@ def write_curve(curve: Curve, path: Path, title: str = "") -> None:
     if len(values) > 10:
         left.plot(steps, values, color="#9db7d5", linewidth=0.9, label="logged")
         left.plot(steps, _smoothed(values), color="#1f4e8c", linewidth=1.8, label="smoothed")
-        left.legend(frameon=False)
     else:
         left.plot(steps, values, color="#1f4e8c", marker="o", markersize=3)
+    if curve.spread or len(values) > 10:
+        left.legend(frameon=False)
     left.set(xlabel="step", ylabel=curve.training_name, title=f"training {curve.training_name}")
     right.plot(*zip(*curve.metric, strict=True) if curve.metric else ([], []), color="#b0561f", marker="o", markersize=4)
     right.set(xlabel="step", ylabel=curve.metric_name, title=f"evaluation {curve.metric_name}")
