@@ -11,6 +11,8 @@ EXTRAS := dev,peft,tensorboard,optimizers
 
 # Two test processes of one torch thread each: the tests are small, and threads that outnumber cores slow them down.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Each takes half of the tests, and half of what the other has left: few files are cut, whose fixtures both would make.
+SHARED := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup engine-wheel test lint check chaos fuzz quickstart clean
@@ -56,7 +58,7 @@ $(ENGINE): $(STAMP)
 	fi
 
 test: setup $(ENCODER) $(ENGINE)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -65,7 +67,7 @@ lint: setup
 	$(BIN)/mypy
 
 check: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 # More rounds or another seed: make chaos ROUNDS=1000 SEED=7
 ROUNDS ?= 200
