@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -97,18 +97,34 @@ def _compare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def _run_part(part: str, folder: Path, args: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "zotune", "quickstart", "--part", part, "--output_dir", str(folder)]
-    command += ["--seed", str(args.seed), "--steps", str(args.steps), "--adam_steps", str(args.adam_steps)]
+    words = ["quickstart", "--part", part, "--output_dir", str(folder)]
+    words += ["--seed", str(args.seed), "--steps", str(args.steps), "--adam_steps", str(args.adam_steps)]
     sys.stdout.flush()
     # Threads that wait by spinning make a small model many times slower on a busy machine.
-    process = subprocess.Popen(command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1"})
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # Forked from a process with the libraries imported, which computes nothing itself: the second part starts at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["zotune.training.run", "zotune.cli.console", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    process = context.Process(target=_work, args=(words, str(Path.cwd())))
+    process.start()
     try:
-        code = process.wait()
+        process.join()
     except KeyboardInterrupt:
-        process.wait()  # it has received the signal too
+        process.join()  # it has received the signal too
         raise KeyboardInterrupt("Interrupted; `zotune quickstart` starts over.") from None
-    if code:
+    if process.exitcode:
         raise ChildFailedError(f"the {part} part of the quickstart failed (its own message is above).")
+
+
+def _work(words: Sequence[str], here: str) -> None:
+    from zotune.cli.main import main as command
+
+    os.chdir(here)  # a forkserver process does not inherit it
+    code = command(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # an interpreter shutdown would wait for the libraries' threads
 
 
 class ChildFailedError(RuntimeError):
