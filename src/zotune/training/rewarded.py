@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from zotune.forward.generation import Sampling
 from zotune.io.sizes import parse_size
+from zotune.optim.distributed import Workers
 from zotune.rewards.calls import RewardFunction
 from zotune.rewards.data import PromptData, end_of_text
 from zotune.rewards.evaluation import RewardMetrics, Shown, evaluated
@@ -81,9 +83,12 @@ class TrainerRewards:
         """The loss of a step, and its micro-batches with the keys of their noise."""
         return self.loss, [self.loss.keyed(batch, self.seed, step) for batch in batches]
 
-    def entries(self, logs: Mapping[str, float]) -> dict[str, float]:
-        """What a log entry says of the completions since the last one."""
+    def entries(self, logs: Mapping[str, float], workers: Workers) -> dict[str, float]:
+        """What a log entry says of the completions of all processes since the last one."""
+        count = len(self.loss.statistics.completions)
         found = self.loss.statistics.take()
+        if workers.several:
+            found = pooled([part for part in workers.exchange((count, found)) if part[0]])
         if logs.get("loss_diff") == 0 and not self._warned:
             self._warned = True
             logger.warning(
@@ -97,8 +102,26 @@ class TrainerRewards:
     def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
         """The table of a batch of prompts at the weights as they are; see :func:`zotune.rewards.evaluation.evaluated`."""
         table, shown = evaluated(self.evaluation, batch)
-        self.shown = heapq.nsmallest(self._most, [*self.shown, *shown], key=lambda each: each.number)
+        by_number = {each.number: each for each in (*self.shown, *shown)}  # processes of unequal parts have some prompts twice
+        self.shown = [by_number[number] for number in heapq.nsmallest(self._most, by_number)]
         return table.to(batch["prompt_ids"].device)
+
+
+def pooled(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Statistics of all completions from those of parts: pairs of their number of completions and statistics."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for _, part in parts for name in part):
+        known = [(count, part[name]) for count, part in parts if name in part and math.isfinite(part[name])]
+        total = sum(count for count, _ in known)
+        if name == "failed_rewards":
+            found[name] = sum(value for _, value in known)
+        elif total:
+            found[name] = sum(count * value for count, value in known) / total
+    if "reward_std" in found:  # the variance within the parts and between them
+        known = [(count, part["reward"], part["reward_std"]) for count, part in parts if math.isfinite(part["reward"])]
+        second = sum(count * (mean**2 + std**2) for count, mean, std in known) / max(1, sum(count for count, *_ in known))
+        found["reward_std"] = math.sqrt(max(0.0, second - found["reward"] ** 2))
+    return found
 
 
 def rewards_of(

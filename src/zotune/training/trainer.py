@@ -383,7 +383,7 @@ class ZOTrainer(EvaluatedTrainer):
                 rate = self.zo_optimizer.last_report.lr[0]  # the scheduler has the factor only
             logs.update(self._since_log.entries(), learning_rate=rate)
             if self.rewards is not None:
-                logs.update(self.rewards.entries(logs))
+                logs.update(self.rewards.entries(logs, self.workers))
             logs["forward_passes"] = self.zo_optimizer.forward_passes
             self._since_log = StepSums()
         super().log(logs, start_time)
