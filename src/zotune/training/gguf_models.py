@@ -41,12 +41,14 @@ def config_of(file: GGUFFile, n_ctx: int = 0) -> GGUFConfig:
     """
     if n_ctx > file.context_length:
         raise ValueError(f"--n_ctx {n_ctx} is more than the {file.context_length} tokens that {file.path} was trained with: take fewer.")
+    heads = {} if file.key_heads is None else dict(zip(("num_key_value_heads", "head_dim"), file.key_heads, strict=True))
     return GGUFConfig(
         architectures=[f"{file.architecture} (GGUF)"],
         vocab_size=file.vocabulary_size,
         hidden_size=file.width,
         num_hidden_layers=file.num_blocks,
         max_position_embeddings=n_ctx or file.context_length,
+        **heads,
     )
 
 

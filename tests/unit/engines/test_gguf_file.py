@@ -33,6 +33,7 @@ def test_the_models_facts_are_read(model: Path) -> None:
     file = GGUFFile.open(model)
     assert (file.architecture, file.name, file.context_length, file.width, file.num_blocks) == ("llama", "small", 128, WIDTH, BLOCKS)
     assert (file.vocabulary_size, file.head, file.quantization, file.paths) == (VOCABULARY, "output.weight", "F32", [model])
+    assert file.key_heads == (KV_HEADS, WIDTH // HEADS)
 
 
 def test_matrices_come_by_block_with_checkpoint_names(model: Path) -> None:

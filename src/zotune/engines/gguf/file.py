@@ -120,6 +120,19 @@ class GGUFFile:
         return self._number("block_count")
 
     @property
+    def key_heads(self) -> tuple[int, int] | None:
+        """Heads of the keys of a block, at most, and elements of one; None where the file does not say."""
+
+        def most(key: str) -> int:
+            value = self.metadata.get(f"{self.architecture}.attention.{key}")
+            return max((n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)), default=0)
+
+        heads = most("head_count")
+        size = most("key_length") or (self.width // heads if heads > 0 else 0)
+        found = most("head_count_kv") or heads
+        return (found, size) if found > 0 and size > 0 else None
+
+    @property
     def vocabulary_size(self) -> int:
         """Rows of the head: tokens that have a logit."""
         return self.tensors[self.head].shape[0]
