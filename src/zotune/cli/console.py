@@ -117,7 +117,7 @@ def closing_table(summary: Mapping[str, Any]) -> Any:
         ("time", f"{duration_text(summary['training_seconds'])} of training"),
         ("peak memory", f"{size_text(memory['training'])} ({memory['of']}; {size_text(memory['loaded'])} before the first forward)"),
     ]
-    rows += [(name, summary["files"][name]) for name in ("model", "journal", "curve", "summary") if name in summary["files"]]
+    rows += [(name, summary["files"][name]) for name in ("model", "journal", "curve", "completions", "summary") if name in summary["files"]]
     return facts_table(rows, f"{summary['method']} on {summary['data']}")
 
 

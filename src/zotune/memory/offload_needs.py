@@ -63,20 +63,23 @@ def needs_of(
     zero_shot = catalog.get("zero-shot")
     workloads = []
     if isinstance(method, Method) and data.train:
-        shape = _longest(data.train, data.collate_train, config.per_device_train_batch_size)
+        shape = _longest(data.train, data.collate_train, config.per_device_train_batch_size, config.max_completion_length)
         workloads.append(Workload(plan.config, method, scheme, *shape[:2], dtype, shape[2], config.forward_batching))
     held_out = data.dev or data.eval
     if held_out:
-        shape = _longest(held_out, data.collate_eval, config.per_device_eval_batch_size)
+        shape = _longest(held_out, data.collate_eval, config.per_device_eval_batch_size, config.max_completion_length)
         workloads.append(Workload(plan.config, zero_shot, Scheme(), *shape[:2], dtype, shape[2]))
     return needs(workloads, accelerator=config.device.type == "cuda", blocks=model.offload_blocks)
 
 
 def _longest(
-    examples: Sequence[Mapping[str, Any]], collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]], size: int
+    examples: Sequence[Mapping[str, Any]], collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]], size: int, completion: int
 ) -> tuple[int, int, int | None]:
-    """Rows, tokens and scored tokens (None: all) of the largest batch."""
+    """Rows, tokens and scored tokens (None: all) of the largest batch; of prompts to be completed, with ``completion`` more tokens."""
     batch = collate(sorted(examples, key=_tokens)[-size:])
+    if "prompt_number" in batch:
+        rows, length = batch["prompt_ids"].shape
+        return int(rows), int(length) + completion, 1
     rows, length = batch["input_ids"].shape
     scored = batch["positions"].shape[1] if "positions" in batch else None
     return int(rows), max(2, int(length)), scored if scored is None or scored < length else None

@@ -21,6 +21,7 @@ from zotune.tasks import PreparedData
 from zotune.training import resume_rules, run_file, run_folder
 from zotune.training.adapters import base_name
 from zotune.training.checkpoint import storage
+from zotune.training.completions import COMPLETIONS_FILE
 from zotune.training.curve import curve_of, write_curve
 from zotune.training.run_config import RunConfig
 from zotune.training.trainer import ZOTrainer
@@ -161,7 +162,8 @@ class RunRecord:
             optimizer = self.trainer.zo_optimizer
             losses = [entry["loss"] for entry in history if "loss" in entry]
             journal = {} if isinstance(optimizer, FirstOrder) else {"journal": run_folder.JOURNAL_FILE}
-            files = {"model": "", **journal, "curve": run_folder.CURVE_FILE, **files}
+            shown = {"completions": COMPLETIONS_FILE} if (self.folder / COMPLETIONS_FILE).is_file() else {}
+            files = {"model": "", **journal, "curve": run_folder.CURVE_FILE, **shown, **files}
             figures: dict[str, Any] = {
                 "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
                 "learning_rate": config.training.learning_rate,
