@@ -332,3 +332,16 @@ def test_a_model_without_a_head_is_named():
 def test_collators_can_be_pickled():
     collate = ChoicesCollator(pad_token_id=7, pad_to_multiple_of=8)
     assert pickle.loads(pickle.dumps(collate)) == collate
+
+
+@torch.no_grad()
+def test_the_accuracy_loss_is_one_where_a_wrong_option_scores_best(llama):
+    single = [{"prompt_ids": ids(5, n), "option_ids": [[7], [8], [9]], "answer": n % 3} for n in range(9)]
+    words = [{**each, "option_ids": [[7, 8], [9, 10, 11], [12]], "right": [each["answer"], 2]} for each in single]
+    for examples in (single, words):
+        batch = ChoicesCollator(0)(examples)
+        best = choice_scores(llama, batch).argmax(dim=1).tolist()
+        right = [example.get("right", [example["answer"]]) for example in examples]
+        expected = [float(place not in those) for place, those in zip(best, right, strict=True)]
+        assert AccuracyLoss(llama)(batch).tolist() == expected and 0 < sum(expected) < 9
+        torch.testing.assert_close(AccuracyLoss(llama).proxy(batch), ChoiceLoss(llama)(batch))
