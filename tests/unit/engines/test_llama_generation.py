@@ -99,10 +99,10 @@ def test_more_samples_than_sequences_are_all_there(model: EngineModel) -> None:
 
 def test_a_prompt_without_room_is_one_sentence(llama: Pair, model: EngineModel) -> None:
     config = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
-    with pytest.raises(ValueError, match=rf"a prompt has {CONTEXT - 11} tokens, and with 12 new ones the context takes {CONTEXT}: "):
-        model.generate(**texts([CONTEXT - 11, 3], left=True), generation_config=config)
-    full = model.generate(**texts([CONTEXT - 12], left=True), generation_config=config)
-    assert full.shape == (1, CONTEXT)
+    with pytest.raises(ValueError, match=rf"a prompt has {CONTEXT - 10} tokens, and with 12 new ones the context takes {CONTEXT}: "):
+        model.generate(**texts([CONTEXT - 10, 3], left=True), generation_config=config)
+    full = model.generate(**texts([CONTEXT - 11], left=True), generation_config=config)
+    assert full.shape == (1, CONTEXT + 1)  # whose last token is no input
 
 
 @pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 2, "do_sample": False}])

@@ -25,7 +25,7 @@ def completions(
     """
     rows = []
     for prompt in prompts:
-        if not 0 < len(prompt) <= context.longest - max_new_tokens:
+        if not 0 < len(prompt) <= context.longest - max_new_tokens + 1:  # the last token is no input
             raise ValueError(
                 f"a prompt has {len(prompt)} tokens, and with {max_new_tokens} new ones the context takes {context.longest}: cut prompts "
                 "with --max_length, or raise --n_ctx where the model was trained for more."
