@@ -273,10 +273,11 @@ def _parameters_of(model: nn.Module) -> list[str]:
 def _forced_by_engine(model: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
     """:func:`forced_logprobs` in one evaluation of prompts and continuations."""
     texts, rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)], len(ids)
-    inputs, seen = ids.new_zeros(rows, ids.shape[1] + tokens.shape[1]), mask.new_zeros(rows, ids.shape[1] + tokens.shape[1])
+    further = tokens.shape[1] - 1  # the last token is no input
+    inputs, seen = ids.new_zeros(rows, ids.shape[1] + further), mask.new_zeros(rows, ids.shape[1] + further)
     for row, text in enumerate(texts):
-        inputs[row, : len(text)], inputs[row, len(text) : len(text) + tokens.shape[1]] = text, tokens[row]
-        seen[row, : len(text) + tokens.shape[1]] = 1
+        inputs[row, : len(text)], inputs[row, len(text) : len(text) + further] = text, tokens[row, :further]
+        seen[row, : len(text) + further] = 1
     places = torch.tensor([len(text) - 1 for text in texts]).unsqueeze(1) + torch.arange(tokens.shape[1])
     logits = model.scored_logits({"input_ids": inputs, "attention_mask": seen}, places)  # type: ignore[operator]
     return logits.float().log_softmax(dim=2).gather(2, tokens.unsqueeze(2)).sum(dim=(1, 2))

@@ -40,8 +40,8 @@ def small(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     return [sum(token < VOCABULARY // 3 for token in row) / len(row) for row in completion_ids]
 
 
-def loss_of(model: torch.nn.Module, reward: Any = small, **sampling: Any) -> RewardLoss:
-    return RewardLoss(model, Tokenizer(), Rewards([reward]), Sampling(NEW, (5, 77), **sampling))
+def loss_of(model: torch.nn.Module, new: int = NEW, **sampling: Any) -> RewardLoss:
+    return RewardLoss(model, Tokenizer(), Rewards([small]), Sampling(new, (5, 77), **sampling))
 
 
 def batch() -> dict[str, Any]:
@@ -79,9 +79,15 @@ def test_steps_of_a_reward_are_torchs(llama: Pair, model: EngineModel, sampling:
     assert found == expected and all(any(coefficients) for _, coefficients in found)
 
 
+def test_evaluations_are_compared_by_torchs_losses_within_the_context(llama: Pair, opened) -> None:
+    found, expected = loss_of(opened(llama, n_ctx=9), 3), loss_of(llama.torch, 3)  # prompts of 7 tokens
+    torch.testing.assert_close(found.proxy(batch()), expected.proxy(batch()), rtol=1e-4, atol=1e-4)
+    assert found(batch()).tolist() == expected(batch()).tolist()
+
+
 def test_a_reward_rises_in_llama_cpp(model: EngineModel) -> None:
     before = -float(loss_of(model)(batch()).mean())
-    run(model, 10, dataclasses.replace(methods.lozo(num_directions=8), eps=0.2), {}, lr=3.0)
+    run(model, 8, dataclasses.replace(methods.lozo(num_directions=8), eps=0.2), {}, lr=3.0)
     after = -float(loss_of(model)(batch()).mean())
     assert after > before + 0.25, (before, after)
 
