@@ -18,7 +18,7 @@ COMPLETIONS_FILE = "completions.jsonl"
 
 
 class CompletionLog:
-    """Writes the completions of evaluations, each step's once, also where a resumed run evaluates a step again.
+    """Writes the completions of evaluations; a resumed run that evaluates a step again replaces its lines.
 
     Args:
         path: of the file.
@@ -29,10 +29,10 @@ class CompletionLog:
         self._last: int | None = None  # step of the last line; None: the file is not read yet
 
     def write(self, step: int, shown: Sequence[Shown]) -> None:
-        """Appends the completions of an evaluation; lines of this step or later ones, of a run before it was resumed, are replaced."""
+        """Appends the completions of an evaluation; lines of this step or later ones that another process wrote are replaced."""
         lines = "".join(json.dumps({"step": step, **each._asdict()}, ensure_ascii=False, default=str) + "\n" for each in shown)
         data = lines.encode("utf-8", "replace")
-        if self._last is not None and self._last < step:
+        if self._last is not None and self._last <= step:
             with self.path.open("ab") as file:
                 file.write(data)
                 file.flush()
