@@ -14,6 +14,7 @@ from zotune.subspaces import Full, LowRank
 from zotune.training import baseline_runs, schemes
 from zotune.training.arguments import ACCURACY
 from zotune.training.evaluation import SPEED
+from zotune.training.reward_options import check_no_gradient
 from zotune.weights import placement
 from zotune.weights.computed_linear import LOW_RANK_METHODS, NO_DECAY, NO_SCHEME, ONE_POINT, WRITES
 
@@ -38,14 +39,6 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
         raise ValueError("--scheme scales trains the scales of int8 layers, one per row: it needs --quantize int8.")
     if config.model.offload != "no":
         raise ValueError("--scheme scales trains scales, which stay in memory with their layers: leave --offload out.")
-
-
-def check_no_gradient(method: Method | Baseline) -> None:
-    """ValueError for a method that differentiates, of an objective through which no gradient passes."""
-    backward = isinstance(method, Baseline) and method.kind == "backward"
-    if backward or (isinstance(method, Method) and method.estimator == "tangent"):
-        how = "goes backward" if backward else "differentiates forward"
-        raise ValueError(f"{method.name} {how}, and no gradient passes through a reward or an accuracy: choose a method such as lozo.")
 
 
 def check_engine(config: RunConfig, method: Method | Baseline) -> None:

@@ -6,7 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
+from zotune.baselines import Baseline
 from zotune.io.sizes import parse_size
+from zotune.methods import Method
 
 #: Fields of a config that act with a reward only.
 REWARD_FIELDS = (
@@ -52,6 +54,14 @@ def check_rewarded(config: Any) -> None:
                 f"{name}={value!r} cannot be used: it is an option of rewards, and there is none; pass reward_funcs (--reward), or leave "
                 "it out."
             )
+
+
+def check_no_gradient(method: Method | Baseline) -> None:
+    """ValueError for a method that differentiates, of an objective through which no gradient passes."""
+    backward = isinstance(method, Baseline) and method.kind == "backward"
+    if backward or (isinstance(method, Method) and method.estimator == "tangent"):
+        how = "goes backward" if backward else "differentiates forward"
+        raise ValueError(f"{method.name} {how}, and no gradient passes through a reward or an accuracy: choose a method such as lozo.")
 
 
 def usual_of(config: Any, name: str) -> Any:

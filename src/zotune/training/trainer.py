@@ -32,13 +32,13 @@ from zotune.rng.isolation import isolated_generators
 from zotune.training import resume, resume_rules
 from zotune.training.arguments import ACCURACY
 from zotune.training.checkpoint import storage
-from zotune.training.compatibility import check_no_gradient
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
 from zotune.training.model_loss import SAMPLE, ModelLoss
 from zotune.training.out_of_memory import is_out_of_memory, memory_advice
 from zotune.training.raw_text import with_encoded_texts
+from zotune.training.reward_options import check_no_gradient
 from zotune.training.rewarded import rewards_of
 from zotune.training.samplers import check_training_data, train_sampler
 from zotune.training.settled_method import settled_method
