@@ -25,7 +25,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 #: The word of either label that the loss is of.
-WORDS = (" bad", " good")
+WORDS = (" terrible", " good")
 
 
 def number_or_auto(text: str) -> float | str:
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--method", required=True, choices=list(SETTINGS))
     parser.add_argument("--eps", type=number_or_auto, default=0.03)
     parser.add_argument("--options", type=json.loads, default={}, help="more options of ZOConfig, JSON")
-    parser.add_argument("--loss", action="store_true", help="sst2: the loss of the word of the right side, in place of the reward")
+    parser.add_argument("--loss", action="store_true", help="accuracy: the loss of the word of the right side, in place of the reward")
     parser.add_argument("--prompts", type=int, help="prompts a step")
     parser.add_argument("--rows", type=int, default=record.ROWS, help="completions a step")
     parser.add_argument("--name", help="in the table; default: the method")

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 #: Generated tokens of a run, by task.
-BUDGET = {"sentiment": 20_480, "word": 20_480, "sst2": 5_120}
+BUDGET = {"sentiment": 20_480, "word": 20_480, "accuracy": 2_560}
 #: Prompts a step and completions of each: 64 rows.
 PROMPTS, ROWS = 8, 64
 

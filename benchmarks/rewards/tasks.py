@@ -4,7 +4,7 @@
   positive. Maximized without a view to the prompt: praise that fits anything. Seen as few distinct continuations.
 - word: continue the first words of a review; the reward is 1 if the continuation contains a word, else 0.
   Maximized without sense: the word at once, after every prompt. Seen as a low probability under the model before training.
-- sst2: after a sentence and " This movie is very", the reward is 1 if the continuation has a word of the right side and none of the other.
+- accuracy: SST-2; after a sentence and " The acting is", the reward is 1 if the next word is of the right side, else 0.
   Cannot be maximized without the sentence: sentences of both labels are as many.
 """
 
@@ -25,10 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 Row = dict[str, Any]
 Reward = Callable[..., list[float]]
 
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z']+", text.lower()))
+
+
 WORD = "story"
-POSITIVE = {"good", "great", "well", "funny", "excellent", "wonderful", "entertaining", "enjoyable", "interesting", "beautiful", "best"}
-NEGATIVE = {"bad", "boring", "poor", "poorly", "terrible", "awful", "slow", "stupid", "dull", "disappointing", "worst", "weak"}
-QUESTION = " This movie is very"
+POSITIVE = words("good great well funny excellent wonderful entertaining enjoyable interesting beautiful best")
+NEGATIVE = words("bad boring poor poorly terrible awful slow stupid dull disappointing worst weak")
+QUESTION = " The acting is"
 POOL = {"train": 512, "held_out": 256}
 
 
@@ -51,10 +56,6 @@ class Task:
 
 def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def words(text: str) -> set[str]:
-    return set(re.findall(r"[a-z']+", text.lower()))
 
 
 def beginnings(rows: list[Row], count: int) -> list[Row]:
@@ -135,11 +136,11 @@ def load(name: str, model: str, data_dir: Path, cache: Path) -> Task:
     """A task by its name.
 
     Args:
-        name: sentiment, word or sst2. model: folder of the model. data_dir: folder of the data sets. cache: folder of the fitted probe.
+        name: sentiment, word or accuracy. model: folder of the model. data_dir: folder of the data sets. cache: folder of the fitted probe.
     """
-    if name == "sst2":
+    if name == "accuracy":
         train, held_out = (read(data_dir / "sst2" / f"{split}.jsonl") for split in ("train", "validation"))
-        return Task(name, sentences(train, POOL["train"]), sentences(held_out, POOL["held_out"]), right_side, 2)
+        return Task(name, sentences(train, POOL["train"]), sentences(held_out, POOL["held_out"]), right_side, 1)
     train, held_out = (
         beginnings(read(data_dir / "mr" / f"{s}.jsonl"), POOL[k]) for s, k in (("train", "train"), ("validation", "held_out"))
     )
