@@ -9,13 +9,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from record import BUDGET
+
 from zotune.io.figures import new_figure, save_figure
 
 Line = dict[str, Any]
-
-
-def named(line: Line) -> str:
-    return line["method"] + (", half" if line["part"] == 0.5 else "")
 
 
 def curves_of(lines: list[Line]) -> tuple[dict[str, Line], dict[tuple[str, str], list[list[Line]]]]:
@@ -24,37 +22,43 @@ def curves_of(lines: list[Line]) -> tuple[dict[str, Line], dict[tuple[str, str],
     found: dict[tuple[str, str], dict[int, list[Line]]] = {}
     for line in lines:
         if line["tokens"]:
-            of_seed = found.setdefault((line["task"], named(line)), {}).setdefault(line["seed"], [])
+            of_seed = found.setdefault((line["task"], line["method"]), {}).setdefault(line["seed"], [])
             if of_seed and of_seed[-1]["tokens"] >= line["tokens"]:
                 of_seed.clear()  # a run that was made again
             of_seed.append(line)
     return base, {key: list(seeds.values()) for key, seeds in found.items()}
 
 
-def errors(rewards: list[float], base: float) -> str:
-    """The gain in standard errors of the mean over seeds."""
+def gained(rewards: list[float], base: float) -> str:
+    """Mean and deviation over seeds, and the gain in standard errors of the mean."""
     if len(rewards) < 2:
-        return ""
-    error, gain = statistics.stdev(rewards) / math.sqrt(len(rewards)), statistics.fmean(rewards) - base
-    return f"{gain / error:+.1f}" if error > 1e-4 else "∞" if gain else "0"
+        return f"{rewards[0]:.3f}" if rewards else ""
+    spread, gain = statistics.stdev(rewards), statistics.fmean(rewards) - base
+    times = f"{gain / spread * math.sqrt(len(rewards)):+.1f}" if spread > 1e-4 else "∞"
+    return f"{statistics.fmean(rewards):.3f} ± {spread:.3f} ({times})"
 
 
 def table(base: dict[str, Line], runs: dict[tuple[str, str], list[list[Line]]]) -> str:
-    head = ["task", "method", "rate", "seeds", "reward", "gain, standard errors", "tokens", "steps", "CPU seconds", "MiB", "distinct"]
+    """Rewards after half the tokens and after all, in the order of the first."""
+    head = ["task", "method", "rate", "seeds", "after half", "after all", "CPU seconds, half", "MiB", "distinct"]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for task, before in base.items():
-        rows.append(f"| {task} | before training | | | {before['reward']:.3f} | | 0 | | | | {before['distinct']:.2f} |")
-        ends = {method: [seed[-1] for seed in seeds] for (of, method), seeds in runs.items() if of == task}
-        for method, last in sorted(ends.items(), key=lambda item: -statistics.fmean(line["reward"] for line in item[1])):
-            rewards = [line["reward"] for line in last]
-            spread = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
-            mean = {name: statistics.fmean(line[name] for line in last) for name in ("tokens", "steps", "cpu_seconds", "distinct")}
+        half = 0.5 * BUDGET[task]
+        rows.append(f"| {task} | before training | | | {before['reward']:.3f} | | | | {before['distinct']:.2f} |")
+        found: list[tuple[float, list[str]]] = []
+        for (of, method), seeds in runs.items():
+            if of != task:
+                continue
+            middle = [min(seed, key=lambda line: abs(line["tokens"] - half)) for seed in seeds]
+            ends = [seed[-1] for seed in seeds if seed[-1]["tokens"] > 0.95 * BUDGET[task]]
             cells = [
-                task, method, str(last[0]["learning_rate"]), str(len(last)), f"{statistics.fmean(rewards):.3f} ± {spread:.3f}",
-                errors(rewards, before["reward"]), f"{mean['tokens']:.0f}", f"{mean['steps']:.0f}", f"{mean['cpu_seconds']:.0f}",
-                f"{max(line['peak_mib'] for line in last):.0f}", f"{mean['distinct']:.2f}",
+                task, method, str(middle[0]["learning_rate"]), str(len(seeds)),
+                gained([line["reward"] for line in middle], before["reward"]), gained([line["reward"] for line in ends], before["reward"]),
+                f"{statistics.fmean(line['cpu_seconds'] for line in middle):.0f}", f"{max(line['peak_mib'] for line in middle):.0f}",
+                f"{statistics.fmean(line['distinct'] for line in middle):.2f}",
             ]  # fmt: skip
-            rows.append(f"| {' | '.join(cells)} |")
+            found.append((statistics.fmean(line["reward"] for line in middle), cells))
+        rows += [f"| {' | '.join(cells)} |" for _, cells in sorted(found, reverse=True)]
     return "\n".join(rows)
 
 
