@@ -72,14 +72,19 @@ class ModelArguments:
     @property
     def is_gguf(self) -> bool:
         """Whether the model is a file, which has to be GGUF, or the folder of a run that trained one."""
-        path = Path(self.model_name_or_path or "").expanduser()
-        return bool(self.model_name_or_path) and (path.is_file() or (path / GGUF_SOURCE).is_file())
+        return names_gguf(self.model_name_or_path)
 
     def require(self, command: str) -> str:
         """The model's name; ValueError when the user gave none."""
         if not self.model_name_or_path:
             raise ValueError(f"{command} needs --model_name_or_path: a model folder, a Hugging Face hub id or a GGUF file.")
         return self.model_name_or_path
+
+
+def names_gguf(name: str | None) -> bool:
+    """Whether a model's name is a file, which has to be GGUF, or the folder of a run that trained one."""
+    path = Path(name or "").expanduser()
+    return bool(name) and (path.is_file() or (path / GGUF_SOURCE).is_file())
 
 
 def _check_no_gguf(path: Path) -> None:

@@ -12,7 +12,7 @@ from zotune.tasks import loader
 from zotune.tasks.preparation import has_eval_rows
 from zotune.tasks.prompts import longest_answer
 from zotune.training import refusals
-from zotune.training.arguments import ACCURACY, DataArguments, ModelArguments, OutputArguments
+from zotune.training.arguments import ACCURACY, DataArguments, ModelArguments, OutputArguments, names_gguf
 from zotune.training.config import ZOConfig
 from zotune.training.given_options import DECIDED, check_given, generates
 from zotune.training.option_parser import OptionParser
@@ -25,8 +25,10 @@ DEFAULTS = {
     "eval_steps": 0.1,
     "disable_tqdm": True,
 }
-#: Defaults of a run by a reward, and by an accuracy.
-REWARD_DEFAULTS: dict[str, Any] = {"method": "lozo"}
+#: Defaults of a run by a reward, and by an accuracy: of the methods compared in docs/how-to/rewards.md what learned most per token.
+REWARD_DEFAULTS: dict[str, Any] = {"method": "lozo-e", "estimator": "central", "num_directions": 1, "directions_per": "example"}
+#: The same in an engine, which decodes the prompts of a step together where they share a direction.
+ENGINE_REWARD_DEFAULTS: dict[str, Any] = {"method": "lozo"}
 
 
 @dataclass
@@ -90,7 +92,9 @@ def _adjust(values: dict[str, Any], given: set[str]) -> None:
     if not evaluated:
         values["eval_strategy"] = "no"
     if values["reward"] or values["objective"] == ACCURACY:
-        values.update({name: value for name, value in REWARD_DEFAULTS.items() if name not in given})
+        defaults = ENGINE_REWARD_DEFAULTS if names_gguf(values["model_name_or_path"]) else REWARD_DEFAULTS
+        if "method" not in given:
+            values.update({name: value for name, value in defaults.items() if name not in given})
         if values["task"] and generates(values) and "max_completion_length" not in given:
             values["max_completion_length"] = longest_answer(loader.load(values["task"]))
     if values["load_best_model_at_end"] and "save_steps" not in given and "save_strategy" not in given:
