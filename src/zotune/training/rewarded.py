@@ -118,8 +118,8 @@ def pooled(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]
         elif total:
             found[name] = sum(count * value for count, value in known) / total
     if "reward_std" in found:  # the variance within the parts and between them
-        known = [(count, part["reward"], part["reward_std"]) for count, part in parts if math.isfinite(part["reward"])]
-        second = sum(count * (mean**2 + std**2) for count, mean, std in known) / max(1, sum(count for count, *_ in known))
+        judged = [(count, part["reward"], part["reward_std"]) for count, part in parts if math.isfinite(part["reward"])]
+        second = sum(count * (mean**2 + std**2) for count, mean, std in judged) / max(1, sum(count for count, *_ in judged))
         found["reward_std"] = math.sqrt(max(0.0, second - found["reward"] ** 2))
     return found
 

@@ -27,6 +27,7 @@ from zotune.training import run_config, schemes
 from zotune.training.arguments import DataArguments, EvalDataArguments, ModelArguments, OutputArguments
 from zotune.training.given_options import CONDITIONAL, DECIDED, OF_EVALUATIONS
 from zotune.training.loading import load_model, plan_model
+from zotune.training.reward_options import REWARD_FIELDS
 from zotune.training.schemes import Scheme
 from zotune.weights.offload import stream_of
 
@@ -369,7 +370,7 @@ _BESIDE = {
 @pytest.mark.parametrize("name", [*DECIDED, *CONDITIONAL])
 def test_what_train_decides_or_would_ignore_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^--{name} would have no effect: .*leave --{name} out\.$"):
-        run_config.parse([*TASK, f"--{name}", _VALUES.get(name, "true"), *_BESIDE.get(name, [])])
+        run_config.parse([*TASK, f"--{name}", _VALUES.get(name, "1" if name in REWARD_FIELDS else "true"), *_BESIDE.get(name, [])])
 
 
 @pytest.mark.parametrize("name", OF_EVALUATIONS)
