@@ -67,7 +67,7 @@ def figure(base: dict[str, Line], runs: dict[tuple[str, str], list[list[Line]]],
     colors: dict[str, Any] = {}
     for row, (task, before) in zip(axes, base.items(), strict=True):
         for (of, method), seeds in sorted(runs.items()):
-            if of != task:
+            if of != task or len(seeds) < 3:
                 continue
             points = list(zip(*seeds, strict=False))
             y = [before["reward"], *(statistics.fmean(line["reward"] for line in at) for at in points)]
