@@ -26,7 +26,13 @@ DEFAULTS = {
     "disable_tqdm": True,
 }
 #: Defaults of a run by a reward, and by an accuracy: of the methods compared in docs/how-to/rewards.md what learned most per token.
-REWARD_DEFAULTS: dict[str, Any] = {"method": "lozo-e", "estimator": "central", "num_directions": 1, "directions_per": "example"}
+REWARD_DEFAULTS: dict[str, Any] = {
+    "method": "lozo-e",
+    "estimator": "central",
+    "num_directions": 1,
+    "directions_per": "example",
+    "interval": 1,
+}
 #: The same in an engine, which decodes the prompts of a step together where they share a direction.
 ENGINE_REWARD_DEFAULTS: dict[str, Any] = {"method": "lozo"}
 
@@ -95,6 +101,8 @@ def _adjust(values: dict[str, Any], given: set[str]) -> None:
         defaults = ENGINE_REWARD_DEFAULTS if names_gguf(values["model_name_or_path"]) else REWARD_DEFAULTS
         if "method" not in given:
             values.update({name: value for name, value in defaults.items() if name not in given})
+            if values["quantize"] and "interval" not in given:
+                values["interval"] = None  # a redraw adds columns to the factors beside quantized weights
         if values["task"] and generates(values) and "max_completion_length" not in given:
             values["max_completion_length"] = longest_answer(loader.load(values["task"]))
     if values["load_best_model_at_end"] and "save_steps" not in given and "save_strategy" not in given:

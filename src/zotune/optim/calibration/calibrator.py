@@ -45,8 +45,8 @@ STEP = 1 << 50
 #: at most: losses far from θ are bad and level, and the walls between are what counts.
 WIDEST, FARTHER, MAX_SAMPLES = 1.0, 10.0, 6
 
-#: Length of a step on rewards of generated texts, as a multiple of ε.
-STRIDE = 0.3
+#: Length of a step on rewards of generated texts, as a multiple of ε: of 0.3 and 0.6 what learned more in runs of few steps.
+STRIDE = 0.6
 
 #: How many times as far as curvature was last measured a step may go before it is measured again.
 LONGER = 2.0
