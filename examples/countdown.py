@@ -19,9 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import zotune
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-PROMPT = (
-    "Write an expression that equals {target}, of the numbers {numbers}, each used at most once, with + - * / and brackets.\nExpression:"
-)
+PROMPT = "Write an expression that equals {target}, of {numbers}, each used at most once, with + - * / and brackets.\nExpression:"
 
 
 def puzzle(generator: random.Random, count: int = 4) -> dict:
@@ -71,7 +69,8 @@ if __name__ == "__main__":
     parser.add_argument("--max_steps", type=int, default=300)
     parser.add_argument("--generator", choices=["own", "reasoning-gym"], default="own")
     options = parser.parse_args()
-    args = zotune.ZOConfig(options.output_dir, max_steps=options.max_steps, per_device_train_batch_size=8, max_completion_length=32)
+    method = {"method": "lozo-e", "estimator": "central", "num_directions": 1, "interval": 1, "max_steps": options.max_steps}
+    args = zotune.ZOConfig(options.output_dir, per_device_train_batch_size=8, max_completion_length=32, **method)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(options.model), AutoTokenizer.from_pretrained(options.model)
     data = {"train_dataset": rows(1000, 0, options.generator), "eval_dataset": rows(100, 1, options.generator)}
     trainer = zotune.ZOTrainer(model, args, reward_funcs=[countdown_reward], processing_class=tokenizer, **data)

@@ -64,7 +64,8 @@ def table(base: dict[str, Line], runs: dict[tuple[str, str], list[list[Line]]]) 
 
 def figure(base: dict[str, Line], runs: dict[tuple[str, str], list[list[Line]]], path: Path) -> None:
     made, axes = new_figure(len(base), 2, (9, 2.6 * len(base)))
-    colors: dict[str, Any] = {}
+    shown = sorted({method for (_, method), seeds in runs.items() if len(seeds) >= 3})
+    colors = {method: f"C{number}" for number, method in enumerate(shown)}
     for row, (task, before) in zip(axes, base.items(), strict=True):
         for (of, method), seeds in sorted(runs.items()):
             if of != task or len(seeds) < 3:
@@ -74,12 +75,14 @@ def figure(base: dict[str, Line], runs: dict[tuple[str, str], list[list[Line]]],
             low, high = ([before["reward"], *(pick(line["reward"] for line in at) for at in points)] for pick in (min, max))
             for axis, name in zip(row, ("tokens", "cpu_seconds"), strict=True):
                 x = [0, *(statistics.fmean(line[name] for line in at) for at in points)]
-                (drawn,) = axis.plot(x, y, marker="o", markersize=3, label=method, color=colors.get(method))
-                colors[method] = drawn.get_color()
-                axis.fill_between(x, low, high, alpha=0.15, color=drawn.get_color())
+                axis.plot(x, y, marker="o", markersize=3, color=colors[method])
+                axis.fill_between(x, low, high, alpha=0.15, color=colors[method])
         row[0].set(ylabel="held-out reward", title=task, xlabel="generated tokens")
         row[1].set(xlabel="CPU seconds, one thread")
-    axes[0][1].legend(fontsize=7)
+        row[0].locator_params(axis="x", nbins=5)
+    for method, color in colors.items():
+        axes[-1][1].plot([], [], color=color, label=method)
+    axes[-1][1].legend(fontsize=7)
     save_figure(made, path)
 
 
