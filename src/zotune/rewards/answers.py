@@ -6,7 +6,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from zotune.io.text import shown
@@ -36,14 +36,20 @@ class AgainstAnswers:
 
     def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
         """Rewards; None for a row without an answer."""
+        column = self.check_columns(columns)
+        return [self._one(text_of(each), answer) for each, answer in zip(completions, columns[column], strict=True)]
+
+    def check_columns(self, columns: Iterable[str]) -> str:
+        """The column of right answers; ValueError where there is none."""
         wanted = (self.column,) if self.column else ANSWER_COLUMNS
-        column = next((name for name in wanted if name in columns), None)
+        known = set(columns)
+        column = next((name for name in wanted if name in known), None)
         if column is None:
             raise RewardRequestError(
                 f"the reward {self.__name__!r} compares with a column named {' or '.join(map(repr, wanted))}, and the data have none: "
                 f"rename yours, or name it as in '{self.__name__}:my_column'."
             )
-        return [self._one(text_of(each), answer) for each, answer in zip(completions, columns[column], strict=True)]
+        return column
 
     def _one(self, text: str, answer: Any) -> float | None:
         answers = [answer] if isinstance(answer, str | int | float) else answer

@@ -7,10 +7,10 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -68,6 +68,15 @@ def _beginning(text: Any) -> str:
     return repr(text if len(text) <= _BEGINNING else f"{text[:_BEGINNING]}…")
 
 
+@runtime_checkable
+class ChecksColumns(Protocol):
+    """A reward function that says which columns it needs."""
+
+    def check_columns(self, columns: Iterable[str]) -> object:
+        """ValueError where none of these columns is what it compares with."""
+        ...
+
+
 class RewardCall:
     """A reward function under a name.
 
@@ -110,6 +119,12 @@ class RewardCall:
             if fault:
                 failures.append(failure(self.name, row, *fault, arguments["prompts"][row], arguments["completions"][row]))
         return values, failures
+
+    def check(self, columns: Iterable[str]) -> None:
+        """ValueError where the function asks for a column that the data do not have, before anything is generated."""
+        self._chosen(dict.fromkeys((*ARGUMENTS, *columns), ()))
+        if isinstance(self.function, ChecksColumns):
+            self.function.check_columns(columns)
 
     def _chosen(self, arguments: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
         parameters = self._parameters.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,11 @@ class Rewards:
     def names(self) -> list[str]:
         """Names of the functions, each once."""
         return [call.name for call in self.calls]
+
+    def check(self, columns: Iterable[str]) -> None:
+        """ValueError where a function asks for a column that the data do not have."""
+        for call in self.calls:
+            call.check(columns)
 
     def score(
         self,

@@ -66,6 +66,9 @@ class TrainerRewards:
         ends = tuple(dict.fromkeys(int(stop) for stop in stops if stop is not None))
         rewards = Rewards(functions, args.reward_weights, args.max_failed_rewards)
         self.names = rewards.names
+        train = self.options["train_dataset"]
+        if train is not None and len(train):
+            rewards.check(train[0]["columns"])
         self.options["compute_metrics"] = options.get("compute_metrics") or RewardMetrics(self.names)
         self.shown: list[Shown] = []
         self._warned = False

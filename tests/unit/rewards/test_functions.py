@@ -192,3 +192,10 @@ def test_the_run_stops_when_the_first_batch_has_no_reward():
 
     with pytest.raises(ValueError, match="no row of the first batch has a reward: reward function 'broken' raised RuntimeError: no server"):
         Rewards(broken).score(PROMPTS, TEXTS)
+
+
+@pytest.mark.parametrize(("function", "words"), [("exact_match", "'reference' or 'answer'"), (lambda completions, wanted: [], "'wanted'")])
+def test_a_missing_column_is_seen_before_a_call(function, words):
+    Rewards(function).check(["answer", "wanted"])
+    with pytest.raises(ValueError, match=words):
+        Rewards(function).check(["other"])
