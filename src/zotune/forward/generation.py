@@ -140,7 +140,8 @@ def choose(logits: Tensor, keys: Tensor | None, place: int, sampling: Sampling) 
         scores = scores.masked_fill(scores < least, -torch.inf)
     if sampling.top_p < 1:
         ordered, order = scores.sort(dim=1, descending=True, stable=True)
-        before = ordered.softmax(dim=1).cumsum(dim=1) - ordered.softmax(dim=1)  # the mass of better tokens
+        mass = ordered.softmax(dim=1)
+        before = mass.cumsum(dim=1) - mass  # of better tokens
         scores = scores.masked_fill(torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= sampling.top_p), -torch.inf)
     unique, place_of = keys.unique(return_inverse=True)  # rows at other points have the same noise
     return scores.add_(gumbel(unique, place, scores.shape[1])[place_of]).argmax(dim=1)

@@ -184,9 +184,14 @@ class Method:
         found = (FITNESS[self.fitness], self.svrg, conservative, self.shaping, self.history)
         return tuple(transform for transform in found if transform is not None)
 
+    @property
+    def num_points(self) -> int:
+        """Points at which a step evaluates an example."""
+        return len(ESTIMATORS[self.estimator].points(self.num_directions * (1 if self.own else self.blocks)))
+
     def forwards(self, step: int) -> int:
         """Evaluations of the batch that step number ``step`` makes."""
-        points = len(ESTIMATORS[self.estimator].points(self.num_directions * (1 if self.own else self.blocks)))
+        points = self.num_points
         return points + sum(transform.extra_forwards(step, points) for transform in self.transforms)
 
     @property

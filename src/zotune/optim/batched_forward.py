@@ -47,8 +47,11 @@ class BatchedForward:
     @tagged("activations")
     def at_points(self, context: StepContext, part: Any, points: Sequence[Point]) -> Tensor:
         """The losses of a micro-batch at points, points × examples: in one forward, or in as many as the loss's memory needs."""
-        most = rows_at_once(context.loss_fn, part)
-        each = len(points) if most is None else max(1, most // batch_rows(part))
+        most, rows = rows_at_once(context.loss_fn, part), batch_rows(part)
+        if most is not None and most < rows:
+            pieces = [take_rows(part, torch.arange(start, min(start + most, rows)), rows) for start in range(0, rows, most)]
+            return torch.cat([self.at_points(context, piece, points) for piece in pieces], dim=1)
+        each = len(points) if most is None else most // rows
         runs = [points[start : start + each] for start in range(0, len(points), each)]
         return torch.cat([self.losses(context.loss_fn, part, self.layout(context, part, run)) for run in runs])
 
@@ -101,13 +104,14 @@ class BatchedForward:
             layout = assigned_layout(signs, eps, assignment, seed, step)
             return self.losses(loss_fn, part, layout), layout.total
         rows, size, evaluated = [], batch_rows(part), 0
+        width = size if most is None else min(size, most)
         for sign in signs:
             if not sign:
                 here = self.forward.evaluate(evaluation(loss_fn, [part]), Offset(0.0, seed, step, 0))
                 rows.append(here[send_list(assignment.examples, here.device)])
                 evaluated += size
                 continue
-            pieces = [assignment.slice(start, min(start + size, len(assignment))) for start in range(0, len(assignment), size)]
+            pieces = [assignment.slice(start, min(start + width, len(assignment))) for start in range(0, len(assignment), width)]
             layouts = [assigned_layout((sign,), eps, piece, seed, step) for piece in pieces]
             rows.append(torch.cat([self.losses(loss_fn, part, layout)[0] for layout in layouts]))
             evaluated += sum(layout.total for layout in layouts)

@@ -99,12 +99,13 @@ class Chooser:
         Raises:
             ValueError: the method needs one loss per example, and gets another shape.
         """
-        generates, context = context.generates, context.smooth
+        times = not (self.requested == "batched" or context.generates or self.batched.forward.streams)
+        context = context.smooth
         if context.parts is None:
             found = replace(before, batched=False)
         else:
             part, assignment = worker_chunk(self.workers, context.parts[0], assignment)
-            found = self._compare(before, context, part, assignment, times=self.requested != "batched" and not generates)
+            found = self._compare(before, context, part, assignment, times)
         if self.workers.several:
             answers = self.workers.exchange([bool(found.batched), bool(found.per_example), bool(found.rowwise)])
             batched, per_example, rowwise = (all(column) for column in zip(*answers, strict=True))
@@ -173,7 +174,7 @@ class Chooser:
         if reason is not None:
             return known.give_up(reason)
         known = replace(known, rowwise=False)
-        if not times or self.batched.forward.streams:
+        if not times:
             return replace(known, batched=known.batched is not False)
         layout = batched.layout(context, part, points)
         share = slow.numel() / layout.losses.numel()
@@ -199,7 +200,7 @@ class Chooser:
         if reason is not None:
             return known.give_up(reason)
         known = replace(known, rowwise=True)
-        if not times or self.batched.forward.streams:
+        if not times:
             return replace(known, batched=together)
         return replace(known, batched=together and not _sequential_is_faster(lambda: rowwise(True), lambda: rowwise(False), share=1.0))
 

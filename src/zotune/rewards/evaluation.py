@@ -16,6 +16,11 @@ from zotune.rewards.objective import RewardLoss
 COLUMNS = ("reward", "completion_length")
 
 
+def metric_names(functions: Sequence[str]) -> tuple[str, ...]:
+    """The columns that are metrics: those of single functions where there are several."""
+    return (*COLUMNS, *(f"reward_{name}" for name in functions)) if len(functions) > 1 else COLUMNS
+
+
 class Shown(NamedTuple):
     """A completion to show.
 
@@ -46,14 +51,13 @@ def evaluated(loss: RewardLoss, batch: Mapping[str, Any]) -> tuple[Tensor, list[
     scored = loss.scored(batch)
     by_function = scored.scores.by_function
     table = np.stack([scored.scores.total, scored.lengths.astype(np.float64), *by_function.values()], axis=1)
-    names = ("reward", *(f"reward_{name}" for name in by_function)) if len(by_function) > 1 else ("reward",)
-    judged = np.stack([scored.scores.total, *by_function.values()], axis=1)[:, : len(names)]
+    names = metric_names(list(by_function))
     shown = []
-    for row, number, text, length, values in zip(
-        batch["rows"], batch["prompt_number"].tolist(), scored.texts, scored.lengths, judged, strict=True
-    ):
-        rewards = {name: float(value) if np.isfinite(value) else None for name, value in zip(names, values, strict=True)}
-        shown.append(Shown(number, row["prompt"], text, int(length), rewards))
+    for row, number, text, values in zip(batch["rows"], batch["prompt_number"].tolist(), scored.texts, table.tolist(), strict=True):
+        known = dict(zip(names, values, strict=False))
+        length = int(known.pop("completion_length"))
+        rewards = {name: value if np.isfinite(value) else None for name, value in known.items()}
+        shown.append(Shown(number, row["prompt"], text, length, rewards))
     return torch.from_numpy(table).float(), shown
 
 
@@ -69,8 +73,8 @@ class RewardMetrics:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The metrics; those of single functions where there are several."""
-        return (*COLUMNS, *(f"reward_{name}" for name in self.functions)) if len(self.functions) > 1 else COLUMNS
+        """The metrics."""
+        return metric_names(self.functions)
 
     def __call__(self, prediction: Any) -> dict[str, float]:
         table = np.asarray(prediction.predictions, dtype=np.float64)

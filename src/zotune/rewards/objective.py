@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,10 +120,5 @@ class RewardLoss:
         if not (heads and width and layers):
             return None
         tokens = batch["prompt_ids"].shape[1] + self.sampling.max_new_tokens
-        size = torch.empty(0, dtype=getattr(self.model, "dtype", torch.float32)).element_size()
+        size = getattr(self.model, "dtype", torch.float32).itemsize
         return max(1, self.kv_cache // (2 * layers * heads * width * tokens * size * self.sampling.num_samples))
-
-
-def prompts_of(batch: Mapping[str, Any]) -> Sequence[Any]:
-    """The prompts of a batch as the data have them."""
-    return [row["prompt"] for row in batch["rows"]]

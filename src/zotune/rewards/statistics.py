@@ -2,81 +2,66 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from zotune.rewards.functions import Scores
 
 
-class Completion(NamedTuple):
-    """A completion at one point.
-
-    Attributes:
-        number: of its prompt in the data.
-        sample: of the prompt at that point.
-        text: the completion.
-        length: its tokens.
-        reward: the total; NaN where it failed.
-    """
-
-    number: int
-    sample: int
-    text: str
-    length: int
-    reward: float
-
-
 class StepStatistics:
-    """Collects completions until they are taken.
+    """Sums over completions until they are taken; of texts it holds one for each prompt and sample.
 
     Attributes:
-        one_sided: whether the first point of a step is θ itself, which the others are compared with; else points come in pairs ±.
+        points: at which a step completes every prompt. Each run of so many completions is compared with its first: that at − with that
+            at + where they come in pairs, those at the other points with that at θ where the first one is.
+        count: completions since they were last taken.
     """
 
-    def __init__(self) -> None:
-        self.one_sided = False
-        self.completions: list[Completion] = []
-        self.by_function: dict[str, list[float]] = {}
+    def __init__(self, points: int = 2) -> None:
+        self.points = points
+        self._clear()
+
+    def _clear(self) -> None:
+        self.count = self._pairs = self._same = 0
+        self._tokens = 0.0
+        self._rewards: list[np.ndarray] = []  # of few numbers each
+        self._by_function: dict[str, list[np.ndarray]] = {}
+        self._seen: dict[tuple[int, int], tuple[int, str]] = {}  # by prompt and sample: completions, and the first of their run
 
     def add(self, numbers: Sequence[int], texts: Sequence[str], lengths: np.ndarray, scores: Scores) -> None:
         """Add completions, row-major by prompt and sample, in the order of the points."""
         samples = len(texts) // len(numbers)
-        places = [(number, sample) for number in numbers for sample in range(samples)]
-        rows = zip(places, texts, lengths.tolist(), scores.total.tolist(), strict=True)
-        self.completions += [Completion(*place, text, length, reward) for place, text, length, reward in rows]
+        self.count += len(texts)
+        self._tokens += float(lengths.sum())
+        self._rewards.append(scores.total)
         for name, values in scores.by_function.items():
-            self.by_function.setdefault(name, []).extend(values.tolist())
+            self._by_function.setdefault(name, []).append(values)
+        for place, text in zip(((number, sample) for number in numbers for sample in range(samples)), texts, strict=True):
+            seen, first = self._seen.get(place, (0, ""))
+            if seen % self.points == 0:
+                first = text
+            else:
+                self._pairs += 1
+                self._same += text == first
+            self._seen[place] = seen + 1, first
 
     def take(self) -> dict[str, float]:
         """``reward``, ``reward_std`` (over completions), ``completion_length``, ``identical_completions`` (share of pairs of points whose
         completions of a prompt are the same: they say nothing), ``failed_rewards`` and ``reward_<function>``; {} without completions."""
-        completions, self.completions = self.completions, []
-        by_function, self.by_function = self.by_function, {}
-        if not completions:
+        if not self.count:
             return {}
-        rewards = np.array([each.reward for each in completions])
+        rewards = np.concatenate(self._rewards)
         good = rewards[np.isfinite(rewards)]
-        found = {"reward": float(good.mean()) if len(good) else float("nan"), "reward_std": float(good.std()) if len(good) else 0.0}
-        found["completion_length"] = float(np.mean([each.length for each in completions]))
-        identical = self._identical(completions)
-        if identical is not None:
-            found["identical_completions"] = identical
+        found = {"reward": float(good.mean()) if len(good) else math.nan, "reward_std": float(good.std()) if len(good) else 0.0}
+        found["completion_length"] = self._tokens / self.count
+        if self._pairs:
+            found["identical_completions"] = self._same / self._pairs
         if len(good) < len(rewards):
             found["failed_rewards"] = float(len(rewards) - len(good))
-        if len(by_function) > 1:
-            found |= {f"reward_{name}": float(np.nanmean(values)) for name, values in by_function.items() if not np.isnan(values).all()}
+        if len(self._by_function) > 1:
+            columns = {name: np.concatenate(parts) for name, parts in self._by_function.items()}
+            found |= {f"reward_{name}": float(np.nanmean(values)) for name, values in columns.items() if not np.isnan(values).all()}
+        self._clear()
         return found
-
-    def _identical(self, completions: Sequence[Completion]) -> float | None:
-        texts: dict[tuple[int, int], list[str]] = {}
-        for each in completions:
-            texts.setdefault((each.number, each.sample), []).append(each.text)
-        pairs: list[tuple[str, str]] = []
-        for found in texts.values():
-            if self.one_sided:
-                pairs += [(found[0], text) for text in found[1:]]
-            else:
-                pairs += list(zip(found[0::2], found[1::2], strict=False))
-        return sum(a == b for a, b in pairs) / len(pairs) if pairs else None

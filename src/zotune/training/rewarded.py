@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zotune.forward.generation import Sampling
 from zotune.io.sizes import parse_size
+from zotune.methods import Method
 from zotune.optim.distributed import Workers
 from zotune.rewards.calls import RewardFunction
 from zotune.rewards.data import PromptData, end_of_text
@@ -82,13 +83,17 @@ class TrainerRewards:
         self.loss = loss(args.temperature, args.top_p, args.top_k, args.num_generations)
         self.evaluation = loss(0.0, 1.0, 0, 1)
 
+    def evaluates_by(self, method: Method) -> None:
+        """Have the statistics compare the completions of the points that the steps of a method evaluate."""
+        self.loss.statistics.points = 2 if method.estimator == "central" else method.num_points
+
     def step(self, batches: Sequence[Mapping[str, Any]], step: int) -> tuple[RewardLoss, list[dict[str, Any]]]:
         """The loss of a step, and its micro-batches with the keys of their noise."""
         return self.loss, [self.loss.keyed(batch, self.seed, step) for batch in batches]
 
     def entries(self, logs: Mapping[str, float], workers: Workers) -> dict[str, float]:
         """What a log entry says of the completions of all processes since the last one."""
-        count = len(self.loss.statistics.completions)
+        count = self.loss.statistics.count
         found = self.loss.statistics.take()
         if workers.several:
             found = pooled([part for part in workers.exchange((count, found)) if part[0]])

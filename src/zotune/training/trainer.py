@@ -280,9 +280,12 @@ class ZOTrainer(EvaluatedTrainer):
         examples = self._sample_batches if has_length(self.train_dataset) else None
         anchor, self._anchor = self._anchor or self._anchored(), None
         common |= {"anchor_decay": args.anchor_decay, "anchor": anchor}
-        return ZerothOrder(
+        optimizer = ZerothOrder(
             self.model, self._method(), forward_batching=args.forward_batching, workers=self.workers, sample_batches=examples, **common
         )
+        if self.rewards is not None:
+            self.rewards.evaluates_by(optimizer.method)
+        return optimizer
 
     def _sample_batches(self, step: int, count: int) -> list[Batch]:
         """Micro-batches of ``count`` training examples for the loss function, drawn by the run's seed and the step alone."""

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -13,6 +14,7 @@ from transformers import LlamaForCausalLM
 from reward_toys import NEW, PROMPTS, Tokenizer, batch, loss_of, model, share
 from zotune import ZerothOrder, methods
 from zotune.optim.replay import replay
+from zotune.rewards import Scores
 
 
 def run(
@@ -104,6 +106,12 @@ def test_statistics_know_which_pairs_are_the_same():
     optimizer.step(loss, batch())
     assert loss.statistics.take()["identical_completions"] == 1.0
     loss, optimizer = loss_of(trained), ZerothOrder(model(), methods.get("lozo", eps=1e-7), lr=0.0)
-    loss.statistics.one_sided = True
+    loss.statistics.points = 3
     loss(batch())
     assert "identical_completions" not in loss.statistics.take()
+    for text in "abcab":  # θ and two points, then θ of the next step and a point
+        loss.statistics.add([7], [text], np.array([1]), Scores(np.ones(1), {"one": np.ones(1)}, []))
+    assert loss.statistics.take()["identical_completions"] == 0.0
+    for text in "abaaa":
+        loss.statistics.add([7], [text], np.array([1]), Scores(np.ones(1), {"one": np.ones(1)}, []))
+    assert loss.statistics.take()["identical_completions"] == 2 / 3
