@@ -15,6 +15,7 @@ pytest.importorskip("llama_cpp")
 
 from gguf_models import Pair, choice_batch, texts
 from zotune.engines.engine import Row
+from zotune.engines.llama_cpp import library
 from zotune.engines.llama_cpp.context import MAX_SEQUENCES, grouped
 from zotune.engines.llama_cpp.llama import LlamaOptions
 from zotune.engines.model import EngineModel
@@ -135,4 +136,29 @@ def test_an_interrupt_during_an_evaluation_is_raised(model: EngineModel) -> None
             for _ in range(most):
                 model(**batch)
         timer.join()
+    assert torch.equal(logits(model), before)
+
+
+class _InterruptedLog(list[str]):
+    """A log in which the user's Ctrl-C comes at the first line."""
+
+    def append(self, _line: str) -> None:
+        if not self:
+            super().append("interrupted")
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["freed", "made"])
+def test_an_interrupt_while_a_context_is_changed(llama: Pair, opened: Opened, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Nothing freed is used again, and no half-made context is taken."""
+    model = opened(llama)
+    before = logits(model)
+    if moment == "made":
+        model.engine._context.free()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(library, "_log", _InterruptedLog())
+        if moment == "made":
+            logits(model)
+        else:
+            model.engine._context.free()
     assert torch.equal(logits(model), before)

@@ -111,20 +111,22 @@ class Adapter:
             place[...] = values
 
     def _load(self) -> None:
-        before, self.pointer = self.pointer, None
-        self.places.clear()
-        if before is not None:
-            self.lib.llama_adapter_lora_free(before)
+        self._free()
         with raising():
             self.pointer = self.lib.llama_adapter_lora_init(self.model, self._file.path.encode()) or None
         if self.pointer is None:
             raise ValueError(f"llama.cpp did not take the low-rank factors: {last_words() or 'it gives no reason'}.")
 
+    def _free(self) -> None:
+        pointer, self.pointer = self.pointer, None  # first: after an interrupt nothing may use or free it again
+        self.places.clear()
+        if pointer is not None:
+            with raising():
+                self.lib.llama_adapter_lora_free(pointer)
+
     def close(self) -> None:
         """Free the adapter and its file."""
-        if self.pointer is not None:
-            self.lib.llama_adapter_lora_free(self.pointer)
-            self.pointer = None
+        self._free()
         self._numbers = {}
         self._file.close()
 

@@ -78,6 +78,7 @@ class Context:
         self._context: Any = None
         self._size = (0, 0, 0)  # tokens, sequences, outputs
         self._adapter: Adapter | None = None
+        self._attached = True  # False: the context may still have another adapter than this
         self.tensors = Tensors()
         self._watch: _Watching | None = None
         self._searching = False  # for the places of the adapter's tensors
@@ -94,16 +95,18 @@ class Context:
 
     def set_adapter(self, adapter: Adapter | None) -> None:
         """The adapter that is added from now on."""
-        self._adapter = adapter
+        self._adapter, self._attached = adapter, False
         if self._context is not None:
             self._attach()
 
     def _attach(self) -> None:
         count = 0 if self._adapter is None else 1
         pointers = (self.lib.llama_adapter_lora_p_ctypes * count)(*[] if self._adapter is None else [self._adapter.pointer])
-        failed = self.lib.llama_set_adapters_lora(self._context, pointers, count, (ctypes.c_float * count)(*[1.0] * count))
+        with raising():
+            failed = self.lib.llama_set_adapters_lora(self._context, pointers, count, (ctypes.c_float * count)(*[1.0] * count))
         if failed:
             raise ValueError(f"llama.cpp did not take an adapter: {last_words() or 'it gives no reason'}.")
+        self._attached = True
 
     def decode(self, rows: Sequence[Row], watch: Watch | None = None) -> np.ndarray:
         """Logits at the outputs of all rows, (Σ outputs, vocabulary) float32."""
@@ -165,6 +168,8 @@ class Context:
     def _grow(self, tokens: int, sequences: int, outputs: int) -> None:
         """Have a context for so many."""
         if self._context is not None and all(have >= want for have, want in zip(self._size, (tokens, sequences, outputs), strict=True)):
+            if not self._attached:
+                self._attach()
             return
         if self.model is None:
             raise ValueError("the engine is closed: open its file again.")
@@ -189,9 +194,8 @@ class Context:
                 f"llama.cpp has no memory for {tokens} tokens at a time ({last_words() or 'no reason'}): take a smaller --n_ubatch or "
                 "per_device_train_batch_size."
             )
-        self._size = (tokens, sequences, outputs)
-        if self._adapter is not None:
-            self._attach()
+        self._attach()
+        self._size = (tokens, sequences, outputs)  # last: a context that an interrupt left unfinished is too small for everything
 
     def close(self) -> None:
         """Free the context, and evaluate no more."""
@@ -200,9 +204,11 @@ class Context:
 
     def free(self) -> None:
         """Free the context; the next evaluation makes another."""
-        if self._context is not None:
-            self.lib.llama_free(self._context)
-            self._context = None
+        self._size = (0, 0, 0)
+        context, self._context = self._context, None  # first: after an interrupt nothing may use or free it again
+        if context is not None:
+            with raising():
+                self.lib.llama_free(context)
 
     # -- what happens within ----------------------------------------------------------------------------------------------------------
 

@@ -126,9 +126,7 @@ class LlamaCpp:
             if columns:
                 ranks[name] = columns
         if self._adapter is not None and self._adapter.ranks != padded(ranks):
-            self._context.set_adapter(None)  # before it is freed
-            self._adapter.close()
-            self._adapter = None
+            self._drop_adapter()
         if not ranks or not self._model:  # closed: the evaluation will say so
             return
         if self._adapter is None:
@@ -138,6 +136,12 @@ class LlamaCpp:
             self._context.set_adapter(None)  # it is loaded anew
         self._adapter.set(folded, current)
         self._context.set_adapter(self._adapter)
+
+    def _drop_adapter(self) -> None:
+        self._context.set_adapter(None)  # before it is freed
+        adapter, self._adapter = self._adapter, None  # before an interrupt can leave it half closed
+        if adapter is not None:
+            adapter.close()
 
     # -- evaluation -------------------------------------------------------------------------------------------------------------------
 
@@ -176,11 +180,9 @@ class LlamaCpp:
         return self._digest
 
     def close(self) -> None:
-        self._context.set_adapter(None)
-        if self._adapter is not None:
-            self._adapter.close()
-            self._adapter = None
+        self._drop_adapter()
         self._context.close()
-        if self._model:
-            self.lib.llama_model_free(self._model)
-            self._model = None
+        model, self._model = self._model, None
+        if model:
+            with raising():
+                self.lib.llama_model_free(model)
