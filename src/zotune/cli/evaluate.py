@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import set_seed
 
@@ -58,6 +58,10 @@ class EvaluationArguments:
         default=None, metadata={"help": "of a reward: most tokens of a completion; by default those of the task's answers, else 256"}
     )
     num_completions_to_print: int = dataclasses.field(default=4, metadata={"help": "of a reward: how many completions are shown"})
+    objective: Literal["mlm"] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "mlm: of an encoder, label words at the mask of a prompt, in place of the class scores of a new head"},
+    )
     adapter: str | None = dataclasses.field(default=None, metadata={"help": "of a GGUF file: the LoRA adapter (GGUF) that is added to it"})
     output_file: str | None = dataclasses.field(
         default=None, metadata={"help": "write the result there as JSON; - prints JSON in place of the table"}
@@ -111,7 +115,8 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         plan.adapter = how.adapter
     tokenizer = load_tokenizer(plan, model)
     most = rewarded.get("max_completion_length", 0)
-    prepared = prepare(tokenizer, plan.config, seed=how.seed, parts=("eval",), max_completion_length=most, **data.of_prepare())
+    wanted = ({} if how.objective is None else {"objective": how.objective}) | data.of_prepare()
+    prepared = prepare(tokenizer, plan.config, seed=how.seed, parts=("eval",), max_completion_length=most, **wanted)
     assert prepared.eval is not None, "prepare loads what is asked for"
     check_texts(plan, tokenizer, prepared)
     with tempfile.TemporaryDirectory(prefix="zotune-eval-") as scratch:
@@ -126,7 +131,7 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         classes = prepared.label_names if prepared.train_objective == "classifier" else None
         set_seed(how.seed)
         needs = needs_of(model, plan, config, prepared, None, Scheme())
-        network, fresh = load_model(plan, model, config.device, classes=classes, needs=needs)
+        network, fresh = load_model(plan, model, config.device, classes=classes, masked=prepared.masked, needs=needs)
         if fresh and plan.adapter is None:
             raise ValueError(f"{plan.name} has no classification head yet, so there is nothing to evaluate; train it first.")
         trainer = ZOTrainer(
@@ -182,6 +187,8 @@ def _options_of_run(values: dict[str, Any], given: set[str]) -> None:
     run = run_folder.read_run(found)
     loaded, options, trained = (run.get(name) for name in ("model_arguments", "data_arguments", "training_arguments"))
     trained = trained if isinstance(trained, dict) else {}
+    if run.get("masked") is True and "objective" not in given and not values["reward"]:
+        values["objective"] = "mlm"
     if (folder / GGUF_SOURCE).is_file() and isinstance(loaded, dict):
         values.update({name: loaded[name] for name in OF_CONTEXT if name in loaded and name not in given})
     if not {"task", "eval_file"} & given:

@@ -151,7 +151,7 @@ def base_model(args: argparse.Namespace, journal: Journal, folder: Path, **where
     classes = run.get("classes")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
         raise ValueError(f"{folder / run_folder.RUN_FILE} is damaged: its classes are no list of names.")
-    model, _ = load_model(plan, options, device, classes=classes)
+    model, _ = load_model(plan, options, device, classes=classes, masked=run.get("masked") is True)
     if run and plan.adapter is None:
         try:
             scheme = Scheme(**run.get("scheme", {}))

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from zotune.objectives.losses import AccuracyLoss, ChoiceLoss, ClassifierLoss, LanguageModelLoss, choice_scores, class_scores, objective
+from zotune.objectives.losses import (
+    AccuracyLoss,
+    ChoiceLoss,
+    ClassifierLoss,
+    LanguageModelLoss,
+    MaskedLanguageModelLoss,
+    choice_scores,
+    class_scores,
+    label_word_logits,
+    objective,
+)
 from zotune.objectives.token_logprobs import IGNORE, token_logprobs
 
 __all__ = [
@@ -11,8 +21,10 @@ __all__ = [
     "ChoiceLoss",
     "ClassifierLoss",
     "LanguageModelLoss",
+    "MaskedLanguageModelLoss",
     "choice_scores",
     "class_scores",
+    "label_word_logits",
     "objective",
     "token_logprobs",
 ]

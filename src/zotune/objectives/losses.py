@@ -105,6 +105,29 @@ class ChoiceLoss:
 
 
 @dataclass
+class MaskedLanguageModelLoss:
+    """Cross-entropy in nats of the right label word under the softmax of the label words' logits at a mask, ``loss(batch) -> (B,)``.
+
+    As in LM-BFF (2012.15723). The batch holds input_ids (B, T), attention_mask (B, T), positions (B, 1) of the masks, option_ids (B, C),
+    the label words' tokens, and answer (B,). It gives no output gradients: the head of a masked language model transforms hidden states.
+    """
+
+    model: nn.Module
+    capturable = True
+
+    @tagged("activations")
+    def __call__(self, batch: Batch) -> Tensor:
+        return F.cross_entropy(label_word_logits(self.model, batch), batch["answer"], reduction="none")
+
+
+@tagged("activations")
+def label_word_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of the label words at the mask, (B, C) in float32, of a batch of :class:`MaskedLanguageModelLoss`."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    return at_least_float32(scored_logits(model, inputs, batch["positions"])[:, 0].gather(1, batch["option_ids"]))
+
+
+@dataclass
 class AccuracyLoss:
     """1 − accuracy: 0 where the best score is a right option's, else 1, ``loss(batch) -> (B,)``; NaN where a score is.
 
@@ -218,12 +241,14 @@ _OBJECTIVES: dict[str, Callable[[nn.Module], Callable[[Batch], Tensor]]] = {
     "choices": ChoiceLoss,
     "accuracy": AccuracyLoss,
     "classifier": ClassifierLoss,
+    "mlm": MaskedLanguageModelLoss,
     "generation": LanguageModelLoss,
 }
 
 
 def objective(name: str, model: nn.Module) -> Callable[[Batch], Tensor]:
-    """The loss function of a name: ``"lm"``, ``"choices"``, ``"accuracy"``, ``"classifier"``, or ``"generation"`` (of the right answer).
+    """The loss function of a name: ``"lm"``, ``"choices"``, ``"accuracy"``, ``"classifier"``, ``"mlm"`` (label words at a mask), or
+    ``"generation"`` (of the right answer).
 
     Raises:
         ValueError: for any other name.

@@ -12,7 +12,7 @@ from zotune.tasks.sources import Rows, demonstrated, load_rows, read_jsonl
 from zotune.tasks.task import Task
 
 if TYPE_CHECKING:
-    from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator
+    from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator, MaskedCollator
     from zotune.tasks.preparation import PreparedData, is_encoder, prepare
 
 # These import torch, which listing the tasks does not need.
@@ -21,6 +21,7 @@ _LATE = {
     "ClassifierCollator": "collators",
     "GenerationCollator": "collators",
     "LanguageModelCollator": "collators",
+    "MaskedCollator": "collators",
     "PreparedData": "preparation",
     "is_encoder": "preparation",
     "prepare": "preparation",
@@ -34,6 +35,7 @@ __all__ = [
     "Encoder",
     "GenerationCollator",
     "LanguageModelCollator",
+    "MaskedCollator",
     "PreparedData",
     "Rows",
     "Task",

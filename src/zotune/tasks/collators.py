@@ -171,6 +171,19 @@ class ChoicesCollator(Collator):
 
 
 @dataclass(frozen=True)
+class MaskedCollator(Collator):
+    """Batches for ``MaskedLanguageModelLoss``: input_ids and attention_mask (B, T), positions (B, 1), option_ids (B, C), answer (B,)."""
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return {
+            **self._inputs([example["prompt_ids"] for example in examples]),
+            "positions": torch.tensor([[example["mask_position"]] for example in examples]),
+            "option_ids": torch.tensor([[word for (word,) in example["option_ids"]] for example in examples]),
+            "answer": torch.tensor([example["answer"] for example in examples]),
+        }
+
+
+@dataclass(frozen=True)
 class GenerationCollator(Collator):
     """Batches for ``LanguageModelLoss`` on the right answers and for :func:`zotune.training.evaluation.greedy`.
 

@@ -40,6 +40,7 @@ class Encoder:
 
     Attributes:
         texts: the first texts that were encoded, without those of chats.
+        facts: what befell the row that is encoded now, for the log.
     """
 
     tokenizer: Any
@@ -48,7 +49,7 @@ class Encoder:
     limit_is_users: bool = False
     chat: ChatOptions | None = None
     texts: list[str] = field(default_factory=list, repr=False, compare=False)
-    _facts: set[str] = field(default_factory=set, repr=False, compare=False)
+    facts: set[str] = field(default_factory=set, repr=False, compare=False)
     _options: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def choices(self, rows: Rows, task: Task) -> list[dict[str, Any]]:
@@ -109,7 +110,7 @@ class Encoder:
         left = unused(rows, columns)
         if left:
             logger.warning("%s: used are the columns %s; not used: %s.", rows.source, " and ".join(columns), ", ".join(map(repr, left)))
-        chats = ChatTokens(self.tokenizer, self.chat, self._facts.add) if columns[0] == "messages" else None
+        chats = ChatTokens(self.tokenizer, self.chat, self.facts.add) if columns[0] == "messages" else None
         encode = self._completion if columns[0] == "prompt" else self._text if chats is None else partial(self._chat, chats)
 
         def checked(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,8 +139,8 @@ class Encoder:
             encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
             if self.limit is not None and len(encoded["input_ids"]) > self.limit:
                 if not self.truncate:
-                    raise ValueError(self._too_long(f"the text has {len(encoded['input_ids'])} tokens"))
-                self._facts.add(CUT)
+                    raise ValueError(self.too_long(f"the text has {len(encoded['input_ids'])} tokens"))
+                self.facts.add(CUT)
                 encoded = self.tokenizer(*texts, truncation=True, max_length=self.limit, return_attention_mask=False, verbose=False)
             kept = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
             return {**kept, "label": task.answer(row)}
@@ -151,9 +152,9 @@ class Encoder:
         counts: Counter[str] = Counter()
 
         def counted(*parts: Any) -> dict[str, Any]:
-            self._facts.clear()
+            self.facts.clear()
             example = function(*parts)
-            counts.update(self._facts)
+            counts.update(self.facts)
             return example
 
         examples = rows.map(counted, *values)
@@ -165,9 +166,9 @@ class Encoder:
         return examples
 
     @cached_property
-    def _affixes(self) -> tuple[list[int], list[int]]:
+    def affixes(self) -> tuple[list[int], list[int]]:
         """Special tokens the tokenizer puts before and after a text by default."""
-        whole, bare = self._ids("a", special=True), self._ids("a")
+        whole, bare = self.ids("a", special=True), self.ids("a")
         for start in range(len(whole) - len(bare) + 1):
             if whole[start : start + len(bare)] == bare:
                 return whole[:start], whole[start + len(bare) :]
@@ -176,7 +177,8 @@ class Encoder:
     def _keep(self, texts: Sequence[str]) -> None:
         self.texts.extend(texts[: max(0, TEXTS - len(self.texts))])
 
-    def _ids(self, text: str, special: bool = False) -> list[int]:
+    def ids(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text, with the tokenizer's special tokens around it or without."""
         self._keep([text])
         return list(self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
@@ -186,7 +188,7 @@ class Encoder:
             return []
         self._keep(prompts)
         encoded = self.tokenizer(list(prompts), return_attention_mask=False, verbose=False)["input_ids"]
-        after = len(self._affixes[1])
+        after = len(self.affixes[1])
         return [self._not_empty(list(ids[: len(ids) - after])) for ids in encoded]
 
     def _not_empty(self, ids: list[int]) -> list[int]:
@@ -206,8 +208,8 @@ class Encoder:
         anchor = prompt[-1:]
         key = (anchor, text)
         if key not in self._options:
-            before, joint = self._ids(anchor) if anchor else [], self._ids(anchor + text)
-            ids = joint[len(before) :] if joint[: len(before)] == before else self._ids(text)
+            before, joint = self.ids(anchor) if anchor else [], self.ids(anchor + text)
+            ids = joint[len(before) :] if joint[: len(before)] == before else self.ids(text)
             if len(self._options) < 10_000:  # options repeat from row to row, completions do not
                 self._options[key] = ids
             return list(ids)
@@ -220,15 +222,16 @@ class Encoder:
         if excess <= 0:
             return prompt
         if not self.truncate:
-            raise ValueError(self._too_long(f"the prompt has {len(prompt)} tokens and {what} {following}"))
-        start = self._affixes[0]
+            raise ValueError(self.too_long(f"the prompt has {len(prompt)} tokens and {what} {following}"))
+        start = self.affixes[0]
         keep = len(start) if prompt[: len(start)] == start else 0
         if len(prompt) - excess < keep + 1:
-            raise ValueError(self._too_long(f"{what} has {following} tokens", cut=False))
-        self._facts.add(CUT)
+            raise ValueError(self.too_long(f"{what} has {following} tokens", cut=False))
+        self.facts.add(CUT)
         return prompt[:keep] + prompt[keep + excess :]
 
-    def _too_long(self, fact: str, cut: bool = True) -> str:
+    def too_long(self, fact: str, cut: bool = True) -> str:
+        """The sentence for a row that exceeds the limit; ``cut``: whether --truncate helps."""
         if self.limit_is_users:
             fix = f"the --max_length of {self.limit}: raise --max_length" + (", or pass --truncate" if cut else "")
         else:
@@ -247,13 +250,13 @@ class Encoder:
         }
 
     def _text(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        ids = self._ids(_string(row, "text"))
-        start = list(self._affixes[0])
+        ids = self.ids(_string(row, "text"))
+        start = list(self.affixes[0])
         ids = ids + self._end() if ids else ids
         if self.limit is not None and len(start) + len(ids) - 1 > self.limit:
             if not self.truncate:
-                raise ValueError(self._too_long(f"the text has {len(start) + len(ids)} tokens"))
-            self._facts.add(CUT)
+                raise ValueError(self.too_long(f"the text has {len(start) + len(ids)} tokens"))
+            self.facts.add(CUT)
             ids = ids[: self.limit + 1 - len(start)]
         return {"prompt_ids": start, "completion_ids": ids}
 
@@ -267,7 +270,7 @@ class Encoder:
         ids, scored, _ = chats.of_row(row, longest if self.truncate else None)
         if longest is not None and len(ids) > longest:
             what = "the last turn has, without what can be cut of its questions," if self.truncate else "the chat has"
-            raise ValueError(self._too_long(f"{what} {len(ids)} tokens", cut=not self.truncate))
+            raise ValueError(self.too_long(f"{what} {len(ids)} tokens", cut=not self.truncate))
         start = scored.index(True) if True in scored else len(ids)
         example: dict[str, Any] = {"prompt_ids": ids[:start], "completion_ids": ids[start:]}
         mask = scored[start:]

@@ -227,6 +227,8 @@ def _check_derived(derived: Any, columns: Sequence[str]) -> None:
 
 def _check_join(task: Task) -> None:
     """ValueError where prompt and option join two words: "… It was" + "great"."""
+    if task.has_mask:  # a label word stands at the mask
+        return
     end, words = task.prompt[-1:], " ".join(task.prompt.split()[-2:])
     ends_in_text = end.isascii() and (end.isalnum() or (end and end in '.,:;!?}"'))
     for option in task.options:

@@ -11,17 +11,18 @@ from typing import Any
 
 from zotune.tasks import loader
 from zotune.tasks.chat import ChatOptions, read_tools, variables_of
-from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator
+from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator, MaskedCollator
 from zotune.tasks.columns import format_of
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
+from zotune.tasks.masked import TEMPLATE, encode_masked
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.prompts import RewardCollator, encode_prompts, is_chat, stop_tokens
 from zotune.tasks.sources import Rows, clean, demonstrated, load_rows, read_jsonl, sample, split_train
-from zotune.tasks.task import Task
+from zotune.tasks.task import MASK, Task
 from zotune.tasks.vocabulary import check_vocabulary
 from zotune.weights.structure import text_config
 
-OBJECTIVES = ("lm", "choices", "accuracy", "classifier", "reward")
+OBJECTIVES = ("lm", "choices", "accuracy", "classifier", "mlm", "reward")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class PreparedData:
     label_names: tuple[str, ...] = ()
     chats: bool = False
     texts: tuple[str, ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether label words are scored at masks, by the head of a masked language model."""
+        return self.train_objective == "mlm"
 
     def optimized(self, rewards: Sequence[str] | None) -> dict[str, Any]:
         """The arguments of a trainer that say what is optimized: objectives, or the reward functions of prompts."""
@@ -98,7 +104,8 @@ def prepare(
         template, options: see :func:`zotune.tasks.load`.
         objective: training loss: ``"lm"`` (over the right option's tokens; the default), ``"choices"``
             (cross-entropy over the options' scores), ``"accuracy"`` (whether the best score is the right option's), ``"classifier"``
-            (the default for encoder models) or ``"reward"`` (prompts, whose completions are rewarded).
+            (the default for encoder models), ``"mlm"`` (cross-entropy over label words at the ``<mask>`` of a prompt, by the head of a
+            masked language model; the default where a template has one) or ``"reward"`` (prompts, whose completions are rewarded).
         num_train, num_eval: most rows, drawn by `seed`.
         num_dev: training rows held out.
         k_shot: training rows per class.
@@ -121,6 +128,8 @@ def prepare(
         if value is not None and value < (0 if name == "num_dev" else 1):
             raise ValueError(f"{name}={value} must be positive; leave it out to use every row.")
     if isinstance(task, (str, Path)):
+        if objective == "mlm" and template is None and TEMPLATE in loader.load(task).templates:
+            template = TEMPLATE
         task = loader.load(task, template=template, options=options)
     elif template is not None or options is not None:
         raise ValueError("template and options need the name or path of a task: pass --task.")
@@ -150,6 +159,8 @@ def prepare(
                     example["reference"] = len(references)
                     references.append(task.references(row))
             return examples
+        if train_objective == "mlm":
+            return encode_masked(encoder, rows, task)
         return encoder.classifier(rows, task) if train_objective == "classifier" else encoder.choices(rows, task)
 
     if num_demonstrations is not None and (task is None or eval_objective not in ("choices", "generation")):
@@ -237,7 +248,8 @@ def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapp
     if objective == "generation":
         assert task is not None and task.max_new_tokens is not None
         return GenerationCollator(**padding, max_new_tokens=task.max_new_tokens, stop_ids=tuple(encoder.answer_ends()))
-    return {"lm": LanguageModelCollator, "classifier": ClassifierCollator, "reward": RewardCollator}[objective](**padding)
+    collators = {"lm": LanguageModelCollator, "classifier": ClassifierCollator, "mlm": MaskedCollator, "reward": RewardCollator}
+    return collators[objective](**padding)
 
 
 def is_encoder(model_config: Any) -> bool:
@@ -259,6 +271,14 @@ def _objectives(objective: str | None, task: Task | None, model_config: Any) -> 
         raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}.")
     if getattr(model_config, "is_encoder_decoder", False):
         raise ValueError(f"{model_config.model_type} is an encoder-decoder model: use a causal language model or an encoder.")
+    masked = task is not None and task.has_mask
+    if masked and objective is None and is_encoder(model_config):
+        objective = "mlm"
+    if objective == "mlm":
+        _check_masked(task, model_config)
+        return "mlm", "mlm"
+    if masked:
+        raise ValueError(f"the prompt has a {MASK}, which the head of a masked language model fills: use an encoder and --objective mlm.")
     if is_encoder(model_config):
         if objective in ("lm", "choices", "accuracy", "reward"):
             raise ValueError(
@@ -279,6 +299,26 @@ def _objectives(objective: str | None, task: Task | None, model_config: Any) -> 
             raise ValueError(f"task {task.name!r} has no options to score, its answers are generated: leave the objective out.")
         return "lm", "generation"
     return objective or "lm", "choices"
+
+
+def _check_masked(task: Task | None, model_config: Any) -> None:
+    """ValueError where there are no label words, or no masked language model's head."""
+    if task is None or task.generation:
+        raise ValueError(
+            "objective 'mlm' needs a task with labels, whose options are label words: pass --task (a name or your own YAML file)."
+        )
+    if model_config is None:
+        return
+    kind = getattr(model_config, "model_type", type(model_config).__name__)
+    if not is_encoder(model_config):
+        raise ValueError(
+            f"objective 'mlm' needs a masked language model such as BERT or RoBERTa, and {kind} is none: use 'choices' or 'lm'."
+        )
+    if any(name.endswith("ForSequenceClassification") for name in getattr(model_config, "architectures", None) or ()):
+        raise ValueError(
+            f"objective 'mlm' needs the head of a masked language model, and this {kind} is a sequence classifier: take the checkpoint "
+            "that it was made from, or leave the objective out."
+        )
 
 
 def _train_rows(task: Task | None, data_dir: Any, train_file: Any) -> Rows | None:

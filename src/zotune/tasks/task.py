@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zotune.tasks.template import CHANGES, check_length, columns_of, render, text_of
+from zotune.tasks.template import CHANGES, check_length, columns_of, pieces, render, text_of
 
 Row = Mapping[str, Any]
 
 #: Column of the answer's text, while an answer is rendered.
 ANSWER = "answer"
+#: The mask in a prompt, whichever token a tokenizer has for it.
+MASK = "<mask>"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class Task:
             options = tuple(option if option.startswith(" ") else " " + option for option in options)
         return self.preamble + bare, options
 
+    def pieces(self, row: Row) -> list[tuple[str | None, str]]:
+        """The prompt of a row in pieces, (column or None, text); see :func:`zotune.tasks.template.pieces`."""
+        return pieces(self.prompt, self._complete(row))
+
     def encoder_texts(self, row: Row) -> tuple[str, ...]:
         """The one or two texts that a sequence-classification model reads."""
         row = self._complete(row)
@@ -133,6 +139,11 @@ class Task:
     def fixed_options(self) -> bool:
         """Whether all rows have the same options, so that a classifier has one class per option."""
         return not self.gold and not any(columns_of(option) for option in self.options)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the prompt has a mask, at which label words are scored."""
+        return MASK in self.prompt
 
     def _candidates(self, row: Row) -> tuple[str, ...]:
         assert self.candidates is not None

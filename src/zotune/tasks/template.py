@@ -41,6 +41,27 @@ def render(template: str, row: Mapping[str, object]) -> str:
     return _TOKEN.sub(value, template)
 
 
+def pieces(template: str, row: Mapping[str, object]) -> list[tuple[str | None, str]]:
+    """What :func:`render` joins: (None, literal text) and (column, its text) in turn, a literal text first and last.
+
+    Example:
+        >>> pieces("{sentence} It was", {"sentence": " fun . "})
+        [(None, ''), ('sentence', 'fun .'), (None, ' It was')]
+    """
+    found: list[tuple[str | None, str]] = []
+    literal, end = "", 0
+    for match in _TOKEN.finditer(template):
+        literal, end, name = literal + template[end : match.start()], match.end(), _column_of(match, template)
+        if name is None:
+            literal += match.group()[0]
+            continue
+        found += [(None, literal), (name, text_of(row, name))]
+        literal = ""
+    found.append((None, literal + template[end:]))
+    check_length(sum(len(text) for _, text in found))
+    return found
+
+
 def check_length(characters: int) -> None:
     """ValueError for a text of more characters than :data:`LONGEST_TEXT`."""
     if characters > LONGEST_TEXT:
@@ -100,6 +121,8 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "lower_first": _lower_first,
     "upper_first": lambda text: text[:1].upper() + text[1:],
     "question_mark": lambda text: text if text.endswith("?") else text + "?",
+    "lower_first_letter": lambda text: text[:1].lower() + text[1:],
+    "drop_last_character": lambda text: text[:-1],
     "drop_final_period": lambda text: text.removesuffix("."),
     "before_blank": lambda text: _parts_at_blank(text)[0],
     "from_blank": lambda text: _parts_at_blank(text)[1],

@@ -167,10 +167,11 @@ class DataArguments(EvalDataArguments):
     """Which data to train and evaluate on."""
 
     train_file: str | None = option(None, "your JSON Lines to train on, in the same formats")
-    objective: Literal["lm", "choices", "accuracy", "classifier"] | None = option(
+    objective: Literal["lm", "choices", "accuracy", "classifier", "mlm"] | None = option(
         None,
         "training loss: over the answer's tokens (lm, the default), over the options' scores (choices), their errors, which no gradient "
-        "reaches (accuracy), or of a classification head (classifier, the default for encoders)",
+        "reaches (accuracy), of a classification head (classifier, the default for encoders), or over label words at a mask, by a masked "
+        "language model's head (mlm)",
     )
     num_train: int | None = option(None, "training examples, drawn by seed; all when not given")
     num_dev: int | None = option(None, "training examples held out for the evaluations during training")

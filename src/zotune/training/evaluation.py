@@ -203,8 +203,8 @@ class EvaluatedTrainer(CheckpointedTrainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """(loss, predictions, labels) of an evaluation batch.
 
-        "choices": log-probabilities of the options under the softmax of their scores (B, C), and `answer`, or `right` (B, C) where several
-        options may be right. A missing option scores -inf; -100 where the batch has fewer options than another. "generation": token ids
+        "choices", "mlm": log-probabilities of the options under the softmax of their scores (B, C), and `answer`, or `right` (B, C) where
+        several options may be right. A missing option scores -inf; -100 where the batch has fewer options than another. "generation": ids
         of the answers (B, S), and `reference`. Prompts that are rewarded: the table of :func:`zotune.rewards.evaluation.evaluated`, and
         their numbers.
         """
@@ -218,8 +218,9 @@ class EvaluatedTrainer(CheckpointedTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         batch = self._prepare_inputs(inputs)
         with torch.no_grad():
-            if objective == "choices":
-                scores = objectives.choice_scores(model, batch).log_softmax(dim=1)
+            if objective in ("choices", "mlm"):
+                score = objectives.choice_scores if objective == "choices" else objectives.label_word_logits
+                scores = score(model, batch).log_softmax(dim=1)
                 answers = batch.get("answer")
                 loss = None if answers is None else F.nll_loss(scores, answers)
                 return (loss, None, None) if prediction_loss_only else (loss, scores, batch.get("right", answers))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 PREFIX = "guard_"
 
 
-def guard_data(tokenizer: Any, model_config: Any, data: DataArguments, seed: int) -> PreparedData | None:
-    """The data of `--guard_task` and `--guard_file`; None without.
+def guard_data(tokenizer: Any, model_config: Any, data: DataArguments, seed: int, *, masked: bool = False) -> PreparedData | None:
+    """The data of `--guard_task` and `--guard_file`; None without. ``masked``: label words at masks, as those of the run.
 
     Raises:
         ValueError: they cannot be loaded or encoded; the message names the option.
@@ -32,6 +32,7 @@ def guard_data(tokenizer: Any, model_config: Any, data: DataArguments, seed: int
         "truncate": data.truncate,
         "seed": seed,
         "parts": ("eval",),
+        "objective": "mlm" if masked else None,
     }
     if data.guard_file is None:
         common["data_dir"] = data.data_dir

@@ -112,6 +112,7 @@ def load_model(
     device: torch.device,
     *,
     classes: Sequence[str] | None = None,
+    masked: bool = False,
     needs: Needs | None = None,
     identify: bool = False,
 ) -> tuple[nn.Module, list[str]]:
@@ -122,6 +123,7 @@ def load_model(
         args: the user's options.
         device: where it will run, for dtype "auto".
         classes: names of a classifier's classes; None for a language model.
+        masked: a masked language model, of an encoder.
         needs: memory of a step beside the weights, for `--max_memory`.
         identify: sets ``plan.identity``.
 
@@ -129,7 +131,7 @@ def load_model(
         ValueError: an adapter was trained on another base, the head has another number of classes, or a language model's files are
             incomplete.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     if plan.gguf is not None:
         return _load_gguf(plan, args, classes, identify), []
@@ -138,7 +140,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": resolve_dtype(args.dtype, device), "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
-    config, kind = plan.config, AutoModelForCausalLM
+    config, kind = plan.config, AutoModelForMaskedLM if masked else AutoModelForCausalLM
     if classes is not None:
         kind = AutoModelForSequenceClassification
         has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
@@ -152,6 +154,11 @@ def load_model(
         plan.name, lambda: _read(plan.name, kind, args, device, needs, config=config, output_loading_info=True, **options)
     )
     missing = sorted(info["missing_keys"])
+    if missing and masked:
+        raise ValueError(
+            f"{plan.name} has no complete head of a masked language model, its files lack {', '.join(missing[:3])}: take a "
+            "checkpoint with one, or --objective classifier."
+        )
     if missing and classes is None:
         raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
     then = None if plan.adapter is None else base_identity.saved(Path(plan.adapter))

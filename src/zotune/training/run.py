@@ -85,14 +85,14 @@ class _Run:
         data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, max_completion_length=most, **config.data.of_prepare())
         if rewards is not None:
             data = dataclasses.replace(data, compute_metrics=RewardMetrics(rewards.names))
-        guarded = guard_data(tokenizer, plan.config, config.data, training.seed)
+        guarded = guard_data(tokenizer, plan.config, config.data, training.seed, masked=data.masked)
         check_evaluations(training, data, guarded=guarded is not None)
         check_texts(plan, tokenizer, data)
         set_seed(training.seed)  # a new head or adapter draws from the global generator
         classes = data.label_names if data.train_objective == "classifier" else None
         predict = self.predict_needs
         needs = None if predict is None else predict(config.model, plan, training, data, method, config.scheme)
-        model, fresh = load_model(plan, config.model, training.device, classes=classes, needs=needs, identify=True)
+        model, fresh = load_model(plan, config.model, training.device, classes=classes, masked=data.masked, needs=needs, identify=True)
         if fresh and config.scheme.scheme == "scales":
             raise ValueError("the model's head is randomly initialized, and --scheme scales does not train it: train it first.")
         if isinstance(method, Baseline) and method.kind != "backward":

@@ -61,6 +61,7 @@ class RunFile:
     base: BaseIdentity | None = None
     dtype: str | None = None
     classes: list[str] | None = None
+    masked: bool = False
     chats: bool = False
     metric: str | None = None
     before: dict[str, float | None] | None = None

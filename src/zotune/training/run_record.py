@@ -64,6 +64,7 @@ class RunRecord:
                 "base": None if self.trainer.base is None else dataclasses.asdict(self.trainer.base),
                 "dtype": dtype_of(self.trainer.model),
                 "classes": list(self.data.label_names) if self.data.train_objective == "classifier" else None,
+                "masked": self.data.masked,
                 "chats": self.data.chats,
                 "metric": self.data.main_metric,
                 "before": before,

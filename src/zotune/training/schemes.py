@@ -22,7 +22,7 @@ from zotune.training.arguments import option
 from zotune.training.bounds import check_adapter
 from zotune.weights.computed_linear import NO_SCHEME, is_computed
 from zotune.weights.external_linear import external_layers
-from zotune.weights.structure import classifier_of, module_mode, output_embeddings
+from zotune.weights.structure import classifier_of, masked_head, module_mode, output_embeddings
 from zotune.weights.trainable_scales import quantize
 
 if TYPE_CHECKING:
@@ -206,6 +206,9 @@ def _head_names(model: nn.Module) -> list[str]:
             each.tie_word_embeddings = False
         if hasattr(model, "all_tied_weights_keys"):
             model.all_tied_weights_keys = {}  # type: ignore[assignment]
+    behind = masked_head(model)
+    if behind:
+        return behind
     own = {id(parameter) for parameter in head.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in own]
 

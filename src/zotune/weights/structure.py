@@ -122,6 +122,27 @@ def head_of(model: nn.Module) -> nn.Module | None:
     return None if isinstance(head, nn.Embedding) else head
 
 
+def transforms_states(model: nn.Module) -> bool:
+    """Whether layers stand between the last hidden states and the head, as in transformers' masked language models."""
+    return type(_unwrapped(model)).__name__.endswith(("ForMaskedLM", "ForPreTraining"))
+
+
+def masked_head(model: nn.Module) -> list[str]:
+    """Names of the parameters of a masked language model behind its last hidden states: transform, biases and decoder; empty for others."""
+    inner = _unwrapped(model)
+    prefix = getattr(inner, "base_model_prefix", "")
+    if inner is not model or not prefix or not transforms_states(model):
+        return []
+    return [name for name, _ in model.named_parameters() if not name.startswith(f"{prefix}.")]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers within adapters and compilation."""
+    model = uncompiled(model)
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def classifier_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     """(name, module) of the head of a sequence or token classifier."""
     return next(((name, m) for name in CLASSIFIERS if isinstance(m := getattr(model, name, None), nn.Module)), None)
