@@ -199,8 +199,10 @@ def _head_names(model: nn.Module) -> list[str]:
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     if head is embeddings:
         raise ValueError("this model's head is its embedding layer itself, so it cannot be trained alone: choose another scheme.")
+    unused: nn.Parameter | None = None
     if head.weight is getattr(embeddings, "weight", None):
         head.weight = nn.Parameter(head.weight.detach().clone())
+        unused = _untie_bias(model, head)
         config: Any = model.config
         for each in (config, config.get_text_config() if hasattr(config, "get_text_config") else config):
             each.tie_word_embeddings = False
@@ -208,9 +210,18 @@ def _head_names(model: nn.Module) -> list[str]:
             model.all_tied_weights_keys = {}  # type: ignore[assignment]
     behind = masked_head(model)
     if behind:
-        return behind
+        return [name for name in behind if model.get_parameter(name) is not unused]
     own = {id(parameter) for parameter in head.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in own]
+
+
+def _untie_bias(model: nn.Module, head: Any) -> nn.Parameter | None:
+    """Gives the head a bias of its own; the one that it shared, which nothing reads any more (masked language models), if it did."""
+    bias = head._parameters.get("bias")
+    if bias is None or not any(p is bias for m in model.modules() if m is not head for p in m._parameters.values()):
+        return None
+    head.bias = nn.Parameter(bias.detach().clone())
+    return bias
 
 
 # -- adapters -----------------------------------------------------------------------------------------------------------------------
