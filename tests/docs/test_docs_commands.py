@@ -1,6 +1,6 @@
 """The commands in README.md and docs/: every flag exists, and the blocks marked `<!-- runs -->` run, on a tiny model.
 
-A marked block runs in a folder with `my-model`, `my.jsonl`, `train.jsonl`, `test.jsonl`, `data/sst2` and the files that the page shows (see
+A marked block runs in a folder with `my-model` (and `my-masked`), `my.jsonl`, `train.jsonl`, `test.jsonl`, `data/sst2` and the files that the page shows (see
 ``docs_pages``); training is cut to a few steps.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from command_cases import run_command, save_data, save_model
+from command_cases import run_command, save_data, save_masked, save_model
 from docs_pages import PAGES, ROOT, command_blocks, name_of, save_files
 from zotune.cli.main import COMMANDS
 
@@ -63,6 +63,8 @@ def _names(flags: set[str]) -> set[str]:
 def test_the_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "my-model")
     save_data(tmp_path)
+    if "./my-masked" in page.read_text(encoding="utf-8"):
+        save_masked(tmp_path / "my-masked")
     for name in ("train", "test"):
         shutil.copy(tmp_path / "my.jsonl", tmp_path / f"{name}.jsonl")
     save_files(page, tmp_path)
