@@ -1,7 +1,7 @@
 """The commands in README.md and docs/: every flag exists, and the blocks marked `<!-- runs -->` run, on a tiny model.
 
-A marked block runs in a folder with `my-model` (and `my-masked`), `my.jsonl`, `train.jsonl`, `test.jsonl`, `data/sst2` and the files that the page shows (see
-``docs_pages``); training is cut to a few steps.
+A marked block runs in a folder with `my-model` (and `my-masked`), `my.jsonl`, `train.jsonl`, `test.jsonl`, `data/sst2` and the files that
+the page shows (see ``docs_pages``); training is cut to a few steps.
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         plan.adapter = how.adapter
     tokenizer = load_tokenizer(plan, model)
     most = rewarded.get("max_completion_length", 0)
+    if how.objective is not None and data.reward:
+        raise ValueError(f"--objective {how.objective} is a loss, and --reward stands in its place: give one of them.")
     wanted = ({} if how.objective is None else {"objective": how.objective}) | data.of_prepare()
     prepared = prepare(tokenizer, plan.config, seed=how.seed, parts=("eval",), max_completion_length=most, **wanted)
     assert prepared.eval is not None, "prepare loads what is asked for"

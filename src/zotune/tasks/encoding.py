@@ -49,7 +49,7 @@ class Encoder:
     limit_is_users: bool = False
     chat: ChatOptions | None = None
     texts: list[str] = field(default_factory=list, repr=False, compare=False)
-    facts: set[str] = field(default_factory=set, repr=False, compare=False)
+    facts: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     _options: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def choices(self, rows: Rows, task: Task) -> list[dict[str, Any]]:
