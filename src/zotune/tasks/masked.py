@@ -122,9 +122,11 @@ class _MaskedPrompt:
     def _literal(self, text: str) -> list[int]:
         if text not in self._literals:
             tokenizer = self.encoder.tokenizer
-            single = tokenizer.convert_tokens_to_ids(text) if len(text) == 1 else None  # without a blank that SentencePiece would add
-            known = single is not None and single != tokenizer.unk_token_id
-            self._literals[text] = [single] if known else self.encoder.ids(text) if text else []
+            ids = self.encoder.ids(text) if text else []
+            single = tokenizer.convert_tokens_to_ids(text) if len(text) == 1 else None
+            if single is not None and single != tokenizer.unk_token_id:
+                ids = [single]  # without a blank that SentencePiece would add
+            self._literals[text] = ids
         return self._literals[text]
 
     def _fit(self, parts: list[list[int]], texts: Sequence[int]) -> None:
