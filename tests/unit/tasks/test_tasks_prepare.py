@@ -250,7 +250,7 @@ def test_a_loaded_task_is_taken_as_it_is(tokenizer, config, data_dir):
     [
         ({}, r"nothing to train on: pass --task .* or --train_file"),
         ({"task": "sst3"}, r"unknown task 'sst3'; did you mean 'sst[25]'"),
-        ({"task": "sst2", "objective": "rl"}, r"unknown objective 'rl': choose one of lm, choices, accuracy, classifier, reward"),
+        ({"task": "sst2", "objective": "rl"}, r"unknown objective 'rl': choose one of lm, choices, accuracy, classifier, mlm, reward"),
         ({"train_file": "x.jsonl", "objective": "choices"}, r"objective 'choices' needs a task with labels"),
         ({"train_file": "x.jsonl", "template": "{text}:"}, r"template and options need .* --task"),
         ({"train_file": "x.jsonl"}, r"no file x.jsonl"),
