@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune import methods
+from zotune.methods.coefficients import State
 from zotune.methods.rules import Rule
 from zotune.optim.calibration.gains import gain, measurable
 from zotune.subspaces import Activation
@@ -82,8 +83,8 @@ def repeats(method: methods.Method, at: Slope) -> float:
     return 1.0
 
 
-def step_size(method: methods.Method, at: Slope, step: int = 0) -> float:
-    """The η at which a step is as long as one of plain SGD at ½ η*."""
+def step_size(method: methods.Method, at: Slope, step: int = 0, state: State | None = None) -> float:
+    """The η at which a step is as long as one of plain SGD at ½ η*; ``state``: of the shaping."""
     directions = method.num_directions
     noise = max(at.trace, 0.0) / directions + (1 + 1 / directions) * abs(at.along)
     if isinstance(method.subspace, Activation):  # directions in the span of the inputs, where all of the curvature is
@@ -94,6 +95,6 @@ def step_size(method: methods.Method, at: Slope, step: int = 0) -> float:
     if method.svrg is not None:
         return half
     if measurable(method):
-        return half * gain(method, Rule(method.update_rule, method.update_rule_args), at.square, directions, method.eps, step)
+        return half * gain(method, Rule(method.update_rule, method.update_rule_args), at.square, directions, method.eps, step, state)
     length = math.sqrt((1 + (at.size + 1) / directions) * at.square)  # of plain SGD's steps at η = 1
     return half * length / unit_length(method, at, step)

@@ -55,7 +55,7 @@ def learn(model: nn.Module, optimizer: ZerothOrder, loss_of: Callable, batches: 
             same.load_state_dict(model.state_dict())
             at = slope(same, lambda batch=batch: loss_of(same)(batch).mean(), optimizer.method.reach)
             if at.square > 1e-12:  # else the minimum is reached
-                optimizer.param_groups[0]["lr"] = step_size(optimizer.method, at, step)
+                optimizer.param_groups[0]["lr"] = step_size(optimizer.method, at, step, optimizer.run.shaping_state)
         losses.append(float(optimizer.step(loss_of(model), batch).mean()))
     return losses
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from zotune.methods.method import AUTO, Method
-from zotune.methods.recipes.adaptive import meazo, r_adazo, zo_adamw, zo_rmsprop
+from zotune.methods.recipes.adaptive import bszo, meazo, r_adazo, zo_adamw, zo_rmsprop
 from zotune.methods.recipes.blockwise import zo_block, zo_block_jacobi
 from zotune.methods.recipes.evolution import es, es_ranks, fzoo
 from zotune.methods.recipes.forward_grad import forward_grad
@@ -32,6 +32,7 @@ __all__ = [
     "Recipe",
     "agzo",
     "base_of",
+    "bszo",
     "default",
     "es",
     "es_ranks",

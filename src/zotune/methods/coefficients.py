@@ -73,6 +73,10 @@ class Shaping(CoefficientTransform):
     def shape(self, coefficients: Sequence[float], skipped: Sequence[bool], eps: float, state: State) -> list[float]:
         """c′ of a step; 0 where skipped. ``state`` (empty before the first step) is changed in place."""
 
+    def sized(self, elements: int) -> Shaping:
+        """The same for a model of which ``elements`` weights are trained."""
+        return self
+
 
 @dataclass(frozen=True)
 class BySign(Shaping):

@@ -159,7 +159,8 @@ def build(
     if anchor is not None:
         anchor.check(coordinates)
         anchor.attach(c for group, decays in zip(groups, decaying, strict=True) if decays for c in group)
-    method = dataclasses.replace(method, blocks=method.subspace.attach(model, coordinates))
+    shaping = method.shaping and method.shaping.sized(sum(c.parameter.numel() for c in coordinates))
+    method = dataclasses.replace(method, blocks=method.subspace.attach(model, coordinates), shaping=shaping)
     estimator = ESTIMATORS[method.estimator]
     layers = _scaled_layers(method, coordinates)
     directions = sparse_directions.directions(method.direction, {c.name: c.shape for c in coordinates})

@@ -13,6 +13,7 @@ from torch import nn
 import toys
 from zotune import ZerothOrder, methods
 from zotune.methods.coefficients import FITNESS, ByDeviation, ByRootMeanSquare, BySign, State
+from zotune.methods.posterior import ByPosterior
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import LowRank
 
@@ -41,6 +42,25 @@ def test_the_root_mean_square_is_adams_of_the_coefficient():
         before, p.grad = float(p.detach()), torch.tensor([c], dtype=torch.float64)
         adam.step()
         assert shaped == pytest.approx(before - float(p.detach()), rel=1e-6)
+
+
+def test_the_posterior_is_that_of_a_kalman_filter():
+    """BSZO's observations along axes, the last along the top eigenvector of the covariance, in matrices."""
+    shaping, state, generator = ByPosterior(alpha=0.1, reuse=1).sized(250_000), State(), torch.Generator().manual_seed(0)
+    s = 0.25
+    for _ in range(6):
+        y = 0.7 * torch.randn(3, generator=generator, dtype=torch.float64)
+        mean, covariance = torch.zeros(3, dtype=torch.float64), 0.25 * torch.eye(3, dtype=torch.float64)
+        for place in range(4):
+            top = torch.linalg.eigh(covariance).eigenvectors[:, -1].abs().argmax()
+            axis = torch.eye(3, dtype=torch.float64)[place if place < 3 else int(top)]
+            residual = float(axis @ (y - mean))
+            s = 0.9 * s + 0.1 * residual**2
+            gain = covariance @ axis / (axis @ covariance @ axis + max(0.05**2, s))
+            mean, covariance = mean + gain * residual, covariance - torch.outer(gain, axis @ covariance)
+        assert shaping.shape(y.tolist(), [False] * 3, 1e-3, state) == pytest.approx((3 * mean).tolist())
+    assert state == {"s": pytest.approx(s)}
+    assert shaping.shape([0.5, 9.0], [False, True], 1e-3, dict(state))[1] == 0.0
 
 
 def test_z_scores_and_ranks_of_a_population():
@@ -141,6 +161,8 @@ def test_the_conservative_step_is_the_best_of_three(tmp_path):
         (lambda: methods.fzoo(num_directions=1), "set num_directions to at least 2"),
         (lambda: methods.es(directions_per="example"), "method 'es' has no option 'directions_per'"),
         (lambda: methods.meazo(beta=1.0), r"beta must lie in \[0, 1\)"),
+        (lambda: methods.bszo(alpha=0.0), r"alpha must lie in \(0, 1\]"),
+        (lambda: methods.bszo(prior="large"), "prior must be a positive number or 'auto'"),
         (lambda: methods.replayed_adam(history=0), "history must be a whole number of at least 1"),
         (lambda: methods.replayed_momentum(momentum=1.0), "a decay rate must lie in"),
         (lambda: dataclasses.replace(methods.replayed_adam(), update_rule="Adam"), "leave update_rule at SGD"),

@@ -233,7 +233,7 @@ def test_a_replayed_momentum_adds_up_to_its_weights():
 
 
 @pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])
-@pytest.mark.parametrize("name", MEASURABLE)
+@pytest.mark.parametrize("name", [name for name in MEASURABLE if name != "bszo"])  # whose prior has the unit of a slope
 def test_the_unit_of_the_loss_does_not_matter(name, scale):
     """Losses times a power of two: a rate divided by it (for Adam the same), and the same run."""
 

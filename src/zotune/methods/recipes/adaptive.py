@@ -1,10 +1,11 @@
-"""Methods whose step follows the size of past estimates: second moments per element, or one for all."""
+"""Methods whose step follows the size of past estimates: second moments per element, or one for all, or a prior."""
 
 from __future__ import annotations
 
 from zotune.methods.coefficients import ByRootMeanSquare
+from zotune.methods.posterior import ByPosterior
 from zotune.methods.recipes.mezo import mezo_adam
-from zotune.methods.registry import Fields, register, variant
+from zotune.methods.registry import PER, Fields, register, variant
 
 
 @variant(mezo_adam, "AdamW", title="ZO-AdamW", arxiv="2402.11592")
@@ -52,3 +53,20 @@ def meazo(*, beta: float = 0.999) -> Fields:
     paper's may be near 0, and then the first step has any length.
     """
     return {"shaping": ByRootMeanSquare(beta), "estimates": "direction"}
+
+
+@register(title="BSZO", arxiv="2601.01452", without=(*PER, "fitness"), eps=1e-4, num_directions=2, estimator="forward")
+def bszo(*, prior: float | str = "auto", noise: float | str = "auto", alpha: float = 0.1, reuse: int = 1) -> Fields:
+    """BSZO: the slopes along a step's directions by Bayesian inference, with a noise that is learned (2601.01452).
+
+    y_k = (L(θ + εZ_k) − L(θ)) / ε,   a_k ~ N(0, σ_p²),   y_k = a_k + N(0, σ_n²),   θ ← θ − η Σ_k μ_k Z_k,   μ the posterior mean of a
+
+    For every observation, s ← (1 − α) s + α (y − μ)², σ_n² = max(s, σ_0² / 100). A direction's first observation counts its slope as noise,
+    since μ is 0 then: so along each direction the rule is a shrinkage of y, by nearly the same factor while σ_n² hardly changes. Then
+    ``reuse`` times the least certain direction takes its y again, without an evaluation: the paper's m is num_directions + reuse = 3.
+    σ_p and σ_0 (``prior``, ``noise``), in the unit of y, are √(n / 10⁶) for n trained weights. Unlike elsewhere here the directions are
+    summed, not averaged. State: s.
+    This is version 3 of the published code, its README's. In version 4, and in the paper, observations after the first of each direction
+    are new evaluations along the top eigenvector of the posterior covariance. The code adds 1e-10 to variances; here nothing is added.
+    """
+    return {"shaping": ByPosterior(prior, noise, alpha, reuse), "estimates": "direction"}

@@ -54,7 +54,7 @@ def gain(
     scale = math.prod(transform.gain(moment, directions, eps, state) for transform in transforms)
     if any(transform.normalizes for transform in transforms):
         return scale * rule_gain(rule, 1.0, 1, step)
-    return rule_gain(rule, moment, directions, step)
+    return scale * rule_gain(rule, moment, directions, step)
 
 
 def measurable(method: Method) -> bool:
