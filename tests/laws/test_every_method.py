@@ -83,8 +83,9 @@ def test_contracts_a_quadratic_as_theory_says(name):
     def loss_of(model):
         return lambda eye: (model(eye).T - target).square().sum().div(2)
 
-    steps = math.ceil(math.log(1000) / (0.75 / (1 + 31 / method.num_directions)))
-    learn(model, optimizer, loss_of, [torch.eye(5)] * steps)
+    times = 1 if method.kernel is None else 2  # its noise asks for shorter steps: of 6.25 times as many, as many as there is time for
+    steps = times * math.ceil(math.log(1000) / (0.75 / (1 + 31 / method.num_directions)))
+    learn(model, optimizer, loss_of, [torch.eye(5)] * steps, every=times)
     with torch.no_grad():
         left = float(loss_of(model)(torch.eye(5)) / loss_of(fresh)(torch.eye(5)))
     assert left < (0.01 if plain_gaussian(method) else 0.3)
@@ -92,7 +93,7 @@ def test_contracts_a_quadratic_as_theory_says(name):
 
 def plain_gaussian(method: methods.Method) -> bool:
     """Whether theory is about the method itself: plain SGD on unbiased estimates along Gaussian directions in full space."""
-    plain = method.fitness == "loss" and not (method.shaping or method.history or method.svrg or method.update_rule_args)
+    plain = method.fitness == "loss" and not (method.shaping or method.kernel or method.history or method.svrg or method.update_rule_args)
     return plain and method.estimates == "gradient" and method.update_rule == "SGD" and method.subspace.full
 
 

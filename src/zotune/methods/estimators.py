@@ -17,9 +17,9 @@ from zotune.io.memory_tags import tagged
 
 
 class Point(NamedTuple):
-    """θ + sign · ε · Z_direction; sign 0 is θ itself."""
+    """θ + sign · ε · Z_direction; sign 0 is θ itself, and between −1 and 1 it is a shorter way."""
 
-    sign: int
+    sign: float
     direction: int
 
 

@@ -13,6 +13,7 @@ from zotune.io.suggest import did_you_mean_or
 from zotune.methods.coefficients import FITNESS, ByDeviation, CoefficientTransform, ConservativeStep, Shaping
 from zotune.methods.estimators import ESTIMATORS
 from zotune.methods.history import CoefficientHistory
+from zotune.methods.kernel import Kernel
 from zotune.methods.rules import Rule
 from zotune.methods.svrg import SVRGSchedule
 from zotune.rng import sparse_directions
@@ -58,6 +59,7 @@ class Method:
             or ``"residual"``: 16 more bits beside every weight, so that nothing is rounded away. Thin weights have residuals always.
         history: moments from the history of coefficients, in place of the rule.
         svrg: steps relative to an SVRG snapshot, by plain SGD.
+        kernel: random lengths of the differences, and their weights.
         conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and take the one of the lowest loss.
         estimates: the mean of the estimate that the rule takes: the ``"gradient"`` itself (of the smoothed loss), a multiple of it (its
             ``"direction"``), or only a direction of ``"descent"``.
@@ -89,6 +91,7 @@ class Method:
     shaping: Shaping | None = None
     history: CoefficientHistory | None = None
     svrg: SVRGSchedule | None = None
+    kernel: Kernel | None = None
     conservative: bool = False
     estimates: str = "gradient"
     reach: str = "all"
@@ -143,6 +146,8 @@ class Method:
             raise ValueError("the estimator 'tangent' differentiates along one direction in full space: take method 'forward-grad'.")
         if self.conservative and not (shared and self.num_directions == 1):
             raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1, directions_per to 'batch'.")
+        if self.kernel and not (shared and self.estimator == "central" and self.fitness == "loss"):
+            raise ValueError(f"{self.name} weights central differences: set estimator to 'central', directions_per to 'batch'.")
         if self.svrg and not shared:
             raise ValueError(f"{self.name} evaluates the same directions at two points: set directions_per to 'batch'.")
         if (self.history or self.svrg) and not Rule(self.update_rule, self.update_rule_args).plain:
@@ -181,7 +186,7 @@ class Method:
     def transforms(self) -> tuple[CoefficientTransform, ...]:
         """What coefficients pass between the estimator and the update rule, in order."""
         conservative = ConservativeStep() if self.conservative else None
-        found = (FITNESS[self.fitness], self.svrg, conservative, self.shaping, self.history)
+        found = (FITNESS[self.fitness], self.kernel, self.svrg, conservative, self.shaping, self.history)
         return tuple(transform for transform in found if transform is not None)
 
     @property

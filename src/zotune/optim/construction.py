@@ -17,6 +17,7 @@ from zotune.methods import Method
 from zotune.methods.coefficients import ConservativeStep, Fitness, Shaping, State
 from zotune.methods.estimators import ESTIMATORS, Estimator
 from zotune.methods.history import CoefficientHistory
+from zotune.methods.kernel import Kernel
 from zotune.methods.rules import Rule
 from zotune.methods.svrg import SVRGSchedule
 from zotune.optim.anchor import Anchor
@@ -26,7 +27,14 @@ from zotune.optim.distributed.workers import Workers
 from zotune.optim.evaluator import Evaluator
 from zotune.optim.output_gradient_steps import OutputGradientSteps
 from zotune.optim.state import RunState, SampleBatches
-from zotune.optim.step_transforms import ConservativeChoice, FitnessTransform, HistoryTransform, ShapingTransform, StepTransform
+from zotune.optim.step_transforms import (
+    ConservativeChoice,
+    FitnessTransform,
+    HistoryTransform,
+    KernelWeights,
+    ShapingTransform,
+    StepTransform,
+)
 from zotune.optim.svrg import SVRGCorrection
 from zotune.rng import sparse_directions
 from zotune.rng.directions import Directions
@@ -207,6 +215,8 @@ def _step_transforms(method: Method, evaluator: Evaluator, estimator: Estimator,
                 found.append(FitnessTransform(transform))
             case SVRGSchedule():
                 found.append(SVRGCorrection(transform, evaluator, estimator, state))
+            case Kernel():
+                found.append(KernelWeights(transform))
             case ConservativeStep():
                 found.append(ConservativeChoice(evaluator, state))
             case Shaping():

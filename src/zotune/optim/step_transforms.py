@@ -18,6 +18,7 @@ from zotune.io.memory_tags import tagged
 from zotune.methods.coefficients import Fitness, Shaping, State
 from zotune.methods.estimators import Estimate
 from zotune.methods.history import CoefficientHistory, PastStep
+from zotune.methods.kernel import Kernel
 from zotune.optim.evaluator import Evaluator
 from zotune.optim.journal_records import StepRecord
 from zotune.optim.state import RunState, StepContext
@@ -79,6 +80,19 @@ class FitnessTransform(StepTransform):
     def before_journal(self, estimate: Estimate, losses: Losses, context: StepContext, rates: tuple[float, ...]) -> Estimate:
         values = losses.values.cpu()
         return estimate._replace(coefficients=self.fitness.coefficients(values[0::2], values[1::2]))
+
+
+class KernelWeights(StepTransform):
+    """Differences over ε r, weighted by K(r)."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    @tagged("activations")
+    def before_journal(self, estimate: Estimate, losses: Losses, context: StepContext, rates: tuple[float, ...]) -> Estimate:
+        lengths = [self.kernel.length(context.seed, context.step, k) for k in range(len(estimate.coefficients))]
+        weights = torch.tensor([self.kernel.weight(r) for r in lengths], dtype=torch.float32)
+        return estimate._replace(coefficients=weights * estimate.coefficients)
 
 
 class ConservativeChoice(StepTransform):

@@ -13,6 +13,7 @@ from torch import nn
 import toys
 from zotune import ZerothOrder, methods
 from zotune.methods.coefficients import FITNESS, ByDeviation, ByRootMeanSquare, BySign, State
+from zotune.methods.kernel import MOMENTS, Kernel
 from zotune.methods.posterior import ByPosterior
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import LowRank
@@ -63,6 +64,18 @@ def test_the_posterior_is_that_of_a_kalman_filter():
     assert shaping.shape([0.5, 9.0], [False, True], 1e-3, dict(state))[1] == 0.0
 
 
+@pytest.mark.parametrize(("kind", "cubed"), [("cubic", 0.0), ("linear", 0.6)])
+def test_kernels_have_the_moments_they_are_made_for(kind, cubed):
+    kernel, r = Kernel(kind), torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    weights = torch.tensor([kernel.weight(float(each)) for each in r], dtype=torch.float64)
+    for power, expected in ((1, 1.0), (3, cubed)):
+        assert float(torch.trapezoid(r**power * weights, r)) / 2 == pytest.approx(expected, abs=1e-4)
+    assert float(torch.trapezoid((r * weights) ** 2, r)) / 2 == pytest.approx(MOMENTS[kind], rel=1e-4)
+    lengths = torch.tensor([kernel.length(0, step, 0) for step in range(4000)])
+    assert float(lengths.mean()) == pytest.approx(0.0, abs=0.05) and float(lengths.square().mean()) == pytest.approx(1 / 3, abs=0.03)
+    assert lengths.abs().max() <= 1
+
+
 def test_z_scores_and_ranks_of_a_population():
     losses = torch.tensor([3.0, 1.0, 1.0, 10.0], dtype=torch.float64)
     z = (losses - losses.mean()) / losses.std(unbiased=False)
@@ -106,7 +119,7 @@ def reference_step(model: nn.Module, moves: dict[str, torch.Tensor], lr: float) 
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", ["fzoo", "es", "zo-sgd-scalar-sign"])
+@pytest.mark.parametrize("name", ["fzoo", "es", "zo-sgd-scalar-sign", "kerzoo"])
 def test_a_step_is_its_equation(name):
     """From the losses of the points, evaluated by hand on copies of the model."""
     model, eps, lr, k = toys.classifier(), 1e-2, 1e-3, 5
@@ -118,9 +131,12 @@ def test_a_step_is_its_equation(name):
         moved = reference_step(copy.deepcopy(before), directions[j], -scale)
         return toys.loss_function(moved)(x).detach().double().mean()
 
-    plus, minus = (torch.stack([loss(sign * eps, j) for j in range(k)]) for sign in (1, -1))
+    lengths = [method.kernel.length(0, 0, j) if method.kernel else 1.0 for j in range(k)]
+    plus, minus = (torch.stack([loss(sign * eps * lengths[j], j) for j in range(k)]) for sign in (1, -1))
     if name == "fzoo":
         weights = (plus - loss(0.0, 0)) / eps / plus.std()
+    elif name == "kerzoo":
+        weights = torch.tensor([15 / 4 * r * (5 - 7 * r**2) for r in lengths]) * (plus - minus) / (2 * eps)
     elif name == "es":
         both = torch.cat([plus, minus])
         weights = (plus - minus) / 2 / both.std(unbiased=False)
@@ -163,6 +179,7 @@ def test_the_conservative_step_is_the_best_of_three(tmp_path):
         (lambda: methods.meazo(beta=1.0), r"beta must lie in \[0, 1\)"),
         (lambda: methods.bszo(alpha=0.0), r"alpha must lie in \(0, 1\]"),
         (lambda: methods.bszo(prior="large"), "prior must be a positive number or 'auto'"),
+        (lambda: methods.kerzoo(kernel="cube"), "unknown kernel 'cube'; did you mean 'cubic'"),
         (lambda: methods.replayed_adam(history=0), "history must be a whole number of at least 1"),
         (lambda: methods.replayed_momentum(momentum=1.0), "a decay rate must lie in"),
         (lambda: dataclasses.replace(methods.replayed_adam(), update_rule="Adam"), "leave update_rule at SGD"),
