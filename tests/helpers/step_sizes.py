@@ -63,7 +63,7 @@ def unit_length(method: methods.Method, at: Slope, step: int) -> float:
     """The length of a step at η = 1, for the rules whose steps are as long whatever the size of the estimate."""
     rule = Rule(method.update_rule, method.update_rule_args)
     name, squares = rule.cls.__name__, float(at.size)
-    if name in ("Orthogonal", "JaguarMuon"):
+    if name in ("Orthogonal", "PartialOrthogonal", "JaguarMuon"):
         squares = sum(min(shape) if len(shape) == 2 and min(shape) > 1 else shape.numel() for shape in at.shapes)
     if name == "RAdaZO":  # m / √v of means m that v, which starts at 0, averages the squares of
         first, second = rule.options["betas"]

@@ -44,6 +44,7 @@ RATES = {
     "mezo-svrg": 1e-4,
     "r-adazo": 3e-4,
     "zo-jaguar": 2e-2,
+    "zo-mopi": 1e-1,
     "zo-muon": 1e-1,
 }
 #: What a test has time for, at most.

@@ -19,6 +19,7 @@ from zotune.methods.svrg import SVRGSchedule
 from zotune.rng import sparse_directions
 from zotune.subspaces import Full, Guided, HessianScaled, Subspace
 from zotune.subspaces.coordinate import is_thin
+from zotune.subspaces.matrix_view import matrix_view
 
 #: For a learning rate or ε that is measured instead of given.
 AUTO = "auto"
@@ -52,6 +53,7 @@ class Method:
         update_rule: name or class of a torch optimizer, or a name of ``methods.rules``.
         update_rule_args: its keyword arguments besides lr.
         update_rule_state: float32 elements of its state per coordinate.
+        update_rule_vector_state: the same of vectors; None: equal.
         fitness: how the points of a step are compared: by the loss itself (``"loss"``, or ``"raw"``), by its ``"z-score"`` or centered
             ``"ranks"`` over the points, or by the mean of every example's z-score (``"prompt-z-score"``; see ``methods.coefficients``).
         shaping: transform of the coefficients before the rule; None: none.
@@ -86,6 +88,7 @@ class Method:
     update_rule: str | type[torch.optim.Optimizer] = "SGD"
     update_rule_args: dict[str, Any] = field(default_factory=dict)
     update_rule_state: float = 0
+    update_rule_vector_state: float | None = None
     fitness: str = "loss"
     rounding: str = "stochastic"
     shaping: Shaping | None = None
@@ -228,7 +231,9 @@ class Method:
         whole = moving == math.prod(shape)
         in_full_space = self.subspace.full or whole
         residual = half and in_full_space and (self.rounding == "residual" or is_thin(shape) or not whole)
-        return 4 * (beside + self.update_rule_state * moving) + (2 * moving if residual else 0)
+        vector = self.update_rule_vector_state if matrix_view(shape) is None else None
+        state = self.update_rule_state if vector is None else vector
+        return 4 * (beside + state * moving) + (2 * moving if residual else 0)
 
     @property
     def extra_memory(self) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 import toys
 from zotune import ZerothOrder, methods
-from zotune.methods.rules import EMASGD, FIRST_MOMENTS, OWN_RULES, Rule, resolve
+from zotune.methods.rules import EMASGD, FIRST_MOMENTS, OWN_RULES, PartialOrthogonal, Rule, resolve
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Coordinate
 
@@ -114,6 +114,30 @@ def test_sign_moves_every_number_by_the_rate_after_its_decay():
 
 def test_a_class_is_as_good_as_a_name():
     assert resolve(torch.optim.Adam) is resolve("adam") is torch.optim.Adam
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_partial_orthogonal_is_its_equation(shape, beta):
+    """Of a matrix and a random M: two columns by warm power iteration; a constant M of all columns ends at its polar factor."""
+    generator = torch.Generator().manual_seed(0)
+    value, optimizer = torch.zeros(6, 4), PartialOrthogonal([p := nn.Parameter(torch.zeros(shape))], lr=0.5, share=0.5, beta=beta)
+    average = v = None
+    for _ in range(4):
+        tall = torch.randn(6, 4, generator=generator)
+        p.grad = tall if shape == (6, 4) else tall.T.contiguous()
+        optimizer.step()
+        average = tall if average is None else beta * average + (1 - beta) * tall
+        v, _ = torch.linalg.qr(average @ average.T @ (average[:, :2] if v is None else v))
+        u = average.T @ v
+        value -= 0.5 * v @ (u / u.norm(dim=0)).T
+        assert torch.allclose(p.detach() if shape == (6, 4) else p.detach().T, value, atol=1e-5)
+    left, _, right = torch.linalg.svd(tall, full_matrices=False)
+    optimizer = PartialOrthogonal([p := nn.Parameter(torch.zeros(6, 4))], lr=1.0, share=1.0)
+    for _ in range(200):
+        before, p.grad = p.detach().clone(), tall
+        optimizer.step()
+    assert torch.allclose(before - p.detach(), left @ right, atol=1e-4)
 
 
 def test_ema_sgd_is_its_equation():

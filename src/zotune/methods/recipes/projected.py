@@ -1,9 +1,10 @@
-"""Methods that train matrices in a projected subspace: SubZero, ZO-Muon, TeZO."""
+"""Methods that train matrices in a projected subspace: SubZero, ZO-Muon, ZO-MOPI, TeZO."""
 
 from __future__ import annotations
 
 from zotune.methods.registry import Fields, register
 from zotune.subspaces import Left, RankOnes, TwoSided
+from zotune.subspaces.base import at_least_one
 
 
 @register(title="SubZero", arxiv="2410.08989", any_rule=True)
@@ -31,6 +32,32 @@ def zo_muon(*, rank: int = 64, interval: int = 100) -> Fields:
     subspaces, and trains vectors at a rate of its own that no option reaches.
     """
     return {"subspace": Left(rank, interval), "update_rule": "Orthogonal", "estimates": "descent"}
+
+
+@register(title="ZO-MOPI", arxiv="2605.09034", lr=1e-2, num_directions=8, estimator="forward")
+def zo_mopi(*, rank: int = 64, interval: int = 500, components: int = 32, beta: float = 0.0) -> Fields:
+    """ZO-MOPI: the leading part of the estimate in a projected subspace, orthogonalized by power iteration (2605.09034).
+
+    c_k = (L(W + ε P u_k) − L(W)) / ε,   M ← β M + (1 − β) (1/K) Σ c_k u_k,   V ← QR(Mᵀ (M V)),   W ← W − η P U Vᵀ
+
+    P (m, r) orthonormal, u_k (r, n) ~ N(0, 1), V (n, ``components``), U = M V with columns of length 1; one step of power iteration per
+    step, from the V of the last one. A vector (bias, norm) is updated along M / ‖M‖, as in ``zo-muon``.
+    State: P and u, r·(m + n), and V, components·n float32 elements per matrix; with β M too.
+    r, ν, K, η and ε are those of the published README, k those of its script, whose β is 0: a run with momentum was not found there,
+    though the paper has it. The paper's differences could not be verified; those of the code are one-sided for K > 1.
+    Departs from the published code, which draws a random V at every redraw of P, keeps M in the basis of the old P (here M is carried to
+    the new one), and trains vectors at a rate of its own. V begins here with rows of the first M.
+    """
+    at_least_one("components", components)
+    share = min(1.0, components / max(1, rank))
+    return {
+        "subspace": Left(rank, interval),
+        "update_rule": "PartialOrthogonal",
+        "update_rule_args": {"share": share, "beta": beta},
+        "update_rule_state": share + bool(beta),
+        "update_rule_vector_state": float(bool(beta)),
+        "estimates": "descent",
+    }
 
 
 @register(title="TeZO", arxiv="2501.19057", any_rule=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from zotune.methods.rules.ema import EMASGD, RAdaZO
 from zotune.methods.rules.jaguar import JaguarMuon, JaguarSign, PersistentSign
 from zotune.methods.rules.lookup import OWN_RULES, resolve
-from zotune.methods.rules.orthogonal import Orthogonal, orthogonalized
+from zotune.methods.rules.orthogonal import Orthogonal, PartialOrthogonal, orthogonalized
 from zotune.methods.rules.rule import FIRST_MOMENTS, Rule, is_plain_sgd
 from zotune.methods.rules.sign import Sign
 
@@ -21,6 +21,7 @@ __all__ = [
     "JaguarMuon",
     "JaguarSign",
     "Orthogonal",
+    "PartialOrthogonal",
     "PersistentSign",
     "RAdaZO",
     "Rule",

@@ -10,11 +10,11 @@ import torch
 from zotune.io.suggest import did_you_mean_or
 from zotune.methods.rules.ema import EMASGD, RAdaZO
 from zotune.methods.rules.jaguar import JaguarMuon, JaguarSign, PersistentSign
-from zotune.methods.rules.orthogonal import Orthogonal
+from zotune.methods.rules.orthogonal import Orthogonal, PartialOrthogonal
 from zotune.methods.rules.sign import Sign
 
 OWN_RULES: dict[str, type[torch.optim.Optimizer]] = {
-    rule.__name__: rule for rule in (EMASGD, JaguarMuon, JaguarSign, Orthogonal, PersistentSign, RAdaZO, Sign)
+    rule.__name__: rule for rule in (EMASGD, JaguarMuon, JaguarSign, Orthogonal, PartialOrthogonal, PersistentSign, RAdaZO, Sign)
 }
 
 
