@@ -21,7 +21,7 @@ from zotune import methods
 from zotune.methods.coefficients import State
 from zotune.methods.rules import Rule
 from zotune.optim.calibration.gains import gain, measurable
-from zotune.subspaces import Activation
+from zotune.subspaces import Activation, RankOnes
 
 
 class Slope(NamedTuple):
@@ -87,9 +87,9 @@ def step_size(method: methods.Method, at: Slope, step: int = 0, state: State | N
     """The η at which a step is as long as one of plain SGD at ½ η*; ``state``: of the shaping."""
     directions = method.num_directions
     noise = max(at.trace, 0.0) / directions + (1 + 1 / directions) * abs(at.along)
-    if isinstance(method.subspace, Activation):  # directions in the span of the inputs, where all of the curvature is
+    if type(method.subspace) is Activation:  # directions in the span of the inputs, where all of the curvature is
         noise *= max(max(1.0, shape[-1] / method.subspace.rank) for shape in at.shapes)
-    if method.reach == "span":  # directions are sums of r matrices
+    if isinstance(method.subspace, RankOnes):  # directions are sums of r matrices
         noise *= method.subspace.rank
     half = 0.5 / noise / repeats(method, at)
     if method.svrg is not None:

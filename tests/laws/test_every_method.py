@@ -76,9 +76,12 @@ def test_contracts_a_quadratic_as_theory_says(name):
     fresh = copy.deepcopy(model)
     optimizer = ZerothOrder(model, method, lr=1.0)
     if method.reach == "span":  # the subspace that the run will move in
-        (coordinate,) = optimizer.forward.coordinates
-        coordinate.begin_step(optimizer.seed, 0)
-        target = coordinate.expand(torch.tensor([0.1, -0.1, 0.2])) @ coordinate.v.T
+        same = copy.deepcopy(model)
+        looking = ZerothOrder(same, method, lr=0.0)
+        looking.step(lambda eye: same(eye).square().sum(), torch.eye(5))
+        (coordinate,) = looking.forward.coordinates
+        core = torch.linspace(-0.2, 0.2, coordinate.numel).view(coordinate.shape)
+        target = coordinate.expand(core) @ coordinate.v.T
 
     def loss_of(model):
         return lambda eye: (model(eye).T - target).square().sum().div(2)

@@ -15,7 +15,7 @@ from zotune.methods.recipes.evolution import es, es_ranks, fzoo
 from zotune.methods.recipes.forward_grad import forward_grad
 from zotune.methods.recipes.hizoo import hizoo, hizoo_l
 from zotune.methods.recipes.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
-from zotune.methods.recipes.lozo import agzo, lozo, lozo_e, lozo_g, lozo_m
+from zotune.methods.recipes.lozo import agzo, lozo, lozo_e, lozo_g, lozo_m, zo_act
 from zotune.methods.recipes.mezo import kerzoo, mezo, mezo_adam, mezo_momentum
 from zotune.methods.recipes.projected import subzero, tezo, zo_mopi, zo_muon
 from zotune.methods.recipes.replayed import replayed_adam, replayed_momentum
@@ -65,6 +65,7 @@ __all__ = [
     "sparse_mezo",
     "subzero",
     "tezo",
+    "zo_act",
     "zo_adamw",
     "zo_block",
     "zo_block_jacobi",

@@ -9,7 +9,7 @@ Adapters (LoRA, prefix, prompt) are :class:`Full` over the parameters that PEFT 
 
 from __future__ import annotations
 
-from zotune.subspaces.activation import Activation, ActivationCoordinate
+from zotune.subspaces.activation import Activation, ActivationCoordinate, InitialActivation
 from zotune.subspaces.base import Subspace
 from zotune.subspaces.blockwise import Blocks
 from zotune.subspaces.coordinate import Coordinate, Offset
@@ -34,6 +34,7 @@ __all__ = [
     "HessianScaled",
     "HessianScaledCoordinate",
     "IndexedCoordinate",
+    "InitialActivation",
     "Left",
     "LowRank",
     "LowRankCoordinate",

@@ -1,4 +1,4 @@
-"""Low rank with V from activations: the leading subspace of a layer's inputs (AGZO)."""
+"""Low rank with V from activations: the leading subspace of a layer's inputs, now (AGZO) or when training began (ZO-Act)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,48 @@ class Activation(LowRank):
         with observing_inputs(owners, record):
             for _ in losses():
                 pass
-        return {name: _basis(found, self.rank) for name, found in sketches.items()}
+        return {name: self.basis(found) for name, found in sketches.items()}
+
+    def basis(self, found: Tensor) -> Tensor:
+        """V of a sketch of the inputs, bfloat16, (n, rank)."""
+        v = _leading(found, self.rank)
+        return (math.sqrt(v.shape[0]) * v).bfloat16().contiguous()
+
+
+class InitialActivationCoordinate(ActivationCoordinate):
+    """θ = C of W + C Vᵀ, V the r leading right singular vectors of the layer's inputs in the first step, of length 1, in bfloat16.
+
+    A layer without observed inputs has an orthonormal basis of a random subspace.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int = 0) -> None:
+        super().__init__(name, parameter, rank, interval=0)  # drawn once
+
+    def core_rate(self, rank: int) -> float:
+        return 1.0
+
+    def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
+        if self.observed is not None:
+            return super().redraw(seed, redraw)
+        self.from_data = False
+        self.v = self._row_major(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
+        return None
+
+
+@dataclass(frozen=True)
+class InitialActivation(Activation):
+    """``LowRank`` with an orthonormal V from the inputs of the first step, the same for the whole run (ZO-Act, 2607.01125)."""
+
+    rank: int = 8
+    interval: int = 1  # not used: nothing is redrawn
+
+    kind = InitialActivationCoordinate
+
+    def needs_data(self, step: int) -> bool:
+        return step == 0
+
+    def basis(self, found: Tensor) -> Tensor:
+        return _leading(found, self.rank).bfloat16().contiguous()
 
 
 @contextmanager
@@ -115,11 +156,10 @@ def sketch(x: Tensor, rank: int, key: Key, before: Tensor | None = None) -> Tens
 
 
 @tagged("directions")
-def _basis(found: Tensor, rank: int) -> Tensor:
-    """√n times the leading right singular vectors of a sketch, their largest element positive, bfloat16, (n, rank)."""
+def _leading(found: Tensor, rank: int) -> Tensor:
+    """The leading right singular vectors of a sketch, their largest element positive, (n, rank)."""
     _, _, right = torch.linalg.svd(found, full_matrices=False)
-    v = positive_peaks(right[:rank].T)
-    return (math.sqrt(v.shape[0]) * v).bfloat16().contiguous()
+    return positive_peaks(right[:rank].T)
 
 
 def positive_peaks(v: Tensor) -> Tensor:

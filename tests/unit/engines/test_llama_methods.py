@@ -18,14 +18,16 @@ from zotune.methods import Method
 from zotune.optim.output_gradient_steps import ROUNDED
 
 STEPS = 5
-TRAINED = ["agzo", "lozo", "lozo-e", "lozo-g", "lozo-m", "subzero"]
+TRAINED = ["agzo", "lozo", "lozo-e", "lozo-g", "lozo-m", "subzero", "zo-act"]
 
 
 def short(name: str, **options: object) -> Method:
     """A method with one ε, that redraws every two steps."""
     if name == "lozo-g":
         options = {"guide": 2, "examples": 8, **options}
-    return dataclasses.replace(methods.get(name, interval=2, **options), eps=1e-2)
+    if "interval" in methods.options(name):
+        options = {"interval": 2, **options}
+    return dataclasses.replace(methods.get(name, **options), eps=1e-2)
 
 
 def batch(step: int, kind: str = "text") -> dict[str, Tensor]:

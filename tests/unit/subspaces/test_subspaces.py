@@ -72,7 +72,7 @@ def test_the_update_is_along_the_evaluated_direction_at_redraws(name, num_direct
         assert torch.allclose(model.state_dict()["weight"], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["subzero", "tezo", "zo-muon", "agzo"])
+@pytest.mark.parametrize("name", ["subzero", "tezo", "zo-muon", "agzo", "zo-act"])
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv1d"])
 def test_batched_and_sequential_losses_are_equal(name, kind):
     from transformers.pytorch_utils import Conv1D
@@ -384,6 +384,24 @@ def test_v_of_micro_batches_is_that_of_the_batch():
     x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * 0.8 ** torch.arange(30)
     whole, found = leading_inputs([x], 3), leading_inputs(x.split(15), 3)
     assert torch.allclose(found @ found.T, whole @ whole.T, atol=0.3)  # of numbers up to 30, in bfloat16
+
+
+def test_zo_act_is_adam_in_the_span_of_the_first_inputs():
+    model, eps, lr = matrix(), 1e-2, 1e-2
+    start, core = model.weight.detach().clone(), nn.Parameter(torch.zeros(7, 2))
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)) * 0.5 ** torch.arange(6)
+    v = torch.linalg.svd(x)[2][:2].T
+    v = (v * v.gather(0, v.abs().argmax(dim=0, keepdim=True)).sign()).bfloat16().float()
+    adam = torch.optim.Adam([core], lr=lr)
+    optimizer = ZerothOrder(model, methods.zo_act(rank=2, eps=eps), lr=lr)
+    for step in range(4):
+        inputs = x.flip(1) if step else x  # later ones do not change V
+        z = Directions("gaussian").draw(Key(0, step, 0, "weight"), (7, 2))
+        losses = [((start + (core.detach() + scale * z) @ v.T) @ inputs.T).square().mean() for scale in (eps, 0.0)]
+        core.grad = (losses[0] - losses[1]) / eps * z
+        adam.step()
+        optimizer.step(lambda x: model(x).square().mean(dim=1), inputs)
+    assert torch.allclose(model.state_dict()["weight"], start + core.detach() @ v.T, atol=1e-4)
 
 
 def test_what_was_observed_is_in_the_journal_and_comes_back(tmp_path):

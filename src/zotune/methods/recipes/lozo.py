@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zotune.methods.registry import Fields, register
-from zotune.subspaces import Activation, Guided, LowRank
+from zotune.subspaces import Activation, Guided, InitialActivation, LowRank
 
 
 @register(title="LOZO", arxiv="2410.07698", any_rule=True)
@@ -79,3 +79,27 @@ def agzo(*, rank: int = 1, interval: int = 50) -> Fields:
     ε = μ / √n the points are the same, and its update is r / n of that with the same η, by layer; of vectors ε is μ, as in MeZO.
     """
     return {"subspace": Activation(rank, interval), "estimates": "descent"}
+
+
+@register(title="ZO-Act", arxiv="2607.01125", lr=1e-5, estimator="forward")
+def zo_act(*, rank: int = 8, betas: tuple[float, float] = (0.9, 0.999)) -> Fields:
+    """ZO-Act: Adam in the span of each layer's inputs as they are when training begins (2607.01125).
+
+    c_k = (L(C + ε Z_k) − L(C)) / ε,   C ← Adam(C, (1/K) Σ c_k Z_k),   W + C Vᵀ,   Z_k, C (m, r),   C = 0 at first
+
+    V (n, r): the leading right singular vectors of the layer's inputs in the first step's batch, for the whole run; only that span of a
+    matrix is trained. V goes to the journal in bfloat16, 2·n·r bytes per layer, so that a run replays without the data.
+    State: C, V and two moments of C, r·(3m + n) float32 elements per matrix; two elements per weight of vectors.
+    Departs from the paper, which trains no vectors (bias, norm), embeddings and heads: here vectors are trained in full space, and layers
+    that are not Linear in a random subspace with orthonormal V; set ``requires_grad = False`` to keep them.
+    No code is published. The paper's r, η, ε, Adam's β, the number of directions and of examples behind V, and a scale of V could not be
+    verified, and accounts of it differ in whether differences are one-sided; the defaults are zotune's.
+    """
+    return {
+        "subspace": InitialActivation(rank),
+        "update_rule": "Adam",
+        "update_rule_args": {"betas": tuple(betas)},
+        "update_rule_state": 2,
+        "estimates": "descent",
+        "reach": "span",
+    }
