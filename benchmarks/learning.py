@@ -30,6 +30,7 @@ BLOCK = 10
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
     """One training run; ``cell`` names everything it depends on."""
+    import backprop
     import torch
     from label_similarity import Batches, LabelSimilarity
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -58,6 +59,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
             data, train=short(data.train, cell["max_tokens"])[: cell["num_train"]], dev=short(data.dev, cell["max_tokens"])
         )
     model: Any
+    optimizer: Any
     if similarity:
         encoder = AutoModel.from_pretrained(cell["model"], dtype=torch.float32, add_pooling_layer=False)
         model = LabelSimilarity(zotune.training.schemes.apply(encoder, scheme))
@@ -85,13 +87,16 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         return torch.nn.functional.cross_entropy(model(named(batch)), batch["labels"], reduction="none")
 
     loss_fn = similarity_loss if similarity else zotune.objectives.objective(data.train_objective, model)
-    method = zotune.methods.get(cell["method"], eps=cell["eps"], **cell["options"])
 
     def examples(step: int, count: int) -> list[dict[str, Any]]:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1_000_003 * cell["seed"] + step))[:count].tolist()
         return [data.collate_train([train[i] for i in order[at : at + 16]]) for at in range(0, len(order), 16)]
 
-    optimizer = zotune.ZerothOrder(model, method, lr=cell["lr"], seed=cell["seed"], sample_batches=examples)
+    if cell["method"] in backprop.ROWS:
+        optimizer = backprop.optimizer(model, cell["method"], cell["lr"], cell["seed"])
+    else:
+        method = zotune.methods.get(cell["method"], eps=cell["eps"], **cell["options"])
+        optimizer = zotune.ZerothOrder(model, method, lr=cell["lr"], seed=cell["seed"], sample_batches=examples)
     steps, budget = cell["steps"], cell.get("budget")
 
     def left(step: int) -> float:
@@ -113,7 +118,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     curve = [] if cell.get("end_only") else [(0, accuracy())]
     whole = [] if cell.get("end_only") else [(0, whole_loss())]
     begun = time.perf_counter()
-    step, stepping = -1, 0.0
+    step, stepping, looks = -1, 0.0, 0
     while left(step + 1) > 0:
         step += 1
         if len(order) < cell["batch_size"]:
@@ -129,7 +134,12 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         sequences.append(optimizer.sequences_evaluated)
         stepping = time.perf_counter() - begun
         schedule.step()
-        if (step + 1) % cell["eval_steps"] == 0 or not left(step + 1):
+        if cell.get("eval_every"):
+            due = optimizer.sequences_evaluated // cell["eval_every"] > looks
+            looks = optimizer.sequences_evaluated // cell["eval_every"]
+        else:
+            due = (step + 1) % cell["eval_steps"] == 0
+        if due or not left(step + 1):
             curve.append((step + 1, accuracy()))
             whole.append((optimizer.sequences_evaluated, whole_loss()))
     window = max(1, len(losses) // 10)

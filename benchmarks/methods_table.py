@@ -1,12 +1,12 @@
-"""What every zeroth-order method learns from the same number of forward passes: full weights and LoRA, three seeds.
+"""What every method learns from the same number of sequences on the same terms: schedule, order, search for the rate, seeds.
 
     python benchmarks/methods_table.py --model M --data_dir D --task sst2 --results benchmarks/results/methods_sst2.jsonl
 
-Every run evaluates the same number of sequences, those of measuring the rate included. Where the rate can be measured it is (``lr="auto",
-eps="auto"``: nothing is tuned by hand); where it cannot, a grid is run with the first seed: a decade apart, up to where the loss no longer
-falls, then three times the best and a third of it. The best by the loss of the training examples goes on with the other seeds. Accuracy is
-that of examples held out of the training data. Memory is that of a step as ``zotune estimate`` predicts it, seconds are of the run over its
-steps on a machine that did other things too.
+Every rate, backprop's too, is found by one rule: runs of a quarter of the budget with the first seed, a decade apart, up from 1e-5 until
+the loss at the end is worse than at an earlier rate for the second time, then three times the best and a third of it. The best by the loss
+of all training examples runs with every seed over the whole budget. A sequence is one forward pass of one text, a backward pass counts as
+two. Accuracy is that of examples held out of the training data. Memory is that of a step as ``zotune estimate`` predicts it, seconds are of
+the run over its steps on a machine that did other things too. ``--measured`` adds rows whose rate is measured, measuring counted.
 
 Runs on file are not repeated, so a table can be made of what there is at any time.
 """
@@ -14,31 +14,42 @@ Runs on file are not repeated, so a table can be made of what there is at any ti
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from learning import HELD_OUT, sweep
+from backprop import ROWS
+from learning import HELD_OUT, run
 
 from zotune import methods
 from zotune.optim.calibration.gains import measurable
 
-RATES = [1e-5, 1e-4, 1e-3, 1e-2]
+#: The first rate of the search, and one that is never passed.
+FIRST, MOST = 1e-5, 10.0
+#: Part of the budget of a run of the search.
+PART = 4
 #: What a method needs on a small model. MeZO-SVRG's step at an anchor is a thousand times its others in the paper, where those are 1e-6.
 OPTIONS = {"mezo-svrg": {"anchor_ratio": 1.0}}
+#: Options as the trainer sets them for answers of so many classes.
+BY_CLASS = ("lozo-e", "lozo-g")
 
 
-def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, seed: int) -> dict[str, Any]:
-    sets = method in ("lozo-e", "lozo-g")  # as the trainer has it for two classes
-    return {
+def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, seed: int, whole: bool) -> dict[str, Any]:
+    options = (
+        {"num_directions": 3, "directions_per": "group", "group_size": args.classes} if method in BY_CLASS else OPTIONS.get(method, {})
+    )
+    found = {
         "model": str(args.model),
         "task": args.task,
         "data_dir": str(args.data_dir),
         "template": None,
         "objective": "lm",
         "steps": 0,
-        "budget": args.budget,
+        "budget": args.budget if whole else args.budget // PART,
         "eval_steps": 10**9,
         "num_train": args.num_train,
         "num_dev": args.num_dev,
@@ -47,62 +58,90 @@ def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, se
         "stratified": True,
         "scheme": scheme,
         "method": method,
-        "options": {"num_directions": 3, "directions_per": "group", "group_size": args.classes} if sets else OPTIONS.get(method, {}),
+        "options": options,
         "batch_size": 16,
         "seed": seed,
         "end_only": True,
         "score": HELD_OUT,
         "lr": lr,
         "eps": "auto" if lr == "auto" else 1e-3,
-    } | ({"max_tokens": args.max_tokens} if args.max_tokens else {})
+    }
+    if whole and args.points:
+        found |= {"end_only": False, "eval_every": args.budget // args.points}
+    return found | ({"max_tokens": args.max_tokens} if args.max_tokens else {})
+
+
+class Runs:
+    """Runs of a file of results; those that it lacks are run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._found = {self._key(result["cell"]): result for result in map(json.loads, lines)}
+
+    @staticmethod
+    def _key(cell: dict[str, Any]) -> str:
+        return json.dumps(cell, sort_keys=True)
+
+    def of(self, cell: dict[str, Any]) -> dict[str, Any]:
+        key = self._key(cell)
+        if key not in self._found:
+            result = self._found[key] = run(cell)
+            with self.path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        return self._found[key]
 
 
 def last(result: dict[str, Any]) -> float:
     """The loss of all training examples at the end, infinite for a run that broke off."""
     loss = result["whole"][-1][1]
-    return loss if loss == loss else float("inf")
+    return loss if math.isfinite(loss) else math.inf
 
 
-def runs(args: argparse.Namespace, name: str, scheme: str) -> list[dict[str, Any]]:
-    """A row's runs, one a seed."""
-    rate = "auto" if measurable(methods.get(name)) else tuned(args, name, scheme)
-    return sweep([cell(args, name, scheme, rate, seed) for seed in range(args.seeds)], args.results, args.processes)
+def search(runs: Runs, args: argparse.Namespace, name: str, scheme: str) -> dict[float, float]:
+    """Rates that were tried and the loss at the end of each."""
+    tried: dict[float, float] = {}
 
+    def attempt(rate: float) -> None:
+        rate = float(f"{rate:.0e}")
+        if rate not in tried:
+            tried[rate] = last(runs.of(cell(args, name, scheme, rate, 0, whole=False)))
 
-def tuned(args: argparse.Namespace, name: str, scheme: str) -> float:
-    """The best rate of the grid."""
-
-    def best(rates: list[float]) -> float:
-        tried = sweep([cell(args, name, scheme, rate, 0) for rate in rates], args.results, args.processes)
-        return float(min(tried, key=last)["cell"]["lr"])
-
-    rates = list(RATES)
-    while best(rates) == rates[-1] < 1:
-        rates.append(float(f"{10 * rates[-1]:.0e}"))
-    middle = best(rates)
-    return best([*rates, *(float(f"{factor * middle:.0e}") for factor in (1 / 3, 3))])
+    rate, worse = FIRST, 0
+    while worse < 2 and rate <= MOST:
+        best = min(tried.values(), default=math.inf)
+        attempt(rate)
+        worse += tried[max(tried)] >= best
+        rate *= 10
+    middle = min(tried, key=lambda r: tried[r])
+    attempt(middle / 3)
+    attempt(middle * 3)
+    return dict(sorted(tried.items()))
 
 
 def mean(numbers: list[float], digits: int = 3) -> str:
-    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 and all(map(math.isfinite, numbers)) else ""
     return f"{statistics.fmean(numbers):.{digits}f}{spread}"
 
 
-def rows(args: argparse.Namespace) -> Iterator[str]:
-    yield "| method | scheme | rate | training loss | accuracy | memory of a step | s per step |"
-    yield "|---|---|---|---|---|---|---|"
-    for scheme in args.schemes:
-        for name in args.methods:
-            problem = refused(args, name, scheme)
-            if problem:
-                yield f"| `{name}` | {scheme} | refused | | | | |"
-                continue
-            found = runs(args, name, scheme)
-            seconds = statistics.median(r["step_seconds"] for r in found)
-            yield (
-                f"| `{name}` | {scheme} | {found[0]['cell']['lr']} | {mean([last(r) for r in found])} | "
-                f"{mean([r['accuracy'] for r in found])} | {memory(args, name, scheme)} | {seconds:.2f} |"
-            )
+def row(args: argparse.Namespace, contender: tuple[str, str, bool]) -> tuple[float, str, str]:
+    """(loss to sort by, the row of a contender, the row of its search)."""
+    name, scheme, measured = contender
+    problem = refused(args, name, scheme)
+    if problem:
+        return math.inf, f"| `{name}` | {scheme} | refused: {problem} | | | | |", ""
+    runs = Runs(args.results)
+    tried = {} if measured else search(runs, args, name, scheme)
+    rate: float | str = "auto" if measured else min(tried, key=lambda r: tried[r])
+    found = [runs.of(cell(args, name, scheme, rate, seed, whole=True)) for seed in range(args.seeds)]
+    losses = [last(r) for r in found]
+    seconds = statistics.median(r["step_seconds"] for r in found)
+    text = (
+        f"| `{name}` | {scheme} | {'measured' if measured else rate} | {mean(losses)} | {mean([r['accuracy'] for r in found])} | "
+        f"{memory(args, name, scheme)} | {seconds:.2f} |"
+    )
+    grid = ", ".join(f"{rate:g}: {loss:.3g}" for rate, loss in tried.items())
+    return statistics.fmean(losses), text, f"| `{name}` | {scheme} | {grid} |" if tried else ""
 
 
 def refused(args: argparse.Namespace, name: str, scheme: str) -> str | None:
@@ -112,6 +151,8 @@ def refused(args: argparse.Namespace, name: str, scheme: str) -> str | None:
 
     from zotune.training import schemes
 
+    if name in ROWS:
+        return None
     with torch.random.fork_rng():
         model = schemes.apply(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), scheme)
     return schemes.refusal(methods.get(name), model, schemes.Scheme(scheme))
@@ -120,12 +161,22 @@ def refused(args: argparse.Namespace, name: str, scheme: str) -> str | None:
 def memory(args: argparse.Namespace, name: str, scheme: str) -> str:
     from transformers import AutoConfig
 
+    from zotune import baselines
     from zotune.memory import Workload, estimate
     from zotune.training.schemes import Scheme
 
+    if name in ROWS and name != "fo-adamw":
+        return ""
     config = AutoConfig.from_pretrained(args.model)
-    plan = Workload(config, methods.get(name), batch_size=16, sequence_length=64, scheme=Scheme(scheme), forward_batching="sequential")
+    method = baselines.get(name) if name in ROWS else methods.get(name)
+    plan = Workload(config, method, batch_size=16, sequence_length=64, scheme=Scheme(scheme), forward_batching="sequential")
     return f"{estimate(plan).total / 1e6:.0f} MB"
+
+
+def contenders(args: argparse.Namespace) -> list[tuple[str, str, bool]]:
+    names = args.methods or [*methods.names(), *ROWS]
+    found = [(name, scheme, False) for scheme in args.schemes for name in names if scheme == "full" or name not in list(ROWS)[1:]]
+    return found + [(name, "full", True) for name in args.measured if measurable(methods.get(name))]
 
 
 def main() -> None:
@@ -134,9 +185,11 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--classes", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=methods.names())
-    parser.add_argument("--schemes", nargs="+", default=["full", "lora"])
-    parser.add_argument("--budget", type=int, default=1200, help="sequences a run evaluates")
+    parser.add_argument("--methods", nargs="+", help="of the table (default: all, and backprop)")
+    parser.add_argument("--measured", nargs="*", default=[], help="methods that have a row with a measured rate too")
+    parser.add_argument("--schemes", nargs="+", default=["full"])
+    parser.add_argument("--budget", type=int, default=2400, help="sequences a run evaluates")
+    parser.add_argument("--points", type=int, default=0, help="how often a run looks at loss and accuracy, for a curve")
     parser.add_argument("--num_train", type=int, default=400)
     parser.add_argument("--num_dev", type=int, default=100, help="training examples held out")
     parser.add_argument("--max_tokens", type=int, help="leave out examples with longer prompts")
@@ -144,8 +197,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
-    for row in rows(args):
-        print(row, flush=True)
+    found = []
+    with ProcessPoolExecutor(args.processes) as pool:
+        for made in pool.map(partial(row, args), contenders(args)):
+            found.append(made)
+            print(made[1], flush=True)
+    print("\n| method | scheme | rate | training loss | accuracy | memory of a step | s per step |\n|---|---|---|---|---|---|---|")
+    print(*(text for _, text, _ in sorted(found)), sep="\n")
+    print("\n| method | scheme | rate: loss |\n|---|---|---|")
+    print(*(text for _, _, text in found if text), sep="\n")
 
 
 if __name__ == "__main__":
