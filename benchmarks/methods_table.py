@@ -18,6 +18,7 @@ import json
 import math
 import statistics
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from backprop import ROWS
 from learning import HELD_OUT, run
 
 from zotune import methods
+from zotune.io.figures import new_figure, save_figure
 from zotune.optim.calibration.gains import measurable
 
 #: The first rate of the search, and one that is never passed.
@@ -124,12 +126,22 @@ def mean(numbers: list[float], digits: int = 3) -> str:
     return f"{statistics.fmean(numbers):.{digits}f}{spread}"
 
 
-def row(args: argparse.Namespace, contender: tuple[str, str, bool]) -> tuple[float, str, str]:
-    """(loss to sort by, the row of a contender, the row of its search)."""
+@dataclass(frozen=True, order=True)
+class Row:
+    """A contender's row of the table, the row of its search, and its whole runs; sorted by the loss."""
+
+    loss: float
+    text: str
+    searched: str = ""
+    label: str = ""
+    runs: list[dict[str, Any]] = field(default_factory=list, compare=False)
+
+
+def row(args: argparse.Namespace, contender: tuple[str, str, bool]) -> Row:
     name, scheme, measured = contender
     problem = refused(args, name, scheme)
     if problem:
-        return math.inf, f"| `{name}` | {scheme} | refused: {problem} | | | | |", ""
+        return Row(math.inf, f"| `{name}` | {scheme} | refused: {problem} | | | | |")
     runs = Runs(args.results)
     tried = {} if measured else search(runs, args, name, scheme)
     rate: float | str = "auto" if measured else min(tried, key=lambda r: tried[r])
@@ -141,7 +153,8 @@ def row(args: argparse.Namespace, contender: tuple[str, str, bool]) -> tuple[flo
         f"{memory(args, name, scheme)} | {seconds:.2f} |"
     )
     grid = ", ".join(f"{rate:g}: {loss:.3g}" for rate, loss in tried.items())
-    return statistics.fmean(losses), text, f"| `{name}` | {scheme} | {grid} |" if tried else ""
+    label = name + (f", {scheme}" if scheme != "full" else "") + (", measured rate" if measured else "")
+    return Row(statistics.fmean(losses), text, f"| `{name}` | {scheme} | {grid} |" if tried else "", label, found)
 
 
 def refused(args: argparse.Namespace, name: str, scheme: str) -> str | None:
@@ -179,6 +192,23 @@ def contenders(args: argparse.Namespace) -> list[tuple[str, str, bool]]:
     return found + [(name, "full", True) for name in args.measured if measurable(methods.get(name))]
 
 
+def plot(rows: list[Row], args: argparse.Namespace) -> None:
+    """Loss of all training examples and accuracy of the held-out ones against sequences; means over seeds, bands their range."""
+    figure, ((left, right),) = new_figure(1, 2, (10, 3.8))
+    for made in rows:
+        for axes, what in ((left, "whole"), (right, "curve")):
+            points = min(len(r["whole"]) for r in made.runs)  # steps differ in length, so runs may look once more or less
+            x = [statistics.fmean(r["whole"][i][0] for r in made.runs) for i in range(points)]
+            values = [[r[what][i][1] for r in made.runs] for i in range(points)]
+            (line,) = axes.plot(x, [statistics.fmean(v) for v in values], label=made.label)
+            axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
+    left.set(xlabel="sequences (a backward pass counts as two forwards)", ylabel="loss of all training examples", yscale="log")
+    right.set(xlabel="sequences", ylabel=f"accuracy of {args.num_dev} held-out examples", title="mean and range over seeds")
+    left.set(title=f"{args.task}, {args.model.name}")
+    right.legend(frameon=False, fontsize="small")
+    save_figure(figure, args.figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
@@ -195,17 +225,20 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, help="leave out examples with longer prompts")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--figure", type=Path, help="the curves of the whole runs; needs --points")
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
     found = []
     with ProcessPoolExecutor(args.processes) as pool:
         for made in pool.map(partial(row, args), contenders(args)):
             found.append(made)
-            print(made[1], flush=True)
+            print(made.text, flush=True)
     print("\n| method | scheme | rate | training loss | accuracy | memory of a step | s per step |\n|---|---|---|---|---|---|---|")
-    print(*(text for _, text, _ in sorted(found)), sep="\n")
+    print(*(made.text for made in sorted(found)), sep="\n")
     print("\n| method | scheme | rate: loss |\n|---|---|---|")
-    print(*(text for _, _, text in found if text), sep="\n")
+    print(*(made.searched for made in found if made.searched), sep="\n")
+    if args.figure:
+        plot(found, args)
 
 
 if __name__ == "__main__":
