@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune import methods
+from zotune.methods.best import BestPoint
 from zotune.methods.coefficients import State
 from zotune.methods.rules import Rule
 from zotune.optim.calibration.gains import gain, measurable
@@ -96,5 +97,7 @@ def step_size(method: methods.Method, at: Slope, step: int = 0, state: State | N
         return half
     if measurable(method):
         return half * gain(method, Rule(method.update_rule, method.update_rule_args), at.square, directions, method.eps, step, state)
+    if isinstance(method.shaping, BestPoint):  # the lowest of K normal slopes is about 1 + ½ log K deviations away
+        return half * math.sqrt(at.square) * (1 + math.log(directions) / 2) / (directions * method.eps * max(method.shaping.radii))
     length = math.sqrt((1 + (at.size + 1) / directions) * at.square)  # of plain SGD's steps at η = 1
     return half * length / unit_length(method, at, step)

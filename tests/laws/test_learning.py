@@ -43,6 +43,7 @@ RATES = {
     "mezo-momentum": 1e-4,
     "mezo-svrg": 1e-4,
     "r-adazo": 3e-4,
+    "randopt": 10.0,
     "zo-jaguar": 2e-2,
     "zo-mopi": 4e-1,
     "zo-muon": 1e-1,
@@ -50,7 +51,7 @@ RATES = {
 #: What a test has time for, at most.
 FEW = {"num_directions": 4, "history": 3, "anchor_batches": 2, "anchor_ratio": 1}
 #: Steps, and fewer of methods whose steps take long and go far.
-STEPS, LONG_STEPS = 9, {"bszo": 4, "es": 4, "es-ranks": 4, "fzoo": 4, "hizoo-l": 4, "zo-sgd-cons": 4}
+STEPS, LONG_STEPS = 9, {"bszo": 4, "es": 4, "es-ranks": 4, "fzoo": 4, "hizoo-l": 4, "randopt": 6, "zo-sgd-cons": 4}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 from zotune.methods.method import AUTO, Method
 from zotune.methods.recipes.adaptive import bszo, meazo, r_adazo, zo_adamw, zo_rmsprop
 from zotune.methods.recipes.blockwise import zo_block, zo_block_jacobi
-from zotune.methods.recipes.evolution import es, es_ranks, fzoo
+from zotune.methods.recipes.evolution import es, es_ranks, fzoo, randopt
 from zotune.methods.recipes.forward_grad import forward_grad
 from zotune.methods.recipes.hizoo import hizoo, hizoo_l
 from zotune.methods.recipes.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
@@ -57,6 +57,7 @@ __all__ = [
     "options",
     "options_of",
     "r_adazo",
+    "randopt",
     "recipe",
     "register",
     "replayed_adam",

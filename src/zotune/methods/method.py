@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from zotune.io.suggest import did_you_mean_or
+from zotune.methods.best import BestPoint
 from zotune.methods.coefficients import FITNESS, ByDeviation, CoefficientTransform, ConservativeStep, Shaping
 from zotune.methods.estimators import ESTIMATORS
 from zotune.methods.history import CoefficientHistory
@@ -184,6 +185,13 @@ class Method:
     def directions_of(self, rows: int) -> int:
         """K in a step of ``rows`` examples."""
         return self.num_directions * (self.parts(rows) if self.own else self.blocks)
+
+    @property
+    def lengths(self) -> Callable[[int, int, int], float] | None:
+        """The length of a direction at a point, in units of ε, by (seed, step, direction), where they differ."""
+        if isinstance(self.shaping, BestPoint):
+            return self.shaping.length
+        return None if self.kernel is None else self.kernel.length
 
     @property
     def transforms(self) -> tuple[CoefficientTransform, ...]:

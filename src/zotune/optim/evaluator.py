@@ -76,7 +76,7 @@ class Evaluator:
         self.workers = workers or Workers()
         wide = any(coordinate.parameter.dtype == torch.float64 for coordinate in forward.coordinates)
         self.workers.loss_dtype = torch.float64 if wide else torch.float32
-        self.graphs = CudaGraphs(forward, cuda_graphs if method.kernel is None else False)  # scales are constants of a graph
+        self.graphs = CudaGraphs(forward, cuda_graphs if method.lengths is None else False)  # scales are constants of a graph
         self.batched_forward = BatchedForward(forward, self.graphs, state)
         self.chooser = Chooser(self.batched_forward, method, estimator, self.workers, requested)
         self._alone = forward.sharded or forward.by_engine  # one point at a time
@@ -137,10 +137,10 @@ class Evaluator:
         return Losses(values, None, directions, evaluated)
 
     def _points(self, context: StepContext, directions: int) -> list[Point]:
-        points, kernel = self.estimator.points(directions), self.method.kernel
-        if kernel is None:
+        points, length = self.estimator.points(directions), self.method.lengths
+        if length is None:
             return points
-        return [Point(p.sign * kernel.length(context.seed, context.step, p.direction), p.direction) for p in points]
+        return [Point(p.sign * length(context.seed, context.step, p.direction), p.direction) for p in points]
 
     def _values(self, context: StepContext, work: Work, points: Sequence[Point]) -> Tensor:
         """Losses (P, n) of this worker's pieces at its points."""

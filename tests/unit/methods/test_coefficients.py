@@ -171,9 +171,30 @@ def test_the_conservative_step_is_the_best_of_three(tmp_path):
     assert taken == {0, 1}
 
 
+def test_a_step_of_random_search_ends_at_its_best_point(tmp_path):
+    """The weights are those of the point with the lowest loss, or stay where no point has a lower one; the journal has every loss."""
+    model, k, eps, radii = toys.classifier(), 3, 0.05, (0.5, 1.0)
+    optimizer = ZerothOrder(model, methods.randopt(num_directions=k, eps=eps, radii=radii), journal=tmp_path / "j")
+    taken = set()
+    for step in range(12):
+        x, before = toys.batch(seed=step), copy.deepcopy(model)
+        optimizer.step(toys.loss_function(model), x)
+        points = [before]
+        for j in range(k):
+            z = {n: Directions("gaussian").draw(Key(0, step, j, n), p.shape) for n, p in before.named_parameters()}
+            points.append(reference_step(copy.deepcopy(before), z, -eps * radii[j % 2]))
+        losses = torch.stack([toys.loss_function(point)(x).detach().double().mean() for point in points])
+        assert torch.allclose(optimizer.last_report.coefficients.double() * eps, losses[1:] - losses[0], atol=1e-5)
+        best = int(losses.argmin())
+        taken.add(best)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), points[best].parameters(), strict=True))
+    assert {0, 1} <= taken and len(taken) > 2
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: methods.randopt(radii=(1.0, 0.0)), "radii must be positive numbers, multiples of eps"),
         (lambda: methods.fzoo(num_directions=1), "set num_directions to at least 2"),
         (lambda: methods.es(directions_per="example"), "method 'es' has no option 'directions_per'"),
         (lambda: methods.meazo(beta=1.0), r"beta must lie in \[0, 1\)"),

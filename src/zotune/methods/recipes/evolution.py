@@ -1,7 +1,8 @@
-"""Methods that compare several points of a step: FZOO, and evolution strategies."""
+"""Methods that compare several points of a step: FZOO, evolution strategies, and random search."""
 
 from __future__ import annotations
 
+from zotune.methods.best import BestPoint
 from zotune.methods.coefficients import ByDeviation
 from zotune.methods.registry import PER, Fields, register, variant
 
@@ -49,3 +50,18 @@ def es_ranks() -> None:
 
     Only the order of the losses counts: one outlier cannot determine a step. State: none.
     """
+
+
+@register(title="RandOpt", arxiv="2603.12228", without=(*PER, "estimator", "fitness"), lr=1.0, num_directions=30)
+def randopt(*, radii: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Fields:
+    """RandOpt: random search, a step to the best of N sampled points (2603.12228).
+
+    θ ← the best on the same batch of θ and θ + σ_k Z_k,   k = 1, ..., N,   σ_k = ε r_k,   Z_k ~ N(0, I)
+
+    N is ``num_directions``, r_k the ``radii`` in turn. With η = 1 a step ends at the best point; another η multiplies the way there.
+    The paper takes one step, on 200 examples, with N = 5000 and these σ: ``max_steps=1`` and a batch of that size. The journal then has
+    the seed and the loss of every point. Further steps go on from the best one. State: none.
+    Departs from the paper, which keeps the best 1% to 10% of the points and lets them vote on each answer, and whose code draws σ_k at
+    random and its default N is 30, as here.
+    """
+    return {"estimator": "forward", "shaping": BestPoint(tuple(radii)), "estimates": "direction"}
