@@ -11,6 +11,7 @@ from typing import Any
 from zotune.methods.method import AUTO, Method
 from zotune.methods.recipes.adaptive import bszo, meazo, r_adazo, zo_adamw, zo_rmsprop
 from zotune.methods.recipes.blockwise import zo_block, zo_block_jacobi
+from zotune.methods.recipes.cone import conmezo
 from zotune.methods.recipes.evolution import es, es_ranks, fzoo, randopt
 from zotune.methods.recipes.forward_grad import forward_grad
 from zotune.methods.recipes.hizoo import hizoo, hizoo_l
@@ -33,6 +34,7 @@ __all__ = [
     "agzo",
     "base_of",
     "bszo",
+    "conmezo",
     "default",
     "es",
     "es_ranks",

@@ -18,8 +18,9 @@ from zotune.methods.history import PastStep
 from zotune.optim.construction import RunParts
 from zotune.optim.journal_records import Record, StepRecord
 from zotune.optim.step_transforms import HistoryTransform, Terms
-from zotune.subspaces import GuidedCoordinate, HessianScaledCoordinate, LowRankCoordinate
+from zotune.subspaces import GuidedCoordinate, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate, CoordinateGroup
+from zotune.subspaces.scaled_directions import TransformedCoordinate
 from zotune.weights import placement
 
 #: What one call updates: a coordinate, or several at once.
@@ -101,15 +102,18 @@ class Updater:
             for group, coordinates, lr in zip(run.param_groups, self.state.coordinates, record.lrs, strict=True):
                 weight_decay = 0.0 if place else decay_of(group, coordinates)
                 for coordinate in self._update_groups(coordinates) if self.groupable else coordinates:
-                    scaled = coordinate if isinstance(coordinate, HessianScaledCoordinate) else None
-                    if scaled is not None and scaled.renew_first:
-                        scaled.drop()  # directions of the evaluations, scaled by the H before
-                        scaled.update_curvature(run.directions, record.coefficients[k:], self.state.seed, record.step)
+                    learning = coordinate if isinstance(coordinate, TransformedCoordinate) else None
+                    if learning is not None and learning.renew_first:
+                        learning.drop()  # directions of the evaluations, made from what it was before
+                        self._learn(learning, term, record, k)
                     self._schedule(coordinate, term.step, term.coefficients, terms.factor * lr, weight_decay)
-                    if scaled is not None and not scaled.renew_first:
-                        scaled.update_curvature(run.directions, record.coefficients[k:], self.state.seed, record.step)
+                    if learning is not None and not learning.renew_first:
+                        self._learn(learning, term, record, k)
         if not terms.terms:
             run.forward.drop_directions()
+
+    def _learn(self, coordinate: TransformedCoordinate, term: PastStep, record: StepRecord, k: int) -> None:
+        coordinate.learn(self.run.directions, term.coefficients, record.coefficients[k:], self.state.seed, term.step)
 
     def _apply_output_gradients(self, record: StepRecord) -> None:
         """A step along output gradients: coefficients are derivatives along the elements of S, layer by layer; nothing else is trained."""

@@ -85,6 +85,20 @@ def for_blocks(numel: int, device: torch.device, work: Callable[[slice], None], 
     list(_pool(threads).map(share, range(threads)))
 
 
+def sum_of_blocks(block: Callable[[slice], Tensor], numel: int, device: torch.device) -> float:
+    """The sum of what ``block`` makes of every block of elements, in an order that does not depend on the number of threads."""
+    size = SHARED_CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
+    sums = [0.0] * -(-numel // size)
+
+    def add_up(part: slice) -> None:
+        found = block(part)
+        for start in range(part.start, part.stop, size):
+            sums[start // size] = float(found[start - part.start : start - part.start + size].sum(dtype=torch.float64))
+
+    for_blocks(numel, device, add_up)
+    return math.fsum(sums)
+
+
 def group_of(direction: int, numel: int) -> tuple[int, int]:
     """(first, count): the directions of a parameter of ``numel`` elements that are drawn when ``direction`` is needed.
 
@@ -261,17 +275,7 @@ class Directions:
         """The factor of a block: 1, or √d / ‖z‖ for the sphere (one pass over the elements)."""
         if self.kind != "sphere":
             return 1.0
-        # The order in which squares are added must not depend on the number of threads.
-        size = SHARED_CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
-        squares = [0.0] * -(-numel // size)
-
-        def add_up(part: slice) -> None:
-            z = self.block(key, part, device).square_()
-            for start in range(part.start, part.stop, size):
-                squares[start // size] = float(z[start - part.start : start - part.start + size].sum(dtype=torch.float64))
-
-        for_blocks(numel, device, add_up)
-        return math.sqrt(numel / math.fsum(squares))
+        return math.sqrt(numel / sum_of_blocks(lambda part: self.block(key, part, device).square_(), numel, device))
 
     @tagged("directions")
     def draw(self, key: Key, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:

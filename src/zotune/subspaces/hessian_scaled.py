@@ -33,8 +33,7 @@ class HessianScaledCoordinate(ScaledCoordinate):
         return lambda part: self.h[part].rsqrt()
 
     @tagged("directions")
-    def update_curvature(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
-        """Update H by the q_k of a step."""
+    def learn(self, directions: Directions, coefficients: Sequence[float], curvatures: Sequence[float], seed: int, step: int) -> None:
         add_squares = self._squares(directions, curvatures, seed, step)
 
         def update(part: slice) -> None:
@@ -91,7 +90,7 @@ class FactoredCoordinate(HessianScaledCoordinate):
         return r[row] * c[column] / r.mean()
 
     @tagged("directions")
-    def update_curvature(self, directions: Directions, curvatures: Sequence[float], seed: int, step: int) -> None:
+    def learn(self, directions: Directions, coefficients: Sequence[float], curvatures: Sequence[float], seed: int, step: int) -> None:
         add_squares = self._squares(directions, curvatures, seed, step)
         sums: dict[int, Tensor] = {}
 

@@ -50,6 +50,11 @@ class TransformedCoordinate(FullCoordinate, abc.ABC):
     """θ = W with directions of its own, made from the method's by :meth:`transformed`."""
 
     draws_separately = True
+    #: Whether :meth:`learn` comes before a step's update of W.
+    renew_first = False
+
+    def learn(self, directions: Directions, coefficients: Sequence[float], curvatures: Sequence[float], seed: int, step: int) -> None:
+        """Renew what the directions are made of by a step's coefficients c_k and curvatures q_k."""
 
     @abc.abstractmethod
     def transformed(self, directions: Directions, seed: int, step: int) -> Directions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -35,6 +36,7 @@ PLAIN = {
     "agzo": {"rank": 2, "interval": 4},
     "subzero": {"rank": 3, "interval": 4},
     "tezo": {"rank": 3},
+    "conmezo": {"beta": 0.5, "warm_up": 4},
     "hizoo": {"smoothing": 0.05},
     "hizoo-l": {"smoothing": 0.05},
     "zo-sparse": {"density": 0.5, "interval": 4},
@@ -142,6 +144,48 @@ def test_zo_muon_moves_by_orthogonal_factors():
     values = torch.linalg.svdvals(change["weight"])
     assert bool((values[:3] > 0.5e-2).all() and (values[:3] < 1.3e-2).all()) and float(values[3:].max()) < 1e-6
     assert float(change["bias"].norm()) == pytest.approx(1e-2, rel=1e-4)
+
+
+# -- ConMeZO -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_conmezo_draws_in_a_cone_around_its_momentum(tmp_path):
+    """Z = cos φ √d m/‖m‖ + sin φ u, ‖m‖ of all weights together; m ← β m + (1 − β) c Z; replaying rebuilds m."""
+    model, eps, lr, x = matrix(), 1e-2, 1e-2, torch.eye(6)
+    model.bias = nn.Parameter(torch.linspace(-1, 1, 7))
+    base = copy.deepcopy(model)
+    method = methods.conmezo(angle=1.2, beta=0.9, warm_up=3, eps=eps)
+    optimizer = ZerothOrder(model, method, lr=lr, journal=tmp_path / "j")
+    shapes, cosine, sine = {"weight": (7, 6), "bias": (7,)}, math.cos(1.2), math.sin(1.2)
+    m = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    loss_fn = lambda x: model(x).square().sum() / 2  # noqa: E731
+    for step, beta in enumerate([0.1, None, None, 0.9, 0.9]):  # a third of the way up is past the flat tenth
+        if beta is None:
+            beta = 0.9 - 0.8 / (1 + 8 * ((step / 3 - 0.1) / 0.9) ** 1.8) ** 3
+        size = math.sqrt(sum(float(each.square().sum()) for each in m.values()))
+        z = {name: Directions("gaussian").draw(Key(0, step, 0, name), shape) for name, shape in shapes.items()}
+        if size:
+            z = {name: cosine * 7 * m[name] / size + sine * z[name] for name in shapes}
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        losses = [((start["weight"] + s * z["weight"]).T + start["bias"] + s * z["bias"]).square().sum() / 2 for s in (eps, -eps)]
+        optimizer.step(loss_fn, x)
+        c = float(optimizer.last_report.coefficients)
+        assert c == pytest.approx(float(losses[0] - losses[1]) / (2 * eps), rel=1e-3)
+        m = {name: beta * m[name] + (1 - beta) * c * z[name] for name in shapes}
+        assert all(torch.allclose(p, start[name] - lr * c * z[name], atol=1e-6) for name, p in model.named_parameters())
+    assert all(torch.allclose(found.m, m[found.name].flatten(), atol=1e-6) for found in optimizer.forward.coordinates)
+    again = replay(base, tmp_path / "j")
+    assert all(torch.equal(a.m, b.m) for a, b in zip(again.forward.coordinates, optimizer.forward.coordinates, strict=True))
+
+
+def test_conmezo_of_a_right_angle_is_mezo():
+    found = []
+    for method in (methods.mezo(), methods.conmezo(angle=math.pi / 2)):
+        optimizer = ZerothOrder(model := matrix(), method, lr=1e-2)
+        for _ in range(4):
+            optimizer.step(lambda x, model=model: model(x).square().sum(), torch.eye(6))
+        found.append(model.weight)
+    assert torch.allclose(*found, atol=1e-5)
 
 
 # -- HiZOO -------------------------------------------------------------------------------------------------------------------------------
@@ -466,6 +510,9 @@ def test_a_loss_that_is_cut_off_has_no_derivative(loss, message):
         (lambda: methods.zo_sparse(layers="none"), "layers must be 'uniform' or 'magnitude'"),
         (lambda: methods.zo_block(unit="row"), "unknown unit of blocks 'row'; choose one of layer, linear"),
         (lambda: methods.hizoo(smoothing=1.0), "smoothing must lie in"),
+        (lambda: methods.conmezo(angle=2.0), "angle must lie in"),
+        (lambda: methods.conmezo(beta=1.0), "beta must lie in"),
+        (lambda: methods.conmezo(warm_up=-1), "warm_up must be a whole number of at least 0"),
         (lambda: methods.mezo(estimator="curvature"), "take method 'hizoo'"),
         (lambda: methods.lozo(estimator="tangent"), "take method 'forward-grad'"),
         (lambda: methods.hizoo(directions_per="example"), "method 'hizoo' has no option 'directions_per'"),
