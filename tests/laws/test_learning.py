@@ -41,6 +41,7 @@ RATES = {
     "lozo-m": 1e-3,
     "mezo": 3e-4,
     "mezo-adam": 3e-3,
+    "mezo-greedy": 3e-4,
     "mezo-momentum": 1e-4,
     "mezo-svrg": 1e-4,
     "r-adazo": 3e-4,

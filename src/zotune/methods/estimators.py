@@ -154,7 +154,37 @@ class Tangent(Central):
         return losses[1::2].double()
 
 
-ESTIMATORS: dict[str, Estimator] = {"central": Central(), "forward": Forward(), "curvature": Curvature(), "tangent": Tangent()}
+@dataclass(frozen=True)
+class LeaveOneOut(Forward):
+    """c_k = K/(K − 1) · (L(θ + εZ_k) − L̄) / ε, L̄ the mean of the K losses; K evaluations, θ itself is none of them.
+
+    The same as the difference to the mean of the others. Points that are not finite do not count; a direction alone gets 0.
+    """
+
+    def points(self, num_directions: int) -> list[Point]:
+        return [Point(+1, k) for k in range(num_directions)]
+
+    @tagged("activations")
+    def estimate(self, losses: Sequence[Tensor], eps: float, num_directions: int) -> Estimate:
+        levels = [_mean(loss) for loss in losses]
+        finite = [loss for loss, level in zip(losses, levels, strict=True) if math.isfinite(level)]
+        if len(finite) < 2:
+            return _estimate([(loss, torch.full_like(loss, math.nan)) for loss in losses], levels, eps)
+        mean = torch.stack([loss.double() for loss in finite]).mean(dim=0)
+        return _estimate([(loss, mean) for loss in losses], levels, eps * (len(finite) - 1) / len(finite))
+
+    @tagged("activations")
+    def singles(self, losses: Tensor, eps: float, num_directions: int) -> Tensor:
+        return (losses.double() - losses.double().mean(dim=0)) * (len(losses) / max(1, len(losses) - 1) / eps)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "central": Central(),
+    "forward": Forward(),
+    "leave-one-out": LeaveOneOut(),
+    "curvature": Curvature(),
+    "tangent": Tangent(),
+}
 
 
 @tagged("activations")

@@ -16,6 +16,7 @@ from zotune.methods.estimators import ESTIMATORS
 from zotune.methods.history import CoefficientHistory
 from zotune.methods.kernel import Kernel
 from zotune.methods.rules import Rule
+from zotune.methods.selection import Selection
 from zotune.methods.svrg import SVRGSchedule
 from zotune.rng import sparse_directions
 from zotune.subspaces import Full, Guided, HessianScaled, Subspace
@@ -63,6 +64,7 @@ class Method:
         history: moments from the history of coefficients, in place of the rule.
         svrg: steps relative to an SVRG snapshot, by plain SGD.
         kernel: random lengths of the differences, and their weights.
+        selection: a direction chosen from candidates by their losses.
         conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and take the one of the lowest loss.
         estimates: the mean of the estimate that the rule takes: the ``"gradient"`` itself (of the smoothed loss), a multiple of it (its
             ``"direction"``), or only a direction of ``"descent"``.
@@ -96,6 +98,7 @@ class Method:
     history: CoefficientHistory | None = None
     svrg: SVRGSchedule | None = None
     kernel: Kernel | None = None
+    selection: Selection | None = None
     conservative: bool = False
     estimates: str = "gradient"
     reach: str = "all"
@@ -152,11 +155,15 @@ class Method:
             raise ValueError(f"{self.name} compares steps along one direction: set num_directions to 1, directions_per to 'batch'.")
         if self.kernel and not (shared and self.estimator == "central" and self.fitness == "loss"):
             raise ValueError(f"{self.name} weights central differences: set estimator to 'central', directions_per to 'batch'.")
+        if self.estimator == "leave-one-out" and not (shared and self.num_directions > 1):
+            raise ValueError(f"{self.name} compares directions: set num_directions to at least 2, directions_per to 'batch'.")
+        if self.selection and not (self.estimator == "leave-one-out" and self.fitness == "loss" and self.blocks == 1):
+            raise ValueError(f"{self.name} compares the losses of candidates: set estimator to 'leave-one-out', fitness to 'loss'.")
         if self.svrg and not shared:
             raise ValueError(f"{self.name} evaluates the same directions at two points: set directions_per to 'batch'.")
         if (self.history or self.svrg) and not Rule(self.update_rule, self.update_rule_args).plain:
             raise ValueError(f"{self.name} has its own update; leave update_rule at SGD.")
-        if (self.history or self.conservative or self.svrg) and not isinstance(self.subspace, Full):
+        if (self.history or self.selection or self.conservative or self.svrg) and not isinstance(self.subspace, Full):
             raise ValueError(f"{self.name} trains weights in full space, not in a subspace.")
 
     def _check_fitness(self) -> None:
@@ -197,7 +204,7 @@ class Method:
     def transforms(self) -> tuple[CoefficientTransform, ...]:
         """What coefficients pass between the estimator and the update rule, in order."""
         conservative = ConservativeStep() if self.conservative else None
-        found = (FITNESS[self.fitness], self.kernel, self.svrg, conservative, self.shaping, self.history)
+        found = (FITNESS[self.fitness], self.kernel, self.svrg, self.selection, conservative, self.shaping, self.history)
         return tuple(transform for transform in found if transform is not None)
 
     @property

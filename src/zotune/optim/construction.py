@@ -19,6 +19,7 @@ from zotune.methods.estimators import ESTIMATORS, Estimator
 from zotune.methods.history import CoefficientHistory
 from zotune.methods.kernel import Kernel
 from zotune.methods.rules import Rule
+from zotune.methods.selection import Selection
 from zotune.methods.svrg import SVRGSchedule
 from zotune.optim.anchor import Anchor
 from zotune.optim.calibration import layer_scales
@@ -26,6 +27,7 @@ from zotune.optim.calibration.calibrator import Calibrator
 from zotune.optim.distributed.workers import Workers
 from zotune.optim.evaluator import Evaluator
 from zotune.optim.output_gradient_steps import OutputGradientSteps
+from zotune.optim.selection import SelectedDirection
 from zotune.optim.state import RunState, SampleBatches
 from zotune.optim.step_transforms import (
     ConservativeChoice,
@@ -217,6 +219,8 @@ def _step_transforms(method: Method, evaluator: Evaluator, estimator: Estimator,
                 found.append(SVRGCorrection(transform, evaluator, estimator, state))
             case Kernel():
                 found.append(KernelWeights(transform))
+            case Selection():
+                found.append(SelectedDirection(transform, evaluator, state))
             case ConservativeStep():
                 found.append(ConservativeChoice(evaluator, state))
             case Shaping():

@@ -65,7 +65,7 @@ class ZOConfig(TrainingArguments):
         "auto", "batched: all evaluations of a step in one forward; sequential: one after the other; auto: the faster of both."
     )
     direction: str | None = option(None, "Distribution of the directions, e.g. gaussian.")
-    estimator: str | None = option(None, "Estimator of the gradient: central or forward.")
+    estimator: str | None = option(None, "Estimator of the gradient: central, forward or leave-one-out.")
     fitness: str | None = option(
         None,
         "How the points of a step are compared, for the methods that compare pairs of points on the same examples: raw (the loss), z-score "

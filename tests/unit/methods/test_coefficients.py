@@ -15,6 +15,7 @@ from zotune import ZerothOrder, methods
 from zotune.methods.coefficients import FITNESS, ByDeviation, ByRootMeanSquare, BySign, State
 from zotune.methods.kernel import MOMENTS, Kernel
 from zotune.methods.posterior import ByPosterior
+from zotune.methods.selection import Selection
 from zotune.rng.directions import Directions, Key
 from zotune.subspaces import LowRank
 
@@ -149,6 +150,36 @@ def test_a_step_is_its_equation(name):
         assert torch.allclose(ours - dict(before.named_parameters())[n], theirs - dict(before.named_parameters())[n], rtol=2e-2, atol=1e-6)
 
 
+def test_a_step_along_chosen_directions_is_its_equation():
+    """From losses evaluated by hand on copies of the model, of candidates and of what is chosen."""
+    model, eps, lr, m = toys.classifier(), 1e-2, 1e-2, 5
+    before, method, x = copy.deepcopy(model), methods.get("mezo-greedy", eps=eps, num_directions=m), toys.batch()
+    z = [{n: Directions("gaussian").draw(Key(0, 0, k, n), p.shape) for n, p in model.named_parameters()} for k in range(m)]
+
+    def along(weights: list[float]) -> dict[str, torch.Tensor]:
+        return {n: sum(w * each[n] for w, each in zip(weights, z, strict=True)) for n in z[0]}
+
+    def loss(weights: list[float], scale: float) -> float:
+        return float(toys.loss_function(reference_step(copy.deepcopy(before), along(weights), -scale))(x).double().mean())
+
+    each = [[float(i == k) for i in range(m)] for k in range(m)]
+    order = sorted(range(m), key=lambda k: loss(each[k], eps))
+    assert order[0] != 0
+    weights = each[order[0]]
+    slope = (loss(weights, eps) - loss(weights, -eps)) / (2 * eps)
+    optimizer = ZerothOrder(model, method, lr=lr)
+    optimizer.step(toys.loss_function(model), x)
+    assert optimizer.last_report.coefficients.tolist() == pytest.approx([m * slope * w for w in weights], rel=1e-2)
+    expected = reference_step(copy.deepcopy(before), along(weights), lr * slope)
+    for ours, theirs, start in zip(model.parameters(), expected.parameters(), before.parameters(), strict=True):
+        assert torch.allclose(ours - start, theirs - start, rtol=2e-2, atol=1e-6)
+
+
+def test_candidates_that_are_not_finite_are_not_chosen():
+    assert Selection().weights([math.nan, 3.0, 2.0, math.inf, 2.0]) == [0.0, 0.0, 1.0, 0.0, 0.0]
+    assert Selection().weights([math.inf, math.nan]) == [1.0, 0.0]
+
+
 def test_the_conservative_step_is_the_best_of_three(tmp_path):
     """The loss after a step is the lowest of those at θ − ηĝ, θ and θ + ηĝ, and the journal says which that was."""
     model, lr = toys.classifier(), 0.5  # too far, now and then
@@ -201,6 +232,8 @@ def test_a_step_of_random_search_ends_at_its_best_point(tmp_path):
         (lambda: methods.bszo(alpha=0.0), r"alpha must lie in \(0, 1\]"),
         (lambda: methods.bszo(prior="large"), "prior must be a positive number or 'auto'"),
         (lambda: methods.kerzoo(kernel="cube"), "unknown kernel 'cube'; did you mean 'cubic'"),
+        (lambda: methods.mezo_greedy(num_directions=1), "set num_directions to at least 2"),
+        (lambda: dataclasses.replace(methods.mezo_greedy(), estimator="central"), "set estimator to 'leave-one-out'"),
         (lambda: methods.replayed_adam(history=0), "history must be a whole number of at least 1"),
         (lambda: methods.replayed_momentum(momentum=1.0), "a decay rate must lie in"),
         (lambda: dataclasses.replace(methods.replayed_adam(), update_rule="Adam"), "leave update_rule at SGD"),

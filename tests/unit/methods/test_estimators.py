@@ -118,12 +118,20 @@ def test_second_moment_of_the_low_rank_estimate(rank):
 @pytest.mark.parametrize("estimator", sorted(set(ESTIMATORS) - {"tangent"}))  # which is no difference of losses
 def test_losses_that_are_not_finite_give_zero_and_are_flagged(estimator):
     points = ESTIMATORS[estimator].points(3)
-    losses = [torch.tensor([1.0, 2.0 + p.sign * 0.1]) for p in points]
+    losses = [torch.tensor([1.0, 2.0 + p.sign * (0.1 + p.direction)]) for p in points]
     bad = next(i for i, p in enumerate(points) if p.direction == 1)
     losses[bad] = torch.tensor([float("nan"), 1.0])
     found = ESTIMATORS[estimator].estimate(losses, 0.1, 3)
     assert found.skipped == (False, True, False)
     assert found.coefficients[1] == 0 and found.coefficients[0] != 0 and math.isfinite(found.loss)
+
+
+def test_leave_one_out_is_the_difference_to_the_mean_of_the_others():
+    losses = torch.tensor([[1.0, 2.0], [4.0, 3.0], [2.0, 0.0]])
+    found = ESTIMATORS["leave-one-out"].estimate(list(losses), 0.5, 3)
+    assert found.coefficients.tolist() == pytest.approx([(1.5 - 2.25) / 0.5, (3.5 - 1.25) / 0.5, (1.0 - 2.5) / 0.5])
+    assert torch.allclose(ESTIMATORS["leave-one-out"].singles(losses, 0.5, 3).mean(dim=1).float(), found.coefficients)
+    assert all(ESTIMATORS["leave-one-out"].estimate([losses[0], losses[1] * math.nan], 0.5, 2).skipped)
 
 
 def test_gap_noise_is_the_standard_error_of_the_gap():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zotune.methods.kernel import Kernel
 from zotune.methods.registry import PER, Fields, register
+from zotune.methods.selection import Selection
 
 
 @register(title="MeZO", arxiv="2305.17333", any_rule=True)
@@ -56,3 +57,16 @@ def kerzoo(*, kernel: str = "cubic") -> Fields:
     could not be verified: the defaults are MeZO's. Its third kernel is left out, since in the form found its mean is 13/7 of the gradient.
     """
     return {"kernel": Kernel(kernel)}
+
+
+@register(title="MeZO-Greedy", arxiv="2601.04710", without=(*PER, "estimator", "fitness"), num_directions=2)
+def mezo_greedy() -> Fields:
+    """MeZO-Greedy: of several directions the one whose point has the lowest loss (2601.04710).
+
+    c = (L(θ + εZ*) − L(θ − εZ*)) / 2ε,   θ ← θ − η c Z*,   Z* = Z_k of the lowest L(θ + εZ_k),   k = 1 … M
+
+    M = ``num_directions``; M + 2 evaluations, all on the step's batch. State: none.
+    On a linear loss the mean of c Z* is E[x²] ∇, x the least of M standard normal numbers: ∇ itself for M = 2, 1.6 ∇ for M = 4, and at the
+    best η a step lowers the loss by that factor over MeZO's, of 2 evaluations. What the choice gains beyond is due to curvature.
+    """
+    return {"estimator": "leave-one-out", "selection": Selection(), "estimates": "direction"}
