@@ -213,7 +213,7 @@ def test_a_baseline_fits_real_sentences(name: str, tiny_lm: Path, data_dir: Path
     from zotune.objectives.losses import objective
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
-    model = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32, num_hidden_layers=2)
     data = tasks.prepare(tokenizer, model.config, task="sst2", data_dir=data_dir, num_train=32, objective="choices", parts=("train",))
     shortest = sorted(data.train or [], key=lambda example: len(example["prompt_ids"]))[:16]
     batch = data.collate_train(shortest)
