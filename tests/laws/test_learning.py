@@ -42,6 +42,7 @@ RATES = {
     "mezo": 3e-4,
     "mezo-adam": 3e-3,
     "mezo-greedy": 3e-4,
+    "mezo-gv": 3e-4,
     "mezo-momentum": 1e-4,
     "mezo-svrg": 1e-4,
     "r-adazo": 3e-4,
@@ -53,7 +54,7 @@ RATES = {
 #: What a test has time for, at most.
 FEW = {"num_directions": 4, "history": 3, "anchor_batches": 2, "anchor_ratio": 1}
 #: Steps, and fewer of methods whose steps take long and go far.
-STEPS, LONG_STEPS = 9, {"bszo": 4, "es": 4, "es-ranks": 4, "fzoo": 4, "hizoo-l": 4, "randopt": 6, "zo-sgd-cons": 4}
+STEPS, LONG_STEPS = 9, {"bszo": 4, "es": 4, "es-ranks": 4, "fzoo": 4, "hizoo-l": 4, "mezo-gv": 4, "randopt": 6, "zo-sgd-cons": 4}
 
 
 @pytest.fixture(scope="session")

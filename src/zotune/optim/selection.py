@@ -1,6 +1,8 @@
-"""Steps along a direction that is chosen from candidates by their losses (MeZO-Greedy)."""
+"""Steps along a direction that is chosen from candidates by their losses, or combined from them (MeZO-Greedy, MeZO-GV)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +14,24 @@ from zotune.methods.selection import Selection
 from zotune.optim.evaluator import Evaluator
 from zotune.optim.state import RunState, StepContext
 from zotune.optim.step_transforms import StepTransform
-from zotune.subspaces.coordinate import Offset
+from zotune.rng.directions import Directions
+from zotune.subspaces.coordinate import Coordinate, Offset
+
+
+class CombinedCoordinate:
+    """In place of a coordinate in full space while a combination of a step's directions is evaluated: W + scale · Σ_k w_k Z_k."""
+
+    def __init__(self, coordinate: Coordinate, weights: Sequence[float]) -> None:
+        self.name, self.coordinate, self.weights = coordinate.name, coordinate, weights
+
+    def is_active(self, step: int, direction: int) -> bool:
+        return self.coordinate.is_active(step, direction)
+
+    @tagged("directions")
+    def at(self, directions: Directions, offset: Offset) -> Tensor:
+        move = self.coordinate.weighted(directions, self.weights, offset.seed, offset.step)
+        value = self.coordinate.value()
+        return move.mul_(offset.scale).to(value.dtype).add_(value).to(self.coordinate.parameter.dtype)
 
 
 class SelectedDirection(StepTransform):
@@ -33,5 +52,9 @@ class SelectedDirection(StepTransform):
 
     def _evaluate(self, weights: list[float], scale: float, context: StepContext) -> Tensor:
         """The losses of the batch at θ + scale · Σ_k weights[k] · Z_k."""
-        evaluate = self.evaluator.function(context)
-        return self.evaluator.forward.evaluate(evaluate, Offset(scale, context.seed, context.step, weights.index(1.0)))
+        evaluate, forward = self.evaluator.function(context), self.evaluator.forward
+        first = next(k for k, weight in enumerate(weights) if weight)
+        if not any(weights[first + 1 :]):
+            return forward.evaluate(evaluate, Offset(scale * weights[first], context.seed, context.step, first))
+        with forward.replace_coordinates({c.name: CombinedCoordinate(c, weights) for c in forward.coordinates}):
+            return forward.evaluate(evaluate, Offset(scale, context.seed, context.step, 0))

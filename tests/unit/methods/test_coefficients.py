@@ -150,10 +150,11 @@ def test_a_step_is_its_equation(name):
         assert torch.allclose(ours - dict(before.named_parameters())[n], theirs - dict(before.named_parameters())[n], rtol=2e-2, atol=1e-6)
 
 
-def test_a_step_along_chosen_directions_is_its_equation():
+@pytest.mark.parametrize("name", ["mezo-greedy", "mezo-gv"])
+def test_a_step_along_chosen_directions_is_its_equation(name):
     """From losses evaluated by hand on copies of the model, of candidates and of what is chosen."""
     model, eps, lr, m = toys.classifier(), 1e-2, 1e-2, 5
-    before, method, x = copy.deepcopy(model), methods.get("mezo-greedy", eps=eps, num_directions=m), toys.batch()
+    before, method, x = copy.deepcopy(model), methods.get(name, eps=eps, num_directions=m), toys.batch()
     z = [{n: Directions("gaussian").draw(Key(0, 0, k, n), p.shape) for n, p in model.named_parameters()} for k in range(m)]
 
     def along(weights: list[float]) -> dict[str, torch.Tensor]:
@@ -166,6 +167,8 @@ def test_a_step_along_chosen_directions_is_its_equation():
     order = sorted(range(m), key=lambda k: loss(each[k], eps))
     assert order[0] != 0
     weights = each[order[0]]
+    if name == "mezo-gv":
+        weights = [1 / 2 if k in order[:2] else -1 / 3 for k in range(m)]
     slope = (loss(weights, eps) - loss(weights, -eps)) / (2 * eps)
     optimizer = ZerothOrder(model, method, lr=lr)
     optimizer.step(toys.loss_function(model), x)
@@ -178,6 +181,22 @@ def test_a_step_along_chosen_directions_is_its_equation():
 def test_candidates_that_are_not_finite_are_not_chosen():
     assert Selection().weights([math.nan, 3.0, 2.0, math.inf, 2.0]) == [0.0, 0.0, 1.0, 0.0, 0.0]
     assert Selection().weights([math.inf, math.nan]) == [1.0, 0.0]
+    assert Selection(0.5).weights([2.0, math.nan, 1.0, 3.0, 4.0]) == [0.5, 0.0, 0.5, -0.5, -0.5]
+    assert Selection(0.9).weights([3.0, 1.0, 2.0]) == [-1.0, 0.5, 0.5] and Selection(0.1).weights([1.0, math.inf]) == [1.0, 0.0]
+
+
+def test_a_guiding_vector_of_two_is_mezo_with_the_sum():
+    """v = ± (Z_1 − Z_2), of which the sign does not matter."""
+    (model, other), x = (toys.classifier(), toys.classifier()), toys.batch()
+    z = [{n: Directions("gaussian").draw(Key(0, 0, k, n), p.shape) for n, p in model.named_parameters()} for k in range(2)]
+    optimizer = ZerothOrder(model, methods.mezo_gv(num_directions=2, eps=1e-2), lr=1e-2)
+    optimizer.step(toys.loss_function(model), x)
+    first, second = optimizer.last_report.coefficients.tolist()
+    assert first == -second != 0
+    with torch.no_grad():
+        for n, p in other.named_parameters():
+            p -= 1e-2 * first / 2 * (z[0][n] - z[1][n])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_the_conservative_step_is_the_best_of_three(tmp_path):
@@ -232,6 +251,7 @@ def test_a_step_of_random_search_ends_at_its_best_point(tmp_path):
         (lambda: methods.bszo(alpha=0.0), r"alpha must lie in \(0, 1\]"),
         (lambda: methods.bszo(prior="large"), "prior must be a positive number or 'auto'"),
         (lambda: methods.kerzoo(kernel="cube"), "unknown kernel 'cube'; did you mean 'cubic'"),
+        (lambda: methods.mezo_gv(share=1.0), r"share must lie in \(0, 1\)"),
         (lambda: methods.mezo_greedy(num_directions=1), "set num_directions to at least 2"),
         (lambda: dataclasses.replace(methods.mezo_greedy(), estimator="central"), "set estimator to 'leave-one-out'"),
         (lambda: methods.replayed_adam(history=0), "history must be a whole number of at least 1"),
