@@ -96,7 +96,8 @@ def test_contracts_a_quadratic_as_theory_says(name):
 
 def plain_gaussian(method: methods.Method) -> bool:
     """Whether theory is about the method itself: plain SGD on unbiased estimates along Gaussian directions in full space."""
-    plain = method.fitness == "loss" and not (method.shaping or method.kernel or method.history or method.svrg or method.update_rule_args)
+    beyond = method.shaping or method.kernel or method.history or method.svrg or method.projection or method.update_rule_args
+    plain = method.fitness == "loss" and not beyond
     return plain and method.estimates == "gradient" and method.update_rule == "SGD" and method.subspace.full
 
 

@@ -33,6 +33,7 @@ def train(model, method: zotune.Method, lr: float | str, steps: int, objective: 
 #: Learning rates that learn within the steps; the others are measured.
 RATES = {
     "conmezo": 3e-4,
+    "dizo": 3e-4,
     "jaguar-muon": 3e-2,
     "jaguar-sign": 2e-2,
     "lozo": 1e-3,

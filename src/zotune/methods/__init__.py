@@ -12,6 +12,7 @@ from zotune.methods.method import AUTO, Method
 from zotune.methods.recipes.adaptive import bszo, meazo, r_adazo, zo_adamw, zo_rmsprop
 from zotune.methods.recipes.blockwise import zo_block, zo_block_jacobi
 from zotune.methods.recipes.cone import conmezo
+from zotune.methods.recipes.dizo import dizo
 from zotune.methods.recipes.evolution import es, es_ranks, fzoo, randopt
 from zotune.methods.recipes.forward_grad import forward_grad
 from zotune.methods.recipes.hizoo import hizoo, hizoo_l
@@ -36,6 +37,7 @@ __all__ = [
     "bszo",
     "conmezo",
     "default",
+    "dizo",
     "es",
     "es_ranks",
     "forward_grad",

@@ -15,6 +15,7 @@ from zotune.methods.coefficients import FITNESS, ByDeviation, CoefficientTransfo
 from zotune.methods.estimators import ESTIMATORS
 from zotune.methods.history import CoefficientHistory
 from zotune.methods.kernel import Kernel
+from zotune.methods.layer_projection import LayerProjection
 from zotune.methods.rules import Rule
 from zotune.methods.selection import Selection
 from zotune.methods.svrg import SVRGSchedule
@@ -65,6 +66,7 @@ class Method:
         svrg: steps relative to an SVRG snapshot, by plain SGD.
         kernel: random lengths of the differences, and their weights.
         selection: a direction chosen from candidates by their losses.
+        projection: searches for how far layers are moved.
         conservative: evaluate θ − ηĝ, θ and θ + ηĝ too, and take the one of the lowest loss.
         estimates: the mean of the estimate that the rule takes: the ``"gradient"`` itself (of the smoothed loss), a multiple of it (its
             ``"direction"``), or only a direction of ``"descent"``.
@@ -99,6 +101,7 @@ class Method:
     svrg: SVRGSchedule | None = None
     kernel: Kernel | None = None
     selection: Selection | None = None
+    projection: LayerProjection | None = None
     conservative: bool = False
     estimates: str = "gradient"
     reach: str = "all"
@@ -163,7 +166,8 @@ class Method:
             raise ValueError(f"{self.name} evaluates the same directions at two points: set directions_per to 'batch'.")
         if (self.history or self.svrg) and not Rule(self.update_rule, self.update_rule_args).plain:
             raise ValueError(f"{self.name} has its own update; leave update_rule at SGD.")
-        if (self.history or self.selection or self.conservative or self.svrg) and not isinstance(self.subspace, Full):
+        beyond = self.history or self.selection or self.conservative or self.svrg or self.projection
+        if beyond and not isinstance(self.subspace, Full):
             raise ValueError(f"{self.name} trains weights in full space, not in a subspace.")
 
     def _check_fitness(self) -> None:
@@ -204,7 +208,8 @@ class Method:
     def transforms(self) -> tuple[CoefficientTransform, ...]:
         """What coefficients pass between the estimator and the update rule, in order."""
         conservative = ConservativeStep() if self.conservative else None
-        found = (FITNESS[self.fitness], self.kernel, self.svrg, self.selection, conservative, self.shaping, self.history)
+        own = (self.kernel, self.svrg, self.selection, conservative, self.shaping, self.history, self.projection)
+        found = (FITNESS[self.fitness], *own)
         return tuple(transform for transform in found if transform is not None)
 
     @property
@@ -237,7 +242,8 @@ class Method:
     def state_bytes(self, shapes: Sequence[Sequence[int]], *, half: bool = False) -> int:
         """Bytes of state between steps beyond the weights, for trainable parameters of these shapes.
 
-        Subspace factors and rule state are float32; half-precision weights may have a residual (see ``rounding``).
+        Subspace factors and rule state are float32; half-precision weights may have a residual (see ``rounding``). Where a projection
+        chooses layers by name, all matrices count.
         """
         return math.ceil(sum(self._state_of(shape, half) for shape in shapes))
 
@@ -248,13 +254,16 @@ class Method:
         residual = half and in_full_space and (self.rounding == "residual" or is_thin(shape) or not whole)
         vector = self.update_rule_vector_state if matrix_view(shape) is None else None
         state = self.update_rule_state if vector is None else vector
-        return 4 * (beside + state * moving) + (2 * moving if residual else 0)
+        starts = (2 if half else 4) * moving if self.projection and len(shape) > 1 else 0
+        return 4 * (beside + state * moving) + (2 * moving if residual else 0) + starts
 
     @property
     def extra_memory(self) -> str:
         """State between steps beyond the weights, as text: in multiples of the trainable weights W, or by matrix (m, n)."""
         if not self.subspace.full:
             return self.subspace.memory(self.update_rule_state)
+        if self.projection:
+            return "1 × the projected W"
         kept = self.subspace.memory(self.update_rule_state)
         if kept == "none" and self.scalars:
             kept = f"{self.scalars} scalars"

@@ -18,6 +18,7 @@ from zotune.methods.coefficients import ConservativeStep, Fitness, Shaping, Stat
 from zotune.methods.estimators import ESTIMATORS, Estimator
 from zotune.methods.history import CoefficientHistory
 from zotune.methods.kernel import Kernel
+from zotune.methods.layer_projection import LayerProjection
 from zotune.methods.rules import Rule
 from zotune.methods.selection import Selection
 from zotune.methods.svrg import SVRGSchedule
@@ -26,6 +27,7 @@ from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.calibrator import Calibrator
 from zotune.optim.distributed.workers import Workers
 from zotune.optim.evaluator import Evaluator
+from zotune.optim.layer_projection import LayerProjections
 from zotune.optim.output_gradient_steps import OutputGradientSteps
 from zotune.optim.selection import SelectedDirection
 from zotune.optim.state import RunState, SampleBatches
@@ -227,6 +229,8 @@ def _step_transforms(method: Method, evaluator: Evaluator, estimator: Estimator,
                 found.append(ShapingTransform(transform, state))
             case CoefficientHistory():
                 found.append(HistoryTransform(transform))
+            case LayerProjection():
+                found.append(LayerProjections(transform, evaluator))
             case _:
                 raise TypeError(f"nothing applies the transform {type(transform).__name__} of {method.name}.")
     return found
@@ -305,10 +309,11 @@ def _check_placement(model: nn.Module, method: Method, coordinate: Coordinate) -
         return
     if handle.lossy:
         raise ValueError(f"{coordinate.name} is stored in fewer bits while offloaded, so it cannot be trained: train an adapter (PEFT).")
-    if not coordinate.supports_offload or method.svrg is not None:
+    if not coordinate.supports_offload or method.svrg or method.projection:
         raise ValueError(f"{method.name} reads weights between evaluations, so they cannot be offloaded: use lozo, mezo or an adapter.")
 
 
 def _takes_shards(method: Method, rule: Rule) -> bool:
-    plain = rule.plain and not (method.history or method.svrg or method.own) and method.estimator in ("central", "forward")
+    beyond = method.history or method.svrg or method.projection or method.own
+    plain = rule.plain and not beyond and method.estimator in ("central", "forward")
     return plain and type(method.subspace) in (Full, LowRank)

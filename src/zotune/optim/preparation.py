@@ -22,6 +22,7 @@ from zotune.optim import journal_events
 from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.eps import disagreement
 from zotune.optim.construction import RunParts
+from zotune.optim.layer_projection import LayerProjections
 from zotune.optim.output_gradient_steps import Derivatives
 from zotune.optim.state import StepContext
 from zotune.optim.update import Updater
@@ -49,6 +50,8 @@ class Preparation:
         """Everything that is due before a step."""
         run, state, step = self.run, self.state, context.step
         gradients, calibrator, fresh = run.output_gradients, run.calibrator, state.begun != step
+        if fresh:
+            self._project(context)
         self.observe(context)
         self.updater.begin(step)
         phase_begins = fresh and (not step or run.method.subspace.needs_data(step))
@@ -69,6 +72,17 @@ class Preparation:
             self._calibrate(context)
         elif gradients is not None:
             self._measured({}, 0, 0, step)
+
+    def _project(self, context: StepContext) -> None:
+        """Search for how far layers are moved, where that is due."""
+        projections, state = self.run.transform(LayerProjections), self.state
+        if projections is None or not projections.schedule.due(context.step):
+            return
+        ratios, forwards, sequences = projections.search(context)
+        state.count(forwards, sequences)
+        event: dict[str, Any] = {"event": "projection", "ratios": ratios, **_cost(forwards, sequences)}
+        state.write(event)
+        self.updater.apply_event(event)
 
     def observe(self, context: StepContext) -> None:
         """Let the subspace observe the step's data, where it needs them."""

@@ -17,6 +17,7 @@ from zotune.io.memory_tags import tagged
 from zotune.methods.history import PastStep
 from zotune.optim.construction import RunParts
 from zotune.optim.journal_records import Record, StepRecord
+from zotune.optim.layer_projection import LayerProjections
 from zotune.optim.step_transforms import HistoryTransform, Terms
 from zotune.subspaces import GuidedCoordinate, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate, CoordinateGroup
@@ -208,6 +209,11 @@ class Updater:
                 for layer, scale in zip(run.layers, event["values"], strict=True):
                     for coordinate in layer:
                         run.rule.transport(coordinate.name, coordinate.rescale(float(scale), state.seed, state.steps))
+            case "projection":
+                projections = run.transform(LayerProjections)
+                if projections is None:
+                    raise ValueError(f"{run.method.name} projects no layers.")
+                projections.apply(event["ratios"], state.seed, state.steps)
             case "residual":
                 if run.output_gradients is not None:
                     run.output_gradients.reject(event["rejected"])

@@ -144,7 +144,7 @@ OTHER = {
     "direction": ("rademacher", "gaussian"), "estimator": ("forward", "central"), "update_rule": ("RMSprop",), "choice": ("column",),
     "directions_per": ("example", "batch"), "rounding": ("residual",), "update_rule_args": ({"alpha": 0.5},),
     "unit": ("linear",), "fitness": ("ranks", "z-score"), "layers": ("magnitude",),
-    "kernel": ("linear",), "angle": (1.0,), "prior": (2.0,), "noise": (2.0,),
+    "kernel": ("linear",), "angle": (1.0,), "projected": ("matrices",), "prior": (2.0,), "noise": (2.0,),
 }  # fmt: skip
 
 
