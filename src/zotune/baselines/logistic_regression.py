@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from zotune.objectives.token_logprobs import scored_logits
 from zotune.weights.structure import head_of, module_mode
 
+#: The C that cross-validation chooses from.
+INVERSE_PENALTIES = tuple(10 ** (-4 + 8 * step / 9) for step in range(10))
+
 
 @dataclass(frozen=True)
 class LinearProbe:
@@ -40,10 +43,54 @@ def fit(features: Tensor, answers: Tensor, classes: int, l2: float) -> LinearPro
     """
     features = features.double()
     mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0).clamp_min(1e-8)
-    features = (features - mean) / deviation
-    weight = torch.zeros(classes, features.shape[1], dtype=torch.float64, device=features.device, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+    weight, bias = _minimum((features - mean) / deviation, answers, classes, l2, intercept=True)
+    return LinearProbe(weight, bias, mean, deviation)
+
+
+def fit_by_folds(features: Tensor, answers: Tensor, classes: int, folds: int) -> LinearProbe:
+    """The minimum of C Σ −log softmax(A h_i)[y_i] + ‖A‖² / 2, C of :data:`INVERSE_PENALTIES` by cross-validation; see :func:`fit`.
+
+    The folds hold the classes in their proportions, in the order of the examples. The smallest C of the best mean accuracy is taken.
+
+    Raises:
+        ValueError: a class has fewer examples than there are folds.
+    """
+    features = features.double()
+    counts = [int((answers == each).sum()) for each in range(classes)]
+    if min(counts) < folds:
+        raise ValueError(f"linear-probe: the rarest class has {min(counts)} training examples, fewer than folds={folds}: choose fewer.")
+    fold = torch.empty_like(answers)
+    for each, count in enumerate(counts):
+        fold[answers == each] = torch.arange(count, device=answers.device) * folds // count
+    scores = [0.0] * len(INVERSE_PENALTIES)
+    for held in range(folds):
+        seen, weight = fold != held, None
+        for index, inverse in enumerate(INVERSE_PENALTIES):  # each fit starts from the last one's minimum
+            weight = _minimum(features[seen], answers[seen], classes, 1 / (inverse * int(seen.sum())), start=weight, tolerance=1e-4)[0]
+            scores[index] += float(((features[~seen] @ weight.T).argmax(dim=1) == answers[~seen]).double().mean())
+    best = INVERSE_PENALTIES[max(range(len(scores)), key=scores.__getitem__)]
+    weight, bias = _minimum(features, answers, classes, 1 / (best * len(features)))
+    return LinearProbe(weight, bias, torch.zeros_like(features[0]), torch.ones_like(features[0]))
+
+
+def _minimum(
+    features: Tensor,
+    answers: Tensor,
+    classes: int,
+    l2: float,
+    *,
+    intercept: bool = False,
+    start: Tensor | None = None,
+    tolerance: float = 1e-9,
+) -> tuple[Tensor, Tensor]:
+    """A and b of the least mean cross-entropy + λ ‖A‖² / 2, by L-BFGS in float64; b = 0 without an intercept."""
+    weight = torch.zeros(classes, features.shape[1], dtype=torch.float64, device=features.device) if start is None else start.clone()
+    weight.requires_grad_()
+    bias = torch.zeros(classes, dtype=torch.float64, device=features.device, requires_grad=intercept)
+    trained = [weight, bias] if intercept else [weight]
+    optimizer = torch.optim.LBFGS(
+        trained, max_iter=500, tolerance_grad=tolerance, tolerance_change=tolerance / 1000, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -53,7 +100,7 @@ def fit(features: Tensor, answers: Tensor, classes: int, l2: float) -> LinearPro
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return LinearProbe(weight.detach(), bias.detach(), mean, deviation)
+    return weight.detach(), bias.detach()
 
 
 @torch.no_grad()

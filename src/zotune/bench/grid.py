@@ -12,6 +12,7 @@ from zotune.io import safe_yaml
 from zotune.io.failures import LONGEST
 from zotune.io.suggest import did_you_mean
 from zotune.io.text import shortened, shown
+from zotune.training import protocols
 
 #: Most runs of a grid.
 MOST_RUNS = 10_000
@@ -26,10 +27,11 @@ OWN_OPTIONS = {
     "seed": "seeds",
     "max_steps": "budget",
     "num_train_epochs": "budget",
+    "protocol": "protocol",
 }
 _COMMAND_LINE_ONLY = ("trust_remote_code",)
 _REFUSED = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "config")
-_KEYS = ("title", "about", "models", "tasks", "schemes", "methods", "seeds", "tune_seeds", "budget", "options", "published")
+_KEYS = ("title", "about", "protocol", "models", "tasks", "schemes", "methods", "seeds", "tune_seeds", "budget", "options", "published")
 _METHOD_KEYS = ("method", "label", "options", "grid", "budget", "models", "tasks", "schemes")
 _PUBLISHED_KEYS = ("source", "what", "model", "task", "scheme", "columns", "rows")
 
@@ -100,8 +102,9 @@ class Grid:
         models, tasks, schemes, methods: the axes.
         seeds: of the runs that are reported.
         tune_seeds: of the runs by which a method's cell is chosen.
-        budget: of a run whose method has none of its own.
+        budget: of a run whose method has none of its own; None: the protocol's.
         options: of every run.
+        protocol: a name of :mod:`zotune.training.protocols`, whose options and grids hold where the file gives none.
         published: tables for comparison.
     """
 
@@ -113,9 +116,10 @@ class Grid:
     methods: tuple[MethodEntry, ...]
     seeds: tuple[int, ...]
     tune_seeds: tuple[int, ...]
-    budget: Budget
+    budget: Budget | None
     options: Mapping[str, Any]
     published: tuple[Published, ...] = ()
+    protocol: str | None = None
 
 
 def load(path: str | Path) -> Grid:
@@ -138,7 +142,8 @@ def load(path: str | Path) -> Grid:
 def parsed(content: Any, title: str = "grid") -> Grid:
     """The grid of a parsed YAML document; ValueError at the first mistake."""
     content = _mapping(content, "the grid file", _KEYS)
-    for key in ("models", "tasks", "methods", "budget"):
+    protocol = None if content.get("protocol") is None else protocols.load(_text(content["protocol"], "protocol")).name
+    for key in ("models", "tasks", "methods", *(() if protocol else ("budget",))):
         if content.get(key) in (None, [], {}):
             raise ValueError(f"{key!r} is missing: {_WANTED[key]}.")
     models = _axis(content["models"], "models", "model")
@@ -161,7 +166,8 @@ def parsed(content: Any, title: str = "grid") -> Grid:
         methods=methods,
         seeds=seeds,
         tune_seeds=tune_seeds,
-        budget=_budget(content["budget"], "budget"),
+        budget=None if content.get("budget") is None else _budget(content["budget"], "budget"),
+        protocol=protocol,
         options=_options(content.get("options"), "options"),
         published=tuple(_published(each, f"published[{index}]", labels) for index, each in enumerate(published)),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ from typing import Any
 from zotune import bundled, tasks
 from zotune.baselines import Baseline, catalog
 from zotune.bench.grid import Budget, Entry, Grid, MethodEntry
+from zotune.io.safe_yaml import number
 from zotune.methods import AUTO, Method
-from zotune.training import run_config
+from zotune.training import protocols, run_config
 from zotune.training.loading import plan_model
 from zotune.training.option_parser import option_words
 
@@ -104,9 +107,7 @@ def runs_of(cell: Cell, seeds: Sequence[int]) -> list[Run]:
 def words(run: Run, folder: Path, data_dir: str | None) -> list[str]:
     """The words after `zotune train` that start a run, with all of its options, so that it can be repeated by hand."""
     options = {**run.cell.options, "seed": run.seed, "output_dir": str(folder)}
-    model = str(options["model_name_or_path"])
-    if model.startswith(_BUNDLED):
-        options["model_name_or_path"] = str(bundled.path(model.removeprefix(_BUNDLED)))
+    options["model_name_or_path"] = _location(str(options["model_name_or_path"]))
     if data_dir is not None:
         options["data_dir"] = data_dir
     return [*itertools.chain.from_iterable(option_words(name, value) for name, value in options.items() if value is not None)]
@@ -127,18 +128,25 @@ def check(grid: Grid, data_dir: str | None, *, models: bool = True) -> dict[Plac
     if not found:
         raise ValueError("there is nothing to run: every method is limited to models, tasks or schemes that do not meet.")
     known: set[str | None] = set()
+    found_models: set[str | None] = set()
+    checked: set[str] = set()
     parser = run_config.option_parser()
-    for cell in itertools.chain.from_iterable(found.values()):
+    for cell in itertools.chain.from_iterable(map(_differing, found.values())):
         run = Run(cell, grid.seeds[0])
+        facts = json.dumps({**cell.options, "model_name_or_path": None}, sort_keys=True, default=str)
+        if facts in checked and cell.options["model_name_or_path"] in known:
+            continue
+        checked.add(facts)
+        known.add(str(cell.options["model_name_or_path"]))
         try:
             config = run_config.parse(words(run, Path("run"), data_dir), parser)
             task, model = str(config.data.task), config.model.model_name_or_path
             if task not in known:
                 tasks.load(task)
                 known.add(task)
-            if models and model not in known:
+            if models and model not in found_models:
                 plan_model(config.model, "zotune bench")
-                known.add(model)
+                found_models.add(model)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{run.title}: {error}") from error
     return found
@@ -152,34 +160,60 @@ def spelled(value: Any) -> str:
 # -- parts --------------------------------------------------------------------------------------------------------------------------
 
 
+def _differing(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that differ from the first one in one hyperparameter at most: all its values, without their combinations."""
+    return [cell for cell in cells if sum(cell.tried[name] != value for name, value in cells[0].tried.items()) <= 1]
+
+
 def _cells_of(
     grid: Grid, place: Place, model: Entry, task: Entry, scheme: Entry, method: MethodEntry, trains_nothing: bool
 ) -> Iterator[Cell]:
-    fixed = {**DEFAULTS, **grid.options, **model.options, **task.options, **scheme.options, **method.options}
-    count = 1
-    for values in method.grid.values():
-        count *= len(values)
+    given = {**grid.options, **model.options, **task.options, **scheme.options, **method.options}
+    budget = method.budget or grid.budget
+    fixed, tried_values = DEFAULTS | given, dict(method.grid)
+    if grid.protocol is not None:
+        settings = _settings(grid.protocol, given, model, task, scheme, method, budget)
+        fixed = {"protocol": grid.protocol, **settings.options, **given}
+        tried_values = {name: values for name, values in settings.grid.items() if name not in given} | tried_values
+    count = math.prod(map(len, tried_values.values()))
     if count > 1 and trains_nothing:
         raise ValueError(f"{method.label} takes no steps, and nothing is held out for it to choose by: give it options, not a grid.")
     if count > 1 and not _number(fixed.get("num_dev")):
         raise ValueError(
             f"{method.label} has {count} cells, and no examples are held out to choose one by: set num_dev in `options`, such as 500."
         )
-    for values in itertools.product(*method.grid.values()):
-        tried = dict(zip(method.grid, (_read(value) for value in values), strict=True))
+    for values in itertools.product(*tried_values.values()):
+        tried = dict(zip(tried_values, (number(value) for value in values), strict=True))
         options = {
             "model_name_or_path": model.name,
             "task": task.name,
             "method": method.name,
             "scheme": scheme.name,
-            **{name: _read(value) for name, value in (fixed | tried).items()},
+            **{name: number(value) for name, value in (fixed | tried).items()},
         }
         if not trains_nothing:
-            options["max_steps"] = _steps(method, grid.budget if method.budget is None else method.budget, options)
+            if budget is not None:
+                options["max_steps"] = _steps(method, budget, options)
         else:
             for name in ("eval_steps", "save_steps", "save_total_limit"):
                 options.pop(name, None)
         yield Cell(place, tried, options)
+
+
+def _settings(
+    name: str, given: Mapping[str, Any], model: Entry, task: Entry, scheme: Entry, method: MethodEntry, budget: Budget | None
+) -> protocols.Settings:
+    """What a protocol says of a place of the grid."""
+    protocol = protocols.load(name)
+    place = protocols.place_of(protocol, _location(model.name), task.name, {**given, "scheme": scheme.name, "method": method.name})
+    settings = protocol.settings(place, {**given, "method": method.name, **({"max_steps": 1} if budget else {})})
+    return dataclasses.replace(
+        settings, options={name: value for name, value in settings.options.items() if not budget or name != "max_steps"}
+    )
+
+
+def _location(model: str) -> str:
+    return str(bundled.path(model.removeprefix(_BUNDLED))) if model.startswith(_BUNDLED) else model
 
 
 def _steps(method: MethodEntry, budget: Budget, options: Mapping[str, Any]) -> int:
@@ -206,11 +240,6 @@ def _recipe(method: MethodEntry, options: Mapping[str, Any]) -> Method | Baselin
     given = {name: value for name, value in options.items() if name in known and value is not None}
     extra = options.get("method_args")
     return catalog.get(method.name, **{**given, **(extra if isinstance(extra, dict) else {})})
-
-
-def _read(value: Any) -> Any:
-    """The value of a number with an exponent and without a point, such as `1e-6`, which YAML reads as a text."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
 
 
 def _number(value: Any) -> int:

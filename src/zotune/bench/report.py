@@ -276,7 +276,9 @@ def _how(grid: Grid, rows: Sequence[Row]) -> list[Block]:
         return []
     common = ", ".join(f"{name} {spelled(value)}" for name, value in grid.options.items())
     versions = ", ".join(f"{name} {version}" for name, version in done[0]["versions"].items())
-    parts = [f"Budget of a run: {grid.budget.amount} {grid.budget.kind.replace('_', ' ')} unless the grid file says otherwise."]
+    parts = [] if grid.protocol is None else [f"Protocol: {grid.protocol}, where the grid file says nothing else."]
+    if grid.budget is not None:
+        parts.append(f"Budget of a run: {grid.budget.amount} {grid.budget.kind.replace('_', ' ')} unless the grid file says otherwise.")
     parts += [f"Options of every run: {common}."] if common else []
     parts += [f"{versions}; {platform.machine()}, {os.cpu_count()} cores. `zotune bench GRID --dry_run` prints the command of every run."]
     return [Heading("How"), Paragraph(" ".join(parts))]

@@ -46,6 +46,7 @@ def option_groups() -> dict[str, dict[str, str]]:
         "model_name_or_path": "",
         "task": "",
         "data_dir": "",
+        "protocol": "",
         "output_dir": "folder of the run: model, journal, checkpoints, summary.json, curve.png",
         "method": f"one of those that `zotune methods` lists (default {default().name})",
         "learning_rate": "a number, or auto (the default where it is known): measured from a few losses",
@@ -59,8 +60,8 @@ def option_groups() -> dict[str, dict[str, str]]:
     return {
         "first of all": first,
         "data": dict.fromkeys(
-            ("train_file", "eval_file", "template", "options", "objective", "num_train", "num_dev", "num_eval", "k_shot",
-             "num_demonstrations", "max_length", "truncate", "tools", "chat_template_kwargs"), ""),
+            ("train_file", "eval_file", "template", "options", "objective", "loss_over", "num_train", "num_dev", "num_eval", "k_shot",
+             "num_demonstrations", "demonstrations_per", "bos_token", "max_length", "truncate", "tools", "chat_template_kwargs"), ""),
         "rewards of generated completions": dict.fromkeys(("reward", *REWARD_FIELDS, "guard_task", "guard_file"), ""),
         "the method's options (its own defaults when not given)": {
             field.name: "" for field in dataclasses.fields(ZOConfig) if field.name not in inherited | first.keys() | set(REWARD_FIELDS)

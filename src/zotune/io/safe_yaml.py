@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ LONGEST_FILE = 1 << 20
 #: Most characters of a number: one in base 60 (1:30:00) takes time that grows with the square.
 LONGEST_NUMBER = 100
 
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -99,3 +101,8 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
         children = [part for item in node.value for part in item] if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_values(child, known) for child in children)
     return known[id(node)]
+
+
+def number(value: Any) -> Any:
+    """The value of a number with an exponent and without a point, such as `1e-6`, which YAML reads as a text; any other value as it is."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

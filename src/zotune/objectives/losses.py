@@ -34,7 +34,8 @@ class LanguageModelLoss:
     """Mean negative log-likelihood in nats of each example's scored tokens, ``loss(batch) -> (B,)``.
 
     Of a mixture of experts with ``config.output_router_logits`` each example's load-balancing loss is added, as in the model's own loss.
-    The batch holds input_ids (B, T), attention_mask (B, T), positions (B, S) and targets (B, S).
+    The batch holds input_ids (B, T), attention_mask (B, T), positions (B, S) and targets (B, S); with weights (B,) each example's loss is
+    multiplied by its own.
     """
 
     model: nn.Module
@@ -45,8 +46,10 @@ class LanguageModelLoss:
         targets = batch["targets"]
         scored = (targets != IGNORE).sum(dim=1).clamp(min=1)
         inputs = batch["input_ids"], batch["attention_mask"], batch["positions"], targets
+        shares = batch["weights"] / scored if "weights" in batch else 1 / scored
         with recorded_router_logits(self.model) as routers:
-            losses = recorded(-token_logprobs(self.model, *inputs, shares=1 / scored).sum(dim=1) / scored)
+            losses = -token_logprobs(self.model, *inputs, shares=shares).sum(dim=1) / scored
+            losses = recorded(losses * batch["weights"] if "weights" in batch else losses)
         return sum((balance_losses(self.model, each, batch["attention_mask"]) for each in routers), losses)
 
 

@@ -44,7 +44,12 @@ class LanguageModelCollator(Collator):
     """Batches for ``LanguageModelLoss``: input_ids (B, T), attention_mask (B, T), positions (B, S), targets (B, S).
 
     A choices example is its prompt and the right option. The last token is predicted but no input, so T is one less than the longest text.
+
+    Attributes:
+        over_tokens: add weights (B,), each example's scored tokens over their mean, so that the mean loss is that of the batch's tokens.
     """
+
+    over_tokens: bool = False
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         inputs, positions, targets = [], [], []
@@ -55,7 +60,11 @@ class LanguageModelCollator(Collator):
             positions.append(where)
             targets.append(what)
         scored = max(map(len, positions))
-        return {**self._inputs(inputs), "positions": _padded(positions, scored, 0), "targets": _padded(targets, scored, IGNORE)}
+        batch = {**self._inputs(inputs), "positions": _padded(positions, scored, 0), "targets": _padded(targets, scored, IGNORE)}
+        if self.over_tokens:
+            tokens = torch.tensor([float(len(each)) for each in targets])
+            batch["weights"] = tokens / tokens.mean().clamp(min=1e-9)
+        return batch
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Encoder:
         truncate: cut what is too long (the beginning of a prompt, the end of a text, the oldest turns of a chat) instead of raising.
         limit_is_users: whether the limit is `max_length`, for the error message.
         chat: tools and template variables of chats without their own.
+        bos_token: starts a prompt, in place of the tokenizer's own special tokens there.
 
     Attributes:
         texts: the first texts that were encoded, without those of chats.
@@ -48,6 +49,7 @@ class Encoder:
     truncate: bool = False
     limit_is_users: bool = False
     chat: ChatOptions | None = None
+    bos_token: str | None = None
     texts: list[str] = field(default_factory=list, repr=False, compare=False)
     facts: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     _options: dict[tuple[str, str], list[int]] = field(default_factory=dict, repr=False, compare=False)
@@ -174,6 +176,16 @@ class Encoder:
                 return whole[:start], whole[start + len(bare) :]
         return [], []
 
+    @cached_property
+    def _start(self) -> list[int]:
+        """The tokens that start a prompt; ValueError where the tokenizer lacks the given one."""
+        if self.bos_token is None:
+            return self.affixes[0]
+        token = self.tokenizer.convert_tokens_to_ids(self.bos_token)
+        if token is None or (token == self.tokenizer.unk_token_id and self.bos_token != self.tokenizer.unk_token):
+            raise ValueError(f"--bos_token {self.bos_token!r} is no token of the tokenizer: leave it out, or give one of its vocabulary.")
+        return [int(token)]
+
     def _keep(self, texts: Sequence[str]) -> None:
         self.texts.extend(texts[: max(0, TEXTS - len(self.texts))])
 
@@ -188,7 +200,9 @@ class Encoder:
             return []
         self._keep(prompts)
         encoded = self.tokenizer(list(prompts), return_attention_mask=False, verbose=False)["input_ids"]
-        after = len(self.affixes[1])
+        before, after = map(len, self.affixes)
+        if self.bos_token is not None:
+            encoded = [[*self._start, *ids[before:]] for ids in encoded]
         return [self._not_empty(list(ids[: len(ids) - after])) for ids in encoded]
 
     def _not_empty(self, ids: list[int]) -> list[int]:
@@ -223,7 +237,7 @@ class Encoder:
             return prompt
         if not self.truncate:
             raise ValueError(self.too_long(f"the prompt has {len(prompt)} tokens and {what} {following}"))
-        start = self.affixes[0]
+        start = self._start
         keep = len(start) if prompt[: len(start)] == start else 0
         if len(prompt) - excess < keep + 1:
             raise ValueError(self.too_long(f"{what} has {following} tokens", cut=False))
@@ -251,7 +265,7 @@ class Encoder:
 
     def _text(self, row: Mapping[str, Any]) -> dict[str, Any]:
         ids = self.ids(_string(row, "text"))
-        start = list(self.affixes[0])
+        start = list(self._start)
         ids = ids + self._end() if ids else ids
         if self.limit is not None and len(start) + len(ids) - 1 > self.limit:
             if not self.truncate:

@@ -17,7 +17,7 @@ from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.masked import TEMPLATE, encode_masked
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.prompts import RewardCollator, encode_prompts, is_chat, stop_tokens
-from zotune.tasks.sources import Rows, clean, demonstrated, load_rows, read_jsonl, sample, split_train
+from zotune.tasks.sources import Rows, clean, demonstrated, demonstrated_anew, load_rows, read_jsonl, sample, split_train
 from zotune.tasks.task import MASK, Task
 from zotune.tasks.vocabulary import check_vocabulary
 from zotune.weights.structure import text_config
@@ -84,6 +84,9 @@ def prepare(
     num_eval: int | None = None,
     k_shot: int | None = None,
     num_demonstrations: int | None = None,
+    demonstrations_per: str = "run",
+    loss_over: str = "examples",
+    bos_token: str | None = None,
     max_length: int | None = None,
     truncate: bool = False,
     tools: str | Path | Sequence[Mapping[str, Any]] | None = None,
@@ -110,6 +113,9 @@ def prepare(
         num_dev: training rows held out.
         k_shot: training rows per class.
         num_demonstrations: training rows, drawn by `seed`, solved before every evaluated prompt.
+        demonstrations_per: ``"run"`` (the same rows for all prompts) or ``"example"`` (others for each).
+        loss_over: of the objective ``"lm"``: ``"examples"`` (the mean of their own means) or ``"tokens"`` (of a batch).
+        bos_token: starts a prompt, in place of the tokenizer's own.
         max_length: most input tokens, if shorter than the model's context.
         truncate: cut what is too long instead of raising; the log says how many rows were cut.
         tools: JSON schemas of the tools of chats, or a JSON file of them; a row's own column comes first.
@@ -134,11 +140,17 @@ def prepare(
     elif template is not None or options is not None:
         raise ValueError("template and options need the name or path of a task: pass --task.")
     train_objective, eval_objective = _objectives(objective, task, model_config)
+    if loss_over != "examples" and (loss_over != "tokens" or train_objective != "lm"):
+        raise ValueError(f"loss_over={loss_over!r} is 'examples', or with the objective 'lm' 'tokens', and this is {train_objective!r}.")
+    if demonstrations_per != "run" and (demonstrations_per != "example" or num_demonstrations is None):
+        raise ValueError(f"demonstrations_per={demonstrations_per!r} is 'run', or with num_demonstrations 'example'.")
+    if bos_token is not None and train_objective in ("classifier", "mlm"):
+        raise ValueError("bos_token starts the prompts of causal language models, and an encoder has its own: leave it out.")
     if train_objective == "classifier" and (template is not None or options is not None):
         raise ValueError("a sequence-classification head reads a task's columns and has no prompt: leave template and options out.")
 
     limit, users = context_limit(tokenizer, model_config, max_length)
-    encoder = Encoder(tokenizer, limit, truncate, users, _chat_options(tools, chat_template_kwargs, task))
+    encoder = Encoder(tokenizer, limit, truncate, users, _chat_options(tools, chat_template_kwargs, task), bos_token)
     padding: dict[str, Any] = {"pad_token_id": pad_token_id(tokenizer), "pad_to_multiple_of": pad_to_multiple_of}
     if train_objective == "classifier":
         _align_padding(model_config, padding["pad_token_id"])
@@ -186,7 +198,10 @@ def prepare(
         assert task is not None and train_rows is not None
         if num_demonstrations > len(train_rows):
             raise ValueError(f"num_demonstrations={num_demonstrations}, but there are {len(train_rows)} training rows: choose fewer.")
-        eval_task = demonstrated(task, sample(train_rows, num_demonstrations, seed=seed))
+        if demonstrations_per == "example":
+            eval_task = demonstrated_anew(task, train_rows, num_demonstrations, seed=seed)
+        else:
+            eval_task = demonstrated(task, sample(train_rows, num_demonstrations, seed=seed))
     if "train" not in parts:
         train_rows = dev_rows = None
     if eval_rows is not None:
@@ -207,7 +222,7 @@ def prepare(
         train=train,
         dev=dev,
         eval=evaluated,
-        collate_train=collate(train_objective),
+        collate_train=collate(train_objective, over_tokens=loss_over == "tokens"),
         collate_eval=collate(eval_objective),
         train_objective=train_objective,
         eval_objective=eval_objective,
@@ -242,7 +257,9 @@ def _align_padding(model_config: Any, padding: int) -> None:
         config.pad_token_id = padding
 
 
-def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapping[str, Any]) -> Any:
+def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapping[str, Any], over_tokens: bool = False) -> Any:
+    if over_tokens:
+        return LanguageModelCollator(**padding, over_tokens=True)
     if objective in ("choices", "accuracy"):
         return ChoicesCollator(**padding, length_normalize=task is not None and task.length_normalize)
     if objective == "generation":

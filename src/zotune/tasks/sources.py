@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -242,12 +243,23 @@ def sample(rows: Rows, number: int | None, *, seed: int) -> Rows:
 
 def demonstrated(task: Task, rows: Rows) -> Task:
     """The task with these rows, each with its right option, before every prompt; ValueError names a row with an unknown label."""
+    return replace(task, preamble="".join(rows.map(partial(_solved, task))))
 
-    def solved(row: Any) -> str:
-        prompt, options = task.render(row)
-        return prompt + options[task.answer(row)] + SEPARATOR
 
-    return replace(task, preamble="".join(rows.map(solved)))
+def demonstrated_anew(task: Task, rows: Rows, number: int, *, seed: int) -> Task:
+    """The task with ``number`` of the rows, solved, before every prompt: others for each, drawn by seed and the row's content."""
+
+    def preamble_of(row: Any) -> str:
+        content = json.dumps(row, sort_keys=True, default=str)
+        chosen = random.Random(f"{seed}/demonstrations/{content}").sample(range(len(rows)), number)
+        return "".join(rows.select(chosen).map(partial(_solved, task)))
+
+    return replace(task, preamble_of=preamble_of)
+
+
+def _solved(task: Task, row: Any) -> str:
+    prompt, options = task.render(row)
+    return prompt + options[task.answer(row)] + SEPARATOR
 
 
 def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class Task:
         templates: names of the bundled templates.
         metrics: names of the metrics, the main one first.
         preamble: text before every prompt, such as demonstrations.
+        preamble_of: row -> text before its prompt, in place of `preamble`.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Task:
     max_new_tokens: int | None = None
     length_normalize: bool = False
     preamble: str = ""
+    preamble_of: Callable[[Row], str] | None = None
 
     def render(self, row: Row) -> tuple[str, tuple[str, ...]]:
         """Prompt and answer options of a row (for generation its right answers); trailing blanks of the prompt move to the options."""
@@ -84,7 +86,7 @@ class Task:
         if bare != prompt:
             # "… is " + "great" is the text "… is great", whose tokens are "… is" and " great".
             options = tuple(option if option.startswith(" ") else " " + option for option in options)
-        return self.preamble + bare, options
+        return (self.preamble if self.preamble_of is None else self.preamble_of(row)) + bare, options
 
     def pieces(self, row: Row) -> list[tuple[str | None, str]]:
         """The prompt of a row in pieces, (column or None, text); see :func:`zotune.tasks.template.pieces`."""

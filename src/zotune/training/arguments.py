@@ -108,6 +108,10 @@ class EvalDataArguments:
     options: list[str] | None = option(None, "answer options in label order, in place of the template's")
     num_eval: int | None = option(None, "evaluation examples, drawn by seed; all when not given")
     num_demonstrations: int | None = option(None, "solved training examples, drawn by seed, before every prompt (in train: --method icl)")
+    demonstrations_per: Literal["run", "example"] = option(
+        "run", "the same demonstrations for all evaluation examples, or others for each (example, as MeZO)"
+    )
+    bos_token: str | None = option(None, "the token that starts a prompt, in place of the tokenizer's own")
     max_length: int | None = option(None, "longest example in tokens; the model's context when not given")
     truncate: bool = option(False, "shorten what is too long instead of stopping")
     tools: str | None = option(None, "with messages: JSON file with the tools, for the chat template; a row's own come first")
@@ -172,6 +176,9 @@ class DataArguments(EvalDataArguments):
         "training loss: over the answer's tokens (lm, the default), over the options' scores (choices), their errors, which no gradient "
         "reaches (accuracy), of a classification head (classifier, the default for encoders), or over label words at a mask, by a masked "
         "language model's head (mlm)",
+    )
+    loss_over: Literal["examples", "tokens"] = option(
+        "examples", "with the objective lm: mean of the examples' own means, or over all scored tokens of a batch (tokens)"
     )
     num_train: int | None = option(None, "training examples, drawn by seed; all when not given")
     num_dev: int | None = option(None, "training examples held out for the evaluations during training")

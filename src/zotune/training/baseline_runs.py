@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import EvalPrediction
 
 from zotune.baselines import Baseline
-from zotune.baselines.logistic_regression import features_of, fit
+from zotune.baselines.logistic_regression import features_of, fit, fit_by_folds
 from zotune.io.atomic import whole_file
 from zotune.tasks import LanguageModelCollator, PreparedData
 from zotune.training.run_folder import PROBE_FILE
@@ -47,7 +47,8 @@ def linear_probe(method: Baseline, trainer: ZOTrainer, data: PreparedData, folde
     size = args.per_device_train_batch_size
     features = features_of(model, data.train, collate, size, args.device)
     answers = torch.tensor([example["answer"] for example in data.train], device=args.device)
-    probe = fit(features, answers, len(data.task.labels), method.options["l2"])
+    classes, folds = len(data.task.labels), method.options["folds"]
+    probe = fit_by_folds(features, answers, classes, folds) if folds else fit(features, answers, classes, method.options["l2"])
     loss = float(torch.nn.functional.nll_loss(probe.scores(features), answers))
     seconds = time.perf_counter() - begin
     scores = probe.scores(features_of(model, data.eval, collate, args.per_device_eval_batch_size, args.device))

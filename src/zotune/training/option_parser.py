@@ -40,13 +40,17 @@ class OptionParser(HfArgumentParser):
         self.set_defaults(**dict(defaults or {}))
 
     def parse(
-        self, argv: Sequence[str], adjust: Callable[[dict[str, Any], set[str]], None] | None = None
+        self,
+        argv: Sequence[str],
+        adjust: Callable[[dict[str, Any], set[str]], None] | None = None,
+        before: Callable[[dict[str, Any], set[str]], Sequence[str]] | None = None,
     ) -> tuple[tuple[Any, ...], set[str]]:
         """The dataclasses, and the names of the given options.
 
         Args:
             argv: the words after the command's name.
             adjust: called with the values by name and the given names, before the dataclasses are created.
+            before: called with the same, for words that the given ones override.
 
         Raises:
             ValueError: unknown flag or key, wrong type or choice. FileNotFoundError: the YAML file does not exist.
@@ -54,15 +58,12 @@ class OptionParser(HfArgumentParser):
         argv = _joined(argv, REPEATED)
         config = self._config_of(argv)
         words = [*self._yaml_words(config), *argv] if config else list(argv)
-        namespace, unknown = self.parse_known_args(words)
-        for word in unknown:
-            flag = word.split("=", 1)[0]
-            if flag.startswith("-"):
-                raise ValueError(f"unknown option {flag!r}{did_you_mean(flag, self._flags())} (see `{self.prog} --help`).")
-            raise ValueError(f"{word!r} does not belong to an option (see `{self.prog} --help`).")
-        values = vars(namespace)
+        values = self.values(words)
         by_flag = self._option_string_actions
         given = {by_flag[flag].dest for word in words if (flag := word.split("=", 1)[0]) in by_flag}
+        first = [] if before is None else before(values, given)
+        if first:
+            values = self.values([*first, *words])
         if adjust is not None:
             adjust(values, given)
         try:
@@ -72,6 +73,16 @@ class OptionParser(HfArgumentParser):
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # Hugging Face checks its fields incompletely
             raise ValueError(f"the value of an option is invalid ({' '.join(str(error).split())}).") from error
         return instances, given
+
+    def values(self, words: Sequence[str]) -> dict[str, Any]:
+        """The values of all options by name; ValueError for an unknown or malformed one."""
+        namespace, unknown = self.parse_known_args(list(words))
+        for word in unknown:
+            flag = word.split("=", 1)[0]
+            if flag.startswith("-"):
+                raise ValueError(f"unknown option {flag!r}{did_you_mean(flag, self._flags())} (see `{self.prog} --help`).")
+            raise ValueError(f"{word!r} does not belong to an option (see `{self.prog} --help`).")
+        return vars(namespace)
 
     def options(self) -> dict[str, argparse.Action]:
         """The options by field name."""

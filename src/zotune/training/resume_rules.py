@@ -36,7 +36,8 @@ OPTIONS: Mapping[Rule, str] = {
         label_smoothing_factor adam_beta1 adam_beta2 adam_epsilon optim optim_args optim_target_modules neftune_noise_alpha
         seed data_seed train_sampling_strategy length_column_name dataloader_drop_last ignore_data_skip average_tokens_across_devices
         attn_implementation quantize n_ctx n_ubatch cache_type tokenizer_name
-        task template options objective num_train num_dev k_shot num_demonstrations max_length truncate tools chat_template_kwargs
+        task template options objective loss_over num_train num_dev k_shot num_demonstrations demonstrations_per bos_token max_length
+        truncate tools chat_template_kwargs
         reward reward_weights max_completion_length num_generations temperature top_p top_k
         scheme lora_r lora_alpha lora_dropout lora_target_modules num_virtual_tokens trainable
         bf16 fp16 tf32 use_liger_kernel liger_kernel_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +38,8 @@ from zotune.training.trainer import ZOTrainer
 from zotune.weights import offload
 from zotune.weights.computed_linear import is_computed
 from zotune.weights.offload.budget import Needs
+
+logger = logging.getLogger(__name__)
 
 #: Predicts the memory of a step beside the weights, for `--max_memory`; None without that option.
 NeedsPredictor = Callable[[ModelArguments, ModelPlan, ZOConfig, PreparedData, Method | Baseline, Scheme], Needs | None]
@@ -73,6 +76,8 @@ class _Run:
         config, training = self.config, self.training
         self._check_resumed(self._start()[0])
         method = training.chosen_method()
+        for note in () if config.protocol is None else config.protocol.notes:
+            logger.warning("%s.", note)
         check_request(config, method)
         rewards = Rewards(config.data.reward or (), training.reward_weights) if config.data.generates else None
         plan = plan_model(config.model, "zotune train")

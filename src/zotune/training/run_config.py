@@ -16,6 +16,7 @@ from zotune.training.arguments import ACCURACY, DataArguments, ModelArguments, O
 from zotune.training.config import ZOConfig
 from zotune.training.given_options import DECIDED, check_given, generates
 from zotune.training.option_parser import OptionParser
+from zotune.training.protocols import Applied, Words, applied, names
 from zotune.training.schemes import Scheme
 
 #: Defaults of a run that differ from those of :class:`zotune.ZOConfig`.
@@ -35,6 +36,10 @@ REWARD_DEFAULTS: dict[str, Any] = {
 }
 #: The same in an engine, which decodes the prompts of a step together where they share a direction.
 ENGINE_REWARD_DEFAULTS: dict[str, Any] = {"method": "lozo"}
+PROTOCOL_HELP = (
+    f"set all options to those of a paper's published code for this task, model, scheme and method ({', '.join(names())}); options that "
+    "are given override it, and the run's record says both"
+)
 
 
 @dataclass
@@ -43,6 +48,7 @@ class RunConfig:
 
     Args:
         data_name: name of the data in reports; None: the task, or the name of the training file.
+        protocol: the record of the protocol; None without one.
         words: the options as words of `zotune train`, for the command that resumes the run.
     """
 
@@ -52,6 +58,7 @@ class RunConfig:
     scheme: Scheme = field(default_factory=Scheme)
     output: OutputArguments = field(default_factory=OutputArguments)
     data_name: str | None = None
+    protocol: Applied | None = None
     words: Sequence[str] = ()
 
     @property
@@ -68,6 +75,7 @@ class RunConfig:
 def option_parser() -> OptionParser:
     """The parser of a run's options."""
     parser = OptionParser((ModelArguments, DataArguments, Scheme, OutputArguments, ZOConfig), "zotune train", DEFAULTS)
+    parser.add_argument("--protocol", metavar="NAME", help=PROTOCOL_HELP)
     resume = parser.options()["resume_from_checkpoint"]
     resume.nargs, resume.const = "?", "true"
     for name, reason in (refusals.REFUSED | DECIDED).items():
@@ -85,12 +93,27 @@ def parse(words: Sequence[str], parser: OptionParser | None = None) -> RunConfig
     Raises:
         ValueError: an unknown option, or an invalid value. FileNotFoundError: a file or folder does not exist.
     """
-    (model, data, scheme, output, training), _ = (parser or option_parser()).parse(words, _adjust)
-    return RunConfig(model, data, training, scheme, output, words=list(words))
+    parser = parser or option_parser()
+    found: Words | None = None
+    record: Applied | None = None
+
+    def before(values: dict[str, Any], given: set[str]) -> list[str]:
+        nonlocal found
+        found = applied(values, given)
+        return [] if found is None else found.words
+
+    def adjust(values: dict[str, Any], given: set[str]) -> None:
+        nonlocal record
+        if found is not None:
+            record = found.record(parser.values(found.words), values)
+        _adjust(values, given, given if found is None else given | set(found.options))
+
+    (model, data, scheme, output, training), _ = parser.parse(words, adjust, before)
+    return RunConfig(model, data, training, scheme, output, protocol=record, words=list(words))
 
 
-def _adjust(values: dict[str, Any], given: set[str]) -> None:
-    """Adjustments before the checks of ZOConfig."""
+def _adjust(values: dict[str, Any], given: set[str], settled: set[str]) -> None:
+    """Adjustments before the checks of ZOConfig; `settled` are the given options and those of a protocol."""
     if not values["output_dir"]:
         raise ValueError("zotune train needs --output_dir: the folder to put the run in.")
     evaluated = values["num_dev"] or has_eval_rows(*(values[name] for name in ("task", "data_dir", "train_file", "eval_file")))
@@ -99,11 +122,11 @@ def _adjust(values: dict[str, Any], given: set[str]) -> None:
         values["eval_strategy"] = "no"
     if values["reward"] or values["objective"] == ACCURACY:
         defaults = ENGINE_REWARD_DEFAULTS if names_gguf(values["model_name_or_path"]) else REWARD_DEFAULTS
-        if "method" not in given:
-            values.update({name: value for name, value in defaults.items() if name not in given})
-            if values["quantize"] and "interval" not in given:
+        if "method" not in settled:
+            values.update({name: value for name, value in defaults.items() if name not in settled})
+            if values["quantize"] and "interval" not in settled:
                 values["interval"] = None  # a redraw adds columns to the factors beside quantized weights
-        if values["task"] and generates(values) and "max_completion_length" not in given:
+        if values["task"] and generates(values) and "max_completion_length" not in settled:
             values["max_completion_length"] = longest_answer(loader.load(values["task"]))
-    if values["load_best_model_at_end"] and "save_steps" not in given and "save_strategy" not in given:
+    if values["load_best_model_at_end"] and "save_steps" not in settled and "save_strategy" not in settled:
         values["save_steps"] = values["eval_steps"]  # the best evaluation needs a checkpoint

@@ -67,6 +67,7 @@ class RunFile:
     before: dict[str, float | None] | None = None
     batch: Batch | None = None
     examples: Examples | None = None
+    protocol: dict[str, Any] | None = None
     model_arguments: dict[str, Any] = field(default_factory=dict)
     data_arguments: dict[str, Any] = field(default_factory=dict)
     scheme: dict[str, Any] = field(default_factory=dict)

@@ -70,6 +70,7 @@ class RunRecord:
                 "before": before,
                 "batch": dataclasses.asdict(self.trainer.batch_by_options()),
                 "examples": None if examples is None else dataclasses.asdict(examples),
+                "protocol": self._protocol(),
                 **run_file.options_of(self.config),
                 "versions": run_folder.versions(),
             },
@@ -188,6 +189,7 @@ class RunRecord:
         return {
             "method": method.name,
             "method_options": method.options,
+            "protocol": self._protocol(),
             "scheme": config.scheme.scheme,
             "trainable_parameters": self.trainable(),
             "model": config.model.model_name_or_path,
@@ -208,6 +210,9 @@ class RunRecord:
                 "checkpoints": [str(path) for path in storage.checkpoints(self.folder)] if fit is None else [],
             },
         }
+
+    def _protocol(self) -> dict[str, Any] | None:
+        return None if self.config.protocol is None else dataclasses.asdict(self.config.protocol)
 
     def trainable(self) -> int:
         """Number of trained elements."""

@@ -64,6 +64,8 @@ DATA: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "num_eval": ({}, None, 4),
     "k_shot": ({}, None, 2),
     "num_demonstrations": ({}, 1, 2),
+    "demonstrations_per": ({"num_demonstrations": 1}, "run", "example"),
+    "bos_token": ({}, None, "great"),
     "max_length": ({"truncate": True}, None, 6),
     "truncate": ({"max_length": 6}, False, True),
 }
@@ -118,6 +120,7 @@ _LOADING = _turned(MODEL, "test_an_option_of_the_model_acts") | {
 }
 _ROWS = _turned(DATA, "test_an_option_of_the_data_acts") | {
     "task": "tests/unit/tasks/test_tasks_rendered.py::test_every_task_goes_from_rows_to_metrics",
+    "loss_over": "tests/unit/tasks/test_protocol_options.py::test_the_loss_over_tokens_is_that_of_transformers",
     "tools": _CHAT,
     "chat_template_kwargs": _CHAT,
     "reward": _LOGGED,
@@ -131,6 +134,7 @@ ROWS: dict[str, dict[str, str]] = {
     "train": _LOADING | _ROWS | _turned(SCHEME, "test_an_option_of_the_scheme_acts") | {
         "overwrite_output_dir": _CLI + "test_a_folder_that_holds_a_run_is_left_alone_unless_told",
         "config": _CLI + "test_flags_override_the_yaml_file",
+        "protocol": "tests/unit/training/test_protocols.py::test_the_record_of_a_run_says_both",
     },
     "eval": _LOADING | {name: place for name, place in _ROWS.items() if name in {f.name for f in dataclasses.fields(EvalDataArguments)}} | {
         "per_device_eval_batch_size": _HERE + "test_an_option_of_eval_acts",
@@ -138,6 +142,7 @@ ROWS: dict[str, dict[str, str]] = {
         "reward_weights": _WEIGHED,
         "max_completion_length": _WEIGHED,
         "num_completions_to_print": _WEIGHED,
+        "objective": "tests/unit/training/test_masked_runs.py::test_a_run_is_evaluated_replayed_and_resumed_with_its_masked_head",
         "use_cpu": GPU,
         "output_file": _RUN,
         "adapter": _GGUF + "test_eval_gives_the_metrics_of_the_run",
@@ -178,7 +183,11 @@ def options_of(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     if command in ("train", "eval"):
         training = command == "train"
         own = (DataArguments, Scheme, OutputArguments) if training else (EvalDataArguments, EvaluationArguments)
-        return {field.name for each in (ModelArguments, *own) for field in dataclasses.fields(each)} | {"config"}
+        return (
+            {field.name for each in (ModelArguments, *own) for field in dataclasses.fields(each)}
+            | {"config"}
+            | ({"protocol"} if training else set())
+        )
     if command in ("methods", "tasks"):
         return {"name"}
     found: set[str] = set()
