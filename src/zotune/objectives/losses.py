@@ -69,12 +69,7 @@ def choice_scores(model: nn.Module, batch: Batch, length_normalize: bool = False
     """
     if "option_ids" in batch:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        recorder = output_gradients.active_recorder() if answers is not None else None
-        if recorder is not None:
-            recorder.begin(batch["positions"], torch.ones_like(batch["positions"], dtype=torch.bool), batch["attention_mask"])
-        logits = at_least_float32(scored_logits(model, inputs, batch["positions"])[:, 0])
-        if recorder is not None and answers is not None:
-            recorder.end_options(logits, batch["option_ids"], answers, head_of(model))
+        logits = at_least_float32(_logits_of_options(model, inputs, batch, answers))
         return logits.gather(1, batch["option_ids"]) - logits.logsumexp(dim=1, keepdim=True)
     targets = batch["targets"]
     if packed_choices.is_packed(batch):
@@ -112,7 +107,7 @@ class MaskedLanguageModelLoss:
     """Cross-entropy in nats of the right label word under the softmax of the label words' logits at a mask, ``loss(batch) -> (B,)``.
 
     As in LM-BFF (2012.15723). The batch holds input_ids (B, T), attention_mask (B, T), positions (B, 1) of the masks, option_ids (B, C),
-    the label words' tokens, and answer (B,). It gives no output gradients: the head of a masked language model transforms hidden states.
+    the label words' tokens, and answer (B,).
     """
 
     model: nn.Module
@@ -120,14 +115,30 @@ class MaskedLanguageModelLoss:
 
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(label_word_logits(self.model, batch), batch["answer"], reduction="none")
+        logits = label_word_logits(self.model, batch, answers=batch["answer"])
+        return recorded(F.cross_entropy(logits, batch["answer"], reduction="none"))
 
 
 @tagged("activations")
-def label_word_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits of the label words at the mask, (B, C) in float32, of a batch of :class:`MaskedLanguageModelLoss`."""
+def label_word_logits(model: nn.Module, batch: Batch, *, answers: Tensor | None = None) -> Tensor:
+    """Logits of the label words at the mask, (B, C) in float32, of a batch of :class:`MaskedLanguageModelLoss`.
+
+    ``answers``: (B,), of such a loss: an active recorder gets the output gradients.
+    """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
-    return at_least_float32(scored_logits(model, inputs, batch["positions"])[:, 0].gather(1, batch["option_ids"]))
+    return at_least_float32(_logits_of_options(model, inputs, batch, answers).gather(1, batch["option_ids"]))
+
+
+@tagged("activations")
+def _logits_of_options(model: nn.Module, inputs: Batch, batch: Batch, answers: Tensor | None) -> Tensor:
+    """Logits (B, vocabulary) at the one scored position; with ``answers`` an active recorder gets the output gradients."""
+    recorder = output_gradients.active_recorder() if answers is not None else None
+    if recorder is not None:
+        recorder.begin(batch["positions"], torch.ones_like(batch["positions"], dtype=torch.bool), batch["attention_mask"])
+    logits = scored_logits(model, inputs, batch["positions"])[:, 0]
+    if recorder is not None and answers is not None:
+        recorder.end_options(at_least_float32(logits), batch["option_ids"], answers, head_of(model))
+    return logits
 
 
 @dataclass

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from zotune.objectives import returned_losses
+from zotune.objectives.head_transform import HeadTransform
 from zotune.objectives.head_weight import HeadWeight, head_weight
 from zotune.weights.layouts import layout_of
 
@@ -75,13 +76,14 @@ class OutputGradientRecorder:
         self.logits_differ = self._following = False
         self._losses: list[Tensor] = []  # recorded in this call
         self._from_head: tuple[Tensor, Tensor] | None = None  # the head's input and output in this forward
+        self._transform: HeadTransform | None = None  # what stands before the head in this forward
         self._recorded = False  # this forward has output gradients
         self._call = 0, 0  # output gradients and examples before this call
 
     def begin(self, positions: Tensor, scored: Tensor, mask: Tensor) -> None:
         """A forward starts that scores ``positions`` (R, S) where ``scored`` (R, S), with the attention ``mask`` (R, T)."""
         before, self.rows = self.rows, self.rows + len(positions)
-        self._from_head, self._recorded, self._sample = None, False, None
+        self._from_head, self._transform, self._recorded, self._sample = None, None, False, None
         examples = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions).flatten()
         if self.max_positions is None:
             self.scored = None, examples, positions.flatten(), mask
@@ -152,7 +154,7 @@ class OutputGradientRecorder:
         Targets below 0 are not scored. Without a known head nothing is recorded.
         """
         self._observe_head(logits, head)
-        (kept, examples), count = self._end_forward(), len(targets)
+        (kept, examples, places), count = self._end_forward(), len(targets)
         weight = _weight(head, logits.shape[-1])
         logits, targets = logits.flatten(0, 1), targets.flatten()
         size = len(targets) if kept is None else len(kept)
@@ -165,7 +167,7 @@ class OutputGradientRecorder:
             error.scatter_add_(1, target.unsqueeze(1), torch.full_like(error[:, :1], -1.0))
             parts.append(weight.product(error))
         weights = shares[examples] * ((targets if kept is None else targets[kept]) >= 0)
-        self._record(torch.cat(parts) * weights.unsqueeze(1), examples, count)
+        self._record(self._behind(torch.cat(parts) * weights.unsqueeze(1), kept, examples, places), examples, count)
 
     def end_options(self, logits: Tensor, options: Tensor, answers: Tensor, head: nn.Module | None) -> None:
         """The same for −log softmax over the logits of ``options`` (R, C) alone at ``answers`` (R,), of ``logits`` (R, vocabulary).
@@ -173,7 +175,7 @@ class OutputGradientRecorder:
         δ = Σ_c (p_c − [c = answer]) W[option c].
         """
         self._observe_head(logits.unsqueeze(1), head)
-        (kept, examples), count = self._end_forward(), len(options)
+        (kept, examples, places), count = self._end_forward(), len(options)
         weight = _weight(head, logits.shape[-1])
         if kept is not None:
             logits, options, answers = (tensor[kept] for tensor in (logits, options, answers))
@@ -181,13 +183,19 @@ class OutputGradientRecorder:
             return
         error = logits.gather(1, options).float().softmax(dim=-1)
         error.scatter_add_(1, answers.unsqueeze(1), torch.full_like(error[:, :1], -1.0))
-        self._record((error.unsqueeze(2) * weight.rows(options)).sum(dim=1), examples, count)
+        gradients = (error.unsqueeze(2) * weight.rows(options)).sum(dim=1)
+        self._record(self._behind(gradients, kept, examples, places), examples, count)
 
-    def _end_forward(self) -> tuple[Tensor | None, Tensor]:
+    def _end_forward(self) -> tuple[Tensor | None, Tensor, Tensor]:
         assert self.scored is not None
-        kept, examples, _, _ = self.scored
+        kept, examples, positions, _ = self.scored
         self.scored = None
-        return kept, examples
+        return kept, examples, positions
+
+    def _behind(self, gradients: Tensor, kept: Tensor | None, examples: Tensor, positions: Tensor) -> Tensor:
+        """The gradients in the last hidden states, of those in the head's input."""
+        transform, self._transform = self._transform, None
+        return gradients if transform is None else transform.behind(gradients, kept, examples, positions)
 
     def _record(self, gradients: Tensor, examples: Tensor, count: int) -> None:
         self.gradients.append(gradients)
@@ -198,8 +206,9 @@ class OutputGradientRecorder:
 
     # -- the head ---------------------------------------------------------------------------------------------------------------------
 
-    def head_called(self, states: Tensor, output: Tensor) -> None:
-        """The head gave ``output`` (..., vocabulary) for ``states`` (..., d) in this forward."""
+    def head_called(self, states: Tensor, output: Tensor, transform: HeadTransform | None = None) -> None:
+        """The head gave ``output`` (..., vocabulary) for ``states`` (..., d) in this forward, behind a ``transform``."""
+        self._transform = transform
         if self.wants_head:
             self._from_head = states, output
 
@@ -223,7 +232,8 @@ class OutputGradientRecorder:
             self.logits_differ = True
             return
         if self.keeps_hidden:
-            self.hidden.append(inputs.detach().float())
+            last = inputs if self._transform is None else self._transform.states[examples, positions]
+            self.hidden.append(last.detach().float())
         few = slice(0, COMPARED)
         if head is None or _weight(head, logits.shape[-1]) is None:
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.objectives import output_gradients
+from zotune.objectives.head_transform import HeadTransform, observing_transform
 from zotune.weights.structure import head_of
 
 #: Target value of a position that is not scored.
@@ -111,16 +112,18 @@ def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) 
         return (_select(states, _behind_own_tokens(states, positions, shape[1])), *args[1:])
 
     recorder = output_gradients.active_recorder()
+    transforms: list[HeadTransform] = []
 
     def record(_module: nn.Module, args: tuple, output: Any) -> None:
         if recorder is not None and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            recorder.head_called(args[0], output)
+            recorder.head_called(args[0], output, transforms[0] if transforms else None)
 
     handles: list[Any] = [head.register_forward_pre_hook(gather)]
     if recorder is not None:
         handles.append(head.register_forward_hook(record))
     try:
-        yield gathered
+        with observing_transform(model, transforms) if recorder is not None else nullcontext():
+            yield gathered
     finally:
         for handle in handles:
             handle.remove()

@@ -23,7 +23,7 @@ from zotune.subspaces.coordinate import Coordinate, MomentTransport
 from zotune.subspaces.guided_projection import CompressedRows, compress, decompress, fit_projection
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 from zotune.weights.layouts import is_outputs_first, residual_width
-from zotune.weights.structure import head_of, trained_layers, transforms_states
+from zotune.weights.structure import body_of, head_of, trained_layers
 
 #: Scored positions whose output gradients make a subspace, at most: every position of a text may be scored.
 MAX_POSITIONS = 256
@@ -178,12 +178,12 @@ class Guided(LowRank):
         guided = [c for c in coordinates if isinstance(c, GuidedCoordinate)]
         head, wanted = head_of(model), {id(c.parameter): c for c in guided if c.writes is not False}
         layers = {layer: c for layer, c in trained_layers(model, wanted).items() if layer is not head}
-        if transforms_states(model):  # δ would be the gradient behind the transform, in another basis than the residual stream's
-            _say_once(model, "output gradients are not used, for the head of a masked language model transforms the hidden states")
-            return {}
-        weight = head_weight(head)
+        weight, body = head_weight(head), body_of(model)
         width = 0 if weight is None else weight.shape[1]
-        if not any(residual_width(layer) == width for layer in layers):
+        if body is not None:  # δ is the gradient in its last states, which have another width than the head's input in some models
+            inside = set(body.modules())
+            layers = {layer: coordinate for layer, coordinate in layers.items() if layer in inside}
+        elif not any(residual_width(layer) == width for layer in layers):
             return {}
         with recording(MAX_POSITIONS) as recorder:
             inputs = _LayerInputs(recorder, layers)

@@ -65,7 +65,7 @@ class ModelLoss:
 
     def is_guidable(self, objective: Objective | None) -> bool:
         """Whether steps can go along output gradients of an objective, or None, of the loss of labels."""
-        known = objective in (None, "lm", "generation", "choices") and self.form in (None, "next token")
+        known = objective in (None, "lm", "generation", "choices", "mlm") and self.form in (None, "next token")
         return known and head_of(self.trainer.model) is not None
 
     def is_per_example(self, batch: Batch, objective: Objective | None) -> bool:

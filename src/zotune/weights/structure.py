@@ -127,6 +127,13 @@ def transforms_states(model: nn.Module) -> bool:
     return type(_unwrapped(model)).__name__.endswith(("ForMaskedLM", "ForPreTraining"))
 
 
+def body_of(model: nn.Module) -> nn.Module | None:
+    """The module that gives a masked language model's last hidden states, before the layers of its head; None for others."""
+    inner = _unwrapped(model)
+    body = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
+    return body if isinstance(body, nn.Module) and transforms_states(model) else None
+
+
 def masked_head(model: nn.Module) -> list[str]:
     """Names of the parameters of a masked language model behind its last hidden states: transform, biases and decoder; empty for others."""
     inner = _unwrapped(model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import transformers
@@ -11,7 +9,10 @@ from torch.nn.functional import cross_entropy
 
 import toys
 from zotune import ZerothOrder, methods, objectives
-from zotune.weights.structure import masked_head
+from zotune.objectives.output_gradients import recording
+from zotune.optim.state import StepContext
+from zotune.subspaces import residual_check
+from zotune.weights.structure import body_of, masked_head
 
 MASK, WORDS = 5, (7, 11, 13)
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -78,18 +79,49 @@ def test_an_encoder_learns_label_words(kind, name):
     assert float(loss(batch).mean().detach()) < 0.9 * first
 
 
-@pytest.mark.parametrize("objective", ["mlm", "choices"])
-def test_lozo_g_says_that_it_takes_drawn_directions(objective):
-    """Both losses: over label words, and the same scores as options, which would record output gradients behind the transform."""
-    model = toys.transformer("roberta")
-    optimizer = ZerothOrder(model, methods.lozo_g(interval=2), lr=1e-3)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(5):
-            optimizer.step(objectives.objective(objective, model), batch_of())
-            assert not any(getattr(c, "guided", False) for c in optimizer.forward.coordinates)
-    said = [str(each.message) for each in caught if "masked language model" in str(each.message)]
-    assert len(said) == 1 and said[0].endswith("drawn directions train the weights, as in lozo-e.")
+@pytest.mark.parametrize("kind", ["bert", "roberta", *KINDS])
+def test_output_gradients_are_those_of_the_last_hidden_states(kind):
+    """Through decoder, norm, activation and transform, against backpropagation; so are all positions, and the first few alone."""
+    model, batch, states = model_of(kind), batch_of(), []
+    loss = objectives.objective("mlm", model)
+    handle = body_of(model).register_forward_hook(lambda _module, _args, output: states.append(output[0]))
+    losses = loss(batch)
+    handle.remove()
+    (wanted,) = torch.autograd.grad(losses.sum(), states[0])
+    wanted = wanted[torch.arange(6), batch["positions"][:, 0]]
+    for most in (None, 4):
+        with torch.no_grad(), recording(most) as recorder:
+            assert torch.allclose(loss(batch), losses, atol=1e-6) and not torch.is_grad_enabled()
+        assert torch.allclose(torch.cat(recorder.gradients), wanted[:most], rtol=1e-4, atol=1e-7) and not recorder.logits_differ
+    assert wanted.abs().amax(dim=1).min() > 0
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
+def test_derivatives_of_the_last_layer_are_its_gradient(kind):
+    """Without the norm behind its sum: what a guided step takes is the gradient within P S Vᵀ, whichever layers before it are guided."""
+    model, batch = model_of(kind), batch_of()
+    last = body_of(model).encoder.layer[-1].output
+    last.LayerNorm = torch.nn.Identity()
+    optimizer = ZerothOrder(model, methods.lozo_g(interval=2, guide=2, examples=6), lr=0.0, sample_batches=lambda _step, _count: [batch])
+    loss = objectives.objective("mlm", model)
+    optimizer.step(loss, batch)
+    guided = {c.parameter: c for c in optimizer.output_gradients.active_coordinates}
+    inside = {id(p) for p in body_of(model).parameters()}
+    assert last.dense.weight in guided and all(id(parameter) in inside for parameter in guided)
+    found = dict(zip(guided, optimizer.output_gradients.derivatives(StepContext(0, 1, loss, [batch])).slopes.split(4), strict=True))
+    gradients = [torch.autograd.grad(each, last.dense.weight, retain_graph=True)[0] for each in loss(batch)]
+    wanted = torch.stack([guided[last.dense.weight].p.T @ gradient @ guided[last.dense.weight].v for gradient in gradients])
+    assert torch.allclose(found[last.dense.weight].T, wanted.flatten(1), rtol=1e-3, atol=1e-6)
+
+
+def test_the_check_of_the_stream_sees_the_states_before_the_transform():
+    """A change of the last layer's output arrives there as it is, without the norm behind the sum."""
+    model, batch = model_of("roberta"), batch_of()
+    last, loss = model.roberta.encoder.layer[-1].output, objectives.objective("mlm", model)
+    last.LayerNorm = torch.nn.Identity()
+    with torch.no_grad():
+        found, _ = residual_check.gains({last.dense: "last"}, lambda: (loss(batch) for _ in range(1)), 64, seed=0, step=0)
+    assert found["last"] == pytest.approx(1, rel=1e-3)
 
 
 def test_the_masked_head_is_all_behind_the_last_hidden_states():
