@@ -21,6 +21,7 @@ PAGES = [
     ("how-to/add_engine.md", 1, "->"),
     ("how-to/add_task.md", 1, "('a joy . It was', (' bad', ' good'))"),
     ("reference/baselines.md", 1, "150"),
+    ("reference/protocols.md", 1, "0.01 {'learning_rate': [0.0001, 5e-05]}"),
     ("reference/tasks.md", 1, ""),
     ("explanation/memory.md", 1, "GB"),
 ]
