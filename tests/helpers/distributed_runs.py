@@ -17,7 +17,6 @@ import torch.distributed as dist
 import reward_toys
 import toys
 import zotune
-from zotune import methods
 from zotune.optim.distributed import Workers
 from zotune.optim.distributed.agreement import state_digest
 
@@ -48,7 +47,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 
 def names(which: str) -> list[str]:
     if which == "all":
-        return [*methods.names(), *OTHERS]
+        return [*toys.names(), *OTHERS]
     return ["agzo", "lozo-e", "mezo-svrg", *[name for name in OTHERS if not name.startswith("measured")]]
 
 

@@ -58,5 +58,5 @@ def write(name: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for each in sys.argv[1:] or zotune.methods.names():
+    for each in sys.argv[1:] or toys.names():
         write(each)

@@ -88,6 +88,13 @@ def tokens(size: int = 3, length: int = 7) -> Tensor:
 SHORT: dict[str, Any] = {"interval": 7, "history": 3, "choice": "block:2x2", "anchor_batches": 2, "anchor_ratio": 1.0, "iterations": 2}
 
 
+def names() -> list[str]:
+    """All methods but those that train quantized weights alone (see tests/unit/subspaces/test_codes.py)."""
+    from zotune import methods
+
+    return [name for name in methods.names() if not methods.get(name).subspace.quantized]
+
+
 def method(name: str, **options: Any):
     """A method with the options among :data:`SHORT` and ``options`` that it takes."""
     from zotune import methods

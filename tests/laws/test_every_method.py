@@ -21,7 +21,7 @@ from zotune import ZerothOrder, methods, replay
 from zotune.optim.step_transforms import HistoryTransform
 from zotune.subspaces.coordinate import Offset
 
-every_method = pytest.mark.parametrize("name", methods.names())
+every_method = pytest.mark.parametrize("name", toys.names())
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 import golden_runs
-from zotune import methods
+import toys
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", toys.names())
 def test_ten_steps_are_those_on_file(name):
     if not (golden_runs.FOLDER / f"{name}.csv").is_file():
         pytest.fail(f"no trajectory of {name} on file; run: python tests/helpers/golden_runs.py {name}")

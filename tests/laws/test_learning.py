@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import toys
 import zotune
 from zotune import bundled
 from zotune.optim.calibration.gains import measurable
@@ -77,7 +78,7 @@ def reviews(language_model):
     return data.collate_train(sorted(data.train, key=lambda row: data.collate_train([row])["input_ids"].numel())[:8])
 
 
-@pytest.mark.parametrize("name", zotune.methods.names())
+@pytest.mark.parametrize("name", toys.names())
 @pytest.mark.filterwarnings("ignore:this model.s attention kernel:UserWarning")  # forward-grad says so once
 def test_the_bundled_language_model_learns_the_bundled_reviews(name, language_model, reviews):
     options = zotune.methods.options(name)

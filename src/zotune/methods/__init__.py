@@ -13,7 +13,7 @@ from zotune.methods.recipes.adaptive import bszo, meazo, r_adazo, zo_adamw, zo_r
 from zotune.methods.recipes.blockwise import zo_block, zo_block_jacobi
 from zotune.methods.recipes.cone import conmezo
 from zotune.methods.recipes.dizo import dizo
-from zotune.methods.recipes.evolution import es, es_ranks, fzoo, randopt
+from zotune.methods.recipes.evolution import es, es_ranks, fzoo, qes, randopt
 from zotune.methods.recipes.forward_grad import forward_grad
 from zotune.methods.recipes.hizoo import hizoo, hizoo_l
 from zotune.methods.recipes.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
@@ -62,6 +62,7 @@ __all__ = [
     "names",
     "options",
     "options_of",
+    "qes",
     "r_adazo",
     "randopt",
     "recipe",

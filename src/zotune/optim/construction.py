@@ -42,7 +42,7 @@ from zotune.optim.step_transforms import (
 from zotune.optim.svrg import SVRGCorrection
 from zotune.rng import sparse_directions
 from zotune.rng.directions import Directions
-from zotune.subspaces import Full, Guided, LowRank, LowRankCoordinate
+from zotune.subspaces import CodeCoordinate, Full, Guided, LowRank, LowRankCoordinate
 from zotune.subspaces.coordinate import Coordinate
 from zotune.weights import placement, quantized_linear
 from zotune.weights.computed_linear import NO_DECAY, WRITES, is_computed
@@ -52,6 +52,10 @@ from zotune.weights.structure import refuse_compiled
 #: Types of weights that an update can write.
 WRITTEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+NO_CODES = (
+    "{} trains the integers of quantized Linear layers, and this model has none: quantize it (--quantize int8 or int4, in Python "
+    "zotune.weights.quantized_linear.quantize), or take another method."
+)
 NOTHING_TRAINED = "the model has no trainable parameter; set requires_grad=True on those to train."
 
 T = TypeVar("T", bound=StepTransform)
@@ -161,13 +165,19 @@ def build(
     """
     release_abandoned(model)
     refuse_compiled(model)
+    if method.subspace.quantized and any(group["weight_decay"] or group["anchor_decay"] for group in param_groups):
+        raise ValueError(
+            f"{method.name} changes quantized weights by whole numbers, so they cannot decay: set weight_decay and anchor_decay to 0."
+        )
     decaying = [group["anchor_decay"] > 0 for group in param_groups]
     if any(decaying) and anchor is None:
         anchor = Anchor(model, [p for group in param_groups for p in group["params"]])
     groups = [_coordinates(model, method, rule, group) for group in param_groups]
     coordinates = [c for group in groups for c in group]
+    if not coordinates and method.subspace.quantized and is_computed(model):
+        raise ValueError(WRITES.format(method.name))
     if not coordinates:
-        raise ValueError(NOTHING_TRAINED)
+        raise ValueError(NO_CODES.format(method.name) if method.subspace.quantized else NOTHING_TRAINED)
     if anchor is not None:
         anchor.check(coordinates)
         anchor.attach(c for group, decays in zip(groups, decaying, strict=True) if decays for c in group)
@@ -259,6 +269,8 @@ def _coordinates(model: nn.Module, method: Method, rule: Rule, group: dict[str, 
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of the model's own parameters.")
         if not parameter.numel():  # there is nothing to train in it
             continue
+        if method.subspace.quantized and type(quantized_linear.owner_of(parameter)) is not quantized_linear.QuantizedLinear:
+            continue
         _check_writable(name, parameter)
         if placement.is_sharded(parameter) and not _takes_shards(method, rule):
             raise ValueError(
@@ -300,7 +312,7 @@ def _check_writable(name: str, parameter: torch.Tensor) -> None:
 
 def _check_placement(model: nn.Module, method: Method, coordinate: Coordinate) -> None:
     """Refuse a quantized or offloaded weight that the method cannot train."""
-    if quantized_linear.owner_of(coordinate.parameter) is not None and not isinstance(coordinate, LowRankCoordinate):
+    if quantized_linear.owner_of(coordinate.parameter) is not None and not isinstance(coordinate, LowRankCoordinate | CodeCoordinate):
         if is_computed(model):
             raise ValueError(WRITES.format(method.name))
         raise ValueError(f"{coordinate.name} is quantized, so it is trained by low-rank factors only: use lozo, or an adapter (PEFT).")

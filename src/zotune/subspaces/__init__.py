@@ -12,6 +12,7 @@ from __future__ import annotations
 from zotune.subspaces.activation import Activation, ActivationCoordinate, InitialActivation
 from zotune.subspaces.base import Subspace
 from zotune.subspaces.blockwise import Blocks
+from zotune.subspaces.codes import CodeCoordinate, Codes
 from zotune.subspaces.cone import Cone, ConeCoordinate
 from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.factory import Full
@@ -27,6 +28,8 @@ __all__ = [
     "Activation",
     "ActivationCoordinate",
     "Blocks",
+    "CodeCoordinate",
+    "Codes",
     "Cone",
     "ConeCoordinate",
     "Coordinate",

@@ -20,9 +20,11 @@ class Subspace(abc.ABC):
 
     Attributes:
         full: whether the coordinates are weights, all or some of them.
+        quantized: whether only quantized weights are trained, by writing them.
     """
 
     full = True
+    quantized = False
 
     @abc.abstractmethod
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:

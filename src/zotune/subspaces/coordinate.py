@@ -261,6 +261,10 @@ class Coordinate(abc.ABC):
         """The tensors kept between steps beside the weight."""
         return []
 
+    def written(self) -> list[Tensor]:
+        """The tensors beside the parameter that make up its weight and are written by updates."""
+        return []
+
     @abc.abstractmethod
     def reset(self) -> None:
         """Discard pending updates: new values have been loaded into the parameter."""

@@ -44,7 +44,7 @@ class ModelArguments:
     )
     offload_dir: str | None = option(None, "with --offload disk: folder for a scratch file of the trained weights")
     quantize: Literal["int8", "int4"] | None = option(
-        None, "quantize the Linear layers, which stay frozen; for low-rank methods, --scheme lora, scales"
+        None, "quantize the Linear layers, which stay frozen; for low-rank methods, qes, --scheme lora, scales"
     )
 
     n_threads: int = option(0, "of a GGUF file: threads of llama.cpp; 0: as many as torch has")

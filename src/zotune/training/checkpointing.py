@@ -183,6 +183,8 @@ class CheckpointedTrainer(Trainer):
             trained = [parameter for group in self.zo_optimizer.param_groups for parameter in group["params"]]
             if isinstance(self.zo_optimizer, FirstOrder):  # of hybrid, the groups are those of the last blocks alone
                 trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            if isinstance(self.zo_optimizer, ZerothOrder):
+                trained += [tensor for coordinate in self.zo_optimizer.forward.coordinates for tensor in coordinate.written()]
             self._identity = identity.identity_of(self.model, trained)
         return self._identity
 

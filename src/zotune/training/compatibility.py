@@ -17,6 +17,7 @@ from zotune.training.evaluation import SPEED
 from zotune.training.reward_options import check_no_gradient
 from zotune.weights import placement
 from zotune.weights.computed_linear import LOW_RANK_METHODS, NO_DECAY, NO_SCHEME, ONE_POINT, WRITES
+from zotune.weights.quantized_linear import owner_of
 
 if TYPE_CHECKING:
     from zotune.tasks import PreparedData
@@ -33,6 +34,10 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
         raise ValueError(f"--num_demonstrations is an option of --method icl, not of {method.name}.")
     if config.data.reward or config.data.objective == ACCURACY:
         check_no_gradient(method)
+    if isinstance(method, Method) and method.subspace.quantized and (config.model.quantize is None or config.scheme.scheme != "full"):
+        raise ValueError(
+            f"{method.name} trains integers of quantized weights, and nothing else: it needs --quantize int8 or int4, and --scheme full."
+        )
     if config.scheme.scheme != "scales":
         return
     if config.model.quantize != "int8":
@@ -91,6 +96,9 @@ def under_scheme(model: nn.Module, config: RunConfig, method: Method | Baseline,
             raise ValueError("the model folder holds an adapter, which is what is trained: leave --scheme and --trainable out.")
     else:
         model = schemes.apply(model, config.scheme, seed=config.training.seed, fresh=fresh)
+        if isinstance(method, Method) and method.subspace.quantized:
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter.requires_grad and owner_of(parameter) is not None)
     if config.scheme.scheme == "prefix" and config.training.activation_checkpointing:
         raise ValueError("prefix tuning keeps its keys and values where activation checkpointing drops them: leave one of them out.")
     reason = schemes.refusal(method, model, config.scheme) or (refusal(method, model) if config.model.offload != "no" else None)

@@ -174,9 +174,9 @@ class ZOConfig(TrainingArguments):
         """
         baseline = catalog.is_baseline(self.method)
         given = {name: getattr(self, name) for name in _METHOD_FIELDS if getattr(self, name) is not None}
+        if given.get("eps") == methods.AUTO and (baseline or methods.get(self.method).subspace.quantized):  # the default: not measured
+            del given["eps"]
         if baseline:
-            if given.get("eps") == methods.AUTO:  # the default
-                del given["eps"]
             known = baselines.options_of(self.method)
             adam = {name: getattr(self, name) for name in refusals.ADAM_FIELDS if name in known}
             given |= {name: value for name, value in adam.items() if value != refusals.untouched(name)}

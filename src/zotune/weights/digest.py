@@ -29,10 +29,10 @@ def digest_of_parameters(model: nn.Module, parameters: Sequence[tuple[str, Tenso
 
 
 def frozen_digest(model: nn.Module, trained: Collection[Tensor]) -> str | None:
-    """:func:`digest` of all but the ``trained`` parameters; None where nothing else is stored."""
+    """:func:`digest` of all but the ``trained`` parameters and quantized weights; None where nothing else is stored."""
     ours = {id(parameter) for parameter in trained}
     rest = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in ours]
-    packed = _packed(model)
+    packed = [(name, item) for name, item in _packed(model) if id(item) not in ours]
     return _digest(model, rest, packed) if rest or packed else None
 
 

@@ -1,8 +1,9 @@
 """Linear layers quantized to 8 or 4 bits, trained by low-rank factors beside them.
 
-W (m, n) is stored as Q ⊙ s and never written: signed integers of 8 bits with a scale a row, or of 4 bits (two a byte) with a scale for each
-32 elements of a row. What training adds to W is a sum of products L Rᵀ, stored as factors in float32: requantizing at every fold would
-round it away. A run of T steps that folds every ν steps stores rank · T / ν columns, so a long run wants a long interval.
+W (m, n) is stored as Q ⊙ s: signed integers of 8 bits with a scale a row, or of 4 bits (two a byte) with a scale for each 32 elements
+of a row. It is written only where Q itself is trained (``subspaces.codes``). What training adds to W otherwise is a sum of products L Rᵀ,
+stored as factors in float32: requantizing at every fold would round it away. A run of T steps that folds every ν steps stores rank · T / ν
+columns, so a long run wants a long interval.
 
 ``weight`` is zeros of W's shape that take no memory. Low-rank coordinates of it (``subspaces``) and PEFT adapters work by low-rank hooks.
 """
@@ -60,14 +61,14 @@ class QuantizedLinear(nn.Linear):
         self.bias = linear.bias
 
     def _pack(self, weight: Tensor) -> None:
-        group, largest = (GROUP, 7) if self.bits == 4 else (self.in_features, 127)
+        group = GROUP if self.bits == 4 else self.in_features
         grouped = weight.float().view(self.out_features, -1, group)
-        scales = grouped.abs().amax(dim=2, keepdim=True).clamp_min(1e-12) / largest
-        codes = (grouped / scales).round().to(torch.int8).view(self.out_features, -1)
-        if self.bits == 4:
-            codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
-        self.register_buffer("codes", codes)
+        scales = grouped.abs().amax(dim=2, keepdim=True).clamp_min(1e-12) / self.largest
+        self.register_buffer("codes", self._packed((grouped / scales).round().to(torch.int8).view(self.out_features, -1)))
         self.register_buffer("scales", scales.squeeze(2))
+
+    def _packed(self, integers: Tensor) -> Tensor:
+        return integers if self.bits == 8 else (integers[:, ::2] & 15) | (integers[:, 1::2] << 4)
 
     def _register_factors(self, device: torch.device) -> None:
         self.register_buffer("factor", torch.ones((), device=device))
@@ -77,13 +78,30 @@ class QuantizedLinear(nn.Linear):
     def _zero_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros((), dtype=dtype, device=device).expand(self.out_features, self.in_features)
 
-    def unpacked(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of f Q ⊙ s, in ``dtype``."""
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of an element of Q."""
+        return 7 if self.bits == 4 else 127
+
+    def integers(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of Q, int8; those of 8 bits are the stored ones."""
         codes = self.codes[rows]
         if self.bits == 4:
             codes = torch.stack([(codes << 4) >> 4, codes >> 4], dim=2)  # shifts of signed bytes keep the sign
+        return codes.reshape(len(codes), -1)
+
+    def write_integers(self, integers: Tensor) -> None:
+        """Q ← ``integers`` (m, n), int8, in place."""
+        self.codes.copy_(self._packed(integers))
+
+    def scaled(self, integers: Tensor, rows: slice = slice(None)) -> Tensor:
+        """f Q ⊙ s of other integers, or of fractions, in place of rows of Q; float32."""
         scales = (self.scales[rows] * self.factor).unsqueeze(2)
-        return codes.reshape(*scales.shape[:2], -1).to(torch.float32).mul_(scales).view(len(codes), -1).to(dtype)
+        return integers.view(*scales.shape[:2], -1).to(torch.float32, copy=True).mul_(scales).view(len(integers), -1)
+
+    def unpacked(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of f Q ⊙ s, in ``dtype``."""
+        return self.scaled(self.integers(rows), rows).to(dtype)
 
     def dense(self) -> Tensor:
         """The weight f Q ⊙ s + L Rᵀ, in the layer's dtype."""

@@ -163,6 +163,7 @@ def test_scales_train_resume_replay_and_save_as_ordinary_weights(workplace: Path
         (["--scheme", "scales", "--quantize", "int4"], "it needs --quantize int8"),
         (["--scheme", "scales", "--quantize", "int8", "--offload", "disk"], "leave --offload out"),
         (["--scheme", "scales", "--quantize", "int8", "--method", "lozo"], "trains vectors only: choose a method in full space"),
+        (["--method", "qes"], "it needs --quantize int8 or int4, and --scheme full"),
         (["--method", "fo-adam"], "did you mean 'fo-adamw'"),
         (["--method", "mezo", "--max_grad_norm", "1"], "no gradient is computed"),
         (["--method", "mezo", "--num_demonstrations", "3"], "is an option of --method icl"),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import toys
-from zotune import ZerothOrder, methods
+from zotune import ZerothOrder
 from zotune.forward.model import PerturbedForward
 from zotune.rng.directions import Directions
 from zotune.subspaces import Full, LowRank, LowRankCoordinate, Offset
@@ -46,7 +46,7 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", toys.names())
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, ZeroDivisionError])
 def test_a_forward_that_raises_leaves_every_bit_as_it_was(method, dtype, error):
     inner = toys.classifier(dtype)

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import OPTConfig
 
 import paths
+import toys
 from memory_models import MODELS
+from zotune import baselines
 from zotune.baselines import catalog
 from zotune.io.sizes import parse_size
 from zotune.memory import KINDS, Ledger, Workload, config_of, estimate, measure, shipped
@@ -102,7 +104,7 @@ FEW = {"num_directions": 2, "interval": 2, "anchor_batches": 1, "examples": 8}
 
 
 @pytest.mark.filterwarnings("ignore:this model's attention kernel has no forward derivative")
-@pytest.mark.parametrize("name", catalog.names())
+@pytest.mark.parametrize("name", [*toys.names(), *baselines.names()])
 def test_every_method_has_a_dry_run(name):
     """No method reads a number that a fake tensor does not have."""
     small = Workload(shallow(MODELS["llama"], 1), catalog.get("mezo"), batch_size=4, sequence_length=8)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import toys
 from memory_models import MODELS
+from zotune import baselines
 from zotune.baselines import catalog
 from zotune.io.memory_tags import memory_tag, recording_tags, tagged, tags
 from zotune.memory import Ledger, Workload, measure
@@ -81,7 +83,7 @@ def test_a_strict_ledger_names_who_does_not_tag():
 
 
 @pytest.mark.filterwarnings("ignore:this model's attention kernel has no forward derivative")
-@pytest.mark.parametrize("method", catalog.names())
+@pytest.mark.parametrize("method", [*toys.names(), *baselines.names()])
 def test_every_tensor_made_outside_of_the_model_is_tagged(method):
     """Real steps; the error names the file and line of an allocation without a tag."""
     measure(Workload(shallow(MODELS["llama"], 1), catalog.get(method), batch_size=4, sequence_length=8), strict=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
+import toys
 import zotune
-from zotune import methods
 from zotune.weights import external_linear
 
 
@@ -70,7 +70,7 @@ class Counting(nn.Module):
         return (x - self.mean) * self.weight
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", toys.names())
 def test_what_a_forward_writes_in_evaluation_mode_is_put_back(method: str) -> None:
     model = nn.Sequential(Counting(), nn.Linear(6, 1))
     model(torch.ones(4, 6))

@@ -23,7 +23,7 @@ from zotune.optim.calibration.step_size import CAUTION, LEAP, NOISE_SCALE, REACH
 
 AUTO = {"eps": "auto"}
 #: Methods whose rate can be measured.
-MEASURABLE = [name for name in methods.names() if measurable(methods.get(name))]
+MEASURABLE = [name for name in toys.names() if measurable(methods.get(name))]
 
 
 def run(model: nn.Module, optimizer: ZerothOrder, first: int, last: int) -> list[float]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import toys
 import zotune
-from zotune import methods
 
 
 def without_inputs(outputs: int) -> nn.Linear:
@@ -49,7 +49,7 @@ def trained(method: str, folder: Path, **options: object) -> Odd:
     return model
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", toys.names())
 def test_a_parameter_without_elements_or_a_scalar_trains(method: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a method may say that it learns slowly

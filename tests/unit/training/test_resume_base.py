@@ -24,10 +24,10 @@ def over(kind: str, seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.M
 
 @pytest.mark.filterwarnings("ignore:no batched evaluation")
 @pytest.mark.parametrize(
-    ("kind", "method"), [("lora", "mezo"), ("lora", "fo-adamw"), ("prefix", "mezo"), ("prompt", "mezo"), ("int8", "lozo")]
+    ("kind", "method"), [("lora", "mezo"), ("lora", "fo-adamw"), ("prefix", "mezo"), ("prompt", "mezo"), ("int8", "lozo"), ("int8", "qes")]
 )
 def test_another_base_cannot_continue_a_checkpoint(kind: str, method: str, tmp_path: Path) -> None:
-    options = {**RUN, "method": method, **({"rank": 2} if method == "lozo" else {})}
+    options = {**RUN, "method": method, **{"lozo": {"rank": 2}, "qes": {"num_directions": 2}}.get(method, {})}
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, over(kind, 0), callbacks=[StopAt(3)], **options).train()
     for wanted in (True, str(tmp_path / "checkpoint-2")):

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
+import toys
 import zotune
 from trainer_cases import (
     accuracy,
@@ -32,7 +33,7 @@ from zotune.objectives.losses import ChoiceLoss, choice_scores
 from zotune.optim.journal_records import StepRecord
 
 
-@pytest.mark.parametrize("method", zotune.methods.names())
+@pytest.mark.parametrize("method", toys.names())
 @pytest.mark.filterwarnings("ignore:this model.s attention kernel:UserWarning")  # forward-grad says so once
 def test_every_trainable_parameter_moves_and_no_gradient_exists(method: str, tmp_path: Path) -> None:
     anchored = {"method_args": {"anchor_batches": 2}} if "anchor_batches" in zotune.methods.options(method) else {}

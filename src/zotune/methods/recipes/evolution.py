@@ -1,10 +1,11 @@
-"""Methods that compare several points of a step: FZOO, evolution strategies, and random search."""
+"""Methods that compare several points of a step: FZOO, evolution strategies, also of quantized weights, and random search."""
 
 from __future__ import annotations
 
 from zotune.methods.best import BestPoint
 from zotune.methods.coefficients import ByDeviation
 from zotune.methods.registry import PER, Fields, register, variant
+from zotune.subspaces import Codes
 
 
 @register(
@@ -50,6 +51,31 @@ def es_ranks() -> None:
 
     Only the order of the losses counts: one outlier cannot determine a step. State: none.
     """
+
+
+@register(
+    title="QES",
+    arxiv="2602.03120",
+    without=(*PER, "eps", "direction", "estimator", "rounding"),
+    lr=5e-3,
+    num_directions=25,
+    fitness="z-score",
+)
+def qes(*, eps: float = 1e-3, decay: float = 0.9) -> Fields:
+    """QES: evolution strategies on the integers of quantized weights, with error feedback (2602.03120).
+
+    W = Q ⊙ s,   L at Q ± δ_k,   δ_k = σ u_k rounded at random,   x = −η (1/K) Σ c_k δ_k / σ + γ e,   Q ← Q + round(x),   e ← x − round(x)
+
+    Q are the integers of layers in 8 or 4 bits (``--quantize``), s their scales, which stay; so do all other weights. c_k are those of
+    ``es``, σ is ``eps`` in units of Q, γ ``decay``. A change that would leave the range of Q is 0, of the pair ± δ_k for both, and e stays
+    within ±1.5. It begins uniform in [−½, ½), so that not all elements round at once. State: e, 2 bytes per element of Q.
+    The defaults are the published ones for 8 bits, α = 10⁻⁴ and 50 points: η = 2 K α, since there the points are summed. For 4 bits they
+    are σ = 5·10⁻³ and α = 3·10⁻⁴, here η = 0.015.
+    Departs from the published code, which checks the range for every point alone and clips z-scores at 3. Its variant without state, which
+    computes e from the coefficients of the last 50 steps at 50 times the drawing, is left out.
+    To train the scales of weights in 8 bits instead (QZO, 2505.13430) take ``--scheme scales`` with another method.
+    """
+    return {"eps": eps, "subspace": Codes(eps, decay), "estimates": "direction"}
 
 
 @register(title="RandOpt", arxiv="2603.12228", without=(*PER, "estimator", "fitness"), lr=1.0, num_directions=30)
