@@ -47,6 +47,7 @@ RATES = {
     "mezo-gv": 3e-4,
     "mezo-momentum": 1e-4,
     "mezo-svrg": 1e-4,
+    "p-gap": 1e-3,
     "r-adazo": 3e-4,
     "randopt": 10.0,
     "zo-jaguar": 2e-2,
@@ -54,7 +55,7 @@ RATES = {
     "zo-muon": 2e-1,
 }
 #: What a test has time for, at most.
-FEW = {"num_directions": 4, "history": 3, "anchor_batches": 2, "anchor_ratio": 1}
+FEW = {"num_directions": 4, "history": 3, "anchor_batches": 2, "anchor_ratio": 1, "probes": 4}
 #: Steps, and fewer of methods whose steps take long and go far.
 STEPS, LONG_STEPS = 9, {"bszo": 4, "es": 4, "es-ranks": 4, "fzoo": 4, "hizoo-l": 4, "mezo-gv": 4, "randopt": 6, "zo-sgd-cons": 4}
 

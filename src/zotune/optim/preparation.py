@@ -129,7 +129,11 @@ class Preparation:
                 yield found
 
         def at(offset: Offset, moved: Mapping[str, Coordinate], call: Callable[[], Any]) -> Any:
-            with forward.replace_coordinates(moved), forward.at(offset, only=moved), isolated_generators(common, forward.devices):
+            with (
+                forward.replace_coordinates(moved),
+                forward.at(offset, only=moved, hooks=False),
+                isolated_generators(common, forward.devices),
+            ):
                 return call()
 
         def work() -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from zotune.subspaces.cone import Cone, ConeCoordinate
 from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.factory import Full
 from zotune.subspaces.full import FullCoordinate
+from zotune.subspaces.gradient_span import GradientSpan
 from zotune.subspaces.guided import Guided, GuidedCoordinate
 from zotune.subspaces.hessian_scaled import HessianScaled, HessianScaledCoordinate
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
@@ -35,6 +36,7 @@ __all__ = [
     "Coordinate",
     "Full",
     "FullCoordinate",
+    "GradientSpan",
     "Guided",
     "GuidedCoordinate",
     "HessianScaled",

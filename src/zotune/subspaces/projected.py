@@ -47,10 +47,15 @@ class TwoSidedCoordinate(LowRankCoordinate):
     def expand(self, core: Tensor) -> Tensor:
         return self.p @ core
 
+    def bases(self, seed: int, redraw: int) -> tuple[Tensor, Tensor]:
+        """P and Q of an interval."""
+        p = orthonormal(self._gaussian(seed, redraw, "left", self.p.shape))
+        return p, orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape))
+
     def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         p, q = self.p, self.v
-        self.p = orthonormal(self._gaussian(seed, redraw, "left", self.p.shape)).mul_(self.sigma)
-        self.v = self._row_major(orthonormal(self._gaussian(seed, redraw, "subspace", self.v.shape)))
+        left, right = self.bases(seed, redraw)
+        self.p, self.v = left.mul_(self.sigma), self._row_major(right)
         left, right = self.p.mT @ p / self.sigma**2, q.mT @ self.v
         return lambda moment: left @ moment @ right
 

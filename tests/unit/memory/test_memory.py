@@ -100,7 +100,7 @@ def test_a_dry_run_leaves_no_trace():
 
 
 #: Options that repeat what a dry run does already: more of the same forwards.
-FEW = {"num_directions": 2, "interval": 2, "anchor_batches": 1, "examples": 8}
+FEW = {"num_directions": 2, "interval": 2, "anchor_batches": 1, "examples": 8, "rank": 64, "probes": 1}
 
 
 @pytest.mark.filterwarnings("ignore:this model's attention kernel has no forward derivative")

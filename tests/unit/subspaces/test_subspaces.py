@@ -19,6 +19,7 @@ from zotune.rng.directions import Directions, Key
 from zotune.subspaces import Activation, Blocks, Full, LowRank, Sparse
 from zotune.subspaces.blockwise import blocks_of
 from zotune.subspaces.coordinate import Offset
+from zotune.subspaces.gradient_span import leading
 from zotune.subspaces.projected import orthonormal
 from zotune.weights.structure import repeated_layers
 from zotune.weights.trainable_scales import TrainableScaleLinear, quantize
@@ -35,6 +36,7 @@ PLAIN = {
     "lozo": {"rank": 2, "interval": 4},
     "agzo": {"rank": 2, "interval": 4},
     "subzero": {"rank": 3, "interval": 4},
+    "p-gap": {"rank": 3, "interval": 4, "probes": 2},
     "tezo": {"rank": 3},
     "conmezo": {"beta": 0.5, "warm_up": 4},
     "hizoo": {"smoothing": 0.05},
@@ -74,7 +76,7 @@ def test_the_update_is_along_the_evaluated_direction_at_redraws(name, num_direct
         assert torch.allclose(model.state_dict()["weight"], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["subzero", "tezo", "zo-muon", "agzo", "zo-act"])
+@pytest.mark.parametrize("name", ["subzero", "p-gap", "tezo", "zo-muon", "agzo", "zo-act"])
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv1d"])
 def test_batched_and_sequential_losses_are_equal(name, kind):
     from transformers.pytorch_utils import Conv1D
@@ -448,6 +450,46 @@ def test_zo_act_is_adam_in_the_span_of_the_first_inputs():
     assert torch.allclose(model.state_dict()["weight"], start + core.detach() @ v.T, atol=1e-4)
 
 
+def test_p_gap_is_its_equation_in_the_span_of_its_probes():
+    """Two redraws of a matrix, from losses evaluated by hand; δ falls to 0 in the eighth step."""
+    model, eps, lr, sigma = matrix(), 1e-2, 1e-2, math.sqrt(7 * 6) / 2
+    weight, x = model.weight.detach().clone(), torch.linspace(-1, 2, 24).view(4, 6)
+    method = methods.p_gap(rank=2, interval=3, probes=2, delta=4.0, delta_steps=8, eps=eps)
+    optimizer, gaussian = ZerothOrder(model, method, lr=lr), Directions("gaussian")
+
+    def slope(move: torch.Tensor, size: float) -> float:
+        high, low = ((x @ (weight + sign * size * move).T).square().mean().double() for sign in (1, -1))
+        return float(high - low) / (2 * size)
+
+    for step in range(5):
+        if step % 3 == 0:
+            z = [gaussian.draw(Key(0, step // 3, j, "weight", "probe"), (7, 6)) for j in range(2)]
+            p, sizes, q = torch.linalg.svd(sum(slope(each, 1e-3) * each for each in z))
+            p, sizes, q = p[:, :2], sizes[:2], q[:2].T
+            signs = p.gather(0, p.abs().argmax(dim=0, keepdim=True)).sign()
+            p, q, axis = p * signs, q * signs, torch.diag(sizes / sizes.norm())
+        drawn = gaussian.draw(Key(0, step, 0, "weight"), (2, 2))
+        (coordinate,) = optimizer.forward.coordinates
+        optimizer.step(lambda x: model(x).square().mean(dim=1), x)
+        found = coordinate.draw(optimizer.directions, 0, step, 0, 1)[0]
+        along = float((found * axis).sum())
+        assert along**2 == pytest.approx(4 - step / 2, rel=1e-3)
+        z = drawn - ((axis * drawn).sum() - along) * axis
+        assert torch.allclose(found, z, atol=1e-3)
+        move = sigma * p @ z @ q.T
+        weight -= lr * slope(move, eps) * move
+        assert torch.allclose(model.state_dict()["weight"], weight, atol=1e-3)
+    assert {coordinate.draw(optimizer.directions, 0, 0, k, 1)[0].mul(axis).sum().sign().item() for k in range(8)} == {1.0, -1.0}
+
+
+def test_leading_singular_vectors_of_a_stack():
+    a = torch.randn(3, 60, 40, generator=torch.Generator().manual_seed(0)) * 0.5 ** torch.arange(40)
+    p, sizes, q = leading(a, 4, torch.randn(3, 40, 20, generator=torch.Generator().manual_seed(1)))
+    assert torch.allclose(p * sizes.unsqueeze(-2) @ q.mT, a, atol=0.3)
+    assert torch.allclose(sizes, torch.linalg.svdvals(a)[:, :4], rtol=1e-4)
+    assert torch.allclose(p.mT @ p, torch.eye(4).expand(3, 4, 4), atol=1e-5) and torch.allclose(a @ q, p * sizes.unsqueeze(-2), atol=1e-3)
+
+
 def test_what_was_observed_is_in_the_journal_and_comes_back(tmp_path):
     tensors = {"a": torch.randn(300, 90).bfloat16(), "b": torch.arange(7, dtype=torch.int32), "c": torch.randn(9000, 4).bfloat16()}
     journal = Journal.create(tmp_path / "j", {"seed": 0})
@@ -503,6 +545,9 @@ def test_a_loss_that_is_cut_off_has_no_derivative(loss, message):
     ("call", "message"),
     [
         (lambda: methods.subzero(rank=0), "rank must be a whole number"),
+        (lambda: methods.p_gap(probes=0), "probes must be a whole number"),
+        (lambda: methods.p_gap(delta=-1.0), "delta must be a number of at least 0"),
+        (lambda: methods.p_gap(delta_steps=1.5), "delta_steps must be a whole number"),
         (lambda: methods.tezo(rank=0), "rank must be a whole number"),
         (lambda: methods.zo_sparse(density=0), "density must lie in"),
         (lambda: methods.sensitive_mezo(density=2), "density must lie in"),

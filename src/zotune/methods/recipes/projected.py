@@ -1,9 +1,9 @@
-"""Methods that train matrices in a projected subspace: SubZero, ZO-Muon, ZO-MOPI, TeZO."""
+"""Methods that train matrices in a projected subspace: SubZero, P-GAP, ZO-Muon, ZO-MOPI, TeZO."""
 
 from __future__ import annotations
 
 from zotune.methods.registry import Fields, register
-from zotune.subspaces import Left, RankOnes, TwoSided
+from zotune.subspaces import GradientSpan, Left, RankOnes, TwoSided
 from zotune.subspaces.base import at_least_one
 
 
@@ -18,6 +18,26 @@ def subzero(*, rank: int = 24, interval: int = 1000) -> Fields:
     size is r / √(mn) times that. Vectors (bias, norm) as in MeZO. State: P, Q and S, r·(m + n + r) float32 elements per matrix.
     """
     return {"subspace": TwoSided(rank, interval)}
+
+
+@register(title="P-GAP", arxiv="2510.18228")
+def p_gap(*, rank: int = 128, interval: int = 100, probes: int = 10, delta: float = 2.0, delta_steps: int = 0) -> Fields:
+    """P-GAP: SGD on a small core in the span of an estimated gradient, along directions aligned with it (2510.18228).
+
+    G = Σ_j c_j Z_j over h ``probes``, central differences along Gaussian Z_j of all matrices, every ``interval`` steps;   G ≈ P C Qᵀ
+
+    Z = Z₀ − (⟨E, Z₀⟩ − ξ √δ) E,   E = C / ‖C‖,   Z₀ (r, r) ~ N(0, 1),   ξ = ±1;   W ← W − η c σ P Z Qᵀ,   σ = √(mn) / r
+
+    c is the central difference along σ P Z Qᵀ; P (m, r) and Q (n, r) are the leading singular vectors of G. 2h evaluations more at each
+    redraw. Vectors (bias, norm) as in MeZO. State: P, Q, C and S, r·(m + n + 2r) float32 elements per matrix. The journal holds the c_j,
+    from which P and Q are computed again.
+    The equations, h, r (128 to 512 without adapters), the interval and δ = 2, falling to 0, are known from summaries and re-implementations
+    that agree; δ falls over ``delta_steps`` steps and stays without. The paper's η and ε without adapters could not be verified, and no
+    code of its authors was found: they are MeZO's here, which σ makes fit, as in ``subzero``. Probes perturb matrices alone, by 1e-3.
+    A G of h differences in mn dimensions has the cosine √(h / mn) with the gradient, so that P and Q are nearly random.
+    """
+    subspace = GradientSpan(rank, interval, probes=probes, delta=delta, delta_steps=delta_steps)
+    return {"subspace": subspace, "estimates": "descent"}
 
 
 @register(title="ZO-Muon", arxiv="2602.17155", lr=1e-2, num_directions=4, estimator="forward")
