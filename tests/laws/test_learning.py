@@ -37,6 +37,7 @@ RATES = {
     "dizo": 3e-4,
     "jaguar-muon": 3e-2,
     "jaguar-sign": 2e-2,
+    "loren": 1e-4,
     "lozo": 1e-3,
     "lozo-e": 1e-3,
     "lozo-g": 3e-4,

@@ -17,6 +17,7 @@ from zotune.methods.recipes.evolution import es, es_ranks, fzoo, qes, randopt
 from zotune.methods.recipes.forward_grad import forward_grad
 from zotune.methods.recipes.hizoo import hizoo, hizoo_l
 from zotune.methods.recipes.jaguar import jaguar_muon, jaguar_sign, zo_jaguar
+from zotune.methods.recipes.loren import loren
 from zotune.methods.recipes.lozo import agzo, lozo, lozo_e, lozo_g, lozo_m, zo_act
 from zotune.methods.recipes.mezo import kerzoo, mezo, mezo_adam, mezo_greedy, mezo_gv, mezo_momentum
 from zotune.methods.recipes.projected import p_gap, subzero, tezo, zo_mopi, zo_muon
@@ -48,6 +49,7 @@ __all__ = [
     "jaguar_muon",
     "jaguar_sign",
     "kerzoo",
+    "loren",
     "lozo",
     "lozo_e",
     "lozo_g",

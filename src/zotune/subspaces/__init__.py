@@ -22,6 +22,7 @@ from zotune.subspaces.guided import Guided, GuidedCoordinate
 from zotune.subspaces.hessian_scaled import HessianScaled, HessianScaledCoordinate
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate
 from zotune.subspaces.projected import Left, RankOnes, TwoSided
+from zotune.subspaces.rank_one import RankOneCoordinate, RankOneScaled
 from zotune.subspaces.sensitive import IndexedCoordinate, Sensitive
 from zotune.subspaces.sparse import MaskedCoordinate, Sparse
 
@@ -48,6 +49,8 @@ __all__ = [
     "LowRankCoordinate",
     "MaskedCoordinate",
     "Offset",
+    "RankOneCoordinate",
+    "RankOneScaled",
     "RankOnes",
     "Sensitive",
     "Sparse",

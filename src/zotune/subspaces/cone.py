@@ -30,6 +30,7 @@ class ConeDirections(Directions):
         self._units: dict[Key, float] = {}
 
     def scale(self, key: Key, numel: int, device: torch.device) -> float:
+        self._unit(key)  # before any thread asks for a block
         return 1.0  # the sphere's is that of Z alone
 
     def _unit(self, key: Key) -> float:
@@ -39,8 +40,7 @@ class ConeDirections(Directions):
 
     @tagged("directions")
     def block(self, key: Key, part: slice, device: torch.device, scale: float = 1.0) -> Tensor:
-        unit = self._unit(key)  # may draw, into the memory of the block
-        z = self.inner.block(key, part, device, unit).add_(self.m[part] * self.along)
+        z = self.inner.block(key, part, device, self._unit(key)).add_(self.m[part] * self.along)
         return z if scale == 1.0 else z.mul_(scale)
 
     @tagged("directions")

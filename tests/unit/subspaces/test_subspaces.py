@@ -21,6 +21,7 @@ from zotune.subspaces.blockwise import blocks_of
 from zotune.subspaces.coordinate import Offset
 from zotune.subspaces.gradient_span import leading
 from zotune.subspaces.projected import orthonormal
+from zotune.subspaces.rank_one import GAUSSIAN, RankOneDirections
 from zotune.weights.structure import repeated_layers
 from zotune.weights.trainable_scales import TrainableScaleLinear, quantize
 
@@ -188,6 +189,59 @@ def test_conmezo_of_a_right_angle_is_mezo():
             optimizer.step(lambda x, model=model: model(x).square().sum(), torch.eye(6))
         found.append(model.weight)
     assert torch.allclose(*found, atol=1e-5)
+
+
+# -- LOREN -------------------------------------------------------------------------------------------------------------------------------
+
+
+def log_density(a: torch.Tensor, z: torch.Tensor, damping: float) -> torch.Tensor:
+    """log p(Z) of N(0, (I + ã ãᵀ / ρ)⁻¹), ã: a for every row of Z, but for a constant."""
+    whole = a.repeat(len(z))
+    precision = torch.eye(len(whole), dtype=a.dtype) + torch.outer(whole, whole) / damping
+    return (precision.logdet() - z.flatten() @ precision @ z.flatten()) / 2
+
+
+def test_directions_of_loren_have_the_covariance_of_a():
+    """B Bᵀ = (I + ã ãᵀ / ρ)⁻¹ for Z = B u, in blocks, rows and whole."""
+    a, keys = torch.tensor([0.5, -1.0, 2.0]), [Key(0, 0, k, "w") for k in range(200)]
+    ours = RankOneDirections(GAUSSIAN, a, 12, damping=0.3)
+    u = torch.stack([GAUSSIAN.draw(key, (12,)) for key in keys]).double()
+    z = torch.stack([ours.draw(key, (4, 3)) for key in keys]).double().flatten(1)
+    b, whole = torch.linalg.lstsq(u, z).solution, a.repeat(4).double()
+    assert torch.allclose(b @ b.T, (torch.eye(12) + torch.outer(whole, whole) / 0.3).inverse(), atol=1e-5)
+    assert torch.allclose(ours.draw_many(keys[2], 3, (4, 3)).double().flatten(1), z[2:5], atol=1e-6)
+    assert torch.allclose(ours.rows(keys[5], torch.tensor([3, 1]), 3).double(), z[5].view(4, 3)[[3, 1]], atol=1e-6)
+    part = ours.block(keys[7], slice(4, 11), torch.device("cpu"), 2.0)
+    assert torch.allclose(part.double(), 2 * z[7, 4:11], atol=1e-6)
+
+
+def test_loren_learns_its_covariance_and_moves_with_momentum(tmp_path):
+    """The step of θ and, by autograd of log p, that of a; losses at θ + εZ alone."""
+    model, eps, lr, rate, damping, k = matrix(), 1e-2, 1e-3, 1e-3, 0.5, 3
+    method = methods.loren(damping=damping, covariance_lr=rate, momentum=0.5, eps=eps, num_directions=k)
+    base, momentum = copy.deepcopy(model), torch.zeros(7, 6)
+    optimizer = ZerothOrder(model, method, lr=lr, journal=tmp_path / "j")
+    (coordinate,) = optimizer.forward.coordinates
+    a = GAUSSIAN.draw(Key(0, 0, 0, "weight", "covariance"), (6,)).double()
+    for step in range(3):
+        start, whole = model.weight.detach().clone(), a.repeat(7)
+        q = math.sqrt(damping + float(whole @ whole))
+        u = [GAUSSIAN.draw(Key(0, step, j, "weight"), (7, 6)).double() for j in range(k)]
+        z = [each - (whole @ each.flatten()) / (q * (q + math.sqrt(damping))) * whole.view(7, 6) for each in u]
+        losses = torch.stack([(start + eps * each).square().sum() / 2 for each in z])
+        c = (losses - losses.mean()) / eps * k / (k - 1)
+        optimizer.step(lambda x: model(x).square().sum() / 2, torch.eye(6))
+        assert optimizer.last_report.coefficients.tolist() == pytest.approx(c.tolist(), rel=1e-2, abs=1e-3)
+        c = optimizer.last_report.coefficients.double()
+        momentum = 0.5 * momentum + sum(weight * each for weight, each in zip(c, z, strict=True)) / k
+        assert torch.allclose(model.weight.double(), start - lr * momentum, atol=1e-6)
+        with torch.enable_grad():
+            of = a.clone().requires_grad_()
+            expected = sum(weight * log_density(of, each, damping) for weight, each in zip(c, z, strict=True)) / k
+            a = a - rate * torch.autograd.grad(expected, of)[0]
+        assert torch.allclose(coordinate.a.double(), a, atol=1e-5)
+    again = replay(base, tmp_path / "j")
+    assert torch.equal(again.forward.coordinates[0].a, coordinate.a) and torch.equal(base.weight, model.weight)
 
 
 # -- HiZOO -------------------------------------------------------------------------------------------------------------------------------
@@ -556,6 +610,8 @@ def test_a_loss_that_is_cut_off_has_no_derivative(loss, message):
         (lambda: methods.zo_block(unit="row"), "unknown unit of blocks 'row'; choose one of layer, linear"),
         (lambda: methods.hizoo(smoothing=1.0), "smoothing must lie in"),
         (lambda: methods.conmezo(angle=2.0), "angle must lie in"),
+        (lambda: methods.loren(damping=0.0), "damping must be a positive number"),
+        (lambda: methods.loren(covariance_lr=-1.0), "covariance_lr must be a number of at least 0"),
         (lambda: methods.conmezo(beta=1.0), "beta must lie in"),
         (lambda: methods.conmezo(warm_up=-1), "warm_up must be a whole number of at least 0"),
         (lambda: methods.mezo(estimator="curvature"), "take method 'hizoo'"),
