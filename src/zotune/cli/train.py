@@ -46,7 +46,6 @@ def option_groups() -> dict[str, dict[str, str]]:
         "model_name_or_path": "",
         "task": "",
         "data_dir": "",
-        "protocol": "",
         "output_dir": "folder of the run: model, journal, checkpoints, summary.json, curve.png",
         "method": f"one of those that `zotune methods` lists (default {default().name})",
         "learning_rate": "a number, or auto (the default where it is known): measured from a few losses",
@@ -71,6 +70,7 @@ def option_groups() -> dict[str, dict[str, str]]:
         "models larger than memory": dict.fromkeys(("offload", "max_memory", "offload_blocks", "offload_dir", "quantize"), ""),
         "a GGUF file, computed by llama.cpp": dict.fromkeys(GGUF_OPTIONS, ""),
         "the run": {
+            "protocol": "",
             "num_train_epochs": "instead of --max_steps",
             "gradient_accumulation_steps": "micro-batches per step, all evaluated under the same directions",
             "lr_scheduler_type": "constant, linear, cosine, ...",

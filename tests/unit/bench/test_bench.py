@@ -70,6 +70,8 @@ PUBLISHED = {"source": "x", "columns": ["sst2"], "rows": {"mezo": [1.0]}}
         ({"seeds": [0, 0]}, "seeds: 0 is there twice"),
         ({"seeds": [True]}, "seeds is a list of whole numbers"),
         ({"options": {"seed": 3}}, "options: 'seed' is set by the bench; it goes under `seeds`"),
+        ({"options": {"protocol": "mezo"}}, "options: 'protocol' is set by the bench; it goes under `protocol`"),
+        ({"protocol": "mzeo"}, "unknown protocol 'mzeo', did you mean 'mezo' (there are"),
         ({"options": {"output_dir": "x"}}, "options: 'output_dir' is set by the bench itself"),
         ({"methods": ["mezo", "mezo"]}, "methods[1]: 'mezo' is there twice for the same task and scheme"),
         ({"methods": [{"method": "mezo", "grid": {"learning_rate": 1e-3}}]}, "methods[0].grid.learning_rate is a list of values"),
