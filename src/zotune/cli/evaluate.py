@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +15,18 @@ from transformers import set_seed
 
 from zotune.cli.console import completions_table, new_console
 from zotune.cli.parser import help_page
+from zotune.cli.replay import base_model
 from zotune.cli.table import facts_table
 from zotune.io.json_files import write_json
 from zotune.io.sizes import size_text
 from zotune.io.text import duration_text, metric_text
 from zotune.memory.offload_needs import needs_of
+from zotune.optim.journal import Journal
+from zotune.optim.optimizer import ZerothOrder
+from zotune.optim.points import best_points
 from zotune.rewards import Rewards
 from zotune.rewards.evaluation import Shown
+from zotune.subspaces.coordinate import Offset
 from zotune.tasks import load, prepare
 from zotune.tasks.prompts import longest_answer
 from zotune.training import run_folder
@@ -34,6 +40,7 @@ from zotune.training.peak_memory import PeakMemory
 from zotune.training.quiet import quiet_libraries
 from zotune.training.schemes import Scheme
 from zotune.training.trainer import ZOTrainer
+from zotune.training.voting import voted
 
 #: Tokens of a completion of prompts without a task, at most.
 USUAL_LENGTH = 256
@@ -61,6 +68,9 @@ class EvaluationArguments:
     objective: Literal["mlm"] | None = dataclasses.field(
         default=None,
         metadata={"help": "mlm: of an encoder, label words at the mask of a prompt, in place of the class scores of a new head"},
+    )
+    vote: int | None = dataclasses.field(
+        default=None, metadata={"help": "of a run of randopt: answer by the majority of so many of its best points"}
     )
     adapter: str | None = dataclasses.field(default=None, metadata={"help": "of a GGUF file: the LoRA adapter (GGUF) that is added to it"})
     output_file: str | None = dataclasses.field(
@@ -132,10 +142,14 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         )
         classes = prepared.label_names if prepared.train_objective == "classifier" else None
         set_seed(how.seed)
-        needs = needs_of(model, plan, config, prepared, None, Scheme())
-        network, fresh = load_model(plan, model, config.device, classes=classes, masked=prepared.masked, needs=needs)
-        if fresh and plan.adapter is None:
-            raise ValueError(f"{plan.name} has no classification head yet, so there is nothing to evaluate; train it first.")
+        searched = None if how.vote is None else _best_points(model, how.vote, how.use_cpu)
+        if searched is not None:
+            network = searched[0].model
+        else:
+            needs = needs_of(model, plan, config, prepared, None, Scheme())
+            network, fresh = load_model(plan, model, config.device, classes=classes, masked=prepared.masked, needs=needs)
+            if fresh and plan.adapter is None:
+                raise ValueError(f"{plan.name} has no classification head yet, so there is nothing to evaluate; train it first.")
         trainer = ZOTrainer(
             model=network,
             args=config,
@@ -147,7 +161,7 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         )
         memory = PeakMemory(config.device)
         begin = time.perf_counter()
-        metrics = measured(trainer, prepared.eval)
+        metrics = measured(trainer, prepared.eval) if searched is None else voted(trainer, *searched, prepared.eval)
         return {
             "model": model.model_name_or_path,
             "data": data.task or Path(data.eval_file or "").name,
@@ -162,6 +176,20 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
             "peak_memory_of": memory.kind,
             "versions": run_folder.versions(),
         }
+
+
+def _best_points(model: ModelArguments, count: int, use_cpu: bool) -> tuple[ZerothOrder, list[Offset]]:
+    """The best points of the run whose folder the model is, on its base model."""
+    folder = Path(model.model_name_or_path or "").expanduser()
+    if not (folder / run_folder.JOURNAL_FILE).is_file() or not (folder / run_folder.RUN_FILE).is_file():
+        raise ValueError("--vote takes the points of a run of randopt: give its folder, with the journal, as --model_name_or_path.")
+    loaded = run_folder.read_run(folder).get("model_arguments")
+    base = loaded.get("model_name_or_path") if isinstance(loaded, dict) else None
+    if not isinstance(base, str):
+        raise ValueError(f"{folder / run_folder.RUN_FILE} is damaged: it does not say what the run's base model was.")
+    journal = Journal.open(folder / run_folder.JOURNAL_FILE)
+    network, _ = base_model(Namespace(base=base, trust_remote_code=model.trust_remote_code, use_cpu=use_cpu), journal, folder)
+    return best_points(network, journal, count)
 
 
 def _rewarded(data: EvalDataArguments, how: EvaluationArguments) -> dict[str, Any]:

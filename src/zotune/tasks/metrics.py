@@ -86,6 +86,10 @@ class ComputeMetrics:
 
     metrics: Sequence[str] = ("accuracy",)
 
+    def answers(self, scores: np.ndarray) -> list[int | None]:
+        """The option of each row of scores (N, C); None where there is none."""
+        return [int(option) if option >= 0 else None for option in predictions(np.where(np.asarray(scores) == PADDING, -np.inf, scores))]
+
     def __call__(self, prediction: Any) -> dict[str, float]:
         scores, answers = _parts(prediction)
         predicted = predictions(np.where(np.asarray(scores) == PADDING, -np.inf, scores))
@@ -106,6 +110,10 @@ class ComputeAnswerMetrics:
     references: Sequence[Sequence[str]]
     metrics: Sequence[str] = ("token_f1", "exact_match")
 
+    def answers(self, tokens: np.ndarray) -> list[str | None]:
+        """The answer of each row of token ids (N, S), in normal form; None where it is empty."""
+        return [normalized(self.text(row)) or None for row in tokens]
+
     def __call__(self, prediction: Any) -> dict[str, float]:
         tokens, numbers = _parts(prediction)
         pairs = [(self.text(row), self.references[number]) for row, number in zip(tokens, numbers.reshape(-1), strict=True)]
@@ -118,6 +126,19 @@ class ComputeAnswerMetrics:
 
 #: Padding of a Trainer where batches differ in width.
 PADDING = -100
+
+
+def majority(votes: Sequence[Sequence[Any]]) -> np.ndarray:
+    """For each of N examples the first of K voters with the answer that most of them give, (N,), of equals the one given first.
+
+    Args:
+        votes: K times N answers; None is no vote.
+    """
+    found = []
+    for answers in zip(*votes, strict=True):
+        counts = Counter(answer for answer in answers if answer is not None)
+        found.append(answers.index(counts.most_common(1)[0][0]) if counts else 0)
+    return np.asarray(found, dtype=np.int64)
 
 
 def _parts(prediction: Any) -> tuple[Any, np.ndarray]:

@@ -85,9 +85,9 @@ def randopt(*, radii: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Fields:
     θ ← the best on the same batch of θ and θ + σ_k Z_k,   k = 1, ..., N,   σ_k = ε r_k,   Z_k ~ N(0, I)
 
     N is ``num_directions``, r_k the ``radii`` in turn. With η = 1 a step ends at the best point; another η multiplies the way there.
-    The paper takes one step, on 200 examples, with N = 5000 and these σ: ``max_steps=1`` and a batch of that size. The journal then has
-    the seed and the loss of every point. Further steps go on from the best one. State: none.
-    Departs from the paper, which keeps the best 1% to 10% of the points and lets them vote on each answer, and whose code draws σ_k at
-    random and its default N is 30, as here.
+    The paper takes one step, on 200 examples, with N = 5000 and these σ (``max_steps=1`` and a batch of that size), and lets the best 1% to
+    10% of the points vote on each answer: the journal has the seed and the loss of every point, and ``zotune eval --vote K`` has the best
+    K of the last step vote. Further steps go on from the best point. State: none.
+    Departs from the published code, which draws σ_k at random, and whose points stand at θ even where θ itself is better. Its N is 30.
     """
     return {"estimator": "forward", "shaping": BestPoint(tuple(radii)), "estimates": "direction"}
