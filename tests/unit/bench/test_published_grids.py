@@ -53,9 +53,16 @@ PINNED: dict[str, dict[tuple[str | None, ...], tuple[str, str]]] = {
         (None, "WiC", "full", "FT"): (BACKPROP, "learning_rate=1e-05,5e-05,8e-05"),
     },
     "mezo_roberta": {
-        (None, None, "full", "LOZO"): (FEW_SHOT.format(48), "eps=0.001 interval=100,50 learning_rate=1e-06,1e-07 rank=4"),
-        (None, None, "full", "LOZO-M"): (FEW_SHOT.format(48), "eps=0.001 interval=100,50 learning_rate=1e-06,1e-07 momentum=0.9 rank=4"),
-        (None, None, "full", "MeZO"): (FEW_SHOT.format(48), "eps=0.001 learning_rate=1e-05,1e-06,1e-07"),
+        (None, "TREC", "full", "MeZO"): (FEW_SHOT.format(96), "eps=0.001 learning_rate=1e-05,1e-06,1e-07"),
+        (None, "SST-2", "full", "FT"): (
+            FEW_SHOT.format(32).replace(" 64 100000 ", " 8 1000 ").replace(" 10000 constant", " 100 linear"), "learning_rate=1e-05",
+        ),
+        (None, "MNLI", "full", "LOZO"): (FEW_SHOT.format(48), "eps=0.001 interval=100,50 learning_rate=1e-06,1e-07 rank=4"),
+        (None, "SNLI", "full", "LOZO-M"): (FEW_SHOT.format(48), "eps=0.001 interval=100,50 learning_rate=1e-06,1e-07 momentum=0.9 rank=4"),
+        (None, "RTE", "full", "zero-shot"): ("mlm - mask - float32 - - - - - - 1000 - - - -", ""),
+    },
+    "mezo_roberta_512": {
+        (None, "SNLI", "full", "MeZO"): (FEW_SHOT.format(1536).replace(" 16 ", " 512 "), "eps=0.001 learning_rate=1e-05,1e-06,1e-07"),
     },
     "zobench_sst2": {
         ("OPT-1.3B", None, "full", "FO-SGD"): (
