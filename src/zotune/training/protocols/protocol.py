@@ -134,6 +134,8 @@ class Protocol:
             shots = given.get("k_shot") or options.get("k_shot")
             classes = len(loader.load(place.task).labels)
             options |= {"num_dev": int(shots) * classes if shots else int(given["num_train"])}
+        if facts["kind"] in ("zeroth-order", "backward") and "learning_rate" not in options.keys() | given.keys():
+            notes.append(f"the protocol {self.name} has no rate of {place.method} with the scheme {place.scheme}: zotune's is taken")
         return Settings(options, grid, tuple(notes))
 
 
