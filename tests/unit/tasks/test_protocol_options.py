@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_cases import save_data, save_model
 from zotune.objectives import LanguageModelLoss
+from zotune.objectives.output_gradients import recording
 from zotune.tasks import prepare
 
 
@@ -43,6 +44,23 @@ def test_the_loss_over_tokens_is_that_of_transformers(tokenizer, tmp_path):
         )
     assert losses["tokens"].mean() == pytest.approx(float(expected.loss), rel=1e-5)
     assert losses["examples"].mean() != pytest.approx(float(expected.loss), rel=1e-3)
+
+
+def test_output_gradients_are_those_of_the_loss_over_tokens(tokenizer, tmp_path):
+    texts = [" great", " a really good film", " terrible"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "the film is", "completion": text}) + "\n" for text in texts))
+    model = AutoModelForCausalLM.from_pretrained("my-model").eval()
+    data = prepare(tokenizer, model.config, train_file="rows.jsonl", loss_over="tokens")
+    batch, inputs = data.collate_train(data.train), []
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: args[0].retain_grad() or inputs.append(args[0]))
+    with recording() as recorder:
+        LanguageModelLoss(model)(batch).sum().backward()
+    handle.remove()
+    recorded = torch.cat(recorder.gradients)
+    expected = inputs[0].grad.flatten(0, -2)
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(recorded.abs().sum(), expected.abs().sum())
+    torch.testing.assert_close(recorded[recorded.any(dim=1)], expected[expected.any(dim=1)])
 
 
 def test_each_example_gets_demonstrations_of_its_own(tokenizer):
