@@ -166,7 +166,8 @@ class Method:
             raise ValueError(f"{self.name} evaluates the same directions at two points: set directions_per to 'batch'.")
         if (self.history or self.svrg) and not Rule(self.update_rule, self.update_rule_args).plain:
             raise ValueError(f"{self.name} has its own update; leave update_rule at SGD.")
-        beyond = self.history or self.selection or self.conservative or self.svrg or self.projection
+        history = None if self.subspace.quantized else self.history
+        beyond = history or self.selection or self.conservative or self.svrg or self.projection
         if beyond and not isinstance(self.subspace, Full):
             raise ValueError(f"{self.name} trains weights in full space, not in a subspace.")
 

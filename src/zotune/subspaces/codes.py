@@ -32,14 +32,15 @@ class CodeCoordinate(Coordinate):
 
     Args:
         sigma, decay: σ and γ.
+        stored: whether e is; otherwise it is zero at every :meth:`descend`.
     """
 
     thin = False
     draws_separately = True
 
-    def __init__(self, name: str, parameter: nn.Parameter, layer: QuantizedLinear, sigma: float, decay: float) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, layer: QuantizedLinear, sigma: float, decay: float, stored: bool = True) -> None:
         super().__init__(name, parameter, parameter.shape)
-        self.layer, self.sigma, self.decay_rate = layer, sigma, decay
+        self.layer, self.sigma, self.decay_rate, self.stored = layer, sigma, decay, stored
         self.residual: Tensor | None = None
 
     def _uniform(self, key: Key) -> Tensor:
@@ -72,19 +73,32 @@ class CodeCoordinate(Coordinate):
 
     @tagged("update")
     def begin_step(self, seed: int, step: int) -> MomentTransport | None:
-        if self.residual is None:
-            self.residual = self._uniform(Key(seed, 0, 0, self.name, "residual")).sub_(0.5).half()
+        if self.stored and self.residual is None:
+            self.residual = self.first_residual(seed).half()
         return None
 
     @tagged("update")
-    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
-        assert keep == 1.0 and self.residual is not None, "codes do not decay"
-        change = self.weighted(directions, weights, seed, step).add_(self.residual.float().mul_(self.decay_rate))
-        integers = self.layer.integers().float()
+    def first_residual(self, seed: int) -> Tensor:
+        """Uniform in [−½, ½), float32."""
+        return self._uniform(Key(seed, 0, 0, self.name, "residual")).sub_(0.5)
+
+    @tagged("update")
+    def rounded(self, change: Tensor, integers: Tensor) -> tuple[Tensor, Tensor]:
+        """Δ and the new e of x = ``change`` (overwritten) at Q = ``integers``, all float32."""
         whole = change.round()
         whole.masked_fill_((integers + whole).abs_() > self.layer.largest, 0.0)
+        return whole, change.sub_(whole).clamp_(-_MOST, _MOST)
+
+    @tagged("update")
+    def descend(self, directions: Directions, weights: Sequence[float], keep: float, seed: int, step: int) -> None:
+        assert keep == 1.0, "codes do not decay"
+        change, integers = self.weighted(directions, weights, seed, step), self.layer.integers().float()
+        if self.residual is not None:
+            change.add_(self.residual.float().mul_(self.decay_rate))
+        whole, rest = self.rounded(change, integers)
         self.layer.write_integers(integers.add_(whole).to(torch.int8))
-        self.residual.copy_(change.sub_(whole).clamp_(-_MOST, _MOST))
+        if self.residual is not None:
+            self.residual.copy_(rest)
 
     @tagged("update")
     def value(self) -> Tensor:
@@ -125,6 +139,7 @@ class Codes(Subspace):
     Args:
         sigma: σ, in units of the integers.
         decay: γ in [0, 1], of the residual.
+        stored: whether there is one.
 
     Raises:
         ValueError: one is out of its range.
@@ -132,6 +147,7 @@ class Codes(Subspace):
 
     sigma: float = 1e-3
     decay: float = 0.9
+    stored: bool = True
 
     full = False
     quantized = True
@@ -145,10 +161,12 @@ class Codes(Subspace):
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
         layer = owner_of(parameter)
         assert layer is not None, "the optimizer leaves other parameters out"
-        return CodeCoordinate(name, parameter, layer, self.sigma, self.decay)
+        return CodeCoordinate(name, parameter, layer, self.sigma, self.decay, self.stored)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
-        return 0, -(-math.prod(shape) // 2) if len(shape) == 2 else 0  # θ has no floating-point numbers; residuals have 2 bytes
+        return 0, -(-math.prod(shape) // 2) if self.stored and len(
+            shape
+        ) == 2 else 0  # θ has no floating-point numbers
 
     def memory(self, update_rule_state: float) -> str:
-        return "2 bytes per integer"
+        return "2 bytes per integer" if self.stored else "past coefficients"

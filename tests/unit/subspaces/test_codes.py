@@ -89,21 +89,47 @@ def test_steps_are_the_equation(bits, most):
     )
 
 
-@pytest.mark.parametrize(("bits", "lr"), [(8, 2.0), (4, 0.2)])
+@pytest.mark.parametrize(("bits", "lr"), [(8, 3.0), (4, 0.3)])
 def test_a_quantized_model_learns_by_whole_numbers(bits, lr):
     net = model(bits)
     start = copy.deepcopy(net)
-    losses = run(net, ZerothOrder(net, methods.qes(**FAST), lr=lr), 0, 60)
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    losses = run(net, ZerothOrder(net, methods.qes(**FAST), lr=lr), 0, 40)
+    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
     trained, before = net.state_dict(), start.state_dict()
     assert {name.rpartition(".")[2] for name, tensor in trained.items() if not torch.equal(tensor, before[name])} == {"codes"}
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float32), (4, torch.bfloat16)])
-def test_runs_resume_and_replay_bit_for_bit(bits, dtype, tmp_path):
+def test_without_state_the_residual_is_that_of_the_last_steps():
+    """Of h = 2 steps before, by a loop over them at the present integers; it is near the stored one as long as few integers change."""
+    net, k, lr, gamma = model(4), 4, 0.02, 0.9
+    optimizer = ZerothOrder(net, methods.qes(**FAST, window=2, decay=gamma), lr=lr)
+    past = []
+    for step in range(5):
+        before = {c.name: c.layer.integers().clone() for c in optimizer.forward.coordinates}
+        moves = {
+            c.name: [[c.changes(optimizer.directions, Key(0, s, j, c.name)).double() / c.sigma for j in range(k)] for s in range(step + 1)]
+            for c in optimizer.forward.coordinates
+        }
+        optimizer.step(toys.loss_function(net), toys.batch(seed=step))
+        past.append(optimizer.last_report.coefficients.double())
+        for c in optimizer.forward.coordinates:
+            q, shape = before[c.name].double(), before[c.name].shape
+            e = uniform(Key(0, 0, 0, c.name, "residual"), shape).double() - 0.5 if step == 0 else torch.zeros(shape, dtype=torch.float64)
+            for s in range(max(0, step - 2), step + 1):
+                x = gamma * e - lr / k * sum(float(a) * z for a, z in zip(past[s], moves[c.name][s], strict=True))
+                whole = x.round()
+                whole = whole.masked_fill((q + whole).abs() > 7, 0.0)
+                e = (x - whole).clamp(-1.5, 1.5)
+            assert torch.equal(c.layer.integers().double(), q + whole)
+            assert not c.kept()
+    assert optimizer.method.state_bytes([(32, 32)]) == 0 and optimizer.method.scalars == 3 * k
+
+
+@pytest.mark.parametrize(("bits", "dtype", "window"), [(8, torch.float32, 0), (4, torch.bfloat16, 0), (8, torch.float32, 2)])
+def test_runs_resume_and_replay_bit_for_bit(bits, dtype, window, tmp_path):
     def start(**arguments) -> tuple[nn.Module, ZerothOrder]:
         net = model(bits, dtype)
-        return net, ZerothOrder(net, methods.qes(**FAST), lr=0.5, seed=3, **arguments)
+        return net, ZerothOrder(net, methods.qes(**FAST, window=window), lr=0.5, seed=3, **arguments)
 
     state = torch.get_rng_state()
     net, optimizer = start(journal=tmp_path / "j")
@@ -120,6 +146,9 @@ def test_runs_resume_and_replay_bit_for_bit(bits, dtype, tmp_path):
     assert run(resumed, second, 5, 10) == losses
     assert equal(net, rebuilt) and equal(net, resumed)
     for other in (again, second):
+        assert [t.state() for t in other.run.transforms] == [t.state() for t in optimizer.run.transforms]
+        if window:
+            continue
         assert all(
             torch.equal(a.residual, b.residual) for a, b in zip(optimizer.forward.coordinates, other.forward.coordinates, strict=True)
         )
@@ -151,6 +180,7 @@ def test_evaluations_write_nothing_and_state_is_as_declared():
         (lambda: ZerothOrder(toys.classifier(), "qes"), r"qes trains the integers of quantized .*: quantize it \(--quantize int8"),
         (lambda: ZerothOrder(model(), "qes", weight_decay=0.1), "so they cannot decay: set weight_decay and anchor_decay to 0"),
         (lambda: methods.qes(eps="auto"), "eps must be a positive number, in units of the quantized weights' integers"),
+        (lambda: methods.qes(window=-1), "window must be a whole number of at least 0"),
         (lambda: methods.qes(decay=1.5), r"decay must lie in \[0, 1\]"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from zotune.methods.best import BestPoint
 from zotune.methods.coefficients import ByDeviation
 from zotune.methods.registry import PER, Fields, register, variant
+from zotune.methods.residual_replay import ResidualReplay
 from zotune.subspaces import Codes
 
 
@@ -61,7 +62,7 @@ def es_ranks() -> None:
     num_directions=25,
     fitness="z-score",
 )
-def qes(*, eps: float = 1e-3, decay: float = 0.9) -> Fields:
+def qes(*, eps: float = 1e-3, decay: float = 0.9, window: int = 0) -> Fields:
     """QES: evolution strategies on the integers of quantized weights, with error feedback (2602.03120).
 
     W = Q ⊙ s,   L at Q ± δ_k,   δ_k = σ u_k rounded at random,   x = −η (1/K) Σ c_k δ_k / σ + γ e,   Q ← Q + round(x),   e ← x − round(x)
@@ -71,11 +72,15 @@ def qes(*, eps: float = 1e-3, decay: float = 0.9) -> Fields:
     within ±1.5. It begins uniform in [−½, ½), so that not all elements round at once. State: e, 2 bytes per element of Q.
     The defaults are the published ones for 8 bits, α = 10⁻⁴ and 50 points: η = 2 K α, since there the points are summed. For 4 bits they
     are σ = 5·10⁻³ and α = 3·10⁻⁴, here η = 0.015.
-    Departs from the published code, which checks the range for every point alone and clips z-scores at 3. Its variant without state, which
-    computes e from the coefficients of the last 50 steps at 50 times the drawing, is left out.
+    With ``window`` h above 0, 50 in the paper, e is not stored, but computed from the coefficients of the last h steps: h + 1 times the
+    drawing for no state but h·K scalars.
+    Departs from the published code, which checks the range for every point alone and clips z-scores at 3.
     To train the scales of weights in 8 bits instead (QZO, 2505.13430) take ``--scheme scales`` with another method.
     """
-    return {"eps": eps, "subspace": Codes(eps, decay), "estimates": "direction"}
+    if not (isinstance(window, int) and window >= 0):
+        raise ValueError(f"window must be a whole number of at least 0, not {window!r}.")
+    history = ResidualReplay(window + 1, decay) if window else None
+    return {"eps": eps, "subspace": Codes(eps, decay, stored=history is None), "history": history, "estimates": "direction"}
 
 
 @register(title="RandOpt", arxiv="2603.12228", without=(*PER, "estimator", "fitness"), lr=1.0, num_directions=30)
@@ -88,6 +93,6 @@ def randopt(*, radii: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Fields:
     The paper takes one step, on 200 examples, with N = 5000 and these σ (``max_steps=1`` and a batch of that size), and lets the best 1% to
     10% of the points vote on each answer: the journal has the seed and the loss of every point, and ``zotune eval --vote K`` has the best
     K of the last step vote. Further steps go on from the best point. State: none.
-    Departs from the published code, which draws σ_k at random, and whose points stand at θ even where θ itself is better. Its N is 30.
+    Departs from the published code, which draws σ_k at random and keeps its best points even where θ is better. Its N is 30.
     """
     return {"estimator": "forward", "shaping": BestPoint(tuple(radii)), "estimates": "direction"}
