@@ -21,7 +21,7 @@ def table() -> str:
         what = first.partition(": ")[2].rpartition(" (")[0] or first.rpartition(" (")[0]
         what = what.replace("``", "`")
         rate = "measured" if measurable(method) else f"{method.lr:g}"
-        reference = f"[{method.arxiv}](https://arxiv.org/abs/{method.arxiv})"
+        reference = f"[{method.arxiv}]({method.url})"
         rows.append(f"| `{name}` | {what} | {method.forwards_text} | {method.extra_memory} | {rate} | {reference} |")
     return "\n".join(rows)
 

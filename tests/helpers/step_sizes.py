@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zotune import methods
 from zotune.methods.best import BestPoint
 from zotune.methods.coefficients import State
+from zotune.methods.output_window import OutputWindow
 from zotune.methods.rules import Rule
 from zotune.optim.calibration.gains import gain, measurable
 from zotune.subspaces import Activation, RankOnes
@@ -93,7 +94,7 @@ def step_size(method: methods.Method, at: Slope, step: int = 0, state: State | N
     if isinstance(method.subspace, RankOnes):  # directions are sums of r matrices
         noise *= method.subspace.rank
     half = 0.5 / noise / repeats(method, at)
-    if method.svrg is not None:
+    if method.svrg is not None or isinstance(method.history, OutputWindow):  # plain SGD
         return half
     if measurable(method):
         return half * gain(method, Rule(method.update_rule, method.update_rule_args), at.square, directions, method.eps, step, state)

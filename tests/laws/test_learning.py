@@ -49,6 +49,7 @@ RATES = {
     "mezo-momentum": 1e-4,
     "mezo-svrg": 1e-4,
     "p-gap": 1e-3,
+    "pseuzo": 1e-4,
     "r-adazo": 3e-4,
     "randopt": 10.0,
     "zo-jaguar": 2e-2,

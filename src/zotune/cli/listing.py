@@ -57,7 +57,10 @@ def _describe_method(name: str) -> None:
     from zotune.optim.calibration.gains import measurable
 
     method = catalog.get(name)
-    source = f"  (arXiv:{method.arxiv}, https://arxiv.org/abs/{method.arxiv})" if method.arxiv else ""
+    site = f"arXiv:{method.arxiv}, https://arxiv.org/abs/{method.arxiv}"
+    if isinstance(method, Method) and "." not in method.arxiv:
+        site = f"OpenReview, {method.url}"
+    source = f"  ({site})" if method.arxiv else ""
     print(f"{method.name}{source}\n")
     print(inspect.getdoc(catalog.recipe(name)))
     if (base := base_of(name)) is not None:

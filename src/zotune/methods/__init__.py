@@ -21,6 +21,7 @@ from zotune.methods.recipes.loren import loren
 from zotune.methods.recipes.lozo import agzo, lozo, lozo_e, lozo_g, lozo_m, zo_act
 from zotune.methods.recipes.mezo import kerzoo, mezo, mezo_adam, mezo_greedy, mezo_gv, mezo_momentum
 from zotune.methods.recipes.projected import p_gap, subzero, tezo, zo_mopi, zo_muon
+from zotune.methods.recipes.pseuzo import pseuzo
 from zotune.methods.recipes.replayed import replayed_adam, replayed_momentum
 from zotune.methods.recipes.signs import zo_sgd_cons, zo_sgd_scalar_sign, zo_sgd_sign
 from zotune.methods.recipes.sparse import sensitive_mezo, sparse_mezo, zo_sparse
@@ -65,6 +66,7 @@ __all__ = [
     "options",
     "options_of",
     "p_gap",
+    "pseuzo",
     "qes",
     "r_adazo",
     "randopt",

@@ -32,7 +32,8 @@ class Estimate(NamedTuple):
         skipped: per direction, whether a loss was not finite.
         loss_diff: mean over k of the absolute loss difference behind c_k.
         loss_diff_stderr: its standard error over the examples of the batch; None if the loss is a scalar or the batch one example.
-        curvatures: q_k, float32 on the CPU, shape (K,), 0 where skipped; empty for estimators without curvature.
+        curvatures: q_k, float32 on the CPU, shape (K,), 0 where skipped; empty for estimators without curvature. Of a step with an output
+            window what it needs of the step later (see ``optim.output_window``), of any length.
     """
 
     loss: float

@@ -60,7 +60,7 @@ class HistoryMomentum(CoefficientHistory):
     def update(self, coordinate: Coordinate, value: Tensor, past: Sequence[PastStep], lr: float, directions: Directions, seed: int) -> None:
         terms: list[tuple[Key, float]] = []
         for age, step in enumerate(reversed(past)):
-            terms += _terms(coordinate, step, seed, self.beta**age)
+            terms += terms_of(coordinate, step, seed, self.beta**age)
         value.add_(directions.combine(terms, coordinate.shape, coordinate.device).to(value.dtype), alpha=-lr)
 
     def gain(self, moment: float, directions: int, eps: float, state: State) -> float:
@@ -95,7 +95,7 @@ class HistoryAdam(CoefficientHistory):
         mean = torch.zeros(coordinate.shape, device=coordinate.device)
         square = torch.zeros_like(mean)
         for step in past:
-            estimate = directions.combine(_terms(coordinate, step, seed, 1.0), coordinate.shape, coordinate.device)
+            estimate = directions.combine(terms_of(coordinate, step, seed, 1.0), coordinate.shape, coordinate.device)
             mean.lerp_(estimate, 1 - first)
             square.mul_(second).addcmul_(estimate, estimate, value=1 - second)
         if self.corrected:
@@ -110,7 +110,8 @@ class HistoryAdam(CoefficientHistory):
         return (moment / directions * sums[1]) ** 0.5 / sums[0]  # the step is η · sums[0] / √sums[1] whatever the size of ĝ
 
 
-def _terms(coordinate: Coordinate, past: PastStep, seed: int, weight: float) -> list[tuple[Key, float]]:
+def terms_of(coordinate: Coordinate, past: PastStep, seed: int, weight: float) -> list[tuple[Key, float]]:
+    """The directions of a past step's estimate, for one coordinate, and their factors in ``weight`` times it."""
     share = weight / len(past.coefficients)
     return [(Key(seed, past.step, k, coordinate.name), share * c) for k, c in enumerate(past.coefficients) if c]
 

@@ -43,7 +43,7 @@ class Method:
     Args:
         name: the method's one name.
         title: what to call it in a table.
-        arxiv: id of the paper.
+        arxiv: id of the paper; of its page at OpenReview where it is not on arXiv.
         lr: default learning rate η (the paper's, for models of a billion parameters; small models need far larger ones).
         eps: perturbation scale ε, or ``"auto"`` (see ``optim.calibration``).
         num_directions: directions for each batch, group or example (see ``directions_per``).
@@ -183,6 +183,11 @@ class Method:
             )
         if self.shaping or self.svrg or self.conservative:
             raise ValueError(f"{self.name} needs the differences of the losses themselves: set fitness to 'loss'.")
+
+    @property
+    def url(self) -> str:
+        """Where the paper is."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if "." in self.arxiv else f"https://openreview.net/forum?id={self.arxiv}"
 
     @property
     def own(self) -> bool:

@@ -19,6 +19,7 @@ from zotune.methods.estimators import ESTIMATORS, Estimator
 from zotune.methods.history import CoefficientHistory
 from zotune.methods.kernel import Kernel
 from zotune.methods.layer_projection import LayerProjection
+from zotune.methods.output_window import OutputWindow
 from zotune.methods.rules import Rule
 from zotune.methods.selection import Selection
 from zotune.methods.svrg import SVRGSchedule
@@ -26,9 +27,11 @@ from zotune.optim.anchor import Anchor
 from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.calibrator import Calibrator
 from zotune.optim.distributed.workers import Workers
-from zotune.optim.evaluator import Evaluator
+from zotune.optim.evaluator import FORWARD_BATCHING, Evaluator
+from zotune.optim.journal_records import StepRecord
 from zotune.optim.layer_projection import LayerProjections
 from zotune.optim.output_gradient_steps import OutputGradientSteps
+from zotune.optim.output_window import WindowTransform
 from zotune.optim.selection import SelectedDirection
 from zotune.optim.state import RunState, SampleBatches
 from zotune.optim.step_transforms import (
@@ -113,6 +116,12 @@ class RunParts:
         shaping = self.transform(ShapingTransform)
         return {} if shaping is None else shaping.values
 
+    def directions_in(self, record: StepRecord) -> int:
+        """K of a step: behind its coefficients a record has curvatures, or what an output window needs."""
+        if isinstance(self.method.history, OutputWindow):
+            return self.method.directions_of(0)
+        return len(record.coefficients) // (2 if self.method.estimator == "curvature" else 1)
+
     def rates(self) -> list[float]:
         """The learning rate of each parameter group."""
         return [float(group["lr"]) for group in self.param_groups]
@@ -189,6 +198,8 @@ def build(
     state = RunState(seed, groups, math.nan if isinstance(method.eps, str) else method.eps)
     forward = PerturbedForward(model, coordinates, directions)
     try:
+        if isinstance(method.history, OutputWindow) and forward_batching in FORWARD_BATCHING:
+            forward_batching = "sequential"  # its points differ in what is recorded
         evaluator = Evaluator(forward, method, estimator, forward_batching, state, workers, cuda_graphs)
         unknown_eps = math.isnan(state.eps)
         scale = sum(c.lr_scale * c.parameter.numel() for c in coordinates) / max(1, sum(c.parameter.numel() for c in coordinates))
@@ -237,6 +248,8 @@ def _step_transforms(method: Method, evaluator: Evaluator, estimator: Estimator,
                 found.append(ConservativeChoice(evaluator, state))
             case Shaping():
                 found.append(ShapingTransform(transform, state))
+            case OutputWindow():
+                found.append(WindowTransform(transform, evaluator, state))
             case CoefficientHistory():
                 found.append(HistoryTransform(transform))
             case LayerProjection():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import zlib
@@ -52,12 +53,13 @@ class StepRecord(NamedTuple):
     @tagged("activations")
     def of_estimate(cls, step: int, estimate: Estimate, rates: tuple[float, ...]) -> StepRecord:
         """The record of a step's estimate; curvatures follow the coefficients."""
+        numbers = (*estimate.coefficients.tolist(), *estimate.curvatures.tolist())
         return cls(
             step=step,
             lrs=rates,
             loss=float(torch.tensor(estimate.loss, dtype=torch.float32)),
-            coefficients=(*estimate.coefficients.tolist(), *estimate.curvatures.tolist()),
-            skipped=estimate.skipped + estimate.skipped[: len(estimate.curvatures)],
+            coefficients=numbers,
+            skipped=tuple(itertools.islice(itertools.cycle(estimate.skipped), len(numbers))),
         )
 
     @classmethod

@@ -67,7 +67,7 @@ class Resume:
         forwards = 1 if run.along_output_gradients else run.method.forwards(record.step)
         state.count(forwards, forwards * _rows(parts))
         state.prepared = True
-        k = len(record.coefficients) // (2 if run.method.estimator == "curvature" else 1)
+        k = run.directions_in(record)
         coefficients = torch.tensor(record.coefficients[:k], dtype=torch.float32)
         signs = run.estimator.signs
         width = state.eps * (max(signs) - min(signs))

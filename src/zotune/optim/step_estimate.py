@@ -5,6 +5,7 @@ from __future__ import annotations
 from zotune.forward.losses import Losses
 from zotune.methods.estimators import Estimate
 from zotune.optim.construction import RunParts
+from zotune.optim.output_window import WindowTransform
 from zotune.optim.preparation import Preparation
 from zotune.optim.state import StepContext
 
@@ -19,7 +20,12 @@ class StepEstimate:
         """(the step's estimate, learning rates); ``measured``: the step's measurements are done already."""
         if self.run.along_output_gradients:
             return self._along_output_gradients(context, measured)
-        return self._along_drawn_directions(context)
+        window = self.run.transform(WindowTransform)
+        found = None if window is None else window.observe(context)
+        if window is None or found is None:
+            return self._along_drawn_directions(context)
+        self.state.count(self.run.method.forwards(context.step), found.evaluated)
+        return window.estimate(found, context, self.run.estimator), tuple(self.run.rates())
 
     def _along_drawn_directions(self, context: StepContext) -> tuple[Estimate, tuple[float, ...]]:
         run, state, at = self.run, self.state, context

@@ -151,6 +151,10 @@ class HistoryTransform(StepTransform):
         self.history = history
         self.past: list[PastStep] = []
 
+    def past_of(self, name: str) -> list[PastStep]:
+        """The steps that a coordinate's update is computed from."""
+        return self.past
+
     def after_journal(self, terms: Terms, record: StepRecord, skipped: bool) -> Terms:
         if not skipped:
             self.past = [*self.past, *terms.terms][-self.history.length :]

@@ -79,7 +79,7 @@ class Updater:
             run.evaluator.restore(True, True)
         self.begin(record.step)
         state.steps += 1
-        k = len(record.coefficients) // (2 if run.method.estimator == "curvature" else 1)  # curvatures follow the coefficients
+        k = run.directions_in(record)
         terms, skipped = Terms((PastStep(record.step, record.coefficients[:k]),)), all(record.skipped)
         along_output_gradients = run.along_output_gradients
         for transform in () if along_output_gradients else run.transforms:
@@ -142,7 +142,7 @@ class Updater:
 
     def _schedule(self, coordinate: UpdateGroup, step: int, coefficients: Sequence[float], lr: float, weight_decay: float) -> None:
         """Update a coordinate; an offloaded weight as soon as it is loaded."""
-        past = [] if self.history is None else self.history.past
+        past = [] if self.history is None or not isinstance(coordinate, Coordinate) else self.history.past_of(coordinate.name)
         work = partial(self._update, coordinate, step, coefficients, lr, weight_decay, past)
         if isinstance(coordinate, Coordinate) and not isinstance(coordinate, LowRankCoordinate):
             placement.when_loaded(coordinate.parameter, work)
