@@ -13,7 +13,7 @@ from zotune.subspaces import Codes
     title="FZOO",
     arxiv="2506.09034",
     without=("fitness",),
-    lr=5e-5,
+    lr=5e-9,  # the code's 5e-5, times the ε that it does not divide by
     eps=1e-4,
     num_directions=8,
     direction="rademacher",
