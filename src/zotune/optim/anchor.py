@@ -163,6 +163,8 @@ class Anchor:
 
 def drift(anchor: Anchor | None, coordinates: Sequence[Coordinate]) -> Drift | None:
     """How far training has gone; None where neither an anchor is kept nor all that training adds is stored apart."""
+    if any(coordinate.written() for coordinate in coordinates):  # no anchor has them
+        return None
     if anchor is None:
         apart = all(quantized_linear.owner_of(coordinate.parameter) is not None for coordinate in coordinates)
         anchor = Anchor(nn.Module()) if apart else None

@@ -329,6 +329,8 @@ def _check_placement(model: nn.Module, method: Method, coordinate: Coordinate) -
         if is_computed(model):
             raise ValueError(WRITES.format(method.name))
         raise ValueError(f"{coordinate.name} is quantized, so it is trained by low-rank factors only: use lozo, or an adapter (PEFT).")
+    if any(placement.offload_handle(tensor) is not None for tensor in coordinate.written()):
+        raise ValueError(f"{method.name} writes quantized weights at each step, so they cannot be offloaded: leave offloading out.")
     handle = placement.offload_handle(coordinate.parameter)
     if handle is None:
         return

@@ -164,9 +164,7 @@ class Codes(Subspace):
         return CodeCoordinate(name, parameter, layer, self.sigma, self.decay, self.stored)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
-        return 0, -(-math.prod(shape) // 2) if self.stored and len(
-            shape
-        ) == 2 else 0  # θ has no floating-point numbers
+        return 0, -(-math.prod(shape) // 2) if self.stored and len(shape) == 2 else 0  # θ has no floating-point numbers
 
     def memory(self, update_rule_state: float) -> str:
         return "2 bytes per integer" if self.stored else "past coefficients"

@@ -38,6 +38,8 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
         raise ValueError(
             f"{method.name} trains integers of quantized weights, and nothing else: it needs --quantize int8 or int4, and --scheme full."
         )
+    if isinstance(method, Method) and method.subspace.quantized and config.model.offload != "no":
+        raise ValueError(f"{method.name} writes quantized weights at each step, so they cannot be offloaded: leave --offload out.")
     if config.scheme.scheme != "scales":
         return
     if config.model.quantize != "int8":

@@ -13,6 +13,7 @@ import toys
 from zotune import ZerothOrder, methods, replay
 from zotune.rng.directions import Directions, Key, uniform_integers
 from zotune.subspaces import CodeCoordinate
+from zotune.weights.offload import offload
 from zotune.weights.quantized_linear import QuantizedLinear, quantize
 
 #: 8 bits of a small model: changes of a size that matters within a few steps.
@@ -24,6 +25,12 @@ def model(bits: int = 8, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
         made = nn.Sequential(nn.Embedding(20, 32), nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 4))
     return quantize(made.to(dtype), bits)
+
+
+def offloaded() -> nn.Module:
+    net = quantize(toys.transformer("llama"), 8)
+    offload(net, "disk")
+    return net
 
 
 def run(net: nn.Module, optimizer: ZerothOrder, first: int, last: int) -> list[float]:
@@ -170,6 +177,7 @@ def test_evaluations_write_nothing_and_state_is_as_declared():
     kept = sum(t.numel() * t.element_size() for c in optimizer.forward.coordinates for t in c.kept())
     assert kept == method.state_bytes([(32, 32), (4, 32)]) == 2 * 36 * 32
     assert all(parameter.grad is None for parameter in net.parameters())
+    assert optimizer.drift() is None  # there is nothing to compare the integers with
     with pytest.raises(RuntimeError, match="a fault"):
         optimizer.step(lambda batch: (_ for _ in ()).throw(RuntimeError("a fault")), toys.batch())
 
@@ -179,6 +187,7 @@ def test_evaluations_write_nothing_and_state_is_as_declared():
     [
         (lambda: ZerothOrder(toys.classifier(), "qes"), r"qes trains the integers of quantized .*: quantize it \(--quantize int8"),
         (lambda: ZerothOrder(model(), "qes", weight_decay=0.1), "so they cannot decay: set weight_decay and anchor_decay to 0"),
+        (lambda: ZerothOrder(offloaded(), "qes"), "cannot be offloaded: leave offloading out"),
         (lambda: methods.qes(eps="auto"), "eps must be a positive number, in units of the quantized weights' integers"),
         (lambda: methods.qes(window=-1), "window must be a whole number of at least 0"),
         (lambda: methods.qes(decay=1.5), r"decay must lie in \[0, 1\]"),
