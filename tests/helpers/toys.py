@@ -85,7 +85,15 @@ def tokens(size: int = 3, length: int = 7) -> Tensor:
 
 
 #: Options that make a method's slow clocks tick within a short test.
-SHORT: dict[str, Any] = {"interval": 7, "history": 3, "choice": "block:2x2", "anchor_batches": 2, "anchor_ratio": 1.0, "iterations": 2}
+SHORT: dict[str, Any] = {
+    "interval": 7,
+    "history": 3,
+    "choice": "block:2x2",
+    "anchor_batches": 2,
+    "anchor_ratio": 1.0,
+    "iterations": 2,
+    "probes": 3,
+}
 
 
 def names() -> list[str]:
