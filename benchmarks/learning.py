@@ -33,7 +33,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     import backprop
     import torch
     from label_similarity import Batches, LabelSimilarity
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     import zotune
     from zotune.training.samplers import Stratified, classes_of
@@ -52,6 +52,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         objective="classifier" if similarity else cell["objective"],
         num_train=None if cell.get("max_tokens") else cell["num_train"],
         num_dev=cell["num_dev"],
+        num_eval=cell.get("num_eval"),
         seed=0,
     )
     if cell.get("max_tokens"):
@@ -65,7 +66,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         model = LabelSimilarity(zotune.training.schemes.apply(encoder, scheme))
         named = Batches(tokenizer, cell["task"])
     else:
-        model = zotune.training.schemes.apply(AutoModelForCausalLM.from_pretrained(cell["model"], dtype=torch.float32), scheme)
+        kind = AutoModelForMaskedLM if cell["objective"] == "mlm" else AutoModelForCausalLM
+        model = zotune.training.schemes.apply(kind.from_pretrained(cell["model"], dtype=torch.float32), scheme)
     held_out = data.dev if cell["score"] == HELD_OUT else data.eval
     train = data.train
     assert train is not None and held_out is not None
@@ -78,6 +80,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
                 batch = data.collate_eval(held_out[start : start + 64])
                 if similarity:
                     scores, answers = model(named(batch)), batch["labels"]
+                elif data.masked:
+                    scores, answers = zotune.objectives.label_word_logits(model, batch), batch["answer"]
                 else:
                     scores, answers = zotune.objectives.choice_scores(model, batch), batch["answer"]
                 right += int((scores.argmax(1) == answers).sum())

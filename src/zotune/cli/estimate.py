@@ -99,6 +99,7 @@ def _parser() -> CommandParser:
     add("--batch_size", type=int, default=16, metavar="N", help="examples per step (default 16)")
     add("--sequence_length", type=int, default=256, metavar="N", help="tokens per example (default 256)")
     add("--scored_tokens", type=int, metavar="N", help="tokens of an example that the loss scores (default all)")
+    add("--objective", choices=("mlm",), metavar="NAME", help="mlm: an encoder's masked language model on label words, not its classifier")
     add("--dtype", choices=DTYPES, metavar="NAME", help=f"of the weights: {', '.join(DTYPES)} (default bfloat16, with --measure float32)")
     batching = ("auto", "batched", "sequential")
     add("--forward_batching", default="auto", choices=batching, metavar="NAME", help=f"as in train: {', '.join(batching)} (default auto)")
@@ -157,6 +158,8 @@ def workload(args: argparse.Namespace, method: Any, dtype: str) -> Any:
         raise ValueError(f"--sequence_length {args.sequence_length}: {args.model_name_or_path} takes at most {context} tokens.")
     if args.scored_tokens is not None and (args.scored_tokens >= args.sequence_length or is_encoder(config)):
         raise ValueError("--scored_tokens must be less than --sequence_length, and is for causal language models only.")
+    if args.objective == "mlm" and not is_encoder(config):
+        raise ValueError(f"--objective mlm needs an encoder, and {args.model_name_or_path} is none: leave it out.")
     options = {}
     defaults = {field.name: field.default for field in dataclasses.fields(Scheme)}
     for name, schemes in _SCHEME_OPTIONS.items():
@@ -175,6 +178,7 @@ def workload(args: argparse.Namespace, method: Any, dtype: str) -> Any:
         forward_batching=args.forward_batching,
         anchor_decay=args.anchor_decay,
         activation_checkpointing=args.activation_checkpointing,
+        masked=args.objective == "mlm",
     )
 
 

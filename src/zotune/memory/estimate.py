@@ -49,7 +49,7 @@ def _dry_peaks(workload: Workload, accelerator: bool) -> dict[str, Split]:
     peaks: dict[str, Split] = {}
     for place, one in enumerate([workload, *other_phases(workload)]):
         with dry_run(accelerator=accelerator):
-            model = prepared(build(one.config, one.dtype), one)
+            model = prepared(build(one.config, one.dtype, masked=one.masked), one)
             found, _ = run(model, one, batch_of(one), host=not accelerator)
             peaks |= {f"{moment} {place}": split for moment, split in found.items()}
     return peaks
@@ -70,7 +70,7 @@ def measure(
 ) -> Split:
     """The peak of real steps, on random weights or a given model; without a ledger the steps run and nothing is counted."""
     if model is None:
-        model = build(workload.config, workload.dtype).to(device)
+        model = build(workload.config, workload.dtype, masked=workload.masked).to(device)
     model, host = prepared(model, workload), torch.device(device).type == "cpu"
     batch = {name: tensor.to(device) for name, tensor in batch_of(workload).items()}
     peaks, optimizer = run(model, workload, batch, ledger=ledger, host=host, strict=strict)
@@ -93,7 +93,7 @@ def run(
     clear_tensor_caches()  # so that the direction tables count, whatever ran before
     counted = Ledger(model, host, strict)
     counted.add(batch.values(), "temporary")
-    loss = objective("classifier" if "labels" in batch else "lm", model)
+    loss = objective("mlm" if workload.masked else "classifier" if "labels" in batch else "lm", model)
     with counted if ledger else contextlib.nullcontext():
         optimizer = _steps(model, workload, loss, batch, counted)
         return counted.peaks(), optimizer

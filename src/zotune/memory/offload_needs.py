@@ -38,7 +38,7 @@ def needs(workloads: Sequence[Workload], *, accelerator: bool, blocks: str | Seq
     for workload in workloads:
         split = estimate(workload, accelerator=accelerator)
         with torch.device("meta"):
-            whole, rest, _, _ = budget.sizes(build(workload.config, workload.dtype), blocks)
+            whole, rest, _, _ = budget.sizes(build(workload.config, workload.dtype, masked=workload.masked), blocks)
         residuals = (_growth(workload) - 1) * (whole - rest)  # they move with their blocks
         most = max(most, split.total - split.kinds["weights"] - int(residuals))
     return Needs(most, growth)
@@ -64,11 +64,11 @@ def needs_of(
     workloads = []
     if isinstance(method, Method) and data.train:
         shape = _longest(data.train, data.collate_train, config.per_device_train_batch_size, config.max_completion_length)
-        workloads.append(Workload(plan.config, method, scheme, *shape[:2], dtype, shape[2], config.forward_batching))
+        workloads.append(Workload(plan.config, method, scheme, *shape[:2], dtype, shape[2], config.forward_batching, masked=data.masked))
     held_out = data.dev or data.eval
     if held_out:
         shape = _longest(held_out, data.collate_eval, config.per_device_eval_batch_size, config.max_completion_length)
-        workloads.append(Workload(plan.config, zero_shot, Scheme(), *shape[:2], dtype, shape[2]))
+        workloads.append(Workload(plan.config, zero_shot, Scheme(), *shape[:2], dtype, shape[2], masked=data.masked))
     return needs(workloads, accelerator=config.device.type == "cuda", blocks=model.offload_blocks)
 
 

@@ -48,7 +48,7 @@ def growth(workload: Workload) -> int:
     """
     memory = PeakMemory(torch.device("cpu"))
     before = memory.baseline
-    model = build(workload.config, workload.dtype)
+    model = build(workload.config, workload.dtype, masked=workload.masked)
     memory.start()
     measure(workload, model=model, ledger=False)
     return memory.peak() - before
@@ -61,7 +61,7 @@ def main() -> None:
     workload = Workload.from_json(sys.stdin.read())
     # First on a toy model, for the buffers and code of the libraries.
     toy = GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=1000, n_positions=64, bos_token_id=0, eos_token_id=0)
-    measure(workload.with_(config=toy, batch_size=2, sequence_length=32, scored=None), ledger=False)
+    measure(workload.with_(config=toy, batch_size=2, sequence_length=32, scored=None, masked=False), ledger=False)
     print(json.dumps({"added": growth(workload)}))
 
 

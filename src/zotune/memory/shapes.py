@@ -82,11 +82,14 @@ def config_from(values: Any, name: str) -> Any:
     return config
 
 
-def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model of a configuration, with random weights: a classifier for an encoder, else a causal language model."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, masked: bool = False) -> nn.Module:
+    """The model of a configuration, with random weights: a causal language model, or a classifier for an encoder.
 
-    kind = AutoModelForSequenceClassification if is_encoder(config) else AutoModelForCausalLM
+    ``masked``: an encoder has the head of a masked language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForMaskedLM if masked else AutoModelForSequenceClassification if is_encoder(config) else AutoModelForCausalLM
     return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 

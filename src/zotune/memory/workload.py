@@ -33,6 +33,7 @@ class Workload:
         forward_batching: as in :class:`zotune.ZerothOrder`.
         anchor_decay: as there; above 0 the weights that training begins with are kept beside the trained ones.
         activation_checkpointing: first-order methods recompute activations in the backward pass.
+        masked: of an encoder, its masked language model and the loss of label words at a mask; else its classifier.
     """
 
     config: Any
@@ -45,6 +46,7 @@ class Workload:
     forward_batching: str = "auto"
     anchor_decay: float = 0.0
     activation_checkpointing: bool = False
+    masked: bool = False
 
     def with_(self, **changes: Any) -> Workload:
         return replace(self, **changes)
@@ -78,7 +80,7 @@ class Workload:
         )
 
 
-_PLAIN_FIELDS = ("batch_size", "sequence_length", "scored", "forward_batching", "anchor_decay", "activation_checkpointing")
+_PLAIN_FIELDS = ("batch_size", "sequence_length", "scored", "forward_batching", "anchor_decay", "activation_checkpointing", "masked")
 
 
 def prepared(model: nn.Module, workload: Workload) -> nn.Module:
@@ -97,7 +99,7 @@ def prepared(model: nn.Module, workload: Workload) -> nn.Module:
 def elements_of(workload: Workload) -> tuple[int, int]:
     """Elements of all parameters of the model, and of the largest one."""
     with torch.device("meta"):
-        counts = {name: p.numel() for name, p in build(workload.config, workload.dtype).named_parameters()}
+        counts = {name: p.numel() for name, p in build(workload.config, workload.dtype, masked=workload.masked).named_parameters()}
     return sum(counts.values()), max(counts.values())
 
 
@@ -112,6 +114,10 @@ def batch_of(workload: Workload) -> dict[str, Tensor]:
     ids = torch.arange(rows * length).view(rows, length) % min(997, workload.config.get_text_config().vocab_size - 3) + 3
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[0, -1] = 0
+    if workload.masked:
+        place, answer = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        words = torch.arange(2).expand(rows, 2).contiguous()
+        return {"input_ids": ids, "attention_mask": mask, "positions": place, "option_ids": words, "answer": answer}
     if is_encoder(workload.config):
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(rows, dtype=torch.int64)}
     scored = length - 1 if workload.scored is None else workload.scored

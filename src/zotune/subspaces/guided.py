@@ -201,7 +201,8 @@ class Guided(LowRank):
             else:
                 inputs.drop(coordinate.name)
         if fault is None and any(c.writes is None for c in fitting.values()):
-            verdict = residual_check.verify({layer: c.name for layer, c in fitting.items()}, losses, MAX_POSITIONS, seed, step)
+            most = residual_check.MOST if body is None else residual_check.MOST_MASKED
+            verdict = residual_check.verify({layer: c.name for layer, c in fitting.items()}, losses, MAX_POSITIONS, seed, step, most)
             if verdict.constant_factors:
                 for coordinate in guided:
                     coordinate.writes = coordinate.name not in verdict.rejected

@@ -42,7 +42,7 @@ def encode_masked(encoder: Encoder, rows: Rows, task: Task) -> list[dict[str, An
     prompt = _MaskedPrompt(encoder)
 
     def encode(row: Mapping[str, Any]) -> dict[str, Any]:
-        ids, position = prompt.ids(task.pieces(row))
+        ids, position = prompt.ids(task.pieces(row), task.demonstrations(row))
         return {"prompt_ids": ids, "mask_position": position, "option_ids": [[word] for word in words], "answer": task.answer(row)}
 
     return encoder.map_rows(rows, encode)
@@ -72,8 +72,6 @@ def label_words(tokenizer: Any, task: Task) -> list[int]:
 def _check_prompt(task: Task) -> None:
     if not task.fixed_options:
         raise ValueError(f"task {task.name!r} has answers of its own in every row, for which no label words can stand: use a causal model.")
-    if task.preamble:
-        raise ValueError("demonstrations need a causal language model: leave num_demonstrations out.")
     count = task.prompt.count(MASK)
     if not count:
         known = f"--template {TEMPLATE}" if TEMPLATE in task.templates else "one such as --template '{sentence} It was<mask>.'"
@@ -89,10 +87,10 @@ class _MaskedPrompt:
         self.encoder = encoder
         self._literals: dict[str, list[int]] = {}
 
-    def ids(self, pieces: Sequence[tuple[str | None, str]]) -> tuple[list[int], int]:
+    def ids(self, pieces: Sequence[tuple[str | None, str]], demonstrations: str = "") -> tuple[list[int], int]:
         """Token ids with the special tokens around a text, and the mask's index; ``pieces``: (column or None, text)."""
         before, after = self.encoder.affixes
-        parts, texts = [before], []  # `texts`: places in `parts` of columns
+        parts, texts = [before, self._text(demonstrations)], []  # `texts`: places in `parts` of columns
         mask, blank = 0, ""
         for column, text in pieces:
             if column is not None:

@@ -175,8 +175,8 @@ def prepare(
             return encode_masked(encoder, rows, task)
         return encoder.classifier(rows, task) if train_objective == "classifier" else encoder.choices(rows, task)
 
-    if num_demonstrations is not None and (task is None or eval_objective not in ("choices", "generation")):
-        raise ValueError("num_demonstrations needs a task with prompts and a causal language model: pass --task.")
+    if num_demonstrations is not None and (task is None or eval_objective not in ("choices", "generation", "mlm")):
+        raise ValueError("num_demonstrations needs a task with prompts, and a causal or masked language model: pass --task.")
     train_rows = _train_rows(task, data_dir, train_file) if "train" in parts or num_demonstrations is not None else None
     eval_rows = _eval_rows(task, data_dir, train_file, eval_file) if "eval" in parts else None
     if data_dir is not None and (task is None or ("train" in parts and train_file is not None and eval_file is not None)):

@@ -258,6 +258,8 @@ def demonstrated_anew(task: Task, rows: Rows, number: int, *, seed: int) -> Task
 
 
 def _solved(task: Task, row: Any) -> str:
+    if task.has_mask:  # the label word stands where its mask does
+        return task.render_filled(row) + SEPARATOR
     prompt, options = task.render(row)
     return prompt + options[task.answer(row)] + SEPARATOR
 

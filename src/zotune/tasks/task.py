@@ -86,7 +86,18 @@ class Task:
         if bare != prompt:
             # "… is " + "great" is the text "… is great", whose tokens are "… is" and " great".
             options = tuple(option if option.startswith(" ") else " " + option for option in options)
-        return (self.preamble if self.preamble_of is None else self.preamble_of(row)) + bare, options
+        return self.demonstrations(row) + bare, options
+
+    def demonstrations(self, row: Row) -> str:
+        """The text before a row's prompt."""
+        return self.preamble if self.preamble_of is None else self.preamble_of(row)
+
+    def render_filled(self, row: Row) -> str:
+        """The prompt of a row with its label word, and a blank before it, at the mask."""
+        before, after = self.prompt.split(MASK)
+        word = self.options[self.answer(row)].strip()
+        row = self._complete(row)
+        return f"{render(before, row).rstrip(' ')} {word}{render(after, row)}"
 
     def pieces(self, row: Row) -> list[tuple[str | None, str]]:
         """The prompt of a row in pieces, (column or None, text); see :func:`zotune.tasks.template.pieces`."""

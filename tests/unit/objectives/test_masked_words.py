@@ -12,6 +12,7 @@ from zotune import ZerothOrder, methods, objectives
 from zotune.objectives.output_gradients import recording
 from zotune.optim.state import StepContext
 from zotune.subspaces import residual_check
+from zotune.training import schemes
 from zotune.weights.structure import body_of, masked_head
 
 MASK, WORDS = 5, (7, 11, 13)
@@ -55,12 +56,21 @@ def test_the_loss_is_the_cross_entropy_of_the_models_logits(kind):
     assert found.unique().numel() == len(found)
 
 
-@pytest.mark.parametrize("each", ["example", "batch"])
-@pytest.mark.parametrize(("kind", "name"), [("bert", "lozo"), ("roberta", "mezo")])
-def test_batched_coefficients_are_the_sequential_ones(kind, name, each):
+@pytest.mark.parametrize(
+    ("kind", "name", "each", "scheme"),
+    [
+        ("bert", "lozo", "example", "full"),
+        ("roberta", "mezo", "batch", "full"),
+        ("albert", "lozo", "example", "full"),
+        ("roberta", "mezo", "example", "lora"),
+        ("bert", "mezo", "example", "head"),
+        ("roberta", "mezo", "example", "bias"),
+    ],
+)
+def test_batched_coefficients_are_the_sequential_ones(kind, name, each, scheme):
     found = []
     for how in ("batched", "sequential"):
-        model = toys.transformer(kind)
+        model = schemes.apply(model_of(kind), scheme)
         optimizer = ZerothOrder(model, methods.get(name, directions_per=each, eps=1e-2), lr=0.0, forward_batching=how)
         optimizer.step(objectives.objective("mlm", model), batch_of())
         found.append(optimizer.last_report.coefficients)

@@ -76,6 +76,17 @@ def test_tokens_of_a_wordpiece_tokenizer(sentence_encoder):
     assert pair == ["[CLS]", *["two", "men", "play", ".", "who", "wins", "?", "?", "[MASK]", ",", "nobody", "wins", ".", "[SEP]"]]
 
 
+def test_demonstrations_stand_before_a_prompt_with_their_label_words(roberta):
+    task = tasks.demonstrated(tasks.load("snli", template="mask"), rows({**PAIR, "label": 2}, PAIR))
+    example, tokens = encoded(roberta, task, PAIR)
+    shown = "Two men play. Who wins?? {}, nobody wins.\n\n"
+    text = f"{shown.format('No')}{shown.format('Maybe')}Two men play. Who wins??<mask>, nobody wins."
+    assert roberta.decode(example["prompt_ids"]) == f"<s>{text}</s>"
+    assert tokens[example["mask_position"]] == "<mask>" and example["answer"] == 1
+    with pytest.raises(ValueError, match="tokens without its texts"):
+        encoded(roberta, task, PAIR, limit=20, truncate=True)
+
+
 def test_cuts_keep_the_mask_and_the_end(roberta):
     """The first of two texts leaves 16 tokens, as 240 of 256 in MeZO's code; then the second is cut at its end."""
     task = tasks.load("rte", template="mask")
@@ -138,7 +149,6 @@ def test_mlm_takes_the_template_with_a_mask_and_a_mask_takes_mlm(roberta, tmp_pa
         (LlamaConfig(), {"template": "mask"}, "the prompt has a <mask>.*--objective mlm"),
         (ENCODER, {"objective": "classifier", "template": "mask"}, "the prompt has a <mask>"),
         (BertConfig(architectures=["BertForSequenceClassification"]), {"objective": "mlm"}, "this bert is a sequence classifier"),
-        (ENCODER, {"objective": "mlm", "num_demonstrations": 2}, "num_demonstrations needs"),
         (ENCODER, {"objective": "mlm", "task": "copa"}, "answers of its own in every row"),
         (ENCODER, {"objective": "mlm", "task": "squad"}, "needs a task with labels"),
     ],

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, BertForMaskedLM
 
 from command_cases import run_command, save_data, save_masked
+from zotune import methods
+from zotune.memory import Workload, estimate
 
 WORDS = ("--task", "sst2", "--data_dir", "data", "--objective", "mlm", "--use_cpu", "--max_steps", "4", "--learning_rate", "1e-2")
 TRAIN = ("train", "--model_name_or_path", "my-masked", *WORDS, "--method", "lozo", "--output_dir", "run", "--save_steps", "2")
@@ -42,10 +44,10 @@ def test_a_run_is_evaluated_replayed_and_resumed_with_its_masked_head(here, caps
     assert all(torch.equal(trained[name], weight) for name, weight in load_file("run/model.safetensors").items())
 
 
-@pytest.mark.parametrize("scheme", ["lora", "head", "bias", "prompt"])
+@pytest.mark.parametrize("scheme", ["lora", "head", "bias", "prompt", "prefix"])
 def test_what_a_scheme_trained_is_saved_and_loaded(here, capsys, scheme):
     result = run_command(capsys, *TRAIN, "--scheme", scheme, "--method", "mezo")
-    if scheme == "prompt":
+    if scheme in ("prompt", "prefix"):
         assert result.code == 2 and "is for causal language models, and this is a RobertaForMaskedLM" in result.err
         return
     assert result.code == 0, result.err
@@ -74,3 +76,17 @@ def test_a_checkpoint_without_a_masked_head_is_refused(here, capsys):
     words = [word if word != "my-masked" else "bare" for word in TRAIN]
     result = run_command(capsys, *words)
     assert result.code == 2 and "bare has no complete head of a masked language model" in result.err
+
+
+def test_demonstrations_are_evaluated_before_prompts(here, capsys):
+    words = ("train", "--model_name_or_path", "my-masked", *WORDS[:7], "--output_dir", "icl")
+    result = run_command(capsys, *words, "--method", "icl", "--num_demonstrations", "2")
+    assert result.code == 0 and "with demonstrations: accuracy" in result.out + result.err
+
+
+def test_memory_is_estimated_with_the_masked_head(here, capsys):
+    model = AutoModelForMaskedLM.from_pretrained("my-masked")
+    found = estimate(Workload(model.config, methods.mezo(), batch_size=2, sequence_length=8, masked=True), accelerator=False)
+    assert found.kinds["weights"] == sum(each.numel() * each.itemsize for each in (*model.parameters(), *model.buffers()))
+    refused = run_command(capsys, "estimate", "--model_name_or_path", "opt-125m", "--objective", "mlm")
+    assert refused.code == 2 and "--objective mlm needs an encoder, and opt-125m is none" in refused.err
