@@ -16,6 +16,7 @@ from zotune.methods.estimators import ESTIMATORS
 from zotune.methods.history import CoefficientHistory
 from zotune.methods.kernel import Kernel
 from zotune.methods.layer_projection import LayerProjection
+from zotune.methods.output_window import OutputWindow
 from zotune.methods.rules import Rule
 from zotune.methods.selection import Selection
 from zotune.methods.svrg import SVRGSchedule
@@ -271,6 +272,8 @@ class Method:
         if self.projection:
             return "1 × the projected W"
         kept = self.subspace.memory(self.update_rule_state)
+        if isinstance(self.history, OutputWindow):
+            return f"{self.history.length - 1}·d bfloat16"
         if kept == "none" and self.scalars:
             kept = f"{self.scalars} scalars"
         half = self._state_of((1024, 1024), True) / (2 * 1024 * 1024)

@@ -9,6 +9,7 @@ differences of the losses over ε, and Δ, all in bfloat16: replaying and resumi
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,10 +31,18 @@ from zotune.optim.step_transforms import HistoryTransform, Terms
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.subspaces.coordinate import Offset
-from zotune.weights.structure import head_of, masked_head
+from zotune.weights.structure import head_of, masked_head, text_config, transforms_states
 
 #: Scored positions are all recorded.
 ALL = 1 << 40
+
+
+def states_width(model: nn.Module) -> int:
+    """Elements of the last hidden states; 0 without a known head."""
+    weight = head_weight(head_of(model))
+    if weight is None:
+        return 0
+    return int(text_config(model.config).hidden_size) if transforms_states(model) else weight.shape[1]
 
 
 def behind_states(model: nn.Module) -> set[str]:
@@ -42,7 +51,7 @@ def behind_states(model: nn.Module) -> set[str]:
     count, names = Counter(id(parameter) for _, parameter in owners), {id(p): name for name, p in model.named_parameters()}
     head = head_of(model)
     own = {names[id(parameter)] for module, parameter in owners if module is head and count[id(parameter)] == 1}
-    return own | {name for name in masked_head(model) if count[id(model.get_parameter(name))] == 1}
+    return own | set(masked_head(model))
 
 
 class Observation(NamedTuple):
@@ -71,9 +80,9 @@ class WindowTransform(HistoryTransform):
         self.window, self.evaluator, self.run_state = history, evaluator, state
         self.steps: list[int] = []
         self.differences: list[Tensor] = []
-        weight = head_weight(head_of(evaluator.forward.model))
-        self.width = 0 if weight is None else weight.shape[1]
+        self.width = states_width(evaluator.forward.model)
         self.without = not self.width  # the loss has no output gradients, whatever the batch
+        self.warned = False
         self.behind = behind_states(evaluator.forward.model)
         self.plain: list[PastStep] = []  # what they are trained by
 
@@ -90,6 +99,13 @@ class WindowTransform(HistoryTransform):
         recorded, losses, others, slopes, gradients, differences, positions = values.cpu().double().split(heights)
         if not bool((recorded == 1).all()):
             self.without = bool((recorded == 0).all())
+            if bool((recorded < 0).any()) and not self.warned:
+                self.warned = True
+                warnings.warn(
+                    "the loss returned is neither the recorded one of zotune.objectives nor a constant multiple of it, or the logits are "
+                    "not the output of the model's head: the steps of such batches are forward differences.",
+                    stacklevel=2,
+                )
             self.run_state.count(1, evaluated)
             return None
         mean = differences.sum(dim=1) / positions.sum()
@@ -164,21 +180,21 @@ class WindowTransform(HistoryTransform):
         if skipped:
             return terms
         (now,) = terms.terms
-        count, width = len(now.coefficients), self.width
+        count = len(now.coefficients)
         beside, most = record.coefficients[count:], self.window.length - 1
         if not beside:
             self.past = self.plain = [now]
             return terms
-        end = len(beside) - count - (count * width if most else 0)
+        end = count * len(self.steps)
         past, plain, difference = beside[:end], beside[end : end + count], beside[end + count :]
-        if len(past) != count * len(self.steps):
-            raise ValueError(f"the record of step {record.step} has {len(past)} coefficients of a window of {len(self.steps)} steps.")
+        if len(plain) != count or bool(difference) != bool(most) or len(difference) % count:
+            raise ValueError(f"the record of step {record.step} is none of a window of {len(self.steps)} steps.")
         parts = [tuple(past[start : start + count]) for start in range(0, len(past), count)]
         self.past, self.plain = [*map(PastStep, self.steps, parts), now], [PastStep(record.step, tuple(plain))]
         if not most:
             return terms
         self.steps = [*self.steps, record.step][-most:]
-        self.differences = [*self.differences, torch.tensor(difference).view(count, width).bfloat16()][-most:]
+        self.differences = [*self.differences, torch.tensor(difference).view(count, -1).bfloat16()][-most:]
         return terms
 
     def past_of(self, name: str) -> list[PastStep]:

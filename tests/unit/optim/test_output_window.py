@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import toys
 from guided_runs import batch
 from trainer_cases import tiny_llama
 from zotune import ZerothOrder, methods, objectives, replay
 from zotune.methods.output_window import OutputWindow
 from zotune.optim.journal_records import StepRecord
-from zotune.optim.output_window import WindowTransform
+from zotune.optim.output_window import WindowTransform, behind_states, states_width
 from zotune.rng.directions import Directions, Key
 
 EPS, LR = 1e-3, 1e-2
@@ -124,6 +125,7 @@ def test_runs_resume_and_replay_within_a_window_bit_for_bit(tmp_path):
     assert straight.forward_passes == resumed.forward_passes == along.forward_passes == 45
 
 
+@pytest.mark.filterwarnings("ignore:the loss returned is neither")
 def test_without_output_gradients_a_step_is_a_forward_difference():
     """Of losses that are several recorded ones, and of one that records nothing."""
     for make in (
@@ -153,6 +155,14 @@ def test_a_loss_that_is_not_finite_moves_nothing():
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and window.steps == [0]
     step(model, steps, 2)
     assert window.steps == [0, 2] and len(window.past) == 2
+
+
+def test_what_is_behind_the_hidden_states():
+    """A head of its own, and the head of a masked language model but for the embedding; of a tied head nothing."""
+    assert behind_states(tiny_llama()) == {"lm_head.weight"} and not behind_states(toys.transformer("gpt2"))
+    found = behind_states(bert := toys.transformer("bert"))
+    assert states_width(bert) == states_width(tiny_llama()) == 32 and states_width(toys.classifier()) == 0
+    assert {"cls.predictions.bias", "cls.predictions.transform.dense.weight"} < found and not any("embeddings" in name for name in found)
 
 
 def test_the_schedule_of_a_cycle():
