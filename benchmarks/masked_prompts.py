@@ -3,8 +3,8 @@
     python benchmarks/masked_model.py --data_dir D --out masked-minilm
     python benchmarks/masked_prompts.py --model masked-minilm --data_dir D --results benchmarks/results/masked_prompts.jsonl
 
-256 training examples, batch 16, one schedule; rate and eps are measured from the run's own losses, which counts. Accuracy is that of the
-first rows of the evaluation split. Runs on file are not repeated.
+256 training examples, batch 16, one schedule; rate and eps are measured from the run's own losses, which counts. Accuracy is that of
+200 rows of the evaluation split. Runs on file are not repeated.
 """
 
 from __future__ import annotations
