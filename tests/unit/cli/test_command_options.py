@@ -145,6 +145,7 @@ ROWS: dict[str, dict[str, str]] = {
         "objective": "tests/unit/training/test_masked_runs.py::test_a_run_is_evaluated_replayed_and_resumed_with_its_masked_head",
         "use_cpu": GPU,
         "output_file": _RUN,
+        "vote": "tests/unit/cli/test_vote_command.py::test_a_vote_is_the_majority_of_its_points",
         "adapter": _GGUF + "test_eval_gives_the_metrics_of_the_run",
         "config": _HERE + "test_an_option_of_eval_acts",
     },
@@ -164,6 +165,7 @@ ROWS: dict[str, dict[str, str]] = {
     "estimate": _turned(PREDICTED, "test_an_option_of_estimate_is_in_what_is_predicted") | {
         "trust_remote_code": _HOSTILE, "method": _DRAWS, "chart": _DRAWS, "json": _DRAWS, "device": _MEASURES, "measure": _MEASURES,
         "memory": _ESTIMATE + "test_what_fits_a_card_does_and_twice_as_much_does_not",
+        "objective": "tests/unit/training/test_masked_runs.py::test_memory_is_estimated_with_the_masked_head",
         "exact": _HERE + "test_options_of_estimate_that_would_do_nothing_are_refused",
     },
     "quickstart": dict.fromkeys(

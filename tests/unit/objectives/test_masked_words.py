@@ -26,11 +26,12 @@ KINDS = {
 
 
 def model_of(kind):
-    if kind in ("bert", "roberta"):
-        return toys.transformer(kind).eval()
-    config = transformers.AutoConfig.for_model(kind, **({**SIZES, **KINDS[kind], "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}))
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        if kind in ("bert", "roberta"):
+            return toys.transformer(kind).eval()
+        sizes = {**SIZES, **KINDS[kind], "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}
+        config = transformers.AutoConfig.for_model(kind, **sizes)
         return transformers.AutoModelForMaskedLM.from_config(config).float().eval()
 
 
@@ -80,7 +81,7 @@ def test_batched_coefficients_are_the_sequential_ones(kind, name, each, scheme):
 
 @pytest.mark.parametrize(("kind", "name"), [("bert", "mezo"), ("roberta", "lozo-e")])
 def test_an_encoder_learns_label_words(kind, name):
-    model, batch = toys.transformer(kind), batch_of(12)
+    model, batch = model_of(kind), batch_of(12)
     loss = objectives.objective("mlm", model)
     optimizer = ZerothOrder(model, methods.get(name), lr="auto")
     first = float(loss(batch).mean().detach())
