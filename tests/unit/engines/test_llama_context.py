@@ -120,7 +120,7 @@ def test_what_a_hook_raises_passes_through(model: EngineModel, error: BaseExcept
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, whatever a test before has made of it, and not in callbacks of the garbage collector, which lose it."""
+    """SIGINT raises KeyboardInterrupt whatever was before, and not within the garbage collector, whose callbacks lose it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.disable()
     yield
