@@ -229,56 +229,65 @@ def test_a_replayed_momentum_adds_up_to_its_weights():
     assert gain(method, Rule("SGD", {}), 4.0, 1, 1e-3) == pytest.approx(1 / (1 + 0.5 + 0.25))
 
 
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether all weights are, bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
 # -- in a run ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])
 @pytest.mark.parametrize("name", [name for name in MEASURABLE if name != "bszo"])  # whose prior has the unit of a slope
-def test_the_unit_of_the_loss_does_not_matter(name, scale):
+def test_the_unit_of_the_loss_does_not_matter(name):
     """Losses times a power of two: a rate divided by it (for Adam the same), and the same run."""
 
     def losses(unit: float) -> list[float]:
         model = toys.classifier()
         optimizer = ZerothOrder(model, toys.method(name, interval=50, eps=2.0**-7), lr="auto")
-        return [float(optimizer.step(lambda b: unit * toys.loss_function(model)(b), toys.batch(seed=step))) / unit for step in range(30)]
+        return [float(optimizer.step(lambda b: unit * toys.loss_function(model)(b), toys.batch(seed=step))) / unit for step in range(20)]
 
-    assert losses(scale) == pytest.approx(losses(1.0), rel=1e-3)
+    expected = losses(1.0)
+    for scale in (2.0**-10, 2.0**10):
+        assert losses(scale) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", MEASURABLE)
 def test_learns_a_small_classification_problem_without_a_rate(name):
     model = toys.classifier()
     optimizer = ZerothOrder(model, toys.method(name, interval=50, **AUTO), lr="auto")
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
+    steps = 400 if name in ("kerzoo", "tezo") else 200
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     losses = []
-    for step in range(400):
+    for step in range(steps):
         losses.append(float(optimizer.step(toys.loss_function(model), toys.batch(16, seed=step))))
         schedule.step()
-    assert sum(losses[-20:]) < 0.96 * sum(losses[:20])  # a sparse or narrow subspace gets no further in 400 steps
+    assert sum(losses[-20:]) < 0.97 * sum(losses[:20])  # a sparse or narrow subspace gets no further in these steps
     worst = 2.0 if name == "zo-block" else 1.2  # one block after the other is measured, and moved
     assert max(losses) < worst * losses[0]
 
 
 @pytest.mark.parametrize("name", MEASURABLE)
-@pytest.mark.parametrize("stop", [1, INTERVAL, INTERVAL + 3])
-def test_resume_and_replay_are_bit_for_bit(name, stop, tmp_path):
+def test_resume_and_replay_are_bit_for_bit(name, tmp_path):
     def build(**options) -> tuple[nn.Module, ZerothOrder]:
         model = toys.classifier()
         return model, ZerothOrder(model, toys.method(name, interval=50, **AUTO), lr="auto", **options)
 
     straight, optimizer = build(journal=tmp_path / "j")
     losses = run(straight, optimizer, 0, 30)
-    halted, first = build()
-    run(halted, first, 0, stop)
-    resumed, second = build()
-    resumed.load_state_dict(copy.deepcopy(halted.state_dict()))
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert run(resumed, second, stop, 30) == losses[stop:]
     rebuilt = toys.classifier()
     replay(rebuilt, tmp_path / "j", method=optimizer.method)
-    for other in (resumed, rebuilt):
-        assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), other.state_dict().values(), strict=True))
-    assert (second.forward_passes, second.sequences_evaluated) == (optimizer.forward_passes, optimizer.sequences_evaluated)
+    assert equal(rebuilt, straight)
+    halted, first = build()
+    begun = 0
+    for stop in (1, INTERVAL, INTERVAL + 3):
+        run(halted, first, begun, stop)
+        begun = stop
+        resumed, second = build()
+        resumed.load_state_dict(copy.deepcopy(halted.state_dict()))
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        assert run(resumed, second, stop, 30) == losses[stop:]
+        assert equal(resumed, straight)
+        assert (second.forward_passes, second.sequences_evaluated) == (optimizer.forward_passes, optimizer.sequences_evaluated)
 
 
 def test_a_calibration_is_in_the_journal_with_its_forwards(tmp_path):
