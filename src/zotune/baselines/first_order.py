@@ -20,6 +20,7 @@ from zotune.forward import batches
 from zotune.io.memory_tags import tagged
 from zotune.io.typed import are_groups, is_like
 from zotune.rng.directions import Directions, Key
+from zotune.subspaces.base import not_negative
 from zotune.weights.computed_linear import is_computed
 from zotune.weights.precision import HALF
 from zotune.weights.structure import last_layer, module_mode
@@ -98,8 +99,7 @@ class FirstOrder(torch.optim.Optimizer):
             assert self.method.lr is not None, "a method that takes steps has a rate"
             lr = self.method.lr
         for label, number in (("learning rate", lr), ("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm)):
-            if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
-                raise ValueError(f"the {label} must be a number of at least 0, not {number!r}.")
+            not_negative(f"the {label}", number)
         if max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps must be at least 1, not {max_nonfinite_steps}.")
         self.model, self.seed = model, int(seed)

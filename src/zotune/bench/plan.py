@@ -127,23 +127,24 @@ def check(grid: Grid, data_dir: str | None, *, models: bool = True) -> dict[Plac
     found = cells(grid)
     if not found:
         raise ValueError("there is nothing to run: every method is limited to models, tasks or schemes that do not meet.")
-    known: set[str | None] = set()
-    found_models: set[str | None] = set()
-    checked: set[str] = set()
+    known_tasks, known_models = set[str](), set[str]()  # those of the runs so far
+    found_models = set[str | None]()
+    checked = set[str]()  # options of runs, whatever the model
     parser = run_config.option_parser()
     for cell in itertools.chain.from_iterable(map(_differing, found.values())):
         run = Run(cell, grid.seeds[0])
-        facts = json.dumps({**cell.options, "model_name_or_path": None}, sort_keys=True, default=str)
-        if facts in checked and cell.options["model_name_or_path"] in known:
+        name = str(cell.options["model_name_or_path"])
+        options = json.dumps({**cell.options, "model_name_or_path": None}, sort_keys=True, default=str)
+        if options in checked and name in known_models:
             continue
-        checked.add(facts)
-        known.add(str(cell.options["model_name_or_path"]))
+        checked.add(options)
+        known_models.add(name)
         try:
             config = run_config.parse(words(run, Path("run"), data_dir), parser)
             task, model = str(config.data.task), config.model.model_name_or_path
-            if task not in known:
+            if task not in known_tasks:
                 tasks.load(task)
-                known.add(task)
+                known_tasks.add(task)
             if models and model not in found_models:
                 plan_model(config.model, "zotune bench")
                 found_models.add(model)

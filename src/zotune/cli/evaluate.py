@@ -6,7 +6,6 @@ import dataclasses
 import json
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -188,7 +187,7 @@ def _best_points(model: ModelArguments, count: int, use_cpu: bool) -> tuple[Zero
     if not isinstance(base, str):
         raise ValueError(f"{folder / run_folder.RUN_FILE} is damaged: it does not say what the run's base model was.")
     journal = Journal.open(folder / run_folder.JOURNAL_FILE)
-    network, _ = base_model(Namespace(base=base, trust_remote_code=model.trust_remote_code, use_cpu=use_cpu), journal, folder)
+    network, _ = base_model(base, journal, folder, trust_remote_code=model.trust_remote_code, use_cpu=use_cpu)
     return best_points(network, journal, count)
 
 

@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
     if other is not None:
         raise ValueError(f"{other.path} began with another model than {journals[0].path}: only runs of one base can be merged.")
     quiet_libraries()
-    model, tokenizer = base_model(args, journals[0], journals[0].path.parent)
+    model, tokenizer = base_model(
+        args.base, journals[0], journals[0].path.parent, trust_remote_code=args.trust_remote_code, use_cpu=args.use_cpu
+    )
     merge(model, journals, args.weights)
     model = dequantize(model)
     with storage.draft(output) as folder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +72,15 @@ def main(argv: Sequence[str]) -> int:
     quiet_libraries()
     journal = Journal.open(path)
     where = {name: getattr(args, name) for name in ("max_memory", "offload_blocks", "offload_dir")}
-    model, tokenizer = base_model(args, journal, path.parent, offload=args.offload or "no", **where)
+    model, tokenizer = base_model(
+        args.base,
+        journal,
+        path.parent,
+        trust_remote_code=args.trust_remote_code,
+        use_cpu=args.use_cpu,
+        offload=args.offload or "no",
+        **where,
+    )
     if args.merge and not hasattr(model, "peft_config"):
         raise ValueError("--merge puts a LoRA adapter into the weights, and this run trained none: leave --merge out.")
     optimizer = replay(model, journal, until=args.step)
@@ -127,7 +134,7 @@ def merged(model: nn.Module) -> nn.Module:
     return merge()
 
 
-def base_model(args: argparse.Namespace, journal: Journal, folder: Path, **where: Any) -> tuple[nn.Module, Any]:
+def base_model(base: str, journal: Journal, folder: Path, *, trust_remote_code: bool, use_cpu: bool, **where: Any) -> tuple[nn.Module, Any]:
     """The base model before the first step, in the run's dtype and bits, with the run's initial head or adapter, and its tokenizer.
 
     ``where``: options of :class:`ModelArguments` for offloading.
@@ -140,8 +147,8 @@ def base_model(args: argparse.Namespace, journal: Journal, folder: Path, **where
         raise ValueError(f"{folder} says that the run's weights were {dtype!r}, which is no dtype.")
     given = run.get("model_arguments")
     bits = given.get("quantize") if isinstance(given, dict) else None
-    options = ModelArguments(args.base, dtype=dtype, trust_remote_code=args.trust_remote_code, quantize=bits, **where)
-    on_gpu = torch.cuda.is_available() and not args.use_cpu and "cpu" not in header["device"]
+    options = ModelArguments(base, dtype=dtype, trust_remote_code=trust_remote_code, quantize=bits, **where)
+    on_gpu = torch.cuda.is_available() and not use_cpu and "cpu" not in header["device"]
     device = torch.device("cuda" if on_gpu else "cpu")
     plan = plan_model(options, "zotune replay")
     tokenizer = None if plan.gguf is not None else load_tokenizer(plan, options)  # an adapter is saved without one

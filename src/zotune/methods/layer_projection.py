@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zotune.io.suggest import did_you_mean_or
 from zotune.methods.coefficients import CoefficientTransform
-from zotune.subspaces.base import at_least_one
+from zotune.subspaces.base import at_least_one, positive
 
 #: Which matrices are projected.
 PROJECTED = ("key-value", "matrices")
@@ -45,8 +44,7 @@ class LayerProjection(CoefficientTransform):
         for label, number in (("interval", self.interval), ("iterations", self.iterations)):
             at_least_one(label, number)
         for label, value in (("projection_eps", self.eps), ("projection_lr", self.lr)):
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ValueError(f"{label} must be a positive number, not {value!r}.")
+            positive(label, value)
         if not (isinstance(self.clip, (int, float)) and 0 <= self.clip < 1):
             raise ValueError(f"clip must lie in [0, 1), not {self.clip!r}.")
         if self.layers not in PROJECTED:

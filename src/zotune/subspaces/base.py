@@ -61,6 +61,18 @@ def at_least_one(field: str, value: object) -> None:
         raise ValueError(f"{field} must be a whole number of at least 1, not {value!r}.")
 
 
+def positive(field: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a finite number above 0."""
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{field} must be a positive number, not {value!r}.")
+
+
+def not_negative(field: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a finite number of at least 0."""
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{field} must be a number of at least 0, not {value!r}.")
+
+
 def check_density(density: object) -> None:
     """Raises ValueError unless ``density`` lies in (0, 1]."""
     if not (isinstance(density, (int, float)) and 0 < density <= 1):

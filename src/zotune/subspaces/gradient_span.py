@@ -13,7 +13,7 @@ from zotune.io.execution import walked
 from zotune.io.memory_tags import tagged
 from zotune.rng.counter import stream
 from zotune.rng.directions import Directions, Key, for_blocks
-from zotune.subspaces.base import Losses, at_least_one
+from zotune.subspaces.base import Losses, at_least_one, not_negative
 from zotune.subspaces.coordinate import Coordinate, Offset
 from zotune.subspaces.low_rank import LowRankCoordinate
 from zotune.subspaces.projected import TwoSided, TwoSidedCoordinate, orthonormal
@@ -138,8 +138,7 @@ class GradientSpan(TwoSided):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one("probes", self.probes)
-        if not (isinstance(self.delta, (int, float)) and math.isfinite(self.delta) and self.delta >= 0):
-            raise ValueError(f"delta must be a number of at least 0, not {self.delta!r}.")
+        not_negative("delta", self.delta)
         if not (isinstance(self.delta_steps, int) and self.delta_steps >= 0):
             raise ValueError(f"delta_steps must be a whole number of at least 0, not {self.delta_steps!r}.")
 

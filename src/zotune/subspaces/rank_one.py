@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.rng.directions import Directions, Key, for_blocks
-from zotune.subspaces.base import Subspace
+from zotune.subspaces.base import Subspace, not_negative, positive
 from zotune.subspaces.coordinate import Coordinate, MomentTransport, matching
 from zotune.subspaces.matrix_view import matrix_view
 from zotune.subspaces.scaled_directions import TransformedCoordinate
@@ -165,10 +165,8 @@ class RankOneScaled(Subspace):
     rate: float = 1e-6
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.damping, (int, float)) and math.isfinite(self.damping) and self.damping > 0):
-            raise ValueError(f"damping must be a positive number, not {self.damping!r}.")
-        if not (isinstance(self.rate, (int, float)) and math.isfinite(self.rate) and self.rate >= 0):
-            raise ValueError(f"covariance_lr must be a number of at least 0, not {self.rate!r}.")
+        positive("damping", self.damping)
+        not_negative("covariance_lr", self.rate)
 
     def coordinate(self, name: str, parameter: nn.Parameter) -> Coordinate:
         return RankOneCoordinate(name, parameter, self)

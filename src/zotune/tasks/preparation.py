@@ -258,14 +258,14 @@ def _align_padding(model_config: Any, padding: int) -> None:
 
 
 def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapping[str, Any], over_tokens: bool = False) -> Any:
-    if over_tokens:
-        return LanguageModelCollator(**padding, over_tokens=True)
+    if objective == "lm":
+        return LanguageModelCollator(**padding, over_tokens=over_tokens)
     if objective in ("choices", "accuracy"):
         return ChoicesCollator(**padding, length_normalize=task is not None and task.length_normalize)
     if objective == "generation":
         assert task is not None and task.max_new_tokens is not None
         return GenerationCollator(**padding, max_new_tokens=task.max_new_tokens, stop_ids=tuple(encoder.answer_ends()))
-    collators = {"lm": LanguageModelCollator, "classifier": ClassifierCollator, "mlm": MaskedCollator, "reward": RewardCollator}
+    collators = {"classifier": ClassifierCollator, "mlm": MaskedCollator, "reward": RewardCollator}
     return collators[objective](**padding)
 
 
