@@ -21,6 +21,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, default_data_collator
 
 import command_cases
+import forked
 import trainer_cases
 from zotune.cli import main as cli
 from zotune.optim.distributed import restarted
@@ -160,7 +161,7 @@ def main(out: Path, dies: bool) -> None:
     found["default"] = default(out, workers)
     found["command"] = command(out, rank)
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    forked.leave()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import forked
 import toys
 import zotune
 from zotune.optim.distributed.agreement import state_digest
@@ -78,7 +79,7 @@ def main(out: Path) -> None:
         except ValueError as error:
             found["refused"][method] = str(error)
     (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    forked.leave()
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words += [script, processes, str(folder / out), *more, "--"]
     command = [sys.executable, str(HERE / "forked.py"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800)
+    assert done.returncode == 0, done.stderr[-20000:]
     return folder
 
 
