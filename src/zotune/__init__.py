@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zotune.optim.journal import Journal
     from zotune.optim.merge import merge
     from zotune.optim.optimizer import ZerothOrder
+    from zotune.optim.privacy import Privacy
     from zotune.optim.replay import replay
     from zotune.optim.state import StepReport
     from zotune.training import schemes
@@ -35,6 +36,7 @@ _NAMES = {
     "LostWorkerError": "zotune.errors",
     "Method": "zotune.methods",
     "NonFiniteLossError": "zotune.errors",
+    "Privacy": "zotune.optim.privacy",
     "RankMismatchError": "zotune.errors",
     "StepReport": "zotune.optim.state",
     "ZOConfig": "zotune.training.config",
@@ -51,6 +53,7 @@ __all__ = [
     "LostWorkerError",
     "Method",
     "NonFiniteLossError",
+    "Privacy",
     "RankMismatchError",
     "StepReport",
     "ZOConfig",

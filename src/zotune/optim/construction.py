@@ -23,6 +23,7 @@ from zotune.methods.output_window import OutputWindow
 from zotune.methods.rules import Rule
 from zotune.methods.selection import Selection
 from zotune.methods.svrg import SVRGSchedule
+from zotune.optim import privacy_refusals
 from zotune.optim.anchor import Anchor
 from zotune.optim.calibration import layer_scales
 from zotune.optim.calibration.calibrator import Calibrator
@@ -32,6 +33,7 @@ from zotune.optim.journal_records import StepRecord
 from zotune.optim.layer_projection import LayerProjections
 from zotune.optim.output_gradient_steps import OutputGradientSteps
 from zotune.optim.output_window import WindowTransform
+from zotune.optim.privacy import Privacy, PrivateSteps
 from zotune.optim.selection import SelectedDirection
 from zotune.optim.state import RunState, SampleBatches
 from zotune.optim.step_transforms import (
@@ -81,6 +83,7 @@ class RunParts:
         calibrator: chooses ε or η, where one is measured.
         output_gradients: takes the steps along output gradients, where the method has some.
         sample_batches: more examples than a step's, where available.
+        private: clips coefficients and adds noise, where the run is private.
         state: what steps change.
     """
 
@@ -99,6 +102,7 @@ class RunParts:
     output_gradients: OutputGradientSteps | None
     anchor: Anchor | None
     sample_batches: SampleBatches | None
+    private: PrivateSteps | None
     state: RunState
 
     @property
@@ -166,6 +170,7 @@ def build(
     sample_batches: SampleBatches | None,
     measured: bool,
     anchor: Anchor | None = None,
+    privacy: Privacy | None = None,
 ) -> RunParts:
     """The parts of a run; ``measured``: the learning rate is.
 
@@ -174,6 +179,11 @@ def build(
     """
     release_abandoned(model)
     refuse_compiled(model)
+    if privacy is not None:
+        reason = privacy_refusals.MEASURED_RATE if measured else privacy_refusals.SEVERAL if workers.several else None
+        reason = reason or privacy_refusals.refusal(method)
+        if reason is not None:
+            raise ValueError(reason)
     if method.subspace.quantized and any(group["weight_decay"] or group["anchor_decay"] for group in param_groups):
         raise ValueError(
             f"{method.name} changes quantized weights by whole numbers, so they cannot decay: set weight_decay and anchor_decay to 0."
@@ -224,6 +234,7 @@ def build(
             output_gradients=output_gradients,
             anchor=anchor,
             sample_batches=sample_batches,
+            private=None if privacy is None else PrivateSteps(privacy),
             state=state,
         )
     except BaseException:

@@ -121,6 +121,14 @@ class Evaluator:
             self.state.write({"event": "forward_batching", "batched": bool(self.batched), **rowwise})
         return losses
 
+    def evaluate_apart(self, context: StepContext) -> Losses:
+        """The losses of a step that leaves no event, and whose batch does not change how later ones are evaluated."""
+        before = self.choice
+        try:
+            return self._evaluate(context)
+        finally:
+            self.choice = before
+
     @tagged("activations")
     def _evaluate(self, context: StepContext) -> Losses:
         if self.method.own:

@@ -23,6 +23,8 @@ from zotune.optim.distributed.workers import Workers
 from zotune.optim.journal import Journal
 from zotune.optim.journal_records import Record, StepRecord
 from zotune.optim.preparation import Preparation
+from zotune.optim.privacy import Privacy
+from zotune.optim.private_estimate import PrivateEstimate
 from zotune.optim.resume import Resume
 from zotune.optim.state import NO_BATCH, SampleBatches, StepContext, StepReport, micro_batches
 from zotune.optim.step_estimate import StepEstimate
@@ -68,6 +70,8 @@ class ZerothOrder(torch.optim.Optimizer):
             default group of ``torch.distributed``, if there is one.
         sample_batches: ``sample_batches(step, count)`` returns micro-batches of about ``count`` training examples, the same ones for the
             same step, for a method that samples more than a step's batch (``lozo-g``); None: it takes the batch.
+        privacy: makes the run differentially private (see :class:`~zotune.optim.privacy.Privacy`): a step takes the examples that
+            :meth:`sample` names, and its loss is not known.
 
     Raises:
         ValueError: an argument is out of range, or the model is being trained by another ZerothOrder.
@@ -103,6 +107,7 @@ class ZerothOrder(torch.optim.Optimizer):
         journal: str | Path | Journal | None = None,
         workers: Workers | None = None,
         sample_batches: SampleBatches | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         method = methods.get(method) if isinstance(method, str) else method
         lr = method.lr if lr is None else lr
@@ -131,6 +136,7 @@ class ZerothOrder(torch.optim.Optimizer):
             sample_batches=sample_batches,
             measured=measured,
             anchor=anchor,
+            privacy=privacy,
         )
         self.method, self.estimator, self.directions, self.layers = run.method, run.estimator, run.directions, run.layers
         self.forward, self.evaluator = run.forward, run.evaluator
@@ -138,7 +144,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.updater = Updater(run)
         self.resume = Resume(run, self.updater)
         self.preparation = Preparation(run, self.updater)
-        self.step_estimate = StepEstimate(run, self.preparation)
+        self.private = None if run.private is None else PrivateEstimate(run, run.private, self.preparation)
+        self.step_estimate = StepEstimate(run, self.preparation, self.private)
         self.last_report: StepReport | None = None
         try:
             self._start_journal(journal)
@@ -177,7 +184,11 @@ class ZerothOrder(torch.optim.Optimizer):
         if not callable(loss_fn):
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
         state = self.run.state
-        context = StepContext(self.seed, state.steps, loss_fn, micro_batches(batch))
+        private = self.private
+        if private is None:
+            context = StepContext(self.seed, state.steps, loss_fn, micro_batches(batch))
+        else:
+            context = private.context(self.seed, state.steps, loss_fn, batch)
         if self.calibrator is not None:
             self.calibrator.generates = context.generates
         self._settle(context.parts)
@@ -187,8 +198,10 @@ class ZerothOrder(torch.optim.Optimizer):
             return self._report(resumed)
         if prepared:
             self.updater.begin(context.step)
-        else:
+        elif private is None:
             self.preparation.prepare(context)
+        else:
+            private.prepare(context)
         estimate, rates = self.step_estimate.measure(context, prepared)
         record = StepRecord.of_estimate(context.step, estimate, rates)
         state.write(record)
@@ -198,6 +211,16 @@ class ZerothOrder(torch.optim.Optimizer):
         loss = self._report(StepReport(state.steps, record.loss, estimate.coefficients, loss_diff, stderr, skipped, rates, state.terms))
         state.check_finite(context.step, self.max_nonfinite_steps)
         return loss
+
+    def sample(self) -> list[int]:
+        """The examples of the next step of a private run, by their numbers in the data set: none, some or all.
+
+        Raises:
+            ValueError: the run is not private.
+        """
+        if self.private is None:
+            raise ValueError("only a private run samples its examples: give ZerothOrder privacy=zotune.Privacy(...).")
+        return self.private.draw()
 
     def _report(self, report: StepReport) -> Tensor:
         self.last_report = report
@@ -219,6 +242,8 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             ValueError: the record is not the next one of this run.
         """
+        if self.private is not None:
+            self.private.begin()
         self.updater.apply(record)
 
     def fast_forward(self, records: Sequence[Record]) -> None:

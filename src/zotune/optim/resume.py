@@ -65,7 +65,7 @@ class Resume:
         run, state = self.run, self.run.state
         self.updater.apply(record)
         forwards = 1 if run.along_output_gradients else run.method.forwards(record.step)
-        state.count(forwards, forwards * _rows(parts))
+        state.count(forwards, forwards * (_rows(parts) if run.private is None else run.private.privacy.batch_size))
         state.prepared = True
         k = run.directions_in(record)
         coefficients = torch.tensor(record.coefficients[:k], dtype=torch.float32)

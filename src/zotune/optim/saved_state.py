@@ -49,6 +49,7 @@ class Numbers:
     rule: dict[str, dict[str, Any]]
     transforms: dict[str, dict[str, Any]]
     anchor: str | None = None
+    privacy: dict[str, Any] | None = None
 
 
 def _check_types(run: RunParts, state_dict: Mapping[str, Any]) -> None:
@@ -101,6 +102,8 @@ def save(run: RunParts, without: Collection[str] = ()) -> dict[str, Any]:
         "rule": rule_others,
         "transforms": {transform.name: transform.state() for transform in run.transforms if transform.name},
     }
+    if run.private is not None:
+        numbers["privacy"] = run.private.state()
     if _anchored(run) and run.anchor is not None:
         numbers["anchor"] = _anchored(run)
         tensors |= {f"anchor/{name}": tensor for name, tensor in run.anchor.tensors().items()}
@@ -133,6 +136,10 @@ def restore(run: RunParts, state_dict: Mapping[str, Any]) -> None:
             "the saved run and this one do not decay toward the same weights: give anchor_decay as it was, and construct the optimizer on "
             "the weights that training began with, or pass them as its anchor."
         )
+    if run.private is not None:
+        run.private.restore(numbers.get("privacy"))
+    elif numbers.get("privacy") is not None:
+        raise ValueError("the saved run is private, and this one would continue it without noise: give its privacy, or start a new run.")
     if len(state_dict["param_groups"]) != len(run.param_groups):
         raise ValueError("the saved run has another number of parameter groups; construct the optimizer as it was then.")
     states: dict[str, dict[str, Tensor]] = {name: {} for name in run.state.by_name()}
@@ -195,6 +202,7 @@ def header(run: RunParts, *, base: bool) -> dict[str, Any]:
         "method": run.method.name,
         "options": _plain(run.method.options),
         "eps": run.method.eps,
+        **({} if run.private is None else {"privacy": run.private.privacy.public()}),
         "groups": [
             {
                 "weight_decay": group["weight_decay"],

@@ -7,17 +7,20 @@ from zotune.methods.estimators import Estimate
 from zotune.optim.construction import RunParts
 from zotune.optim.output_window import WindowTransform
 from zotune.optim.preparation import Preparation
+from zotune.optim.private_estimate import PrivateEstimate
 from zotune.optim.state import StepContext
 
 
 class StepEstimate:
     """Measures the estimate that the journal records."""
 
-    def __init__(self, run: RunParts, preparation: Preparation) -> None:
-        self.run, self.state, self.preparation = run, run.state, preparation
+    def __init__(self, run: RunParts, preparation: Preparation, private: PrivateEstimate | None) -> None:
+        self.run, self.state, self.preparation, self.private = run, run.state, preparation, private
 
     def measure(self, context: StepContext, measured: bool) -> tuple[Estimate, tuple[float, ...]]:
         """(the step's estimate, learning rates); ``measured``: the step's measurements are done already."""
+        if self.private is not None:
+            return self.private.measure(context)
         if self.run.along_output_gradients:
             return self._along_output_gradients(context, measured)
         window = self.run.transform(WindowTransform)

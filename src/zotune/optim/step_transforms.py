@@ -88,8 +88,12 @@ class KernelWeights(StepTransform):
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
 
-    @tagged("activations")
     def before_journal(self, estimate: Estimate, losses: Losses, context: StepContext, rates: tuple[float, ...]) -> Estimate:
+        return self.weigh(estimate, context)
+
+    @tagged("activations")
+    def weigh(self, estimate: Estimate, context: StepContext) -> Estimate:
+        """The estimate with its weights, which depend on the seed alone."""
         lengths = [self.kernel.length(context.seed, context.step, k) for k in range(len(estimate.coefficients))]
         weights = torch.tensor([self.kernel.weight(r) for r in lengths], dtype=torch.float32)
         return estimate._replace(coefficients=weights * estimate.coefficients)

@@ -77,6 +77,8 @@ class Updater:
             raise ValueError(f"the record of step {record.step} does not follow step {state.steps - 1} of this run.")
         if run.evaluator.choice.undecided:  # a run's step without an event that says otherwise
             run.evaluator.restore(True, True)
+        if run.private is not None:
+            run.private.extend(record)
         self.begin(record.step)
         state.steps += 1
         k = run.directions_in(record)
