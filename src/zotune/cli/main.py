@@ -19,6 +19,7 @@ from zotune.training.quiet import quiet_environment
 COMMANDS = {
     "train": ("zotune.cli.train:main", "fine-tune a model with forward passes only"),
     "eval": ("zotune.cli.evaluate:main", "evaluate a model on a task"),
+    "prompt": ("zotune.cli.prompt:main", "search a task's template and label words, before training"),
     "bench": ("zotune.cli.bench:main", "run a grid of methods, tasks and hyperparameters, and write its report"),
     "replay": ("zotune.cli.replay:main", "rebuild the trained weights from the base model and a run's journal"),
     "merge": ("zotune.cli.merge:main", "average runs of one base model, from their journals, into one model"),

@@ -45,20 +45,7 @@ def load(
         >>> load("sst2", template="mezo").render({"sentence": "a joy ."})
         ('a joy . It was', (' terrible', ' great'))
     """
-    source = str(name_or_path)
-    own_file = source.endswith((".yaml", ".yml"))
-    if own_file:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"no task file {source}: give the path of a YAML file or one of {', '.join(names())}.")
-        raw = safe_yaml.read(path, f"task file {source}")
-    else:
-        if source not in names():
-            raise ValueError(
-                f"unknown task {source!r}{did_you_mean(source, names())}; "
-                "list them with `zotune tasks` or give the path of your own YAML file."
-            )
-        raw = safe_yaml.parse((_folder() / f"{source}.yaml").read_text(encoding="utf-8"), f"task file {source}")
+    source, raw = str(name_or_path), read(name_or_path)
     try:
         task = _parse(raw, template)
         if options is not None and task.gold:
@@ -69,6 +56,21 @@ def load(
     except ValueError as error:
         raise ValueError(shortened(f"task {source}: {error}", LONGEST)) from None
     return task
+
+
+def read(name_or_path: str | Path) -> Any:
+    """The content of a task's YAML, unchecked; ValueError for an unknown task, or a file that is no YAML."""
+    source = str(name_or_path)
+    if source.endswith((".yaml", ".yml")):
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"no task file {source}: give the path of a YAML file or one of {', '.join(names())}.")
+        return safe_yaml.read(path, f"task file {source}")
+    if source not in names():
+        raise ValueError(
+            f"unknown task {source!r}{did_you_mean(source, names())}; list them with `zotune tasks` or give the path of your own YAML file."
+        )
+    return safe_yaml.parse((_folder() / f"{source}.yaml").read_text(encoding="utf-8"), f"task file {source}")
 
 
 def _folder() -> Traversable:

@@ -134,8 +134,9 @@ def prepare(
         if value is not None and value < (0 if name == "num_dev" else 1):
             raise ValueError(f"{name}={value} must be positive; leave it out to use every row.")
     if isinstance(task, (str, Path)):
-        if objective == "mlm" and template is None and TEMPLATE in loader.load(task).templates:
-            template = TEMPLATE
+        if objective == "mlm" and template is None:
+            usual = loader.load(task)
+            template = TEMPLATE if TEMPLATE in usual.templates and not usual.has_mask else None
         task = loader.load(task, template=template, options=options)
     elif template is not None or options is not None:
         raise ValueError("template and options need the name or path of a task: pass --task.")
