@@ -22,6 +22,7 @@ COMMANDS = {
     "prompt": ("zotune.cli.prompt:main", "search a task's template and label words, before training"),
     "bench": ("zotune.cli.bench:main", "run a grid of methods, tasks and hyperparameters, and write its report"),
     "replay": ("zotune.cli.replay:main", "rebuild the trained weights from the base model and a run's journal"),
+    "influence": ("zotune.cli.influence:main", "list the training examples by how much they changed a validation loss"),
     "merge": ("zotune.cli.merge:main", "average runs of one base model, from their journals, into one model"),
     "convert": ("zotune.cli.convert:main", "write a checkpoint as a GGUF file, for llama.cpp and Ollama"),
     "verify": ("zotune.cli.verify:main", "check a run's folder: journal, checkpoints, and whether it can go on"),

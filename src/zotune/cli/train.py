@@ -14,6 +14,7 @@ from zotune.methods import default
 from zotune.training import run_config
 from zotune.training.arguments import GGUF_OPTIONS
 from zotune.training.config import ZOConfig
+from zotune.training.given_options import ATTRIBUTE_FIELDS
 from zotune.training.quiet import quiet_libraries
 from zotune.training.reward_options import REWARD_FIELDS
 from zotune.training.run import run
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 def option_groups() -> dict[str, dict[str, str]]:
     """The options of `zotune train --help`, in order; an empty text stands for the field's own help."""
+    elsewhere = {*REWARD_FIELDS, *ATTRIBUTE_FIELDS}
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     first = {
         "model_name_or_path": "",
@@ -62,8 +64,9 @@ def option_groups() -> dict[str, dict[str, str]]:
             ("train_file", "eval_file", "template", "options", "objective", "loss_over", "num_train", "num_dev", "num_eval", "k_shot",
              "num_demonstrations", "demonstrations_per", "bos_token", "max_length", "truncate", "tools", "chat_template_kwargs"), ""),
         "rewards of generated completions": dict.fromkeys(("reward", *REWARD_FIELDS, "guard_task", "guard_file"), ""),
+        "shares of training examples (zotune influence)": dict.fromkeys(("attribute", *ATTRIBUTE_FIELDS), ""),
         "the method's options (its own defaults when not given)": {
-            field.name: "" for field in dataclasses.fields(ZOConfig) if field.name not in inherited | first.keys() | set(REWARD_FIELDS)
+            field.name: "" for field in dataclasses.fields(ZOConfig) if field.name not in inherited | first.keys() | elsewhere
         },
         "model and scheme": dict.fromkeys(
             (*(field.name for field in dataclasses.fields(Scheme)), "dtype", "attn_implementation", "trust_remote_code"), ""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zotune.forward.losses import Losses
 from zotune.methods.estimators import Estimate
+from zotune.optim.attribution import Attribution
 from zotune.optim.construction import RunParts
 from zotune.optim.output_window import WindowTransform
 from zotune.optim.preparation import Preparation
@@ -16,6 +17,13 @@ class StepEstimate:
 
     def __init__(self, run: RunParts, preparation: Preparation, private: PrivateEstimate | None) -> None:
         self.run, self.state, self.preparation, self.private = run, run.state, preparation, private
+        self.attribution: Attribution | None = None
+
+    def attribute(self, attribution: Attribution) -> None:
+        """Record what examples contribute to the steps; ValueError in a private run."""
+        if self.private is not None:
+            raise ValueError("the shares of examples stand in the journal, which privacy lets out: leave attribute out of a private run.")
+        self.attribution = attribution
 
     def measure(self, context: StepContext, measured: bool) -> tuple[Estimate, tuple[float, ...]]:
         """(the step's estimate, learning rates); ``measured``: the step's measurements are done already."""
@@ -40,6 +48,8 @@ class StepEstimate:
         run.forward.prefetch(context.seed, at.step + 1)
         estimate = losses.estimate(run.estimator, state.eps)
         rates = self._rates(estimate, losses)
+        if self.attribution is not None:
+            self.attribution.record(context, losses, rates)
         for transform in run.transforms:
             estimate = transform.before_journal(estimate, losses, context, rates)
         return estimate, rates

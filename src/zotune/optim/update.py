@@ -219,8 +219,8 @@ class Updater:
             case "residual":
                 if run.output_gradients is not None:
                     run.output_gradients.reject(event["rejected"])
-            case "measured":
-                pass  # the steps' learning rates contain the result
+            case "measured" | "attribution":
+                pass  # the steps' records contain the result
             case "forward_batching":
                 run.evaluator.restore(event["batched"], event.get("rowwise", False))
             case "general_path":

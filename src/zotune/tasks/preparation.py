@@ -39,6 +39,7 @@ class PreparedData:
         num_labels, label_names: of the labels; None and () where there are none.
         chats: whether the training data (else those to evaluate on) are messages.
         texts: the first texts that were encoded, of a few rows; none of chats.
+        train_rows: the rows of the training examples, in their order.
     """
 
     train: list[dict[str, Any]] | None
@@ -55,6 +56,7 @@ class PreparedData:
     label_names: tuple[str, ...] = ()
     chats: bool = False
     texts: tuple[str, ...] = ()
+    train_rows: Rows | None = None
 
     @property
     def masked(self) -> bool:
@@ -234,6 +236,7 @@ def prepare(
         label_names=() if task is None else task.label_names,
         chats=is_chat(train or evaluated or ()) if rewarded else task is None and shown is not None and format_of(shown)[0] == "messages",
         texts=tuple(encoder.texts),
+        train_rows=train_rows,
     )
 
 

@@ -14,7 +14,7 @@ from zotune.training.checkpoint.files import GGUF_SOURCE
 #: The reward of a task's options by their scores.
 ACCURACY = "accuracy"
 #: Options of data that are no arguments of :func:`zotune.tasks.prepare`.
-OF_REWARDS = ("reward", "guard_task", "guard_file")
+OF_REWARDS = ("reward", "guard_task", "guard_file", "attribute")
 #: Options of GGUF files.
 GGUF_OPTIONS = ("n_threads", "n_gpu_layers", "n_ctx", "n_ubatch", "cache_type", "tokenizer_name")
 
@@ -132,7 +132,7 @@ class EvalDataArguments:
                 raise ValueError(f"--{error}") from None
         if self.data_dir is not None and not Path(self.data_dir).expanduser().is_dir():
             raise FileNotFoundError(f"--data_dir: there is no folder {self.data_dir!r}.")
-        for name in ("train_file", "eval_file", "guard_file", "tools"):
+        for name in ("train_file", "eval_file", "guard_file", "attribute", "tools"):
             path = getattr(self, name, None)
             if path is not None and not Path(path).expanduser().is_file():
                 raise FileNotFoundError(f"--{name}: there is no file {path!r}.")
@@ -185,6 +185,9 @@ class DataArguments(EvalDataArguments):
     k_shot: int | None = option(None, "training examples per class")
     guard_task: str | None = option(None, "another task, evaluated beside the run's data: does the model forget it?")
     guard_file: str | None = option(None, "JSON Lines to evaluate beside the run's data, of --guard_task or texts")
+    attribute: str | None = option(
+        None, "validation examples, JSON Lines in the form of the training data: record how much each training example changes their loss"
+    )
 
 
 @dataclass

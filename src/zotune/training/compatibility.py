@@ -11,7 +11,7 @@ from zotune.baselines import Baseline
 from zotune.io.suggest import did_you_mean
 from zotune.methods import Method
 from zotune.subspaces import Full, LowRank
-from zotune.training import baseline_runs, schemes
+from zotune.training import attributed, baseline_runs, schemes
 from zotune.training.arguments import ACCURACY
 from zotune.training.evaluation import SPEED
 from zotune.training.reward_options import check_no_gradient
@@ -34,6 +34,8 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
         raise ValueError(f"--num_demonstrations is an option of --method icl, not of {method.name}.")
     if config.data.reward or config.data.objective == ACCURACY:
         check_no_gradient(method)
+    if config.data.attribute is not None:
+        attributed.check(method, rewards=config.data.generates)
     if isinstance(method, Method) and method.subspace.quantized and (config.model.quantize is None or config.scheme.scheme != "full"):
         raise ValueError(
             f"{method.name} trains integers of quantized weights, and nothing else: it needs --quantize int8 or int4, and --scheme full."

@@ -97,6 +97,9 @@ class ZOConfig(TrainingArguments):
     log_completions: bool = option(True, "Rewards: log a few completions at each evaluation: console, completions.jsonl, report_to.")
     num_completions_to_print: int = option(4, "Rewards: how many completions an evaluation logs.")
 
+    attribute_every: int = option(10, "Shares of examples: steps between those that are measured; 1: every step, so that all are exact.")
+    attribute_examples: int = option(64, "Shares of examples: most validation examples, drawn by seed.")
+
     parallelism: str = option(
         "auto",
         "What several processes (torchrun, accelerate launch) divide among them: data (the examples of a step), directions, both, or "

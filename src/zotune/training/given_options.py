@@ -40,6 +40,8 @@ OF_EVALUATIONS = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "per_device_eval_batch_size", "eval_accumulation_steps", "num_eval",
 )  # fmt: skip
+#: Options of :class:`zotune.ZOConfig` that go with ``attribute``.
+ATTRIBUTE_FIELDS = ("attribute_every", "attribute_examples")
 _NO_DATA = "there are no evaluation data; pass --eval_file or --num_dev"
 
 
@@ -67,6 +69,9 @@ CONDITIONAL: dict[str, tuple[Callable[[Mapping[str, Any], Collection[str]], bool
         "--resume_from_checkpoint goes on with the run in the folder",
     ),
     **dict.fromkeys(REWARD_FIELDS, (lambda values, given: generates(values), "it is an option of generated completions (--reward)")),
+    **dict.fromkeys(
+        ATTRIBUTE_FIELDS, (lambda values, given: bool(values["attribute"]), "it is an option of shares of examples (--attribute)")
+    ),
     "run_name": (lambda values, given: _reports(values), "it names the run for --report_to, which is none"),
     "project": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),
     "trackio_space_id": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),

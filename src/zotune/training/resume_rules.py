@@ -39,6 +39,7 @@ OPTIONS: Mapping[Rule, str] = {
         task template options objective loss_over num_train num_dev k_shot num_demonstrations demonstrations_per bos_token max_length
         truncate tools chat_template_kwargs
         reward reward_weights max_completion_length num_generations temperature top_p top_k
+        attribute attribute_every attribute_examples
         scheme lora_r lora_alpha lora_dropout lora_target_modules num_virtual_tokens trainable
         bf16 fp16 tf32 use_liger_kernel liger_kernel_config
         """,

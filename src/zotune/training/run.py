@@ -22,6 +22,7 @@ from zotune.rewards.evaluation import RewardMetrics
 from zotune.tasks import PreparedData, prepare
 from zotune.training import baseline_runs, run_file, run_folder
 from zotune.training.arguments import ModelArguments
+from zotune.training.attributed import attribute_data, write_rows
 from zotune.training.callbacks import StepClock, StopOnSignal
 from zotune.training.checkpoint import storage
 from zotune.training.compatibility import check_engine, check_evaluations, check_request, under_scheme
@@ -70,6 +71,7 @@ class _Run:
         self.training, self.folder = config.training, config.folder
         self.workers = Workers()
         self.guard: Guard | None = None
+        self.attributed: PreparedData | None = None
         self.observer = observer if self.workers.first else RunObserver()  # the first process reports and writes the folder
 
     def carry_out(self) -> RunResult:
@@ -90,6 +92,7 @@ class _Run:
         data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, max_completion_length=most, **config.data.of_prepare())
         if rewards is not None:
             data = dataclasses.replace(data, compute_metrics=RewardMetrics(rewards.names))
+        self.attributed = attribute_data(tokenizer, plan.config, config.data, training.seed, training.attribute_examples)
         guarded = guard_data(tokenizer, plan.config, config.data, training.seed, masked=data.masked)
         check_evaluations(training, data, guarded=guarded is not None)
         check_texts(plan, tokenizer, data)
@@ -146,6 +149,7 @@ class _Run:
             data.train_file,
             data.eval_file,
             data.guard_file,
+            data.attribute,
             data.task,
             files,
         ]
@@ -162,6 +166,7 @@ class _Run:
                 eval_data_collator=data.collate_eval,
                 compute_metrics=data.compute_metrics,
                 processing_class=tokenizer,
+                attribute_dataset=None if self.attributed is None else self.attributed.train,
             )
         except RuntimeError as error:
             if "requires" not in str(error):  # a logger of --report_to that is not installed
@@ -184,6 +189,8 @@ class _Run:
                 if clear:
                     run_folder.clear_run(self.folder)
                 record.start(fresh, before)
+                if self.attributed is not None and data.train_rows is not None:
+                    write_rows(self.folder, data.train_rows)
                 trainer.log_completions()
             self.workers.wait()
         else:

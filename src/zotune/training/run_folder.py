@@ -37,9 +37,10 @@ JOURNAL_FILE = "journal.zo"
 ADAPTER_FOLDER = "initial_adapter"
 HEAD_FILE = "initial_head.safetensors"
 PROBE_FILE = "linear_probe.safetensors"
+ROWS_FILE = "attributed_rows.jsonl"
 
 #: Names that a run gives to files in its folder; where no run has, they are somebody else's.
-_OWN_FILES = (JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE, COMPLETIONS_FILE)
+_OWN_FILES = (JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE, COMPLETIONS_FILE, ROWS_FILE)
 _NAMES_OF_A_MODEL = (
     "config.json",
     "model.safetensors",

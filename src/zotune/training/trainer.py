@@ -31,9 +31,10 @@ from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.training import resume, resume_rules
 from zotune.training.arguments import ACCURACY
+from zotune.training.attributed import AttributedTrainer
 from zotune.training.checkpoint import storage
 from zotune.training.config import ZOConfig
-from zotune.training.evaluation import Batch, EvaluatedTrainer, LossFunction, Objective, bound, layout
+from zotune.training.evaluation import Batch, LossFunction, Objective, bound, layout
 from zotune.training.log_sums import StepSums
 from zotune.training.model_loss import SAMPLE, ModelLoss
 from zotune.training.out_of_memory import is_out_of_memory, memory_advice
@@ -49,7 +50,7 @@ from zotune.weights.structure import uncompiled
 DECAY = 0.3
 
 
-class ZOTrainer(EvaluatedTrainer):
+class ZOTrainer(AttributedTrainer):
     """`transformers.Trainer` that trains with forward passes only: no backward pass, no `.grad`, inference memory.
 
     With a first-order `method` (:mod:`zotune.baselines`), gradients come from a backward pass, and there is no journal.
@@ -67,6 +68,7 @@ class ZOTrainer(EvaluatedTrainer):
             every point of a step, and the mean reward is maximized. The other columns are handed on.
         eval_objective: the same for evaluation; None: by the keys of the evaluation batches, else `objective`.
         eval_data_collator: collator of evaluation and prediction batches; None: that of training.
+        attribute_dataset: validation examples, as the training data, that shares are told of (:mod:`zotune.training.attributed`).
         optimizers: a (:class:`ZerothOrder` or :class:`FirstOrder`, scheduler) pair of your own; either may be None.
         kwargs: everything else `transformers.Trainer` takes. Without a `data_collator`, data sets of texts (text, messages, or prompt and
             completion) are encoded by `processing_class` as `zotune train` does.
@@ -104,9 +106,7 @@ class ZOTrainer(EvaluatedTrainer):
                 "optimizer_cls_and_kwargs builds a backward-pass optimizer: choose the update rule with "
                 "ZOConfig(method=..., update_rule=..., update_rule_args=...)."
             )
-        self.objective = objective
-        self.eval_objective = eval_objective
-        self.eval_data_collator = eval_data_collator
+        self.objective, self.eval_objective, self.eval_data_collator = objective, eval_objective, eval_data_collator
         self._own_optimizer = optimizers[0] is None
         self._from_base = self._along_journal = False
         self._micro_batches: list[Batch] = []
@@ -324,7 +324,7 @@ class ZOTrainer(EvaluatedTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Collects a micro-batch, and takes the step at the last one; the step's mean loss (else 0)."""
-        self._micro_batches.append(self._prepare_inputs(inputs))
+        self._micro_batches.append(self._prepare_inputs(self._without_rows(inputs)))
         nothing = torch.zeros((), device=self.args.device)
         if not self.accelerator.sync_gradients:
             return nothing

@@ -46,6 +46,7 @@ _GGUF = "tests/integration/test_gguf_runs.py::"
 _REWARD = "tests/unit/cli/test_reward_command.py::"
 _LOGGED, _ACCURACY = _REWARD + "test_a_run_by_rewards_is_logged_and_evaluated", _REWARD + "test_an_accuracy_is_a_reward_without_generation"
 _WEIGHED = _REWARD + "test_options_of_rewards_are_refused_by_eval_without_one"
+_INFLUENCE = "tests/unit/cli/test_influence_command.py::test_a_run_lists_its_rows_by_share"
 _MERGE = "tests/unit/optim/test_merge.py::test_the_command"
 #: On a machine with a GPU it acts.
 GPU = "acts on a machine with a GPU only"
@@ -126,6 +127,7 @@ _ROWS = _turned(DATA, "test_an_option_of_the_data_acts") | {
     "reward": _LOGGED,
     "guard_task": _LOGGED,
     "guard_file": _ACCURACY,
+    "attribute": _INFLUENCE,
 }
 _REPLAYED = {"base": _RUN, "output_dir": _RUN, "use_cpu": GPU, "trust_remote_code": _HOSTILE}
 
@@ -160,6 +162,7 @@ ROWS: dict[str, dict[str, str]] = {
         "offload": _DISK, "max_memory": _DISK, "offload_dir": _DISK, "offload_blocks": _LOADING["offload_blocks"],
     },
     "merge": _REPLAYED | {"base": _MERGE, "output_dir": _MERGE, "journals": _MERGE, "weights": _MERGE},
+    "influence": dict.fromkeys(("run", "top", "by", "out", "plot"), _INFLUENCE),
     "convert": dict.fromkeys(("checkpoint", "out", "outtype", "overwrite"), _CONVERT),
     "verify": {"run": _RUN},
     "estimate": _turned(PREDICTED, "test_an_option_of_estimate_is_in_what_is_predicted") | {
@@ -370,6 +373,7 @@ _VALUES = {
     "metric_for_best_model": "loss", "per_device_eval_batch_size": "2", "eval_accumulation_steps": "1", "num_eval": "4", "run_name": "x",
     "num_train_epochs": "2", "save_steps": "2", "save_total_limit": "1", "logging_steps": "2", "project": "x", "trackio_space_id": "x",
     "trackio_bucket_id": "x", "trackio_static_space_id": "x",
+    "attribute_every": "2", "attribute_examples": "8",
 }  # fmt: skip
 _BESIDE = {
     "num_train_epochs": ["--max_steps", "2"], "eval_steps": ["--eval_strategy", "epoch"], "save_steps": ["--save_strategy", "epoch"],

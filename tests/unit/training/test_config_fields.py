@@ -70,6 +70,8 @@ IRRELEVANT = {
 _HERE = "tests/unit/training/test_config_effects.py::"
 _TRAINER = "tests/unit/training/test_trainer.py::"
 SHOWN_BY = {
+    "attribute_every": "tests/unit/attribution/test_shares.py::test_steps_between_the_measured_ones_are_scaled",
+    "attribute_examples": "tests/unit/attribution/test_shares.py::test_fewer_validation_examples_are_evaluated",
     "report_to": _TRAINER + "test_tensorboard_gets_its_event_file",
     "load_best_model_at_end": _TRAINER + "test_the_best_model_is_loaded_at_the_end",
     "max_nonfinite_steps": _TRAINER + "test_a_loss_that_stays_nan_stops_the_run_and_names_the_step",

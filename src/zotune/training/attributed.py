@@ -1,0 +1,166 @@
+"""The trainer's part of the shares of examples: which training rows are in a batch, validation batches, and the files of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers.trainer_utils import TrainOutput, has_length
+
+from zotune.baselines import Baseline
+from zotune.io.atomic import whole_file
+from zotune.methods import Method
+from zotune.optim import attribution
+from zotune.optim.attribution import Attribution
+from zotune.optim.optimizer import ZerothOrder
+from zotune.tasks import PreparedData, prepare
+from zotune.tasks.sources import Rows
+from zotune.training.arguments import DataArguments
+from zotune.training.evaluation import EvaluatedTrainer
+from zotune.training.run_folder import ROWS_FILE
+
+#: Key of a batch: the numbers of its examples in the training data.
+ROWS = "_rows"
+
+#: Options of data that say how a row is encoded.
+_ENCODING = (
+    "task", "template", "options", "objective", "loss_over", "bos_token", "max_length", "truncate", "tools", "chat_template_kwargs",
+)  # fmt: skip
+
+
+class AttributedTrainer(EvaluatedTrainer):
+    """Records what training examples contribute to the loss of ``attribute_dataset``, where there is one."""
+
+    def __init__(self, *args: Any, attribute_dataset: Any = None, **kwargs: Any) -> None:
+        self.attribute_dataset = attribute_dataset
+        self._rows_of_step: list[Tensor] = []
+        super().__init__(*args, **kwargs)
+        if attribute_dataset is None:
+            return
+        check(self.args.chosen_method(), rewards=self.rewards is not None)
+        if self.args.attribute_every < 1:
+            raise ValueError(f"attribute_every must be at least 1, not {self.args.attribute_every}.")
+        if not has_length(self.train_dataset):
+            raise ValueError("the shares of examples need training data with a length and an index: load the stream into a list first.")
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        if not is_training or self.attribute_dataset is None:
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        self._rows_of_step = []
+        usual = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset, collate = self._remove_unused_columns(dataset, description="training"), usual
+        else:
+            collate = self._get_collator_with_removed_columns(usual, description="training")
+        self.data_collator = _Numbering(collate)
+        if kwargs.get("sampler_fn") is not None:  # the order is that of the examples themselves
+            kwargs["sampler_fn"] = partial(_of_plain, kwargs["sampler_fn"])
+        try:
+            return super()._get_dataloader(Numbered(dataset), *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = usual
+
+    def _without_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch without the numbers of its examples, which are noted for the step."""
+        if self.attribute_dataset is None:
+            return inputs
+        self._rows_of_step.append(inputs[ROWS])
+        optimizer = self.zo_optimizer
+        if isinstance(optimizer, ZerothOrder) and self.accelerator.sync_gradients:
+            rows, self._rows_of_step = torch.cat(self._rows_of_step), []
+            if optimizer.step_estimate.attribution is None:
+                optimizer.step_estimate.attribute(self._attribution(optimizer))
+            assert optimizer.step_estimate.attribution is not None
+            optimizer.step_estimate.attribution.rows = rows.cpu()
+        return {name: value for name, value in inputs.items() if name != ROWS}
+
+    def _attribution(self, optimizer: ZerothOrder) -> Attribution:
+        examples = self._encoded(self.attribute_dataset)
+        size = self.args.per_device_eval_batch_size
+        most = min(len(examples), self.args.attribute_examples)
+        collate = self.data_collator
+        if isinstance(examples, datasets.Dataset):
+            examples = self._remove_unused_columns(examples, description="validation")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="validation")
+        pieces = [range(start, min(start + size, most)) for start in range(0, most, size)]
+        loss_fn, batches = self._loss_of([self._prepare_inputs(collate([examples[i] for i in piece])) for piece in pieces])
+        return Attribution(optimizer.run, loss_fn, batches, self.args.attribute_every)
+
+    def _loss_of(self, batches: list[Any]) -> tuple[Any, list[Any]]:
+        raise NotImplementedError
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        optimizer = self.zo_optimizer
+        if self.attribute_dataset is not None and isinstance(optimizer, ZerothOrder) and not optimizer.tail:
+            found = optimizer.step_estimate.attribution
+            (found or self._attribution(optimizer)).finish()
+        return super()._finalize_training(*args, **kwargs)
+
+
+class Numbered(Dataset):
+    """Examples of a data set, each with its number."""
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        return number, self.examples[number]
+
+
+def _of_plain(sampler_fn: Callable[[Any], Any], dataset: Numbered) -> Any:
+    return sampler_fn(dataset.examples)
+
+
+class _Numbering:
+    """A collator of numbered examples: the batch of a collator, and the numbers under :data:`ROWS`."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Mapping[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, numbered: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        batch = self.collate([example for _, example in numbered])
+        return {**batch, ROWS: torch.tensor([number for number, _ in numbered])}
+
+
+def check(method: Method | Baseline, *, rewards: bool) -> None:
+    """ValueError where a run has no shares of examples."""
+    if isinstance(method, Baseline):
+        raise ValueError(f"the shares of examples are made of loss differences, and {method.name} has none: choose a zeroth-order method.")
+    if rewards:
+        raise ValueError("the shares of examples are of a smooth loss, and rewards of generated texts are none: leave attribute out.")
+    attribution.check(method)
+
+
+def attribute_data(tokenizer: Any, model_config: Any, data: DataArguments, seed: int, examples: int) -> PreparedData | None:
+    """The validation data of `--attribute`, encoded as the training data; None without.
+
+    Raises:
+        ValueError: they cannot be loaded or encoded; the message names the option.
+    """
+    if data.attribute is None:
+        return None
+    if examples < 2:
+        raise ValueError(f"attribute_examples must be at least 2, not {examples}.")
+    values = {name: value for name, value in data.of_prepare().items() if name in _ENCODING}
+    try:
+        return prepare(tokenizer, model_config, train_file=data.attribute, num_train=examples, seed=seed, parts=("train",), **values)
+    except ValueError as error:
+        raise ValueError(f"--attribute: {error}") from None
+
+
+def write_rows(folder: Path, rows: Rows) -> None:
+    """Writes the rows of the training examples, in their order, with the number of each in its source."""
+    with whole_file(folder / ROWS_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
+        for number, row in zip(rows.numbers, rows, strict=True):
+            file.write(json.dumps({"number": int(number), "row": dict(row)}, ensure_ascii=False, default=str) + "\n")
