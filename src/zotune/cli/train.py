@@ -9,8 +9,10 @@ from transformers import TrainingArguments
 
 from zotune.cli.console import ConsoleObserver
 from zotune.cli.parser import help_page
+from zotune.cli.push import push_run
 from zotune.memory.offload_needs import needs_of
 from zotune.methods import default
+from zotune.publishing import Upload
 from zotune.training import run_config
 from zotune.training.arguments import GGUF_OPTIONS
 from zotune.training.config import ZOConfig
@@ -36,8 +38,22 @@ def main(argv: Sequence[str]) -> int:
         if not everything:
             print("\n`zotune train --help-all` lists every option, those of transformers.TrainingArguments among them.")
         return 0
-    run(run_config.parse(argv), ConsoleObserver(), needs_of)
+    config = run_config.parse(argv)
+    to = destination(config)
+    result = run(config, ConsoleObserver(), needs_of)
+    if to is not None:
+        print(f"{to.repo}: {push_run(result.folder, to)}")
     return 0
+
+
+def destination(config: run_config.RunConfig) -> Upload | None:
+    """Where the first process pushes the finished run, created before anything is trained; None where it is not pushed."""
+    training = config.training
+    if not config.push or not training.should_save:
+        return None
+    to = Upload(str(training.hub_model_id), private=bool(training.hub_private_repo), revision=training.hub_revision)
+    to.create()
+    return to
 
 
 def option_groups() -> dict[str, dict[str, str]]:
@@ -87,5 +103,8 @@ def option_groups() -> dict[str, dict[str, str]]:
             "load_best_model_at_end": "end with the checkpoint that evaluated best",
             "use_cpu": "",
             "overwrite_output_dir": "",
+            "push_to_hub": "",
+            "hub_model_id": "the repository of --push_to_hub: user/name",
+            "hub_private_repo": "make a new repository private",
         },
     }  # fmt: skip

@@ -13,7 +13,7 @@ from zotune.training.reward_options import REWARD_FIELDS
 
 _ENCODED = "zotune encodes the data and knows their columns and lengths"
 _MEASURED = "the metrics are those of the task (--task)"
-_NOT_PUSHED = "nothing is pushed; upload the run's folder afterwards"
+_PUSHED = "it is an option of --push_to_hub"
 
 #: Options of transformers.TrainingArguments that the command decides by itself.
 DECIDED = {
@@ -29,10 +29,7 @@ DECIDED = {
     "prediction_loss_only": _MEASURED,
     "eval_use_gather_object": _MEASURED,
     "label_smoothing_factor": "it acts on the loss that a model computes from its labels (zotune.ZOTrainer without an objective)",
-    "hub_token": _NOT_PUSHED,
-    "hub_model_id": _NOT_PUSHED,
-    "hub_private_repo": _NOT_PUSHED,
-    "hub_revision": _NOT_PUSHED,
+    "hub_token": "the token is that of `hf auth login` or HF_TOKEN, and stays out of the run's record",
     "local_rank": "torchrun and accelerate launch set it",
 }
 #: Options of the evaluations during training.
@@ -72,6 +69,7 @@ CONDITIONAL: dict[str, tuple[Callable[[Mapping[str, Any], Collection[str]], bool
     **dict.fromkeys(
         ATTRIBUTE_FIELDS, (lambda values, given: bool(values["attribute"]), "it is an option of shares of examples (--attribute)")
     ),
+    **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), (lambda values, given: bool(values["push_to_hub"]), _PUSHED)),
     "run_name": (lambda values, given: _reports(values), "it names the run for --report_to, which is none"),
     "project": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),
     "trackio_space_id": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),

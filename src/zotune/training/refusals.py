@@ -33,7 +33,7 @@ _NO_ACTIVATIONS = "forward passes store no activations, so there is nothing to c
 _COMPILED = "compiled models are not supported yet: zotune attaches to the model's modules; leave it out"
 _LIGER = "Liger replaces the layers that zotune attaches to; leave it out"
 _FSDP = "sharded models are not supported yet by the trainer; spread it with device_map='auto', or use FSDP2 in your own loop"
-_PUSHED = "checkpoints are not pushed while training; call trainer.model.push_to_hub(...) afterwards"
+_PUSHED = "checkpoints are not pushed while training; use `zotune push RUN REPO`, or trainer.model.push_to_hub(...), afterwards"
 _DDP = "processes exchange losses, so there is no DistributedDataParallel; leave it out"
 
 #: Refused with a method of every kind, unless it has its default: field → reason.

@@ -49,6 +49,7 @@ class RunConfig:
     Args:
         data_name: name of the data in reports; None: the task, or the name of the training file.
         protocol: the record of the protocol; None without one.
+        push: whether the finished run goes to the hub, as ``training.hub_model_id``.
         words: the options as words of `zotune train`, for the command that resumes the run.
     """
 
@@ -59,6 +60,7 @@ class RunConfig:
     output: OutputArguments = field(default_factory=OutputArguments)
     data_name: str | None = None
     protocol: Applied | None = None
+    push: bool = False
     words: Sequence[str] = ()
 
     @property
@@ -80,6 +82,7 @@ def option_parser() -> OptionParser:
     resume.nargs, resume.const = "?", "true"
     for name, reason in (refusals.REFUSED | DECIDED).items():
         parser.options()[name].help = f"refused: {reason}"
+    parser.options()["push_to_hub"].help = "push the finished run to the Hugging Face Hub, as `zotune push` does"
     return parser
 
 
@@ -96,6 +99,7 @@ def parse(words: Sequence[str], parser: OptionParser | None = None) -> RunConfig
     parser = parser or option_parser()
     found: Words | None = None
     record: Applied | None = None
+    push = False
 
     def before(values: dict[str, Any], given: set[str]) -> list[str]:
         nonlocal found
@@ -103,19 +107,22 @@ def parse(words: Sequence[str], parser: OptionParser | None = None) -> RunConfig
         return [] if found is None else found.words
 
     def adjust(values: dict[str, Any], given: set[str]) -> None:
-        nonlocal record
+        nonlocal record, push
         if found is not None:
             record = found.record(parser.values(found.words), values)
         _adjust(values, given, given if found is None else given | set(found.options))
+        push, values["push_to_hub"] = bool(values["push_to_hub"]), False  # the trainer itself pushes nothing
 
     (model, data, scheme, output, training), _ = parser.parse(words, adjust, before)
-    return RunConfig(model, data, training, scheme, output, protocol=record, words=list(words))
+    return RunConfig(model, data, training, scheme, output, protocol=record, push=push, words=list(words))
 
 
 def _adjust(values: dict[str, Any], given: set[str], settled: set[str]) -> None:
     """Adjustments before the checks of ZOConfig; `settled` are the given options and those of a protocol."""
     if not values["output_dir"]:
         raise ValueError("zotune train needs --output_dir: the folder to put the run in.")
+    if values["push_to_hub"] and not values["hub_model_id"]:
+        raise ValueError("--push_to_hub needs --hub_model_id: the repository to push the finished run to, such as user/name.")
     evaluated = values["num_dev"] or has_eval_rows(*(values[name] for name in ("task", "data_dir", "train_file", "eval_file")))
     check_given(values, given, evaluated=bool(evaluated))
     if not evaluated:

@@ -36,6 +36,7 @@ pytest.importorskip("peft")
 _CLI, _OFFLOAD = "tests/integration/test_cli.py::", "tests/unit/weights/test_offload.py::"
 _HOSTILE = "tests/integration/test_hostile.py::test_a_foreign_model_is_refused_and_runs_nothing"
 _CHAT = "tests/unit/tasks/test_chat.py::test_tools_calls_and_variables_reach_the_template"
+_PUSH = "tests/unit/publishing/"
 _DISK = _OFFLOAD + "test_the_command_line_trains_from_disk_as_from_memory"
 _BENCH = "tests/unit/bench/test_bench.py::test_a_killed_bench_ends_with_the_table_of_an_unbroken_one"
 _RUN = _CLI + "test_a_run_leaves_model_summary_curve_and_replayable_journal"
@@ -164,6 +165,10 @@ ROWS: dict[str, dict[str, str]] = {
     "merge": _REPLAYED | {"base": _MERGE, "output_dir": _MERGE, "journals": _MERGE, "weights": _MERGE},
     "influence": dict.fromkeys(("run", "top", "by", "out", "plot"), _INFLUENCE),
     "convert": dict.fromkeys(("checkpoint", "out", "outtype", "overwrite"), _CONVERT),
+    "push": dict.fromkeys(("run", "repo", "private", "base_model"), _PUSH + "test_hub.py::test_a_pushed_run_loads_and_replays")
+    | dict.fromkeys(("license", "dataset"), _PUSH + "test_published_files.py::test_a_published_run_is_whole_and_tells_no_paths")
+    | {"dry_run": _PUSH + "test_published_files.py::test_an_unfinished_or_damaged_run_is_not_pushed"}
+    | {"revision": _PUSH + "test_hub.py::test_a_pushed_run_loads_and_replays"},
     "verify": {"run": _RUN},
     "estimate": _turned(PREDICTED, "test_an_option_of_estimate_is_in_what_is_predicted") | {
         "trust_remote_code": _HOSTILE, "method": _DRAWS, "chart": _DRAWS, "json": _DRAWS, "device": _MEASURES, "measure": _MEASURES,

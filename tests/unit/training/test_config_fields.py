@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "logging_nan_inf_filter": (True, "logged as skipped"),
     "save_on_each_node": (True, "the first process writes the run"),
     "enable_jit_checkpoint": (True, "saves on SIGTERM by itself"),
-    "push_to_hub": (True, "call trainer.model.push_to_hub"),
+    "push_to_hub": (True, "use `zotune push RUN REPO`"),
     "hub_strategy": ("end", "checkpoints are not pushed while training"),
     "hub_always_push": (True, "checkpoints are not pushed while training"),
     "ignore_data_skip": (True, "takes the examples that the unbroken run would have taken"),

@@ -112,7 +112,7 @@ def test_a_run_is_a_thousand_steps_by_default(tmp_path: Path) -> None:
         ({"fsdp": "full_shard"}, "sharded models are not supported yet"),
         ({"torch_compile": True}, "compiled models are not supported yet"),
         ({"auto_find_batch_size": True}, "set per_device_train_batch_size"),
-        ({"push_to_hub": True}, "call trainer.model.push_to_hub(...) afterwards"),
+        ({"push_to_hub": True}, "use `zotune push RUN REPO`"),
         ({"optim": "adamw_torch"}, "choose it with method=..., update_rule=... and update_rule_args=..."),
         ({"adam_beta1": 0.8}, "update_rule_args={'betas': [..., ...]}"),
         ({"logging_nan_inf_filter": True}, "they are logged as skipped"),
