@@ -44,6 +44,8 @@ def _facts(result: SearchResult) -> list[tuple[str, str]]:
         if (found := summary[part]) is not None:
             change = f"{metric_text(metric, found['before'])} → {metric_text(metric, found['after'])}"
             rows.append((f"{metric}, {found['rows']} {name} rows", change))
-    counts = summary["sequences"]
-    rows.append(("sequences", f"{counts['search']} to search (every template on every row: {counts['every_template_on_every_row']})"))
+    every = summary.get("every_template_on_every_row")
+    rows.append(
+        ("sequences", f"{summary['sequences']['search']} to search" + (f" (every template on every row: {every})" if every else ""))
+    )
     return [*rows, ("time", duration_text(summary["seconds"])), ("task file", summary["file"])]

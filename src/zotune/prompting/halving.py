@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+
+from zotune.io.text import metric_text
 from zotune.prompting.candidate import Candidate, options_of
 from zotune.prompting.scoring import Scorer, Scores, fit_words
-from zotune.prompting.space import Space, distinct
+from zotune.prompting.search_log import SearchLog
+from zotune.prompting.space import Space, distinct, space_of
+from zotune.prompting.workplace import Workplace
 from zotune.tasks import Rows, Task
 
 
@@ -57,13 +63,9 @@ class Halving:
         """How many of ``count`` templates of round ``number`` go on."""
         return min(count, self.keep if number == len(self.sizes) - 1 else max(self.keep, -(-count // 2)))
 
-    def round(self, number: int, templates: Sequence[int], said: Callable[[int], None] | None = None) -> list[Ranked]:
-        """The best of these templates on the rows of a round, the best first; ``said`` is called after each template."""
-        ranked = []
-        for done, template in enumerate(templates, 1):
-            ranked.append(self._ranked(template, self._all_scores(template, self.sizes[number])))
-            if said is not None:
-                said(done)
+    def round(self, number: int, templates: Sequence[int]) -> list[Ranked]:
+        """The best of these templates on the rows of a round, the best first."""
+        ranked = [self._ranked(template, self._all_scores(template, self.sizes[number])) for template in templates]
         ranked.sort(key=lambda each: each.loss)  # of equals the first one
         kept = ranked[: self.templates_after(len(templates), number)]
         self._scores = {each.template: self._scores[each.template] for each in kept}
@@ -86,3 +88,63 @@ class Halving:
         prompt, chosen = self.space.templates[template], scores.chosen(columns)
         options = options_of([self.words[column] for column in columns], prompt, self.task, masked=self.scorer.masked)
         return Ranked(template, Candidate(prompt, options), chosen.loss, chosen.value)
+
+
+class HalvingSearch:
+    """Successive halving over the templates and label words of a file, or the built-in variations of the task's own.
+
+    Args:
+        place: task, rows and scorer.
+
+    Raises:
+        ValueError: an invalid file, or classes that cannot have different label words.
+    """
+
+    def __init__(self, place: Workplace):
+        args, scorer = place.args, place.scorer
+        space = space_of(args.task or "", place.task, args.templates, masked=scorer.masked)
+        words = scorer.usable(space.words, place.task, short=space.built_in_words)
+        self.place, self.space, self.best = place, replace(space, words=words), place.start
+        self.halving = Halving(scorer, place.task, self.space, place.search, rounds=args.rounds, keep=args.keep)
+        if fit_words(Scores(np.zeros((1, len(self.halving.words))), np.zeros(1, dtype=int)), self.halving.columns) is None:
+            names = ", ".join(place.task.label_names)
+            raise ValueError(f"the classes {names} cannot have different label words: list more of them under words.")
+
+    def facts(self) -> dict[str, Any]:
+        """Number of candidates, of templates, and of sequences without halving."""
+        templates = len(self.space.templates)
+        return {"candidates": self.space.size, "templates": templates, "every_template_on_every_row": templates * len(self.place.search)}
+
+    def finalists(self, log: SearchLog, say: Callable[[str], None]) -> list[Candidate]:
+        """The candidates of the last round, the best first; rounds on file are read."""
+        place, metric, sizes = self.place, self.place.task.metrics[0], self.halving.sizes
+        words = " × ".join(str(len(group)) for group in self.space.words)
+        rows = f"{len(place.search)} rows to search on, {len(place.held_out)} held out"
+        say(f"{len(self.space.templates)} templates, {words} label words; {rows}")
+        templates, ranked = list(range(len(self.space.templates))), list[Ranked]()
+        done = log.of_kind("round")
+        for number, size in enumerate(sizes):
+            line = None
+            if number < len(done):
+                ranked = [_restored(each) for each in done[number]["kept"]]
+                place.count_at_least(done[number]["sequences"])
+            else:
+                ranked = self.halving.round(number, templates)
+                kept = [_entry(each) for each in ranked]
+                log.add({"event": "round", "round": number + 1, "rows": size, "sequences": place.sequences, "kept": kept})
+                best = f"loss {ranked[0].loss:.4f}, {metric} {metric_text(metric, ranked[0].value)}, {ranked[0].candidate.prompt!r}"
+                line = f"round {number + 1} of {len(sizes)}: {len(templates)} templates on {size} rows; best: {best}"
+            templates, self.best = [each.template for each in ranked], ranked[0].candidate
+            if line is not None:
+                say(line)
+        return [each.candidate for each in ranked]
+
+
+def _entry(ranked: Ranked) -> dict[str, Any]:
+    candidate = ranked.candidate
+    options = list(candidate.options)
+    return {"template": ranked.template, "prompt": candidate.prompt, "options": options, "loss": ranked.loss, "value": ranked.value}
+
+
+def _restored(entry: dict[str, Any]) -> Ranked:
+    return Ranked(entry["template"], Candidate(entry["prompt"], tuple(entry["options"])), entry["loss"], entry["value"])

@@ -22,6 +22,7 @@ from zotune.cli import estimate
 from zotune.cli.evaluate import EvaluationArguments
 from zotune.cli.main import COMMANDS
 from zotune.cli.parser import CommandParser
+from zotune.prompting import PromptArguments
 from zotune.tasks import prepare
 from zotune.training import run_config, schemes
 from zotune.training.arguments import DataArguments, EvalDataArguments, ModelArguments, OutputArguments
@@ -48,6 +49,7 @@ _REWARD = "tests/unit/cli/test_reward_command.py::"
 _LOGGED, _ACCURACY = _REWARD + "test_a_run_by_rewards_is_logged_and_evaluated", _REWARD + "test_an_accuracy_is_a_reward_without_generation"
 _WEIGHED = _REWARD + "test_options_of_rewards_are_refused_by_eval_without_one"
 _INFLUENCE = "tests/unit/cli/test_influence_command.py::test_a_run_lists_its_rows_by_share"
+_PROMPT = "tests/unit/prompting/test_prompt_search.py::"
 _MERGE = "tests/unit/optim/test_merge.py::test_the_command"
 #: On a machine with a GPU it acts.
 GPU = "acts on a machine with a GPU only"
@@ -152,6 +154,16 @@ ROWS: dict[str, dict[str, str]] = {
         "adapter": _GGUF + "test_eval_gives_the_metrics_of_the_run",
         "config": _HERE + "test_an_option_of_eval_acts",
     },
+    "prompt": _LOADING | {
+        **dict.fromkeys(
+            ("data_dir", "train_file", "eval_file", "templates", "rounds", "keep", "num_search", "num_dev", "num_eval", "max_length"),
+            _PROMPT + "test_options_of_the_search_act",
+        ),
+        **dict.fromkeys(("truncate", "seed", "per_device_eval_batch_size"), _PROMPT + "test_options_of_the_search_act"),
+        **dict.fromkeys(("task", "output_dir"), _PROMPT + "test_the_found_file_evaluates_and_trains"),
+        "use_cpu": GPU,
+        "config": _HERE + "test_an_option_of_eval_acts",
+    },
     "bench": {
         "grid": _BENCH, "output_dir": _BENCH, "data_dir": _BENCH, "processes": _BENCH, "threads": _BENCH,
         "trust_remote_code": _HOSTILE,
@@ -190,6 +202,8 @@ class Caught(Exception):
 
 def options_of(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The options of a command, by its parser."""
+    if command == "prompt":
+        return {field.name for each in (ModelArguments, PromptArguments) for field in dataclasses.fields(each)} | {"config"}
     if command in ("train", "eval"):
         training = command == "train"
         own = (DataArguments, Scheme, OutputArguments) if training else (EvalDataArguments, EvaluationArguments)
