@@ -247,7 +247,8 @@ def attributed(records: Iterable[Record]) -> Iterator[tuple[Attributed, StepReco
 
     A step that was measured twice, since the run stopped before its update, counts once.
     """
-    assembler, whole, groups, step = TensorAssembler(_LIMITS), {}, 0, -1
+    assembler, groups, step = TensorAssembler(_LIMITS), 0, -1
+    whole: dict[str, Tensor] = {}
     for record in records:
         if isinstance(record, StepRecord):
             if step == record.step and "contributions" in whole:
@@ -263,7 +264,6 @@ def attributed(records: Iterable[Record]) -> Iterator[tuple[Attributed, StepReco
 
 
 def _attributed(step: int, tensors: Mapping[str, Tensor], groups: int) -> Attributed:
-    empty = torch.empty(0)
+    rows, contributions, slopes, bends = (tensors.get(name, torch.empty(0)) for name in ("rows", "contributions", "slopes", "bends"))
     loss, error = tensors["loss"].tolist()
-    parts = (tensors.get(name, empty) for name in ("rows", "contributions"))
-    return Attributed(step, *parts, groups, tensors.get("slopes", empty), tensors.get("bends", empty), loss, error)
+    return Attributed(step, rows, contributions, groups, slopes, bends, loss, error)
