@@ -7,8 +7,8 @@ stands above a correct one; 0.5 is chance. Rankings: shares; TracIn by backprop 
 example before training and after it.
 
 Retraining: models are trained on random halves of the examples by SGD with backprop, from the same weights; the linear datamodeling score
-is the rank correlation of their validation losses with the sum of the scores of their halves (2303.14186). SGD is the mean of the zeroth-order
-path, so that it has no noise of directions. 0 is chance.
+is the rank correlation of their validation losses with the sum of the scores of their halves (2303.14186). SGD is the mean of the
+zeroth-order path, so that it has no noise of directions. 0 is chance.
 """
 
 from __future__ import annotations
