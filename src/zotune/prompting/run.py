@@ -6,22 +6,26 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from zotune.io.json_files import write_json
 from zotune.io.lock import locked
 from zotune.io.text import metric_text
+from zotune.prompting.advice import AdvisedSearch
 from zotune.prompting.arguments import PromptArguments
 from zotune.prompting.candidate import Candidate
 from zotune.prompting.halving import HalvingSearch
+from zotune.prompting.llm import LocalLLM, load_llm
 from zotune.prompting.search_log import BEST_FILE, LOG_FILE, SUMMARY_FILE, SearchLog
 from zotune.prompting.task_file import write_task
 from zotune.prompting.workplace import Workplace, workplace
 from zotune.training.arguments import ModelArguments
 
 Say = Callable[[str], None]
+#: Rounds of a search: of successive halving, and of a language model's replies.
+HALVINGS, REPLIES = 4, 10
 
 
 @dataclass(frozen=True)
@@ -51,33 +55,53 @@ class Finder(Protocol):
         """Entries of the summary."""
 
 
-def search(model: ModelArguments, args: PromptArguments, say: Say = lambda line: None) -> SearchResult:
+def search(
+    model: ModelArguments, args: PromptArguments, say: Say = lambda line: None, llm: Callable[..., Any] | None = None
+) -> SearchResult:
     """Searches a prompt for a task.
 
     Args:
-        model: which model reads the prompts.
+        model: which model reads the prompts; without a name that of ``args.llm``.
         args: task, rows and candidates.
         say: receives lines of progress.
+        llm: proposes candidates in place of ``args.llm``: callable with ``messages=`` and ``number=`` (of the call), its reply at
+            ``.choices[0].message.content``.
 
     Raises:
         ValueError, FileNotFoundError: an invalid request; nothing is written.
         KeyboardInterrupt: interrupted; the task file holds the best so far.
     """
     began, folder = time.perf_counter(), Path(args.output_dir or "").expanduser()
+    if model.model_name_or_path is None and args.llm is not None:
+        model = replace(model, model_name_or_path=args.llm)
     log = SearchLog(folder, settings_of(model, args))
     with tempfile.TemporaryDirectory(prefix="zotune-prompt-") as scratch:
         place = workplace(model, args, scratch)
-        finder = HalvingSearch(place)
+        if llm is None and args.llm is not None:
+            llm = _llm(model, args, place)
+        rounds = args.rounds or (HALVINGS if llm is None else REPLIES)
+        finder: Finder = HalvingSearch(place, rounds) if llm is None else AdvisedSearch(place, llm, rounds)
         with locked(folder):
             log = SearchLog(folder, log.settings)  # another process may have worked in the folder since
             return _Search(place, finder, log, folder, say).carry_out(began)
 
 
+def _llm(model: ModelArguments, args: PromptArguments, place: Workplace) -> LocalLLM:
+    """The language model of ``args.llm``; where the same model reads the prompts it is loaded once."""
+    how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    scorer = place.scorer
+    if args.llm == model.model_name_or_path:
+        return LocalLLM(scorer.trainer.model, scorer.tokenizer, scorer.config, **how)
+    return load_llm(args.llm or "", model, scorer.trainer.args.device, **how)
+
+
 def settings_of(model: ModelArguments, args: PromptArguments) -> dict[str, Any]:
     """All that the result of a search depends on."""
     names = ("task", "data_dir", "train_file", "rounds", "keep", "num_search", "num_dev", "max_length", "truncate", "seed")
+    of_llm = ("llm", "max_new_tokens", "temperature")
     files = {name: _digest(getattr(args, name)) for name in ("task", "templates") if Path(getattr(args, name) or "").is_file()}
-    return {"model": model.model_name_or_path, **{name: getattr(args, name) for name in names}, "templates": args.templates, "files": files}
+    values = {name: getattr(args, name) for name in (*names, *(of_llm if args.llm is not None else ()))}
+    return {"model": model.model_name_or_path, **values, "templates": args.templates, "files": files}
 
 
 def _digest(path: str) -> str:

@@ -47,9 +47,13 @@ class Workplace:
         """Counts what earlier processes scored, of which the log says how many there were at an event."""
         self.before = max(self.before, sequences - self.scorer.sequences)
 
+    def as_task(self, candidate: Candidate) -> Task:
+        """The task with a candidate's prompt and options; ValueError for an invalid candidate."""
+        return as_task(self.args.task or "", self.task, candidate, masked=self.scorer.masked)
+
     def scores(self, candidate: Candidate, rows: Rows) -> Scores:
         """Scores of a candidate on rows, as `zotune eval` evaluates it."""
-        return self.scorer.score(as_task(self.args.task or "", self.task, candidate, masked=self.scorer.masked), rows)
+        return self.scorer.score(self.as_task(candidate), rows)
 
 
 def workplace(model: ModelArguments, args: PromptArguments, scratch: str) -> Workplace:

@@ -49,7 +49,7 @@ _REWARD = "tests/unit/cli/test_reward_command.py::"
 _LOGGED, _ACCURACY = _REWARD + "test_a_run_by_rewards_is_logged_and_evaluated", _REWARD + "test_an_accuracy_is_a_reward_without_generation"
 _WEIGHED = _REWARD + "test_options_of_rewards_are_refused_by_eval_without_one"
 _INFLUENCE = "tests/unit/cli/test_influence_command.py::test_a_run_lists_its_rows_by_share"
-_PROMPT = "tests/unit/prompting/test_prompt_search.py::"
+_PROMPT, _ADVICE = "tests/unit/prompting/test_prompt_search.py::", "tests/unit/prompting/test_prompt_advice.py::"
 _MERGE = "tests/unit/optim/test_merge.py::test_the_command"
 #: On a machine with a GPU it acts.
 GPU = "acts on a machine with a GPU only"
@@ -161,6 +161,8 @@ ROWS: dict[str, dict[str, str]] = {
         ),
         **dict.fromkeys(("truncate", "seed", "per_device_eval_batch_size"), _PROMPT + "test_options_of_the_search_act"),
         **dict.fromkeys(("task", "output_dir"), _PROMPT + "test_the_found_file_evaluates_and_trains"),
+        **dict.fromkeys(("max_new_tokens", "temperature"), _ADVICE + "test_a_local_model_replies_by_its_seed_and_leaves_the_generator"),
+        "llm": _ADVICE + "test_a_wrong_request_is_one_sentence",
         "use_cpu": GPU,
         "config": _HERE + "test_an_option_of_eval_acts",
     },
