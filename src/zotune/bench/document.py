@@ -37,7 +37,15 @@ class Figure:
     svg: str
 
 
-Block = Heading | Paragraph | Table | Figure
+@dataclass(frozen=True)
+class Code:
+    """Commands, or text as it is; folded away under a ``title`` where it has one."""
+
+    text: str
+    title: str = ""
+
+
+Block = Heading | Paragraph | Table | Figure | Code
 
 
 def markdown(title: str, blocks: Sequence[Block], figures: str) -> str:
@@ -49,6 +57,8 @@ def markdown(title: str, blocks: Sequence[Block], figures: str) -> str:
                 parts.append(f"{'#' * level} {text}")
             case Paragraph(text):
                 parts.append(text)
+            case Code(text, title):
+                parts.append((f"{title}:\n\n" if title else "") + f"```\n{text}\n```")
             case Figure(name, caption, _):
                 parts.append(f"![{caption}]({figures}/{name}.svg)")
             case Table(header, rows, emphasis):
@@ -67,6 +77,9 @@ def page(title: str, blocks: Sequence[Block]) -> str:
                 body.append(f"<h{level}>{html.escape(text)}</h{level}>")
             case Paragraph(text):
                 body.append("<p>" + re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text)) + "</p>")
+            case Code(text, title):
+                code = f"<pre>{html.escape(text)}</pre>"
+                body.append(f"<details><summary>{html.escape(title)}</summary>{code}</details>" if title else code)
             case Figure(_, caption, svg):
                 drawing = svg[svg.index("<svg") :]  # without the XML declaration, which has no place inside a page
                 text = html.escape(caption)
@@ -100,6 +113,7 @@ h3 { font-size: 1rem; margin-top: 1.4rem; }
 th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #e6e9ed; white-space: nowrap; }
 th { background: #f4f6f8; } .number { text-align: right; font-variant-numeric: tabular-nums; }
 tr.published td { color: #6a737d; font-style: italic; }
+pre { background: #f4f6f8; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; } figcaption { color: #57606a; font-size: .85rem; }
 """
 _PAGE = """<!doctype html>

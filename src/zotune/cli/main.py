@@ -25,6 +25,7 @@ COMMANDS = {
     "influence": ("zotune.cli.influence:main", "list the training examples by how much they changed a validation loss"),
     "merge": ("zotune.cli.merge:main", "average runs of one base model, from their journals, into one model"),
     "convert": ("zotune.cli.convert:main", "write a checkpoint as a GGUF file, for llama.cpp and Ollama"),
+    "report": ("zotune.cli.report:main", "write a page on one or several runs: results, curves, memory, options"),
     "push": ("zotune.cli.push:main", "push a finished run to the Hugging Face Hub: model, card, journal, curve"),
     "verify": ("zotune.cli.verify:main", "check a run's folder: journal, checkpoints, and whether it can go on"),
     "estimate": ("zotune.cli.estimate:main", "predict the memory of training, without reading a weight, or measure it"),

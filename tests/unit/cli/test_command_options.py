@@ -179,6 +179,7 @@ ROWS: dict[str, dict[str, str]] = {
     "merge": _REPLAYED | {"base": _MERGE, "output_dir": _MERGE, "journals": _MERGE, "weights": _MERGE},
     "influence": dict.fromkeys(("run", "top", "by", "out", "plot"), _INFLUENCE),
     "convert": dict.fromkeys(("checkpoint", "out", "outtype", "overwrite"), _CONVERT),
+    "report": dict.fromkeys(("runs", "out"), _PUSH + "test_report.py::test_a_page_shows_results_options_and_commands"),
     "push": dict.fromkeys(("run", "repo", "private", "base_model"), _PUSH + "test_hub.py::test_a_pushed_run_loads_and_replays")
     | dict.fromkeys(("license", "dataset"), _PUSH + "test_published_files.py::test_a_published_run_is_whole_and_tells_no_paths")
     | {"dry_run": _PUSH + "test_published_files.py::test_an_unfinished_or_damaged_run_is_not_pushed"}
