@@ -88,7 +88,7 @@ def search(
 
 def _llm(model: ModelArguments, args: PromptArguments, place: Workplace) -> LocalLLM:
     """The language model of ``args.llm``; where the same model reads the prompts it is loaded once."""
-    how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    how: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
     scorer = place.scorer
     if args.llm == model.model_name_or_path:
         return LocalLLM(scorer.trainer.model, scorer.tokenizer, scorer.config, **how)

@@ -135,7 +135,7 @@ class Scorer:
         known: dict[tuple[int, ...], str] = {}
         groups = []
         for name, group in zip(task.label_names, words, strict=True):
-            by_ids = {}
+            by_ids: dict[tuple[int, ...], str] = {}
             for word in group:
                 ids = tuple(self.encoder.ids(f" {word}"))
                 if not self.masked or (len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id):
