@@ -121,6 +121,10 @@ class _Search:
             found = self.finder.finalists(self.log, self.say)
             searched = place.sequences
             best, before, after = self._choose(found)
+        except ValueError:  # in a later round, such as a problem that outgrew the context of --llm
+            if self.finder.best != place.start:
+                self._write(self.finder.best, f"the best so far of a search that failed, see {LOG_FILE}")
+            raise
         except KeyboardInterrupt:
             self._write(self.finder.best, f"the best so far of a search that was interrupted, see {LOG_FILE}")
             raise KeyboardInterrupt(

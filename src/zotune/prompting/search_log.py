@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from zotune.io.text import shown
@@ -13,6 +14,29 @@ from zotune.tasks.sources import read_jsonl
 
 FORMAT = 1
 LOG_FILE, BEST_FILE, SUMMARY_FILE = "search.jsonl", "best.yaml", "summary.json"
+
+_NUMBER = (int, float)
+_SCORED = {"loss": (*_NUMBER, NoneType), "value": (*_NUMBER, NoneType), "sequences": (int,)}
+#: Kind of an event -> its entries and their types.
+EVENTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "round": {"kept": (list,), "sequences": (int,)},
+    "held_out": {"prompt": (str,), "options": (list,), "loss": _NUMBER, "value": _NUMBER, "sequences": (int,)},
+    "scored": {"proposal": (str,), "prompt": (str, NoneType), "options": (list, NoneType), "text": (str,), **_SCORED},
+    "reply": {"reply": (str,)},
+}
+KEPT: dict[str, tuple[type, ...]] = {"template": (int,), "prompt": (str,), "options": (list,), "loss": _NUMBER, "value": _NUMBER}
+
+
+def _is_event(event: dict[str, Any]) -> bool:
+    shape = EVENTS.get(str(event.get("event")))
+    if shape is None or not _fits(event, shape) or not all(isinstance(each, str) for each in event.get("options") or ()):
+        return False
+    kept = event.get("kept")
+    return kept is None or (bool(kept) and all(isinstance(each, dict) and _fits(each, KEPT) for each in kept))
+
+
+def _fits(values: Mapping[str, Any], shape: Mapping[str, tuple[type, ...]]) -> bool:
+    return all(name in values and isinstance(values[name], types) for name, types in shape.items())
 
 
 class SearchLog:
@@ -41,6 +65,8 @@ class SearchLog:
 
     def _read(self) -> list[dict[str, Any]]:
         self._drop_partial_line()
+        if not self.path.stat().st_size:
+            return []
         first, *events = list(read_jsonl(self.path))
         if first.get("zotune_prompt") != FORMAT or not isinstance(first.get("settings"), dict):
             raise ValueError(f"{self.path} is no log of a search that this zotune wrote: choose another --output_dir.")
@@ -51,6 +77,8 @@ class SearchLog:
                     f"{self.path.parent} holds a search with another {name} ({shown(then.get(name))}, here {shown(value)}): give the same "
                     "options to go on with it, or choose another --output_dir."
                 )
+        if not all(map(_is_event, events)):
+            raise ValueError(f"{self.path} is damaged: a line is no event of a search; choose another --output_dir.")
         return events
 
     def _drop_partial_line(self) -> None:

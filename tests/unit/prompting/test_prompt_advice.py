@@ -122,6 +122,22 @@ def test_a_stopped_search_reads_its_replies_again(tmp_path: Path) -> None:
     assert found.summary["sequences"]["search"] == straight.summary["sequences"]["search"]
 
 
+def test_a_search_that_fails_later_leaves_the_best_so_far(tmp_path: Path) -> None:
+    def failing(messages: Sequence[dict[str, str]], number: int = 0, **others: Any) -> SimpleNamespace:
+        if number:
+            raise ValueError("the context is too short")
+        words = {"negative": "great", "positive": "terrible"}  # the other way round: one of both is better
+        content = suggested(template="{sentence} This movie is", label_words=words)
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=content))])
+
+    with pytest.raises(ValueError, match="the context is too short"):
+        advised(tmp_path / "out", failing)
+    log = [json.loads(line) for line in (tmp_path / "out/search.jsonl").read_text().splitlines()]
+    first, second = (event for event in log if event.get("event") == "scored")
+    better = (-second["value"], second["loss"]) < (-first["value"], first["loss"])
+    assert (tmp_path / "out/best.yaml").exists() is better
+
+
 def test_a_local_model_replies_by_its_seed_and_leaves_the_generator(place: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained("my-model")
     model = LlamaForCausalLM.from_pretrained("my-model")

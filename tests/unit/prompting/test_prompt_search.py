@@ -17,6 +17,7 @@ from zotune import tasks
 from zotune.prompting import PromptArguments, search
 from zotune.prompting.candidate import Candidate, as_task
 from zotune.prompting.scoring import Scores, fit_words
+from zotune.prompting.search_log import SearchLog
 from zotune.prompting.workplace import workplace
 from zotune.tasks.task import MASK
 from zotune.training.arguments import ModelArguments
@@ -133,6 +134,19 @@ def test_a_stopped_search_goes_on_to_the_same_result(tmp_path: Path) -> None:
         assert {**one, "loss": 0} == {**other, "loss": 0}
     with pytest.raises(ValueError, match="another seed"):
         search(ModelArguments("my-model"), arguments(tmp_path / "cut", seed=1))
+
+
+@pytest.mark.parametrize("line", ['{"event": "round", "kept": []}', '{"event": "other"}', '{"event": "reply", "reply": 1}', "[]"])
+def test_a_damaged_log_is_one_sentence(line: str, tmp_path: Path) -> None:
+    log = SearchLog(tmp_path, {"seed": 1})
+    log.add({"event": "reply", "reply": "a"})
+    assert SearchLog(tmp_path, {"seed": 1}).events == [{"event": "reply", "reply": "a"}]
+    with log.path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"search\.jsonl"):
+        SearchLog(tmp_path, {"seed": 1})
+    log.path.write_text("cut in the first li")
+    assert SearchLog(tmp_path, {"seed": 1}).events == []
 
 
 def test_a_masked_model_gets_a_prompt_with_a_mask(tmp_path: Path, command: Command) -> None:
