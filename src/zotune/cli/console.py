@@ -112,6 +112,8 @@ def closing_table(summary: Mapping[str, Any]) -> Any:
         rows.append((f"training {name}", " → ".join(metric_text("loss", value) for value in values)))
     if summary["steps"]:
         rows.append(("steps", f"{summary['steps']} of {summary['batch_size']} examples, learning rate {_rate_text(summary)}"))
+    if summary.get("privacy"):
+        rows.append(("privacy", privacy_text(summary["privacy"])))
     rows += [
         ("forward passes", f"{summary['forward_passes']} ({summary['sequences_evaluated']} sequences)"),
         ("time", f"{duration_text(summary['training_seconds'])} of training"),
@@ -119,6 +121,12 @@ def closing_table(summary: Mapping[str, Any]) -> Any:
     ]
     rows += [(name, summary["files"][name]) for name in ("model", "journal", "curve", "completions", "summary") if name in summary["files"]]
     return facts_table(rows, f"{summary['method']} on {summary['data']}")
+
+
+def privacy_text(spent: Mapping[str, Any]) -> str:
+    """What a private run has spent."""
+    relation = {"add-or-remove": "with or without an example", "replace-one": "with another example in its place"}[spent["neighbors"]]
+    return f"ε = {spent['epsilon']:.4g} at δ = {spent['delta']:g} ({relation}), noise multiplier {spent['noise_multiplier']:.4g}"
 
 
 def _rate_text(summary: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from zotune.training.guard import PREFIX
 
 
 class RunProgress(TrainerCallback):
-    """Shows step, loss, metric, steps per second and forward passes.
+    """Shows step, loss (of a private run the ε spent), metric, steps per second and forward passes.
 
     Args:
         console: a terminal gets a bar, anything else a line at each evaluation and every tenth of the run.
@@ -28,6 +29,7 @@ class RunProgress(TrainerCallback):
         self.metric = first
         self.loss: float | None = None
         self.reward: float | None = None
+        self.epsilon: tuple[float, int] | None = None  # of a private run, and the step that it had spent it at
         self.guard: dict[str, float] = {}
         self.forwards = 0
         self.bar: Progress | None = None
@@ -54,7 +56,7 @@ class RunProgress(TrainerCallback):
         elapsed = time.perf_counter() - self.started - self.paused
         self.rate = (state.global_step - self.first_step) / elapsed if elapsed > 0 else None
         if self.bar is not None:
-            if self.loss is None and last is not None and state.global_step % 5 == 1:
+            if self.loss is None and last is not None and math.isfinite(last.loss) and state.global_step % 5 == 1:
                 self.loss = float(last.loss)  # there is no mean before the first log entry
             self.bar.update(self.job, completed=state.global_step, facts=self._facts())
         elif state.global_step % max(1, state.max_steps // 10) == 0 and not control.should_evaluate:
@@ -64,6 +66,8 @@ class RunProgress(TrainerCallback):
         logs = logs or {}
         if "loss" in logs:
             self.loss, self.reward = logs["loss"], logs.get("reward")
+        if "epsilon" in logs:
+            self.epsilon = logs["epsilon"], state.global_step
         self.guard.update({name: value for name, value in logs.items() if name.startswith(PREFIX) and name != f"{PREFIX}loss"})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs: Any) -> None:
@@ -93,6 +97,8 @@ class RunProgress(TrainerCallback):
             facts.append(f"training reward {self.reward:.3f}")
         elif self.loss is not None:
             facts.append(f"loss {self.loss:.3f}")
+        if self.epsilon is not None:
+            facts.append("ε {:.3g} at step {}".format(*self.epsilon))
         if self.metric is not None:
             loss = self.metric_name == "loss"
             facts.append(f"eval loss {self.metric:.3f}" if loss else f"{self.metric_name} {metric_text(self.metric_name, self.metric)}")

@@ -97,10 +97,11 @@ class StepClock(TrainerCallback):
     def on_log(self, args, state, control, **kwargs: Any) -> None:
         if self.optimizer is None or not state.log_history:
             return
+        # How long a private step takes tells how many examples it has drawn.
+        private = getattr(self.optimizer, "private", None) is not None
+        times = {"seconds": self.seconds, "processor_seconds": self.processor_seconds, "timed_steps": self.timed_steps}
         state.log_history[-1] |= {
-            "seconds": self.seconds,
-            "processor_seconds": self.processor_seconds,
-            "timed_steps": self.timed_steps,
+            **({} if private else times),
             "forward_passes": self.optimizer.forward_passes,
             "sequences": self.optimizer.sequences_evaluated,
         }

@@ -11,7 +11,7 @@ from zotune.baselines import Baseline
 from zotune.io.suggest import did_you_mean
 from zotune.methods import Method
 from zotune.subspaces import Full, LowRank
-from zotune.training import attributed, baseline_runs, schemes
+from zotune.training import attributed, baseline_runs, privacy_options, schemes
 from zotune.training.arguments import ACCURACY
 from zotune.training.evaluation import SPEED
 from zotune.training.reward_options import check_no_gradient
@@ -32,6 +32,8 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
             config.data.num_demonstrations = baseline_runs.DEMONSTRATIONS
     elif config.data.num_demonstrations is not None:
         raise ValueError(f"--num_demonstrations is an option of --method icl, not of {method.name}.")
+    if privacy_options.is_private(config.training):
+        privacy_options.check_data(config.data)
     if config.data.reward or config.data.objective == ACCURACY:
         check_no_gradient(method)
     if config.data.attribute is not None:

@@ -15,10 +15,11 @@ from transformers import TrainingArguments
 from zotune import baselines, methods
 from zotune.baselines import Baseline, catalog
 from zotune.methods.rules import Rule
+from zotune.optim.accounting import NEIGHBORS
 from zotune.optim.calibration.gains import gain, measurable
 from zotune.optim.distributed import Workers
 from zotune.optim.distributed.workers import CHECK_EVERY
-from zotune.training import refusals
+from zotune.training import privacy_options, refusals
 from zotune.training.arguments import option
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,20 @@ class ZOConfig(TrainingArguments):
     method_args: dict | str | None = option(None, "Further options of the method's recipe, as JSON.")
     anchor_decay: float = option(
         0.0, "Decay toward the weights that training began with, in place of weight_decay, which is toward 0: less is forgotten."
+    )
+    dp_epsilon: float | None = option(
+        None, "Differential privacy: the ε that the run may spend; the noise is the least that keeps it (needs zotune[privacy])."
+    )
+    dp_noise_multiplier: float | None = option(
+        None, "Differential privacy: the noise's standard deviation over the largest change by one example, in place of dp_epsilon."
+    )
+    dp_clip: float | None = option(None, "Differential privacy: the size to which each example's coefficient is clipped.")
+    dp_delta: float = option(1e-5, "Differential privacy: δ, below one over the number of training examples.")
+    dp_neighbors: str = option(
+        "add-or-remove",
+        "Differential privacy: whether data sets with or without an example are hard to tell apart (add-or-remove), or those with another "
+        "one in its place (replace-one, which is stronger).",
+        choices=list(NEIGHBORS),
     )
     max_nonfinite_steps: int = option(10, "Consecutive steps with a non-finite loss after which training stops.")
 
@@ -149,6 +164,7 @@ class ZOConfig(TrainingArguments):
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # never read: max_steps takes precedence
         chosen = self.chosen_method()
+        privacy_options.check(self, chosen)
         self._settle_learning_rate(chosen)
         launched = max(Workers().size, int(os.environ.get("WORLD_SIZE") or 1))
         if launched > 1 and not torch.accelerator.is_available():

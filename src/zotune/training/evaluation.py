@@ -83,7 +83,7 @@ class EvaluatedTrainer(CheckpointedTrainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As in `transformers.Trainer`; token ids without embeddings are refused, and classifiers get padding of their own."""
         if isinstance(inputs, Mapping) and isinstance(ids := inputs.get("input_ids"), Tensor):
-            rows = _embedding_rows(self.model)
+            rows = embedding_rows(self.model)
             if rows is not None and ids.device.type == "cpu" and ids.numel():  # elsewhere it would wait for the device
                 check_token(int(ids.max()), rows, self.processing_class)
             if classifier_of(self.model) is not None:
@@ -247,7 +247,7 @@ def measured(trainer: EvaluatedTrainer, examples: Any) -> dict[str, float]:
     return metrics
 
 
-def _embedding_rows(model: nn.Module) -> int | None:
+def embedding_rows(model: nn.Module) -> int | None:
     """Rows of the table that token ids are looked up in; None where it is unknown."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None

@@ -70,6 +70,13 @@ CONDITIONAL: dict[str, tuple[Callable[[Mapping[str, Any], Collection[str]], bool
         ATTRIBUTE_FIELDS, (lambda values, given: bool(values["attribute"]), "it is an option of shares of examples (--attribute)")
     ),
     **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), (lambda values, given: bool(values["push_to_hub"]), _PUSHED)),
+    **dict.fromkeys(
+        ("train_sampling_strategy", "data_seed", "dataloader_drop_last"),
+        (
+            lambda values, given: values["dp_epsilon"] is None and values["dp_noise_multiplier"] is None,
+            "a private run draws each example with the same probability, by its secret key",
+        ),
+    ),
     "run_name": (lambda values, given: _reports(values), "it names the run for --report_to, which is none"),
     "project": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),
     "trackio_space_id": (lambda values, given: _reports(values, "trackio"), "it is an option of --report_to trackio"),

@@ -105,6 +105,7 @@ def resume(optimizer: ZerothOrder, path: Path, checkpoint_folder: str | None, *,
     here = optimizer.header(base=checkpoint_folder is None)
     names = [name for name in ("format", "method", "options", "seed", "groups", "base") if name in here]
     different = [name for name in names if journal.header.get(name) != here[name]]
+    different += ["privacy"] if journal.header.get("privacy") != here.get("privacy") else []
     identity.check_dtypes(
         journal.path,
         *(sorted({dtype for group in each["groups"] for _, _, dtype in group["parameters"]}) for each in (journal.header, here)),

@@ -34,6 +34,7 @@ OPTIONS: Mapping[Rule, str] = {
         method eps num_directions directions_per group_size direction estimator fitness rank interval momentum update_rule update_rule_args
         method_args learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay anchor_decay max_grad_norm
         label_smoothing_factor adam_beta1 adam_beta2 adam_epsilon optim optim_args optim_target_modules neftune_noise_alpha
+        dp_epsilon dp_noise_multiplier dp_clip dp_delta dp_neighbors
         seed data_seed train_sampling_strategy length_column_name dataloader_drop_last ignore_data_skip average_tokens_across_devices
         attn_implementation quantize n_ctx n_ubatch cache_type tokenizer_name
         task template options objective loss_over num_train num_dev k_shot num_demonstrations demonstrations_per bos_token max_length

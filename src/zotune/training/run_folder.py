@@ -38,9 +38,13 @@ ADAPTER_FOLDER = "initial_adapter"
 HEAD_FILE = "initial_head.safetensors"
 PROBE_FILE = "linear_probe.safetensors"
 ROWS_FILE = "attributed_rows.jsonl"
+#: The key of a private run, which is never published.
+PRIVATE_KEY = "_private/noise.key"
 
 #: Names that a run gives to files in its folder; where no run has, they are somebody else's.
-_OWN_FILES = (JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE, COMPLETIONS_FILE, ROWS_FILE)
+_OWN_FILES = (
+    JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE, COMPLETIONS_FILE, ROWS_FILE, PRIVATE_KEY,
+)  # fmt: skip
 _NAMES_OF_A_MODEL = (
     "config.json",
     "model.safetensors",
@@ -166,6 +170,9 @@ def clear_run(folder: Path) -> None:
         storage.delete_named(place)
     for path in run_files(folder):
         path.unlink(missing_ok=True)
+    secret = (folder / PRIVATE_KEY).parent
+    if secret.is_dir() and not any(secret.iterdir()):
+        secret.rmdir()
     storage.remove_drafts(folder)
     (folder / RUN_FILE).unlink()
 

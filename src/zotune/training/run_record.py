@@ -52,7 +52,7 @@ class RunRecord:
             before: metrics before training.
         """
         check_in_place(self.folder)
-        examples = run_file.examples_of(self.data.train)
+        examples = run_file.examples_of(self.data.train, self.trainer.private_key(new=True) if self.trainer.private else None)
         write_json(
             self.folder / run_folder.RUN_FILE,
             {
@@ -91,7 +91,8 @@ class RunRecord:
         content = run_folder.read_run(self.folder)
         run = run_file.parsed(content, path)
         run_file.check_base(path, run, self.trainer.base)
-        run_file.check_examples(path, run, run_file.examples_of(self.data.train), self.config)
+        key = self.trainer.private_key(new=False) if self.trainer.private else None
+        run_file.check_examples(path, run, run_file.examples_of(self.data.train, key), self.config)
         if run.batch is not None:
             resume_rules.micro_batch(path, run.batch, self.trainer.batch_by_options(), self.processes)
         changed = run_file.changes(run, self.config)
@@ -172,6 +173,7 @@ class RunRecord:
                 "first_learning_rate": next((e["learning_rate"] for e in history if "learning_rate" in e), None),
                 "eps": optimizer.eps,
                 "steps": self.trainer.state.global_step,
+                **({"privacy": self.trainer.spent()} if self.trainer.private else {}),
                 # Of a first-order method: the cost of its passes in forward passes (a backward pass counts as two).
                 "forward_passes": optimizer.forward_passes,
                 "sequences_evaluated": optimizer.sequences_evaluated,

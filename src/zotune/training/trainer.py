@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -38,6 +37,7 @@ from zotune.training.evaluation import Batch, LossFunction, Objective, bound, la
 from zotune.training.log_sums import StepSums
 from zotune.training.model_loss import SAMPLE, ModelLoss
 from zotune.training.out_of_memory import is_out_of_memory, memory_advice
+from zotune.training.private_trainer import PrivateTrainer
 from zotune.training.raw_text import with_encoded_texts
 from zotune.training.reward_options import check_no_gradient
 from zotune.training.rewarded import rewards_of
@@ -50,7 +50,7 @@ from zotune.weights.structure import uncompiled
 DECAY = 0.3
 
 
-class ZOTrainer(AttributedTrainer):
+class ZOTrainer(AttributedTrainer, PrivateTrainer):
     """`transformers.Trainer` that trains with forward passes only: no backward pass, no `.grad`, inference memory.
 
     With a first-order `method` (:mod:`zotune.baselines`), gradients come from a backward pass, and there is no journal.
@@ -280,9 +280,8 @@ class ZOTrainer(AttributedTrainer):
         examples = self._sample_batches if has_length(self.train_dataset) else None
         anchor, self._anchor = self._anchor or self._anchored(), None
         common |= {"anchor_decay": args.anchor_decay, "anchor": anchor}
-        optimizer = ZerothOrder(
-            self.model, self._method(), forward_batching=args.forward_batching, workers=self.workers, sample_batches=examples, **common
-        )
+        common |= {"forward_batching": args.forward_batching, "privacy": self.privacy() if self.private else None}
+        optimizer = ZerothOrder(self.model, self._method(), workers=self.workers, sample_batches=examples, **common)
         if self.rewards is not None:
             self.rewards.evaluates_by(optimizer.method)
         return optimizer
@@ -292,19 +291,17 @@ class ZOTrainer(AttributedTrainer):
         return self._loss_of(self._draw_batches(step, count))[1]
 
     def _draw_batches(self, step: int, count: int) -> list[Batch]:
+        return self._batches_of(np.random.default_rng((self.args.seed, step)).permutation(len(self.train_dataset))[:count].tolist(), step)
+
+    def _batches_of(self, chosen: Sequence[int], step: int) -> list[Batch]:
         size = self.args.per_device_train_batch_size
-        chosen = np.random.default_rng((self.args.seed, step)).permutation(len(self.train_dataset))[:count].tolist()
         pieces = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         with isolated_generators(Key(self.args.seed, step, 0, "", "sample"), []):  # a collator may draw
             return [self._prepare_inputs(self._collated(piece)) for piece in pieces]
 
-    def _collated(self, indices: list[int]) -> Batch:
+    def _collated(self, indices: Sequence[int]) -> Batch:
         """A batch of training examples, as the data loader makes it."""
-        dataset, collate = self.train_dataset, self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="training")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="training")
+        dataset, collate = self._training_rows()
         return collate([dataset[index] for index in indices])
 
     def _method(self) -> Method:
@@ -329,7 +326,7 @@ class ZOTrainer(AttributedTrainer):
         if not self.accelerator.sync_gradients:
             return nothing
         batches, self._micro_batches = self._micro_batches, []
-        loss_fn, batches = self._loss_of(batches, num_items_in_batch)
+        loss_fn, batches = self._sampled() if self.private else self._loss_of(batches, num_items_in_batch)
         start = time.perf_counter()
         try:
             self.zo_optimizer.step(loss_fn, batches[0] if len(batches) == 1 else batches)
@@ -343,8 +340,9 @@ class ZOTrainer(AttributedTrainer):
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        self._since_log.add(report, seconds)
-        self._since_train.add(report, seconds)
+        if not self.private:
+            self._since_log.add(report, seconds)
+            self._since_train.add(report, seconds)
         loss = torch.as_tensor(report.loss, dtype=torch.float32, device=self.args.device)
         return loss if math.isfinite(report.loss) else nothing  # the report is on the CPU: nothing waits for the device
 

@@ -394,13 +394,14 @@ _VALUES = {
     "hub_model_id": "x", "hub_revision": "x", "local_rank": "0", "eval_strategy": "steps", "eval_steps": "2", "eval_delay": "1",
     "metric_for_best_model": "loss", "per_device_eval_batch_size": "2", "eval_accumulation_steps": "1", "num_eval": "4", "run_name": "x",
     "num_train_epochs": "2", "save_steps": "2", "save_total_limit": "1", "logging_steps": "2", "project": "x", "trackio_space_id": "x",
-    "trackio_bucket_id": "x", "trackio_static_space_id": "x",
+    "trackio_bucket_id": "x", "trackio_static_space_id": "x", "train_sampling_strategy": "random", "data_seed": "1",
     "attribute_every": "2", "attribute_examples": "8",
 }  # fmt: skip
 _BESIDE = {
     "num_train_epochs": ["--max_steps", "2"], "eval_steps": ["--eval_strategy", "epoch"], "save_steps": ["--save_strategy", "epoch"],
     "save_total_limit": ["--save_strategy", "no"], "save_only_model": ["--save_strategy", "no"],
     "logging_steps": ["--logging_strategy", "epoch"], "overwrite_output_dir": ["--resume_from_checkpoint", "true"],
+    **dict.fromkeys(("train_sampling_strategy", "data_seed", "dataloader_drop_last"), ["--dp_noise_multiplier", "1"]),
 }  # fmt: skip
 
 

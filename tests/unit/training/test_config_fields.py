@@ -68,10 +68,16 @@ IRRELEVANT = {
 # --- it acts: the test that shows it ---
 
 _HERE = "tests/unit/training/test_config_effects.py::"
+_PRIVATE = "tests/unit/training/test_private_runs.py::"
 _TRAINER = "tests/unit/training/test_trainer.py::"
 SHOWN_BY = {
     "attribute_every": "tests/unit/attribution/test_shares.py::test_steps_between_the_measured_ones_are_scaled",
     "attribute_examples": "tests/unit/attribution/test_shares.py::test_fewer_validation_examples_are_evaluated",
+    "dp_epsilon": _PRIVATE + "test_a_run_spends_no_more_than_its_epsilon",
+    "dp_noise_multiplier": _PRIVATE + "test_a_run_writes_no_loss_and_its_key_for_the_owner_alone",
+    "dp_clip": "tests/unit/optim/test_privacy.py::test_the_noise_has_the_stated_deviation",
+    "dp_delta": "tests/unit/optim/test_privacy.py::test_epsilon_is_that_of_published_settings",
+    "dp_neighbors": "tests/unit/optim/test_privacy.py::test_epsilon_is_that_of_published_settings",
     "report_to": _TRAINER + "test_tensorboard_gets_its_event_file",
     "load_best_model_at_end": _TRAINER + "test_the_best_model_is_loaded_at_the_end",
     "max_nonfinite_steps": _TRAINER + "test_a_loss_that_stays_nan_stops_the_run_and_names_the_step",
