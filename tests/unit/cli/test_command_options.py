@@ -401,7 +401,7 @@ _BESIDE = {
     "num_train_epochs": ["--max_steps", "2"], "eval_steps": ["--eval_strategy", "epoch"], "save_steps": ["--save_strategy", "epoch"],
     "save_total_limit": ["--save_strategy", "no"], "save_only_model": ["--save_strategy", "no"],
     "logging_steps": ["--logging_strategy", "epoch"], "overwrite_output_dir": ["--resume_from_checkpoint", "true"],
-    **dict.fromkeys(("train_sampling_strategy", "data_seed", "dataloader_drop_last"), ["--dp_noise_multiplier", "1"]),
+    **{name: ["--dp_noise_multiplier", "1"] for name in ("train_sampling_strategy", "data_seed", "dataloader_drop_last")},
 }  # fmt: skip
 
 
