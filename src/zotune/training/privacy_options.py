@@ -62,9 +62,9 @@ def check(config: Any, chosen: Any) -> None:
         reason = privacy_refusals.SEVERAL
     if reason is not None:
         raise ValueError(reason)
-    for name, (usual, why) in REFUSED.items():
+    for name, (allowed, why) in REFUSED.items():
         value = getattr(config, name)
-        if value not in usual:
+        if value not in allowed:
             raise ValueError(f"{name}={value!r} cannot be used in a private run: {why}; leave it out.")
 
 

@@ -104,7 +104,7 @@ def resume(optimizer: ZerothOrder, path: Path, checkpoint_folder: str | None, *,
     journal = optimizer.journal or Journal.open(path)
     here = optimizer.header(base=checkpoint_folder is None)
     names = [name for name in ("format", "method", "options", "seed", "groups", "base") if name in here]
-    different = [name for name in names if journal.header.get(name) != here[name]]
+    different: list[str] = [name for name in names if journal.header.get(name) != here[name]]
     different += ["privacy"] if journal.header.get("privacy") != here.get("privacy") else []
     identity.check_dtypes(
         journal.path,
