@@ -70,7 +70,7 @@ def privacy_of(config: ZOConfig, examples: int, batch_size: int, steps: int, rec
     Raises:
         ValueError: a value is out of range, or a resumed run would spend more than it may.
     """
-    options = {
+    options: dict[str, Any] = {
         "clip": config.dp_clip,
         "examples": examples,
         "batch_size": batch_size,
