@@ -24,6 +24,7 @@ COMMANDS = {
     "replay": ("zotune.cli.replay:main", "rebuild the trained weights from the base model and a run's journal"),
     "influence": ("zotune.cli.influence:main", "list the training examples by how much they changed a validation loss"),
     "merge": ("zotune.cli.merge:main", "average runs of one base model, from their journals, into one model"),
+    "export": ("zotune.cli.export:main", "write a finished run as an adapter of PEFT, a whole model, or a GGUF file"),
     "convert": ("zotune.cli.convert:main", "write a checkpoint as a GGUF file, for llama.cpp and Ollama"),
     "report": ("zotune.cli.report:main", "write a page on one or several runs: results, curves, memory, options"),
     "push": ("zotune.cli.push:main", "push a finished run to the Hugging Face Hub: model, card, journal, curve"),

@@ -38,6 +38,7 @@ _CLI, _OFFLOAD = "tests/integration/test_cli.py::", "tests/unit/weights/test_off
 _HOSTILE = "tests/integration/test_hostile.py::test_a_foreign_model_is_refused_and_runs_nothing"
 _CHAT = "tests/unit/tasks/test_chat.py::test_tools_calls_and_variables_reach_the_template"
 _PUSH = "tests/unit/publishing/"
+_EXPORT = _PUSH + "test_export.py::"
 _DISK = _OFFLOAD + "test_the_command_line_trains_from_disk_as_from_memory"
 _BENCH = "tests/unit/bench/test_bench.py::test_a_killed_bench_ends_with_the_table_of_an_unbroken_one"
 _RUN = _CLI + "test_a_run_leaves_model_summary_curve_and_replayable_journal"
@@ -180,6 +181,9 @@ ROWS: dict[str, dict[str, str]] = {
     "influence": dict.fromkeys(("run", "top", "by", "out", "plot"), _INFLUENCE),
     "convert": dict.fromkeys(("checkpoint", "out", "outtype", "overwrite"), _CONVERT),
     "report": dict.fromkeys(("runs", "out"), _PUSH + "test_report.py::test_a_page_shows_results_options_and_commands"),
+    "export": dict.fromkeys(("run", "to", "output_dir"), _EXPORT + "test_a_low_rank_run_is_an_adapter")
+    | {"rank": _EXPORT + "test_what_a_rank_loses_is_said", "outtype": _EXPORT + "test_a_run_becomes_a_gguf_file"}
+    | {"base": _EXPORT + "test_the_base_may_have_moved", "trust_remote_code": _HOSTILE},
     "push": dict.fromkeys(("run", "repo", "private", "base_model"), _PUSH + "test_hub.py::test_a_pushed_run_loads_and_replays")
     | dict.fromkeys(("license", "dataset"), _PUSH + "test_published_files.py::test_a_published_run_is_whole_and_tells_no_paths")
     | {"dry_run": _PUSH + "test_published_files.py::test_an_unfinished_or_damaged_run_is_not_pushed"}
