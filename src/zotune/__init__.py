@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # Public names are imported when first asked for, so that `zotune --help` need not wait for torch.
 _PACKAGES = (
-    "baselines", "bundled", "engines", "errors", "forward", "memory", "methods", "objectives", "optim", "subspaces", "tasks", "training",
-    "weights",
+    "attribution", "baselines", "bundled", "engines", "errors", "forward", "memory", "methods", "objectives", "optim", "prompting",
+    "subspaces", "tasks", "training", "weights",
 )  # fmt: skip
 _MODULES = {name: f"zotune.{name}" for name in _PACKAGES} | {"schemes": "zotune.training.schemes"}
 _NAMES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -56,7 +56,7 @@ class PreparedData:
     label_names: tuple[str, ...] = ()
     chats: bool = False
     texts: tuple[str, ...] = ()
-    train_rows: Rows | None = None
+    train_rows: Rows | None = field(default=None, compare=False)
 
     @property
     def masked(self) -> bool:
