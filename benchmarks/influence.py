@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--checkpoint_steps", type=int, default=30)
     parser.add_argument("--subsets", type=int, default=30, help="retrainings of the first seed")
     parser.add_argument("--retrain_steps", type=int, default=10)
-    parser.add_argument("--retrain_lr", type=float, default=0.02)
+    parser.add_argument("--retrain_lr", type=float, default=0.002)
     args = parser.parse_args()
     for seed in args.seeds:
         study = Study(args, seed)

@@ -4,7 +4,8 @@
 
 Every rate, backprop's too, is found by one rule: runs of a quarter of the budget with the first seed, a decade apart, up from 1e-5 until
 the loss at the end is worse than at an earlier rate for the second time, then three times the best and a third of it. The best by the loss
-of all training examples runs with every seed over the whole budget. A sequence is one forward pass of one text, a backward pass counts as
+of all training examples runs with every seed over the whole budget; where one of those ends worse than the quarter of a run did, the next
+lower rate takes its place. A sequence is one forward pass of one text, a backward pass counts as
 two. Accuracy is that of examples held out of the training data. Memory is that of a step as ``zotune estimate`` predicts it, seconds are of
 the run over its steps on a machine that did other things too. ``--measured`` adds rows whose rate is measured, measuring counted.
 
@@ -121,6 +122,11 @@ def search(runs: Runs, args: argparse.Namespace, name: str, scheme: str) -> dict
     return dict(sorted(tried.items()))
 
 
+def whole(runs: Runs, args: argparse.Namespace, name: str, scheme: str, rate: float | str) -> list[dict[str, Any]]:
+    """Runs of the whole budget, one a seed."""
+    return [runs.of(cell(args, name, scheme, rate, seed, whole=True)) for seed in range(args.seeds)]
+
+
 def mean(numbers: list[float], digits: int = 3) -> str:
     spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 and all(map(math.isfinite, numbers)) else ""
     return f"{statistics.fmean(numbers):.{digits}f}{spread}"
@@ -145,7 +151,10 @@ def row(args: argparse.Namespace, contender: tuple[str, str, bool]) -> Row:
     runs = Runs(args.results)
     tried = {} if measured else search(runs, args, name, scheme)
     rate: float | str = "auto" if measured else min(tried, key=lambda r: tried[r])
-    found = [runs.of(cell(args, name, scheme, rate, seed, whole=True)) for seed in range(args.seeds)]
+    found = whole(runs, args, name, scheme, rate)
+    while not measured and rate > min(tried) and max(map(last, found)) > tried[rate]:
+        rate = max(r for r in tried if r < rate)
+        found = whole(runs, args, name, scheme, rate)
     losses = [last(r) for r in found]
     seconds = statistics.median(r["step_seconds"] for r in found)
     text = (
