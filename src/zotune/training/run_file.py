@@ -157,7 +157,7 @@ def _flat(groups: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absolute(data: dict[str, Any]) -> dict[str, Any]:
     """The data options with absolute paths, for a later `zotune eval` from any folder."""
-    for name in ("data_dir", "train_file", "eval_file", "guard_file", "tools"):
+    for name in ("data_dir", "train_file", "eval_file", "guard_file", "attribute", "tools"):
         if data[name] is not None:
             data[name] = str(Path(data[name]).expanduser().resolve())
     for name in ("task", "guard_task"):
