@@ -14,7 +14,7 @@ from torch import nn
 from zotune.cli.parser import CommandParser
 from zotune.cli.replay import merged, new_folder
 from zotune.io.sizes import size_text
-from zotune.training import run_folder
+from zotune.publishing.finished import finished
 from zotune.training.arguments import ModelArguments
 from zotune.training.checkpoint import contents, storage
 from zotune.training.checkpoint.files import GGUF_ADAPTER
@@ -61,14 +61,9 @@ class Source:
     """A finished run, its trained model and its base model."""
 
     def __init__(self, run: Path, base: str | None, trust_remote_code: bool) -> None:
-        self.run, self.record = run, run_folder.read_run(run)
-        if not (run / run_folder.SUMMARY_FILE).is_file():
-            raise ValueError(f"the run in {run} has not ended: resume it with --resume_from_checkpoint true, then export it.")
+        self.run, self.record = run, finished(run, "export")
         if not (run / storage.MANIFEST).is_file():
             raise ValueError(f"the run in {run} left no model, so there is nothing to export.")
-        damage = storage.damage(run)
-        if damage is not None:
-            raise ValueError(f"the model in {run} is not whole: {damage}.")
         self.base = base or str(self.record.get("base_model") or "")
         self.trust = trust_remote_code
         self.adapter = (run / "adapter_config.json").is_file()

@@ -71,7 +71,8 @@ def adapter_of(base: nn.Module, trained: nn.Module, rank: int | None = None, fre
         module, _, kind = name.rpartition(".")
         if kind == "weight" and name not in set(fresh) and _factors(modules[module]):
             transposed = _transposed(modules[module])
-            factors[module] = _Spectrum.of(before[name], after[name], transposed)
+            same = next((other for other in factors if after[f"{other}.weight"] is after[name]), None)  # a head tied to the embedding
+            factors[module] = factors[same] if same is not None else _Spectrum.of(before[name], after[name], transposed)
         elif module and module not in whole:
             whole.append(module)
         elif not module:

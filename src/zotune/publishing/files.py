@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.io.json_files import write_json
+from zotune.publishing.finished import finished
 from zotune.training import run_folder
 from zotune.training.checkpoint import storage
 from zotune.training.checkpoint.files import GGUF_SOURCE, MODELFILE, save_json
@@ -50,12 +51,7 @@ class PublishedFiles:
 
     def __init__(self, run: Path, folder: Path, base: str | None = None) -> None:
         self.run, self.folder = run, folder
-        record = run_folder.read_run(run)
-        if not (run / run_folder.SUMMARY_FILE).is_file():
-            raise ValueError(f"the run in {run} has not ended: resume it with --resume_from_checkpoint true, then push it.")
-        damage = storage.damage(run) if (run / storage.MANIFEST).is_file() else None
-        if damage is not None:
-            raise ValueError(f"the model in {run} is not whole: {damage}")
+        record = finished(run, "push")
         self.local_base = str(record.get("base_model") or "")
         self.base = base or (self.local_base if not os.path.isabs(self.local_base) else None)
         adapter = run / run_folder.ADAPTER_FOLDER
