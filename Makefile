@@ -1,4 +1,4 @@
-# make setup | test | lint | check | chaos | fuzz | quickstart | clean
+# make setup | test | lint | check | docs | build | chaos | fuzz | quickstart | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,6 +6,8 @@ STAMP := $(VENV)/.zotune-installed
 ENCODER := $(VENV)/.encoder-installed
 ENGINE := $(VENV)/.engine-installed
 TRACE := $(VENV)/.trace-installed
+SITE := $(VENV)/.docs-installed
+RELEASE := $(VENV)/.release-installed
 # --no-compile: Python writes the bytecode of a module when it is first imported; of all of them it takes pip 45 s.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
 EXTRAS := dev,peft,tensorboard,optimizers,privacy
@@ -16,7 +18,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 SHARED := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine-wheel test lint check chaos fuzz quickstart clean
+.PHONY: help setup engine-wheel test lint check docs build chaos fuzz quickstart clean
 
 help:
 	@echo "make quickstart  fine-tune the bundled small model, forward passes only (installs first)"
@@ -25,6 +27,8 @@ help:
 	@echo "make check       the same and the fast tests"
 	@echo "make chaos       kill, interrupt and starve small runs 200 times and compare them with the undisturbed ones (about 5 minutes)"
 	@echo "make fuzz        give each reader of files altered and generated inputs for a minute"
+	@echo "make docs        write the site of docs/ into build/site; a broken link is an error"
+	@echo "make build       write the wheel and the source distribution into dist/, checked"
 	@echo "make setup       make $(VENV) and install zotune into it with the tested versions"
 	@echo "make clean       remove caches and build output ($(VENV) stays)"
 
@@ -63,6 +67,24 @@ $(ENGINE): $(STAMP)
 	else \
 	    echo "the tests of GGUF files are skipped: llama.cpp needs a C++ compiler (Debian, Ubuntu: apt install build-essential)" >&2; \
 	fi
+
+$(SITE): $(STAMP)
+	$(PIP_INSTALL) -c constraints.txt -e ".[docs]"
+	@touch $@
+
+# About 20 s of one core.
+docs: setup $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html, or see it as it changes: $(BIN)/mkdocs serve"
+
+$(RELEASE): $(STAMP)
+	$(PIP_INSTALL) -c constraints.txt -e ".[release]"
+	@touch $@
+
+build: setup $(RELEASE)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 test: setup $(ENCODER) $(TRACE) $(ENGINE)
 	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED)

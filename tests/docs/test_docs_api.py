@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 import api_page
-from docs_pages import PAGES, name_of
+from docs_pages import PAGES, name_of, site_hooks
 
 DOTTED = r"\bzotune(?:\.[A-Za-z_]\w*)+"
 
@@ -17,6 +18,14 @@ DOTTED = r"\bzotune(?:\.[A-Za-z_]\w*)+"
 def test_the_page_is_made_from_the_docstrings():
     pytest.importorskip("gguf", reason="the page lists what reads GGUF files")
     assert api_page.PAGE.read_text(encoding="utf-8") == api_page.page(), "run: python tests/helpers/api_page.py"
+
+
+def test_the_site_shows_every_public_name():
+    pytest.importorskip("gguf", reason="the page lists what reads GGUF files")
+    names = {module: [name for name, _ in api_page.public(importlib.import_module(module))] for module in api_page.MODULES}
+    assert {module: sorted(found) for module, found in site_hooks().api_names().items()} == {
+        module: sorted(found) for module, found in names.items()
+    }
 
 
 def test_every_public_name_has_a_summary():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from docs_pages import DOCS, PAGES, ROOT, name_of
+from docs_pages import DOCS, PAGES, ROOT, name_of, site_hooks
 
 _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -50,3 +50,20 @@ def test_no_page_is_too_long_or_names_a_path_outside(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 400
     assert "../shared" not in text
+
+
+def test_the_site_has_every_page_once() -> None:
+    def paths(entry) -> list[str]:
+        if isinstance(entry, dict):
+            entry = list(entry.values())
+        return [entry] if isinstance(entry, str) else [path for each in entry for path in paths(each)]
+
+    found = [path for path in paths(site_hooks().navigation()) if not path.startswith("reference/api/")]
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*") if page.suffix in (".md", ".ipynb")]
+    assert sorted(found) == sorted(pages)
+
+
+def test_links_out_of_the_pages_lead_to_the_repository() -> None:
+    text = "[a](../../src/zotune) [b](../../Makefile#x) [c](../index.md) [d](https://x.y)"
+    wanted = "[a](U/tree/main/src/zotune) [b](U/blob/main/Makefile#x) [c](../index.md) [d](https://x.y)"
+    assert site_hooks().outward(text, "how-to/page.md", "U") == wanted

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
@@ -20,6 +23,16 @@ _FILE = re.compile(r"^<!-- file: (\S+) -->\n```\w*\n(.*?)^```", re.DOTALL | re.M
 def name_of(page: Path) -> str:
     """A page's path below the repository, for messages and test names."""
     return page.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def site_hooks() -> ModuleType:
+    """docs/site_hooks.py, which makes the site's navigation and the pages of its API."""
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site_hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def python_blocks(page: Path) -> list[str]:
