@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from zotune.io.failures import explain
 from zotune.io.suggest import nearest
+from zotune.training.accelerate_launch import start_processes
 from zotune.training.quiet import quiet_environment
 
 #: Name -> (module:function, description).
@@ -97,6 +98,8 @@ def _dispatch(words: list[str]) -> int:
         kind = "option" if name.startswith("-") else "command"
         raise ValueError(f"unknown {kind} {name!r}: {hint}")
     quiet_environment()
+    if name == "train":
+        start_processes()
     module, _, function = COMMANDS[name][0].partition(":")
     return getattr(importlib.import_module(module), function)(rest)
 

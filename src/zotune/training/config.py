@@ -19,7 +19,7 @@ from zotune.optim.accounting import NEIGHBORS
 from zotune.optim.calibration.gains import gain, measurable
 from zotune.optim.distributed import Workers
 from zotune.optim.distributed.workers import CHECK_EVERY
-from zotune.training import privacy_options, refusals
+from zotune.training import accelerate_launch, privacy_options, refusals
 from zotune.training.arguments import option
 
 logger = logging.getLogger(__name__)
@@ -166,6 +166,9 @@ class ZOConfig(TrainingArguments):
         chosen = self.chosen_method()
         privacy_options.check(self, chosen)
         self._settle_learning_rate(chosen)
+        missing = accelerate_launch.asked()
+        if missing is not None:
+            raise ValueError(accelerate_launch.refusal(missing))
         launched = max(Workers().size, int(os.environ.get("WORLD_SIZE") or 1))
         if launched > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else Accelerate looks for a GPU's backend, and makes of each process a run of its own
