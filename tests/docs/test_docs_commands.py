@@ -51,7 +51,7 @@ def test_every_command_in_the_docs_exists_with_its_flags(capsys: pytest.CaptureF
 
 def _launched(words: list[str]) -> list[str]:
     """What a launcher of several processes starts."""
-    return words[words.index("-m") + 1 :] if words[0] == "torchrun" and "-m" in words else words
+    return words[words.index("-m") + 1 :] if words[0] in ("torchrun", "accelerate") and "-m" in words else words
 
 
 def _names(flags: set[str]) -> set[str]:

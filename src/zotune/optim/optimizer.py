@@ -165,13 +165,16 @@ class ZerothOrder(torch.optim.Optimizer):
         self.workers.from_first(create)
 
     @torch.no_grad()
-    def step(self, loss_fn: LossFunction | Callable[[], Tensor], batch: Any = NO_BATCH) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, loss_fn: LossFunction | Callable[[], Tensor] | None = None, batch: Any = NO_BATCH, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """One zeroth-order step.
 
         Args:
             loss_fn: ``loss_fn(batch)`` returns losses per example, shape (B,), or a scalar; without ``batch`` a closure.
             batch: any argument of ``loss_fn``. A *list* is a list of micro-batches, evaluated under the same directions. Several
                 workers pass the same batch, or each its own.
+            closure: torch's name of a ``loss_fn`` without a batch, by which Lightning Fabric passes it.
 
         Returns:
             The batch's mean loss over the evaluated points, a scalar float32 tensor.
@@ -181,7 +184,9 @@ class ZerothOrder(torch.optim.Optimizer):
             RankMismatchError: workers have different weights, settings or batches; names the ranks.
             ValueError: the loss has another shape; whatever ``loss_fn`` raises passes through, the weights untouched.
         """
-        if not callable(loss_fn):
+        if loss_fn is None and batch is NO_BATCH:
+            loss_fn, closure = closure, None
+        if not callable(loss_fn) or closure is not None:
             raise ValueError("step() needs a function that returns the loss: step(loss_fn, batch) or step(closure).")
         state = self.run.state
         private = self.private

@@ -45,7 +45,7 @@ def start_processes() -> None:
     missing = asked()
     if missing is None:
         return
-    if missing.machines > 1 or os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true" and _has_accelerator():
+    if missing.machines > 1 or (os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true" and _has_accelerator()):
         raise ValueError(refusal(missing))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -235,6 +235,7 @@ def other_model() -> nn.Module:
         (lambda m: ZerothOrder(m, "mezo", params=other_model().parameters()), "not one of the model's own"),
         (lambda m: [ZerothOrder(m, "lozo"), ZerothOrder(m, "lozo")], "already trained by another ZerothOrder"),
         (lambda m: ZerothOrder(m, "mezo").step(3), "needs a function that returns the loss"),
+        (lambda m: ZerothOrder(m, "mezo").step(print, closure=print), "needs a function that returns the loss"),
         (lambda m: ZerothOrder(m, "mezo").step(toys.loss_function(m), []), "empty list of micro-batches"),
         (lambda m: ZerothOrder(m, "mezo").step(lambda b: m(b[0]), toys.batch()), "returned shape"),
         (lambda m: ZerothOrder(m, "mezo").load_state_dict({"state": {}, "param_groups": []}), "not the state of a ZerothOrder"),
