@@ -1,4 +1,4 @@
-"""The pages of README.md and docs/, their code blocks, and the files that they show."""
+"""README.md, CONTRIBUTING.md, CHANGELOG.md and the pages of docs/, their code blocks, and the files that they show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 
 _PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _COMMANDS = re.compile(r"^(?:<!-- runs(?P<mark>[^\n]*?) -->\n)?```(?:console|bash|sh|shell)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE)
