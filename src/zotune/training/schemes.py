@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SCHEMES = ("full", "lora", "prefix", "prompt", "head", "bias", "scales")
 #: The schemes that put a PEFT adapter on the model.
 ADAPTERS = ("lora", "prefix", "prompt")
+# PEFT's word for every Linear and Conv1D layer but the output layer; as a name among others it means nothing to PEFT.
+_ALL_LINEAR = "all-linear"
 
 # A matrix that every subspace method trains in its subspace.
 _LARGE = (1 << 20, 1 << 20)
@@ -52,7 +54,9 @@ class Scheme:
     lora_r: int = option(8, "rank of the adapter")
     lora_alpha: float = option(16.0, "scale of the adapter: alpha / r")
     lora_dropout: float = option(0.0, "dropout before the adapter; acts in first-order training only")
-    lora_target_modules: list[str] | None = option(None, "names of the layers that get an adapter; peft's choice when not given")
+    lora_target_modules: list[str] | None = option(
+        None, "names of the layers that get an adapter, or all-linear: all but the output layer; peft's choice when not given"
+    )
     num_virtual_tokens: int = option(5, "length of a prefix or soft prompt, in tokens")
     trainable: list[str] | None = option(
         None, r"with full: train only parameters whose name matches one of these regular expressions, such as 'layers\.(2[0-3])\.'"
@@ -238,7 +242,7 @@ def _adapted(model: nn.Module, scheme: Scheme, fresh: Collection[str]) -> nn.Mod
             r=scheme.lora_r,
             lora_alpha=scheme.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=scheme.lora_dropout,
-            target_modules=scheme.lora_target_modules,
+            target_modules=_ALL_LINEAR if scheme.lora_target_modules == [_ALL_LINEAR] else scheme.lora_target_modules,
             modules_to_save=fresh_layers(model, fresh) or None,
             task_type=task,
         )

@@ -90,6 +90,13 @@ def test_an_untied_head_keeps_the_function_and_is_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded.lm_head.weight, 2 * loaded.model.embed_tokens.weight)
 
 
+def test_lora_on_all_linear_layers_but_the_head() -> None:
+    model = apply(llama(), "lora", lora_r=2, lora_target_modules=["all-linear"])
+    adapted = {key.partition(".lora_A")[0] for key, _ in model.named_parameters() if ".lora_A" in key}
+    linear = {f"base_model.model.{key}" for key, layer in llama().named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert adapted == linear - {"base_model.model.lm_head"} and len(adapted) == 14
+
+
 def test_a_classifiers_head() -> None:
     model = apply(bert(), "head")
     assert {key for key, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
