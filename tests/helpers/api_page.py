@@ -20,6 +20,7 @@ MODULES = {
     "zotune.objectives": "Losses per example ([add a loss](../how-to/add_loss.md)).",
     "zotune.tasks": "Rows, prompts, encoded examples, collators ([tasks](tasks.md)).",
     "zotune.training.schemes": "What is trained, also as `zotune.training.schemes` ([schemes](../how-to/lora_and_schemes.md)).",
+    "zotune.training.sft": "TRL's `SFTTrainer` with forward passes only ([TRL](../how-to/other_loops.md#trl)).",
     "zotune.subspaces": "Coordinates and their map to the weights.",
     "zotune.forward.layers": "Layer types ([add a layer type](../how-to/add_layer_type.md)).",
     "zotune.weights.offload": "Models larger than memory ([big models](../how-to/big_models.md)).",

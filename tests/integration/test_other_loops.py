@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import command_cases
+import examples
 import trainer_cases
 import zotune
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TEXTS = [f"the {noun} is {word}" for noun, word in itertools.product(("film", "plot", "cast"), command_cases.GOOD + command_cases.BAD)]
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{Path(name).stem}", EXAMPLES / name)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_fabric_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
@@ -33,7 +23,7 @@ def test_fabric_takes_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         lightning_fabric = pytest.importorskip("lightning_fabric")
         fabric = lightning_fabric.Fabric(accelerator="cpu", devices=1)
-    script = example("fabric.py")
+    script = examples.load("fabric.py")
     loader = script.loader_of(command_cases.word_tokenizer(["<s>"]), TEXTS, 6)
     options = {"method": "lozo", "lr": 1e-2, "seed": 3}
     ours, theirs = trainer_cases.tiny_llama(), trainer_cases.tiny_llama()

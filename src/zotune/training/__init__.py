@@ -2,4 +2,4 @@
 
 from zotune.io.lazy import submodules
 
-__getattr__ = submodules(__name__, "evaluation", "schemes")
+__getattr__ = submodules(__name__, "evaluation", "schemes", "sft")
