@@ -72,13 +72,13 @@ class SFTTrainer(ZOTrainer):
             raise ValueError(f"{next(iter(kwargs))} is a field of the ZOConfig: set it there.")
         options = {name: getattr(given, name, None) for name in OF_TRAINER}
         set_seed(config.seed)  # a new adapter draws from the global generator
-        model = _loaded(model, options, config.device, quantization_config)
-        tokenizer, processing_class = _tokenizer(model, processing_class, options)
+        loaded = _loaded(model, options, config.device, quantization_config)
+        tokenizer, processing_class = _tokenizer(loaded, processing_class, options)
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
-        limit, longest = context_limit(tokenizer, model.config)[0], options["max_length"]
+            loaded = get_peft_model(loaded, peft_config)
+        limit, longest = context_limit(tokenizer, loaded.config)[0], options["max_length"]
         form = RowFormat(
             tokenizer,
             options["dataset_text_field"] or "text",
@@ -91,7 +91,7 @@ class SFTTrainer(ZOTrainer):
         if data_collator is None and data["train_dataset"] is not train_dataset:
             data_collator = LanguageModelCollator(pad_token_id(tokenizer), over_tokens=True)
         super().__init__(
-            model,
+            loaded,
             config,
             data_collator=data_collator,
             processing_class=processing_class,
