@@ -145,7 +145,7 @@ def workload(args: argparse.Namespace, method: Any, dtype: str) -> Any:
 
     from zotune.memory.shapes import config_of, context_of
     from zotune.memory.workload import Workload
-    from zotune.tasks.preparation import is_encoder
+    from zotune.tasks.objective_choice import is_encoder
     from zotune.training.schemes import Scheme
 
     for name in ("batch_size", "sequence_length", "scored_tokens"):

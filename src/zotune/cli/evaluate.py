@@ -139,14 +139,13 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
             disable_tqdm=True,
             **rewarded,
         )
-        classes = prepared.label_names if prepared.train_objective == "classifier" else None
         set_seed(how.seed)
         searched = None if how.vote is None else _best_points(model, how.vote, how.use_cpu)
         if searched is not None:
             network = searched[0].model
         else:
             needs = needs_of(model, plan, config, prepared, None, Scheme())
-            network, fresh = load_model(plan, model, config.device, classes=classes, masked=prepared.masked, needs=needs)
+            network, fresh = load_model(plan, model, config.device, kind=prepared.kind, needs=needs)
             if fresh and plan.adapter is None:
                 raise ValueError(f"{plan.name} has no classification head yet, so there is nothing to evaluate; train it first.")
         trainer = ZOTrainer(

@@ -15,6 +15,8 @@ from zotune.cli.parser import CommandParser
 from zotune.cli.replay import merged, new_folder
 from zotune.io.sizes import size_text
 from zotune.publishing.finished import finished
+from zotune.tasks.model_kind import kind_of_record
+from zotune.training import run_folder
 from zotune.training.arguments import ModelArguments
 from zotune.training.checkpoint import contents, storage
 from zotune.training.checkpoint.files import GGUF_ADAPTER
@@ -76,13 +78,8 @@ class Source:
         """A model in evaluation mode, and its parameters that the files lack."""
         plan = plan_model(self.arguments(name), "zotune export")
         with torch.random.fork_rng(devices=[]):
-            model, fresh = load_model(
-                plan,
-                self.arguments(name),
-                torch.device("cpu"),
-                classes=self.record.get("classes"),
-                masked=self.record.get("masked") is True,
-            )
+            kind = kind_of_record(self.record, self.run / run_folder.RUN_FILE)
+            model, fresh = load_model(plan, self.arguments(name), torch.device("cpu"), kind=kind)
         return model.eval(), fresh
 
     def save_tokenizer(self, folder: Path) -> None:

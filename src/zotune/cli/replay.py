@@ -14,6 +14,7 @@ from torch import nn
 from zotune.cli.parser import CommandParser
 from zotune.optim.journal import Journal, verify
 from zotune.optim.replay import checked_header, replay
+from zotune.tasks.model_kind import kind_of_record
 from zotune.training import run_folder, schemes
 from zotune.training.arguments import ModelArguments
 from zotune.training.checkpoint import contents, storage
@@ -155,10 +156,7 @@ def base_model(base: str, journal: Journal, folder: Path, *, trust_remote_code: 
     adapter = folder / run_folder.ADAPTER_FOLDER
     if adapter.is_dir():
         plan = dataclasses.replace(plan, adapter=str(adapter))
-    classes = run.get("classes")
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
-        raise ValueError(f"{folder / run_folder.RUN_FILE} is damaged: its classes are no list of names.")
-    model, _ = load_model(plan, options, device, classes=classes, masked=run.get("masked") is True)
+    model, _ = load_model(plan, options, device, kind=kind_of_record(run, folder / run_folder.RUN_FILE))
     if run and plan.adapter is None:
         try:
             scheme = Scheme(**run.get("scheme", {}))

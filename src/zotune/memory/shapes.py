@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zotune.tasks.preparation import is_encoder
+from zotune.tasks.objective_choice import is_encoder
 from zotune.training.bounds import check_counts
 from zotune.training.loading import explained
 from zotune.weights.structure import text_config

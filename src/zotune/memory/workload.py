@@ -13,7 +13,7 @@ from zotune.baselines import Baseline, catalog
 from zotune.memory.shapes import build, config_from
 from zotune.methods import Method
 from zotune.subspaces import Guided
-from zotune.tasks.preparation import is_encoder
+from zotune.tasks.objective_choice import is_encoder
 from zotune.training import schemes
 from zotune.training.schemes import Scheme
 

@@ -12,6 +12,7 @@ from zotune.prompting.candidate import Candidate, as_task, check_task
 from zotune.prompting.scoring import Scorer, Scores
 from zotune.tasks import Encoder, Rows, Task, context_limit, is_encoder, load, load_rows, read_jsonl
 from zotune.tasks.masked import TEMPLATE
+from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.preparation import has_eval_rows
 from zotune.tasks.sources import clean, sample, split_train
 from zotune.training.arguments import ModelArguments
@@ -81,7 +82,7 @@ def workplace(model: ModelArguments, args: PromptArguments, scratch: str) -> Wor
         use_cpu=args.use_cpu,
         disable_tqdm=True,
     )
-    network, _ = load_model(plan, model, training.device, masked=masked)
+    network, _ = load_model(plan, model, training.device, kind=ModelKind("masked" if masked else "causal"))
     engine = None if plan.engine is None else plan.engine.engine
     scorer = Scorer(network, tokenizer, plan.config, encoder, training, masked=masked, engine=engine)
     start = Candidate(task.prompt, task.options)

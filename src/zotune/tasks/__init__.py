@@ -13,7 +13,8 @@ from zotune.tasks.task import Task
 
 if TYPE_CHECKING:
     from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator, MaskedCollator
-    from zotune.tasks.preparation import PreparedData, is_encoder, prepare
+    from zotune.tasks.objective_choice import is_encoder
+    from zotune.tasks.preparation import PreparedData, prepare
 
 # These import torch, which listing the tasks does not need.
 _LATE = {
@@ -23,7 +24,7 @@ _LATE = {
     "LanguageModelCollator": "collators",
     "MaskedCollator": "collators",
     "PreparedData": "preparation",
-    "is_encoder": "preparation",
+    "is_encoder": "objective_choice",
     "prepare": "preparation",
 }
 

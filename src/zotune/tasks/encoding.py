@@ -136,18 +136,21 @@ class Encoder:
                 "score: use a causal language model."
             )
 
-        def encode(row: Mapping[str, Any]) -> dict[str, Any]:
-            texts = task.encoder_texts(row)
-            encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
-            if self.limit is not None and len(encoded["input_ids"]) > self.limit:
-                if not self.truncate:
-                    raise ValueError(self.too_long(f"the text has {len(encoded['input_ids'])} tokens"))
-                self.facts.add(CUT)
-                encoded = self.tokenizer(*texts, truncation=True, max_length=self.limit, return_attention_mask=False, verbose=False)
-            kept = {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
-            return {**kept, "label": task.answer(row)}
+        return self.map_rows(rows, lambda row: {**self.whole(*task.encoder_texts(row)), "label": task.answer(row)})
 
-        return self.map_rows(rows, encode)
+    def whole(self, *texts: Any, what: str = "text", **options: Any) -> dict[str, list[int]]:
+        """input_ids, and token_type_ids where the tokenizer has them, of one text or a pair, with all special tokens.
+
+        ``options``: of the tokenizer. ValueError where it is too long; with ``truncate`` its end is cut.
+        """
+        encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False, **options)
+        if self.limit is not None and len(encoded["input_ids"]) > self.limit:
+            if not self.truncate:
+                raise ValueError(self.too_long(f"the {what} has {len(encoded['input_ids'])} tokens"))
+            self.facts.add(CUT)
+            cut = {"truncation": True, "max_length": self.limit}
+            encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False, **cut, **options)
+        return {name: list(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
 
     def map_rows(self, rows: Rows, function: Callable[..., dict[str, Any]], *values: Iterable[Any]) -> list[dict[str, Any]]:
         """:meth:`Rows.map`, and a line of the log on what befell how many rows."""

@@ -14,15 +14,17 @@ from zotune.tasks.chat import ChatOptions, read_tools, variables_of
 from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator, MaskedCollator
 from zotune.tasks.columns import format_of
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
+from zotune.tasks.families import Family, FamilyInputs, family_name, prepare_family
+from zotune.tasks.labelled import check_problem
 from zotune.tasks.masked import TEMPLATE, encode_masked
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
+from zotune.tasks.model_kind import ModelKind
+from zotune.tasks.objective_choice import objectives_of
 from zotune.tasks.prompts import RewardCollator, encode_prompts, is_chat, stop_tokens
 from zotune.tasks.sources import Rows, clean, demonstrated, demonstrated_anew, load_rows, read_jsonl, sample, split_train
-from zotune.tasks.task import MASK, Task
+from zotune.tasks.task import Task
 from zotune.tasks.vocabulary import check_vocabulary
 from zotune.weights.structure import text_config
-
-OBJECTIVES = ("lm", "choices", "accuracy", "classifier", "mlm", "reward")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class PreparedData:
         chats: whether the training data (else those to evaluate on) are messages.
         texts: the first texts that were encoded, of a few rows; none of chats.
         train_rows: the rows of the training examples, in their order.
+        kind: of the model that the data are for.
     """
 
     train: list[dict[str, Any]] | None
@@ -57,6 +60,7 @@ class PreparedData:
     chats: bool = False
     texts: tuple[str, ...] = ()
     train_rows: Rows | None = field(default=None, compare=False)
+    kind: ModelKind = field(default_factory=ModelKind)
 
     @property
     def masked(self) -> bool:
@@ -88,6 +92,7 @@ def prepare(
     num_demonstrations: int | None = None,
     demonstrations_per: str = "run",
     loss_over: str = "examples",
+    problem_type: str | None = None,
     bos_token: str | None = None,
     max_length: int | None = None,
     truncate: bool = False,
@@ -117,6 +122,7 @@ def prepare(
         num_demonstrations: training rows, drawn by `seed`, solved before every evaluated prompt.
         demonstrations_per: ``"run"`` (the same rows for all prompts) or ``"example"`` (others for each).
         loss_over: of the objective ``"lm"``: ``"examples"`` (the mean of their own means) or ``"tokens"`` (of a batch).
+        problem_type: of a classification head on rows with text and label, as transformers names it; None: as the labels say.
         bos_token: starts a prompt, in place of the tokenizer's own.
         max_length: most input tokens, if shorter than the model's context.
         truncate: cut what is too long instead of raising; the log says how many rows were cut.
@@ -142,7 +148,12 @@ def prepare(
         task = loader.load(task, template=template, options=options)
     elif template is not None or options is not None:
         raise ValueError("template and options need the name or path of a task: pass --task.")
-    train_objective, eval_objective = _objectives(objective, task, model_config)
+    train_rows = eval_rows = None
+    if task is None and objective in (None, "lm", "classifier") and (train_file or eval_file) is not None:
+        train_rows, eval_rows = _read(None, data_dir, train_file, eval_file, parts, num_demonstrations)
+    form = family_name(model_config, task, objective, train_rows if train_rows is not None else eval_rows)
+    check_problem(problem_type, form)
+    train_objective, eval_objective = ("family",) * 2 if form is not None else objectives_of(objective, task, model_config)
     if loss_over != "examples" and (loss_over != "tokens" or train_objective != "lm"):
         raise ValueError(f"loss_over={loss_over!r} is 'examples', or with the objective 'lm' 'tokens', and this is {train_objective!r}.")
     if demonstrations_per != "run" and (demonstrations_per != "example" or num_demonstrations is None):
@@ -155,7 +166,7 @@ def prepare(
     limit, users = context_limit(tokenizer, model_config, max_length)
     encoder = Encoder(tokenizer, limit, truncate, users, _chat_options(tools, chat_template_kwargs, task), bos_token)
     padding: dict[str, Any] = {"pad_token_id": pad_token_id(tokenizer), "pad_to_multiple_of": pad_to_multiple_of}
-    if train_objective == "classifier":
+    if train_objective == "classifier" or form == "labelled":
         _align_padding(model_config, padding["pad_token_id"])
 
     references: list[tuple[str, ...]] = []  # of the dev and eval examples of a generation task
@@ -163,6 +174,8 @@ def prepare(
     def encode(rows: Rows | None, task: Task | None = task, evaluated: bool = False) -> list[dict[str, Any]] | None:
         if rows is None:
             return None
+        if family is not None:
+            return family.encode(rows, evaluated)
         if train_objective == "reward":
             return encode_prompts(encoder, rows, task, max_completion_length=max_completion_length)
         if task is None:
@@ -180,8 +193,12 @@ def prepare(
 
     if num_demonstrations is not None and (task is None or eval_objective not in ("choices", "generation", "mlm")):
         raise ValueError("num_demonstrations needs a task with prompts, and a causal or masked language model: pass --task.")
-    train_rows = _train_rows(task, data_dir, train_file) if "train" in parts or num_demonstrations is not None else None
-    eval_rows = _eval_rows(task, data_dir, train_file, eval_file) if "eval" in parts else None
+    if train_rows is None and eval_rows is None:
+        train_rows, eval_rows = _read(task, data_dir, train_file, eval_file, parts, num_demonstrations)
+    family: Family | None = None
+    if form is not None:
+        family = prepare_family(form, FamilyInputs(encoder, model_config, train_rows, eval_rows, padding, problem_type))
+        train_objective, eval_objective = family.train_objective, family.eval_objective
     if data_dir is not None and (task is None or ("train" in parts and train_file is not None and eval_file is not None)):
         raise ValueError(
             "data_dir holds the rows of tasks, and none of them is read: pass --task without both files, or leave data_dir out."
@@ -220,7 +237,12 @@ def prepare(
     if rewarded:
         padding["stops"] = stop_tokens(encoder, train or evaluated or (), task)
     collate = partial(_collator, task=task, encoder=encoder, padding=padding)
-    check_vocabulary(tokenizer, model_config, padding["pad_token_id"], chain(train or (), dev or (), evaluated or ()))
+    examples = chain(train or (), dev or (), evaluated or ())
+    if family is not None:
+        examples = ({"input_ids": ids} for example in examples for ids in family.ids(example))
+    check_vocabulary(tokenizer, model_config, padding["pad_token_id"], examples)
+    if family is not None:
+        return prepared_family(family, train, dev, evaluated, tuple(encoder.texts), train_rows)
     return PreparedData(
         train=train,
         dev=dev,
@@ -237,7 +259,14 @@ def prepare(
         chats=is_chat(train or evaluated or ()) if rewarded else task is None and shown is not None and format_of(shown)[0] == "messages",
         texts=tuple(encoder.texts),
         train_rows=train_rows,
+        kind=_kind(train_objective, task),
     )
+
+
+def _kind(objective: str, task: Task | None) -> ModelKind:
+    if objective == "classifier" and task is not None:
+        return ModelKind("classifier", task.label_names)
+    return ModelKind("masked" if objective == "mlm" else "causal")
 
 
 def _chat_options(tools: Any, variables: Mapping[str, Any] | None, task: Task | None) -> ChatOptions | None:
@@ -273,73 +302,30 @@ def _collator(objective: str, task: Task | None, encoder: Encoder, padding: Mapp
     return collators[objective](**padding)
 
 
-def is_encoder(model_config: Any) -> bool:
-    """Whether a model is an encoder or a sequence classifier."""
-    architectures = getattr(model_config, "architectures", None) or []
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
-        return True
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        return False
-    if model_config is None or getattr(model_config, "is_decoder", False):
-        return False
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    return model_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-def _objectives(objective: str | None, task: Task | None, model_config: Any) -> tuple[str, str]:
-    if objective is not None and objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}.")
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise ValueError(f"{model_config.model_type} is an encoder-decoder model: use a causal language model or an encoder.")
-    masked = task is not None and task.has_mask
-    if masked and objective is None and is_encoder(model_config):
-        objective = "mlm"
-    if objective == "mlm":
-        _check_masked(task, model_config)
-        return "mlm", "mlm"
-    if masked:
-        raise ValueError(f"the prompt has a {MASK}, which the head of a masked language model fills: use an encoder and --objective mlm.")
-    if is_encoder(model_config):
-        if objective in ("lm", "choices", "accuracy", "reward"):
-            raise ValueError(
-                f"objective {objective!r} needs a causal language model, and this is a sequence classifier "
-                f"({model_config.model_type}): leave the objective out."
-            )
-        objective = "classifier"
-    if objective == "reward":
-        return "reward", "reward"
-    if task is None:
-        if objective in ("choices", "accuracy", "classifier"):
-            raise ValueError(f"objective {objective!r} needs a task with labels: pass --task (a name or your own YAML file).")
-        return "lm", "lm"
-    if objective == "classifier":
-        return "classifier", "classifier"
-    if task.generation:
-        if objective in ("choices", "accuracy"):
-            raise ValueError(f"task {task.name!r} has no options to score, its answers are generated: leave the objective out.")
-        return "lm", "generation"
-    return objective or "lm", "choices"
+def prepared_family(family: Family, train: Any, dev: Any, evaluated: Any, texts: tuple[str, ...], rows: Rows | None) -> PreparedData:
+    """The data of a family."""
+    return PreparedData(
+        train,
+        dev,
+        evaluated,
+        family.collate_train,
+        family.collate_eval,
+        family.train_objective,
+        family.eval_objective,
+        family.compute_metrics,
+        family.compute_metrics.metrics[0],
+        num_labels=len(family.kind.labels) or None,
+        label_names=family.kind.labels,
+        texts=texts,
+        train_rows=rows,
+        kind=family.kind,
+    )
 
 
-def _check_masked(task: Task | None, model_config: Any) -> None:
-    """ValueError where there are no label words, or no masked language model's head."""
-    if task is None or task.generation:
-        raise ValueError(
-            "objective 'mlm' needs a task with labels, whose options are label words: pass --task (a name or your own YAML file)."
-        )
-    if model_config is None:
-        return
-    kind = getattr(model_config, "model_type", type(model_config).__name__)
-    if not is_encoder(model_config):
-        raise ValueError(
-            f"objective 'mlm' needs a masked language model such as BERT or RoBERTa, and {kind} is none: use 'choices' or 'lm'."
-        )
-    if any(name.endswith("ForSequenceClassification") for name in getattr(model_config, "architectures", None) or ()):
-        raise ValueError(
-            f"objective 'mlm' needs the head of a masked language model, and this {kind} is a sequence classifier: take the checkpoint "
-            "that it was made from, or leave the objective out."
-        )
+def _read(task: Task | None, data_dir: Any, train_file: Any, eval_file: Any, parts: Collection[str], shots: int | None) -> tuple[Any, Any]:
+    """The rows to train on and those to evaluate on; None where there are none."""
+    train = _train_rows(task, data_dir, train_file) if "train" in parts or shots is not None else None
+    return train, _eval_rows(task, data_dir, train_file, eval_file) if "eval" in parts else None
 
 
 def _train_rows(task: Task | None, data_dir: Any, train_file: Any) -> Rows | None:

@@ -177,6 +177,9 @@ class DataArguments(EvalDataArguments):
         "reaches (accuracy), of a classification head (classifier, the default for encoders), or over label words at a mask, by a masked "
         "language model's head (mlm)",
     )
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = option(
+        None, "of a head for rows with text and label: numbers, one class, or several labels; as the labels say when not given"
+    )
     loss_over: Literal["examples", "tokens"] = option(
         "examples", "with the objective lm: mean of the examples' own means, or over all scored tokens of a batch (tokens)"
     )

@@ -31,7 +31,8 @@ ROWS = "_rows"
 
 #: Options of data that say how a row is encoded.
 _ENCODING = (
-    "task", "template", "options", "objective", "loss_over", "bos_token", "max_length", "truncate", "tools", "chat_template_kwargs",
+    "task", "template", "options", "objective", "loss_over", "problem_type", "bos_token", "max_length", "truncate", "tools",
+    "chat_template_kwargs",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,8 @@ from zotune.io.inside import check_indexes
 from zotune.io.sizes import parse_size
 from zotune.io.text import read_text
 from zotune.tasks import PreparedData
-from zotune.training import base_identity, offloaded_loading
+from zotune.tasks.model_kind import ModelKind
+from zotune.training import base_identity, loading_kinds, offloaded_loading
 from zotune.training.adapters import check_fresh
 from zotune.training.arguments import ModelArguments
 from zotune.training.base_identity import BaseIdentity
@@ -111,61 +112,43 @@ def load_model(
     args: ModelArguments,
     device: torch.device,
     *,
-    classes: Sequence[str] | None = None,
-    masked: bool = False,
+    kind: ModelKind | None = None,
     needs: Needs | None = None,
     identify: bool = False,
 ) -> tuple[nn.Module, list[str]]:
-    """The model on the CPU, and the names of the parameters missing from its files (a classifier's new head, initialized at random).
+    """The model on the CPU, and the names of the parameters missing from its files (a new head, initialized at random).
 
     Args:
         plan: from `plan_model`.
         args: the user's options.
         device: where it will run, for dtype "auto".
-        classes: names of a classifier's classes; None for a language model.
-        masked: a masked language model, of an encoder.
+        kind: as what it is loaded; None: as a causal language model.
         needs: memory of a step beside the weights, for `--max_memory`.
         identify: sets ``plan.identity``.
 
     Raises:
-        ValueError: an adapter was trained on another base, the head has another number of classes, or a language model's files are
-            incomplete.
+        ValueError: an adapter was trained on another base, the head has other classes, or the model's files are incomplete.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
-
+    kind = ModelKind() if kind is None else kind
     if plan.gguf is not None:
-        return _load_gguf(plan, args, classes, identify), []
+        return _load_gguf(plan, args, kind, identify), []
     if args.offload == "cpu" and device.type == "cpu":
         raise ValueError("--offload cpu needs a GPU; on a CPU, --offload disk keeps blocks in the model's files.")
     options: dict[str, Any] = {"dtype": resolve_dtype(args.dtype, device), "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
-    config, kind = plan.config, AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    if classes is not None:
-        kind = AutoModelForSequenceClassification
-        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-        if has_head and config.num_labels != len(classes):
-            raise ValueError(f"{plan.name} has a classification head for {config.num_labels} classes, and the task has {len(classes)}.")
-        if not has_head:
-            config.num_labels = len(classes)
-            config.id2label = dict(enumerate(classes))
-            config.label2id = {name: index for index, name in enumerate(classes)}
+    config, loader = plan.config, loading_kinds.loader_of(kind, plan.config, plan.name)
+    if kind.has_new_head:
+        loading_kinds.set_head(config, kind, plan.name)
     model, info = explained(
-        plan.name, lambda: _read(plan.name, kind, args, device, needs, config=config, output_loading_info=True, **options)
+        plan.name, lambda: _read(plan.name, loader, args, device, needs, config=config, output_loading_info=True, **options)
     )
-    missing = sorted(info["missing_keys"])
-    if missing and masked:
-        raise ValueError(
-            f"{plan.name} has no complete head of a masked language model, its files lack {', '.join(missing[:3])}: take a "
-            "checkpoint with one, or --objective classifier."
-        )
-    if missing and classes is None:
-        raise ValueError(f"{plan.name} is not a complete language model: its files lack {', '.join(missing[:3])}.")
+    missing = loading_kinds.checked_missing(model, sorted(info["missing_keys"]), kind, plan.name)
     then = None if plan.adapter is None else base_identity.saved(Path(plan.adapter))
     if then is not None:
 
         def again(dtype: str) -> nn.Module:
-            return explained(plan.name, lambda: kind.from_pretrained(plan.name, config=config, **{**options, "dtype": dtype}))
+            return explained(plan.name, lambda: loader.from_pretrained(plan.name, config=config, **{**options, "dtype": dtype}))
 
         base_identity.check(then, model, plan.adapter or "", again, missing)
     if identify:
@@ -194,11 +177,13 @@ def check_texts(plan: ModelPlan, tokenizer: Any, data: PreparedData) -> None:
     check_tokenizer(tokenizer, plan.engine.engine, chain(data.texts, (tokenizer.decode(each) for each in ids)))
 
 
-def _load_gguf(plan: ModelPlan, args: ModelArguments, classes: Sequence[str] | None, identify: bool) -> nn.Module:
+def _load_gguf(plan: ModelPlan, args: ModelArguments, kind: ModelKind, identify: bool) -> nn.Module:
     from zotune.training import gguf_models
 
-    if classes is not None:
-        raise ValueError("llama.cpp computes language models, and --objective classifier trains a new head: use lm or choices.")
+    if kind.name != "causal":
+        raise ValueError(
+            "llama.cpp computes causal language models, and these data are for another kind: give prompts with completions, or text."
+        )
     model = plan.engine or gguf_models.load_engine(plan.gguf, plan.config, args)
     if identify:
         plan.identity = gguf_models.identity_of(model)

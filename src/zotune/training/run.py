@@ -97,10 +97,9 @@ class _Run:
         check_evaluations(training, data, guarded=guarded is not None)
         check_texts(plan, tokenizer, data)
         set_seed(training.seed)  # a new head or adapter draws from the global generator
-        classes = data.label_names if data.train_objective == "classifier" else None
         predict = self.predict_needs
         needs = None if predict is None else predict(config.model, plan, training, data, method, config.scheme)
-        model, fresh = load_model(plan, config.model, training.device, classes=classes, masked=data.masked, needs=needs, identify=True)
+        model, fresh = load_model(plan, config.model, training.device, kind=data.kind, needs=needs, identify=True)
         if fresh and config.scheme.scheme == "scales":
             raise ValueError("the model's head is randomly initialized, and --scheme scales does not train it: train it first.")
         if isinstance(method, Baseline) and method.kind != "backward":

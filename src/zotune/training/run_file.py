@@ -62,6 +62,7 @@ class RunFile:
     dtype: str | None = None
     classes: list[str] | None = None
     masked: bool = False
+    kind: dict[str, Any] = field(default_factory=dict)
     chats: bool = False
     metric: str | None = None
     before: dict[str, float | None] | None = None

@@ -65,6 +65,7 @@ class RunRecord:
                 "dtype": dtype_of(self.trainer.model),
                 "classes": list(self.data.label_names) if self.data.train_objective == "classifier" else None,
                 "masked": self.data.masked,
+                "kind": self.data.kind.to_record(),
                 "chats": self.data.chats,
                 "metric": self.data.main_metric,
                 "before": before,

@@ -185,7 +185,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 def _only(model: nn.Module, chosen: set[str]) -> nn.Module:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen and parameter.is_floating_point())
+        parameter.requires_grad_(name in chosen and parameter.is_floating_point() and not getattr(parameter, "unread", False))
     return model
 
 

@@ -125,6 +125,7 @@ _LOADING = _turned(MODEL, "test_an_option_of_the_model_acts") | {
 }
 _ROWS = _turned(DATA, "test_an_option_of_the_data_acts") | {
     "task": "tests/unit/tasks/test_tasks_rendered.py::test_every_task_goes_from_rows_to_metrics",
+    "problem_type": "tests/unit/training/test_model_families.py::test_a_head_is_trained_saved_and_evaluated",
     "loss_over": "tests/unit/tasks/test_protocol_options.py::test_the_loss_over_tokens_is_that_of_transformers",
     "tools": _CHAT,
     "chat_template_kwargs": _CHAT,

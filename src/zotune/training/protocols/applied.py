@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zotune.tasks.preparation import has_eval_rows, is_encoder
+from zotune.tasks.objective_choice import is_encoder
+from zotune.tasks.preparation import has_eval_rows
 from zotune.training.arguments import names_gguf
 from zotune.training.option_parser import option_words
 from zotune.training.protocols.protocol import Place, Protocol, Settings, load

@@ -1,0 +1,94 @@
+"""Rows without a task for models other than causal language models: which family of rows they are, and what prepares it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zotune.io.suggest import did_you_mean
+from zotune.tasks.encoding import Encoder
+from zotune.tasks.model_kind import ModelKind
+from zotune.tasks.objective_choice import is_encoder
+from zotune.tasks.sources import Rows
+from zotune.tasks.task import Task
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Rows of one form, and how they become batches.
+
+    Attributes:
+        kind: of the model that they are for.
+        train_objective, eval_objective: names of losses.
+        encode: rows, and whether they are evaluated on → examples.
+        collate_train, collate_eval: examples → batch.
+        compute_metrics: of predictions; its attribute ``metrics`` names them, the main one first.
+        ids: an example's lists of token ids.
+    """
+
+    kind: ModelKind
+    train_objective: str
+    eval_objective: str
+    encode: Callable[[Rows, bool], list[dict[str, Any]]]
+    collate_train: Collate
+    collate_eval: Collate
+    compute_metrics: Any
+    ids: Callable[[Mapping[str, Any]], Sequence[Sequence[int]]] = lambda example: (example["input_ids"],)
+
+
+@dataclass(frozen=True)
+class FamilyInputs:
+    """What families are prepared from.
+
+    Attributes:
+        encoder: tokenizer and length limit.
+        config: the model's configuration.
+        train_rows, eval_rows: all that were read; None where there are none.
+        padding: arguments of collators.
+        problem_type: given for a classification head.
+    """
+
+    encoder: Encoder
+    config: Any
+    train_rows: Rows | None
+    eval_rows: Rows | None
+    padding: Mapping[str, Any]
+    problem_type: str | None = None
+
+    @property
+    def rows(self) -> Rows:
+        """The rows to train on, else those to evaluate on."""
+        found = self.train_rows if self.train_rows is not None else self.eval_rows
+        assert found is not None, "there are rows"
+        return found
+
+
+def family_name(config: Any, task: Task | None, objective: str | None, rows: Rows | None) -> str | None:
+    """The family of rows for a model; None: of a causal language model, or a task of an encoder.
+
+    Raises:
+        ValueError: the rows are none that the model can be trained on.
+    """
+    if task is not None or rows is None or objective in ("mlm", "reward"):
+        return None
+    columns = set(rows.columns)
+    labelled = "text" in columns and bool(columns & {"label", "labels"})
+    if (labelled and is_encoder(config)) or objective == "classifier":
+        if not labelled:
+            raise ValueError(
+                f"{rows.source} has no labels for a classification head: give rows text and label, or pass --task "
+                f"(a name or your own YAML file){did_you_mean('label', sorted(columns))}."
+            )
+        return "labelled"
+    return None
+
+
+def prepare_family(name: str, inputs: FamilyInputs) -> Family:
+    """A family of :func:`family_name`; ValueError where its rows are malformed."""
+    from zotune.tasks import labelled
+
+    prepare = {"labelled": labelled.prepare}
+    return prepare[name](inputs)
