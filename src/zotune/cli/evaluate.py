@@ -45,6 +45,8 @@ from zotune.training.voting import voted
 USUAL_LENGTH = 256
 #: Options of a GGUF file that determine its metrics.
 OF_CONTEXT = ("n_ctx", "n_ubatch", "cache_type", "tokenizer_name")
+#: Options of the data that say how rows with a label become prompts.
+OF_LABELS = ("columns", "template", "options", "max_length", "truncate", "bos_token")
 USAGE = "zotune eval --model_name_or_path MODEL --task TASK [--data_dir DIR] [options]"
 ABOUT = (
     "Evaluates a model: option log-likelihood on a task, the class scores of an encoder, the loss on your own text, or the rewards of "
@@ -114,8 +116,10 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
     Raises:
         ValueError, FileNotFoundError: a wrong request.
     """
-    if data.task is None and data.eval_file is None:
-        raise ValueError("nothing to evaluate on: pass --task (list them with `zotune tasks`) or --eval_file.")
+    if data.task is None and data.eval_file is None and data.dataset_test_split is None:
+        raise ValueError(
+            "nothing to evaluate on: pass --task (list them with `zotune tasks`), --eval_file, or --dataset_name and --dataset_test_split."
+        )
     rewarded = _rewarded(data, how)
     plan = plan_model(model, "zotune eval")
     if how.adapter is not None:
@@ -162,7 +166,7 @@ def evaluate(model: ModelArguments, data: EvalDataArguments, how: EvaluationArgu
         metrics = measured(trainer, prepared.eval) if searched is None else voted(trainer, *searched, prepared.eval)
         return {
             "model": model.model_name_or_path,
-            "data": data.task or Path(data.eval_file or "").name,
+            "data": data.task or Path(data.eval_file or data.dataset_name or "").name,
             "template": prepared.task.template if prepared.task else None,
             "prompt": prepared.task.prompt if prepared.task else None,
             "reward": data.reward,
@@ -219,7 +223,8 @@ def _options_of_run(values: dict[str, Any], given: set[str]) -> None:
         values["objective"] = "mlm"
     if (folder / GGUF_SOURCE).is_file() and isinstance(loaded, dict):
         values.update({name: loaded[name] for name in OF_CONTEXT if name in loaded and name not in given})
-    if not {"task", "eval_file"} & given:
+    labeled = "task" not in given and (found / run_folder.TASK_FILE).is_file()
+    if not {"task", "eval_file", "dataset_name"} & given:
         if not isinstance(options, dict):
             raise ValueError(f"{found / run_folder.RUN_FILE} is damaged: it does not say what the run's data were.")
         if "reward" not in given and options.get("reward"):
@@ -230,6 +235,9 @@ def _options_of_run(values: dict[str, Any], given: set[str]) -> None:
                 values[field.name] = options[field.name]
         if "seed" not in given and isinstance(trained.get("seed"), int):
             values["seed"] = trained["seed"]  # of the same subset
+    if labeled and isinstance(options, dict) and options.get("task") is None:
+        values["task"] = str(found / run_folder.TASK_FILE)  # whose classes are those of the training rows
+        values.update({name: options[name] for name in OF_LABELS if name in options and name not in given})
     if values["reward"] and values["reward"] != [ACCURACY] and isinstance(options, dict) and options.get("reward"):
         same = ("max_completion_length", "reward_weights") if values["reward"] == options["reward"] else ("max_completion_length",)
         values.update({name: trained[name] for name in same if name in trained and name not in given})

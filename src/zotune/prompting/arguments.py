@@ -16,8 +16,8 @@ class PromptArguments:
     task: str | None = option(None, "a task of `zotune tasks` with label words, or your own task's YAML file")
     output_dir: str | None = option(None, "folder for best.yaml, search.jsonl and summary.json; the same command goes on with its search")
     data_dir: str | None = option(None, "folder with <task>/<split>.jsonl[.gz]; without it, the Hugging Face hub")
-    train_file: str | None = option(None, "JSON Lines with the task's columns to search on, in place of the task's training rows")
-    eval_file: str | None = option(None, "JSON Lines with the task's columns for the evaluation at the end")
+    train_file: str | None = option(None, "a file with the task's columns to search on, in place of the task's training rows")
+    eval_file: str | None = option(None, "a file with the task's columns for the evaluation at the end")
     templates: str | None = option(None, "YAML file with templates and words to search; without it, built-in variations of the task's own")
     llm: str | None = option(
         None, "a language model (folder, hub id, GGUF file) that reads the scores and worst examples and proposes prompts, by trace-opt"

@@ -10,10 +10,11 @@ from typing import Any
 from zotune.prompting.arguments import PromptArguments
 from zotune.prompting.candidate import Candidate, as_task, check_task
 from zotune.prompting.scoring import Scorer, Scores
-from zotune.tasks import Encoder, Rows, Task, context_limit, is_encoder, load, load_rows, read_jsonl
+from zotune.tasks import Encoder, Rows, Task, context_limit, is_encoder, load, load_rows
+from zotune.tasks.files import read_rows
 from zotune.tasks.masked import TEMPLATE
 from zotune.tasks.model_kind import ModelKind
-from zotune.tasks.preparation import has_eval_rows
+from zotune.tasks.reading import has_eval_rows
 from zotune.tasks.sources import clean, sample, split_train
 from zotune.training.arguments import ModelArguments
 from zotune.training.config import ZOConfig
@@ -102,4 +103,4 @@ def _masked(config: Any) -> bool:
 
 def _rows(task: Task, split: str, args: PromptArguments) -> Rows:
     file = args.train_file if split == "train" else args.eval_file
-    return load_rows(task, split, args.data_dir) if file is None else clean(read_jsonl(Path(file).expanduser()), task)
+    return load_rows(task, split, args.data_dir) if file is None else clean(read_rows(Path(file).expanduser()), task)

@@ -66,7 +66,7 @@ class Chat:
 def chat_of(row: Mapping[str, Any], options: ChatOptions | None = None) -> Chat:
     """The chat of a row; ValueError where it is malformed, or where nothing is trained on."""
     options = options or ChatOptions()
-    messages = row["messages"]
+    messages = _parsed(row["messages"])  # a column of a CSV file is text
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(
             'column \'messages\' must hold a list of {"role": ..., "content": ...}; an answer with tool_calls may lack the content.'

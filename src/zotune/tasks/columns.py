@@ -1,19 +1,31 @@
-"""The columns of rows without a task: what each form of a row uses, ignores and refuses."""
+"""The columns of rows without a task: their names in the data, and what each form of a row uses, ignores and refuses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from zotune.io.suggest import did_you_mean
+from zotune.io.text import shortened
 from zotune.tasks import chat
-from zotune.tasks.sources import Rows
+from zotune.tasks.rows import Rows
 
 #: Column sets of rows without a task, in order of precedence.
-FORMATS = (("messages",), ("prompt", "completion"), ("text",))
+FORMATS = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 #: Columns with an effect, by the first column of the form.
-USED: Mapping[str, tuple[str, ...]] = {"messages": chat.COLUMNS, "prompt": ("prompt", "completion"), "text": ("text",)}
+USED: Mapping[str, tuple[str, ...]] = {
+    "messages": chat.COLUMNS,
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "input", "output", "system"),
+    "text": ("text",),
+}
+#: Columns that a row of a form may lack.
+OPTIONAL = (*chat.COLUMNS[1:], "input", "system")
 #: Columns that are known to say nothing on training: they are ignored without a word.
-IGNORED: Mapping[str, tuple[str, ...]] = {"messages": ("parallel_tool_calls", "id"), "prompt": ("id",), "text": ("id",)}
+IGNORED: Mapping[str, tuple[str, ...]] = {
+    "messages": ("parallel_tool_calls", "id"), "prompt": ("id",), "instruction": ("id",), "text": ("id",),
+}  # fmt: skip
 #: Columns that are refused, with the fix.
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "messages": {
@@ -21,35 +33,118 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
         "function_call": "write calls as 'tool_calls' of a message",
     },
     "prompt": {},
+    "instruction": {"history": "write earlier turns as 'messages'"},
     "text": {},
 }
 
 
 def format_of(rows: Rows) -> tuple[str, ...]:
     """The column set of rows without a task; ValueError where they have none of :data:`FORMATS`."""
-    present = set(rows.columns)
+    found = all_columns(rows)
+    present = set(found)
     for columns in FORMATS:
         if present.issuperset(columns):
+            rows.require(columns)
             return columns
     # One column of a pair is there: name the other.
     known = [name for columns in FORMATS for name in columns]
-    near = next((text for name in rows.columns if (text := did_you_mean(name, known))), "")
+    near = next((text for name in found if (text := did_you_mean(name, known))), "")
     if len(present & {"prompt", "completion"}) == 1:
         near = f"; the column {({'prompt', 'completion'} - present).pop()!r} is missing"
     if "conversations" in present:
         near = "; write 'conversations' as messages with role and content"
     raise ValueError(
         f"{rows.source} needs the columns prompt and completion, or text, or messages (or pass --task): "
-        f"every row has {', '.join(rows.columns) or 'no column in common'}{near}."
+        f"it has {shortened(', '.join(found), 400)}{near}. Columns of other names: --columns text=NAME."
     )
 
 
-def unused(rows: Rows, columns: tuple[str, ...]) -> list[str]:
-    """Columns of any row that have no effect, in order; ValueError for one that is refused."""
+def unused(rows: Rows, columns: tuple[str, ...], *, chats: bool = False) -> list[str]:
+    """Columns of any row that have no effect, in order; ValueError for one that is refused. ``chats``: the rows become chats."""
     form = columns[0]
-    names: Iterable[str] = rows.columns if hasattr(rows.rows, "column_names") else (name for row in rows for name in row)
-    found = list(dict.fromkeys(names))
+    found = all_columns(rows)
     for name in REFUSED[form].keys() & set(found):
         if any(row.get(name) is not None for row in rows):
-            raise ValueError(f"{rows.source} has the column {name!r}, which chat templates no longer read: {REFUSED[form][name]}.")
-    return [name for name in found if name not in (*USED[form], *IGNORED[form])]
+            raise ValueError(f"{rows.source} has the column {name!r}, which is not read: {REFUSED[form][name]}.")
+    also = chat.COLUMNS[1:] if chats and form == "prompt" else ()
+    return [name for name in found if name not in (*USED[form], *IGNORED[form], *also)]
+
+
+def all_columns(rows: Rows) -> list[str]:
+    """Columns of any row, in order."""
+    names: Iterable[str] = rows.columns if hasattr(rows.rows, "column_names") else (name for row in rows for name in row)
+    return list(dict.fromkeys(names))
+
+
+def parsed_columns(columns: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+    """What columns are called here -> in the data, also of words such as ``text=body``; ValueError for other words."""
+    if columns is None:
+        return {}
+    pairs = list(columns.items()) if isinstance(columns, Mapping) else [tuple(word.partition("=")[::2]) for word in columns]
+    if not isinstance(columns, Mapping) and not all("=" in word for word in columns):
+        word = next(word for word in columns if "=" not in word)
+        raise ValueError(f"columns: {word!r} is not NAME=COLUMN, such as text=body for texts that are in the column body.")
+    found = dict(pairs)
+    if len(found) < len(pairs) or not all(found):
+        raise ValueError(f"columns: a name is given twice or is empty in {' '.join(map('='.join, pairs))}.")
+    return found
+
+
+def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
+    """The rows with the names of :func:`parsed_columns`; a name without a column leaves it out.
+
+    Raises:
+        ValueError: a column is in no row, or one that every row needs is missing in one.
+    """
+    if not columns:
+        return rows
+    present = all_columns(rows)
+    for name, column in columns.items():
+        if column and column not in present:
+            raise ValueError(
+                f"columns: {name}={column} names no column of {rows.source}{did_you_mean(column, present)}: it has "
+                f"{shortened(', '.join(present), 400)}."
+            )
+    rows.require([column for name, column in columns.items() if column and name not in OPTIONAL])
+    return replace(rows, rows=(_RenamedTable if hasattr(rows.rows, "column_names") else _Renamed)(rows.rows, columns))
+
+
+class _Renamed(Sequence):
+    """Rows whose columns have other names."""
+
+    def __init__(self, rows: Any, columns: Mapping[str, str]) -> None:
+        self.rows, self.columns, self.taken = rows, columns, set(columns.values())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return type(self)(self.rows[index], self.columns) if isinstance(index, slice) else self._row(self.rows[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._row, self.rows)
+
+    def select(self, indices: Iterable[int]) -> _Renamed:
+        """The rows at these indices, in this order."""
+        return type(self)(self.rows.select(list(indices)), self.columns)
+
+    def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        found = {name: row[column] for name, column in self.columns.items() if column in row}
+        return found | {name: value for name, value in row.items() if name not in self.taken and name not in self.columns}
+
+
+class _RenamedTable(_Renamed):
+    """The same of rows that have all columns."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """Columns of all rows."""
+        return list(self._row(dict.fromkeys(self.rows.column_names)))
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """Types of the columns."""
+        return self._row(self.rows.features)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[self.columns.get(index, index)] if isinstance(index, str) else super().__getitem__(index)

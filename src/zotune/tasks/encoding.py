@@ -6,13 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from zotune.tasks.chat import ChatOptions
 from zotune.tasks.chat_tokens import CUT, ChatTokens
 from zotune.tasks.columns import format_of, unused
-from zotune.tasks.sources import Rows
+from zotune.tasks.pairs import are_chats, chat_row, text_row
+from zotune.tasks.rows import Rows
 from zotune.tasks.task import Task
 
 # Architectures whose positions start at the padding index + 1, so that fewer tokens fit.
@@ -100,23 +101,29 @@ class Encoder:
     def completions(self, rows: Rows) -> list[dict[str, Any]]:
         """Examples ``{"prompt_ids", "completion_ids"[, "completion_mask"]}`` of rows without a task.
 
-        Scored are: of ``messages`` the assistant's, of ``prompt`` and ``completion`` the completion and the end-of-text token, of ``text``
-        every token.
+        Scored are: of ``messages`` the assistant's, of ``prompt`` and ``completion`` (``instruction`` and ``output``) the latter and the
+        end-of-text token, of ``text`` every token.
 
         Raises:
             ValueError: other columns; or, naming the row, one that is malformed or too long.
         """
         columns = format_of(rows)
-        if self.chat is not None and columns[0] != "messages":
+        are = are_chats(rows, columns, self.tokenizer)
+        if self.chat is not None and not are:
             raise ValueError(f"tools and chat_template_kwargs are for rows with messages, and {rows.source} has none: leave them out.")
-        left = unused(rows, columns)
+        left = unused(rows, columns, chats=are)
         if left:
             logger.warning("%s: used are the columns %s; not used: %s.", rows.source, " and ".join(columns), ", ".join(map(repr, left)))
-        chats = ChatTokens(self.tokenizer, self.chat, self.facts.add) if columns[0] == "messages" else None
-        encode = self._completion if columns[0] == "prompt" else self._text if chats is None else partial(self._chat, chats)
+        form = columns[0]
+        chats = ChatTokens(self.tokenizer, self.chat, self.facts.add) if are else None
+
+        def encoded(row: Mapping[str, Any]) -> dict[str, Any]:
+            if chats is not None:
+                return self._chat(chats, chat_row(row, form))
+            return self._text(row) if form == "text" else self._completion(text_row(row, form))
 
         def checked(row: Mapping[str, Any]) -> dict[str, Any]:
-            example = encode(row)
+            example = encoded(row)
             mask = example.get("completion_mask", [True])
             if not example["completion_ids"] or not any(mask) or (len(example["completion_ids"]) == 1 and not example["prompt_ids"]):
                 raise ValueError(f"nothing to score in {' and '.join(map(repr, columns))}: it is empty or cut away.")
@@ -329,5 +336,5 @@ def pad_token_id(tokenizer: Any) -> int:
 
 def _string(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(row[column], str):
-        raise ValueError(f"column {column!r} holds {type(row[column]).__name__}, not a string.")
+        raise ValueError(f"column {column!r} holds {'null' if row[column] is None else type(row[column]).__name__}, not a string.")
     return row[column]

@@ -45,7 +45,11 @@ def load(
         >>> load("sst2", template="mezo").render({"sentence": "a joy ."})
         ('a joy . It was', (' terrible', ' great'))
     """
-    source, raw = str(name_or_path), read(name_or_path)
+    return task_of(read(name_or_path), str(name_or_path), template, options)
+
+
+def task_of(raw: Any, source: str, template: str | None = None, options: Sequence[str] | Mapping[Any, str] | None = None) -> Task:
+    """The task of a task file's content; ``source`` names it in messages. Arguments and errors are those of :func:`load`."""
     try:
         task = _parse(raw, template)
         if options is not None and task.gold:

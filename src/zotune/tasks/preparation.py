@@ -9,19 +9,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from zotune.tasks import loader
+from zotune.tasks import labels, loader
 from zotune.tasks.chat import ChatOptions, read_tools, variables_of
 from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator, MaskedCollator
-from zotune.tasks.columns import format_of
+from zotune.tasks.columns import format_of, parsed_columns
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
 from zotune.tasks.families import Family, FamilyInputs, family_name, prepare_family
 from zotune.tasks.labelled import check_problem
 from zotune.tasks.masked import TEMPLATE, encode_masked
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.model_kind import ModelKind
-from zotune.tasks.objective_choice import objectives_of
+from zotune.tasks.objective_choice import is_encoder, objectives_of
+from zotune.tasks.pairs import are_chats
 from zotune.tasks.prompts import RewardCollator, encode_prompts, is_chat, stop_tokens
-from zotune.tasks.sources import Rows, clean, demonstrated, demonstrated_anew, load_rows, read_jsonl, sample, split_train
+from zotune.tasks.reading import DataSource
+from zotune.tasks.rows import Rows
+from zotune.tasks.sources import clean, demonstrated, demonstrated_anew, sample, split_train
 from zotune.tasks.task import Task
 from zotune.tasks.vocabulary import check_vocabulary
 from zotune.weights.structure import text_config
@@ -43,6 +46,7 @@ class PreparedData:
         texts: the first texts that were encoded, of a few rows; none of chats.
         train_rows: the rows of the training examples, in their order.
         kind: of the model that the data are for.
+        task_file: the content of a task file that was made of rows with a label; None for other data.
     """
 
     train: list[dict[str, Any]] | None
@@ -61,6 +65,7 @@ class PreparedData:
     texts: tuple[str, ...] = ()
     train_rows: Rows | None = field(default=None, compare=False)
     kind: ModelKind = field(default_factory=ModelKind)
+    task_file: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def masked(self) -> bool:
@@ -82,6 +87,11 @@ def prepare(
     data_dir: str | Path | None = None,
     train_file: str | Path | None = None,
     eval_file: str | Path | None = None,
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    dataset_train_split: str | None = None,
+    dataset_test_split: str | None = None,
+    columns: Mapping[str, str] | Sequence[str] | None = None,
     template: str | None = None,
     options: Sequence[str] | Mapping[Any, str] | None = None,
     objective: str | None = None,
@@ -110,8 +120,11 @@ def prepare(
         model_config: the model's configuration, for the context length and whether it is an encoder.
         task: bundled task, path of a YAML file, or a loaded :class:`Task`.
         data_dir: folder with ``<task>/<split>.jsonl[.gz]``; without it a task's rows come from the hub.
-        train_file, eval_file: JSON Lines with the task's columns, or without a task with prompt and completion, text, or messages.
-        template, options: see :func:`zotune.tasks.load`.
+        train_file, eval_file: files (:func:`zotune.tasks.files.read_rows`) with the task's columns, or without a task with prompt and
+            completion, instruction and output, text and label, text, or messages.
+        dataset_name, dataset_config, dataset_train_split, dataset_test_split: see :class:`zotune.tasks.reading.DataSource`.
+        columns: what columns are called here -> in the data, such as ``{"text": "body"}``.
+        template, options: see :func:`zotune.tasks.load`; also of rows with a label.
         objective: training loss: ``"lm"`` (over the right option's tokens; the default), ``"choices"``
             (cross-entropy over the options' scores), ``"accuracy"`` (whether the best score is the right option's), ``"classifier"``
             (the default for encoder models), ``"mlm"`` (cross-entropy over label words at the ``<mask>`` of a prompt, by the head of a
@@ -146,12 +159,22 @@ def prepare(
             usual = loader.load(task)
             template = TEMPLATE if TEMPLATE in usual.templates and not usual.has_mask else None
         task = loader.load(task, template=template, options=options)
-    elif template is not None or options is not None:
+    elif task is not None and (template is not None or options is not None):
         raise ValueError("template and options need the name or path of a task: pass --task.")
-    train_rows = eval_rows = None
-    if task is None and objective in (None, "lm", "classifier") and (train_file or eval_file) is not None:
-        train_rows, eval_rows = _read(None, data_dir, train_file, eval_file, parts, num_demonstrations)
-    form = family_name(model_config, task, objective, train_rows if train_rows is not None else eval_rows)
+    source = DataSource(
+        data_dir, train_file, eval_file, dataset_name, dataset_config, dataset_train_split, dataset_test_split, parsed_columns(columns)
+    )
+    train_rows = eval_rows = task_file = form = None
+    if task is None:
+        train_rows = source.train(None) if train_file is not None or "train" in parts else None
+        eval_rows = source.eval(None) if "eval" in parts else None
+        rows = train_rows if train_rows is not None else eval_rows
+        form = family_name(model_config, None, objective, rows)
+        task_file = None if form is not None else _task_file(rows, source, objective, model_config, template)
+        if task_file is not None:
+            task = loader.task_of(task_file, str(task_file["title"]), template, options)
+        elif template is not None or options is not None:
+            raise ValueError("template and options need the name or path of a task, or rows with a label: pass --task.")
     check_problem(problem_type, form)
     train_objective, eval_objective = ("family",) * 2 if form is not None else objectives_of(objective, task, model_config)
     if loss_over != "examples" and (loss_over != "tokens" or train_objective != "lm"):
@@ -193,8 +216,11 @@ def prepare(
 
     if num_demonstrations is not None and (task is None or eval_objective not in ("choices", "generation", "mlm")):
         raise ValueError("num_demonstrations needs a task with prompts, and a causal or masked language model: pass --task.")
-    if train_rows is None and eval_rows is None:
-        train_rows, eval_rows = _read(task, data_dir, train_file, eval_file, parts, num_demonstrations)
+    if task is not None and task_file is None:
+        train_rows = source.train(task) if "train" in parts or num_demonstrations is not None else None
+        eval_rows = source.eval(task) if "eval" in parts else None
+    elif task is not None:
+        train_rows, eval_rows = (None if rows is None else clean(rows, task) for rows in (train_rows, eval_rows))
     family: Family | None = None
     if form is not None:
         family = prepare_family(form, FamilyInputs(encoder, model_config, train_rows, eval_rows, padding, problem_type))
@@ -256,11 +282,27 @@ def prepare(
         task=task,
         num_labels=None if task is None or not task.labels else len(task.labels),
         label_names=() if task is None else task.label_names,
-        chats=is_chat(train or evaluated or ()) if rewarded else task is None and shown is not None and format_of(shown)[0] == "messages",
+        chats=is_chat(train or evaluated or ()) if rewarded else task is None and _chats(shown, tokenizer),
         texts=tuple(encoder.texts),
         train_rows=train_rows,
         kind=_kind(train_objective, task),
+        task_file=task_file,
     )
+
+
+def _chats(rows: Rows | None, tokenizer: Any) -> bool:
+    return rows is not None and are_chats(rows, format_of(rows), tokenizer)
+
+
+def _task_file(
+    rows: Rows | None, source: DataSource, objective: str | None, model_config: Any, template: str | None
+) -> dict[str, Any] | None:
+    """The content of a task file for rows with a label, whose values a causal language model chooses among; None for other rows."""
+    causal = objective in (None, "lm", "choices", "accuracy") and not is_encoder(model_config)
+    if rows is None or not causal or not labels.is_labeled(rows, template):
+        return None
+    name = str(source.train_file or source.dataset_name or source.eval_file)
+    return labels.task_of(rows, name, source.columns.get(labels.LABEL, labels.LABEL), template)
 
 
 def _kind(objective: str, task: Task | None) -> ModelKind:
@@ -320,32 +362,3 @@ def prepared_family(family: Family, train: Any, dev: Any, evaluated: Any, texts:
         train_rows=rows,
         kind=family.kind,
     )
-
-
-def _read(task: Task | None, data_dir: Any, train_file: Any, eval_file: Any, parts: Collection[str], shots: int | None) -> tuple[Any, Any]:
-    """The rows to train on and those to evaluate on; None where there are none."""
-    train = _train_rows(task, data_dir, train_file) if "train" in parts or shots is not None else None
-    return train, _eval_rows(task, data_dir, train_file, eval_file) if "eval" in parts else None
-
-
-def _train_rows(task: Task | None, data_dir: Any, train_file: Any) -> Rows | None:
-    if train_file is not None:
-        rows = read_jsonl(train_file)
-        return rows if task is None else clean(rows, task)
-    if task is not None:
-        return load_rows(task, "train", data_dir)
-    raise ValueError("nothing to train on: pass --task (list them with `zotune tasks`) or --train_file.")
-
-
-def has_eval_rows(task: Any, data_dir: Any, train_file: Any, eval_file: Any) -> bool:
-    """Whether there are rows to evaluate on. Own training rows are evaluated on a published split only where data_dir is given."""
-    return eval_file is not None or (task is not None and (train_file is None or data_dir is not None))
-
-
-def _eval_rows(task: Task | None, data_dir: Any, train_file: Any, eval_file: Any) -> Rows | None:
-    if eval_file is not None:
-        rows = read_jsonl(eval_file)
-        return rows if task is None else clean(rows, task)
-    if task is not None and has_eval_rows(task, data_dir, train_file, eval_file):
-        return load_rows(task, "eval", data_dir)
-    return None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from zotune.io.sizes import parse_size
 from zotune.tasks.chat import variables_of
+from zotune.tasks.columns import parsed_columns
 from zotune.training.checkpoint.files import GGUF_SOURCE
 
 #: The reward of a task's options by their scores.
@@ -20,7 +21,7 @@ GGUF_OPTIONS = ("n_threads", "n_gpu_layers", "n_ctx", "n_ubatch", "cache_type", 
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field that is an option of a command, with its help text."""
+    """A dataclass field that is an option of a command, with its help text; ``aliases``: other names of it."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -103,7 +104,18 @@ class EvalDataArguments:
 
     task: str | None = option(None, "a task of `zotune tasks`, or your own task's YAML file")
     data_dir: str | None = option(None, "folder with <task>/<split>.jsonl[.gz]; without it, the Hugging Face hub")
-    eval_file: str | None = option(None, "your JSON Lines to evaluate on: prompt/completion, text or messages; or a task's columns")
+    eval_file: str | None = option(
+        None,
+        "your file to evaluate on, JSON Lines, JSON, CSV, TSV, Parquet or text: prompt/completion, instruction/output, text/label, text or "
+        "messages; or a task's columns",
+        aliases=["--validation_file"],
+    )
+    dataset_name: str | None = option(
+        None, "a data set: its id on the Hugging Face hub, a folder in the hub's layout, or one that save_to_disk wrote"
+    )
+    dataset_config: str | None = option(None, "configuration of the data set on the hub", aliases=["--dataset_config_name"])
+    dataset_test_split: str | None = option(None, "split of --dataset_name to evaluate on; none when not given")
+    columns: list[str] | None = option(None, "names of your columns, such as text=body label=category; label= leaves the column label out")
     template: str | None = option(None, "name of a task's template, or your own: '{sentence} It was'")
     options: list[str] | None = option(None, "answer options in label order, in place of the template's")
     num_eval: int | None = option(None, "evaluation examples, drawn by seed; all when not given")
@@ -130,6 +142,10 @@ class EvalDataArguments:
                 self.chat_template_kwargs = variables_of(self.chat_template_kwargs)
             except ValueError as error:
                 raise ValueError(f"--{error}") from None
+        try:
+            parsed_columns(self.columns)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
         if self.data_dir is not None and not Path(self.data_dir).expanduser().is_dir():
             raise FileNotFoundError(f"--data_dir: there is no folder {self.data_dir!r}.")
         for name in ("train_file", "eval_file", "guard_file", "attribute", "tools"):
@@ -170,7 +186,8 @@ class EvalDataArguments:
 class DataArguments(EvalDataArguments):
     """Which data to train and evaluate on."""
 
-    train_file: str | None = option(None, "your JSON Lines to train on, in the same formats")
+    train_file: str | None = option(None, "your file to train on, in the same formats")
+    dataset_train_split: str | None = option(None, "split of --dataset_name to train on; train when not given")
     objective: Literal["lm", "choices", "accuracy", "classifier", "mlm"] | None = option(
         None,
         "training loss: over the answer's tokens (lm, the default), over the options' scores (choices), their errors, which no gradient "

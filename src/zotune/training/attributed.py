@@ -32,7 +32,7 @@ ROWS = "_rows"
 #: Options of data that say how a row is encoded.
 _ENCODING = (
     "task", "template", "options", "objective", "loss_over", "problem_type", "bos_token", "max_length", "truncate", "tools",
-    "chat_template_kwargs",
+    "chat_template_kwargs", "columns",
 )  # fmt: skip
 
 
@@ -143,8 +143,10 @@ def check(method: Method | Baseline, *, rewards: bool) -> None:
     attribution.check(method)
 
 
-def attribute_data(tokenizer: Any, model_config: Any, data: DataArguments, seed: int, examples: int) -> PreparedData | None:
-    """The validation data of `--attribute`, encoded as the training data; None without.
+def attribute_data(
+    tokenizer: Any, model_config: Any, data: DataArguments, seed: int, examples: int, trained: PreparedData
+) -> PreparedData | None:
+    """The validation data of `--attribute`, encoded as the training data, which are ``trained``; None without.
 
     Raises:
         ValueError: they cannot be loaded or encoded; the message names the option.
@@ -154,6 +156,8 @@ def attribute_data(tokenizer: Any, model_config: Any, data: DataArguments, seed:
     if examples < 2:
         raise ValueError(f"attribute_examples must be at least 2, not {examples}.")
     values = {name: value for name, value in data.of_prepare().items() if name in _ENCODING}
+    if trained.task_file is not None:
+        values |= {"task": trained.task, "template": None, "options": None}
     try:
         return prepare(tokenizer, model_config, train_file=data.attribute, num_train=examples, seed=seed, parts=("train",), **values)
     except ValueError as error:

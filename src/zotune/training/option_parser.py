@@ -107,6 +107,7 @@ class OptionParser(HfArgumentParser):
         words: list[str] = []
         for key, value in content.items():
             name = str(key).replace("-", "_")
+            name = getattr(self._option_string_actions.get(f"--{name}"), "dest", name)  # of an alias
             if name not in actions:
                 raise ValueError(f"{path}: unknown key {shown(key)}{did_you_mean(name, actions)}.")
             if value is None:
@@ -115,6 +116,8 @@ class OptionParser(HfArgumentParser):
                 raise ValueError(f"{path}: {name} can be set on the command line only (--{name}), not by a file: leave it out.")
             if name == "reward":
                 check_not_code(path, value if isinstance(value, list) else [value])
+            if isinstance(value, dict) and actions[name].nargs == "+":
+                value = [f"{each}={'' if of is None else of}" for each, of in value.items()]
             try:
                 if isinstance(value, list):
                     _check_list(name, value, is_list=actions[name].nargs == "+")

@@ -45,13 +45,13 @@ OPTIONS: Mapping[Rule, str] = {
         bf16 fp16 tf32 use_liger_kernel liger_kernel_config
         """,
     Rule.BATCH: "per_device_train_batch_size gradient_accumulation_steps",
-    Rule.EXAMPLES: "data_dir train_file",
+    Rule.EXAMPLES: "data_dir train_file dataset_name dataset_config dataset_train_split columns",
     Rule.WEIGHTS: "model_name_or_path dtype",
     Rule.FREE: """
         max_steps num_train_epochs max_nonfinite_steps forward_batching parallelism check_workers_steps
         per_device_eval_batch_size eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches
         eval_use_gather_object batch_eval_metrics prediction_loss_only include_for_metrics bf16_full_eval fp16_full_eval
-        load_best_model_at_end metric_for_best_model greater_is_better eval_file num_eval guard_task guard_file
+        load_best_model_at_end metric_for_best_model greater_is_better eval_file dataset_test_split num_eval guard_task guard_file
         save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
         logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node include_num_input_tokens_seen
         log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id

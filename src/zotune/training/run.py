@@ -92,7 +92,7 @@ class _Run:
         data = prepare(tokenizer, plan.config, seed=training.seed, parts=parts, max_completion_length=most, **config.data.of_prepare())
         if rewards is not None:
             data = dataclasses.replace(data, compute_metrics=RewardMetrics(rewards.names))
-        self.attributed = attribute_data(tokenizer, plan.config, config.data, training.seed, training.attribute_examples)
+        self.attributed = attribute_data(tokenizer, plan.config, config.data, training.seed, training.attribute_examples, data)
         guarded = guard_data(tokenizer, plan.config, config.data, training.seed, masked=data.masked)
         check_evaluations(training, data, guarded=guarded is not None)
         check_texts(plan, tokenizer, data)
@@ -151,6 +151,7 @@ class _Run:
             data.attribute,
             data.task,
             files,
+            data.dataset_name if data.dataset_name is not None and Path(data.dataset_name).is_dir() else None,
         ]
 
     def _trainer(self, model: nn.Module, tokenizer: Any, data: PreparedData) -> ZOTrainer:

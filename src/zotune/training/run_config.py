@@ -9,8 +9,8 @@ from typing import Any
 
 from zotune.methods import default
 from zotune.tasks import loader
-from zotune.tasks.preparation import has_eval_rows
 from zotune.tasks.prompts import longest_answer
+from zotune.tasks.reading import EVAL_SOURCES, has_eval_rows
 from zotune.training import refusals
 from zotune.training.arguments import ACCURACY, DataArguments, ModelArguments, OutputArguments, names_gguf
 from zotune.training.config import ZOConfig
@@ -71,7 +71,7 @@ class RunConfig:
     @property
     def name_of_data(self) -> str:
         """Name of the data in reports."""
-        return self.data_name or self.data.task or Path(self.data.train_file or "").name
+        return self.data_name or self.data.task or Path(self.data.train_file or self.data.dataset_name or "").name
 
 
 def option_parser() -> OptionParser:
@@ -123,7 +123,7 @@ def _adjust(values: dict[str, Any], given: set[str], settled: set[str]) -> None:
         raise ValueError("zotune train needs --output_dir: the folder to put the run in.")
     if values["push_to_hub"] and not values["hub_model_id"]:
         raise ValueError("--push_to_hub needs --hub_model_id: the repository to push the finished run to, such as user/name.")
-    evaluated = values["num_dev"] or has_eval_rows(*(values[name] for name in ("task", "data_dir", "train_file", "eval_file")))
+    evaluated = values["num_dev"] or has_eval_rows(*(values[name] for name in EVAL_SOURCES))
     check_given(values, given, evaluated=bool(evaluated))
     if not evaluated:
         values["eval_strategy"] = "no"

@@ -161,6 +161,8 @@ def _absolute(data: dict[str, Any]) -> dict[str, Any]:
     for name in ("data_dir", "train_file", "eval_file", "guard_file", "attribute", "tools"):
         if data[name] is not None:
             data[name] = str(Path(data[name]).expanduser().resolve())
+    if data["dataset_name"] is not None and (folder := Path(data["dataset_name"]).expanduser()).is_dir():
+        data["dataset_name"] = str(folder.resolve())
     for name in ("task", "guard_task"):
         if data[name] and data[name].endswith((".yaml", ".yml")):
             data[name] = str(Path(data[name]).resolve())

@@ -1,7 +1,7 @@
 """The folder of a run: what it is (:class:`Kind`), how `zotune train` starts in it, its files, the command that resumes it.
 
 journal.zo  zotune_run.json  summary.json  history.json  curve.png  checkpoint-N/  and the trained model with its tokenizer; of rewards
-also completions.jsonl
+also completions.jsonl, of rows with a label task.yaml
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ ADAPTER_FOLDER = "initial_adapter"
 HEAD_FILE = "initial_head.safetensors"
 PROBE_FILE = "linear_probe.safetensors"
 ROWS_FILE = "attributed_rows.jsonl"
+#: The task that was made of rows with a label.
+TASK_FILE = "task.yaml"
 #: The key of a private run, which is never published.
 PRIVATE_KEY = "_private/noise.key"
 
 #: Names that a run gives to files in its folder; where no run has, they are somebody else's.
 _OWN_FILES = (
-    JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE, COMPLETIONS_FILE, ROWS_FILE, PRIVATE_KEY,
+    JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE, COMPLETIONS_FILE, ROWS_FILE, TASK_FILE,
+    PRIVATE_KEY,
 )  # fmt: skip
 _NAMES_OF_A_MODEL = (
     "config.json",

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -76,6 +77,9 @@ class RunRecord:
                 "versions": run_folder.versions(),
             },
         )
+        if self.data.task_file is not None:
+            with whole_file(self.folder / run_folder.TASK_FILE) as partial:
+                partial.write_text(yaml.safe_dump(dict(self.data.task_file), sort_keys=False, allow_unicode=True), encoding="utf-8")
         if fresh:
             weights = {name: weight for name, weight in self.trainer.model.named_parameters() if base_name(name) in set(fresh)}
             head = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}

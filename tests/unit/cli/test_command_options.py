@@ -11,6 +11,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -61,6 +62,11 @@ DATA: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "data_dir": ({}, "data", "other"),
     "train_file": ({}, None, "rows.jsonl"),
     "eval_file": ({}, None, "rows.jsonl"),
+    "dataset_name": ({}, None, "hub-layout"),
+    "dataset_config": ({"dataset_name": "hub-layout"}, None, "other"),
+    "dataset_train_split": ({"dataset_name": "hub-layout"}, None, "validation"),
+    "dataset_test_split": ({"dataset_name": "hub-layout"}, "train", "validation"),
+    "columns": ({"train_file": "renamed.jsonl"}, ["sentence=body"], ["sentence=other"]),
     "template": ({}, None, "{sentence} It was"),
     "options": ({}, None, [" bad", " good"]),
     "objective": ({}, "lm", "choices"),
@@ -267,12 +273,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other/sst2").mkdir(parents=True)
     for split in ("train", "validation"):
         (folder / f"other/sst2/{split}.jsonl").write_text((folder / "rows.jsonl").read_text())
+    (folder / "renamed.jsonl").write_text('{"body": "a film", "other": "the plot", "label": 1}\n' * 3)
+    card = (
+        "configs:\n- {config_name: default, default: true, data_files: [{split: train, path: a.csv}, {split: validation, path: b.csv}]}\n"
+    )
+    card += "- {config_name: other, data_files: [{split: train, path: b.csv}, {split: validation, path: a.csv}]}\n"
+    (folder / "hub-layout").mkdir()
+    (folder / "hub-layout/README.md").write_text(f"---\n{card}---\n")
+    for name, sentence in (("a", "a film"), ("b", "the plot")):
+        (folder / f"hub-layout/{name}.csv").write_text(f"sentence,label\n{sentence},1\n{sentence},0\n")
     return folder
 
 
 @pytest.fixture(autouse=True)
 def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
 
 
 def differ(table: dict[str, Any], name: str, look: Any) -> bool:
@@ -286,8 +302,9 @@ def test_an_option_of_the_data_acts(name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained("my-model")
 
     def look(**options: Any) -> str:
+        usual = {} if "dataset_name" in options else {"data_dir": "data"}
         try:
-            data = prepare(tokenizer, None, **{"task": "sst2", "data_dir": "data", **options})
+            data = prepare(tokenizer, None, **{"task": "sst2", **usual, **options})
         except ValueError as error:
             return str(error)
         return str((data.train, data.dev, data.eval, data.train_objective))

@@ -171,7 +171,7 @@ def test_what_the_template_does_not_read_is_reported_once(caplog: pytest.LogCapt
         ({"tools": "not json"}, "tools must be a list of JSON schemas"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be an object"),
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs cannot set 'tokenize'"),
-        ({"functions": [{"name": "f"}]}, "has the column 'functions', which chat templates no longer read: write the functions as 'tools'"),
+        ({"functions": [{"name": "f"}]}, "has the column 'functions', which is not read: write the functions as 'tools'"),
         ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "column 'messages' must hold a list"),
         ({"messages": [CHAT[0], {"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "write it as 'tool_calls'"),
         ({"messages": [CHAT[0], {"role": "assistant", "content": 3}]}, "column 'messages' must hold a list"),

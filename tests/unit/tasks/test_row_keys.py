@@ -11,7 +11,7 @@ from chat_tokenizers import chat_tokenizer
 from docs_pages import DOCS
 from zotune import tasks
 from zotune.tasks.chat import MARKS
-from zotune.tasks.columns import IGNORED, REFUSED, USED
+from zotune.tasks.columns import FORMATS, IGNORED, REFUSED, USED
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.sources import Rows
 
@@ -19,6 +19,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 BASE: dict[str, dict[str, Any]] = {
     "messages": {"messages": [{"role": "user", "content": "was it good?"}, {"role": "assistant", "content": "it was."}]},
     "prompt": {"prompt": "the film was", "completion": " good"},
+    "instruction": {"instruction": "was the film good", "output": "it was."},
     "text": {"text": "the film was good"},
 }
 #: form -> key -> what becomes of it, and a value that would change the example.
@@ -33,6 +34,14 @@ KEYS: dict[str, dict[str, tuple[str, Any]]] = {
         "function_call": ("refused", "auto"),
     },
     "prompt": {"prompt": ("acts", "the end was"), "completion": ("acts", " dull"), "id": ("ignored", 7)},
+    "instruction": {
+        "instruction": ("acts", "was it dull"),
+        "input": ("acts", "the film was good"),
+        "output": ("acts", "it was not."),
+        "system": ("acts", "be brief"),
+        "id": ("ignored", 7),
+        "history": ("refused", [["a", "b"]]),
+    },
     "text": {"text": ("acts", "the plot is dull"), "id": ("ignored", 7)},
 }
 #: key of the assistant's message -> a value that changes the example.
@@ -84,7 +93,7 @@ def test_an_unknown_key_is_named_once(form: str, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING):
         assert examples({**BASE[form], "loss_weight": 3, "source": "a"}) == examples(BASE[form])
     (record,) = caplog.records
-    used = {"messages": "messages", "prompt": "prompt and completion", "text": "text"}[form]
+    used = " and ".join(next(columns for columns in FORMATS if columns[0] == form))
     assert record.getMessage() == f"mine.jsonl: used are the columns {used}; not used: 'loss_weight', 'source'."
 
 

@@ -187,7 +187,7 @@ def test_what_a_chat_template_refuses_names_the_line(chat_tokenizer):
     ("columns", "message"),
     [
         (["prompt", "answer"], r"mine.jsonl needs the columns prompt and completion.*'completion' is missing"),
-        (["txet"], r"mine.jsonl needs the columns .* every row has txet; did you mean 'text'"),
+        (["txet"], r"mine.jsonl needs the columns .* it has txet; did you mean 'text'"),
     ],
 )
 def test_unknown_columns_of_ones_own_file(tokenizer, columns, message):

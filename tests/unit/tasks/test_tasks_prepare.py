@@ -248,11 +248,11 @@ def test_a_loaded_task_is_taken_as_it_is(tokenizer, config, data_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"nothing to train on: pass --task .* or --train_file"),
+        ({}, r"nothing to train on: pass --task .*, --train_file or --dataset_name"),
         ({"task": "sst3"}, r"unknown task 'sst3'; did you mean 'sst[25]'"),
         ({"task": "sst2", "objective": "rl"}, r"unknown objective 'rl': choose one of lm, choices, accuracy, classifier, mlm, reward"),
-        ({"train_file": "x.jsonl", "objective": "choices"}, r"objective 'choices' needs a task with labels"),
-        ({"train_file": "x.jsonl", "template": "{text}:"}, r"template and options need .* --task"),
+        ({"train_file": "text.jsonl", "objective": "choices"}, r"objective 'choices' needs a task with labels"),
+        ({"train_file": "text.jsonl", "template": "{text}:"}, r"template and options need .* --task"),
         ({"train_file": "x.jsonl"}, r"no file x.jsonl"),
         ({"parts": ["eval"]}, r"nothing to evaluate: pass --task .* or --eval_file"),
         ({"task": "sst2", "objective": "classifier", "template": "mezo"}, r"has no prompt: leave template and options"),
@@ -260,7 +260,9 @@ def test_a_loaded_task_is_taken_as_it_is(tokenizer, config, data_dir):
         ({"task": "sst2", "max_length": 0}, r"max_length=0 is too short"),
     ],
 )
-def test_what_cannot_be_done_is_one_clear_sentence(tokenizer, config, arguments, message):
+def test_what_cannot_be_done_is_one_clear_sentence(tokenizer, config, arguments, message, tmp_path, monkeypatch):
+    lines(tmp_path / "text.jsonl", {"text": "a film"})
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         tasks.prepare(tokenizer, config, **arguments)
     assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.tasks.objective_choice import is_encoder
-from zotune.tasks.preparation import has_eval_rows
+from zotune.tasks.reading import EVAL_SOURCES, has_eval_rows
 from zotune.training.arguments import names_gguf
 from zotune.training.option_parser import option_words
 from zotune.training.protocols.protocol import Place, Protocol, Settings, load
@@ -80,7 +80,7 @@ def applied(values: Mapping[str, Any], given: set[str]) -> Words | None:
     place = place_of(protocol, values["model_name_or_path"], values["task"], own)
     settings = protocol.settings(place, own)
     options = dict(settings.options)
-    if not has_eval_rows(*(values[name] for name in ("task", "data_dir", "train_file", "eval_file"))):
+    if not has_eval_rows(*(values[name] for name in EVAL_SOURCES)):
         options.pop("num_eval", None)
     if names_gguf(values["model_name_or_path"]):
         options.pop("dtype", None)  # the file's own
