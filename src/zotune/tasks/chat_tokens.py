@@ -151,8 +151,15 @@ class ChatTokens:
         given |= {name: f"chat_template_kwargs {name!r}" for name in chat.variables if name != "documents"}
         given |= {key: f"the key {key!r} of messages" for message in chat.messages for key in message if message[key] is not None}
         for name in given.keys() - self._seen - {"role", "content"}:
+            read = self.template.reads(chat, name)
+            if name == "tool_calls" and not read:
+                place = next(place for place, message in enumerate(chat.messages, 1) if message.get("tool_calls"))
+                raise ValueError(
+                    f"the chat template writes no tool calls (it does not read 'tool_calls'), so message {place} cannot be rendered: use a "
+                    "tokenizer whose template has them, or write the calls as content."
+                )
             self._seen.add(name)
-            if not self.template.reads(chat, name):
+            if not read:
                 self.note(f"the chat template does not read {given[name]}, which has no effect.")
 
 

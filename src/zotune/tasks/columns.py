@@ -80,10 +80,13 @@ def parsed_columns(columns: Mapping[str, str] | Sequence[str] | None) -> dict[st
     """What columns are called here -> in the data, also of words such as ``text=body``; ValueError for other words."""
     if columns is None:
         return {}
-    pairs = list(columns.items()) if isinstance(columns, Mapping) else [tuple(word.partition("=")[::2]) for word in columns]
-    if not isinstance(columns, Mapping) and not all("=" in word for word in columns):
-        word = next(word for word in columns if "=" not in word)
-        raise ValueError(f"columns: {word!r} is not NAME=COLUMN, such as text=body for texts that are in the column body.")
+    if isinstance(columns, Mapping):
+        pairs = list(columns.items())
+    else:
+        wrong = next((word for word in columns if "=" not in word), None)
+        if wrong is not None:
+            raise ValueError(f"columns: {wrong!r} is not NAME=COLUMN, such as text=body for texts that are in the column body.")
+        pairs = [(word.partition("=")[0], word.partition("=")[2]) for word in columns]
     found = dict(pairs)
     if len(found) < len(pairs) or not all(found):
         raise ValueError(f"columns: a name is given twice or is empty in {' '.join(map('='.join, pairs))}.")
