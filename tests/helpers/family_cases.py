@@ -8,7 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from command_cases import BAD, GOOD
+import torch
+from tokenizers import processors
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from command_cases import BAD, GOOD, word_tokenizer
 
 Draw = Callable[[random.Random], dict[str, Any]]
 
@@ -39,3 +43,58 @@ def write_rows(folder: Path, draw: Draw, train: int = 32, evaluated: int = 16) -
     for name, count, seed in (("train", train, 0), ("eval", evaluated, 1)):
         rows = [draw(source) for source in [random.Random(seed)] for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def answer(draw: random.Random) -> dict[str, Any]:
+    """A prompt whose completion is one of two words."""
+    good = draw.random() < 0.5
+    return {
+        "prompt": f"the {draw.choice(['film', 'plot'])} is {draw.choice(GOOD if good else BAD)}",
+        "completion": "great" if good else "bad",
+    }
+
+
+def pair(draw: random.Random) -> dict[str, Any]:
+    """Two texts on the same thing."""
+    words = draw.sample([*GOOD, *BAD], 3)
+    return {"anchor": " ".join(words), "positive": f"the film {' '.join(reversed(words))}"}
+
+
+def similarity(draw: random.Random) -> dict[str, Any]:
+    """Two texts with the share of words that they have in common."""
+    words = draw.sample([*GOOD, *BAD], 5)
+    common = draw.randint(0, 2)
+    return {"sentence1": " ".join(words[:2]), "sentence2": " ".join(words[2 - common : 4 - common]), "score": common / 2}
+
+
+def tagged(draw: random.Random) -> dict[str, Any]:
+    """Words of which some are entities of two kinds, one or two words long."""
+    tokens, tags = ["the"], ["O"]
+    for _ in range(draw.randint(1, 3)):
+        kind, words = draw.choice([("GOOD", GOOD), ("BAD", BAD)])
+        length = draw.randint(1, 2)
+        tokens += [*draw.choices(words, k=length), "film"]
+        tags += [f"B-{kind}", *[f"I-{kind}"] * (length - 1), "O"]
+    return {"tokens": tokens, "tags": tags}
+
+
+def save_seq2seq(folder: Path, name: str, **changes: Any) -> None:
+    """A random T5 or BART of one layer each with a word tokenizer, whose texts end with ``</s>``."""
+    tokenizer = word_tokenizer(["<s>"])
+    end = [("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=end)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "t5":
+            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "initializer_factor": 3.0}
+            model: Any = T5ForConditionalGeneration(T5Config(**ids, **sizes, decoder_start_token_id=tokenizer.pad_token_id, **changes))
+        else:
+            sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+            widths = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32, "init_std": 0.3, "bos_token_id": 3}
+            config = BartConfig(
+                **ids, **sizes, **widths, decoder_start_token_id=tokenizer.eos_token_id, forced_eos_token_id=None, **changes
+            )
+            model = BartForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zotune.cli.parser import CommandParser
-from zotune.cli.replay import merged, new_folder
+from zotune.cli.replay import merged, new_folder, save_beside
 from zotune.io.sizes import size_text
 from zotune.publishing.finished import finished
 from zotune.tasks.model_kind import kind_of_record
@@ -96,6 +96,7 @@ def _to_merged(source: Source, folder: Path) -> str:
         model = merged(model)
     contents.save_model(folder, model)
     source.save_tokenizer(folder)
+    save_beside(folder, source.run)
     return f"the model of {source.run}, {size_text(sum(p.numel() * p.element_size() for p in model.parameters()))}."
 
 

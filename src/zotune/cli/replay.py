@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from zotune.cli.parser import CommandParser
 from zotune.optim.journal import Journal, verify
 from zotune.optim.replay import checked_header, replay
 from zotune.tasks.model_kind import kind_of_record
+from zotune.tasks.sentence_pairs import FILES, MODULES
 from zotune.training import run_folder, schemes
 from zotune.training.arguments import ModelArguments
 from zotune.training.checkpoint import contents, storage
@@ -96,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             contents.save_model(folder, model if stream_of(model) is not None else model.cpu())
             tokenizer.save_pretrained(folder)
+            save_beside(folder, path.parent)
     print(f"{output}: {args.base} after {steps} of {len(journal)} steps of {journal.header['method']}.")
     return 0
 
@@ -106,6 +109,14 @@ def save_adapter(folder: Path, model: Any, facts: dict[str, Any], run: Path) -> 
 
     chats = (run / run_folder.RUN_FILE).is_file() and bool(run_folder.read_run(run).get("chats"))
     gguf_models.save(folder, model, facts, checkpoint_too=True, chat=chats)
+
+
+def save_beside(folder: Path, run: Path) -> None:
+    """Of an embedding model, the files by which sentence-transformers loads it, as in the folder of its ``run``."""
+    for name in FILES:
+        if (run / name).is_file() and (run / MODULES).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(run / name, folder / name)
 
 
 def new_folder(name: str | None, command: str, what: str) -> Path:

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from zotune.io.execution import current
 from zotune.io.memory_tags import tagged
 from zotune.objectives import output_gradients, packed_choices
+from zotune.objectives.contrastive import ContrastiveLoss, SimilarityLoss
 from zotune.objectives.router_balance import balance_losses, recorded_router_logits
+from zotune.objectives.seq2seq import Seq2SeqLoss
+from zotune.objectives.token_classes import TokenClassLoss
 from zotune.objectives.token_logprobs import IGNORE, at_least_float32, cross_entropy, logits_of, scored_logits, token_logprobs
 from zotune.weights.structure import head_of, text_config
 
@@ -257,12 +260,16 @@ _OBJECTIVES: dict[str, Callable[[nn.Module], Callable[[Batch], Tensor]]] = {
     "classifier": ClassifierLoss,
     "mlm": MaskedLanguageModelLoss,
     "generation": LanguageModelLoss,
+    "seq2seq": Seq2SeqLoss,
+    "token-classes": TokenClassLoss,
+    "contrastive": ContrastiveLoss,
+    "similarity": SimilarityLoss,
 }
 
 
 def objective(name: str, model: nn.Module) -> Callable[[Batch], Tensor]:
-    """The loss function of a name: ``"lm"``, ``"choices"``, ``"accuracy"``, ``"classifier"``, ``"mlm"`` (label words at a mask), or
-    ``"generation"`` (of the right answer).
+    """The loss function of a name: ``"lm"``, ``"choices"``, ``"accuracy"``, ``"classifier"``, ``"mlm"`` (label words at a mask),
+    ``"generation"`` (of the right answer), ``"seq2seq"``, ``"token-classes"``, ``"contrastive"`` or ``"similarity"``.
 
     Raises:
         ValueError: for any other name.

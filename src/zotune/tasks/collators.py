@@ -34,8 +34,8 @@ class Collator:
         """input_ids and attention_mask of rows of ids, (rows, T)."""
         length = self._length(map(len, rows))
         return {
-            "input_ids": _padded(rows, length, self.pad_token_id),
-            "attention_mask": _padded([[1] * len(ids) for ids in rows], length, 0),
+            "input_ids": padded(rows, length, self.pad_token_id),
+            "attention_mask": padded([[1] * len(ids) for ids in rows], length, 0),
         }
 
 
@@ -60,7 +60,7 @@ class LanguageModelCollator(Collator):
             positions.append(where)
             targets.append(what)
         scored = max(map(len, positions))
-        batch = {**self._inputs(inputs), "positions": _padded(positions, scored, 0), "targets": _padded(targets, scored, IGNORE)}
+        batch = {**self._inputs(inputs), "positions": padded(positions, scored, 0), "targets": padded(targets, scored, IGNORE)}
         if self.over_tokens:
             tokens = torch.tensor([float(len(each)) for each in targets])
             batch["weights"] = tokens / tokens.mean().clamp(min=1e-9)
@@ -147,13 +147,13 @@ class ChoicesCollator(Collator):
         length, own_length = self._length(map(len, inputs)), self._length(map(len, own_rows))
         scored_tokens, shape = max(map(len, targets)), (len(examples), most, -1)
         return {
-            "input_ids": _padded(inputs, length, self.pad_token_id),
-            "position_ids": _padded(position_ids, length, 0),
-            "segments": _padded(segments, length, -1),
-            "positions": _padded(positions, max(map(len, positions)), 0),
-            "places": _padded(places, scored_tokens, 0).view(shape),
-            "targets": _padded(targets, scored_tokens, IGNORE).view(shape),
-            "own_rows": _padded(own_rows, own_length, -1).view(shape),
+            "input_ids": padded(inputs, length, self.pad_token_id),
+            "position_ids": padded(position_ids, length, 0),
+            "segments": padded(segments, length, -1),
+            "positions": padded(positions, max(map(len, positions)), 0),
+            "places": padded(places, scored_tokens, 0).view(shape),
+            "targets": padded(targets, scored_tokens, IGNORE).view(shape),
+            "own_rows": padded(own_rows, own_length, -1).view(shape),
             "option_mask": torch.tensor(present),
         }
 
@@ -173,8 +173,8 @@ class ChoicesCollator(Collator):
         shape = (len(examples), most, -1)
         return {
             **{name: tensor.view(shape) for name, tensor in self._inputs(inputs).items()},
-            "positions": _padded(positions, scored, 0).view(shape),
-            "targets": _padded(targets, scored, IGNORE).view(shape),
+            "positions": padded(positions, scored, 0).view(shape),
+            "targets": padded(targets, scored, IGNORE).view(shape),
             "option_mask": torch.tensor(present),
         }
 
@@ -228,7 +228,7 @@ class ClassifierCollator(Collator):
         inputs = [example["input_ids"] for example in examples]
         batch = self._inputs(inputs)
         if "token_type_ids" in examples[0]:
-            batch["token_type_ids"] = _padded([example["token_type_ids"] for example in examples], batch["input_ids"].shape[1], 0)
+            batch["token_type_ids"] = padded([example["token_type_ids"] for example in examples], batch["input_ids"].shape[1], 0)
         batch["labels"] = torch.tensor([example["label"] for example in examples])
         return batch
 
@@ -245,5 +245,6 @@ def _scored(prompt: Sequence[int], completion: Sequence[int], mask: Sequence[boo
     return ids[:-1], [index - 1 for index in scored], [ids[index] for index in scored]
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
+def padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
+    """Rows of ids as a tensor (rows, length), filled up with a value."""
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zotune.io.suggest import did_you_mean
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.model_kind import ModelKind
-from zotune.tasks.objective_choice import is_encoder
-from zotune.tasks.sources import Rows
+from zotune.tasks.objective_choice import is_encoder, is_seq2seq
+from zotune.tasks.rows import Rows
 from zotune.tasks.task import Task
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
@@ -27,6 +27,7 @@ class Family:
         collate_train, collate_eval: examples → batch.
         compute_metrics: of predictions; its attribute ``metrics`` names them, the main one first.
         ids: an example's lists of token ids.
+        files: JSON files that are saved with the model, by name.
     """
 
     kind: ModelKind
@@ -37,6 +38,7 @@ class Family:
     collate_eval: Collate
     compute_metrics: Any
     ids: Callable[[Mapping[str, Any]], Sequence[Sequence[int]]] = lambda example: (example["input_ids"],)
+    files: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class FamilyInputs:
         train_rows, eval_rows: all that were read; None where there are none.
         padding: arguments of collators.
         problem_type: given for a classification head.
+        task: whose rows they are; None without one.
     """
 
     encoder: Encoder
@@ -57,6 +60,7 @@ class FamilyInputs:
     eval_rows: Rows | None
     padding: Mapping[str, Any]
     problem_type: str | None = None
+    task: Task | None = None
 
     @property
     def rows(self) -> Rows:
@@ -72,10 +76,24 @@ def family_name(config: Any, task: Task | None, objective: str | None, rows: Row
     Raises:
         ValueError: the rows are none that the model can be trained on.
     """
-    if task is not None or rows is None or objective in ("mlm", "reward"):
+    if rows is None or objective in ("mlm", "reward", "choices", "accuracy"):
         return None
     columns = set(rows.columns)
     labelled = "text" in columns and bool(columns & {"label", "labels"})
+    if is_seq2seq(config) and objective != "classifier":
+        if task is None and not {"prompt", "completion"} <= columns:
+            also = ", or --objective classifier" if labelled else ""
+            raise ValueError(
+                f"{config.model_type} is an encoder-decoder model, which is trained on rows with prompt and completion{also}: "
+                f"{rows.source} has {', '.join(columns)}."
+            )
+        return "seq2seq"
+    if task is not None:
+        return None
+    if objective is None and ({"anchor", "positive"} <= columns or {"sentence1", "sentence2", "score"} <= columns):
+        return "pairs"
+    if objective is None and "tokens" in columns and columns & {"tags", "ner_tags", "pos_tags"}:
+        return "tokens"
     if (labelled and is_encoder(config)) or objective == "classifier":
         if not labelled:
             raise ValueError(
@@ -88,7 +106,7 @@ def family_name(config: Any, task: Task | None, objective: str | None, rows: Row
 
 def prepare_family(name: str, inputs: FamilyInputs) -> Family:
     """A family of :func:`family_name`; ValueError where its rows are malformed."""
-    from zotune.tasks import labelled
+    from zotune.tasks import labelled, sentence_pairs, seq2seq, token_labels
 
-    prepare = {"labelled": labelled.prepare}
-    return prepare[name](inputs)
+    found = {"labelled": labelled, "pairs": sentence_pairs, "seq2seq": seq2seq, "tokens": token_labels}
+    return found[name].prepare(inputs)

@@ -12,7 +12,7 @@ from zotune.tasks.collators import ClassifierCollator
 from zotune.tasks.families import Family, FamilyInputs
 from zotune.tasks.head_metrics import ComputeHeadMetrics
 from zotune.tasks.model_kind import MULTI, PROBLEMS, REGRESSION, SINGLE, ModelKind
-from zotune.tasks.sources import Rows
+from zotune.tasks.rows import Rows
 
 METRICS = {SINGLE: ("accuracy", "f1"), REGRESSION: ("pearson", "spearman", "mse"), MULTI: ("micro_f1", "macro_f1")}
 #: What a label of each problem is.
@@ -93,14 +93,14 @@ def _names(problem: str, values: Sequence[Any], inputs: FamilyInputs, column: st
 def _label(value: Any, problem: str, index: Mapping[str, int], column: str) -> Any:
     """The label as a model takes it: a class, a number or a list of numbers."""
     if problem == SINGLE and isinstance(value, str | int):
-        return _number_of(value, index, column)
+        return class_number(value, index, column)
     if problem == REGRESSION:
         numbers = value if isinstance(value, list) else [value]
         if len(numbers) == len(index) and all(map(_is_number, numbers)):
             return [float(number) for number in numbers] if len(index) > 1 else float(numbers[0])
     if problem == MULTI and isinstance(value, list):
         if any(isinstance(entry, str) for entry in value) or not value:
-            chosen = {_number_of(entry, index, column) for entry in value}
+            chosen = {class_number(entry, index, column) for entry in value}
             return [float(number in chosen) for number in range(len(index))]
         if len(value) == len(index) and all(_is_number(entry) and entry in (0, 1) for entry in value):
             return [float(entry) for entry in value]
@@ -108,7 +108,8 @@ def _label(value: Any, problem: str, index: Mapping[str, int], column: str) -> A
     raise ValueError(f"column {column!r} holds {value!r}, and a label of {problem}{of} is {_LABELS[problem]}.")
 
 
-def _number_of(name: Any, index: Mapping[str, int], column: str) -> int:
+def class_number(name: Any, index: Mapping[str, int], column: str) -> int:
+    """The number of a class by its name, or as it is where no name is a number."""
     if str(name) in index:
         return index[str(name)]
     if _is_number(name) and isinstance(name, int) and 0 <= name < len(index) and not any(known.lstrip("-").isdigit() for known in index):

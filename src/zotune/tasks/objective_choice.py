@@ -9,6 +9,13 @@ from zotune.tasks.task import MASK, Task
 OBJECTIVES = ("lm", "choices", "accuracy", "classifier", "mlm", "reward")
 
 
+def is_seq2seq(model_config: Any) -> bool:
+    """Whether a model is an encoder-decoder language model."""
+    heads = getattr(model_config, "architectures", None) or ()
+    classifies = any(name.endswith(("ForSequenceClassification", "ForTokenClassification")) for name in heads)
+    return bool(getattr(model_config, "is_encoder_decoder", False)) and not classifies
+
+
 def is_encoder(model_config: Any) -> bool:
     """Whether a model is an encoder or a sequence classifier."""
     architectures = getattr(model_config, "architectures", None) or []
@@ -27,8 +34,11 @@ def objectives_of(objective: str | None, task: Task | None, model_config: Any) -
     """Names of the training and of the evaluation objective; ValueError where objective, task and model do not go together."""
     if objective is not None and objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}.")
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise ValueError(f"{model_config.model_type} is an encoder-decoder model: use a causal language model or an encoder.")
+    if is_seq2seq(model_config):
+        what = f"objective {objective!r}" if objective is not None else "this"
+        raise ValueError(
+            f"{model_config.model_type} is an encoder-decoder model, which {what} is not for: leave --objective and --reward out."
+        )
     masked = task is not None and task.has_mask
     if masked and objective is None and is_encoder(model_config):
         objective = "mlm"

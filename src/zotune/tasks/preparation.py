@@ -19,7 +19,7 @@ from zotune.tasks.labelled import check_problem
 from zotune.tasks.masked import TEMPLATE, encode_masked
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.model_kind import ModelKind
-from zotune.tasks.objective_choice import is_encoder, objectives_of
+from zotune.tasks.objective_choice import is_encoder, is_seq2seq, objectives_of
 from zotune.tasks.pairs import are_chats
 from zotune.tasks.prompts import RewardCollator, encode_prompts, is_chat, stop_tokens
 from zotune.tasks.reading import DataSource
@@ -45,6 +45,7 @@ class PreparedData:
         chats: whether the training data (else those to evaluate on) are messages.
         texts: the first texts that were encoded, of a few rows; none of chats.
         train_rows: the rows of the training examples, in their order.
+        files: JSON files that are saved with the model, by name.
         kind: of the model that the data are for.
         task_file: the content of a task file that was made of rows with a label; None for other data.
     """
@@ -64,6 +65,7 @@ class PreparedData:
     chats: bool = False
     texts: tuple[str, ...] = ()
     train_rows: Rows | None = field(default=None, compare=False)
+    files: Mapping[str, Any] = field(default_factory=dict)
     kind: ModelKind = field(default_factory=ModelKind)
     task_file: Mapping[str, Any] | None = field(default=None, compare=False)
 
@@ -175,6 +177,8 @@ def prepare(
             task = loader.task_of(task_file, str(task_file["title"]), template, options)
         elif template is not None or options is not None:
             raise ValueError("template and options need the name or path of a task, or rows with a label: pass --task.")
+    elif is_seq2seq(model_config) and objective in (None, "lm"):
+        form = "seq2seq"
     check_problem(problem_type, form)
     train_objective, eval_objective = ("family",) * 2 if form is not None else objectives_of(objective, task, model_config)
     if loss_over != "examples" and (loss_over != "tokens" or train_objective != "lm"):
@@ -223,7 +227,7 @@ def prepare(
         train_rows, eval_rows = (None if rows is None else clean(rows, task) for rows in (train_rows, eval_rows))
     family: Family | None = None
     if form is not None:
-        family = prepare_family(form, FamilyInputs(encoder, model_config, train_rows, eval_rows, padding, problem_type))
+        family = prepare_family(form, FamilyInputs(encoder, model_config, train_rows, eval_rows, padding, problem_type, task))
         train_objective, eval_objective = family.train_objective, family.eval_objective
     if data_dir is not None and (task is None or ("train" in parts and train_file is not None and eval_file is not None)):
         raise ValueError(
@@ -361,4 +365,5 @@ def prepared_family(family: Family, train: Any, dev: Any, evaluated: Any, texts:
         texts=texts,
         train_rows=rows,
         kind=family.kind,
+        files=family.files,
     )

@@ -45,6 +45,7 @@ class CheckpointedTrainer(Trainer):
         self._identity: identity.WeightsIdentity | None = None
         self._batch_of_run: resume_rules.Batch | None = None  # of a resumed one
         self.base: BaseIdentity | None = None  # of the files that the model is from; None: of the model
+        self.model_files: dict[str, Any] = {}  # JSON files that are saved with the model, by name
         self.chats = False  # whether the training data are chats, which the Modelfile of a GGUF model's adapter tells Ollama
         super().__init__(*args, **kwargs)
         if self.args.load_best_model_at_end and self.args.save_only_model and keeps_factors(self.model):
@@ -81,6 +82,9 @@ class CheckpointedTrainer(Trainer):
             self.base = self.base or base_identity.identity_below(self.model)
             if self.base is not None:
                 base_identity.save(folder, self.base)
+        for name, content in self.model_files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            contents.save_json(folder / name, content)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

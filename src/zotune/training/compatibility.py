@@ -90,6 +90,23 @@ def check_evaluations(training: ZOConfig, data: PreparedData, *, guarded: bool =
         )
 
 
+def check_kinds(config: RunConfig, data: PreparedData, guarded: PreparedData | None) -> None:
+    """ValueError where data are for another kind of model than others, or their loss is not one number for each example."""
+    if guarded is not None and guarded.kind.name != data.kind.name:
+        raise ValueError(
+            f"the guard's rows are for a model of another kind ({guarded.kind.name}) than the run's ({data.kind.name}): leave it out."
+        )
+    if data.train_objective != "contrastive":
+        return
+    together = "an example's loss depends on the others of its batch (in-batch negatives)"
+    if privacy_options.is_private(config.training):
+        raise ValueError(f"{together}, so that it cannot be clipped: give pairs with scores (sentence1, sentence2, score).")
+    if config.data.attribute is not None:
+        raise ValueError(f"{together}, so that no example has a share of its own: leave --attribute out.")
+    if config.training.per_device_train_batch_size < 2:
+        raise ValueError(f"{together}: --per_device_train_batch_size must be 2 or more.")
+
+
 def metric_names(data: PreparedData) -> Sequence[str]:
     """The metrics of data, beside the loss."""
     return getattr(data.compute_metrics, "names", ()) or getattr(data.compute_metrics, "metrics", ())

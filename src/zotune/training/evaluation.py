@@ -22,6 +22,7 @@ from zotune.tasks.collators import LanguageModelCollator
 from zotune.tasks.vocabulary import check_token
 from zotune.training.checkpointing import CheckpointedTrainer
 from zotune.training.completions import COMPLETIONS_FILE, CompletionLog, report
+from zotune.training.family_predictions import PREDICTIONS
 from zotune.training.raw_text import encoded
 from zotune.training.rewarded import TrainerRewards
 from zotune.training.samplers import LongestFirst, eval_sampler
@@ -224,6 +225,9 @@ class EvaluatedTrainer(CheckpointedTrainer):
                 answers = batch.get("answer")
                 loss = None if answers is None else F.nll_loss(scores, answers)
                 return (loss, None, None) if prediction_loss_only else (loss, scores, batch.get("right", answers))
+            predict = PREDICTIONS.get(objective) if isinstance(objective, str) and not prediction_loss_only else None
+            if predict is not None:
+                return predict(model, batch)
             loss = bound(objective, model)(batch).float().mean()
             if objective == "generation" and not prediction_loss_only:
                 return loss, greedy(model, batch), batch["reference"]

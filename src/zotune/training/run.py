@@ -25,7 +25,7 @@ from zotune.training.arguments import ModelArguments
 from zotune.training.attributed import attribute_data, write_rows
 from zotune.training.callbacks import StepClock, StopOnSignal
 from zotune.training.checkpoint import storage
-from zotune.training.compatibility import check_engine, check_evaluations, check_request, under_scheme
+from zotune.training.compatibility import check_engine, check_evaluations, check_kinds, check_request, under_scheme
 from zotune.training.config import ZOConfig
 from zotune.training.evaluation import measured
 from zotune.training.guard import Guard, guard_data
@@ -95,6 +95,7 @@ class _Run:
         self.attributed = attribute_data(tokenizer, plan.config, config.data, training.seed, training.attribute_examples, data)
         guarded = guard_data(tokenizer, plan.config, config.data, training.seed, masked=data.masked)
         check_evaluations(training, data, guarded=guarded is not None)
+        check_kinds(config, data, guarded)
         check_texts(plan, tokenizer, data)
         set_seed(training.seed)  # a new head or adapter draws from the global generator
         predict = self.predict_needs
@@ -111,7 +112,7 @@ class _Run:
             with self.workers.on_first(locked(self.folder)):
                 resume, clear = self._start()  # another process may have worked in the folder since
                 trainer = self._trainer(model, tokenizer, data)
-                trainer.base, trainer.chats = plan.identity, data.chats
+                trainer.base, trainer.chats, trainer.model_files = plan.identity, data.chats, dict(data.files)
                 self.guard = None if guarded is None else Guard(trainer, guarded)
                 record = RunRecord(config, trainer, data, plan.adapter or plan.name, self.workers.size)
                 if isinstance(method, Baseline) and method.kind != "backward":

@@ -234,9 +234,16 @@ def _untie_bias(model: nn.Module, head: Any) -> nn.Parameter | None:
 def _adapted(model: nn.Module, scheme: Scheme, fresh: Collection[str]) -> nn.Module:
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 
-    classifier = classifier_of(model) is not None
-    causal = not classifier and hasattr(model, "prepare_inputs_for_generation")
-    task = TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM if causal else None
+    classifier, kind = classifier_of(model) is not None, type(model).__name__
+    generates = not classifier and hasattr(model, "prepare_inputs_for_generation")
+    config = getattr(model, "config", None)
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    causal = generates and not both and not hasattr(config, "vision_config")
+    task = TaskType.TOKEN_CLS if kind.endswith("ForTokenClassification") else TaskType.SEQ_CLS if classifier else None
+    if generates:
+        task = TaskType.SEQ_2_SEQ_LM if both else TaskType.CAUSAL_LM
+    elif task is None and not kind.endswith(("ForMaskedLM", "ForPreTraining")) and config is not None:
+        task = TaskType.FEATURE_EXTRACTION if "For" not in kind else None
     if scheme.scheme == "lora":
         config = LoraConfig(
             r=scheme.lora_r,

@@ -312,7 +312,9 @@ class ZOTrainer(AttributedTrainer, PrivateTrainer):
 
     def _loss_is_per_example(self) -> bool:
         """Whether the loss of some training examples is one number for each; assumed where they cannot be drawn."""
-        if isinstance(self.objective, str) or self.rewards is not None or not has_length(self.train_dataset):
+        if isinstance(self.objective, str):
+            return bool(getattr(bound(self.objective, self.model), "per_example", True))
+        if self.rewards is not None or not has_length(self.train_dataset):
             return True
         batch = self._draw_batches(0, min(self.args.per_device_train_batch_size, SAMPLE))[0]
         return self._model_loss.is_per_example(batch, self.objective)

@@ -1,0 +1,66 @@
+"""Losses and predictions of evaluation batches, of families of models beside causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from zotune.objectives.contrastive import SimilarityLoss, ranking_loss, sentence_embeddings
+from zotune.objectives.seq2seq import Seq2SeqLoss
+from zotune.objectives.token_classes import word_logits, word_losses
+from zotune.objectives.token_logprobs import IGNORE
+
+Batch = Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def generated(model: nn.Module, batch: Batch) -> Tensor:
+    """Greedy outputs of an encoder-decoder, token ids (B, S), -100 behind their end.
+
+    Args:
+        model: an encoder-decoder of transformers (or PEFT), with its own ``generate``.
+        batch: input_ids (B, T) and attention_mask (B, T), decoder_input_ids (B, S), whose first token begins, and max_new_tokens (B,).
+    """
+    found: Any = model
+    own = found.generation_config
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=int(batch["max_new_tokens"].max()),
+        decoder_start_token_id=int(batch["decoder_input_ids"][0, 0]),
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+    )
+    written = found.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings)[:, 1:]
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ended = torch.isin(written, torch.tensor([end for end in ends if end is not None], dtype=written.dtype, device=written.device))
+    return written.masked_fill(ended.cumsum(dim=1) - ended.long() > 0, IGNORE)
+
+
+def _of_seq2seq(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return Seq2SeqLoss(model)(batch).mean(), generated(model, batch), batch["reference"]
+
+
+def _of_words(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    logits = word_logits(model, batch)
+    return word_losses(logits, batch["targets"]).mean(), logits.argmax(dim=2), batch["targets"]
+
+
+def _of_pairs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    embeddings = sentence_embeddings(model, batch)
+    if "score" in batch:
+        return SimilarityLoss(model)(batch).mean(), embeddings[:, :2], batch["score"]
+    return ranking_loss(embeddings), embeddings[:, :2], torch.zeros(len(embeddings), device=embeddings.device)
+
+
+#: By the name of an objective: (model, batch) → loss, predictions and labels.
+PREDICTIONS: dict[str, Callable[[nn.Module, Batch], tuple[Tensor, Tensor, Tensor]]] = {
+    "seq2seq": _of_seq2seq,
+    "token-classes": _of_words,
+    "contrastive": _of_pairs,
+    "similarity": _of_pairs,
+}
