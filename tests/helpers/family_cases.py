@@ -87,7 +87,7 @@ def save_seq2seq(folder: Path, name: str, **changes: Any) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if name == "t5":
-            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "initializer_factor": 3.0}
+            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "initializer_factor": 1.0}
             model: Any = T5ForConditionalGeneration(T5Config(**ids, **sizes, decoder_start_token_id=tokenizer.pad_token_id, **changes))
         else:
             sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}

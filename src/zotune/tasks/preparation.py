@@ -180,6 +180,9 @@ def prepare(
     elif is_seq2seq(model_config) and objective in (None, "lm"):
         form = "seq2seq"
     check_problem(problem_type, form)
+    for name, given in (("bos_token", bos_token), ("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
+        if form is not None and given:
+            raise ValueError(f"{name} would have no effect: it is of prompts and chats of causal language models; leave it out.")
     train_objective, eval_objective = ("family",) * 2 if form is not None else objectives_of(objective, task, model_config)
     if loss_over != "examples" and (loss_over != "tokens" or train_objective != "lm"):
         raise ValueError(f"loss_over={loss_over!r} is 'examples', or with the objective 'lm' 'tokens', and this is {train_objective!r}.")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, EvalPrediction
 
-from command_cases import Result, run_command, save_encoder
-from family_cases import number, several, ticket, write_rows
+import zotune
+from command_cases import BAD, GOOD, Result, run_command, save_encoder
+from family_cases import answer, number, pair, save_seq2seq, several, similarity, tagged, ticket, write_rows
+from zotune.objectives import objective
+from zotune.objectives.contrastive import ranking_loss
+from zotune.tasks.token_labels import ComputeTagMetrics
 
 SHORT = ("--use_cpu", "--max_steps", "2", "--eval_steps", "2", "--learning_rate", "1e-2", "--train_file", "train.jsonl")
 
@@ -98,3 +107,105 @@ def test_labels_that_fit_no_head_are_refused(here, capsys, rows, words, reason):
     Path("eval.jsonl").write_text(Path("train.jsonl").read_text())
     result = trained(capsys, *words)
     assert result.code == 2 and reason in result.err and not Path("run").exists()
+
+
+# -- encoder-decoders, token classifiers, sentence embeddings ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_loss_of_targets_is_the_models_own_whatever_is_beside(here, name):
+    save_seq2seq(here / "model", name)
+    write_rows(here, answer, 6, 4)
+    model = AutoModelForSeq2SeqLM.from_pretrained("model").eval()
+    data = zotune.tasks.prepare(AutoTokenizer.from_pretrained("model"), model.config, train_file="train.jsonl")
+    data.train[1]["target_ids"], data.train[2]["input_ids"] = [5, 6, 7, 2], data.train[2]["input_ids"] * 2
+    loss = objective("seq2seq", model)
+    with torch.no_grad():
+        together = loss(data.collate_train(data.train))
+        rows = [(torch.tensor([row["input_ids"]]), torch.tensor([row["target_ids"]])) for row in data.train]
+        own = torch.stack([model(input_ids=ids, labels=labels).loss for ids, labels in rows])
+    assert torch.allclose(together, own, atol=1e-6)
+
+
+def test_ranking_is_the_cross_entropy_of_scaled_cosines():
+    embeddings = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    candidates = torch.cat([embeddings[:, 1], embeddings[:, 2]])
+    cosines = torch.nn.functional.cosine_similarity(embeddings[:, 0].unsqueeze(1), candidates.unsqueeze(0), dim=2)
+    assert torch.allclose(ranking_loss(embeddings), torch.nn.functional.cross_entropy(20 * cosines, torch.arange(4)))
+
+
+@pytest.mark.parametrize("words", [[], ["--scheme", "lora"]])
+@pytest.mark.parametrize(
+    ("draw", "save", "metrics", "loader"),
+    [
+        (answer, partial(save_seq2seq, name="bart"), {"token_f1", "exact_match"}, "Seq2SeqLM"),
+        (tagged, save_encoder, {"f1", "accuracy"}, "TokenClassification"),
+        (pair, save_encoder, {"accuracy", "mrr"}, None),
+        (similarity, save_encoder, {"spearman", "pearson"}, None),
+    ],
+)
+def test_a_family_is_trained_saved_and_evaluated(here, capsys, draw, save, metrics, loader, words):
+    save(here / "model")
+    write_rows(here, draw)
+    result = trained(capsys, "--method", "mezo", *words)
+    assert result.code == 0, result.err
+    assert metrics <= same_metrics(capsys).keys()
+    if words:
+        kind = getattr(peft, f"AutoPeftModelFor{loader or 'FeatureExtraction'}")
+        kind.from_pretrained("run", **({"num_labels": 5} if loader == "TokenClassification" else {}))
+        return
+    getattr(transformers, f"AutoModelFor{loader}" if loader else "AutoModel").from_pretrained("run")
+    assert replays(capsys)
+    assert loader is not None or json.loads(Path("again/1_Pooling/config.json").read_text())["pooling_mode_mean_tokens"] is True
+
+
+def test_a_pooler_that_no_embedding_reads_stays_as_it_is(here, capsys):
+    save_encoder(here / "model")
+    write_rows(here, pair)
+    assert trained(capsys, "--method", "mezo").code == 0
+    one, other = load_file("model/model.safetensors"), load_file("run/model.safetensors")
+    assert {name for name in one if not torch.equal(one[name], other[name])} == {name for name in one if not name.startswith("pooler.")}
+
+
+@pytest.mark.parametrize(
+    ("draw", "save", "words", "reason"),
+    [
+        (
+            pair,
+            save_encoder,
+            ["--method", "mezo", "--dp_noise_multiplier", "1", "--dp_clip", "1", "--eps", "1e-3"],
+            "so that it cannot be clipped",
+        ),
+        (pair, save_encoder, ["--method", "mezo", "--attribute", "eval.jsonl"], "no example has a share of its own"),
+        (pair, save_encoder, ["--method", "lozo-e", "--directions_per", "example"], "needs one loss per example"),
+        (pair, save_encoder, ["--per_device_train_batch_size", "1"], "must be 2 or more"),
+        (answer, partial(save_seq2seq, name="t5"), ["--scheme", "prefix"], "is for causal language models, and this is a T5"),
+        (tagged, partial(save_seq2seq, name="t5"), [], "is trained on rows with prompt and completion"),
+        (answer, partial(save_seq2seq, name="t5"), ["--loss_over", "tokens"], "loss_over='tokens' is"),
+        (pair, save_encoder, ["--bos_token", "the"], "bos_token would have no effect"),
+        (answer, partial(save_seq2seq, name="t5"), ["--problem_type", "regression"], "leave it out"),
+    ],
+)
+def test_what_makes_no_sense_for_a_family_is_refused(here, capsys, draw, save, words, reason):
+    save(here / "model")
+    write_rows(here, draw, 8, 8)
+    result = trained(capsys, *words)
+    assert result.code == 2 and reason in result.err, result.err
+
+
+def test_entities_are_counted_whole():
+    metrics = ComputeTagMetrics(("B-X", "I-X", "O"))
+    right = np.array([[0, 1, 2, 0], [2, 0, -100, -100]])
+    found = np.array([[0, 1, 2, 2], [0, 0, 2, 2]])  # of (0–2), (3–4) and (1–2), found (0–2), (1–2) and one too many
+    assert metrics(EvalPrediction(found, right)) == pytest.approx({"f1": 2 / 3, "accuracy": 4 / 6})
+
+
+def test_a_real_encoders_sentence_files_go_along(sentence_encoder, here, capsys):
+    rows = [{"anchor": f"a {word} day", "positive": f"the day was {word}"} for word in (*GOOD, *BAD)]
+    for name in ("train", "eval"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model_name_or_path", str(sentence_encoder), *SHORT, "--eval_file", "eval.jsonl", "--output_dir", "run", "--method", "mezo"]
+    assert run_command(capsys, "train", *words, "--learning_rate", "1e-6").code == 0
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        assert json.loads(Path("run", name).read_text()) == json.loads((sentence_encoder / name).read_text())
+    assert json.loads(Path("run/summary.json").read_text())["before"]["accuracy"] > 0.8
