@@ -48,9 +48,9 @@ def weights_digest(folder: str | Path, name: str = "model.safetensors") -> str:
     return hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest()
 
 
-def save_model(folder: Path) -> None:
+def save_model(folder: Path, **changes: Any) -> None:
     """A random Llama of two layers with a word tokenizer."""
-    _save(folder, LlamaForCausalLM, "<s>", tie_word_embeddings=False)
+    _save(folder, LlamaForCausalLM, "<s>", tie_word_embeddings=False, **changes)
 
 
 def save_encoder(folder: Path, kind: type[PreTrainedModel] = BertModel, **changes: Any) -> None:
