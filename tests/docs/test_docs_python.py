@@ -15,7 +15,7 @@ PAGES = [
     ("how-to/learning_rate.md", 1, "0.0"),
     ("how-to/lora_and_schemes.md", 1, "prompt_encoder"),
     ("how-to/big_models.md", 1, "stream through"),
-    ("how-to/other_loops.md", 1, "tensor"),
+    ("how-to/other_loops.md", 2, "bytes a client"),
     ("how-to/add_method.md", 2, "->"),
     ("how-to/add_layer_type.md", 2, "->"),
     ("how-to/add_loss.md", 2, "->"),

@@ -27,6 +27,7 @@ MODULES = {
     "zotune.attribution": "Shares of training examples from a run's journal ([influence](../how-to/influence.md)).",
     "zotune.engines": "Inference engines and GGUF files ([GGUF](../how-to/gguf.md), [add an engine](../how-to/add_engine.md)).",
     "zotune.optim.distributed": "Several processes ([several machines](../how-to/several_machines.md)).",
+    "zotune.optim.federated": "Clients that exchange journal records ([Flower](../how-to/other_loops.md#flower-federated)).",
     "zotune.prompting": "Search for a prompt by its scores ([prompts](../how-to/prompts.md)).",
     "zotune.memory": "Predicted and measured memory ([memory](../explanation/memory.md)).",
     "zotune.bundled": "The model and the data that come with the package.",

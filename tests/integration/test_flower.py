@@ -37,8 +37,8 @@ def apps(monkeypatch: pytest.MonkeyPatch) -> Any:
 class LocalGrid(importlib.import_module("flwr.serverapp").Grid):
     """Hands messages to the ClientApp in this process, as Flower's own simulation does, and counts their bytes."""
 
-    def __init__(self, app: Any, config: dict[str, Any], clients: int) -> None:
-        self.app, self.sent, self.rounds = app, 0, 0
+    def __init__(self, app: Any, config: dict[str, Any], clients: int, forget: Any) -> None:
+        self.app, self.sent, self.rounds, self.forget = app, 0, 0, forget
         self.contexts = {
             node: flwr_app.Context(0, node, {"partition-id": place, "num-partitions": clients}, flwr_app.RecordDict(), config)
             for place, node in enumerate(range(11, 11 + clients))
@@ -57,6 +57,8 @@ class LocalGrid(importlib.import_module("flwr.serverapp").Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         self.rounds += 1
+        if self.rounds == 5:
+            self.forget()  # new processes: Flower keeps the contexts alone
         return list(self.contexts)[: 1 if self.rounds % 3 == 0 else None]  # the second client is away at times
 
     def send_and_receive(self, messages: Iterable[Any], *, timeout: float | None = None) -> Iterable[Any]:
@@ -76,8 +78,8 @@ def test_flower_clients_end_in_the_servers_weights(apps: Any, tmp_path: Path) ->
         command_cases.save_model(tmp_path / f"{width}", hidden_size=width)
         config = {"rounds": 6, "model": str(tmp_path / f"{width}"), "method": "lozo", "learning-rate": 1e-2, "eps": 1e-3, "seed": 0}
         config |= {"batch-size": 4, "journal": str(tmp_path / f"{width}.zo")}
-        grid = LocalGrid(apps.client_app.app, config, 2)
-        apps.client_app._CLIENTS.clear()
+        grid = LocalGrid(apps.client_app.app, config, 2, apps.client_app._CLIENTS.clear)
+        grid.forget()
         apps.server_app.app(grid, flwr_app.Context(0, 1, {}, flwr_app.RecordDict(), config))
         base, _ = apps.task.model_of(config)
         before = [p.clone() for p in base.parameters()]

@@ -33,11 +33,11 @@ def model_of(config: Config) -> tuple[nn.Module, Any]:
 
 
 class Client:
-    """A client's model, optimizer and data; it lives as long as the process, and is made anew from the server's records after that."""
+    """A client's model, optimizer and data, and the records of the steps that it has taken."""
 
     def __init__(self, config: Config, partition: int, partitions: int) -> None:
         self.model, tokenizer = model_of(config)
-        self.optimizer = optimizer_of(self.model, config)
+        self.optimizer, self.records = optimizer_of(self.model, config), b""
         self.batch_size = int(config["batch-size"])
         with (zotune.bundled.path("reviews") / "train.jsonl").open(encoding="utf-8") as file:
             rows = [json.loads(line) for line in file][partition::partitions]
@@ -60,7 +60,9 @@ class Client:
         known = federated.unpacked(records, len(self.optimizer.param_groups))
         if first > self.optimizer.steps:
             return False
-        federated.take(self.optimizer, known[self.optimizer.steps - first :])
+        new = known[self.optimizer.steps - first :]
+        federated.take(self.optimizer, new)
+        self.records += federated.packed(new)
         return True
 
 

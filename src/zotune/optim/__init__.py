@@ -35,4 +35,4 @@ Down to the weights, as in a replay:
 
 from zotune.io.lazy import submodules
 
-__getattr__ = submodules(__name__, "distributed")
+__getattr__ = submodules(__name__, "distributed", "federated")
