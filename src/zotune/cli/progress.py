@@ -7,15 +7,25 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from zotune.io.text import metric_text
 from zotune.training.guard import PREFIX
 
+#: Columns of a terminal below which the bar leaves the forward passes out.
+NARROW = 88
+
+
+def rest_text(seconds: float) -> str:
+    """`45` as `0:45`, `4000` as `1:06:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
 
 class RunProgress(TrainerCallback):
-    """Shows step, loss (of a private run the ε spent), metric, steps per second and forward passes.
+    """Shows step, loss (of a private run the ε spent), metric, steps per second, the expected rest of the run, and forward passes.
 
     Args:
         console: a terminal gets a bar, anything else a line at each evaluation and every tenth of the run.
@@ -34,16 +44,16 @@ class RunProgress(TrainerCallback):
         self.forwards = 0
         self.bar: Progress | None = None
         self.rate: float | None = None
+        self.left: float | None = None  # seconds
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         self.first_step, self.started, self.paused = state.global_step, time.perf_counter(), 0.0
         if self.console.is_terminal:
-            spare = self.console.width - 76  # columns beside the figures
+            spare = self.console.width - 88  # columns beside the figures
             self.bar = Progress(
                 BarColumn(bar_width=max(5, min(24, spare))),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[facts]}"),
-                *([TimeRemainingColumn(compact=True)] if spare >= 12 else []),
                 console=self.console,
             )
             self.job = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, facts="")
@@ -53,8 +63,9 @@ class RunProgress(TrainerCallback):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         self.forwards = getattr(optimizer, "forward_passes", self.forwards)
         last = getattr(optimizer, "last_report", None)
-        elapsed = time.perf_counter() - self.started - self.paused
-        self.rate = (state.global_step - self.first_step) / elapsed if elapsed > 0 else None
+        passed, done = time.perf_counter() - self.started, state.global_step - self.first_step
+        self.rate = done / (passed - self.paused) if passed > self.paused else None
+        self.left = passed / done * (state.max_steps - state.global_step) if done else None  # with as many evaluations as so far
         if self.bar is not None:
             if self.loss is None and last is not None and math.isfinite(last.loss) and state.global_step % 5 == 1:
                 self.loss = float(last.loss)  # there is no mean before the first log entry
@@ -105,5 +116,8 @@ class RunProgress(TrainerCallback):
         facts += [f"{name.replace('_', ' ')} {metric_text(name.removeprefix(PREFIX), value)}" for name, value in self.guard.items()]
         if self.rate is not None:
             facts.append(f"{self.rate:.1f} steps/s" if self.rate >= 1 else f"{1 / self.rate:.1f} s/step")
-        facts.append(f"{self.forwards} forwards")
+        if self.left:
+            facts.append(f"{rest_text(self.left)} left")
+        if self.bar is None or self.console.width >= NARROW:
+            facts.append(f"{self.forwards} forwards")
         return "  ".join(facts)
