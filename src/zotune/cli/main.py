@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": ("zotune.cli.bench:main", "run a grid of methods, tasks and hyperparameters, and write its report"),
     "replay": ("zotune.cli.replay:main", "rebuild the trained weights from the base model and a run's journal"),
     "influence": ("zotune.cli.influence:main", "list the training examples by how much they changed a validation loss"),
+    "orders": ("zotune.cli.orders:main", "tell what other orders of a run's examples would have given, without training again"),
     "merge": ("zotune.cli.merge:main", "average runs of one base model, from their journals, into one model"),
     "export": ("zotune.cli.export:main", "write a finished run as an adapter of PEFT, a whole model, or a GGUF file"),
     "convert": ("zotune.cli.convert:main", "write a checkpoint as a GGUF file, for llama.cpp and Ollama"),

@@ -33,10 +33,30 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
     """
     if not isinstance(journal, Journal):
         journal = Journal.open(journal)
-    header = checked_header(journal)
+    checked_header(journal)
     if until is not None and not 0 <= until <= len(journal):
         raise ValueError(f"the journal holds {len(journal)} steps; step {until} is not among them.")
-    found = digest(model)
+    optimizer = before_steps(model, journal, method=method)
+    try:
+        _apply(optimizer, journal, until)
+    except BaseException:
+        optimizer.remove_hooks()
+        raise
+    return optimizer
+
+
+def before_steps(model: nn.Module, journal: Journal, *, method: Method | None = None, known: bool = False) -> ZerothOrder:
+    """The optimizer of a journal's run before its first step, to which records can be applied.
+
+    Args:
+        model, journal, method: as of :func:`replay`.
+        known: the weights are those of the journal's base; they are not read to find out.
+
+    Raises:
+        ValueError: as :func:`replay`.
+    """
+    header = checked_header(journal)
+    found = header["base"] if known else digest(model)
     if found != header["base"]:
         raise ValueError(
             f"this model is not the one the journal starts from (digest {found[:12]}…, journal {header['base'][:12]}…); give the base "
@@ -57,15 +77,9 @@ def replay(model: nn.Module, journal: str | Path | Journal, *, until: int | None
     ]
     try:
         method = method or methods.get(header["method"], **header["options"])
-        optimizer = ZerothOrder(model, method, params=groups, seed=header["seed"])
+        return ZerothOrder(model, method, params=groups, seed=header["seed"])
     except (TypeError, ArithmeticError, LookupError, AttributeError) as error:  # options of types that no run has
         raise ValueError(f"{journal.path}: the header's method cannot be made ({error}).") from error
-    try:
-        _apply(optimizer, journal, until)
-    except BaseException:
-        optimizer.remove_hooks()
-        raise
-    return optimizer
 
 
 def _apply(optimizer: ZerothOrder, journal: Journal, until: int | None) -> None:

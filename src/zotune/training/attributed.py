@@ -40,7 +40,7 @@ class AttributedTrainer(EvaluatedTrainer):
     """Records what training examples contribute to the loss of ``attribute_dataset``, where there is one."""
 
     def __init__(self, *args: Any, attribute_dataset: Any = None, **kwargs: Any) -> None:
-        self.attribute_dataset = attribute_dataset
+        self.attribute_dataset, self._numbers_rows = attribute_dataset, attribute_dataset is not None
         self._rows_of_step: list[Tensor] = []
         super().__init__(*args, **kwargs)
         if attribute_dataset is None:
@@ -51,8 +51,47 @@ class AttributedTrainer(EvaluatedTrainer):
         if not has_length(self.train_dataset):
             raise ValueError("the shares of examples need training data with a length and an index: load the stream into a list first.")
 
+    def rows_of_steps(self, steps: int) -> list[list[int]]:
+        """The numbers of the training examples that each of a run's first steps takes, by running through its data loader.
+
+        Raises:
+            ValueError: the training data have no length.
+        """
+        if not has_length(self.train_dataset):
+            raise ValueError("which examples a step takes is known of training data with a length alone: load the stream into a list.")
+        found: list[list[int]] = []
+        self._numbers_rows = True
+        try:
+            loader = self.get_train_dataloader()
+        finally:
+            self._numbers_rows = self.attribute_dataset is not None
+        epoch, size = 0, self.args.gradient_accumulation_steps
+        state = torch.get_rng_state()
+        while len(found) < steps:
+            for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):  # as transformers' loop does
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
+            parts = [batch[ROWS].tolist() for batch in loader]
+            found += [[row for part in parts[at : at + size] for row in part] for at in range(0, len(parts), size)]
+            epoch += 1
+        torch.set_rng_state(state)  # a loader draws a seed from it
+        return found[:steps]
+
+    def losses_on(self, dataset: Any, most: int | None = None) -> tuple[Any, list[Any]]:
+        """The training loss as a function of a batch, and batches of a data set's first ``most`` examples (all) for it."""
+        examples = self._encoded(dataset)
+        size = self.args.per_device_eval_batch_size
+        most = len(examples) if most is None else min(len(examples), most)
+        collate = self.data_collator
+        if isinstance(examples, datasets.Dataset):
+            examples = self._remove_unused_columns(examples, description="validation")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="validation")
+        pieces = [range(start, min(start + size, most)) for start in range(0, most, size)]
+        return self._loss_of([self._prepare_inputs(collate([examples[i] for i in piece])) for piece in pieces])
+
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        if not is_training or self.attribute_dataset is None:
+        if not is_training or not self._numbers_rows:
             return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         self._rows_of_step = []
         usual = self.data_collator
@@ -83,16 +122,7 @@ class AttributedTrainer(EvaluatedTrainer):
         return {name: value for name, value in inputs.items() if name != ROWS}
 
     def _attribution(self, optimizer: ZerothOrder) -> Attribution:
-        examples = self._encoded(self.attribute_dataset)
-        size = self.args.per_device_eval_batch_size
-        most = min(len(examples), self.args.attribute_examples)
-        collate = self.data_collator
-        if isinstance(examples, datasets.Dataset):
-            examples = self._remove_unused_columns(examples, description="validation")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="validation")
-        pieces = [range(start, min(start + size, most)) for start in range(0, most, size)]
-        loss_fn, batches = self._loss_of([self._prepare_inputs(collate([examples[i] for i in piece])) for piece in pieces])
+        loss_fn, batches = self.losses_on(self.attribute_dataset, self.args.attribute_examples)
         return Attribution(optimizer.run, loss_fn, batches, self.args.attribute_every)
 
     def _loss_of(self, batches: list[Any]) -> tuple[Any, list[Any]]:
