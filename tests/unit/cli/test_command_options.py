@@ -51,7 +51,8 @@ _REWARD = "tests/unit/cli/test_reward_command.py::"
 _LOGGED, _ACCURACY = _REWARD + "test_a_run_by_rewards_is_logged_and_evaluated", _REWARD + "test_an_accuracy_is_a_reward_without_generation"
 _WEIGHED = _REWARD + "test_options_of_rewards_are_refused_by_eval_without_one"
 _INFLUENCE = "tests/unit/cli/test_influence_command.py::test_a_run_lists_its_rows_by_share"
-_ORDERS = "tests/unit/cli/test_orders_command.py::test_"
+_ORDERS = "tests/unit/cli/test_orders_command.py::"
+_TOLD = _ORDERS + "test_orders_of_a_run_are_told_and_the_best_is_saved"
 _PROMPT, _ADVICE = "tests/unit/prompting/test_prompt_search.py::", "tests/unit/prompting/test_prompt_advice.py::"
 _MERGE = "tests/unit/optim/test_merge.py::test_the_command"
 #: On a machine with a GPU it acts.
@@ -188,8 +189,8 @@ ROWS: dict[str, dict[str, str]] = {
     "merge": _REPLAYED | {"base": _MERGE, "output_dir": _MERGE, "journals": _MERGE, "weights": _MERGE},
     "influence": dict.fromkeys(("run", "top", "by", "out", "plot"), _INFLUENCE),
     "orders": {
-        **dict.fromkeys(("base", "run", "order", "checks", "out", "output_dir"), _ORDERS + "orders_of_a_run_are_told_and_the_best_is_saved"),
-        **dict.fromkeys(("position", "places"), _ORDERS + "a_row_has_a_loss_for_each_place"),
+        **dict.fromkeys(["base", "run", "order", "checks", "out", "output_dir"], _TOLD),
+        **dict.fromkeys(("position", "places"), _ORDERS + "test_a_row_has_a_loss_for_each_place"),
         "use_cpu": GPU,
         "trust_remote_code": _HOSTILE,
     },
