@@ -9,8 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import processors
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from command_cases import BAD, GOOD, word_tokenizer
 
@@ -98,3 +110,36 @@ def save_seq2seq(folder: Path, name: str, **changes: Any) -> None:
             model = BartForConditionalGeneration(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_images(folder: Path, train: int = 16, evaluated: int = 8) -> None:
+    """Folders of images of one color each with `metadata.jsonl`, whose captions name the color's word."""
+    for part, count, seed in (("train", train, 0), ("eval", evaluated, 1)):
+        draw, lines = random.Random(seed), []
+        (folder / part).mkdir(parents=True)
+        for number in range(count):
+            good = draw.random() < 0.5
+            color = (200 + draw.randint(0, 50), 20, 20) if good else (20, 20, 200 + draw.randint(0, 50))
+            Image.new("RGB", (20, 16), color).save(folder / part / f"{number}.png")
+            lines.append(json.dumps({"file_name": f"{number}.png", "text": "great film" if good else "bad film"}) + "\n")
+        (folder / part / "metadata.jsonl").write_text("".join(lines))
+
+
+def save_llava(folder: Path) -> None:
+    """A random LLaVA of one layer each, with a processor of images of 16 x 16 pixels."""
+    tokenizer = word_tokenizer(["<s>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.25, eos_token_id=2, pad_token_id=1, **sizes
+    )
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, initializer_range=0.25, **{**sizes, "num_hidden_layers": 2})
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image, eos_token_id=2, pad_token_id=1)
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+    edge = {"height": 16, "width": 16}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=edge)
+    strategy = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(image_processor=processor, tokenizer=tokenizer, image_token="<image>", **strategy).save_pretrained(folder)

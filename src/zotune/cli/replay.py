@@ -28,6 +28,8 @@ from zotune.weights.computed_linear import is_computed
 from zotune.weights.offload import stream_of
 from zotune.weights.offload.loading import PLACES
 
+#: Files of a processor of images.
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "chat_template.jinja")
 #: Options of a rebuilt model.
 _OF_A_MODEL = (
     "output_dir", "step", "merge", "offload", "max_memory", "offload_blocks", "offload_dir", "use_cpu", "trust_remote_code",
@@ -112,9 +114,10 @@ def save_adapter(folder: Path, model: Any, facts: dict[str, Any], run: Path) -> 
 
 
 def save_beside(folder: Path, run: Path) -> None:
-    """Of an embedding model, the files by which sentence-transformers loads it, as in the folder of its ``run``."""
-    for name in FILES:
-        if (run / name).is_file() and (run / MODULES).is_file():
+    """Files by which libraries load a model of sentences, or of images, as in the folder of its ``run``."""
+    names = FILES if (run / MODULES).is_file() else PROCESSOR
+    for name in names:
+        if (run / name).is_file() and not (folder / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(run / name, folder / name)
 

@@ -17,6 +17,7 @@ from zotune.io.execution import current
 from zotune.io.memory_tags import tagged
 from zotune.objectives import output_gradients, packed_choices
 from zotune.objectives.contrastive import ContrastiveLoss, SimilarityLoss
+from zotune.objectives.image_text import ImageTextLoss
 from zotune.objectives.router_balance import balance_losses, recorded_router_logits
 from zotune.objectives.seq2seq import Seq2SeqLoss
 from zotune.objectives.token_classes import TokenClassLoss
@@ -264,12 +265,13 @@ _OBJECTIVES: dict[str, Callable[[nn.Module], Callable[[Batch], Tensor]]] = {
     "token-classes": TokenClassLoss,
     "contrastive": ContrastiveLoss,
     "similarity": SimilarityLoss,
+    "image-text": ImageTextLoss,
 }
 
 
 def objective(name: str, model: nn.Module) -> Callable[[Batch], Tensor]:
     """The loss function of a name: ``"lm"``, ``"choices"``, ``"accuracy"``, ``"classifier"``, ``"mlm"`` (label words at a mask),
-    ``"generation"`` (of the right answer), ``"seq2seq"``, ``"token-classes"``, ``"contrastive"`` or ``"similarity"``.
+    ``"generation"`` (of the right answer), ``"seq2seq"``, ``"token-classes"``, ``"contrastive"``, ``"similarity"`` or ``"image-text"``.
 
     Raises:
         ValueError: for any other name.

@@ -10,10 +10,21 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from zotune.io.version import VERSION
 from zotune.publishing.files import PublishedFiles, command_of
+from zotune.tasks.model_kind import kind_of_record
 from zotune.training import run_folder
 
 #: Schemes whose trained model is an adapter of PEFT.
 _OF_PEFT = ("lora", "prefix", "prompt")
+#: The hub's names of what models do, by kind.
+_TASKS = {
+    "causal": "text-generation",
+    "masked": "fill-mask",
+    "classifier": "text-classification",
+    "seq2seq": "text2text-generation",
+    "tokens": "token-classification",
+    "embedding": "sentence-similarity",
+    "image-text": "image-text-to-text",
+}
 #: Metrics of `summary.json` that describe an evaluation, not a model.
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second")
 
@@ -41,7 +52,7 @@ def model_card(files: PublishedFiles, repo: str, *, license: str | None = None, 
 
 
 def _task(files: PublishedFiles) -> str:
-    return "text-classification" if files.record.get("classes") else "fill-mask" if files.record.get("masked") else "text-generation"
+    return _TASKS[kind_of_record(files.record, run_folder.RUN_FILE).name]
 
 
 def _results(files: PublishedFiles, summary: Mapping[str, Any], dataset: str | None) -> Iterator[EvalResult]:

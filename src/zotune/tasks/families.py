@@ -28,6 +28,7 @@ class Family:
         compute_metrics: of predictions; its attribute ``metrics`` names them, the main one first.
         ids: an example's lists of token ids.
         files: JSON files that are saved with the model, by name.
+        processor: saved with the model in place of the tokenizer; None: the tokenizer is.
     """
 
     kind: ModelKind
@@ -39,6 +40,7 @@ class Family:
     compute_metrics: Any
     ids: Callable[[Mapping[str, Any]], Sequence[Sequence[int]]] = lambda example: (example["input_ids"],)
     files: Mapping[str, Any] = field(default_factory=dict)
+    processor: Any = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ def family_name(config: Any, task: Task | None, objective: str | None, rows: Row
         return None
     if objective is None and ({"anchor", "positive"} <= columns or {"sentence1", "sentence2", "score"} <= columns):
         return "pairs"
+    if objective in (None, "lm") and "file_name" in columns and hasattr(config, "vision_config"):
+        if not ("text" in columns or {"prompt", "completion"} <= columns):
+            raise ValueError(f"{rows.source} has images, and needs the column text, or prompt and completion: it has {', '.join(columns)}.")
+        return "images"
     if objective is None and "tokens" in columns and columns & {"tags", "ner_tags", "pos_tags"}:
         return "tokens"
     if (labelled and is_encoder(config)) or objective == "classifier":
@@ -106,7 +112,7 @@ def family_name(config: Any, task: Task | None, objective: str | None, rows: Row
 
 def prepare_family(name: str, inputs: FamilyInputs) -> Family:
     """A family of :func:`family_name`; ValueError where its rows are malformed."""
-    from zotune.tasks import labelled, sentence_pairs, seq2seq, token_labels
+    from zotune.tasks import images, labelled, sentence_pairs, seq2seq, token_labels
 
-    found = {"labelled": labelled, "pairs": sentence_pairs, "seq2seq": seq2seq, "tokens": token_labels}
+    found = {"labelled": labelled, "pairs": sentence_pairs, "images": images, "seq2seq": seq2seq, "tokens": token_labels}
     return found[name].prepare(inputs)

@@ -46,6 +46,7 @@ class PreparedData:
         texts: the first texts that were encoded, of a few rows; none of chats.
         train_rows: the rows of the training examples, in their order.
         files: JSON files that are saved with the model, by name.
+        processor: of images and text, saved with the model; None: the tokenizer is.
         kind: of the model that the data are for.
         task_file: the content of a task file that was made of rows with a label; None for other data.
     """
@@ -66,6 +67,7 @@ class PreparedData:
     texts: tuple[str, ...] = ()
     train_rows: Rows | None = field(default=None, compare=False)
     files: Mapping[str, Any] = field(default_factory=dict)
+    processor: Any = field(default=None, compare=False)
     kind: ModelKind = field(default_factory=ModelKind)
     task_file: Mapping[str, Any] | None = field(default=None, compare=False)
 
@@ -369,4 +371,5 @@ def prepared_family(family: Family, train: Any, dev: Any, evaluated: Any, texts:
         train_rows=rows,
         kind=family.kind,
         files=family.files,
+        processor=family.processor,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from zotune.objectives.contrastive import SimilarityLoss, ranking_loss, sentence_embeddings
+from zotune.objectives.image_text import TEXT, ImageTextLoss, model_inputs
 from zotune.objectives.seq2seq import Seq2SeqLoss
 from zotune.objectives.token_classes import word_logits, word_losses
 from zotune.objectives.token_logprobs import IGNORE
@@ -36,13 +37,34 @@ def generated(model: nn.Module, batch: Batch) -> Tensor:
         pad_token_id=own.pad_token_id,
     )
     written = found.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings)[:, 1:]
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ended = torch.isin(written, torch.tensor([end for end in ends if end is not None], dtype=written.dtype, device=written.device))
-    return written.masked_fill(ended.cumsum(dim=1) - ended.long() > 0, IGNORE)
+    return _until_end(written, own.eos_token_id)
 
 
 def _of_seq2seq(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return Seq2SeqLoss(model)(batch).mean(), generated(model, batch), batch["reference"]
+
+
+def _of_images(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    loss, found = ImageTextLoss(model)(batch).mean(), cast(Any, model)
+    images = {name: value for name, value in model_inputs(batch).items() if name not in TEXT}
+    ends = found.generation_config.eos_token_id
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=int(batch["max_new_tokens"].max()),
+        eos_token_id=ends,
+        pad_token_id=int(found.generation_config.pad_token_id or 0),
+    )
+    prompts = batch["prompt_ids"]
+    with torch.no_grad():
+        written = found.generate(input_ids=prompts, attention_mask=batch["prompt_mask"], **images, generation_config=settings)
+    return loss, _until_end(written[:, prompts.shape[1] :], ends), batch["reference"]
+
+
+def _until_end(written: Tensor, end: int | list[int] | None) -> Tensor:
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    ended = torch.isin(written, torch.tensor(ends, dtype=written.dtype, device=written.device))
+    return written.masked_fill(ended.cumsum(dim=1) - ended.long() > 0, IGNORE)
 
 
 def _of_words(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,4 +85,5 @@ PREDICTIONS: dict[str, Callable[[nn.Module, Batch], tuple[Tensor, Tensor, Tensor
     "token-classes": _of_words,
     "contrastive": _of_pairs,
     "similarity": _of_pairs,
+    "image-text": _of_images,
 }

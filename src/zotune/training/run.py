@@ -166,7 +166,7 @@ class _Run:
                 data_collator=data.collate_train,
                 eval_data_collator=data.collate_eval,
                 compute_metrics=data.compute_metrics,
-                processing_class=tokenizer,
+                processing_class=tokenizer if data.processor is None else data.processor,
                 attribute_dataset=None if self.attributed is None else self.attributed.train,
             )
         except RuntimeError as error:

@@ -12,14 +12,16 @@ import peft
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, EvalPrediction
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer, EvalPrediction
 
 import zotune
 from command_cases import BAD, GOOD, Result, run_command, save_encoder
-from family_cases import answer, number, pair, save_seq2seq, several, similarity, tagged, ticket, write_rows
+from family_cases import answer, number, pair, save_images, save_llava, save_seq2seq, several, similarity, tagged, ticket, write_rows
 from zotune.objectives import objective
 from zotune.objectives.contrastive import ranking_loss
+from zotune.tasks.images import ImageTextCollator
 from zotune.tasks.token_labels import ComputeTagMetrics
 
 SHORT = ("--use_cpu", "--max_steps", "2", "--eval_steps", "2", "--learning_rate", "1e-2", "--train_file", "train.jsonl")
@@ -157,6 +159,47 @@ def test_a_family_is_trained_saved_and_evaluated(here, capsys, draw, save, metri
     getattr(transformers, f"AutoModelFor{loader}" if loader else "AutoModel").from_pretrained("run")
     assert replays(capsys)
     assert loader is not None or json.loads(Path("again/1_Pooling/config.json").read_text())["pooling_mode_mean_tokens"] is True
+
+
+def test_a_model_of_images_learns_captions_and_is_saved_with_its_processor(here, capsys):
+    save_llava(here / "model")
+    save_images(here)
+    words = [
+        "--train_file",
+        "train/metadata.jsonl",
+        "--eval_file",
+        "eval/metadata.jsonl",
+        "--method",
+        "mezo",
+        "--forward_batching",
+        "sequential",
+    ]
+    result = trained(capsys, *words)
+    assert result.code == 0, result.err
+    assert {"token_f1", "exact_match"} <= same_metrics(capsys).keys()
+    assert replays(capsys)
+    for folder in ("run", "again"):
+        model, processor = transformers.AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        row = processor(images=[Image.open("eval/0.png")], text=["<image>"], return_tensors="pt")
+        assert model(**row).logits.shape[1] == row["input_ids"].shape[1]
+    collate = ImageTextCollator(1, processor=processor)
+    ids = row["input_ids"][0].tolist()
+    rows = [{"prompt_ids": ids, "completion_ids": [4, 5], "image": f"eval/{number}.png", "text": "<image>"} for number in (0, 1)]
+    loss = objective("image-text", model.eval())
+    with torch.no_grad():
+        assert torch.allclose(loss(collate(rows)), torch.cat([loss(collate([one])) for one in rows]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("../model/config.json", "is outside of the folder"), ("no.png", "there is no image"), ("x.png", "is no image")]
+)
+def test_a_file_that_is_no_image_of_the_folder_is_refused(here, capsys, name, reason):
+    save_llava(here / "model")
+    save_images(here, 2, 2)
+    Path("train/x.png").write_text("no image")
+    Path("train/metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a film"}) + "\n")
+    result = trained(capsys, "--train_file", "train/metadata.jsonl", "--eval_file", "eval/metadata.jsonl")
+    assert result.code == 2 and "line 1: " in result.err and reason in result.err
 
 
 def test_a_pooler_that_no_embedding_reads_stays_as_it_is(here, capsys):
