@@ -49,7 +49,13 @@ def test_a_page_runs_from_top_to_bottom(name, count, printed, capsys, tmp_path, 
 
 
 def test_every_page_with_python_is_run_or_shows_a_fragment():
-    run = {name for name, _, _ in PAGES} | {"tutorial/first_run.md", "how-to/gguf.md", "how-to/rewards.md", "how-to/privacy.md"}
+    run = {name for name, _, _ in PAGES} | {
+        "tutorial/first_run.md",
+        "how-to/data.md",
+        "how-to/gguf.md",
+        "how-to/rewards.md",
+        "how-to/privacy.md",
+    }
     fragments = {"how-to/several_machines.md", "how-to/export.md"}
     found = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if python_blocks(page)}
     assert found == run | fragments

@@ -6,7 +6,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from zotune.io.text import shown
@@ -51,13 +51,19 @@ class AgainstAnswers:
             )
         return column
 
+    def check_row(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has a right answer; ValueError where it is none."""
+        return bool(self._answers(row[self.check_columns(row)]))
+
     def _one(self, text: str, answer: Any) -> float | None:
-        answers = [answer] if isinstance(answer, str | int | float) else answer
-        if answers is None or len(answers) == 0:
-            return None
-        if not all(isinstance(each, str | int | float) for each in answers):
+        answers = self._answers(answer)
+        return self.score(text, answers) if answers else None
+
+    def _answers(self, answer: Any) -> list[str]:
+        answers = [answer] if isinstance(answer, str | int | float) else [] if answer is None else answer
+        if not isinstance(answers, list | tuple) or not all(isinstance(each, str | int | float) for each in answers):
             raise ValueError(f"the right answer {shown(answer)} is neither a text nor a number nor a list of them")
-        return self.score(text, [str(each) for each in answers])
+        return [str(each) for each in answers]
 
 
 def exact_match(column: str = "") -> RewardFunction:

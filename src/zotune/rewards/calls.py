@@ -77,6 +77,15 @@ class ChecksColumns(Protocol):
         ...
 
 
+@runtime_checkable
+class ChecksRows(Protocol):
+    """A reward function that says whether it can compare with a row."""
+
+    def check_row(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has a right answer; ValueError where it is none."""
+        ...
+
+
 class RewardCall:
     """A reward function under a name.
 

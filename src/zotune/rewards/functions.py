@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from zotune.rewards.calls import ARGUMENTS, Failure, RewardCall, RewardFunction, failure, name_of
+from zotune.rewards.calls import ARGUMENTS, ChecksRows, Failure, RewardCall, RewardFunction, failure, name_of
 from zotune.rewards.failures import FailureLimit
 from zotune.rewards.loading import load
 
@@ -73,6 +73,24 @@ class Rewards:
         """ValueError where a function asks for a column that the data do not have."""
         for call in self.calls:
             call.check(columns)
+
+    def check_rows(self, rows: Sequence[Mapping[str, Any]], source: str) -> None:
+        """ValueError where a row has a right answer that a function cannot compare with, or no row has one.
+
+        Args:
+            rows: the columns of each.
+            source: the data set, for messages.
+        """
+        for call in self.calls:
+            if isinstance(call.function, ChecksRows):
+                answered = False
+                for number, row in enumerate(rows):
+                    try:
+                        answered |= call.function.check_row(row)
+                    except ValueError as error:
+                        raise ValueError(f"{source}, row {number}, reward {call.name!r}: {error}.") from None
+                if not answered:
+                    raise ValueError(f"{source}: no row has a right answer for the reward {call.name!r}: fill its column, or name another.")
 
     def score(
         self,

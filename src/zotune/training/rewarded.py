@@ -70,6 +70,10 @@ class TrainerRewards:
         train = self.options["train_dataset"]
         if train is not None and len(train):
             rewards.check(train[0]["columns"])
+        for name in ("train_dataset", "eval_dataset"):
+            found = self.options[name]
+            if isinstance(found, list) and found:
+                rewards.check_rows([example["columns"] for example in found], name)
         self.options["compute_metrics"] = options.get("compute_metrics") or RewardMetrics(self.names)
         self.shown: list[Shown] = []
         self._warned = False

@@ -121,3 +121,13 @@ def test_names_of_nothing_are_refused(name, message, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         load(name)
     assert message in str(error.value)
+
+
+def test_right_answers_are_checked_before_anything_is_generated():
+    rewards = Rewards("exact_match")
+    rewards.check_rows([{"answer": "a"}, {"answer": None}, {"answer": ["b", 3]}], "mine")
+    for wrong, message in (({"a": 1}, "mine, row 1, reward 'exact_match': the right answer"), ([["a"]], "row 1.* neither a text")):
+        with pytest.raises(ValueError, match=message):
+            rewards.check_rows([{"answer": "a"}, {"answer": wrong}], "mine")
+    with pytest.raises(ValueError, match="no row has a right answer for the reward 'exact_match'"):
+        rewards.check_rows([{"answer": None}, {"answer": []}], "mine")
