@@ -26,14 +26,15 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     for source in python_blocks(PAGE):
         exec(compile(source, str(PAGE), "exec"), {})
     blocks = [block.commands for block in command_blocks(PAGE) if block.mark == "data"]
-    assert [len(commands) for commands in blocks] == [2, 2, 1, 1]
+    assert [len(commands) for commands in blocks] == [2, 2, 1, 1, 1]
     for words in (words for commands in blocks for words in commands):
         assert words[0] == "zotune"
         result = run_command(capsys, *words[1:], *(["--max_steps", "2"] if words[1] == "train" else ["--output_file", "eval.json"]))
         assert result.code == 0, result.err
     assert Path("runs/tickets/task.yaml").is_file()
     assert json.loads(Path("eval.json").read_text())["metrics"].keys() >= {"accuracy", "f1"}
-    for run, name in (("tickets", "accuracy"), ("pairs", "loss"), ("joined", "loss"), ("calls", "loss"), ("saved", "accuracy")):
+    metrics = {"tickets": "accuracy", "pairs": "loss", "joined": "loss", "calls": "loss", "book": "loss", "saved": "accuracy"}
+    for run, name in metrics.items():
         summary = json.loads(Path(f"runs/{run}/summary.json").read_text())
         assert summary["metric"] == name and summary["steps"] == 2, run
     assert summary["after"]["accuracy"] in (0, 0.5, 1)

@@ -20,6 +20,7 @@ from zotune.tasks.masked import TEMPLATE, encode_masked
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.objective_choice import is_encoder, is_seq2seq, objectives_of
+from zotune.tasks.packing import block_of, check_packing, packed
 from zotune.tasks.pairs import are_chats
 from zotune.tasks.prompts import RewardCollator, encode_prompts, is_chat, stop_tokens
 from zotune.tasks.reading import DataSource
@@ -110,6 +111,7 @@ def prepare(
     bos_token: str | None = None,
     max_length: int | None = None,
     truncate: bool = False,
+    packing: bool = False,
     tools: str | Path | Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -143,6 +145,7 @@ def prepare(
         bos_token: starts a prompt, in place of the tokenizer's own.
         max_length: most input tokens, if shorter than the model's context.
         truncate: cut what is too long instead of raising; the log says how many rows were cut.
+        packing: texts are joined and cut into blocks of `max_length` (:func:`zotune.tasks.packing.packed`).
         tools: JSON schemas of the tools of chats, or a JSON file of them; a row's own column comes first.
         chat_template_kwargs: variables of the chat template; those of a row come first.
         seed: seed of the subsets.
@@ -196,7 +199,11 @@ def prepare(
         raise ValueError("a sequence-classification head reads a task's columns and has no prompt: leave template and options out.")
 
     limit, users = context_limit(tokenizer, model_config, max_length)
-    encoder = Encoder(tokenizer, limit, truncate, users, _chat_options(tools, chat_template_kwargs, task), bos_token)
+    if packing:
+        shown = train_rows if train_rows is not None else eval_rows
+        chosen = task is not None or train_objective != "lm" or shown is None
+        check_packing(tokenizer, "" if chosen or shown is None else format_of(shown)[0], truncate=truncate, chosen=chosen)
+    encoder = Encoder(tokenizer, None if packing else limit, truncate, users, _chat_options(tools, chat_template_kwargs, task), bos_token)
     padding: dict[str, Any] = {"pad_token_id": pad_token_id(tokenizer), "pad_to_multiple_of": pad_to_multiple_of}
     if train_objective == "classifier" or form == "labelled":
         _align_padding(model_config, padding["pad_token_id"])
@@ -211,7 +218,8 @@ def prepare(
         if train_objective == "reward":
             return encode_prompts(encoder, rows, task, max_completion_length=max_completion_length)
         if task is None:
-            return encoder.completions(rows)
+            examples = encoder.completions(rows)
+            return list(packed(examples, block_of(limit, users=users))) if packing else examples
         if task.generation and train_objective == "lm":
             examples = encoder.answers(rows, task, (task.max_new_tokens or 0) if evaluated else 0)
             if evaluated:

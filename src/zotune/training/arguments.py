@@ -126,6 +126,7 @@ class EvalDataArguments:
     bos_token: str | None = option(None, "the token that starts a prompt, in place of the tokenizer's own")
     max_length: int | None = option(None, "longest example in tokens; the model's context when not given")
     truncate: bool = option(False, "shorten what is too long instead of stopping")
+    packing: bool = option(False, "join texts, with the end-of-text token between, and cut them into blocks of --max_length tokens")
     tools: str | None = option(None, "with messages: JSON file with the tools, for the chat template; a row's own come first")
     chat_template_kwargs: dict | str | None = option(
         None, "with messages: variables of the chat template as JSON, such as '{\"enable_thinking\": false}'"

@@ -38,6 +38,8 @@ def check_request(config: RunConfig, method: Method | Baseline) -> None:
         check_no_gradient(method)
     if config.data.attribute is not None:
         attributed.check(method, rewards=config.data.generates)
+        if config.data.packing:
+            raise ValueError("--attribute has shares of rows, and blocks of --packing hold parts of several: leave one of them out.")
     if isinstance(method, Method) and method.subspace.quantized and (config.model.quantize is None or config.scheme.scheme != "full"):
         raise ValueError(
             f"{method.name} trains integers of quantized weights, and nothing else: it needs --quantize int8 or int4, and --scheme full."
@@ -73,6 +75,10 @@ def check_engine(config: RunConfig, method: Method | Baseline) -> None:
 
 def check_evaluations(training: ZOConfig, data: PreparedData, *, guarded: bool = False) -> None:
     """ValueError where evaluations during training, or their metric, cannot be had of the data."""
+    if data.task_file is not None and privacy_options.is_private(training):
+        raise ValueError(
+            "the classes were read from the labels, which a private run must not publish: write them into a task file for --task."
+        )
     if data.dev is None and data.eval is None:
         if guarded:
             raise ValueError("a guard is evaluated beside other data, and there are none: pass --eval_file or --num_dev.")

@@ -102,6 +102,10 @@ def check_data(data: DataArguments) -> None:
         raise ValueError(
             "--loss_over tokens divides an example's loss by the tokens of the others, so that it cannot be clipped: leave it out."
         )
+    if data.packing:
+        raise ValueError("--packing puts parts of several rows into one block, and a private run protects blocks then: leave it out.")
+    if data.dataset_test_split is not None and data.dataset_test_split == (data.dataset_train_split or "train"):
+        raise ValueError("--dataset_test_split is the split that is trained on, and evaluations are without noise: name another.")
     for name in ("eval_file", "guard_file"):
         path = getattr(data, name)
         if path is not None and data.train_file is not None and Path(path).resolve() == Path(data.train_file).resolve():

@@ -81,6 +81,7 @@ DATA: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "bos_token": ({}, None, "great"),
     "max_length": ({"truncate": True}, None, 6),
     "truncate": ({"max_length": 6}, False, True),
+    "packing": ({"task": None, "data_dir": None, "train_file": "text.jsonl"}, False, True),
 }
 SCHEME: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "scheme": ({}, "full", "head"),
@@ -282,6 +283,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "validation"):
         (folder / f"other/sst2/{split}.jsonl").write_text((folder / "rows.jsonl").read_text())
     (folder / "renamed.jsonl").write_text('{"body": "a film", "other": "the plot", "label": 1}\n' * 3)
+    (folder / "text.jsonl").write_text('{"text": "a film"}\n{"text": "the plot"}\n')
     card = (
         "configs:\n- {config_name: default, default: true, data_files: [{split: train, path: a.csv}, {split: validation, path: b.csv}]}\n"
     )

@@ -213,3 +213,30 @@ def test_the_columns_of_a_csv_file_hold_chats_as_json() -> None:
         csv.writer(file).writerows([["messages"], [json.dumps(chat)]])
     (example,) = tasks.prepare(chat_tokenizer("byte-level"), train_file="a.csv").train or ()
     assert example == encoded(chat_tokenizer("byte-level"), {"messages": chat})
+
+
+def test_packed_texts_are_scored_token_by_token_once() -> None:
+    tokenizer = chat_tokenizer("byte-level")
+    texts = ["the film was good", "was it good ?", "less so , the plot is dull"]
+    Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    whole = [id for text in texts for id in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    examples = tasks.prepare(tokenizer, train_file="a.jsonl", packing=True, max_length=5).train or ()
+    assert [len(each["prompt_ids"] + each["completion_ids"]) for each in examples[:-1]] == [6] * (len(examples) - 1)
+    assert whole == whole[:1] + [id for each in examples for id in each["completion_ids"]]
+    assert [each["prompt_ids"] for each in examples[1:]] == [each["completion_ids"][-1:] for each in examples[:-1]]
+    Path("b.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}))
+    for file, options, message in (("a", {"truncate": True}, "would have no effect"), ("b", {}, "packing joins plain texts")):
+        with pytest.raises(ValueError, match=message):
+            tasks.prepare(tokenizer, train_file=f"{file}.jsonl", packing=True, **options)
+
+
+def test_what_a_private_run_must_not_publish_is_refused(tmp_path: Path) -> None:
+    from zotune.training.arguments import DataArguments
+    from zotune.training.privacy_options import check_data
+
+    for options, message in (
+        ({"packing": True}, "protects blocks"),
+        ({"dataset_name": "a", "dataset_test_split": "train"}, "is the split that is trained on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_data(DataArguments(**options))
