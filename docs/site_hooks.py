@@ -2,13 +2,14 @@
 
 The navigation is what docs/index.md links to, section by section, each page followed by the pages in the folder of its name. The pages
 ``reference/api/MODULE.md`` exist on the site alone: for each module of docs/reference/python_api.md the signatures and docstrings of
-its names. Links out of docs/ lead to the repository.
+its names. A notebook is shown as a page of its name. Links out of docs/ lead to the repository.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -30,10 +31,12 @@ def navigation() -> list[Any]:
 
 
 def _entry(path: str) -> Any:
+    if path.endswith(".ipynb"):
+        return _notebook_page(path)
     if path == API:
         return {"Python API": [API, *({module: _api_page(module)} for module in api_names())]}
     folder = DOCS / path.removesuffix(".md")
-    if not path.endswith(".md") or not folder.is_dir():
+    if not folder.is_dir():
         return path
     below = dict.fromkeys(
         link for link, _ in _LINK.findall((DOCS / path).read_text(encoding="utf-8")) if link.startswith(f"{folder.name}/")
@@ -56,13 +59,29 @@ def _api_page(module: str) -> str:
     return f"reference/api/{module}.md"
 
 
+def _notebook_page(path: str) -> str:
+    return f"{path.removesuffix('.ipynb')}.md"
+
+
+def notebook(text: str, path: str, url: str) -> str:
+    """The Markdown of a notebook: its texts and its code. Addresses of the repository's pages lead to those of the site."""
+    cells = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        cells.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+    pages = re.compile(rf"\]\({re.escape(url)}/blob/main/docs/([^)#\s]+)")
+    return pages.sub(lambda match: f"]({posixpath.relpath(match[1], posixpath.dirname(path))}", "\n\n".join(cells))
+
+
 def outward(text: str, page: str, url: str) -> str:
     """The page's Markdown with links out of docs/ as addresses below ``url``."""
 
     def address(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), match[1]))
-        if re.match(r"[a-z]+:", match[1]) or target.startswith("docs/"):
+        if re.match(r"[a-z]+:", match[1]):
             return match[0]
+        if target.startswith("docs/"):
+            return match[0].replace(match[1], _notebook_page(match[1])) if target.endswith(".ipynb") else match[0]
         return f"]({url}/{'tree' if (ROOT / target).is_dir() else 'blob'}/main/{target}{match[2] or ''})"
 
     return _LINK.sub(address, text)
@@ -75,10 +94,14 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages of the API."""
+    """Add the pages of the API, and those of notebooks in their place."""
     from mkdocs.structure.files import File
 
-    for path, content in api_pages().items():
+    generated = api_pages()
+    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        files.remove(file)
+        generated[_notebook_page(file.src_uri)] = notebook(file.content_string, file.src_uri, config.repo_url)
+    for path, content in generated.items():
         files.append(File.generated(config, path, content=content))
     return files
 

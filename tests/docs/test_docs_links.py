@@ -59,11 +59,11 @@ def test_the_site_has_every_page_once() -> None:
         return [entry] if isinstance(entry, str) else [path for each in entry for path in paths(each)]
 
     found = [path for path in paths(site_hooks().navigation()) if not path.startswith("reference/api/")]
-    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*") if page.suffix in (".md", ".ipynb")]
+    pages = [page.relative_to(DOCS).with_suffix(".md").as_posix() for page in DOCS.rglob("*") if page.suffix in (".md", ".ipynb")]
     assert sorted(found) == sorted(pages)
 
 
 def test_links_out_of_the_pages_lead_to_the_repository() -> None:
-    text = "[a](../../src/zotune) [b](../../Makefile#x) [c](../index.md) [d](https://x.y)"
-    wanted = "[a](U/tree/main/src/zotune) [b](U/blob/main/Makefile#x) [c](../index.md) [d](https://x.y)"
+    text = "[a](../../src/zotune) [b](../../Makefile#x) [c](../index.md) [d](https://x.y) [e](a.ipynb)"
+    wanted = "[a](U/tree/main/src/zotune) [b](U/blob/main/Makefile#x) [c](../index.md) [d](https://x.y) [e](a.md)"
     assert site_hooks().outward(text, "how-to/page.md", "U") == wanted
