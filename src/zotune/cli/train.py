@@ -78,7 +78,7 @@ def option_groups() -> dict[str, dict[str, str]]:
         "first of all": first,
         "data": dict.fromkeys(
             ("train_file", "eval_file", "columns", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",
-             "template", "options", "objective", "loss_over", "problem_type", "num_train", "num_dev", "num_eval",
+             "streaming", "template", "options", "objective", "loss_over", "problem_type", "num_train", "num_dev", "num_eval",
              "k_shot", "num_demonstrations", "demonstrations_per", "bos_token", "max_length", "truncate", "packing", "tools",
              "chat_template_kwargs"), ""),
         "rewards of generated completions": dict.fromkeys(("reward", *REWARD_FIELDS, "guard_task", "guard_file"), ""),

@@ -26,6 +26,7 @@ from zotune.tasks.prompts import RewardCollator, encode_prompts, is_chat, stop_t
 from zotune.tasks.reading import DataSource
 from zotune.tasks.rows import Rows
 from zotune.tasks.sources import clean, demonstrated, demonstrated_anew, sample, split_train
+from zotune.tasks.streams import Stream
 from zotune.tasks.task import Task
 from zotune.tasks.vocabulary import check_vocabulary
 from zotune.weights.structure import text_config
@@ -96,6 +97,7 @@ def prepare(
     dataset_config: str | None = None,
     dataset_train_split: str | None = None,
     dataset_test_split: str | None = None,
+    streaming: bool = False,
     columns: Mapping[str, str] | Sequence[str] | None = None,
     template: str | None = None,
     options: Sequence[str] | Mapping[Any, str] | None = None,
@@ -129,6 +131,7 @@ def prepare(
         train_file, eval_file: files (:func:`zotune.tasks.files.read_rows`) with the task's columns, or without a task with prompt and
             completion, instruction and output, text and label, text, or messages.
         dataset_name, dataset_config, dataset_train_split, dataset_test_split: see :class:`zotune.tasks.reading.DataSource`.
+        streaming: read of the data set only the first `num_train`, `num_dev` and `num_eval` rows, in an order drawn by seed.
         columns: what columns are called here -> in the data, such as ``{"text": "body"}``.
         template, options: see :func:`zotune.tasks.load`; also of rows with a label.
         objective: training loss: ``"lm"`` (over the right option's tokens; the default), ``"choices"``
@@ -169,8 +172,9 @@ def prepare(
     elif task is not None and (template is not None or options is not None):
         raise ValueError("template and options need the name or path of a task: pass --task.")
     source = DataSource(
-        data_dir, train_file, eval_file, dataset_name, dataset_config, dataset_train_split, dataset_test_split, parsed_columns(columns)
-    )
+        data_dir, train_file, eval_file, dataset_name, dataset_config, dataset_train_split, dataset_test_split, parsed_columns(columns),
+        _stream(num_train, num_dev, num_eval, k_shot, seed) if streaming else None,
+    )  # fmt: skip
     train_rows = eval_rows = task_file = form = None
     if task is None:
         train_rows = source.train(None) if train_file is not None or "train" in parts else None
@@ -305,6 +309,12 @@ def prepare(
         kind=_kind(train_objective, task),
         task_file=task_file,
     )
+
+
+def _stream(num_train: int | None, num_dev: int | None, num_eval: int | None, k_shot: int | None, seed: int) -> Stream:
+    if num_train is None or k_shot is not None:
+        raise ValueError("streaming reads as many rows as num_train says: give --num_train, and no k_shot.")
+    return Stream(num_train + (num_dev or 0), num_eval, seed)
 
 
 def _chats(rows: Rows | None, tokenizer: Any) -> bool:

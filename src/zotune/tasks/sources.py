@@ -143,24 +143,27 @@ def hub_rows(task: Task, split: str, fix: str | None = None) -> Rows:
     return Rows(data, f"{name} (split {split})", range(len(data)), unit="row")
 
 
-def hub_data(hub: str, subset: str | None, split: str, fix: str) -> Any:
-    """A split of a data set on the hub, or in a folder of its layout, as ``datasets.Dataset``; ValueError, with the ``fix``."""
+def hub_data(hub: str, subset: str | None, split: str, fix: str, *, streaming: bool = False) -> Any:
+    """A split of a data set on the hub, or in a folder of its layout, as ``datasets.Dataset``; ValueError, with the ``fix``.
+
+    ``streaming``: as ``datasets.IterableDataset``.
+    """
     import datasets  # slow to import, and not needed for local files
 
     name = hub + (f"/{subset}" if subset else "")
     where = "in this folder" if Path(hub).is_dir() else "on the Hugging Face hub"
     try:
         try:
-            data = datasets.load_dataset(hub, subset, split=split)
+            data = datasets.load_dataset(hub, subset, split=split, streaming=streaming)
         except RuntimeError as error:  # the data set is a program, which datasets 4 no longer runs: the hub's own export of its rows
             if "scripts are no longer supported" not in str(error):
                 raise
-            data = datasets.load_dataset(hub, subset, split=split, revision="refs/convert/parquet")
+            data = datasets.load_dataset(hub, subset, split=split, streaming=streaming, revision="refs/convert/parquet")
     except Exception as error:  # offline, absent, gated, no such split: the same fix for all
         reason = " ".join(str(error).split())[:160]
         place = "" if where == "in this folder" else "from the Hugging Face hub "
         raise ValueError(f"cannot load {name} (split {split}) {place}({type(error).__name__}: {reason}): {fix}.") from None
-    if not len(data):
+    if not streaming and not len(data):
         raise ValueError(f"{name} (split {split}) {where} holds no rows.")
     return data
 

@@ -115,6 +115,11 @@ class EvalDataArguments:
     )
     dataset_config: str | None = option(None, "configuration of the data set on the hub", aliases=["--dataset_config_name"])
     dataset_test_split: str | None = option(None, "split of --dataset_name to evaluate on; none when not given")
+    streaming: bool = option(
+        False,
+        "read of --dataset_name only what --num_train, --num_dev and --num_eval ask for, as it comes",
+        aliases=["--dataset_streaming"],
+    )
     columns: list[str] | None = option(None, "names of your columns, such as text=body label=category; label= leaves the column label out")
     template: str | None = option(None, "name of a task's template, or your own: '{sentence} It was'")
     options: list[str] | None = option(None, "answer options in label order, in place of the template's")

@@ -38,7 +38,7 @@ OPTIONS: Mapping[Rule, str] = {
         seed data_seed train_sampling_strategy length_column_name dataloader_drop_last ignore_data_skip average_tokens_across_devices
         attn_implementation quantize n_ctx n_ubatch cache_type tokenizer_name
         task template options objective loss_over problem_type num_train num_dev k_shot num_demonstrations demonstrations_per bos_token
-        max_length truncate packing tools chat_template_kwargs
+        max_length truncate packing streaming tools chat_template_kwargs
         reward reward_weights max_completion_length num_generations temperature top_p top_k
         attribute attribute_every attribute_examples
         scheme lora_r lora_alpha lora_dropout lora_target_modules num_virtual_tokens trainable

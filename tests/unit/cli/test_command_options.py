@@ -68,6 +68,7 @@ DATA: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "dataset_config": ({"dataset_name": "hub-layout"}, None, "other"),
     "dataset_train_split": ({"dataset_name": "hub-layout"}, None, "validation"),
     "dataset_test_split": ({"dataset_name": "hub-layout"}, "train", "validation"),
+    "streaming": ({"dataset_name": "hub-layout"}, False, True),
     "columns": ({"train_file": "renamed.jsonl"}, ["sentence=body"], ["sentence=other"]),
     "template": ({}, None, "{sentence} It was"),
     "options": ({}, None, [" bad", " good"]),

@@ -240,3 +240,25 @@ def test_what_a_private_run_must_not_publish_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             check_data(DataArguments(**options))
+
+
+def test_a_stream_is_read_as_far_as_it_is_needed() -> None:
+    Path("layout").mkdir()
+    whole = [{"text": f"text {number}", "label": ("no", "yes")[number % 2]} for number in range(40)]
+    Path("layout/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
+    tokenizer = chat_tokenizer("byte-level")
+
+    def rows(**options: Any) -> Any:
+        data = tasks.prepare(tokenizer, dataset_name="layout", streaming=True, num_train=15, num_dev=2, **options)
+        assert data.task is not None and data.task.options == (" no", " yes")
+        return data.train_rows, data.dev
+
+    (first, dev), (again, _), (other, _) = rows(), rows(), rows(seed=1)
+    assert len(first) == 15 and len(dev) == 2 and list(first) == list(again) != list(other)
+    assert all(row == whole[number] for number, row in zip(first.numbers, first, strict=True))
+    for options, message in (({"num_train": None}, "give --num_train"), ({"dataset_name": None, "train_file": "a.csv"}, "is of data sets")):
+        with pytest.raises(ValueError, match=message):
+            tasks.prepare(tokenizer, **{"dataset_name": "layout", "streaming": True, "num_train": 5, **options})
+    datasets.Dataset.from_list(whole).save_to_disk("saved")
+    with pytest.raises(ValueError, match="its rows stay on the disk anyway"):
+        tasks.prepare(tokenizer, dataset_name="saved", streaming=True, num_train=5)
