@@ -56,7 +56,7 @@ def test_every_page_with_python_is_run_or_shows_a_fragment():
         "how-to/rewards.md",
         "how-to/privacy.md",
     }
-    fragments = {"how-to/several_machines.md", "how-to/export.md"}
+    fragments = {"how-to/several_machines.md", "how-to/export.md", "how-to/model_families.md"}
     found = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if python_blocks(page)}
     assert found == run | fragments
 

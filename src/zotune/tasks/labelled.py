@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +29,7 @@ def prepare(inputs: FamilyInputs) -> Family:
     """The family of labelled rows; the problem is that of ``problem_type``, else of the model's head, else the labels say it."""
     rows, encoder = inputs.rows, inputs.encoder
     column = "labels" if "labels" in rows.columns else "label"
-    values = rows.map(lambda row: row[column])
+    values = read_labels(rows.map(lambda row: row[column]))
     problem = inputs.problem_type or _of_head(inputs.config) or _of_labels(values)
     names = _names(problem, values, inputs, column)
     index = {name: number for number, name in enumerate(names)}
@@ -40,7 +42,7 @@ def prepare(inputs: FamilyInputs) -> Family:
             texts = [row["text"], row["text_pair"]] if paired else [row["text"]]
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"column {'text_pair' if isinstance(texts[0], str) else 'text'!r} holds no string.")
-            return {**encoder.whole(*texts), "label": _label(row[column], problem, index, column)}
+            return {**encoder.whole(*texts), "label": _label(_cell(row[column], problem), problem, index, column)}
 
         return encoder.map_rows(rows, example)
 
@@ -67,6 +69,26 @@ def _of_labels(values: Sequence[Any]) -> str:
     if all(_is_number(value) for value in values) and any(isinstance(value, float) for value in values):
         return REGRESSION
     return SINGLE
+
+
+def read_labels(values: Sequence[Any]) -> list[Any]:
+    """Labels, of which those of a table without types (CSV) are texts: numbers where all of them are, lists where they are JSON."""
+    read = [_read(value) for value in values]
+    alike = all(_is_number(value) for value in read) or all(isinstance(value, list) for value in read)
+    return read if alike else list(values)
+
+
+def _read(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"\s*(\[.*\]|[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*", value, re.DOTALL):
+        return value
+    try:
+        return json.loads(value) if value.strip().startswith("[") else int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _cell(value: Any, problem: str) -> Any:
+    return value if problem == SINGLE else _read(value)
 
 
 def _names(problem: str, values: Sequence[Any], inputs: FamilyInputs, column: str) -> tuple[str, ...]:

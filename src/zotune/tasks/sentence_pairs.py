@@ -20,6 +20,7 @@ from zotune.tasks.collators import Collator, padded
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.families import Family, FamilyInputs
 from zotune.tasks.head_metrics import pearson, spearman
+from zotune.tasks.labelled import read_labels
 from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.rows import Rows
 
@@ -96,7 +97,7 @@ def prepare(inputs: FamilyInputs) -> Family:
                 if not isinstance(row.get(column), str) or not row[column].strip():
                     raise ValueError(f"column {column!r} holds no sentence.")
             texts = [encoder.whole(row[column], what=f"text in {column!r}")["input_ids"] for column in columns]
-            return {"texts": texts} if form == "contrastive" else {"texts": texts, "score": _score(row["score"])}
+            return {"texts": texts} if form == "contrastive" else {"texts": texts, "score": _score(read_labels([row["score"]])[0])}
 
         return encoder.map_rows(rows, example)
 

@@ -13,7 +13,7 @@ from zotune.objectives.token_logprobs import IGNORE
 from zotune.tasks.chat_tokens import CUT
 from zotune.tasks.collators import Collator, padded
 from zotune.tasks.families import Family, FamilyInputs
-from zotune.tasks.labelled import class_number
+from zotune.tasks.labelled import class_number, read_labels
 from zotune.tasks.metrics import PADDING, macro_f1
 from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.rows import Rows
@@ -96,7 +96,7 @@ def prepare(inputs: FamilyInputs) -> Family:
     index = {name: number for number, name in enumerate(names)}
 
     def example(row: Mapping[str, Any]) -> dict[str, Any]:
-        words, tags = row["tokens"], row[column]
+        words, tags = read_labels([row["tokens"]])[0], read_labels([row[column]])[0]
         if not isinstance(words, list) or not isinstance(tags, list) or not all(isinstance(word, str) and word for word in words):
             raise ValueError(f"columns 'tokens' and {column!r} hold a list of words, and a list of as many tags.")
         if len(words) != len(tags) or not words:
@@ -130,7 +130,7 @@ def _names(inputs: FamilyInputs, column: str) -> tuple[str, ...]:
     config = inputs.config
     if any(name.endswith("ForTokenClassification") for name in getattr(config, "architectures", None) or ()):
         return tuple(str(config.id2label[number]) for number in range(config.num_labels))
-    found = {tag for tags in inputs.rows.map(lambda row: row[column]) if isinstance(tags, list) for tag in tags}
+    found = {tag for tags in read_labels(inputs.rows.map(lambda row: row[column])) if isinstance(tags, list) for tag in tags}
     if not found or not all(isinstance(tag, str | int) for tag in found):
         raise ValueError(f"{inputs.rows.source}: column {column!r} holds no lists of tags: a tag is a name or a whole number.")
     return tuple(map(str, sorted(found) if all(isinstance(tag, int) for tag in found) else sorted(map(str, found))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer, EvalPrediction
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer, EvalPrediction
 
 import zotune
 from command_cases import BAD, GOOD, Result, run_command, save_encoder
@@ -83,6 +84,23 @@ def test_a_head_is_trained_saved_and_evaluated(here, capsys, draw, words, metric
     config = AutoModelForSequenceClassification.from_pretrained("run").config
     assert (config.num_labels, config.problem_type) == (outputs, problem)
     assert replays(capsys)
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem", "labels"),
+    [
+        (["0.5", "1", "-2e-1"], "regression", [0.5, 1.0, -0.2]),
+        (["3", "1", "3"], "single_label_classification", [1, 0, 1]),
+        (['["good", "bad"]', "[]", '["bad"]'], "multi_label_classification", [[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]),
+        (["1.5", "good", "bad"], "single_label_classification", [0, 2, 1]),
+    ],
+)
+def test_labels_of_a_table_of_texts_are_read(here, texts, problem, labels):
+    save_encoder(here / "model")
+    with open("train.csv", "w") as file:
+        csv.writer(file).writerows([("text", "label"), *(("the film", text) for text in texts)])
+    data = zotune.tasks.prepare(AutoTokenizer.from_pretrained("model"), AutoConfig.from_pretrained("model"), train_file="train.csv")
+    assert (data.kind.problem, [row["label"] for row in data.train]) == (problem, labels)
 
 
 @pytest.mark.parametrize(
