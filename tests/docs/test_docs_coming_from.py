@@ -48,6 +48,15 @@ def test_every_name_of_peft_exists() -> None:
         assert name in fields or hasattr(peft, name) or hasattr(peft.PeftModel, name) or hasattr(peft.LoraModel, name), name
 
 
+def test_every_name_of_trl_exists() -> None:
+    trl = pytest.importorskip("trl")
+    known = {"peft_config", "reward_funcs"}  # of the trainers
+    for cls in (trl.SFTConfig, trl.GRPOConfig, trl.ModelConfig, trl.ScriptArguments):
+        known |= {field.name for field in dataclasses.fields(cls)}
+    names = {name.removeprefix("--") for name in cells("TRL", 0) if not name.startswith("trl ")}
+    assert names - known == {"config"} and len(names) > 30
+
+
 @pytest.mark.parametrize(
     "config",
     [
