@@ -101,7 +101,7 @@ def option_groups() -> dict[str, dict[str, str]]:
             "eval_steps": "steps between evaluations; below 1, a share of the run",
             "save_steps": "steps between checkpoints; below 1, a share of the run",
             "logging_steps": "",
-            "report_to": "none, tensorboard, ...",
+            "report_to": "none, tensorboard, trackio, wandb, ...: where the figures of the log go, too",
             "load_best_model_at_end": "end with the checkpoint that evaluated best",
             "use_cpu": "",
             "overwrite_output_dir": "",

@@ -60,18 +60,24 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def report(callbacks: Sequence[Any], step: int, shown: Sequence[Shown]) -> None:
-    """Gives completions to TensorBoard, as text, and to Weights & Biases, as a table, where a trainer reports to them."""
+    """Gives completions to TensorBoard, as text, and to Weights & Biases and Trackio, as a table, where a trainer reports to them."""
+    columns = ["step", "prompt", "completion", *shown[0].rewards]
+    rows = [[step, prompt_text(each.prompt), each.completion, *each.rewards.values()] for each in shown]
     for callback in callbacks:
         writer = getattr(callback, "tb_writer", None) if isinstance(callback, TensorBoardCallback) else None
         if writer is not None:
             writer.add_text("completions", _markdown(shown), step)
         if type(callback).__name__ == "WandbCallback":
-            import wandb  # type: ignore[import-not-found]
+            import wandb
 
             if wandb.run is not None:
-                columns = ["step", "prompt", "completion", *shown[0].rewards]
-                rows = [[step, prompt_text(each.prompt), each.completion, *each.rewards.values()] for each in shown]
                 wandb.log({"completions": wandb.Table(columns=columns, data=rows)}, commit=False)
+        if type(callback).__name__ == "TrackioCallback":
+            import pandas
+            import trackio
+
+            if trackio.context_vars.current_run.get() is not None:
+                trackio.log({"completions": trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))})
 
 
 def prompt_text(prompt: Any) -> str:
