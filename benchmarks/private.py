@@ -56,7 +56,7 @@ class Data:
             "task": "sst2",
             "data_dir": args.data_dir,
             "objective": "lm",
-            "num_train": args.examples + PUBLIC,
+            "num_train": 20_000,
             "seed": 0,
         }
         data = prepare(AutoTokenizer.from_pretrained(self.path), model.config, num_dev=4 * HELD_OUT, parts=("train",), **task)
