@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zotune.objectives.image_text import TEXT
 from zotune.tasks.collators import Collator, LanguageModelCollator, padded
-from zotune.tasks.families import Family, FamilyInputs
+from zotune.tasks.family import Family, FamilyInputs
 from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.rows import Rows
 from zotune.tasks.seq2seq import ComputeTextMetrics

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zotune.tasks.collators import ClassifierCollator
-from zotune.tasks.families import Family, FamilyInputs
+from zotune.tasks.family import Family, FamilyInputs
 from zotune.tasks.head_metrics import ComputeHeadMetrics
 from zotune.tasks.model_kind import MULTI, PROBLEMS, REGRESSION, SINGLE, ModelKind
 from zotune.tasks.rows import Rows

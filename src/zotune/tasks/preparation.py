@@ -14,7 +14,8 @@ from zotune.tasks.chat import ChatOptions, read_tools, variables_of
 from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator, MaskedCollator
 from zotune.tasks.columns import format_of, parsed_columns
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
-from zotune.tasks.families import Family, FamilyInputs, family_name, prepare_family
+from zotune.tasks.families import family_name, prepare_family
+from zotune.tasks.family import Family, FamilyInputs
 from zotune.tasks.labelled import check_problem
 from zotune.tasks.masked import TEMPLATE, encode_masked
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zotune.objectives.token_logprobs import IGNORE
 from zotune.tasks.collators import Collator, padded
-from zotune.tasks.families import Family, FamilyInputs
+from zotune.tasks.family import Family, FamilyInputs
 from zotune.tasks.metrics import ANSWER_METRICS, PADDING
 from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.rows import Rows

@@ -12,7 +12,7 @@ from torch import Tensor
 from zotune.objectives.token_logprobs import IGNORE
 from zotune.tasks.chat_tokens import CUT
 from zotune.tasks.collators import Collator, padded
-from zotune.tasks.families import Family, FamilyInputs
+from zotune.tasks.family import Family, FamilyInputs
 from zotune.tasks.labelled import class_number, read_labels
 from zotune.tasks.metrics import PADDING, macro_f1
 from zotune.tasks.model_kind import ModelKind
