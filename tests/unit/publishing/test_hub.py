@@ -14,6 +14,7 @@ import pytest
 
 import hub_server
 from command_cases import run_command, weights_digest
+from zotune.training import run_folder
 
 #: One process, since the client reads its environment once and its start takes seconds.
 SCRIPT = """
@@ -62,6 +63,9 @@ def trained(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 
 def test_a_pushed_run_loads_and_replays(hub: dict[str, str], trained: Path, tmp_path: Path) -> None:
+    key = trained / run_folder.PRIVATE_KEY  # as a private run leaves it
+    key.parent.mkdir()
+    key.write_bytes(b"the noise can be removed by this")
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=hub, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     codes = [line for line in done.stdout.splitlines() if line.isdigit()]
@@ -70,6 +74,8 @@ def test_a_pushed_run_loads_and_replays(hub: dict[str, str], trained: Path, tmp_
     assert "draft" in done.stdout.splitlines()
     assert json.loads((tmp_path / "hub/created-small-sst2.json").read_text())["visibility"] == "private"
     assert (tmp_path / "hub/branch.txt").read_text() == "draft"
+    published = [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    assert published and not any(key.read_bytes() in path.read_bytes() for path in published)
     digest = weights_digest(trained)
     assert (weights_digest(tmp_path / "loaded"), weights_digest(tmp_path / "rebuilt")) == (digest, digest)
     said = [line for line in done.stderr.splitlines() if line.startswith("zotune: ")]
