@@ -101,6 +101,8 @@ def closing_table(summary: Mapping[str, Any]) -> Any:
         rows.append((metric, change))
     elif summary["after"]:
         rows.append((metric, metric_text(metric, summary["after"][metric])))
+    if metric in (summary.get("held_out") or ()):
+        rows.append((f"{metric} of held-out rows", metric_text(metric, summary["held_out"][metric])))
     for name in (name for name in summary["after"] or () if name.startswith(PREFIX)):
         if name != f"{PREFIX}loss" or f"{PREFIX}accuracy" not in summary["after"]:
             values = [metrics[name] for metrics in (summary["before"], summary["after"]) if metrics]
