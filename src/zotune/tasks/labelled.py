@@ -103,7 +103,7 @@ def _names(problem: str, values: Sequence[Any], inputs: FamilyInputs, column: st
         return tuple(f"LABEL_{number}" for number in range(max(outputs, default=1)))
     if problem == MULTI:
         return tuple(sorted({entry for value in values for entry in _listed(value) if isinstance(entry, str)}))
-    found = set(values) if all(isinstance(value, str | int | float) for value in values) else {None}
+    found: set[Any] = set(values) if all(isinstance(value, str | int | float) for value in values) else {None}
     if not all(isinstance(entry, str | int) for entry in found):
         raise ValueError(f"{inputs.rows.source}: column {column!r} holds labels that are no classes: each is {_LABELS[SINGLE]}.")
     if len(found) < 2:

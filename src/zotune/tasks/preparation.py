@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -285,7 +285,7 @@ def prepare(
     if rewarded:
         padding["stops"] = stop_tokens(encoder, train or evaluated or (), task)
     collate = partial(_collator, task=task, encoder=encoder, padding=padding)
-    examples = chain(train or (), dev or (), evaluated or ())
+    examples: Iterable[Mapping[str, Any]] = chain(train or (), dev or (), evaluated or ())
     if family is not None:
         examples = ({"input_ids": ids} for example in examples for ids in family.ids(example))
     check_vocabulary(tokenizer, model_config, padding["pad_token_id"], examples)

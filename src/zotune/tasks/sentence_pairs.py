@@ -132,14 +132,14 @@ def _files(config: Any, encoder: Encoder) -> dict[str, Any]:
             {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for index, (path, kind) in enumerate(_TYPES.items())
         ]
-        pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-        return {MODULES: modules, POOLING: pooling, "sentence_bert_config.json": {"max_seq_length": encoder.limit, "do_lower_case": False}}
+        mean = {"word_embedding_dimension": config.hidden_size, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+        return {MODULES: modules, POOLING: mean, "sentence_bert_config.json": {"max_seq_length": encoder.limit, "do_lower_case": False}}
     found = {MODULES: _json(folder / MODULES)}
     for name in FILES[1:]:
         if (folder / name).is_file():
             found[name] = _json(folder / name)
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in found[MODULES] if isinstance(module, dict)]
-    pooling = found.get(POOLING)
+    pooling: Any = found.get(POOLING)
     modes = {name for name, chosen in pooling.items() if name.startswith("pooling_mode") and chosen} if isinstance(pooling, dict) else set()
     named = pooling.get("pooling_mode") if isinstance(pooling, dict) else None
     plain = modes <= {"pooling_mode"} and named in ("mean", "cls")

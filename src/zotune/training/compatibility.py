@@ -14,6 +14,7 @@ from zotune.subspaces import Full, LowRank
 from zotune.training import attributed, baseline_runs, privacy_options, schemes
 from zotune.training.arguments import ACCURACY
 from zotune.training.evaluation import SPEED
+from zotune.training.loading_kinds import has_head
 from zotune.training.reward_options import check_no_gradient
 from zotune.weights import placement
 from zotune.weights.computed_linear import LOW_RANK_METHODS, NO_DECAY, NO_SCHEME, ONE_POINT, WRITES
@@ -96,8 +97,15 @@ def check_evaluations(training: ZOConfig, data: PreparedData, *, guarded: bool =
         )
 
 
-def check_kinds(config: RunConfig, data: PreparedData, guarded: PreparedData | None) -> None:
-    """ValueError where data are for another kind of model than others, or their loss is not one number for each example."""
+def check_kinds(config: RunConfig, data: PreparedData, guarded: PreparedData | None, model_config: Any) -> None:
+    """ValueError where data are for another kind of model than others, or do not go together with options of the run."""
+    private, kind = privacy_options.is_private(config.training), data.kind
+    unnamed = data.task is not None or kind.labels == tuple(f"LABEL_{number}" for number in range(len(kind.labels)))
+    if private and kind.has_new_head and not unnamed and not has_head(model_config, kind.name):
+        raise ValueError(
+            "the names of the labels were read from the rows, which a private run must not publish: give a task file (--task), or a model "
+            "whose head has these names (id2label)."
+        )
     if guarded is not None and guarded.kind.name != data.kind.name:
         raise ValueError(
             f"the guard's rows are for a model of another kind ({guarded.kind.name}) than the run's ({data.kind.name}): leave it out."
@@ -105,7 +113,7 @@ def check_kinds(config: RunConfig, data: PreparedData, guarded: PreparedData | N
     if data.train_objective != "contrastive":
         return
     together = "an example's loss depends on the others of its batch (in-batch negatives)"
-    if privacy_options.is_private(config.training):
+    if private:
         raise ValueError(f"{together}, so that it cannot be clipped: give pairs with scores (sentence1, sentence2, score).")
     if config.data.attribute is not None:
         raise ValueError(f"{together}, so that no example has a share of its own: leave --attribute out.")

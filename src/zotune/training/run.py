@@ -95,7 +95,7 @@ class _Run:
         self.attributed = attribute_data(tokenizer, plan.config, config.data, training.seed, training.attribute_examples, data)
         guarded = guard_data(tokenizer, plan.config, config.data, training.seed, masked=data.masked)
         check_evaluations(training, data, guarded=guarded is not None)
-        check_kinds(config, data, guarded)
+        check_kinds(config, data, guarded, plan.config)
         check_texts(plan, tokenizer, data)
         set_seed(training.seed)  # a new head or adapter draws from the global generator
         predict = self.predict_needs
