@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,8 @@ from zotune.io.suggest import did_you_mean
 from zotune.io.text import shortened
 from zotune.tasks import chat
 from zotune.tasks.rows import Rows
+
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?")
 
 #: Column sets of rows without a task, in order of precedence.
 FORMATS = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
@@ -112,6 +115,13 @@ def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
     return replace(rows, rows=(_RenamedTable if hasattr(rows.rows, "column_names") else _Renamed)(rows.rows, columns))
 
 
+def with_numbers(rows: Rows, column: str) -> Rows:
+    """The rows with the values of a column as numbers, where all of them are texts of numbers (7, -1, 0.5, but not 007)."""
+    if column not in rows.columns or not all(isinstance(value, str) and _NUMBER.fullmatch(value) for value in rows.column(column)):
+        return rows
+    return replace(rows, rows=_WithNumbers(rows.rows, {}, column))
+
+
 class _Renamed(Sequence):
     """Rows whose columns have other names."""
 
@@ -134,6 +144,18 @@ class _Renamed(Sequence):
     def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         found = {name: row[column] for name, column in self.columns.items() if column in row}
         return found | {name: value for name, value in row.items() if name not in self.taken and name not in self.columns}
+
+
+class _WithNumbers(_Renamed):
+    """Rows with numbers in a column."""
+
+    def __init__(self, rows: Any, columns: Mapping[str, str], column: str = "label") -> None:
+        super().__init__(rows, columns)
+        self.column = column
+
+    def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        value = str(row[self.column])
+        return {**row, self.column: float(value) if "." in value else int(value)}
 
 
 class _RenamedTable(_Renamed):

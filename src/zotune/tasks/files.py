@@ -45,6 +45,11 @@ def read_rows(path: str | Path) -> Rows:
     return readers.get(kind, read_jsonl)(path)
 
 
+def is_text_table(path: str | Path) -> bool:
+    """Whether every value of a file's rows is a text, numbers too."""
+    return ".csv" in (suffixes := [each.lower() for each in Path(path).suffixes[-2:]]) or ".tsv" in suffixes
+
+
 def read_jsonl(path: str | Path, longest: int = LONGEST_LINE) -> Rows:
     """Rows of a JSON Lines file (UTF-8, one object per line, gzip for .gz), without blank lines; ValueError where it is not one.
 

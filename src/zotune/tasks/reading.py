@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from zotune.io.suggest import did_you_mean
-from zotune.tasks.columns import renamed
-from zotune.tasks.files import read_rows
+from zotune.tasks.columns import renamed, with_numbers
+from zotune.tasks.files import is_text_table, read_rows
 from zotune.tasks.rows import Rows, Table
 from zotune.tasks.sources import clean, hub_data, load_rows
 from zotune.tasks.streams import Stream, streamed_rows
@@ -66,7 +66,7 @@ class DataSource:
     def train(self, task: Task | None) -> Rows:
         """The rows to train on; of a task those with a gold label."""
         if self.train_file is not None:
-            return self._own(read_rows(self.train_file), task)
+            return self._own(read_rows(self.train_file), task, text=is_text_table(self.train_file))
         if self.dataset_name is not None:
             count = None if self.stream is None else self.stream.train
             return self._own(self._named(self.dataset_train_split or "train", count), task)
@@ -77,7 +77,7 @@ class DataSource:
     def eval(self, task: Task | None) -> Rows | None:
         """The rows to evaluate on; None where there are none."""
         if self.eval_file is not None:
-            return self._own(read_rows(self.eval_file), task)
+            return self._own(read_rows(self.eval_file), task, text=is_text_table(self.eval_file))
         if self.dataset_name is not None and self.dataset_test_split is not None:
             return self._own(self._named(self.dataset_test_split, None if self.stream is None else self.stream.eval), task)
         evaluated = has_eval_rows(task, self.data_dir, self.train_file, self.eval_file, self.dataset_name, self.dataset_test_split)
@@ -92,9 +92,12 @@ class DataSource:
             raise ValueError(f"{folder} was written by save_to_disk, and its rows stay on the disk anyway: leave streaming out.")
         return streamed_rows(self.dataset_name, self.dataset_config, split, count, self.stream.seed, _FIX)
 
-    def _own(self, rows: Rows, task: Task | None) -> Rows:
+    def _own(self, rows: Rows, task: Task | None, *, text: bool = False) -> Rows:
+        """``text``: every value is one, also the numbers of labels."""
         rows = renamed(rows, self.columns)
-        return rows if task is None else clean(rows, task)
+        if task is not None:
+            return clean(rows, task)
+        return with_numbers(rows, "label") if text else rows
 
 
 def has_eval_rows(

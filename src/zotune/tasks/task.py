@@ -116,6 +116,8 @@ class Task:
         for index, (value, name) in enumerate(zip(self.labels, self.label_names, strict=True)):
             if label in (value, name):
                 return index
+        if str(label) in (texts := [str(value) for value in self.labels]):  # a table of text has '1' for 1
+            return texts.index(str(label))
         known = ", ".join(f"{v!r} ({n})" for v, n in zip(self.labels, self.label_names, strict=True))
         raise ValueError(f"column {self.label_column!r} holds {label!r}, which is none of the options {known}.")
 

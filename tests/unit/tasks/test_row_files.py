@@ -262,3 +262,13 @@ def test_a_stream_is_read_as_far_as_it_is_needed() -> None:
     datasets.Dataset.from_list(whole).save_to_disk("saved")
     with pytest.raises(ValueError, match="its rows stay on the disk anyway"):
         tasks.prepare(tokenizer, dataset_name="saved", streaming=True, num_train=5)
+
+
+def test_labels_of_a_table_that_are_numbers_are_numbers() -> None:
+    for name, values, expected in (("a", "1 0", [1, 0]), ("b", "0.5 2", [0.5, 2]), ("c", "007 1", ["007", "1"]), ("d", "1 x", ["1", "x"])):
+        Path(f"{name}.csv").write_text("text,label\n" + "".join(f"a,{value}\n" for value in values.split()))
+        rows = DataSource(train_file=f"{name}.csv").train(None)
+        assert [row["label"] for row in rows] == expected and [row["label"] for row in rows.select([1])] == expected[1:]
+    Path("e.csv").write_text("sentence,label\na,1\nb,negative\n")
+    task = tasks.load("sst2")
+    assert [task.answer(row) for row in DataSource(train_file="e.csv").train(task)] == [1, 0]
