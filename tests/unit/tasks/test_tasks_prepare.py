@@ -286,6 +286,6 @@ def test_a_template_with_an_unknown_column_names_the_nearest(tokenizer, config, 
         tasks.prepare(tokenizer, config, task="sst2", data_dir=data_dir, template="{sentense} It was")
 
 
-def test_an_encoder_decoder_is_refused(tokenizer):
+def test_an_encoder_decoder_has_no_scores_of_options(tokenizer):
     with pytest.raises(ValueError, match=r"t5 is an encoder-decoder model"):
-        tasks.prepare(tokenizer, T5Config(), task="sst2")
+        tasks.prepare(tokenizer, T5Config(), task="sst2", objective="choices")
