@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AlbertForMaskedLM, BertForMaskedLM, DebertaForMaskedLM, RobertaForMaskedLM
 
 from command_cases import Result, run_command, save_data, save_encoder
+from zotune.tasks.model_kind import ModelKind
 from zotune.training.adapters import base_name
 from zotune.training.arguments import ModelArguments
 from zotune.training.loading import load_model, plan_model
@@ -40,7 +41,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def loaded(folder: Path, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     arguments = ModelArguments(str(folder))
-    model, _ = load_model(plan_model(arguments, "zotune eval"), arguments, torch.device("cpu"), classes=["terrible", "great"])
+    model, _ = load_model(
+        plan_model(arguments, "zotune eval"), arguments, torch.device("cpu"), kind=ModelKind("classifier", ("terrible", "great"))
+    )
     return model
 
 
