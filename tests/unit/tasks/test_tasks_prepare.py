@@ -286,6 +286,13 @@ def test_a_template_with_an_unknown_column_names_the_nearest(tokenizer, config, 
         tasks.prepare(tokenizer, config, task="sst2", data_dir=data_dir, template="{sentense} It was")
 
 
+def test_an_encoder_decoder_writes_the_answers_of_a_task(tokenizer, data_dir):
+    data = tasks.prepare(tokenizer, T5Config(decoder_start_token_id=0), task="sst2", data_dir=data_dir)
+    assert (data.kind.name, data.train_objective, data.main_metric) == ("seq2seq", "seq2seq", "exact_match")
+    with pytest.raises(ValueError, match=r"has no decoder_start_token_id"):
+        tasks.prepare(tokenizer, T5Config(), task="sst2", data_dir=data_dir)
+
+
 def test_an_encoder_decoder_has_no_scores_of_options(tokenizer):
     with pytest.raises(ValueError, match=r"t5 is an encoder-decoder model"):
         tasks.prepare(tokenizer, T5Config(), task="sst2", objective="choices")
