@@ -69,8 +69,9 @@ class AttributedTrainer(EvaluatedTrainer):
         state = torch.get_rng_state()
         while len(found) < steps:
             for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):  # as transformers' loop does
-                if hasattr(part, "set_epoch"):
-                    part.set_epoch(epoch)
+                renew: Any = getattr(part, "set_epoch", None)
+                if renew is not None:
+                    renew(epoch)
             parts = [batch[ROWS].tolist() for batch in loader]
             found += [[row for part in parts[at : at + size] for row in part] for at in range(0, len(parts), size)]
             epoch += 1
