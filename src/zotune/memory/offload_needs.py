@@ -21,6 +21,9 @@ from zotune.weights.offload import budget
 from zotune.weights.offload.budget import Needs
 from zotune.weights.precision import HALF
 
+#: Kinds of models whose memory :func:`zotune.memory.estimate` predicts.
+PREDICTED = ("causal", "masked", "classifier")
+
 
 def needs(workloads: Sequence[Workload], *, accelerator: bool, blocks: str | Sequence[str] | None = None) -> Needs:
     """The most that any of these takes beside weights, from :func:`zotune.memory.estimate`; no weight is read or made.
@@ -54,8 +57,11 @@ def _growth(workload: Workload) -> float:
 def needs_of(
     model: ModelArguments, plan: ModelPlan, config: ZOConfig, data: PreparedData, method: Method | Baseline | None, scheme: Scheme
 ) -> Needs | None:
-    """The needs of the longest batches of training (``method`` None: no training) and of evaluation; None without `--max_memory`."""
-    if model.max_memory is None:
+    """The needs of the longest batches of training (``method`` None: no training) and of evaluation.
+
+    None, for a fixed share, without `--max_memory`, and for kinds of models whose memory is not predicted.
+    """
+    if model.max_memory is None or data.kind.name not in PREDICTED:
         return None
     dtype = resolve_dtype(model.dtype, config.device)
     if dtype == "auto":
