@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from zotune.io.text import duration_text, metric_text, shortened
 from zotune.training import run_folder
 from zotune.training.checkpoint import storage
 from zotune.training.completions import COMPLETIONS_FILE
+from zotune.training.predictions import PREDICTIONS_FILE
 
 #: (key of a history entry, label of the axis)
 AXES = (("step", "steps"), ("sequences", "sequences evaluated"), ("seconds", "seconds within steps"))
@@ -94,6 +95,7 @@ def _blocks(runs: Sequence[Run]) -> Iterator[Block]:
     yield from _curves(runs)
     yield from _memory([run for run in runs if run.summary is not None])
     for run in runs:
+        yield from _predictions(run)
         yield from _completions(run)
     yield from _options(runs)
     for run in runs:
@@ -148,6 +150,27 @@ def _memory(runs: Sequence[Run]) -> Iterator[Block]:
     yield Heading("Memory")
     of = ", ".join(dict.fromkeys(str(each.get("of", "")) for each in known.values()))
     yield Figure("memory", f"peak memory ({of})", svg_text(stacked_bars(bars, parts, "GB"), "memory"))
+
+
+def _predictions(run: Run) -> Iterator[Block]:
+    """Evaluation rows whose predicted option or class changed."""
+    path = run.folder / PREDICTIONS_FILE
+    found = _json(path) if path.is_file() else {}
+    if run.summary is None or "changed" not in found:
+        return
+    right, wrong = found["became_right"], found["became_wrong"]
+    yield Heading(f"Predictions of {run.name}")
+    yield Paragraph(f"Of {len(found['after'])} evaluation rows, {right} became right and {wrong} became wrong; some of them:")
+    rows = [
+        [*(shortened(" ".join(str(each[key]).split()), CHARACTERS) for key in ("before", "after", "right")), _row_text(each["row"])]
+        for each in found["changed"]
+    ]
+    if rows:
+        yield Table(["before", "after", "right answer", "row"], rows)
+
+
+def _row_text(row: Mapping[str, Any]) -> str:
+    return shortened("; ".join(f"{name}: {' '.join(str(value).split())}" for name, value in row.items()), CHARACTERS)
 
 
 def _completions(run: Run) -> Iterator[Block]:

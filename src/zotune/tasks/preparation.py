@@ -47,7 +47,7 @@ class PreparedData:
         num_labels, label_names: of the labels; None and () where there are none.
         chats: whether the training data (else those to evaluate on) are messages.
         texts: the first texts that were encoded, of a few rows; none of chats.
-        train_rows: the rows of the training examples, in their order.
+        train_rows, eval_rows: the rows of `train` and `eval`, in their order.
         files: JSON files that are saved with the model, by name.
         processor: of images and text, saved with the model; None: the tokenizer is.
         kind: of the model that the data are for.
@@ -69,6 +69,7 @@ class PreparedData:
     chats: bool = False
     texts: tuple[str, ...] = ()
     train_rows: Rows | None = field(default=None, compare=False)
+    eval_rows: Rows | None = field(default=None, compare=False)
     files: Mapping[str, Any] = field(default_factory=dict)
     processor: Any = field(default=None, compare=False)
     kind: ModelKind = field(default_factory=ModelKind)
@@ -307,6 +308,7 @@ def prepare(
         chats=is_chat(train or evaluated or ()) if rewarded else task is None and _chats(shown, tokenizer),
         texts=tuple(encoder.texts),
         train_rows=train_rows,
+        eval_rows=eval_rows,
         kind=_kind(train_objective, task),
         task_file=task_file,
     )

@@ -243,12 +243,17 @@ class EvaluatedTrainer(CheckpointedTrainer):
 
 def measured(trainer: EvaluatedTrainer, examples: Any) -> dict[str, float]:
     """Metrics on encoded examples, without their `eval_` prefix and without the trainer's log and callbacks."""
+    return measured_with_output(trainer, examples)[0]
+
+
+def measured_with_output(trainer: EvaluatedTrainer, examples: Any) -> tuple[dict[str, float], EvalLoopOutput]:
+    """As :func:`measured`, and the predictions."""
     loader = trainer.get_eval_dataloader(examples)
     result = trainer.evaluation_loop(loader, "evaluation", prediction_loss_only=None)
     assert result.metrics is not None, "the loop always measures"
     metrics = {name.removeprefix("eval_"): float(value) for name, value in result.metrics.items()}
     metrics.pop("model_preparation_time", None)
-    return metrics
+    return metrics, result
 
 
 def embedding_rows(model: nn.Module) -> int | None:

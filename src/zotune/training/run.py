@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 from transformers import PrinterCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from zotune.baselines import Baseline
 from zotune.io.lock import locked
@@ -20,14 +21,14 @@ from zotune.optim.distributed import Workers, restarted
 from zotune.rewards import Rewards
 from zotune.rewards.evaluation import RewardMetrics
 from zotune.tasks import PreparedData, prepare
-from zotune.training import baseline_runs, run_file, run_folder
+from zotune.training import baseline_runs, predictions, run_file, run_folder
 from zotune.training.arguments import ModelArguments
 from zotune.training.attributed import attribute_data, write_rows
 from zotune.training.callbacks import StepClock, StopOnSignal
 from zotune.training.checkpoint import storage
 from zotune.training.compatibility import check_engine, check_evaluations, check_kinds, check_request, under_scheme
 from zotune.training.config import ZOConfig
-from zotune.training.evaluation import measured
+from zotune.training.evaluation import measured, measured_with_output
 from zotune.training.guard import Guard, guard_data
 from zotune.training.loading import ModelPlan, check_texts, load_model, load_tokenizer, plan_model
 from zotune.training.observer import RunObserver, RunResult, RunStart
@@ -72,6 +73,7 @@ class _Run:
         self.workers = Workers()
         self.guard: Guard | None = None
         self.attributed: PreparedData | None = None
+        self.output: EvalLoopOutput | None = None  # of the last evaluation
         self.observer = observer if self.workers.first else RunObserver()  # the first process reports and writes the folder
 
     def carry_out(self) -> RunResult:
@@ -190,6 +192,7 @@ class _Run:
                 if clear:
                     run_folder.clear_run(self.folder)
                 record.start(fresh, before)
+                predictions.write_before(self.folder, self.output)
                 if self.attributed is not None and data.train_rows is not None:
                     write_rows(self.folder, data.train_rows)
                 trainer.log_completions()
@@ -206,6 +209,7 @@ class _Run:
         held_out = None if data.dev is None else self._on_held_out(trainer, data)
         summary = record.summary(before, after, time.perf_counter() - begin, peaks, seconds=seconds) | {"held_out": held_out}
         if self.workers.first:
+            predictions.write_after(self.folder, self.output, data)
             record.save_model()
             record.write_summary(summary, curve_title=title)
         self.workers.wait()
@@ -284,7 +288,7 @@ class _Run:
         """Metrics on the evaluation data; None where there are none."""
         if data.eval is None:
             return None
-        metrics = measured(trainer, data.eval)
+        metrics, self.output = measured_with_output(trainer, data.eval)
         self.observer.evaluated(when, data.main_metric, metrics[data.main_metric])
         if self.guard is not None:
             metrics |= self.guard.metrics()

@@ -26,6 +26,7 @@ from zotune.training.checkpoint import storage
 from zotune.training.checkpoint.files import GGUF_ADAPTER, GGUF_SOURCE, MODELFILE
 from zotune.training.checkpoint.storage import other_format
 from zotune.training.completions import COMPLETIONS_FILE
+from zotune.training.predictions import PREDICTIONS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ PRIVATE_KEY = "_private/noise.key"
 #: Names that a run gives to files in its folder; where no run has, they are somebody else's.
 _OWN_FILES = (
     JOURNAL_FILE, SUMMARY_FILE, HISTORY_FILE, CURVE_FILE, HEAD_FILE, PROBE_FILE, LAUNCH_FILE, COMPLETIONS_FILE, ROWS_FILE, TASK_FILE,
-    PRIVATE_KEY,
+    PRIVATE_KEY, PREDICTIONS_FILE,
 )  # fmt: skip
 _NAMES_OF_A_MODEL = (
     "config.json",

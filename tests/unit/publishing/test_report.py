@@ -36,6 +36,12 @@ def test_a_page_shows_results_options_and_commands(runs: list[Path], capsys: pyt
         assert f"{100 * accuracy:.1f} %" in row
         assert f"zotune replay {Path('my-model').resolve()} {folder}" in text
     assert text.count("<svg") == 2  # curves and memory
+    for folder in runs:
+        found, summary = (json.loads((folder / name).read_text()) for name in ("predictions.json", "summary.json"))
+        before = json.loads((folder / "zotune_run.json").read_text())["before"]["accuracy"]
+        gained = 4 * (summary["after"]["accuracy"] - before)
+        assert found["became_right"] - found["became_wrong"] == gained and len(found["before"]) == 4
+        assert f"{found['became_right']} became right and {found['became_wrong']} became wrong" in text
     again = run_command(capsys, "report", str(runs[0]), str(runs[0]))
     assert (again.code, "named twice" in again.err) == (2, True)
 
