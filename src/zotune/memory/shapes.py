@@ -86,11 +86,22 @@ def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, m
     """The model of a configuration, with random weights: a causal language model, or a classifier for an encoder.
 
     ``masked``: an encoder has the head of a masked language model.
+
+    Raises:
+        ValueError: it is another kind of model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     kind = AutoModelForMaskedLM if masked else AutoModelForSequenceClassification if is_encoder(config) else AutoModelForCausalLM
-    return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"the memory of a {config.model_type} model is not predicted, only that of causal, masked and classification models: train a few "
+            "steps, whose summary says the peak."
+        ) from None
 
 
 def context_of(config: Any) -> int:

@@ -271,3 +271,12 @@ def test_a_real_encoders_sentence_files_go_along(sentence_encoder, here, capsys)
     for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
         assert json.loads(Path("run", name).read_text()) == json.loads((sentence_encoder / name).read_text())
     assert json.loads(Path("run/summary.json").read_text())["before"]["accuracy"] > 0.8
+
+
+def test_the_memory_of_an_encoder_decoder_is_a_fixed_share(here, capsys):
+    save_seq2seq(here / "model", "t5")
+    write_rows(here, answer)
+    words = ["--method", "lozo", "--offload", "disk", "--max_memory", "1GiB", "--offload_blocks", "encoder.block"]
+    assert trained(capsys, *words).code == 0
+    refused = run_command(capsys, "estimate", "--model_name_or_path", "model", "--method", "lozo")
+    assert refused.code == 2 and "the memory of a t5 model is not predicted" in refused.err and refused.err.count("\n") == 1
