@@ -99,8 +99,8 @@ def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, m
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ValueError(
-            f"the memory of a {config.model_type} model is not predicted, only that of causal, masked and classification models: train a few "
-            "steps, whose summary says the peak."
+            f"the memory of a {config.model_type} model is not predicted, only that of causal, masked and classification models: train a "
+            "few steps, whose summary says the peak."
         ) from None
 
 
