@@ -13,7 +13,7 @@ is compared with a measurement at those weights. The question is that of FUT (25
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,19 +96,23 @@ class Reordered:
     apart: float
 
 
-def measure(optimizer: ZerothOrder, journal: Journal, meter: SlopeMeter, order: Order) -> RunSlopes:
+def measure(
+    optimizer: ZerothOrder, journal: Journal, meter: SlopeMeter, order: Order, on_step: Callable[[], object] = lambda: None
+) -> RunSlopes:
     """The slopes of a run, as its journal is replayed.
 
     Args:
         optimizer: of the run, before its first step; its model has the trained weights afterwards.
         meter: of all training examples.
         order: the examples of each step.
+        on_step: called after each step.
     """
     records, slopes = list(journal.records()), []
     before = meter.losses()
     for record in records:
         if isinstance(record, StepRecord):
             slopes.append(meter.measure().slopes)
+            on_step()
         optimizer.apply(record)
     return RunSlopes(records, torch.stack(slopes), order, torch.stack([before, meter.losses()]))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from zotune.attribution import orders
@@ -150,7 +152,10 @@ class _Study:
         self._start = self._weights(trained)
         count = len(data.train)
         self._meter = lambda optimizer: slopes.SlopeMeter(optimizer, loss_fn, batches, count)
-        self.run: RunSlopes = orders.measure(optimizer, journal, self._meter(optimizer), self.own)
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("measuring the examples along the run's steps", total=len(journal))
+            self.run: RunSlopes = orders.measure(optimizer, journal, self._meter(optimizer), self.own, lambda: progress.advance(task))
         optimizer.remove_hooks()
         self._end = self._weights(trained)
         if self.run.mismatch > SAME:
