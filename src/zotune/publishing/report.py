@@ -160,7 +160,8 @@ def _predictions(run: Run) -> Iterator[Block]:
         return
     right, wrong = found["became_right"], found["became_wrong"]
     yield Heading(f"Predictions of {run.name}")
-    yield Paragraph(f"Of {len(found['after'])} evaluation rows, {right} became right and {wrong} became wrong; some of them:")
+    some = "; some of them:" if found["changed"] else "."
+    yield Paragraph(f"Of {len(found['after'])} evaluation rows, {right} became right and {wrong} became wrong{some}")
     rows = [
         [*(shortened(" ".join(str(each[key]).split()), CHARACTERS) for key in ("before", "after", "right")), _row_text(each["row"])]
         for each in found["changed"]
