@@ -5,7 +5,8 @@
 Every rate, backprop's too, is found by one rule: runs of a quarter of the budget with the first seed, a decade apart, up from 1e-5 until
 the loss at the end is worse than at an earlier rate for the second time, then three times the best and a third of it. The best by the loss
 of all training examples runs with every seed over the whole budget; where one of those ends worse than the quarter of a run did, the next
-lower rate takes its place. A sequence is one forward pass of one text, a backward pass counts as
+lower rate takes its place. ``--rates_of`` a file of results of another task takes the rates found there instead, and the next lower one
+where a run ends worse than it began. A sequence is one forward pass of one text, a backward pass counts as
 two. Accuracy is that of examples held out of the training data. Memory is that of a step as ``zotune estimate`` predicts it, seconds are of
 the run over its steps on a machine that did other things too. ``--measured`` adds rows whose rate is measured, measuring counted.
 
@@ -69,8 +70,8 @@ def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, se
         "lr": lr,
         "eps": "auto" if lr == "auto" else 1e-3,
     }
-    if whole and args.points:
-        found |= {"end_only": False, "eval_every": args.budget // args.points}
+    if whole and (args.points or args.rates_of):
+        found |= {"end_only": False, "eval_every": args.budget // (args.points or 1)}
     return found | ({"max_tokens": args.max_tokens} if args.max_tokens else {})
 
 
@@ -122,6 +123,17 @@ def search(runs: Runs, args: argparse.Namespace, name: str, scheme: str) -> dict
     return dict(sorted(tried.items()))
 
 
+def found_elsewhere(args: argparse.Namespace, name: str, scheme: str) -> dict[float, float]:
+    """Rates that were tried for another task and the loss at the end of each."""
+    found = [r for r in map(json.loads, args.rates_of.read_text().splitlines()) if r["cell"]["lr"] != "auto"]
+    found = [r for r in found if (r["cell"]["method"], r["cell"]["scheme"]) == (name, scheme)]
+    quarter = min((r["cell"]["budget"] for r in found), default=0)
+    tried = {r["cell"]["lr"]: last(r) for r in found if r["cell"]["budget"] == quarter}
+    if not tried:
+        raise SystemExit(f"{args.rates_of} has no search for the rate of {name} ({scheme}): run the table of that task first")
+    return dict(sorted(tried.items()))
+
+
 def whole(runs: Runs, args: argparse.Namespace, name: str, scheme: str, rate: float | str) -> list[dict[str, Any]]:
     """Runs of the whole budget, one a seed."""
     return [runs.of(cell(args, name, scheme, rate, seed, whole=True)) for seed in range(args.seeds)]
@@ -130,6 +142,11 @@ def whole(runs: Runs, args: argparse.Namespace, name: str, scheme: str, rate: fl
 def mean(numbers: list[float], digits: int = 3) -> str:
     spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 and all(map(math.isfinite, numbers)) else ""
     return f"{statistics.fmean(numbers):.{digits}f}{spread}"
+
+
+def worse(result: dict[str, Any], args: argparse.Namespace, quarter: float) -> bool:
+    """Whether a run of the whole budget ended where it should not have."""
+    return last(result) > (result["whole"][0][1] if args.rates_of else quarter)
 
 
 @dataclass(frozen=True, order=True)
@@ -149,10 +166,10 @@ def row(args: argparse.Namespace, contender: tuple[str, str, bool]) -> Row:
     if problem:
         return Row(math.inf, f"| `{name}` | {scheme} | refused: {problem} | | | | |")
     runs = Runs(args.results)
-    tried = {} if measured else search(runs, args, name, scheme)
+    tried = {} if measured else (found_elsewhere if args.rates_of else partial(search, runs))(args, name, scheme)
     rate: float | str = "auto" if measured else min(tried, key=lambda r: tried[r])
     found = whole(runs, args, name, scheme, rate)
-    while not measured and rate > min(tried) and max(map(last, found)) > tried[rate]:
+    while not measured and rate > min(tried) and any(worse(r, args, tried[rate]) for r in found):
         rate = max(r for r in tried if r < rate)
         found = whole(runs, args, name, scheme, rate)
     losses = [last(r) for r in found]
@@ -163,7 +180,7 @@ def row(args: argparse.Namespace, contender: tuple[str, str, bool]) -> Row:
     )
     grid = ", ".join(f"{rate:g}: {loss:.3g}" for rate, loss in tried.items())
     label = name + (f", {scheme}" if scheme != "full" else "") + (", measured rate" if measured else "")
-    return Row(statistics.fmean(losses), text, f"| `{name}` | {scheme} | {grid} |" if tried else "", label, found)
+    return Row(statistics.fmean(losses), text, f"| `{name}` | {scheme} | {grid} |" if tried and not args.rates_of else "", label, found)
 
 
 def refused(args: argparse.Namespace, name: str, scheme: str) -> str | None:
@@ -171,13 +188,18 @@ def refused(args: argparse.Namespace, name: str, scheme: str) -> str | None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    import zotune
     from zotune.training import schemes
 
     if name in ROWS:
         return None
     with torch.random.fork_rng():
         model = schemes.apply(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), scheme)
-    return schemes.refusal(methods.get(name), model, schemes.Scheme(scheme))
+    problem = schemes.refusal(methods.get(name), model, schemes.Scheme(scheme))
+    try:
+        return problem or zotune.ZerothOrder(model, name).remove_hooks()
+    except ValueError as error:
+        return str(error)
 
 
 def memory(args: argparse.Namespace, name: str, scheme: str) -> str:
@@ -233,6 +255,7 @@ def main() -> None:
     parser.add_argument("--num_dev", type=int, default=100, help="training examples held out")
     parser.add_argument("--max_tokens", type=int, help="leave out examples with longer prompts")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates_of", type=Path, help="results of another task whose rates are taken")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--figure", type=Path, help="the curves of the whole runs; needs --points")
     parser.add_argument("--results", type=Path, required=True)
