@@ -111,7 +111,7 @@ def measure(
     before = meter.losses()
     for record in records:
         if isinstance(record, StepRecord):
-            slopes.append(meter.measure().slopes)
+            slopes.append(meter.measure())
             on_step()
         optimizer.apply(record)
     return RunSlopes(records, torch.stack(slopes), order, torch.stack([before, meter.losses()]))
@@ -142,7 +142,7 @@ def replay(
             if place in batches and not any(record.skipped):
                 k = run.slopes.shape[1]
                 count = len(order[place])
-                found.append(SlopeMeter(optimizer, loss_fn, batches[place], count).measure().slopes.mean(dim=1))
+                found.append(SlopeMeter(optimizer, loss_fn, batches[place], count).measure().mean(dim=1))
                 wanted.append(torch.tensor(record.coefficients[:k], dtype=torch.float64))
             place += 1
         optimizer.apply(record)

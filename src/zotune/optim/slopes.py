@@ -7,7 +7,7 @@ weights and directions. Measured for all examples, s_ik says what the step's coe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,18 +23,6 @@ from zotune.subspaces.coordinate import Offset
 #: Subspaces whose directions depend on seed and step alone.
 _BY_SEED = (Full, LowRank, Blocks)
 WORKING = "take mezo, lozo, fzoo, mezo-adam or another method whose directions are the same for all examples and drawn by the seed"
-
-
-class StepSlopes(NamedTuple):
-    """What was measured before a step.
-
-    Attributes:
-        slopes: s_ik, float64, (K, N).
-        losses: of every example at the mean of the step's points, which is θ up to O(ε²) (O(ε) where the points lie on one side), (N,).
-    """
-
-    slopes: Tensor
-    losses: Tensor
 
 
 def check(method: Method) -> None:
@@ -79,8 +67,8 @@ class SlopeMeter:
 
     @torch.no_grad()
     @tagged("activations")
-    def measure(self) -> StepSlopes:
-        """The slopes and losses of all examples before the coming step.
+    def measure(self) -> Tensor:
+        """s_ik of all examples for the coming step, float64, (K, N).
 
         Raises:
             ValueError: there is not one loss for each example.
@@ -90,7 +78,7 @@ class SlopeMeter:
         optimizer.updater.begin(step)
         points = run.estimator.points(k)
         values = torch.stack([self._losses(Offset(point.sign * eps, run.state.seed, step, point.direction)) for point in points])
-        return StepSlopes(run.estimator.singles(values, eps, k), values.mean(dim=0))
+        return run.estimator.singles(values, eps, k)
 
     @torch.no_grad()
     @tagged("activations")

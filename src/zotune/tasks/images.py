@@ -20,7 +20,7 @@ from zotune.tasks.collators import Collator, LanguageModelCollator, padded
 from zotune.tasks.family import Family, FamilyInputs
 from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.rows import Rows
-from zotune.tasks.seq2seq import ComputeTextMetrics
+from zotune.tasks.seq2seq import ComputeTextMetrics, referred
 
 #: Most pixels of an image, against small files of huge images.
 MOST_PIXELS = 1 << 26
@@ -105,17 +105,10 @@ def prepare(inputs: FamilyInputs) -> Family:
                 "completion_ids": completion_ids,
                 "image": str(path),
                 "text": text,
-                "answer_text": completion.strip(),
+                "texts": (completion.strip(),),
             }
 
-        examples = encoder.map_rows(rows, example)
-        longest = max(len(each["completion_ids"]) for each in examples)
-        for each in examples:
-            answer = each.pop("answer_text")
-            if evaluated:
-                each |= {"reference": len(references), "max_new_tokens": longest + 1}
-                references.append((answer,))
-        return examples
+        return referred(encoder.map_rows(rows, example), "completion_ids", references if evaluated else None)
 
     collate = ImageTextCollator(**inputs.padding, processor=processor)
     metrics = ComputeTextMetrics(partial(tokenizer.decode, skip_special_tokens=True), references)

@@ -70,6 +70,21 @@ class ComputeTextMetrics:
         return {name: float(np.mean([ANSWER_METRICS[name](*pair) for pair in pairs])) for name in self.metrics}
 
 
+def referred(examples: list[dict[str, Any]], target: str, references: list[tuple[str, ...]] | None) -> list[dict[str, Any]]:
+    """The examples without their right `texts`, which move to ``references`` where they are evaluated (None: they are not).
+
+    Args:
+        target: the entry with the tokens of the right answer; an evaluation generates one more than the longest has.
+    """
+    longest = max(len(each[target]) for each in examples)
+    for each in examples:
+        texts = each.pop("texts")
+        if references is not None:
+            each |= {"reference": len(references), "max_new_tokens": longest + 1}
+            references.append(texts)
+    return examples
+
+
 def prepare(inputs: FamilyInputs) -> Family:
     """The family of rows of an encoder-decoder model; ValueError where the model does not say what its decoder begins with."""
     encoder, task, tokenizer = inputs.encoder, inputs.task, inputs.encoder.tokenizer
@@ -96,14 +111,7 @@ def prepare(inputs: FamilyInputs) -> Family:
     def encode(rows: Rows, evaluated: bool) -> list[dict[str, Any]]:
         if task is None:
             rows.require(["prompt", "completion"])
-        examples = encoder.map_rows(rows, example)
-        longest = max(len(each["target_ids"]) for each in examples)
-        for each in examples:
-            texts = each.pop("texts")
-            if evaluated:
-                each |= {"reference": len(references), "max_new_tokens": longest + 1}
-                references.append(texts)
-        return examples
+        return referred(encoder.map_rows(rows, example), "target_ids", references if evaluated else None)
 
     collate = Seq2SeqCollator(**inputs.padding, start_id=int(start))
     names = METRICS if task is None else task.metrics if task.generation else METRICS[::-1]
