@@ -28,16 +28,14 @@ def generated(model: nn.Module, batch: Batch) -> Tensor:
     """
     found: Any = model
     own = found.generation_config
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=int(batch["max_new_tokens"].max()),
-        decoder_start_token_id=int(batch["decoder_input_ids"][0, 0]),
-        eos_token_id=own.eos_token_id,
-        pad_token_id=own.pad_token_id,
-    )
+    start = int(batch["decoder_input_ids"][0, 0])
+    settings = _greedy(batch, decoder_start_token_id=start, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
     written = found.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings)[:, 1:]
     return _until_end(written, own.eos_token_id)
+
+
+def _greedy(batch: Batch, **tokens: Any) -> GenerationConfig:
+    return GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=int(batch["max_new_tokens"].max()), **tokens)
 
 
 def _of_seq2seq(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,13 +46,7 @@ def _of_images(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     loss, found = ImageTextLoss(model)(batch).mean(), cast(Any, model)
     images = {name: value for name, value in model_inputs(batch).items() if name not in TEXT}
     ends = found.generation_config.eos_token_id
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=int(batch["max_new_tokens"].max()),
-        eos_token_id=ends,
-        pad_token_id=int(found.generation_config.pad_token_id or 0),
-    )
+    settings = _greedy(batch, eos_token_id=ends, pad_token_id=int(found.generation_config.pad_token_id or 0))
     prompts = batch["prompt_ids"]
     with torch.no_grad():
         written = found.generate(input_ids=prompts, attention_mask=batch["prompt_mask"], **images, generation_config=settings)
