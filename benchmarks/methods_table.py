@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backprop import ROWS
+from backprop import CHEAP, ROWS
 from learning import HELD_OUT, run
 
 from zotune import methods
@@ -76,11 +76,11 @@ def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, se
 
 
 class Runs:
-    """Runs of a file of results; those that it lacks are run."""
+    """Runs of a file of results, and of others that are only read; those that they lack are run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *others: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = [line for each in (*others, path) if each.exists() for line in each.read_text().splitlines()]
         self._found = {self._key(result["cell"]): result for result in map(json.loads, lines)}
 
     @staticmethod
@@ -191,7 +191,7 @@ def refused(args: argparse.Namespace, name: str, scheme: str) -> str | None:
     import zotune
     from zotune.training import schemes
 
-    if name in ROWS:
+    if name in {**ROWS, **CHEAP}:
         return None
     with torch.random.fork_rng():
         model = schemes.apply(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), scheme)
@@ -209,7 +209,7 @@ def memory(args: argparse.Namespace, name: str, scheme: str) -> str:
     from zotune.memory import Workload, estimate
     from zotune.training.schemes import Scheme
 
-    if name in ROWS and name != "fo-adamw":
+    if name in {**ROWS, **CHEAP} and name != "fo-adamw":
         return ""
     config = AutoConfig.from_pretrained(args.model)
     method = baselines.get(name) if name in ROWS else methods.get(name)

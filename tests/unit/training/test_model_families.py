@@ -276,7 +276,7 @@ def test_a_real_encoders_sentence_files_go_along(sentence_encoder, here, capsys)
 def test_the_memory_of_an_encoder_decoder_is_a_fixed_share(here, capsys):
     save_seq2seq(here / "model", "t5")
     write_rows(here, answer)
-    words = ["--method", "lozo", "--offload", "disk", "--max_memory", "1GiB", "--offload_blocks", "encoder.block"]
+    words = ["--method", "lozo", "--offload", "disk", "--max_memory", "12GiB", "--offload_blocks", "encoder.block"]
     words += ["--forward_batching", "sequential"]
     assert trained(capsys, *words).code == 0
     refused = run_command(capsys, "estimate", "--model_name_or_path", "model", "--method", "lozo")
