@@ -46,7 +46,16 @@ def settings(args: argparse.Namespace, task: str) -> argparse.Namespace:
     classes, tokens = TASKS[task]
     shared = {"model": bundled.path("tiny-lm").relative_to(Path.cwd()), "data_dir": args.data_dir, "budget": args.budget, "num_train": 400}
     return argparse.Namespace(
-        **shared, task=task, classes=classes, max_tokens=tokens, num_dev=100, seeds=args.seeds, points=0, rates_of=None, score=HELD_OUT
+        **shared,
+        task=task,
+        classes=classes,
+        max_tokens=tokens,
+        drawn=tokens is not None,
+        num_dev=100,
+        seeds=args.seeds,
+        points=0,
+        rates_of=None,
+        score=HELD_OUT,
     )
 
 

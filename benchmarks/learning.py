@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import random
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -56,9 +57,10 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         seed=0,
     )
     if cell.get("max_tokens"):
-        data = dataclasses.replace(
-            data, train=short(data.train, cell["max_tokens"])[: cell["num_train"]], dev=short(data.dev, cell["max_tokens"])
-        )
+        chosen = short(data.train, cell["max_tokens"])
+        if cell.get("drawn"):  # a file may be in the order of its classes
+            chosen = random.Random(0).sample(chosen, len(chosen))
+        data = dataclasses.replace(data, train=chosen[: cell["num_train"]], dev=short(data.dev, cell["max_tokens"]))
     model: Any
     optimizer: Any
     if similarity:

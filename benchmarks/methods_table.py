@@ -72,7 +72,7 @@ def cell(args: argparse.Namespace, method: str, scheme: str, lr: float | str, se
     }
     if whole and (args.points or args.rates_of):
         found |= {"end_only": False, "eval_every": args.budget // (args.points or 1)}
-    return found | ({"max_tokens": args.max_tokens} if args.max_tokens else {})
+    return found | ({"max_tokens": args.max_tokens} if args.max_tokens else {}) | ({"drawn": True} if args.drawn else {})
 
 
 class Runs:
@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--num_train", type=int, default=400)
     parser.add_argument("--num_dev", type=int, default=100, help="training examples held out")
     parser.add_argument("--max_tokens", type=int, help="leave out examples with longer prompts")
+    parser.add_argument("--drawn", action="store_true", help="draw the training examples of --max_tokens instead of taking the first")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates_of", type=Path, help="results of another task whose rates are taken")
     parser.add_argument("--processes", type=int, default=1)

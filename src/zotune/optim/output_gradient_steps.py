@@ -55,6 +55,8 @@ NEAR = 1e-2
 ROUNDED = 1 / 256
 #: Factor of the distance at which a slope is measured again if steps would go elsewhere; how often, at most.
 FARTHER, MAX_SAMPLES = 8.0, 6
+#: How far a normalized step of 16 examples goes, as a part of the way to the minimum of the loss along the first one.
+PART_OF_WAY = 0.05
 #: Steps between measurements if rates are measured, beside steps 1, 2, 4, 8, ...
 EVERY = 20
 #: How many times as far the loss has to fall where a slope is measured farther away.
@@ -86,6 +88,15 @@ class Derivatives(NamedTuple):
     evaluated: int
 
 
+class _Sample(NamedTuple):
+    """Losses on both sides of θ: slope, curvature of each example's loss (N,), how far the loss falls on one, whether all are finite."""
+
+    slope: float
+    curvature: Tensor
+    lower: float
+    finite: bool
+
+
 class OutputGradientSteps:
     """Takes the measurements of steps along output gradients, and chooses the phases.
 
@@ -101,9 +112,13 @@ class OutputGradientSteps:
         self.forward, self.evaluator, self.rule = forward, evaluator, rule
         self.interval, self.measured = interval, measured
         self.coordinates = [c for c in forward.coordinates if isinstance(c, GuidedCoordinate)]
+        if not rule.plain:  # another rule has means of its own
+            for coordinate in self.coordinates:
+                coordinate.momentum = None
         self.layers = trained_layers(forward.model, {id(c.parameter): c for c in self.coordinates})
         self.size = StepSize(guess=GuessedSignal(ALONE, held=False))
         self.scale = RunningMean(FORGETTING)  # α
+        self.distance = 0.0  # how far a normalized step goes, 0 before it is measured
         self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
         self.phases = 0  # with output gradients since the last one with drawn directions
         self.limit_phases()
@@ -211,58 +226,113 @@ class OutputGradientSteps:
     def estimate(self, found: Derivatives) -> Estimate:
         """The derivative along every element of S as a coefficient, bfloat16 as the journal stores it; a non-finite one skips the step."""
         loss = float(found.losses.double().mean())
-        coefficients = self.alpha * found.slopes.double().mean(dim=1)
+        coefficients = (1.0 if self.normalizes else self.alpha) * found.slopes.double().mean(dim=1)
         good = math.isfinite(loss) and bool(coefficients.isfinite().all())
         kept = coefficients.bfloat16().float() if good else torch.zeros(len(coefficients))
         return Estimate(loss if good else math.nan, kept, (not good,) * len(kept), math.nan, None)
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether a step's length does not depend on that of its derivatives."""
+        return any(c.momentum is not None for c in self.active_coordinates)
+
+    @tagged("activations")
+    def direction(self, found: Derivatives) -> tuple[Tensor, float]:
+        """What a step of these derivatives goes along, (C,) float64, of length 1, and its length before the rate multiplies it."""
+        mean = found.slopes.double().mean(dim=1)
+        parts = [coordinate.step_direction(part.bfloat16().float()).double() for coordinate, part in self.parts(mean)]
+        along = torch.cat(parts) if self.normalizes else mean
+        length = float(along.norm())
+        return along / max(length, 1e-30), length
 
     # -- scale and rate -----------------------------------------------------------------------------------------------------------------
 
     @tagged("activations")
     def measure(self, found: Derivatives, evaluate: Callable[[], Tensor], seed: int, step: int) -> None:
-        """Measure the slope and curvature along ``found``, where that is due; ``evaluate`` returns the losses of the step's examples."""
+        """Measure the slope and curvature along a step, where that is due; ``evaluate`` returns the losses of the step's examples."""
         self.forwards = self.sequences = 0
-        mean = found.slopes.double().mean(dim=1)
-        norm = float(mean.norm())
-        if not (self._due(step) and math.isfinite(norm) and norm > 0):
+        along, length = self.direction(found)
+        if not (self._due(step) and math.isfinite(length) and length > 0):
             return
+        with self._along(along):
+            if self.normalizes:
+                self._measure_distance(found, evaluate, along, seed, step)
+            else:
+                self._measure_derivatives(found, evaluate, along, length, seed, step)
+        if self.scale.mean <= 0:
+            self.size.expected_fall = 0.0
+
+    def _sample(self, found: Derivatives, evaluate: Callable[[], Tensor], radius: float, seed: int, step: int) -> _Sample:
+        plus, minus = (self._at(evaluate, sign * radius, seed, step) for sign in (1.0, -1.0))
+        slope = float((plus - minus).double().mean()) / (2 * radius)
+        curvature = (plus + minus - 2 * found.losses).double() / radius**2
+        finite = math.isfinite(slope) and bool(curvature.isfinite().all())
+        return _Sample(slope, curvature, float((found.losses - minus).double().mean()), finite)
+
+    def _measure_distance(self, found: Derivatives, evaluate: Callable[[], Tensor], along: Tensor, seed: int, step: int) -> None:
+        """How far a normalized step goes: a part of the way to the minimum of the loss along the first; later as long as that lowers it."""
+        size, least = self.size, ROUNDED if self.forward.rounds else 0.0
+        radius = self.distance or max(least, NEAR)
+        for _ in range(MAX_SAMPLES):
+            seen = self._sample(found, evaluate, radius, seed, step)
+            if not seen.finite or (self.distance and seen.slope > 0 >= seen.lower):  # too far
+                radius /= FARTHER if not seen.finite else 2.0
+                self.distance = self.distance and radius
+                continue
+            size.sample_at(radius)
+            size.record_curvature(seen.curvature.unsqueeze(0))
+            self.scale.add(seen.slope / max(float(found.slopes.double().mean(dim=1) @ along), 1e-30))
+            if not self.measured or seen.slope <= 0 or self.distance:
+                break
+            size.latest = seen.slope**2
+            wanted = self._wanted(seen, len(found.losses))
+            if wanted <= FARTHER * radius:
+                self.distance = max(least, wanted)
+                break
+            radius *= FARTHER
+        size.stride = self.distance
+
+    def _wanted(self, seen: _Sample, examples: int) -> float:
+        """A part of slope / curvature, or, where the loss is no valley, ..."""
+        size = self.size
+        mean = max(size.curvature.mean + size.curvature.error, 0.2 * math.sqrt(max(0.0, size.spread.mean)))
+        return PART_OF_WAY * min(2.0, math.sqrt(examples / 16)) * seen.slope / max(mean, 1e-30)
+
+    def _measure_derivatives(
+        self, found: Derivatives, evaluate: Callable[[], Tensor], along: Tensor, norm: float, seed: int, step: int
+    ) -> None:
+        """The scale α of derivatives, and what their rate needs, at the distances where steps go."""
         size, far, fall = self.size, self.size.radius or NEAR, -math.inf
         least = ROUNDED if self.forward.rounds else 0.0
         radius = max(least, min(size.stride, LONGER * far) if size.stride > 0 else far)
         self.wall = math.inf
-        with self._along(mean / norm):
-            for sample in range(MAX_SAMPLES):
-                plus, minus = (self._at(evaluate, sign * radius, seed, step) for sign in (1.0, -1.0))
-                slope = float((plus - minus).double().mean()) / (2 * radius)
-                curvature = (plus + minus - 2 * found.losses).double() / radius**2
-                if not (math.isfinite(slope) and bool(curvature.isfinite().all())):
-                    radius, size.stride = radius / FARTHER, radius / FARTHER  # no step may go there
-                    continue
-                lower = float((found.losses - minus).double().mean())
-                if sample and radius > size.radius and lower < WORTH * fall:  # where a loss is level no curvature tells how far is far
-                    self.wall = REACH * size.radius
-                    break
-                fall = lower
-                if sample:
-                    self.scale = RunningMean(FORGETTING)  # only what is measured where steps go counts
-                size.sample_at(radius)
-                size.record_curvature(curvature.unsqueeze(0))
-                self.scale.add(slope / norm)
-                if not self.measured or self.alpha == 0:
-                    break
-                self._record_first(found, self.alpha * norm)
-                size.rate(1, len(found.losses))
-                if radius / FARTHER <= size.stride <= FARTHER * radius or (radius == least and size.stride < least):
-                    break
-                radius = max(least, min(max(size.stride, radius / FARTHER), FARTHER * radius))
-        if self.scale.mean <= 0:
-            size.expected_fall = 0.0
+        for sample in range(MAX_SAMPLES):
+            seen = self._sample(found, evaluate, radius, seed, step)
+            if not seen.finite:
+                radius, size.stride = radius / FARTHER, radius / FARTHER  # no step may go there
+                continue
+            if sample and radius > size.radius and seen.lower < WORTH * fall:  # where a loss is level no curvature tells how far is far
+                self.wall = REACH * size.radius
+                break
+            fall = seen.lower
+            if sample:
+                self.scale = RunningMean(FORGETTING)  # only what is measured where steps go counts
+            size.sample_at(radius)
+            size.record_curvature(seen.curvature.unsqueeze(0))
+            self.scale.add(seen.slope / norm)
+            if not self.measured or self.alpha == 0:
+                break
+            self._record_first(found, self.alpha * norm)
+            size.rate(1, len(found.losses))
+            if radius / FARTHER <= size.stride <= FARTHER * radius or (radius == least and size.stride < least):
+                break
+            radius = max(least, min(max(size.stride, radius / FARTHER), FARTHER * radius))
 
     def _due(self, step: int) -> bool:
         size = self.size
         if not step % self.interval or not self.scale.count:
             return True
-        if not self.measured:
+        if not self.measured or self.normalizes:
             return False
         longer = min(size.stride, self.wall) > LONGER * size.radius
         return longer or not size.taken % EVERY or not size.taken & (size.taken - 1)
@@ -298,9 +368,15 @@ class OutputGradientSteps:
 
     def rate(self, found: Derivatives, estimate: Estimate, step: int) -> float:
         """η for a step of ``estimate``, for the update rule."""
-        size, norm = self.size, float(estimate.coefficients.double().norm())
+        size = self.size
+        if self.normalizes:
+            along, length = self.direction(found)
+            slope = self.alpha * float(along @ found.slopes.double().mean(dim=1))
+            size.record_step([slope], estimate.loss)
+            size.expected_fall = 0.5 * self.distance * max(0.0, slope)
+            return size.brake * self.distance / max(length, 1e-30)
         size.record_examples(self._of_examples(found))
-        size.record_step([norm], estimate.loss)
+        size.record_step([float(estimate.coefficients.double().norm())], estimate.loss)
         plain = size.within_reach(BOLD * size.rate(1, len(found.losses)), 1)
         size.expected_fall = 0.5 * plain * size.signal * size.moment.mean
         moment = max(size.latest / max(1, len(estimate.coefficients)), 1e-30)
@@ -317,6 +393,7 @@ class OutputGradientSteps:
         return {
             "size": self.size.state(),
             "scale": asdict(self.scale),
+            "distance": self.distance,
             "wall": self.wall if math.isfinite(self.wall) else None,
             "max_phases": self.max_phases,
             "phases": self.phases,
@@ -328,6 +405,7 @@ class OutputGradientSteps:
     def restore(self, state: dict[str, Any]) -> None:
         self.size = StepSize.restored(state["size"])
         self.scale = RunningMean(**state["scale"])
+        self.distance = float(state["distance"])
         self.wall = math.inf if state["wall"] is None else state["wall"]
         self.max_phases, self.phases, self.drawn_phases = state["max_phases"], state["phases"], state["drawn_phases"]
         self.lost = state["lost"]

@@ -132,8 +132,10 @@ class Updater:
                 elif keep != 1:  # a vector of a group with decay
                     coordinate.assign(coordinate.decayed(coordinate.value(), keep), self.state.seed, record.step)
                 if isinstance(coordinate, GuidedCoordinate) and coordinate.guided:
-                    value = coordinate.value()
-                    value = run.rule.update(coordinate.name, value, coordinate.expand_guided(derivatives[id(coordinate)]), lr, 0.0)
+                    value, along = coordinate.value(), derivatives[id(coordinate)]
+                    direction = coordinate.step_direction(along)
+                    coordinate.advance(along)
+                    value = run.rule.update(coordinate.name, value, coordinate.expand_guided(direction), lr, 0.0)
                     coordinate.assign(value, self.state.seed, record.step)
 
     def _update_groups(self, coordinates: list[Coordinate]) -> list[UpdateGroup]:

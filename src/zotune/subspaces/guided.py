@@ -20,7 +20,7 @@ from zotune.subspaces import residual_check
 from zotune.subspaces.activation import ActivationCoordinate, observing_inputs
 from zotune.subspaces.base import Losses, at_least_one
 from zotune.subspaces.coordinate import Coordinate, MomentTransport
-from zotune.subspaces.guided_projection import CompressedRows, compress, decompress, fit_projection
+from zotune.subspaces.guided_projection import CompressedRows, compress, decompress, fit_projection, polar
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 from zotune.weights.layouts import is_outputs_first, residual_width
 from zotune.weights.structure import body_of, head_of, trained_layers
@@ -34,17 +34,23 @@ TRAINED_PER_OBSERVED = 3.75
 class GuidedCoordinate(ActivationCoordinate):
     """θ (m, r) of W + E(θ) Vᵀ: E(θ) = θ in a LOZO phase, E(θ) = P S in a guided phase.
 
-    S (q, q) is the first q² elements of θ: W is trained as W + P S Vᵀ. The one of P and V on the layer's output side is orthonormal,
-    the other combines its inputs. Both are compressed to eight bits, as the journal stores them.
+    S (q, q) is the first q² elements of θ: W is trained as W + P S Vᵀ. P and V are orthonormal; the one on the layer's output side spans
+    output gradients, the other combinations of its inputs. Both are compressed to eight bits, as the journal stores them.
 
     Attributes:
         fixed_direction: a direction in S, (q²,), for evaluations instead of a drawn one.
+        momentum: β of M; None: steps go along the derivatives in S.
+        moment: M (q, q), the running mean of the derivatives in S, carried from one guided phase to the next.
         writes: whether the layer was found to write to the residual stream; None before the run's check (``residual_check``).
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, rank: int, interval: int, guide: int, begin: int) -> None:
+    def __init__(
+        self, name: str, parameter: nn.Parameter, rank: int, interval: int, guide: int, begin: int, momentum: float | None = None
+    ) -> None:
         super().__init__(name, parameter, rank, interval)
         self.begin = begin  # intervals to the first redraw
+        self.momentum = momentum
+        self.moment = torch.zeros(guide, guide)  # on the host, where derivatives are
         rows, columns = parameter.shape
         self.p = torch.zeros(rows, guide, device=parameter.device)
         self._v_buffer = torch.zeros(max(rank, guide), columns, device=parameter.device).T  # V is its first r or q columns
@@ -73,6 +79,23 @@ class GuidedCoordinate(ActivationCoordinate):
         return theta.view(self.shape)
 
     @tagged("directions")
+    def averaged(self, derivatives: Tensor) -> Tensor:
+        """M after a step of the derivatives Ĝ (q²,): β M + (1 − β) Ĝ, (q, q)."""
+        assert self.momentum is not None, self.name
+        return torch.lerp(derivatives.view_as(self.moment).to(self.moment), self.moment, self.momentum)
+
+    @tagged("directions")
+    def advance(self, derivatives: Tensor) -> None:
+        """Take a step's derivatives (q²,) into the running mean."""
+        if self.momentum is not None:
+            self.moment = self.averaged(derivatives)
+
+    @tagged("directions")
+    def step_direction(self, derivatives: Tensor) -> Tensor:
+        """What a step of the derivatives Ĝ (q²,) goes along, (q²,): polar(M) of M after the step; without momentum Ĝ."""
+        return derivatives if self.momentum is None else polar(self.averaged(derivatives)).flatten()
+
+    @tagged("directions")
     def draw(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
         if self.fixed_direction is None:
             return super().draw(directions, seed, step, first, count, alone)
@@ -81,6 +104,7 @@ class GuidedCoordinate(ActivationCoordinate):
 
     def redraw(self, seed: int, redraw: int) -> MomentTransport | None:
         observed, was_guided, self.guided = self.observed, self.guided, False
+        before = self.v.clone() if was_guided and observed is not None else None
         self.v = self._v_buffer[:, : self.rank].zero_()  # q may differ from r
         if observed is None:
             transport = super().redraw(seed, redraw)
@@ -88,6 +112,10 @@ class GuidedCoordinate(ActivationCoordinate):
         else:
             self.observed, self.from_data, self.guided = None, True, True
             p, v = decompress(observed.to(self.device), self.parameter.shape)
+            if before is None:
+                self.moment.zero_()
+            else:  # that of the gradient P M Vᵀ within the new sides
+                self.moment = ((p.T @ self.p) @ self.moment.to(p) @ (before.T @ v)).cpu()
             self.p.copy_(p)
             self.v = self._v_buffer[:, : self.p.shape[1]].copy_(v)
             transport = None
@@ -107,7 +135,13 @@ class GuidedCoordinate(ActivationCoordinate):
         state = super().state()
         if self.guided:
             state["v"] = compress([self.p, self.v])
+            state["moment"] = self.moment.clone()
         return state
+
+    def load_state(self, state: dict[str, Tensor], seed: int, step: int) -> None:
+        super().load_state(state, seed, step)
+        if self.guided:
+            self.moment = state["moment"].cpu().clone()
 
 
 @dataclass(frozen=True)
@@ -118,10 +152,14 @@ class Guided(LowRank):
     x_i (n,) a layer's input there. A layer y = W x that writes to the residual stream has the gradient Σ_i δ_i x_iᵀ approximately: up to
     the last norm in the last layer, as feedback alignment in the others. With the ridge regression δ̂ = B x of δ on x,
 
-        P = the leading right singular vectors of the fitted δ̂ (N, d),   V = Bᵀ P, scaled to LOZO's response to a text.
+        P = the leading right singular vectors of the fitted δ̂ (N, d),   V = an orthonormal basis of Bᵀ P.
 
-    A guided phase trains W + P S Vᵀ; one forward pass a step gives the derivatives in S, Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ. ``output_gradient_steps``
-    chooses the next phase. Without output gradients (a custom loss, a model without a head) every phase is LOZO's, and so it is where the
+    A guided phase trains W + P S Vᵀ; one forward pass a step gives the derivatives in S, Ĝ = Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ. With plain SGD as the
+    update rule
+
+        M ← β M + (1 − β) Ĝ,   S ← S − η polar(M),   polar(U Σ Wᵀ) = U Wᵀ
+
+    (as in Muon, 2502.16982), so that the sizes of what feedback predicts, which it knows least of, do not matter; another rule is given Ĝ. ``output_gradient_steps`` chooses the next phase. Without output gradients (a custom loss, a model without a head) every phase is LOZO's, and so it is where the
     loss returned is not a multiple of the recorded one, or the logits not one of the head's output. Which layers write to the stream is
     checked once a run.
 
@@ -132,14 +170,16 @@ class Guided(LowRank):
         guide: q, rank of a guided phase.
         begin: LOZO phases before the first guided one.
         examples: examples observed before a guided phase, where so many are available.
+        momentum: β.
 
     Raises:
-        ValueError: a number is below 1, or ``begin`` below 0.
+        ValueError: a number is below 1, ``begin`` below 0, or ``momentum`` outside [0, 1).
     """
 
     guide: int = 3
     begin: int = 0
     examples: int = 128
+    momentum: float = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,6 +187,8 @@ class Guided(LowRank):
             at_least_one(name, getattr(self, name))
         if not isinstance(self.begin, int) or self.begin < 0:
             raise ValueError(f"begin must be a whole number of at least 0, not {self.begin!r}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), not {self.momentum!r}.")
 
     def interval_for(self, batch: int) -> int:
         """Steps of ``batch`` examples in a phase, at least, so that observing takes a fifth of the sequences or less."""
@@ -155,7 +197,7 @@ class Guided(LowRank):
     def factored(self, name: str, parameter: nn.Parameter) -> LowRankCoordinate:
         if parameter.dim() != 2:  # no layer's matrix
             return LowRankCoordinate(name, parameter, self.rank, self.interval)
-        return GuidedCoordinate(name, parameter, self.rank, self.interval, self.guide, self.begin)
+        return GuidedCoordinate(name, parameter, self.rank, self.interval, self.guide, self.begin, self.momentum)
 
     def elements(self, shape: Sequence[int]) -> tuple[int, int]:
         return super().elements(shape) if len(shape) == 2 else LowRank(self.rank).elements(shape)

@@ -46,7 +46,7 @@ class CompressedRows:
 
 @tagged("host")
 def fit_projection(inputs: Tensor, gradients: Tensor, sampled: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """P (d, rank) and V (n, rank), float32, of inputs x (N, n) and gradients δ (N, d) at the scored positions.
+    """P (d, rank) and V (n, rank), orthonormal, float32, of inputs x (N, n) and gradients δ (N, d) at the scored positions.
 
     B = Σ δ_i x_iᵀ (S + λ I)⁻¹ with S the mean of x xᵀ over the inputs ``sampled`` (T, n) at all positions rather than the scored ones, so
     that V responds to what predicts δ and to little else. Columns beyond the rank of the fit are 0. None where the inputs predict nothing.
@@ -63,10 +63,9 @@ def fit_projection(inputs: Tensor, gradients: Tensor, sampled: Tensor, rank: int
         return None
     found = min(rank, int((sizes > RANK_TOLERANCE * sizes[0]).sum()))
     p = torch.nn.functional.pad(positive_peaks(right[:found].T), (0, rank - found)).float()
-    v = whitened @ (gradients @ p) / len(inputs)  # Bᵀ = (S + λI)⁻¹ xᵀ δ / N
-    response = (sampled @ v).square().mean(dim=0).clamp_min(1e-30)
-    v = v * (size / response).sqrt()
-    return p, v
+    v = whitened @ (gradients @ p[:, :found]) / len(inputs)  # Bᵀ = (S + λI)⁻¹ xᵀ δ / N
+    basis = torch.linalg.qr(v.double()).Q.float()
+    return p, torch.nn.functional.pad(positive_peaks(basis), (0, rank - found))
 
 
 @tagged("directions")
@@ -86,6 +85,14 @@ def decompress(packed: Tensor, heights: Sequence[int]) -> list[Tensor]:
     """The matrices of :func:`compress`, float32, of so many rows each."""
     exponents, *codes = packed.float().split([len(heights), *heights])
     return [side * torch.exp2(exponent) for side, exponent in zip(codes, exponents, strict=True)]
+
+
+@tagged("directions")
+def polar(matrix: Tensor) -> Tensor:
+    """U Wᵀ of M = U Σ Wᵀ (q, q), without the singular vectors whose singular values are rounding; 0 of 0."""
+    left, sizes, right = torch.linalg.svd(matrix.double())
+    kept = sizes > RANK_TOLERANCE * sizes[0]
+    return (left[:, kept] @ right[kept]).to(matrix)
 
 
 def _whitened(inputs: Tensor, sampled: Tensor, ridge: float) -> Tensor:

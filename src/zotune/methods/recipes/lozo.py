@@ -45,22 +45,34 @@ def lozo_e(*, rank: int = 1, interval: int = 50, layer_scales: bool = True) -> F
 
 
 @register(title="LOZO-G", arxiv="1609.01596", any_rule=True, num_directions=3, directions_per="example", estimator="forward")
-def lozo_g(*, rank: int = 1, interval: int = 30, layer_scales: bool = True, guide: int = 8, begin: int = 0, examples: int = 128) -> Fields:
+def lozo_g(
+    *,
+    rank: int = 1,
+    interval: int = 30,
+    layer_scales: bool = True,
+    guide: int = 8,
+    begin: int = 0,
+    examples: int = 128,
+    momentum: float = 0.9,
+) -> Fields:
     """LOZO-G: feedback alignment for the layers that write to the hidden state, with phases of LOZO-E; zotune's own (1609.01596).
 
-    W ← W − η P Ĝ Vᵀ,   Ĝ = α (1/B) Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ,   δ_i = W_headᵀ (softmax(z_i) − e_{y_i})
+    Ĝ = (1/B) Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ,   δ_i = W_headᵀ (softmax(z_i) − e_{y_i})
+    M ← β M + (1 − β) Ĝ,   W ← W − η P polar(M) Vᵀ,   polar(U Σ Wᵀ) = U Wᵀ
 
     A step of a guided phase is one forward pass of the batch without perturbation. It gives δ, the gradient in the last hidden state, in
     closed form. A layer that adds W x to that state takes δ xᵀ as its gradient, as if nothing stood between (direct feedback alignment,
     1609.01596, with the head's own weights as feedback), in the subspace of x that predicts δ best by ridge regression. The regression
     takes ``examples`` training examples, from the trainer or from the optimizer's ``sample_batches``; P and V are renewed every ν steps.
-    α is the slope along Ĝ, measured by two more evaluations. See ``subspaces.guided``.
+    Sizes within Ĝ, which feedback knows least of, do not matter (polar, as in Muon, 2502.16982). A measured η comes from the slope and
+    curvature of the loss along the step, by two more evaluations. An update rule other than plain SGD is given α Ĝ instead, α the measured
+    slope over the one of Ĝ. See ``subspaces.guided``.
     All other weights are trained in phases of LOZO-E. These come seldom, and always where the loss gives no output gradients: it gives
     them for language-model losses, and for answer options of one token. P and V go to the journal in bfloat16, 2·q·(m + n) bytes per
     guided layer and phase, and q² coefficients per layer and step, so that a run replays without the data.
-    State: A, and V and P of a guided layer, r·m + q·(m + n) float32 elements per matrix.
+    State: A, and V and P of a guided layer, r·m + q·(m + n) float32 elements per matrix; M, q² numbers.
     """
-    return {"subspace": Guided(rank, interval, layer_scales, guide, begin, examples), "estimates": "descent"}
+    return {"subspace": Guided(rank, interval, layer_scales, guide, begin, examples, momentum), "estimates": "descent"}
 
 
 @register(title="AGZO", arxiv="2601.17261", any_rule=True)
