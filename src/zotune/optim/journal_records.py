@@ -16,7 +16,7 @@ from zotune.io.memory_tags import tagged
 from zotune.methods.estimators import Estimate
 
 #: Version of the format. A journal of another version is refused.
-FORMAT = 3
+FORMAT = 4
 MAGIC = b"ZOJ%d" % FORMAT
 STEP, EVENT, DEFLATED, HALF_STEP = 1, 2, 3, 4
 HEAD = struct.Struct("<BH")

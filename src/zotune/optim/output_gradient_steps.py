@@ -3,14 +3,17 @@
 **Derivatives.** With δ_i the output gradient at scored position i (:mod:`zotune.objectives.output_gradients`) and x_i a layer's input
 there, the loss of a layer that adds W x to the hidden state has about the derivatives Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ along the elements of S in W + P
 S Vᵀ, as if nothing stood between the layer and the head (direct feedback alignment, 1609.01596). They come per example, (C, N), with the
-forward that evaluates the losses. Only those of the last layer are exact, up to the last norm; two measurements correct for that:
+forward that evaluates the losses. Only those of the last layer are exact, up to the last norm.
 
-**Scale.** Along d, the direction of their mean ĝ, the losses at θ ± ρ d give the true slope of the loss. α = slope / ‖ĝ‖ multiplies every
-derivative; where the loss does not fall that way, α is 0 and the next phase has drawn directions.
+**Steps.** With plain SGD as the update rule a step goes along D, the orthogonal factors of the layers' running means of derivatives
+(:class:`~zotune.subspaces.guided.GuidedCoordinate`), whatever the size of these. Along d = D / ‖D‖ of a run's first step, the losses at θ ±
+ρ d give slope and curvature, and the minimum of their parabola is slope / curvature away; a measured η takes a twentieth of that way, the
+same for the whole run, in proportion to √N of a batch of N examples (of 16: a twentieth). At the start of each later phase the losses one
+step to either side are compared: where the loss does not fall, the next phase has drawn directions.
 
-**Rate.** With the curvature h = dᵀHd of the same losses, the moment M = ‖αĝ‖² of the steps and the signal s of it that examples agree on,
-η = 1 / (h M / s + ¼ h), twice that of coefficients along drawn directions (:mod:`zotune.optim.calibration.step_size`): here the noise is
-the batch's alone. ρ is as far as a step goes.
+**Other rules** are given α ĝ, the derivatives' mean with a scale: along ĝ / ‖ĝ‖ the losses give the true slope, α = slope / ‖ĝ‖. With the
+curvature h of the same losses, the moment M = ‖αĝ‖² of the steps and the signal s of it that examples agree on, η = 1 / (h M / s + ¼ h),
+twice that of coefficients along drawn directions (:mod:`zotune.optim.calibration.step_size`): here the noise is the batch's alone.
 
 **Phases.** The first phase goes along output gradients. After a number of them comes one with drawn directions; that number doubles as long
 as a step of the latter lowers the loss less per evaluation.
@@ -20,36 +23,39 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zotune.forward.losses import as_losses
 from zotune.forward.model import PerturbedForward
 from zotune.io.memory_tags import tagged
 from zotune.methods.estimators import Estimate
 from zotune.methods.rules import Rule
-from zotune.objectives.output_gradients import OutputGradientRecorder, recording
+from zotune.objectives.output_gradients import recording
 from zotune.optim.calibration.gains import rule_gain
 from zotune.optim.calibration.running_mean import RunningMean
 from zotune.optim.calibration.signal_prior import GuessedSignal
 from zotune.optim.calibration.step_size import REACH, StepSize
 from zotune.optim.evaluator import Evaluator
+from zotune.optim.layer_slopes import LayerSlopes
 from zotune.optim.state import StepContext
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.subspaces.activation import observing_inputs
 from zotune.subspaces.coordinate import Offset
 from zotune.subspaces.guided import GuidedCoordinate
-from zotune.weights.layouts import is_outputs_first
 from zotune.weights.structure import trained_layers
 
 #: Distance from θ, as a norm of all S, at which the first slope is measured; an S of norm 1 is a change of the size of a weight.
 NEAR = 1e-2
+#: Distance at which a normalized step's slope and curvature are measured first. P and V are orthonormal there: an S of norm 1 spread over
+#: all layers changes the loss of a batch by a few tenths of a nat at first, well above the rounding of half precision and of engines.
+FAR = 0.3
 #: The least distance where an engine rounds activations to 8 bits: nearer, differences of losses are rounding, and slopes and curvatures
 #: made of them shrink steps and distances further.
 ROUNDED = 1 / 256
@@ -196,7 +202,7 @@ class OutputGradientSteps:
             @tagged("activations")
             def work() -> Tensor:
                 with isolated_generators(key, self.forward.devices), recording() as recorder:
-                    inputs = _LayerInputs(recorder, layers)
+                    inputs = LayerSlopes(recorder, layers)
                     with observing_inputs(layers, inputs.record), recorder.following():
                         returned = call()
                         valid = recorder.end_call(returned)
@@ -226,7 +232,8 @@ class OutputGradientSteps:
     def estimate(self, found: Derivatives) -> Estimate:
         """The derivative along every element of S as a coefficient, bfloat16 as the journal stores it; a non-finite one skips the step."""
         loss = float(found.losses.double().mean())
-        coefficients = (1.0 if self.normalizes else self.alpha) * found.slopes.double().mean(dim=1)
+        factor = float(self.alpha > 0) if self.normalizes else self.alpha  # 0: the loss does not fall that way
+        coefficients = factor * found.slopes.double().mean(dim=1)
         good = math.isfinite(loss) and bool(coefficients.isfinite().all())
         kept = coefficients.bfloat16().float() if good else torch.zeros(len(coefficients))
         return Estimate(loss if good else math.nan, kept, (not good,) * len(kept), math.nan, None)
@@ -238,8 +245,10 @@ class OutputGradientSteps:
 
     @tagged("activations")
     def direction(self, found: Derivatives) -> tuple[Tensor, float]:
-        """What a step of these derivatives goes along, (C,) float64, of length 1, and its length before the rate multiplies it."""
+        """What a step of these derivatives goes along, (C,) float64, of length 1, and its length before the rate; else NaN."""
         mean = found.slopes.double().mean(dim=1)
+        if not bool(mean.isfinite().all()):
+            return mean, math.nan
         parts = [coordinate.step_direction(part.bfloat16().float()).double() for coordinate, part in self.parts(mean)]
         along = torch.cat(parts) if self.normalizes else mean
         length = float(along.norm())
@@ -270,33 +279,37 @@ class OutputGradientSteps:
         return _Sample(slope, curvature, float((found.losses - minus).double().mean()), finite)
 
     def _measure_distance(self, found: Derivatives, evaluate: Callable[[], Tensor], along: Tensor, seed: int, step: int) -> None:
-        """How far a normalized step goes: a part of the way to the minimum of the loss along the first; later as long as that lowers it."""
-        size, least = self.size, ROUNDED if self.forward.rounds else 0.0
-        radius = self.distance or max(least, NEAR)
+        """How far a normalized step goes, measured where it goes; later that the loss falls there."""
+        size, least = self.size, FAR if self.forward.rounds else 0.0
+        radius = self.distance or FAR
         for _ in range(MAX_SAMPLES):
             seen = self._sample(found, evaluate, radius, seed, step)
-            if not seen.finite or (self.distance and seen.slope > 0 >= seen.lower):  # too far
-                radius /= FARTHER if not seen.finite else 2.0
-                self.distance = self.distance and radius
+            if not seen.finite:
+                radius /= FARTHER
+                self.distance = min(self.distance, radius)
                 continue
             size.sample_at(radius)
             size.record_curvature(seen.curvature.unsqueeze(0))
             self.scale.add(seen.slope / max(float(found.slopes.double().mean(dim=1) @ along), 1e-30))
-            if not self.measured or seen.slope <= 0 or self.distance:
+            if not self.measured or seen.slope <= 0:
                 break
-            size.latest = seen.slope**2
-            wanted = self._wanted(seen, len(found.losses))
-            if wanted <= FARTHER * radius:
-                self.distance = max(least, wanted)
+            if self.distance:
+                self.distance *= 1.0 if seen.lower > 0 else 0.5
                 break
-            radius *= FARTHER
+            wanted = max(least, self._part_of_way(seen))
+            if radius / FARTHER <= wanted <= FARTHER * radius:
+                self.distance = wanted
+                break
+            radius = radius * FARTHER if wanted > radius else max(least, radius / FARTHER)
+        else:  # a loss without a valley
+            self.distance = self.distance or PART_OF_WAY * radius
         size.stride = self.distance
 
-    def _wanted(self, seen: _Sample, examples: int) -> float:
-        """A part of slope / curvature, or, where the loss is no valley, ..."""
-        size = self.size
-        mean = max(size.curvature.mean + size.curvature.error, 0.2 * math.sqrt(max(0.0, size.spread.mean)))
-        return PART_OF_WAY * min(2.0, math.sqrt(examples / 16)) * seen.slope / max(mean, 1e-30)
+    def _part_of_way(self, seen: _Sample) -> float:
+        """A part of the distance to the minimum of a parabola through three losses; less of it for a batch whose direction is noise."""
+        size, examples = self.size, len(seen.curvature)
+        curvature = max(size.curvature.mean + size.curvature.error, 0.2 * math.sqrt(max(0.0, size.spread.mean)))  # not that of a saddle
+        return PART_OF_WAY * min(2.0, math.sqrt(examples / 16)) * seen.slope / max(curvature, 1e-30)
 
     def _measure_derivatives(
         self, found: Derivatives, evaluate: Callable[[], Tensor], along: Tensor, norm: float, seed: int, step: int
@@ -371,10 +384,10 @@ class OutputGradientSteps:
         size = self.size
         if self.normalizes:
             along, length = self.direction(found)
-            slope = self.alpha * float(along @ found.slopes.double().mean(dim=1))
+            slope = self.alpha * float(along @ found.slopes.double().mean(dim=1)) if math.isfinite(length) else 0.0
             size.record_step([slope], estimate.loss)
             size.expected_fall = 0.5 * self.distance * max(0.0, slope)
-            return size.brake * self.distance / max(length, 1e-30)
+            return size.brake * self.distance / length if length > 0 else 0.0
         size.record_examples(self._of_examples(found))
         size.record_step([float(estimate.coefficients.double().norm())], estimate.loss)
         plain = size.within_reach(BOLD * size.rate(1, len(found.losses)), 1)
@@ -411,41 +424,3 @@ class OutputGradientSteps:
         self.lost = state["lost"]
         if state["rejected"] is not None:
             self.reject(state["rejected"])
-
-
-class _LayerInputs:
-    """Vᵀx at the scored positions, for every active layer, recorded while losses are computed."""
-
-    def __init__(self, recorder: OutputGradientRecorder, layers: dict[nn.Module, GuidedCoordinate]) -> None:
-        self.recorder, self.layers = recorder, layers
-        self.found: dict[str, list[Tensor]] = {}
-        self.outputs_first: dict[str, bool] = {c.name: is_outputs_first(layer) for layer, c in layers.items()}
-
-    @tagged("activations")
-    def record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        coordinate = self.layers[module]
-        rows = self.recorder.scored_rows(args[0]) if args and isinstance(args[0], Tensor) else None
-        if rows is not None:
-            factor = coordinate.v if self.outputs_first[coordinate.name] else coordinate.p
-            self.found.setdefault(coordinate.name, []).append(rows.float() @ factor.to(rows.device))
-
-    @tagged("activations")
-    def slopes(self, coordinates: Sequence[GuidedCoordinate], losses: int) -> Tensor:
-        """Derivatives of so many losses along every element of S, (C, losses); 0 for a layer that was not recorded."""
-        recorder, tables = self.recorder, []
-        gradients = torch.cat(recorder.gradients) if recorder.gradients else torch.zeros(0, 1)
-        examples = torch.cat(recorder.examples) if recorder.examples else torch.zeros(0, dtype=torch.long)
-        owners = examples * losses // max(1, recorder.num_examples)  # one loss of several examples is the mean of theirs
-        share = losses / max(1, recorder.num_examples)
-        for coordinate in coordinates:
-            table = torch.zeros(losses, coordinate.num_guided, device=gradients.device)
-            rows = torch.cat(self.found[coordinate.name]) if coordinate.name in self.found else None
-            if rows is not None and len(rows) == len(gradients):
-                first = self.outputs_first[coordinate.name]
-                outputs = gradients @ (coordinate.p if first else coordinate.v).to(gradients.device)
-                rows = rows.to(gradients.device)
-                left, right = (outputs, rows) if first else (rows, outputs)
-                products = (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)
-                table.index_add_(0, owners, products, alpha=share)
-            tables.append(table.T)
-        return torch.cat(tables)

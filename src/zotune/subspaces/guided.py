@@ -86,14 +86,16 @@ class GuidedCoordinate(ActivationCoordinate):
 
     @tagged("directions")
     def advance(self, derivatives: Tensor) -> None:
-        """Take a step's derivatives (q²,) into the running mean."""
-        if self.momentum is not None:
+        """Take a step's derivatives (q²,) into the running mean, unless they are 0, as those of a phase that does not lower the loss."""
+        if self.momentum is not None and bool(derivatives.any()):
             self.moment = self.averaged(derivatives)
 
     @tagged("directions")
     def step_direction(self, derivatives: Tensor) -> Tensor:
-        """What a step of the derivatives Ĝ (q²,) goes along, (q²,): polar(M) of M after the step; without momentum Ĝ."""
-        return derivatives if self.momentum is None else polar(self.averaged(derivatives)).flatten()
+        """What a step of the derivatives Ĝ (q²,) goes along, (q²,): polar(M) of M after the step; Ĝ without momentum or where it is 0."""
+        if self.momentum is None or not bool(derivatives.any()):
+            return derivatives
+        return polar(self.averaged(derivatives)).flatten()
 
     @tagged("directions")
     def draw(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:
@@ -159,9 +161,10 @@ class Guided(LowRank):
 
         M ← β M + (1 − β) Ĝ,   S ← S − η polar(M),   polar(U Σ Wᵀ) = U Wᵀ
 
-    (as in Muon, 2502.16982), so that the sizes of what feedback predicts, which it knows least of, do not matter; another rule is given Ĝ. ``output_gradient_steps`` chooses the next phase. Without output gradients (a custom loss, a model without a head) every phase is LOZO's, and so it is where the
-    loss returned is not a multiple of the recorded one, or the logits not one of the head's output. Which layers write to the stream is
-    checked once a run.
+    (as in Muon, 2502.16982), so that the sizes of what feedback predicts, which it knows least of, do not matter; another rule is given Ĝ.
+    ``output_gradient_steps`` chooses the next phase. Without output gradients (a custom loss, a model without a head) every phase is
+    LOZO's, and so it is where the loss returned is not a multiple of the recorded one, or the logits not one of the head's output. Which
+    layers write to the stream is checked once a run.
 
     Args:
         rank: r of LOZO's phases.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 #: Version of the files of checkpoints and runs; raise it when a file's keys, names or meaning change.
-FORMAT = 3
+FORMAT = 4
 
 STATE_TENSORS = "zotune_state.safetensors"
 STATE = "zotune_state.json"
