@@ -40,7 +40,7 @@ RATES = {
     "loren": 1e-4,
     "lozo": 1e-3,
     "lozo-e": 1e-3,
-    "lozo-g": 3e-4,
+    "lozo-g": 3e-2,
     "lozo-m": 1e-3,
     "mezo": 3e-4,
     "mezo-adam": 3e-3,
