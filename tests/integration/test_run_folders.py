@@ -126,7 +126,7 @@ def test_what_another_process_did_meanwhile_is_seen(here: Path, monkeypatch: pyt
 
     def load(*args: Any, **options: Any) -> Any:
         (here / "run").mkdir()
-        for name, text in ((run_folder.RUN_FILE, '{"format": 3}'), ("journal.zo", "another's"), ("summary.json", "{}")):
+        for name, text in ((run_folder.RUN_FILE, '{"format": 4}'), ("journal.zo", "another's"), ("summary.json", "{}")):
             (here / "run" / name).write_text(text)
         return genuine(*args, **options)
 

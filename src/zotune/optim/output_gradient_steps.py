@@ -125,6 +125,7 @@ class OutputGradientSteps:
         self.size = StepSize(guess=GuessedSignal(ALONE, held=False))
         self.scale = RunningMean(FORGETTING)  # α
         self.distance = 0.0  # how far a normalized step goes, 0 before it is measured
+        self._told: tuple[Tensor, Tensor, float] | None = None  # derivatives of a step, what it goes along, and the length of that
         self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
         self.phases = 0  # with output gradients since the last one with drawn directions
         self.limit_phases()
@@ -246,13 +247,16 @@ class OutputGradientSteps:
     @tagged("activations")
     def direction(self, found: Derivatives) -> tuple[Tensor, float]:
         """What a step of these derivatives goes along, (C,) float64, of length 1, and its length before the rate; else NaN."""
+        if self._told is not None and self._told[0] is found.slopes:  # the step's, whose scale or distance was measured
+            return self._told[1:]
         mean = found.slopes.double().mean(dim=1)
         if not bool(mean.isfinite().all()):
             return mean, math.nan
         parts = [coordinate.step_direction(part.bfloat16().float()).double() for coordinate, part in self.parts(mean)]
         along = torch.cat(parts) if self.normalizes else mean
         length = float(along.norm())
-        return along / max(length, 1e-30), length
+        self._told = found.slopes, along / max(length, 1e-30), length
+        return self._told[1:]
 
     # -- scale and rate -----------------------------------------------------------------------------------------------------------------
 
@@ -387,6 +391,7 @@ class OutputGradientSteps:
             slope = self.alpha * float(along @ found.slopes.double().mean(dim=1)) if math.isfinite(length) else 0.0
             size.record_step([slope], estimate.loss)
             size.expected_fall = 0.5 * self.distance * max(0.0, slope)
+            self._told = None
             return size.brake * self.distance / length if length > 0 else 0.0
         size.record_examples(self._of_examples(found))
         size.record_step([float(estimate.coefficients.double().norm())], estimate.loss)
