@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ from zotune.optim.calibration.step_size import REACH, StepSize
 from zotune.optim.evaluator import Evaluator
 from zotune.optim.layer_slopes import LayerSlopes
 from zotune.optim.state import StepContext
+from zotune.optim.step_distance import FARTHER, MAX_SAMPLES, Sample, StepDistance
 from zotune.rng.directions import Key
 from zotune.rng.isolation import isolated_generators
 from zotune.subspaces.activation import observing_inputs
@@ -53,16 +55,9 @@ from zotune.weights.structure import trained_layers
 
 #: Distance from θ, as a norm of all S, at which the first slope is measured; an S of norm 1 is a change of the size of a weight.
 NEAR = 1e-2
-#: Distance at which a normalized step's slope and curvature are measured first. P and V are orthonormal there: an S of norm 1 spread over
-#: all layers changes the loss of a batch by a few tenths of a nat at first, well above the rounding of half precision and of engines.
-FAR = 0.3
 #: The least distance where an engine rounds activations to 8 bits: nearer, differences of losses are rounding, and slopes and curvatures
 #: made of them shrink steps and distances further.
 ROUNDED = 1 / 256
-#: Factor of the distance at which a slope is measured again if steps would go elsewhere; how often, at most.
-FARTHER, MAX_SAMPLES = 8.0, 6
-#: How far a normalized step of 16 examples goes, as a part of the way to the minimum of the loss along the first one.
-PART_OF_WAY = 0.05
 #: Steps between measurements if rates are measured, beside steps 1, 2, 4, 8, ...
 EVERY = 20
 #: How many times as far the loss has to fall where a slope is measured farther away.
@@ -94,15 +89,6 @@ class Derivatives(NamedTuple):
     evaluated: int
 
 
-class _Sample(NamedTuple):
-    """Losses on both sides of θ: slope, curvature of each example's loss (N,), how far the loss falls on one, whether all are finite."""
-
-    slope: float
-    curvature: Tensor
-    lower: float
-    finite: bool
-
-
 class OutputGradientSteps:
     """Takes the measurements of steps along output gradients, and chooses the phases.
 
@@ -124,7 +110,7 @@ class OutputGradientSteps:
         self.layers = trained_layers(forward.model, {id(c.parameter): c for c in self.coordinates})
         self.size = StepSize(guess=GuessedSignal(ALONE, held=False))
         self.scale = RunningMean(FORGETTING)  # α
-        self.distance = 0.0  # how far a normalized step goes, 0 before it is measured
+        self.distance = StepDistance()  # of a normalized step
         self._told: tuple[Tensor, Tensor, float] | None = None  # derivatives of a step, what it goes along, and the length of that
         self.wall = math.inf  # how far a step may go, where going farther was seen to be no better
         self.phases = 0  # with output gradients since the last one with drawn directions
@@ -269,51 +255,20 @@ class OutputGradientSteps:
             return
         with self._along(along):
             if self.normalizes:
-                self._measure_distance(found, evaluate, along, seed, step)
+                predicted = float(found.slopes.double().mean(dim=1) @ along)
+                sample = partial(self._sample, found, evaluate, seed=seed, step=step)
+                self.distance.measure(sample, predicted, self.size, self.scale, self.measured, self.forward.rounds)
             else:
                 self._measure_derivatives(found, evaluate, along, length, seed, step)
         if self.scale.mean <= 0:
             self.size.expected_fall = 0.0
 
-    def _sample(self, found: Derivatives, evaluate: Callable[[], Tensor], radius: float, seed: int, step: int) -> _Sample:
+    def _sample(self, found: Derivatives, evaluate: Callable[[], Tensor], radius: float, *, seed: int, step: int) -> Sample:
         plus, minus = (self._at(evaluate, sign * radius, seed, step) for sign in (1.0, -1.0))
         slope = float((plus - minus).double().mean()) / (2 * radius)
         curvature = (plus + minus - 2 * found.losses).double() / radius**2
         finite = math.isfinite(slope) and bool(curvature.isfinite().all())
-        return _Sample(slope, curvature, float((found.losses - minus).double().mean()), finite)
-
-    def _measure_distance(self, found: Derivatives, evaluate: Callable[[], Tensor], along: Tensor, seed: int, step: int) -> None:
-        """How far a normalized step goes, measured where it goes; later that the loss falls there."""
-        size, least = self.size, FAR if self.forward.rounds else 0.0
-        radius = self.distance or FAR
-        for _ in range(MAX_SAMPLES):
-            seen = self._sample(found, evaluate, radius, seed, step)
-            if not seen.finite:
-                radius /= FARTHER
-                self.distance = min(self.distance, radius)
-                continue
-            size.sample_at(radius)
-            size.record_curvature(seen.curvature.unsqueeze(0))
-            self.scale.add(seen.slope / max(float(found.slopes.double().mean(dim=1) @ along), 1e-30))
-            if not self.measured or seen.slope <= 0:
-                break
-            if self.distance:
-                self.distance *= 1.0 if seen.lower > 0 else 0.5
-                break
-            wanted = max(least, self._part_of_way(seen))
-            if radius / FARTHER <= wanted <= FARTHER * radius:
-                self.distance = wanted
-                break
-            radius = radius * FARTHER if wanted > radius else max(least, radius / FARTHER)
-        else:  # a loss without a valley
-            self.distance = self.distance or PART_OF_WAY * radius
-        size.stride = self.distance
-
-    def _part_of_way(self, seen: _Sample) -> float:
-        """A part of the distance to the minimum of a parabola through three losses; less of it for a batch whose direction is noise."""
-        size, examples = self.size, len(seen.curvature)
-        curvature = max(size.curvature.mean + size.curvature.error, 0.2 * math.sqrt(max(0.0, size.spread.mean)))  # not that of a saddle
-        return PART_OF_WAY * min(2.0, math.sqrt(examples / 16)) * seen.slope / max(curvature, 1e-30)
+        return Sample(slope, curvature, float((found.losses - minus).double().mean()), finite)
 
     def _measure_derivatives(
         self, found: Derivatives, evaluate: Callable[[], Tensor], along: Tensor, norm: float, seed: int, step: int
@@ -324,7 +279,7 @@ class OutputGradientSteps:
         radius = max(least, min(size.stride, LONGER * far) if size.stride > 0 else far)
         self.wall = math.inf
         for sample in range(MAX_SAMPLES):
-            seen = self._sample(found, evaluate, radius, seed, step)
+            seen = self._sample(found, evaluate, radius, seed=seed, step=step)
             if not seen.finite:
                 radius, size.stride = radius / FARTHER, radius / FARTHER  # no step may go there
                 continue
@@ -390,9 +345,9 @@ class OutputGradientSteps:
             along, length = self.direction(found)
             slope = self.alpha * float(along @ found.slopes.double().mean(dim=1)) if math.isfinite(length) else 0.0
             size.record_step([slope], estimate.loss)
-            size.expected_fall = 0.5 * self.distance * max(0.0, slope)
+            size.expected_fall = 0.5 * self.distance.value * max(0.0, slope)
             self._told = None
-            return size.brake * self.distance / length if length > 0 else 0.0
+            return size.brake * self.distance.value / length if length > 0 else 0.0
         size.record_examples(self._of_examples(found))
         size.record_step([float(estimate.coefficients.double().norm())], estimate.loss)
         plain = size.within_reach(BOLD * size.rate(1, len(found.losses)), 1)
@@ -411,7 +366,7 @@ class OutputGradientSteps:
         return {
             "size": self.size.state(),
             "scale": asdict(self.scale),
-            "distance": self.distance,
+            "distance": self.distance.value,
             "wall": self.wall if math.isfinite(self.wall) else None,
             "max_phases": self.max_phases,
             "phases": self.phases,
@@ -423,7 +378,7 @@ class OutputGradientSteps:
     def restore(self, state: dict[str, Any]) -> None:
         self.size = StepSize.restored(state["size"])
         self.scale = RunningMean(**state["scale"])
-        self.distance = float(state["distance"])
+        self.distance = StepDistance(float(state["distance"]))
         self.wall = math.inf if state["wall"] is None else state["wall"]
         self.max_phases, self.phases, self.drawn_phases = state["max_phases"], state["phases"], state["drawn_phases"]
         self.lost = state["lost"]

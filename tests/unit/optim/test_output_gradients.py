@@ -199,7 +199,7 @@ def test_a_step_goes_a_twentieth_of_the_way_to_the_first_minimum():
     run(model, steps, 0, 1)
     gradients, (rate,) = steps.output_gradients, steps.last_report.lr
     length = math.sqrt(sum(c.p.shape[1] for c in guided_coordinates(steps)))
-    assert rate == pytest.approx(gradients.distance / length, rel=1e-5)
+    assert rate == pytest.approx(gradients.distance.value / length, rel=1e-5)
     fresh = tiny_llama()
     others = begun(fresh, interval=4)
     found = told(others, fresh, [batch(0)])
@@ -213,7 +213,7 @@ def test_a_step_goes_a_twentieth_of_the_way_to_the_first_minimum():
     curvature = float((plus + minus - 2 * found.losses.double()).mean()) / gradients.size.radius**2
     spread = abs(curvature)
     expected = 0.05 * math.sqrt(0.5) * slope / max(curvature, 0.2 * spread)
-    assert gradients.distance == pytest.approx(expected, rel=0.05)
+    assert gradients.distance.value == pytest.approx(expected, rel=0.05)
     run(model, steps, 1, 4)
     assert steps.last_report.lr == (pytest.approx(gradients.size.brake * rate, rel=1e-5),)
 
