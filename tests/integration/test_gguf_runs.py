@@ -224,10 +224,17 @@ def test_without_checkpoints_a_run_leaves_its_adapter(trained: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("name", "value"), [("n_ubatch", 32), ("cache_type", "f16")])
-def test_an_option_of_llama_cpp_changes_the_last_bits(name: str, value: Any) -> None:
+def test_an_option_of_llama_cpp_changes_the_last_bits_at_most(name: str, value: Any) -> None:
+    """A cache in half precision does; pieces of another length may, by the processor's kernels."""
     ids = torch.arange(200).view(4, -1) % 90 + 5
-    plain, changed = (loaded("q8.gguf", **options)[0](ids).logits for options in ({}, {name: value}))
-    assert not torch.equal(plain, changed) and (plain.log_softmax(2) - changed.log_softmax(2)).abs().max() < 0.5
+    models = [loaded("q8.gguf", **options)[0] for options in ({}, {name: value})]
+    plain, changed = (model(ids).logits for model in models)
+    assert (plain.log_softmax(2) - changed.log_softmax(2)).abs().max() < 0.5
+    if name == "cache_type":
+        assert not torch.equal(plain, changed)
+    else:
+        lengths = [model.engine.lib.llama_n_ubatch(model.engine._context._context) for model in models]
+        assert lengths[0] != value == lengths[1]
 
 
 def test_other_threads_change_nothing_but_how_many_work() -> None:

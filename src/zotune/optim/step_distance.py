@@ -55,7 +55,8 @@ class StepDistance:
             measured: whether rates are; else the scale alone is.
             rounds: whether the engine rounds activations.
         """
-        radius = self.value or FAR
+        least = FAR if rounds else 0.0
+        radius = max(self.value, least) or FAR
         for _ in range(MAX_SAMPLES):
             seen = sample(radius)
             if not seen.finite:
@@ -70,7 +71,6 @@ class StepDistance:
             if self.value:
                 self.value *= 1.0 if seen.lower > 0 else 0.5
                 break
-            least = FAR if rounds else 0.0
             wanted = max(least, part_of_way(seen, size))
             if radius / FARTHER <= wanted <= FARTHER * radius:
                 self.value = wanted

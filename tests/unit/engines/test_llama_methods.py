@@ -129,7 +129,7 @@ def test_slopes_are_measured_beyond_the_rounding(llama: Pair, llama_q8: Pair, op
     for step in range(2):
         optimizer.step(loss, batch(step))
     gradients = optimizer.output_gradients
-    gradients.size.stride, gradients.scale.count = 1e-6, 0  # steps have become short, and a measurement is due
+    gradients.distance.value, gradients.scale.count = 1e-6, 0  # steps have become short, and a measurement is due
     distances: list[float] = []
     sample_at = gradients.size.sample_at
     gradients.size.sample_at = lambda radius: (distances.append(radius), sample_at(radius))[1]

@@ -189,9 +189,9 @@ def test_a_schedule_that_is_not_plain_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (2, r"earlier version of zotune \(format 2; this one reads 3\): use that version, or start a new run in another output_dir"),
+        (3, r"earlier version of zotune \(format 3; this one reads 4\): use that version, or start a new run in another output_dir"),
         (None, "earlier version of zotune"),
-        (4, r"later version of zotune \(format 4; this one reads 3\): upgrade zotune"),
+        (5, r"later version of zotune \(format 5; this one reads 4\): upgrade zotune"),
     ],
 )
 def test_folders_of_another_format_are_refused(version: int | None, message: str, tmp_path: Path) -> None:
