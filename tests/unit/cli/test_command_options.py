@@ -129,8 +129,8 @@ _LOADING = _turned(MODEL, "test_an_option_of_the_model_acts") | {
     "n_threads": _GGUF + "test_other_threads_change_nothing_but_how_many_work",
     "n_gpu_layers": _GGUF + "test_blocks_on_a_gpu_need_a_llama_cpp_for_one",
     "n_ctx": _GGUF + "test_a_smaller_context_is_that_of_the_data",
-    "n_ubatch": _GGUF + "test_an_option_of_llama_cpp_changes_the_last_bits",
-    "cache_type": _GGUF + "test_an_option_of_llama_cpp_changes_the_last_bits",
+    "n_ubatch": _GGUF + "test_an_option_of_llama_cpp_changes_the_last_bits_at_most",
+    "cache_type": _GGUF + "test_an_option_of_llama_cpp_changes_the_last_bits_at_most",
     "tokenizer_name": _GGUF + "test_the_tokenizer_of_the_checkpoint_can_be_given",
 }
 _ROWS = _turned(DATA, "test_an_option_of_the_data_acts") | {
