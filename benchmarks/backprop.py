@@ -26,6 +26,8 @@ CHEAP = {
     "badam": "one block at a time, by AdamW (2404.02827)",
     "adalomo": "all weights, each as soon as its gradient is there (2310.10195)",
 }
+#: Every row that goes backward.
+BACKWARD = {**ROWS, **CHEAP}
 #: Steps that BAdam stays with a block. Its paper has 50 to 100, of thousands of steps.
 STAY = 4
 
@@ -38,7 +40,8 @@ def optimizer(model: nn.Module, row: str, lr: float, seed: int) -> Any:
         return BlockAdam(model, lr, seed)
     if row in ("fo-adamw, guided layers", "fo-adamw, last layer"):
         found = {name: int(match[1]) for name, _ in model.named_parameters() if (match := OUTPUTS.search(name))}
-        train_only(model, [name for name, block in found.items() if row == "fo-adamw, guided layers" or block == max(found.values())])
+        last = max(found.values())
+        train_only(model, [name for name, block in found.items() if row == "fo-adamw, guided layers" or block == last])
     if row == "fo-adamw, last block":
         train_only(model, last_block(model))
     return FirstOrder(model, "fo-adamw", lr=lr, seed=seed)

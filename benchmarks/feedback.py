@@ -11,7 +11,8 @@ the comparison is not counted but in the row that says so. One seed; a constant 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,15 @@ class Run:
 
     def batch(self, rows: list[int]) -> dict[str, Tensor]:
         return self.data.collate_train([self.data.train[row] for row in rows])  # type: ignore[index]
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """Whole batches of the examples in stratified order, epoch after epoch."""
+        examples = Stratified(classes_of(self.data.train) or [0] * len(self.data.train or []), 0)
+        for epoch in itertools.count():
+            examples.set_epoch(epoch)
+            order = list(examples)
+            for at in range(0, len(order) - BATCH + 1, BATCH):
+                yield self.batch(order[at : at + BATCH])
 
     def loss(self) -> float:
         """Of all training examples."""
@@ -126,9 +136,7 @@ RULES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
 
 def train(run: Run, rule: str, feedback: str, rate: float, sequences: int, whole: bool) -> float:
     """Loss of all training examples after so many sequences."""
-    order, epoch = list[int](), 0
-    examples = Stratified(classes_of(run.data.train) or [0] * len(run.data.train or []), 0)
-    draws, used, step = torch.Generator().manual_seed(0), 0, 0
+    batches, draws, used, step = run.batches(), torch.Generator().manual_seed(0), 0, 0
     sides: list[tuple[Tensor, Tensor]] = []
     rules = [RULES[rule]() for _ in run.layers]
     while used < sequences:
@@ -140,12 +148,8 @@ def train(run: Run, rule: str, feedback: str, rate: float, sequences: int, whole
                 fitted = fit_projection(*(torch.cat([rows[side] for rows in each]) for side in range(3)), Q)
                 assert fitted is not None
                 sides.append(fitted)
-        if len(order) < BATCH:
-            examples.set_epoch(epoch)
-            order, epoch = list(examples), epoch + 1
-        chosen, order = order[:BATCH], order[BATCH:]
         eta = rate * min(1.0, max(0.0, 1 - used / sequences) / 0.3)
-        for place, (layer, rows) in enumerate(zip(run.layers, run.rows(run.batch(chosen), feedback), strict=True)):
+        for place, (layer, rows) in enumerate(zip(run.layers, run.rows(next(batches), feedback), strict=True)):
             if whole:
                 layer.weight.data.add_(rules[place](rows.gradients.T @ rows.inputs), alpha=-eta)
             else:
@@ -160,15 +164,11 @@ def backprop(run: Run, rate: float, sequences: int) -> float:
     for layer in run.layers:
         layer.weight.requires_grad_(True)
     optimizer = zotune.baselines.FirstOrder(run.model, "fo-adamw", lr=rate)
-    examples, order, epoch = Stratified(classes_of(run.data.train) or [0], 0), list[int](), 0
+    batches = run.batches()
     while optimizer.sequences_evaluated < sequences:
-        if len(order) < BATCH:
-            examples.set_epoch(epoch)
-            order, epoch = list(examples), epoch + 1
-        chosen, order = order[:BATCH], order[BATCH:]
         left = 1 - optimizer.sequences_evaluated / sequences
         optimizer.param_groups[0]["lr"] = rate * min(1.0, left / 0.3)
-        optimizer.step(run.loss_fn, run.batch(chosen))
+        optimizer.step(run.loss_fn, next(batches))
     return run.loss()
 
 

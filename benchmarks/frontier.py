@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from backprop import CHEAP
-from learning import HELD_OUT
 from methods_table import Runs, cell, last, mean, search
 
 from zotune import bundled
@@ -55,7 +54,6 @@ def settings(args: argparse.Namespace, task: str) -> argparse.Namespace:
         seeds=args.seeds,
         points=0,
         rates_of=None,
-        score=HELD_OUT,
     )
 
 

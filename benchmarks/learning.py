@@ -98,7 +98,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1_000_003 * cell["seed"] + step))[:count].tolist()
         return [data.collate_train([train[i] for i in order[at : at + 16]]) for at in range(0, len(order), 16)]
 
-    if cell["method"] in {**backprop.ROWS, **backprop.CHEAP}:
+    if cell["method"] in backprop.BACKWARD:
         optimizer = backprop.optimizer(model, cell["method"], cell["lr"], cell["seed"])
     else:
         method = zotune.methods.get(cell["method"], eps=cell["eps"], **cell["options"])

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backprop import CHEAP, ROWS
+from backprop import BACKWARD, ROWS
 from learning import HELD_OUT, run
 
 from zotune import methods
@@ -191,7 +191,7 @@ def refused(args: argparse.Namespace, name: str, scheme: str) -> str | None:
     import zotune
     from zotune.training import schemes
 
-    if name in {**ROWS, **CHEAP}:
+    if name in BACKWARD:
         return None
     with torch.random.fork_rng():
         model = schemes.apply(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), scheme)
@@ -209,7 +209,7 @@ def memory(args: argparse.Namespace, name: str, scheme: str) -> str:
     from zotune.memory import Workload, estimate
     from zotune.training.schemes import Scheme
 
-    if name in {**ROWS, **CHEAP} and name != "fo-adamw":
+    if name in BACKWARD and name != "fo-adamw":
         return ""
     config = AutoConfig.from_pretrained(args.model)
     method = baselines.get(name) if name in ROWS else methods.get(name)

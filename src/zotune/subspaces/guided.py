@@ -161,10 +161,10 @@ class Guided(LowRank):
 
         M ← β M + (1 − β) Ĝ,   S ← S − η polar(M),   polar(U Σ Wᵀ) = U Wᵀ
 
-    (as in Muon, 2502.16982), so that the sizes of what feedback predicts, which it knows least of, do not matter; another rule is given Ĝ.
-    ``output_gradient_steps`` chooses the next phase. Without output gradients (a custom loss, a model without a head) every phase is
-    LOZO's, and so it is where the loss returned is not a multiple of the recorded one, or the logits not one of the head's output. Which
-    layers write to the stream is checked once a run.
+    (as in Muon, 2502.16982), so that the sizes of what feedback predicts, which it knows least of, do not matter. Another rule is given α
+    Ĝ, α the measured slope over that of Ĝ. ``output_gradient_steps`` chooses the next phase. Without output gradients (a custom loss, a
+    model without a head) every phase is LOZO's, and so it is where the loss returned is not a multiple of the recorded one, or the logits
+    not one of the head's output. Which layers write to the stream is checked once a run.
 
     Args:
         rank: r of LOZO's phases.

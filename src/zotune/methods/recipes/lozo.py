@@ -65,7 +65,7 @@ def lozo_g(
     1609.01596, with the head's own weights as feedback), in the subspace of x that predicts δ best by ridge regression. The regression
     takes ``examples`` training examples, from the trainer or from the optimizer's ``sample_batches``; P and V are renewed every ν steps.
     Sizes within Ĝ, which feedback knows least of, do not matter (polar, as in Muon, 2502.16982). A measured η comes from the slope and
-    curvature of the loss along the step, by two more evaluations. An update rule other than plain SGD is given α Ĝ instead, α the measured
+    curvature of the loss along the step, by a few evaluations. An update rule other than plain SGD is given α Ĝ instead, α the measured
     slope over the one of Ĝ. See ``subspaces.guided``.
     All other weights are trained in phases of LOZO-E. These come seldom, and always where the loss gives no output gradients: it gives
     them for language-model losses, and for answer options of one token. P and V go to the journal in bfloat16, 2·q·(m + n) bytes per
