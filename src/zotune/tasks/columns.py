@@ -15,10 +15,11 @@ from zotune.tasks.rows import Rows
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?")
 
 #: Column sets of rows without a task, in order of precedence.
-FORMATS = (("messages",), ("prompt", "completion"), ("instruction", "output"), ("text",))
+FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 #: Columns with an effect, by the first column of the form.
 USED: Mapping[str, tuple[str, ...]] = {
     "messages": chat.COLUMNS,
+    "conversations": ("conversations", "system", *chat.COLUMNS[1:]),
     "prompt": ("prompt", "completion"),
     "instruction": ("instruction", "input", "output", "system"),
     "text": ("text",),
@@ -27,7 +28,7 @@ USED: Mapping[str, tuple[str, ...]] = {
 OPTIONAL = (*chat.COLUMNS[1:], "input", "system")
 #: Columns that are known to say nothing on training: they are ignored without a word.
 IGNORED: Mapping[str, tuple[str, ...]] = {
-    "messages": ("parallel_tool_calls", "id"), "prompt": ("id",), "instruction": ("id",), "text": ("id",),
+    "messages": ("parallel_tool_calls", "id"), "conversations": ("id",), "prompt": ("id",), "instruction": ("id",), "text": ("id",),
 }  # fmt: skip
 #: Columns that are refused, with the fix.
 REFUSED: Mapping[str, Mapping[str, str]] = {
@@ -35,6 +36,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
         "functions": "write the functions as 'tools'",
         "function_call": "write calls as 'tool_calls' of a message",
     },
+    "conversations": {},
     "prompt": {},
     "instruction": {"history": "write earlier turns as 'messages'"},
     "text": {},
@@ -54,8 +56,6 @@ def format_of(rows: Rows) -> tuple[str, ...]:
     near = next((text for name in found if (text := did_you_mean(name, known))), "")
     if len(present & {"prompt", "completion"}) == 1:
         near = f"; the column {({'prompt', 'completion'} - present).pop()!r} is missing"
-    if "conversations" in present:
-        near = "; write 'conversations' as messages with role and content"
     raise ValueError(
         f"{rows.source} needs the columns prompt and completion, or text, or messages (or pass --task): "
         f"it has {shortened(', '.join(found), 400)}{near}. Columns of other names: --columns text=NAME."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zotune.tasks.rows import Rows
+from zotune.tasks.sharegpt import messages_of, tools_of
 
 #: The prompts of Stanford Alpaca, for tokenizers without a chat template.
 ALPACA_INPUT = (
@@ -21,17 +22,19 @@ ALPACA = (
 def are_chats(rows: Rows, columns: tuple[str, ...], tokenizer: Any) -> bool:
     """Whether rows of a form (:func:`zotune.tasks.columns.format_of`) become chats.
 
-    Messages do, prompts and completions that are lists of messages, and instructions for a tokenizer with a chat template.
+    Messages and conversations do, prompts and completions that are lists of messages, and instructions for a tokenizer with a chat template.
     """
     if columns[0] == "instruction":
         return bool(getattr(tokenizer, "chat_template", None))
-    return columns[0] == "messages" or (columns[0] == "prompt" and isinstance(rows[0]["prompt"], list))
+    return columns[0] in ("messages", "conversations") or (columns[0] == "prompt" and isinstance(rows[0]["prompt"], list))
 
 
 def chat_row(row: Mapping[str, Any], form: str) -> Mapping[str, Any]:
     """A row of :func:`are_chats` with `messages`, of which those of a completion are trained on; ValueError where it is malformed."""
     if form == "messages":
         return row
+    if form == "conversations":
+        return {**row, "messages": messages_of(row), "tools": tools_of(row)}
     if form == "prompt":
         for name in ("prompt", "completion"):
             if not isinstance(row[name], list) or not all(isinstance(message, dict) for message in row[name]):
