@@ -27,19 +27,23 @@ class Upload:
         private: of a repository that does not exist yet.
         revision: the branch; None: the default one.
         token: None: of `hf auth login` or HF_TOKEN.
+        address: of the repository, once it is there.
     """
 
     repo: str
     private: bool = False
     revision: str | None = None
     token: str | None = None
+    address: str | None = None
 
     def create(self) -> str:
-        """Creates the repository where it does not exist; its address. Fails early where a later upload would.
+        """Creates the repository where it does not exist; its address. Fails early where a later upload would; asks the hub once.
 
         Raises:
             ValueError: the hub refuses, the name is none, or it cannot be reached.
         """
+        if self.address is not None:
+            return self.address
         api = HfApi(token=self.token)
         try:
             found = api.create_repo(self.repo, private=self.private or None, exist_ok=True)
@@ -47,8 +51,8 @@ class Upload:
                 api.create_branch(found.repo_id, branch=self.revision, exist_ok=True)
         except _FAULTS as error:
             raise ValueError(self.explained(error)) from error
-        self.repo = found.repo_id  # with the user's name
-        return str(found)
+        self.repo, self.address = found.repo_id, str(found)  # with the user's name
+        return self.address
 
     def explained(self, error: Exception) -> str:
         """Why the hub took nothing, and what can be done, in one sentence."""

@@ -22,6 +22,7 @@ CHAT = [{"role": "user", "content": "was it good ?"}, {"role": "assistant", "con
 TURNS = [*CHAT, {"role": "user", "content": "is the plot dull ?"}, {"role": "assistant", "content": "less so , the end is"}]
 PAIRS = [{"prompt": "the film was", "completion": " not so good"}, {"prompt": "the plot", "completion": " is dull"}]
 SAID = [{"prompt": TURNS[:3], "completion": TURNS[3:]}, {"prompt": CHAT[:1], "completion": CHAT[1:]}]
+WRAPPED = {"packing": True, "packing_strategy": "wrapped"}
 DATA: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "text": ([{"body": "the film was good"}, {"body": "and the end was not so good"}], {"dataset_text_field": "body"}),
     "cut text": ([{"text": "the film was good and the end was not so good"}], {"max_length": 6}),
@@ -31,6 +32,9 @@ DATA: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "answers of chats": ([{"messages": TURNS}, {"messages": CHAT}], {"assistant_only_loss": True}),
     "from and value": ([{"conversations": [{"from": each["role"], "value": each["content"]} for each in CHAT]}], {}),
     "pairs of messages": (SAID, {}),
+    "packed text": ([{"text": "the film was good"}, {"text": "and the end was not so good"}] * 3, {**WRAPPED, "max_length": 7}),
+    "packed pairs": (PAIRS * 3, {**WRAPPED, "max_length": 5}),
+    "packed answers of chats": ([{"messages": TURNS}, {"messages": CHAT}] * 2, {**WRAPPED, "max_length": 16, "assistant_only_loss": True}),
 }
 
 
@@ -66,7 +70,9 @@ def test_rows_become_the_tokens_of_trl(name: str) -> None:
     common = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     theirs = trl.SFTTrainer(model_of(tokenizer), settings(**options), **common)
     ours = SFTTrainer(model_of(tokenizer), settings(**options), **common)
-    for mine, other in zip(ours.train_dataset, theirs.train_dataset, strict=True):
+    rows_of_trl = [row for row in theirs.train_dataset if any(token >= 0 for token in row.get("labels", row["input_ids"])[1:])]
+    assert len(rows_of_trl) == len(theirs.train_dataset) or "packed" in name  # a block without scored tokens adds 0 to the loss there
+    for mine, other in zip(ours.train_dataset, rows_of_trl, strict=True):
         ids = [*mine["prompt_ids"], *mine["completion_ids"]]
         mask = mine.get("completion_mask", [True] * len(mine["completion_ids"]))
         assert ids == list(other["input_ids"])
@@ -104,8 +110,25 @@ def test_settings_act_or_say_that_they_do_not(caplog: pytest.LogCaptureFixture) 
     assert all(name in said for name in ("learning_rate", "max_grad_norm", "padding_free")) and "weight_decay" not in said
     assert (found.method, found.learning_rate, found.weight_decay, found.seed) == ("lozo-g", "auto", 0.1, 7)
     assert (found.max_steps, found.num_train_epochs, found.lr_scheduler_type, found.max_grad_norm) == (-1, 3.0, "linear", 0.0)
-    for field, value in {"packing": True, "loss_type": "dft", "neftune_noise_alpha": 5.0, "optim": "sgd", "use_liger_kernel": True}.items():
+    for field, value in {"loss_type": "dft", "neftune_noise_alpha": 5.0, "optim": "sgd", "use_liger_kernel": True}.items():
         with pytest.raises(ValueError, match=field):
             config_of(settings(**{field: value}))
     with pytest.raises(ValueError, match=r"train_dataset, row 1: .*not a string"):
         SFTTrainer(model_of(tokenizer_of()), settings(), None, [{"text": "good"}, {"text": 3}], processing_class=tokenizer_of())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packing_that_is_not_possible_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tokenizer_of()
+    wrong: list[tuple[dict[str, Any], Any, str]] = [
+        ({"packing": True}, PAIRS, "packing_strategy='bfd'.*changes no loss"),
+        ({**WRAPPED, "max_length": 4}, Dataset.from_list([{"input_ids": [1, 2]}]), "rows with input_ids"),
+        ({**WRAPPED, "max_length": 4}, Dataset.from_list(PAIRS).to_iterable_dataset(), "is a stream"),
+        ({**WRAPPED, "max_length": 1}, PAIRS, "no token to score in blocks of 1"),
+    ]
+    for options, rows, sentence in wrong:
+        with pytest.raises(ValueError, match=sentence):
+            SFTTrainer(model_of(tokenizer), settings(**options), None, rows, processing_class=tokenizer)
+    both = settings(**WRAPPED, max_length=4, eval_packing=False)
+    trainer = SFTTrainer(model_of(tokenizer), both, None, PAIRS, PAIRS, processing_class=tokenizer)
+    assert len(trainer.eval_dataset) == len(PAIRS) != len(trainer.train_dataset)

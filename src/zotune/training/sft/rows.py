@@ -11,6 +11,7 @@ from transformers.trainer_utils import has_length
 
 from zotune.tasks.chat_tokens import ChatTokens
 from zotune.tasks.sources import Rows
+from zotune.training.sft.blocks import blocks, scored_example
 
 Row = Mapping[str, Any]
 
@@ -20,7 +21,8 @@ class RowFormat:
     """How TRL reads a row, by the fields of its `SFTConfig`.
 
     A row is a `text`; or a `prompt` and its `completion`, both texts or both messages; or `messages` (or `conversations`). A text and a
-    completion end with the tokenizer's end token. More than `max_length` tokens are cut from the end.
+    completion end with the tokenizer's end token. More than `max_length` tokens are cut from the end, or where rows are packed begin the
+    next block (:mod:`zotune.training.sft.blocks`).
 
     Attributes:
         tokenizer: of the model.
@@ -38,8 +40,13 @@ class RowFormat:
     assistant_only: bool = False
     format_row: Callable[[Row], str] | None = None
 
-    def encoded(self, dataset: Any, source: str) -> Any:
+    def encoded(self, dataset: Any, source: str, packing: bool = False) -> Any:
         """The examples of a data set, a list (of a stream: a stream); tokenized rows as they are.
+
+        Args:
+            dataset: rows, or data sets by name.
+            source: its name, for messages.
+            packing: whether rows are packed into blocks of `max_length` tokens.
 
         Raises:
             ValueError: naming the row, for one that is malformed, or of which nothing is scored.
@@ -47,11 +54,13 @@ class RowFormat:
         if dataset is None:
             return None
         if isinstance(dataset, Mapping):
-            return {name: self.encoded(part, f"{source} {name!r}") for name, part in dataset.items()}
+            return {name: self.encoded(part, f"{source} {name!r}", packing) for name, part in dataset.items()}
         first = next(iter(dataset), None)
         if first is None:
             raise ValueError(f"{source} has no rows.")
         if "input_ids" in first:
+            if packing:
+                raise ValueError(f"{source} has rows with input_ids, which are taken as they are: pack them yourself, or leave packing out.")
             return dataset
         if {"image", "images"} & first.keys():
             raise ValueError(f"{source} has images, which SFTTrainer does not read here: use zotune.ZOTrainer with a collator of your own.")
@@ -62,14 +71,20 @@ class RowFormat:
         chats = ChatTokens(self.tokenizer, None, lambda fact: None) if self.assistant_only else None
         try:
             if not has_length(dataset):
+                if packing:
+                    raise ValueError(f"{source} is a stream, whose rows cannot be packed here: leave packing out, or load the rows.")
                 return dataset.map(lambda row: self._checked(row, chats), remove_columns=list(first))
-            return Rows(dataset, source, range(len(dataset)), "row").map(lambda row: self._checked(row, chats))
+            rows = Rows(dataset, source, range(len(dataset)), "row")
+            if packing:
+                assert self.max_length is not None
+                return blocks(rows.map(lambda row: self.example(row, chats, whole=True)), self.max_length, source)
+            return rows.map(lambda row: self._checked(row, chats))
         finally:
             if chats is not None and has_length(dataset):
                 chats.close()
 
-    def example(self, row: Row, chats: ChatTokens | None = None) -> tuple[list[int], list[bool]]:
-        """Tokens of a row, cut to `max_length`, and whether each is scored; ``chats`` with `assistant_only`."""
+    def example(self, row: Row, chats: ChatTokens | None = None, *, whole: bool = False) -> tuple[list[int], list[bool]]:
+        """Tokens of a row, cut to `max_length` unless it stays whole, and whether each is scored; ``chats`` with `assistant_only`."""
         if self.format_row is not None:
             row = {self.text_field: self.format_row(row)}
         row = {name: _with_roles(value) for name, value in row.items()}
@@ -92,17 +107,13 @@ class RowFormat:
             scored = [True] * len(ids)
         else:
             raise ValueError(f"a row needs {self.text_field!r}, 'messages', or 'prompt' and 'completion', and has {', '.join(row)}.")
-        return ids[: self.max_length], scored[: self.max_length]
+        return (ids, scored) if whole else (ids[: self.max_length], scored[: self.max_length])
 
     def _checked(self, row: Row, chats: ChatTokens | None) -> dict[str, Any]:
-        ids, scored = self.example(row, chats)
-        start = scored.index(True) if True in scored else len(ids)
-        start = max(start, 1)  # nothing predicts the first token
-        mask = scored[start:]
-        if not any(mask):
+        example = scored_example(*self.example(row, chats))
+        if example is None:
             raise ValueError("nothing to score: it is empty, or cut away by max_length.")
-        example: dict[str, Any] = {"prompt_ids": ids[:start], "completion_ids": ids[start:]}
-        return example if all(mask) else {**example, "completion_mask": mask}
+        return example
 
     def _prompt_and_completion(self, row: Row) -> tuple[list[int], list[int]]:
         if self._is_chat(row):

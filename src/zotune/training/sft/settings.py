@@ -43,13 +43,10 @@ IGNORED = {
     "shuffle_dataset": "every epoch is shuffled anyway",
     "padding_free": _FULL_ROWS,
     "pad_to_multiple_of": _FULL_ROWS,
-    "packing_strategy": "rows are not packed",
     "dataset_kwargs": "rows with input_ids are taken as they are",
 }
 #: Refused where the script sets them: field → why, and the fix.
 REFUSED = {
-    "packing": "a loss of each example is needed, and packing joins several; leave it out",
-    "eval_packing": "a loss of each example is needed, and packing joins several; leave it out",
     "loss_type": "only the loss 'nll' is known here",
     "truncation_mode": "what is too long loses its end; shorten the rows before",
     "router_aux_loss_coef": "set output_router_logits and router_aux_loss_coef in the model's config",
@@ -57,7 +54,7 @@ REFUSED = {
 #: Act in :class:`~zotune.training.sft.SFTTrainer` itself.
 OF_TRAINER = (
     "model_init_kwargs", "trust_remote_code", "chat_template_path", "dataset_text_field", "eos_token", "pad_token", "max_length",
-    "completion_only_loss", "assistant_only_loss",
+    "completion_only_loss", "assistant_only_loss", "packing", "packing_strategy", "eval_packing",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from zotune.tasks.encoding import context_limit, pad_token_id
 from zotune.training.config import ZOConfig
 from zotune.training.loading import resolve_dtype
 from zotune.training.raw_text import tokenizer_of
+from zotune.training.sft import blocks
 from zotune.training.sft.rows import RowFormat
 from zotune.training.sft.settings import OF_TRAINER, config_of
 from zotune.training.trainer import ZOTrainer
@@ -87,7 +88,15 @@ class SFTTrainer(ZOTrainer):
             bool(options["assistant_only_loss"]),
             formatting_func,
         )
-        data = {"train_dataset": form.encoded(train_dataset, "train_dataset"), "eval_dataset": form.encoded(eval_dataset, "eval_dataset")}
+        packing = bool(options["packing"])
+        eval_packing = packing if options["eval_packing"] is None else bool(options["eval_packing"])
+        for packs, evaluated in ((packing, False), (eval_packing and eval_dataset is not None, True)):
+            if packs:
+                blocks.check(options["packing_strategy"], form.max_length, evaluated)
+        data = {
+            "train_dataset": form.encoded(train_dataset, "train_dataset", packing),
+            "eval_dataset": form.encoded(eval_dataset, "eval_dataset", eval_packing),
+        }
         if data_collator is None and data["train_dataset"] is not train_dataset:
             data_collator = LanguageModelCollator(pad_token_id(tokenizer), over_tokens=True)
         super().__init__(
