@@ -107,7 +107,8 @@ class ByBlock:
             context.block = None
             for coordinate in hooked:
                 coordinate.hook_core = None
-        return pytree.tree_unflatten([_together(column) for column in zip(*(o for o, _ in outputs), strict=True)], outputs[0][1])
+        rows, columns = context.total // context.blocks, zip(*(o for o, _ in outputs), strict=True)
+        return pytree.tree_unflatten([_together(column, rows) for column in columns], outputs[0][1])
 
 
 def read(module: nn.Module, coordinate: Coordinate, context: BatchContext) -> Tensor:
@@ -132,10 +133,10 @@ def _by_block(leaf: Any, context: BatchContext) -> Sequence[Any]:
     raise NotBatchableError(f"an input {what} does not consist of the batch's rows{advice}")
 
 
-def _together(parts: Sequence[Any]) -> Any:
-    """The outputs of all blocks as one."""
+def _together(parts: Sequence[Any], rows: int) -> Any:
+    """The outputs of all blocks of so many rows as one; what all rows of a block share (T5's bias of positions) is repeated for them."""
     if all(isinstance(part, Tensor) and part.dim() for part in parts):
-        return torch.cat(list(parts))
+        return torch.cat([part.expand(rows, *part.shape[1:]) if len(part) == 1 else part for part in parts])
     if isinstance(parts[0], _CONSTANTS) and all(part == parts[0] for part in parts):
         return parts[0]
     raise NotBatchableError("an output does not consist of the batch's rows")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
-from zotune.objectives.losses import head_losses, recorded
+from zotune.objectives.losses import head_losses
+from zotune.objectives.output_gradients import recorded
 from zotune.objectives.token_logprobs import IGNORE, at_least_float32, logits_of, scored_logprobs
 from zotune.weights.precision import HALF
 
@@ -85,8 +86,12 @@ def _items(labels: Tensor) -> Tensor | int:
 
 def _logprobs(model: nn.Module, batch: Batch, shares: Tensor | None) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name not in (POSITIONS, TARGETS)}
-    length = inputs["decoder_input_ids"].shape[1] if "decoder_input_ids" in inputs else None
-    return scored_logprobs(model, inputs, batch[POSITIONS], batch[TARGETS], shares=shares, length=length)
+    positions, targets, length, mask = batch[POSITIONS], batch[TARGETS], None, None
+    if "decoder_input_ids" in inputs:
+        length = inputs["decoder_input_ids"].shape[1]
+        ends = positions.masked_fill(targets == IGNORE, -1).amax(dim=1, keepdim=True)
+        mask = (torch.arange(length, device=positions.device) <= ends).long()  # what follows the last scored token may be padding
+    return scored_logprobs(model, inputs, positions, targets, shares=shares, length=length, mask=mask)
 
 
 def _next_token(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
@@ -94,7 +99,8 @@ def _next_token(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
 
 
 def _token(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
-    return -_logprobs(model, batch, None).sum(dim=1)  # no language model's head, or one behind an encoder: no output gradients
+    behind_encoder = "decoder_input_ids" in batch  # else no head of a language model: no output gradients
+    return -_logprobs(model, batch, weights if behind_encoder else None).sum(dim=1)
 
 
 def _example(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from zotune.io.memory_tags import tagged
 from zotune.objectives import output_gradients, packed_choices
 from zotune.objectives.contrastive import ContrastiveLoss, SimilarityLoss
 from zotune.objectives.image_text import ImageTextLoss
+from zotune.objectives.output_gradients import recorded
 from zotune.objectives.router_balance import balance_losses, recorded_router_logits
 from zotune.objectives.seq2seq import Seq2SeqLoss
 from zotune.objectives.token_classes import TokenClassLoss
@@ -25,12 +26,6 @@ from zotune.objectives.token_logprobs import IGNORE, at_least_float32, cross_ent
 from zotune.weights.structure import head_of, text_config
 
 Batch = Mapping[str, Tensor]
-
-
-def recorded(losses: Tensor) -> Tensor:
-    """The losses (B,) of the forward that just ended, which an active recorder gets."""
-    recorder = output_gradients.active_recorder()
-    return losses if recorder is None else recorder.end_losses(losses)
 
 
 @dataclass

@@ -329,3 +329,9 @@ def recording(
 def active_recorder() -> OutputGradientRecorder | None:
     """The innermost active recorder."""
     return _recorders[-1] if _recorders else None
+
+
+def recorded(losses: Tensor) -> Tensor:
+    """The losses (B,) of the forward that just ended, which an active recorder gets."""
+    recorder = active_recorder()
+    return losses if recorder is None else recorder.end_losses(losses)

@@ -51,17 +51,19 @@ def scored_logprobs(
     *,
     shares: Tensor | None = None,
     length: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """As :func:`token_logprobs`, with any inputs of the model.
 
     Args:
         inputs: the model's arguments, with input_ids (R, T).
         length: T of the logits, where it is not that of input_ids (a decoder behind an encoder).
+        mask: 1 for the tokens whose states the logits are made of, (R, T); None: the attention mask.
     """
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    recorder = output_gradients.active_recorder() if shares is not None and mask.shape == ids.shape else None
+    if mask is None:
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    shape = (len(positions), inputs["input_ids"].shape[1] if length is None else length)
+    recorder = output_gradients.active_recorder() if shares is not None and mask.shape == shape else None
     if recorder is not None:
         recorder.begin(positions, targets != IGNORE, mask)
     logits = scored_logits(model, inputs, positions, length)

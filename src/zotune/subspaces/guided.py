@@ -23,7 +23,7 @@ from zotune.subspaces.coordinate import Coordinate, MomentTransport
 from zotune.subspaces.guided_projection import CompressedRows, compress, decompress, fit_projection, polar
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 from zotune.weights.layouts import is_outputs_first, residual_width
-from zotune.weights.structure import body_of, head_of, trained_layers
+from zotune.weights.structure import body_of, decoder_of, head_of, trained_layers
 
 #: Scored positions whose output gradients make a subspace, at most: every position of a text may be scored.
 MAX_POSITIONS = 256
@@ -223,12 +223,14 @@ class Guided(LowRank):
         guided = [c for c in coordinates if isinstance(c, GuidedCoordinate)]
         head, wanted = head_of(model), {id(c.parameter): c for c in guided if c.writes is not False}
         layers = {layer: c for layer, c in trained_layers(model, wanted).items() if layer is not head}
-        weight, body = head_weight(head), body_of(model)
+        weight, body, decoder = head_weight(head), body_of(model), decoder_of(model)
         width = 0 if weight is None else weight.shape[1]
-        if body is not None:  # δ is the gradient in its last states, which have another width than the head's input in some models
-            inside = set(body.modules())
+        within = decoder if body is None else body
+        if within is not None:
+            inside = set(within.modules())
             layers = {layer: coordinate for layer, coordinate in layers.items() if layer in inside}
-        elif not any(residual_width(layer) == width for layer in layers):
+        # in front of a masked language model's head δ may have another width than the head's input
+        if body is None and not any(residual_width(layer) == width for layer in layers):
             return {}
         with recording(MAX_POSITIONS) as recorder:
             inputs = _LayerInputs(recorder, layers)
@@ -251,7 +253,7 @@ class Guided(LowRank):
             if verdict.constant_factors:
                 for coordinate in guided:
                     coordinate.writes = coordinate.name not in verdict.rejected
-                if verdict.rejected:
+                if verdict.rejected and (decoder is None or len(verdict.rejected) == len(fitting)):  # its queries alone are expected
                     _say_once(model, f"{len(verdict.rejected)} layers do not write to the residual stream, such as {verdict.rejected[0]}")
             else:
                 fault = "the loss returned is the recorded one times a factor that depends on the model"

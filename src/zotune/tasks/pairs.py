@@ -22,7 +22,8 @@ ALPACA = (
 def are_chats(rows: Rows, columns: tuple[str, ...], tokenizer: Any) -> bool:
     """Whether rows of a form (:func:`zotune.tasks.columns.format_of`) become chats.
 
-    Messages and conversations do, prompts and completions that are lists of messages, and instructions for a tokenizer with a chat template.
+    Messages and conversations do, prompts and completions that are lists of messages, and instructions for a tokenizer with a chat
+    template.
     """
     if columns[0] == "instruction":
         return bool(getattr(tokenizer, "chat_template", None))

@@ -134,6 +134,14 @@ def body_of(model: nn.Module) -> nn.Module | None:
     return body if isinstance(body, nn.Module) and transforms_states(model) else None
 
 
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of an encoder–decoder model, whose states the head reads; None for others."""
+    inner = _unwrapped(model)
+    both = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False)) and hasattr(inner, "get_decoder")
+    found = inner.get_decoder() if both else None  # type: ignore[operator]
+    return found if isinstance(found, nn.Module) and found is not inner else None
+
+
 def masked_head(model: nn.Module) -> list[str]:
     """Names of the parameters of a masked language model behind its last hidden states: transform, biases and decoder; empty for others."""
     inner = _unwrapped(model)

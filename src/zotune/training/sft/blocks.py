@@ -20,8 +20,8 @@ def check(strategy: str, length: int | None, evaluated: bool = False) -> None:
     name = "eval_packing" if evaluated else "packing"
     if strategy != "wrapped":
         raise ValueError(
-            f"packing_strategy={strategy!r} of the SFTConfig keeps rows apart within a block by their position ids, which saves padding and "
-            f"changes no loss: leave {name} out, and rows are padded; or set packing_strategy='wrapped'."
+            f"packing_strategy={strategy!r} of the SFTConfig keeps rows apart within a block by their position ids, which saves padding "
+            f"and changes no loss: leave {name} out, and rows are padded; or set packing_strategy='wrapped'."
         )
     if length is None:
         raise ValueError(f"{name}=True of the SFTConfig needs the tokens of a block: set max_length.")

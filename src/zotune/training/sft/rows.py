@@ -60,7 +60,7 @@ class RowFormat:
             raise ValueError(f"{source} has no rows.")
         if "input_ids" in first:
             if packing:
-                raise ValueError(f"{source} has rows with input_ids, which are taken as they are: pack them yourself, or leave packing out.")
+                raise ValueError(f"{source} has rows with input_ids, which are taken as they are: leave packing out, or pack them before.")
             return dataset
         if {"image", "images"} & first.keys():
             raise ValueError(f"{source} has images, which SFTTrainer does not read here: use zotune.ZOTrainer with a collator of your own.")
