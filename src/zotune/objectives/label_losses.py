@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zotune.io.memory_tags import tagged
 from zotune.objectives.losses import head_losses
 from zotune.objectives.output_gradients import recorded
+from zotune.objectives.tail_gradients import example_losses
 from zotune.objectives.token_logprobs import IGNORE, at_least_float32, logits_of, scored_logprobs
 from zotune.weights.precision import HALF
 
@@ -104,8 +105,11 @@ def _token(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
 
 
 def _example(model: nn.Module, batch: Batch, weights: Tensor) -> Tensor:
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return head_losses(model, at_least_float32(logits_of(model(**inputs))), batch["labels"])
+    def losses_of(rows: Batch) -> Tensor:
+        inputs = {name: value for name, value in rows.items() if name != "labels"}
+        return head_losses(model, at_least_float32(logits_of(model(**inputs))), rows["labels"])
+
+    return example_losses(model, batch, losses_of)
 
 
 #: The sum over an example's items of (model, batch, weights).

@@ -21,6 +21,7 @@ from zotune.objectives.image_text import ImageTextLoss
 from zotune.objectives.output_gradients import recorded
 from zotune.objectives.router_balance import balance_losses, recorded_router_logits
 from zotune.objectives.seq2seq import Seq2SeqLoss
+from zotune.objectives.tail_gradients import example_losses
 from zotune.objectives.token_classes import TokenClassLoss
 from zotune.objectives.token_logprobs import IGNORE, at_least_float32, cross_entropy, logits_of, scored_logits, token_logprobs
 from zotune.weights.structure import head_of, text_config
@@ -183,7 +184,9 @@ class ClassifierLoss:
 
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
-        return head_losses(self.model, class_scores(self.model, batch), batch["labels"])
+        return example_losses(
+            self.model, batch, lambda rows: head_losses(self.model, class_scores(self.model, rows), rows["labels"])
+        )
 
 
 _FIXES = {

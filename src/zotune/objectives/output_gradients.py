@@ -186,6 +186,18 @@ class OutputGradientRecorder:
         gradients = (error.unsqueeze(2) * weight.rows(options)).sum(dim=1)
         self._record(self._behind(gradients, kept, examples, places), examples, count)
 
+    def end_states(self, states: Tensor, gradients: Tensor, scored: Tensor) -> None:
+        """The forward gave the last hidden ``states`` (R, T, d), and its losses have these ``gradients`` in them where ``scored`` (R, S)."""
+        kept, examples, positions = self._end_forward()
+        if self.keeps_hidden:
+            self.hidden.append(states[examples, positions].float())
+        real = scored.flatten() if kept is None else scored.flatten()[kept]
+        self._record(gradients[examples, positions].float() * real.unsqueeze(1), examples, len(states))
+
+    def abandon(self) -> None:
+        """The forward gave nothing to record."""
+        self.scored = None
+
     def _end_forward(self) -> tuple[Tensor | None, Tensor, Tensor]:
         assert self.scored is not None
         kept, examples, positions, _ = self.scored

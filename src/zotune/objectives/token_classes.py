@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
+from zotune.objectives.tail_gradients import token_losses
 from zotune.objectives.token_logprobs import IGNORE, at_least_float32, cross_entropy, scored_logits
 
 Batch = Mapping[str, Tensor]
@@ -25,7 +26,8 @@ class TokenClassLoss:
 
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
-        return word_losses(word_logits(self.model, batch), batch["targets"])
+        scored = batch["targets"] != IGNORE
+        return token_losses(self.model, batch, scored, lambda rows: word_losses(word_logits(self.model, rows), rows["targets"]))
 
 
 @tagged("activations")

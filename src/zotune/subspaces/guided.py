@@ -23,7 +23,7 @@ from zotune.subspaces.coordinate import Coordinate, MomentTransport
 from zotune.subspaces.guided_projection import CompressedRows, compress, decompress, fit_projection, polar
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 from zotune.weights.layouts import is_outputs_first, residual_width
-from zotune.weights.structure import body_of, decoder_of, head_of, trained_layers
+from zotune.weights.structure import body_of, classifier_of, decoder_of, head_of, trained_layers
 
 #: Scored positions whose output gradients make a subspace, at most: every position of a text may be scored.
 MAX_POSITIONS = 256
@@ -229,8 +229,9 @@ class Guided(LowRank):
         if within is not None:
             inside = set(within.modules())
             layers = {layer: coordinate for layer, coordinate in layers.items() if layer in inside}
-        # in front of a masked language model's head δ may have another width than the head's input
-        if body is None and not any(residual_width(layer) == width for layer in layers):
+        classifier = head is None and classifier_of(model) is not None
+        # in front of a masked language model's head δ may have another width than the head's input, and a classifier's has that of states
+        if body is None and not classifier and not any(residual_width(layer) == width for layer in layers):
             return {}
         with recording(MAX_POSITIONS) as recorder:
             inputs = _LayerInputs(recorder, layers)
@@ -248,12 +249,13 @@ class Guided(LowRank):
             else:
                 inputs.drop(coordinate.name)
         if fault is None and any(c.writes is None for c in fitting.values()):
-            most = residual_check.MOST if body is None else residual_check.MOST_MASKED
-            verdict = residual_check.verify({layer: c.name for layer, c in fitting.items()}, losses, MAX_POSITIONS, seed, step, most)
+            encoder, named = body is not None or classifier, {layer: c.name for layer, c in fitting.items()}
+            verdict = residual_check.verify(named, losses, MAX_POSITIONS, seed, step, encoder=encoder)
             if verdict.constant_factors:
                 for coordinate in guided:
                     coordinate.writes = coordinate.name not in verdict.rejected
-                if verdict.rejected and (decoder is None or len(verdict.rejected) == len(fitting)):  # its queries alone are expected
+                expected = decoder is not None or encoder  # queries of the cross-attention, layers that norms hide
+                if verdict.rejected and not (expected and len(verdict.rejected) < len(fitting)):
                     _say_once(model, f"{len(verdict.rejected)} layers do not write to the residual stream, such as {verdict.rejected[0]}")
             else:
                 fault = "the loss returned is the recorded one times a factor that depends on the model"

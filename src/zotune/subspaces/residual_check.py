@@ -32,11 +32,14 @@ NOISE, MAX_PAIRS = 0.1, 4
 #: g of a layer that writes to the stream, as a multiple of the median of all: at least, at most. Layers of pre-norm decoders have 0.8 to
 #: 1.3, queries of cross-attention up to 0.5 in size.
 LEAST, MOST = 0.5, 2.0
-#: At most, of a masked language model. With norms after the sum (BERT) g falls with every norm on the way to the head: the last layer,
+#: At most, of a masked language model or a classifier. With norms after the sum (BERT) g falls with every norm on the way to the head: the last layer,
 #: whose gradient is the most exact, has up to 3.2 in MiniLM.
-MOST_MASKED = 4.0
+MOST_ENCODER = 4.0
 #: The part of the layers that has to agree; else there is no stream that all write to.
 AGREEING = 2 / 3
+#: Where they do not, in an encoder: g of a layer that still reaches the head, as a part of the largest. With norms after the sum those of
+#: the last blocks do (0.9 to 0.3 of a classifier on MiniLM), and what the first blocks write is normed away (0.05 and less).
+NEAR_HEAD = 0.25
 #: Relative change of a factor of the loss (see ``objectives.returned_losses``) beyond which it depends on the model.
 FACTOR_CHANGE = 1e-5
 
@@ -48,16 +51,20 @@ class Verdict(NamedTuple):
     constant_factors: bool
 
 
-def verify(layers: Mapping[nn.Module, str], losses: Losses, max_positions: int, seed: int, step: int, most: float = MOST) -> Verdict:
+def verify(
+    layers: Mapping[nn.Module, str], losses: Losses, max_positions: int, seed: int, step: int, *, encoder: bool = False
+) -> Verdict:
     """Check layers, by name, on the first rows of ``losses``: one evaluation, and two or more with changed outputs.
 
-    ``most``: the largest g, as a multiple of the median.
+    ``encoder``: of a masked language model or a classifier, which may have norms after its sums.
     """
+    most = MOST_ENCODER if encoder else MOST
     found, factors = gains(layers, losses, max_positions, seed, step)
     middle = float(torch.tensor(list(found.values())).median()) if found else math.nan
     rejected = [name for name, gain in found.items() if not (middle > 0 and LEAST * middle < gain < most * middle)]
     if len(found) - len(rejected) < AGREEING * len(found):
-        rejected = list(found)
+        reaching = NEAR_HEAD * max(found.values()) if encoder else math.inf
+        rejected = [name for name, gain in found.items() if not 0 < reaching <= gain]
     constant = all(bool(((one - factors[0]).abs() <= FACTOR_CHANGE * factors[0].abs()).all()) for one in factors[1:])
     return Verdict(rejected, constant)
 

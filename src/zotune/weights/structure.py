@@ -223,6 +223,12 @@ def longest_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return [(name, modules) for name, modules in alike if len(modules) == longest]
 
 
+def last_block(model: nn.Module) -> nn.Module | None:
+    """The last of a model's repeated blocks, of a decoder's behind an encoder; None without such."""
+    lists = longest_lists(model)
+    return lists[-1][1][-1] if lists else None
+
+
 def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
     """The modules of each of a model's repeated layers; without such, every module with trained weights is a block."""
     layers = repeated_layers(model)

@@ -1,0 +1,140 @@
+"""Output gradients of a classifier: those of its loss in the last block's states.
+
+What follows the last block is small: a norm, a pooling, the classifier. The gradient in its input,
+
+    δ = ∂ℓ/∂h   (R, T, d),
+
+is by torch's automatic differentiation of the model's own code from there on. Nothing of the blocks is in its graph. It is 0 but at the
+positions that the classifier reads; which these are is found once a model and checked where a subspace is observed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from zotune.objectives.output_gradients import OutputGradientRecorder, active_recorder, recorded
+from zotune.weights.structure import classifier_of, last_block
+
+Batch = Mapping[str, Tensor]
+#: Rows of a batch by which the positions are found.
+ROWS = 4
+#: Part of ‖δ‖² outside of the positions that is rounding.
+ROUNDING = 1e-6
+
+#: Positions that a classifier reads: one for each row (R, 1), or all (R, T), and which of them are real, of the attention mask (R, T).
+READS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "first": lambda mask: (torch.zeros_like(mask[:, :1]), torch.ones_like(mask[:, :1], dtype=torch.bool)),
+    "last": lambda mask: (_last(mask), torch.ones_like(mask[:, :1], dtype=torch.bool)),
+    "all": lambda mask: (torch.arange(mask.shape[1], device=mask.device).expand_as(mask), mask.bool()),
+}
+
+_reads: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def example_losses(model: nn.Module, batch: Batch, losses_of: Callable[[Batch], Tensor]) -> Tensor:
+    """``losses_of(batch)``, the losses (R,) of a classifier of texts; an active recorder gets their output gradients.
+
+    The batch holds input_ids (R, T), and attention_mask (R, T) if it has padding.
+    """
+    recorder = active_recorder()
+    if recorder is None or classifier_of(model) is None or last_block(model) is None:
+        return losses_of(batch)
+    reads = _positions_read(model, batch, losses_of)
+    if reads is None:
+        return losses_of(batch)
+    return _recorded(model, recorder, lambda: losses_of(batch), *READS[reads](_mask(batch)), _mask(batch))
+
+
+def token_losses(model: nn.Module, batch: Batch, scored: Tensor, losses_of: Callable[[Batch], Tensor]) -> Tensor:
+    """The same of a classifier of tokens, at the batch's positions (R, S) where ``scored`` (R, S)."""
+    recorder = active_recorder()
+    if recorder is None or classifier_of(model) is None or last_block(model) is None:
+        return losses_of(batch)
+    return _recorded(model, recorder, lambda: losses_of(batch), batch["positions"], scored, _mask(batch))
+
+
+def _recorded(
+    model: nn.Module, recorder: OutputGradientRecorder, losses_of: Callable[[], Tensor], positions: Tensor, scored: Tensor, mask: Tensor
+) -> Tensor:
+    recorder.begin(positions, scored, mask)
+    losses, states, gradients = _with_gradients(model, losses_of)
+    if gradients is None or gradients.shape[:2] != mask.shape:
+        recorder.abandon()
+        return losses
+    if recorder.max_positions is not None:  # a subspace is observed
+        rows = torch.arange(len(gradients), device=gradients.device).unsqueeze(1)
+        squares = gradients.float().square().sum(dim=2)
+        total = squares.sum()
+        if bool(total - (squares[rows, positions] * scored).sum() > ROUNDING * total):
+            _reads[model] = None
+            recorder.abandon()
+            return losses
+    recorder.end_states(states, gradients, scored)
+    return recorded(losses)
+
+
+def _with_gradients(model: nn.Module, losses_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(losses (R,), the last block's states h (R, T, d), the gradient of the losses' sum in h, None where they do not depend on it)."""
+    with _states_of(model) as found:
+        losses = losses_of()
+        gradient = torch.autograd.grad(losses.sum(), found, allow_unused=True)[0] if found and losses.requires_grad else None
+    return losses.detach(), found[0].detach() if found else torch.empty(0), gradient
+
+
+@contextmanager
+def _states_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, the states that the last block gave, from which on gradients are followed."""
+    found: list[Tensor] = []
+    block, enabled = last_block(model), torch.is_grad_enabled()
+    assert block is not None
+
+    def leave(_module: nn.Module, _args: object, output: object) -> object:
+        states = output[0] if isinstance(output, tuple) else output
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            return None
+        found[:] = [states.detach().requires_grad_()]
+        torch.set_grad_enabled(True)
+        return (found[0], *output[1:]) if isinstance(output, tuple) else found[0]
+
+    handle = block.register_forward_hook(leave)
+    try:
+        yield found
+    finally:
+        torch.set_grad_enabled(enabled)
+        handle.remove()
+
+
+def _positions_read(model: nn.Module, batch: Batch, losses_of: Callable[[Batch], Tensor]) -> str | None:
+    """The name in :data:`READS` of the positions that the classifier reads, by a forward of a few rows; None for others."""
+    if model not in _reads:
+        few = {name: value[:ROWS] for name, value in batch.items()}
+        _, _, gradients = _with_gradients(model, lambda: losses_of(few))
+        mask = _mask(few)
+        if gradients is None or gradients.shape[:2] != mask.shape or not bool(gradients.isfinite().all()):
+            return None
+        read = gradients.ne(0).any(dim=2)
+        told = read.any(dim=1)
+        if not bool(told.any()):
+            return None
+        same = [name for name, places in READS.items() if bool((_chosen(*places(mask), mask) == read)[told].all())]
+        _reads[model] = same[0] if same else None
+    return _reads[model]
+
+
+def _chosen(positions: Tensor, real: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros_like(mask, dtype=torch.bool).scatter_(1, positions, real)
+
+
+def _mask(batch: Batch) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+
+
+def _last(mask: Tensor) -> Tensor:
+    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return places.masked_fill(mask == 0, -1).amax(dim=1, keepdim=True).clamp_min(0)
