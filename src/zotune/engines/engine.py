@@ -57,7 +57,8 @@ class Watch:
         tokens: whether the inputs of each token of all rows are wanted, (Σ n,) boolean; None for all.
         change: by name of a matrix: ``change(tokens, output)`` of the tokens (k,), numbered through all rows, and the output (k, m) there;
             what it returns replaces the output, None leaves it.
-        head: whether the head's inputs and outputs are wanted.
+        head: whether the head's inputs are wanted.
+        head_logits: whether its outputs are wanted, too.
         done: called with a matrix's name and its pieces of ``found`` as soon as they are known, in place of ``found``, where the rows are
             evaluated in one piece: so not all inputs are in memory at a time.
         found: by name, pieces of (tokens (k,), x (k, n), key); matrices with the same key have the same input. Empty name: the head.
@@ -68,6 +69,7 @@ class Watch:
     tokens: np.ndarray | None = None
     change: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray | None]] = field(default_factory=dict)
     head: bool = False
+    head_logits: bool = False
     done: Callable[[str, Sequence[Piece]], None] | None = None
     found: dict[str, list[Piece]] = field(default_factory=dict)
     logits: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -119,6 +121,10 @@ class Engine(Protocol):
             choose: picks the next token of each completion that goes on; None: the likeliest.
             num_samples: completions of each prompt.
         """
+        ...
+
+    def final_norm(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight g (d,), bias b (d,) of a layer norm or None) of the norm in front of the head, float32; None where there is none."""
         ...
 
     def head_rows(self, ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zotune.engines.engine import Choose, Engine, Piece, Row, Watch
 from zotune.objectives import output_gradients
+from zotune.objectives.final_norm import ScaledRows
 from zotune.objectives.output_gradients import OutputGradientRecorder
 from zotune.weights.computed_linear import ComputedLinear
 
@@ -59,6 +60,7 @@ class EngineModel(nn.Module):
             _put(self, name.split("."), layer)
         self.__dict__["head"] = EngineHead(engine)
         self.most_logits = MOST_LOGITS
+        self.__dict__["norm"] = engine.final_norm()
         self.eval()
 
     @property
@@ -131,18 +133,21 @@ class EngineModel(nn.Module):
         """What the hooks on the matrices want to see."""
         seen = {name: layer for name, layer in self.matrices.items() if layer.watched[0]}
         change = {name: _Change(layer, batch) for name, layer in self.matrices.items() if layer.watched[1]}
-        head = recorder is not None and recorder.wants_head
-        if not (seen or change or head):
-            return None, None
         recorded = recorder is not None and recorder.scored is not None
+        if not (seen or change or recorded):
+            return None, None
         inputs = _Inputs(seen, batch)
-        return Watch(frozenset(seen), batch.read if recorded else None, change, head, inputs.show), inputs
+        logits = recorder is not None and recorder.wants_logits
+        return Watch(frozenset(seen), batch.read if recorded else None, change, recorded, logits, inputs.show), inputs
 
     def _show_head(self, watch: Watch, recorder: OutputGradientRecorder, batch: _Batch) -> None:
-        hidden = batch.padded([(tokens, x) for tokens, x, _ in watch.found.get("", [])])
-        logits = batch.at_outputs(watch.logits)
-        rows = torch.arange(len(hidden)).unsqueeze(1)
-        recorder.head_called(hidden[rows, batch.positions], logits[batch.places])
+        states = batch.at_outputs([(tokens, x) for tokens, x, _ in watch.found.get("", [])])[batch.places]
+        logits = batch.at_outputs(watch.logits)[batch.places] if watch.head_logits else states[..., :0]
+        norm: tuple[Tensor, Tensor | None] | None = self.__dict__["norm"]
+        if norm is not None:
+            weight, bias = norm
+            recorder.norm_called(ScaledRows(recorder.kept_rows(states), weight, bias))
+        recorder.head_called(states, logits)
 
     # -- generation -------------------------------------------------------------------------------------------------------------------
 
@@ -242,10 +247,11 @@ class _Batch:
         return found.view(*self.shape, width)
 
     def at_outputs(self, pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
-        """(outputs, n) of the values (k, n) of some tokens (k,)."""
+        """(outputs, n) of the values (k, n) of some tokens (k,), of which those without an output are left out."""
         found = torch.zeros(len(self.outputs), pieces[0][1].shape[1])
         for tokens, values in pieces:
-            found[self._of_token[torch.from_numpy(tokens)]] = torch.from_numpy(values)
+            places = self._of_token[torch.from_numpy(tokens)]
+            found[places[places >= 0]] = torch.from_numpy(values)[places >= 0]
         return found
 
     def tokens_of(self, states: Tensor, tokens: np.ndarray) -> Tensor:

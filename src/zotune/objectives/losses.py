@@ -184,9 +184,7 @@ class ClassifierLoss:
 
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
-        return example_losses(
-            self.model, batch, lambda rows: head_losses(self.model, class_scores(self.model, rows), rows["labels"])
-        )
+        return example_losses(self.model, batch, lambda rows: head_losses(self.model, class_scores(self.model, rows), rows["labels"]))
 
 
 _FIXES = {

@@ -5,7 +5,9 @@ For −log softmax(W h)[y] the gradient in the hidden state h, the input of the 
     δ = Wᵀ (softmax(W h) − e_y)      (d,),
 
 a closed form of the forward pass. Where an example's loss is a mean over its scored tokens, δ is weighted by each token's share. A loss
-computes δ only while a recorder is active.
+computes δ only while a recorder is active. Behind a final norm δ is followed through that (:mod:`zotune.objectives.final_norm`), behind the
+transform of a masked language model through this (:mod:`zotune.objectives.head_transform`); that of a classifier is made in
+:mod:`zotune.objectives.tail_gradients`.
 
 δ is the gradient of the recorded loss. The recorder therefore also follows what the loss function makes of that loss
 (:mod:`zotune.objectives.returned_losses`), and, where it samples positions, whether the logits are what the head gave.
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from zotune.objectives import returned_losses
+from zotune.objectives.final_norm import NormedRows
 from zotune.objectives.head_transform import HeadTransform
 from zotune.objectives.head_weight import HeadWeight, head_weight
 from zotune.weights.layouts import layout_of
@@ -53,7 +56,8 @@ class OutputGradientRecorder:
     Attributes:
         scored: of the current forward: the indices (n,) of the recorded positions (R, S), None for all, their examples and positions (n,),
             and the attention mask (R, T).
-        gradients: δ of the recorded positions, weighted, (n, d) in float32 of every forward so far.
+        gradients: δ of the recorded positions, weighted, (n, d) in float32 of every forward so far; behind a final norm
+            (:mod:`zotune.objectives.final_norm`) those in what the layers add to.
         examples: the example of each, (n,) of every forward, counted through all of them.
         num_examples: examples so far.
         hidden: the head's input at the recorded positions of every forward so far, (n, d), where ``keeps_hidden``.
@@ -77,13 +81,14 @@ class OutputGradientRecorder:
         self._losses: list[Tensor] = []  # recorded in this call
         self._from_head: tuple[Tensor, Tensor] | None = None  # the head's input and output in this forward
         self._transform: HeadTransform | None = None  # what stands before the head in this forward
+        self._norm: NormedRows | None = None  # the final norm at the recorded positions of this forward
         self._recorded = False  # this forward has output gradients
         self._call = 0, 0  # output gradients and examples before this call
 
     def begin(self, positions: Tensor, scored: Tensor, mask: Tensor) -> None:
         """A forward starts that scores ``positions`` (R, S) where ``scored`` (R, S), with the attention ``mask`` (R, T)."""
         before, self.rows = self.rows, self.rows + len(positions)
-        self._from_head, self._transform, self._recorded, self._sample = None, None, False, None
+        self._from_head, self._transform, self._norm, self._recorded, self._sample = None, None, None, False, None
         examples = torch.arange(len(positions), device=positions.device).unsqueeze(1).expand_as(positions).flatten()
         if self.max_positions is None:
             self.scored = None, examples, positions.flatten(), mask
@@ -187,7 +192,7 @@ class OutputGradientRecorder:
         self._record(self._behind(gradients, kept, examples, places), examples, count)
 
     def end_states(self, states: Tensor, gradients: Tensor, scored: Tensor) -> None:
-        """The forward gave the last hidden ``states`` (R, T, d), and its losses have these ``gradients`` in them where ``scored`` (R, S)."""
+        """The forward gave the last hidden ``states`` (R, T, d), in which its losses have these ``gradients``; taken where ``scored``."""
         kept, examples, positions = self._end_forward()
         if self.keeps_hidden:
             self.hidden.append(states[examples, positions].float())
@@ -205,9 +210,15 @@ class OutputGradientRecorder:
         return kept, examples, positions
 
     def _behind(self, gradients: Tensor, kept: Tensor | None, examples: Tensor, positions: Tensor) -> Tensor:
-        """The gradients in the last hidden states, of those in the head's input."""
-        transform, self._transform = self._transform, None
-        return gradients if transform is None else transform.behind(gradients, kept, examples, positions)
+        """The gradients in the last hidden states, of those in the head's input (n, e), which stay these where ``hidden`` holds that."""
+        transform, norm, called = self._transform, self._norm, self._from_head
+        self._transform, self._norm, self._from_head = None, None, None
+        if transform is not None:
+            return transform.behind(gradients, kept, examples, positions)
+        if norm is None or called is None or self.keeps_hidden or norm.outputs.shape != gradients.shape:
+            return gradients  # of what ``hidden`` holds
+        inputs = _kept(called[0].flatten(0, -2), kept)
+        return torch.where(norm.gives(inputs), norm.behind(gradients), gradients) if len(inputs) == len(gradients) else gradients
 
     def _record(self, gradients: Tensor, examples: Tensor, count: int) -> None:
         self.gradients.append(gradients)
@@ -221,12 +232,21 @@ class OutputGradientRecorder:
     def head_called(self, states: Tensor, output: Tensor, transform: HeadTransform | None = None) -> None:
         """The head gave ``output`` (..., vocabulary) for ``states`` (..., d) in this forward, behind a ``transform``."""
         self._transform = transform
-        if self.wants_head:
+        if self.scored is not None:
             self._from_head = states, output
 
+    def norm_called(self, norm: NormedRows) -> None:
+        """What may be the final norm was called in this forward, the last one so far."""
+        self._norm = norm
+
+    def kept_rows(self, states: Tensor) -> Tensor:
+        """Those of the scored positions' ``states`` (R, S, d) that are recorded in this forward, (n, d)."""
+        assert self.scored is not None
+        return _kept(states.flatten(0, 1), self.scored[0])
+
     @property
-    def wants_head(self) -> bool:
-        """Whether :meth:`head_called` is of use in this forward."""
+    def wants_logits(self) -> bool:
+        """Whether the output of :meth:`head_called` is of use in this forward."""
         return self.scored is not None and self.max_positions is not None
 
     def _observe_head(self, logits: Tensor, head: nn.Module | None) -> None:
@@ -304,6 +324,11 @@ class OutputGradientRecorder:
         for place in range(first, len(self.gradients)):
             self.gradients[place] = self.gradients[place] * factors[self.examples[place] - base].unsqueeze(1)
         return valid
+
+
+def _kept(rows: Tensor, kept: Tensor | None) -> Tensor:
+    """These of all rows; all where they are not as many."""
+    return rows if kept is None or not len(kept) or len(rows) <= int(kept.amax()) else rows[kept]
 
 
 def _sampled_positions(mask: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
 from zotune.objectives import output_gradients
+from zotune.objectives.final_norm import observing_norm
 from zotune.objectives.head_transform import HeadTransform, observing_transform
 from zotune.weights.structure import head_of
 
@@ -124,7 +125,8 @@ def _gather_before_head(model: nn.Module, positions: Tensor, shape: torch.Size) 
     if recorder is not None:
         handles.append(head.register_forward_hook(record))
     try:
-        with observing_transform(model, transforms) if recorder is not None else nullcontext():
+        observed = nullcontext() if recorder is None else observing_norm(model, recorder)
+        with observed, observing_transform(model, transforms) if recorder is not None else nullcontext():
             yield gathered
     finally:
         for handle in handles:

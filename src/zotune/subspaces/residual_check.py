@@ -32,8 +32,8 @@ NOISE, MAX_PAIRS = 0.1, 4
 #: g of a layer that writes to the stream, as a multiple of the median of all: at least, at most. Layers of pre-norm decoders have 0.8 to
 #: 1.3, queries of cross-attention up to 0.5 in size.
 LEAST, MOST = 0.5, 2.0
-#: At most, of a masked language model or a classifier. With norms after the sum (BERT) g falls with every norm on the way to the head: the last layer,
-#: whose gradient is the most exact, has up to 3.2 in MiniLM.
+#: At most, of a masked language model or a classifier. With norms after the sum (BERT) g falls with every norm on the way to the head: the
+#: last layer, whose gradient is the most exact, has up to 3.2 in MiniLM.
 MOST_ENCODER = 4.0
 #: The part of the layers that has to agree; else there is no stream that all write to.
 AGREEING = 2 / 3
@@ -51,9 +51,7 @@ class Verdict(NamedTuple):
     constant_factors: bool
 
 
-def verify(
-    layers: Mapping[nn.Module, str], losses: Losses, max_positions: int, seed: int, step: int, *, encoder: bool = False
-) -> Verdict:
+def verify(layers: Mapping[nn.Module, str], losses: Losses, max_positions: int, seed: int, step: int, *, encoder: bool = False) -> Verdict:
     """Check layers, by name, on the first rows of ``losses``: one evaluation, and two or more with changed outputs.
 
     ``encoder``: of a masked language model or a classifier, which may have norms after its sums.

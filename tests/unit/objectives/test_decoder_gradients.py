@@ -43,29 +43,31 @@ def steps_of(model: nn.Module, batch: dict[str, Tensor], lr: float | str = 0.0) 
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_they_are_the_gradients_in_the_heads_input(kind: str) -> None:
+def test_they_are_the_gradients_in_the_decoders_last_states(kind: str) -> None:
+    """Behind T5's final norm times the states' root mean squares, and without the constant by which it multiplies what the head gets."""
     model, batch, states = model_of(kind), batch_of(), []
-    head = head_of(model)
-    assert head is not None
+    last, scale = (model.decoder.final_layer_norm, model.model_dim**0.5) if kind == "t5" else (head_of(model), 1.0)
     loss = objectives.objective("seq2seq", model)
-    handle = head.register_forward_pre_hook(lambda _module, args: states.append(args[0]))
+    handle = last.register_forward_pre_hook(lambda _module, args: states.append(args[0]))
     losses = loss(batch)
     handle.remove()
     (wanted,) = torch.autograd.grad(losses.sum(), states)
+    if kind == "t5":
+        wanted = wanted * states[0].detach().square().mean(dim=2, keepdim=True).sqrt() * scale
     scored = batch["targets"] >= 0
     with torch.no_grad(), recording(None) as recorder:
         loss(batch)
-    assert torch.allclose(torch.cat(recorder.gradients).view_as(wanted), wanted * scored.unsqueeze(2), rtol=1e-4, atol=1e-7)
+    assert torch.allclose(torch.cat(recorder.gradients).view_as(wanted), wanted * scored.unsqueeze(2), rtol=1e-3, atol=1e-5)
     with torch.no_grad(), recording(64) as recorder:
         assert torch.allclose(loss(batch), losses, atol=1e-6)
-    assert torch.allclose(torch.cat(recorder.gradients), wanted[scored], rtol=1e-4, atol=1e-7) and not recorder.logits_differ
+    assert torch.allclose(torch.cat(recorder.gradients), wanted[scored], rtol=1e-3, atol=1e-5) and not recorder.logits_differ
 
     labels = LabelLoss(model, "token")
     (prepared,) = labels.batches([{**{name: batch[name] for name in batch if name != "targets"}, "labels": batch["targets"]}])
     share = ROWS / int(scored.sum()) * scored.sum(dim=1)  # the mean over tokens, of losses that were means over an example's
     with torch.no_grad(), recording(64) as recorder:
         assert torch.allclose(labels(prepared), losses * share, rtol=1e-5)
-    assert torch.allclose(torch.cat(recorder.gradients), (wanted * share.view(-1, 1, 1))[scored], rtol=1e-4, atol=1e-7)
+    assert torch.allclose(torch.cat(recorder.gradients), (wanted * share.view(-1, 1, 1))[scored], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("inputs", [9, TARGETS])

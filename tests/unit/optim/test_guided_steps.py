@@ -20,25 +20,30 @@ from zotune.training import resume as resuming
 
 
 def in_the_hidden_state(model: torch.nn.Module, loss_fn, data) -> torch.Tensor:
-    """By backprop: the gradient of all losses in what the head is given, (R, T, d)."""
+    """By backprop: the gradient of all losses in what the final norm is given, times the root mean squares of that, (R, T, d)."""
     given: list[torch.Tensor] = []
 
     def keep(module, args):
         given.append(args[0].detach().requires_grad_())
         return (given[0],)
 
-    handle = model.lm_head.register_forward_pre_hook(keep)
+    handle = model.model.norm.register_forward_pre_hook(keep)
     loss_fn(data).sum().backward()
     handle.remove()
-    return given[0].grad
+    return given[0].grad * given[0].detach().square().mean(dim=2, keepdim=True).sqrt()
 
 
-def test_an_error_is_the_gradient_in_the_heads_input():
+def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Up to the norm's epsilon, which is not small beside these states."""
+    return bool((found - wanted).abs().max() <= 5e-3 * wanted.abs().max())
+
+
+def test_an_error_is_the_gradient_in_the_last_hidden_state():
     model, data = tiny_llama(), batch(0)
     with output_gradients.recording() as recorder, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)
     gradient = in_the_hidden_state(model, objectives.LanguageModelLoss(model), data)  # one token an example is scored
-    assert torch.allclose(torch.cat(recorder.gradients), gradient[:, LENGTH - 1], atol=1e-6)
+    assert near(torch.cat(recorder.gradients), gradient[:, LENGTH - 1])
 
 
 def test_the_error_of_a_choice_is_that_of_its_options_alone():
@@ -48,7 +53,7 @@ def test_the_error_of_a_choice_is_that_of_its_options_alone():
         objectives.ChoiceLoss(model)(data)
     gradients = in_the_hidden_state(model, objectives.ChoiceLoss(model), data)[torch.arange(8), data["positions"][:, 0]]
     assert float(gradients.norm()) > 0
-    assert torch.allclose(torch.cat(recorder.gradients), gradients, atol=1e-6)
+    assert near(torch.cat(recorder.gradients), gradients)
 
 
 def test_scores_that_are_no_loss_tell_nothing():
@@ -75,7 +80,7 @@ def test_a_texts_tokens_share_its_loss():
     (texts,), (errors,) = recorder.examples, recorder.gradients
     assert texts.tolist() == torch.arange(8).repeat_interleave(2).tolist()
     places = torch.tensor([3, 4] * 8)
-    assert torch.allclose(errors, gradients[texts, places], atol=1e-6)
+    assert near(errors, gradients[texts, places])
     assert not errors[1::4].any() and bool(errors[3::4].any(dim=1).all())  # every second text has one token
     with output_gradients.recording(100) as recorder, torch.no_grad():
         objectives.LanguageModelLoss(model)(data)

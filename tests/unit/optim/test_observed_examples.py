@@ -47,7 +47,8 @@ def test_the_cut_of_the_examples_changes_no_step() -> None:
     for cut in (3, 8):
         found, factors = coefficients(cut)
         for one, other in zip(found, whole, strict=True):
-            assert one.tolist() == pytest.approx(other.tolist(), rel=2e-3, abs=2e-4 * float(other.abs().max())), cut
+            # an element of V that is rounded to the other side of its eight bits moves coefficients by this
+            assert one.tolist() == pytest.approx(other.tolist(), rel=2e-3, abs=4e-3 * float(other.abs().max())), cut
         assert all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in zip(factors, v, strict=True))
 
 

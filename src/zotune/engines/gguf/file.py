@@ -192,6 +192,13 @@ class GGUFFile:
             raise IndexError(f"{tensor} of {self.path} has {found.shape[0]} rows, and rows {index.min()} to {index.max()} were asked for.")
         return dequantized(found, index)
 
+    def vector(self, tensor: str) -> np.ndarray | None:
+        """A vector in float32, (n,); None where the file has none of this name."""
+        found = self.tensors.get(tensor)
+        if found is None or len(found.shape) != 1:
+            return None
+        return np.array(gguf.dequantize(found.data, found.type), dtype=np.float32)
+
     def pieces(self) -> Iterator[tuple[str, memoryview]]:
         """(name|type|shape|, bytes as stored) of every tensor by name, for a digest that does not depend on how the file is split."""
         for name in sorted(self.tensors):

@@ -277,7 +277,7 @@ class _Watching:
                 watch.done(name, [(numbers, inputs, x)])
             else:
                 watch.found.setdefault(name, []).append((numbers, inputs, x))
-        if not name:
+        if not name and watch.head_logits:
             logits = tensors.read(output)
             watch.logits.append((tokens(len(logits)), logits))
         elif name in watch.change:

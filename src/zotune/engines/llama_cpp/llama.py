@@ -160,6 +160,12 @@ class LlamaCpp:
 
     # -- the head ---------------------------------------------------------------------------------------------------------------------
 
+    def final_norm(self) -> tuple[Tensor, Tensor | None] | None:
+        weight, bias = (self.file.vector(f"output_norm.{part}") for part in ("weight", "bias"))
+        if weight is None or len(weight) != self.width:
+            return None
+        return torch.from_numpy(weight), None if bias is None else torch.from_numpy(bias)
+
     def head_rows(self, ids: Tensor) -> Tensor:
         rows = torch.from_numpy(self.file.rows(self.file.head, ids.flatten().numpy()))
         return rows.view(*ids.shape, self.width)

@@ -92,7 +92,7 @@ class SFTTrainer(ZOTrainer):
         eval_packing = packing if options["eval_packing"] is None else bool(options["eval_packing"])
         for packs, evaluated in ((packing, False), (eval_packing and eval_dataset is not None, True)):
             if packs:
-                blocks.check(options["packing_strategy"], form.max_length, evaluated)
+                blocks.check(str(options["packing_strategy"]), form.max_length, evaluated)
         data = {
             "train_dataset": form.encoded(train_dataset, "train_dataset", packing),
             "eval_dataset": form.encoded(eval_dataset, "eval_dataset", eval_packing),
