@@ -3,7 +3,7 @@
 **Derivatives.** With δ_i the output gradient at scored position i (:mod:`zotune.objectives.output_gradients`) and x_i a layer's input
 there, the loss of a layer that adds W x to the hidden state has about the derivatives Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ along the elements of S in W + P
 S Vᵀ, as if nothing stood between the layer and the head (direct feedback alignment, 1609.01596). They come per example, (C, N), with the
-forward that evaluates the losses. Only those of the last layer are exact, up to the last norm.
+forward that evaluates the losses. Only those of the last layer are exact, up to a factor of each position.
 
 **Steps.** With plain SGD as the update rule a step goes along D, the orthogonal factors of the layers' running means of derivatives
 (:class:`~zotune.subspaces.guided.GuidedCoordinate`), whatever the size of these. Along d = D / ‖D‖ of a run's first step, the losses at θ ±

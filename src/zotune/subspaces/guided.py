@@ -150,9 +150,9 @@ class GuidedCoordinate(ActivationCoordinate):
 class Guided(LowRank):
     """Two kinds of phases: LOZO's, as in ``LowRank``, and guided ones that train the layers writing to the residual stream.
 
-    δ_i (d,) is the gradient of the loss of scored position i in the head's input, which a forward pass gives (``output_gradients``), and
-    x_i (n,) a layer's input there. A layer y = W x that writes to the residual stream has the gradient Σ_i δ_i x_iᵀ approximately: up to
-    the last norm in the last layer, as feedback alignment in the others. With the ridge regression δ̂ = B x of δ on x,
+    δ_i (d,) is the gradient of the loss of scored position i in the last hidden state, which a forward pass gives (``output_gradients``),
+    and x_i (n,) a layer's input there. A layer y = W x that writes to the residual stream has the gradient Σ_i δ_i x_iᵀ approximately: the
+    last layer up to a factor of each position, the others as feedback alignment. With the ridge regression δ̂ = B x of δ on x,
 
         P = the leading right singular vectors of the fitted δ̂ (N, d),   V = an orthonormal basis of Bᵀ P.
 

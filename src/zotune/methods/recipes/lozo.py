@@ -60,16 +60,17 @@ def lozo_g(
     Ĝ = (1/B) Σ_i (Pᵀδ_i)(Vᵀx_i)ᵀ,   δ_i = W_headᵀ (softmax(z_i) − e_{y_i})
     M ← β M + (1 − β) Ĝ,   W ← W − η P polar(M) Vᵀ,   polar(U Σ Wᵀ) = U Wᵀ
 
-    A step of a guided phase is one forward pass of the batch without perturbation. It gives δ, the gradient in the last hidden state, in
-    closed form. A layer that adds W x to that state takes δ xᵀ as its gradient, as if nothing stood between (direct feedback alignment,
-    1609.01596, with the head's own weights as feedback), in the subspace of x that predicts δ best by ridge regression. The regression
-    takes ``examples`` training examples, from the trainer or from the optimizer's ``sample_batches``; P and V are renewed every ν steps.
-    Sizes within Ĝ, which feedback knows least of, do not matter (polar, as in Muon, 2502.16982). A measured η comes from the slope and
-    curvature of the loss along the step, by a few evaluations. An update rule other than plain SGD is given α Ĝ instead, α the measured
-    slope over the one of Ĝ. See ``subspaces.guided``.
+    A step of a guided phase is one forward pass of the batch without perturbation. It gives δ, the gradient in the head's input, in closed
+    form, and behind the final norm the gradient in the hidden state that layers add to (``objectives.final_norm``). A layer that adds W x
+    to that state takes δ xᵀ as its gradient, as if nothing stood between (direct feedback alignment, 1609.01596, with the head's own
+    weights as feedback), in the subspace of x that predicts δ best by ridge regression. The regression takes ``examples`` training
+    examples, from the trainer or from the optimizer's ``sample_batches``; P and V are renewed every ν steps. Sizes within Ĝ, which feedback
+    knows least of, do not matter (polar, as in Muon, 2502.16982). A measured η comes from the slope and curvature of the loss along the
+    step, by a few evaluations. An update rule other than plain SGD is given α Ĝ instead, α the measured slope over the one of Ĝ. See
+    ``subspaces.guided``.
     All other weights are trained in phases of LOZO-E. These come seldom, and always where the loss gives no output gradients: it gives
-    them for language-model losses, and for answer options of one token. P and V go to the journal in bfloat16, 2·q·(m + n) bytes per
-    guided layer and phase, and q² coefficients per layer and step, so that a run replays without the data.
+    them for language-model losses, answer options of one token, and classifiers. P and V go to the journal in eight bits, q·(m + n) bytes
+    per guided layer and phase, and q² coefficients per layer and step, so that a run replays without the data.
     State: A, and V and P of a guided layer, r·m + q·(m + n) float32 elements per matrix; M, q² numbers.
     """
     return {"subspace": Guided(rank, interval, layer_scales, guide, begin, examples, momentum), "estimates": "descent"}
