@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zotune.io.memory_tags import tagged
+from zotune.objectives.tail_gradients import pooled_losses
 from zotune.objectives.token_logprobs import at_least_float32
 
 Batch = Mapping[str, Tensor]
@@ -35,7 +36,7 @@ class ContrastiveLoss:
 
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
-        return ranking_loss(sentence_embeddings(self.model, batch))
+        return _recorded(self.model, batch, lambda: ranking_loss(sentence_embeddings(self.model, batch)).view(1))[0]
 
 
 @dataclass
@@ -47,8 +48,16 @@ class SimilarityLoss:
 
     @tagged("activations")
     def __call__(self, batch: Batch) -> Tensor:
-        embeddings = sentence_embeddings(self.model, batch)
-        return (F.cosine_similarity(embeddings[:, 0], embeddings[:, 1]) - batch["score"].to(embeddings.dtype)) ** 2
+        def losses() -> Tensor:
+            embeddings = sentence_embeddings(self.model, batch)
+            return (F.cosine_similarity(embeddings[:, 0], embeddings[:, 1]) - batch["score"].to(embeddings.dtype)) ** 2
+
+        return _recorded(self.model, batch, losses)
+
+
+def _recorded(model: nn.Module, batch: Batch, losses: Callable[[], Tensor]) -> Tensor:
+    """The losses of embeddings; an active recorder gets their output gradients."""
+    return pooled_losses(model, batch["attention_mask"].flatten(0, 1), batch["pooled"].flatten(0, 1), losses)
 
 
 @tagged("activations")

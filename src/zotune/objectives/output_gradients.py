@@ -191,13 +191,16 @@ class OutputGradientRecorder:
         gradients = (error.unsqueeze(2) * weight.rows(options)).sum(dim=1)
         self._record(self._behind(gradients, kept, examples, places), examples, count)
 
-    def end_states(self, states: Tensor, gradients: Tensor, scored: Tensor) -> None:
-        """The forward gave the last hidden ``states`` (R, T, d), in which its losses have these ``gradients``; taken where ``scored``."""
+    def end_states(self, states: Tensor, gradients: Tensor, scored: Tensor, each: int = 1) -> None:
+        """The forward gave the last hidden ``states`` (R, T, d), in which its losses have these ``gradients``; taken where ``scored``.
+
+        ``each``: rows that a loss is of.
+        """
         kept, examples, positions = self._end_forward()
         if self.keeps_hidden:
             self.hidden.append(states[examples, positions].float())
         real = scored.flatten() if kept is None else scored.flatten()[kept]
-        self._record(gradients[examples, positions].float() * real.unsqueeze(1), examples, len(states))
+        self._record(gradients[examples, positions].float() * real.unsqueeze(1), examples // each, len(states) // each)
 
     def abandon(self) -> None:
         """The forward gave nothing to record."""

@@ -1,4 +1,4 @@
-"""Output gradients of a classifier: those of its loss in the last block's states.
+"""Output gradients of classifiers and sentence embeddings: those of their loss in the last block's states.
 
 What follows the last block is small: a norm, a pooling, the classifier. The gradient in its input,
 
@@ -58,6 +58,15 @@ def token_losses(model: nn.Module, batch: Batch, scored: Tensor, losses_of: Call
     return _recorded(model, recorder, lambda: losses_of(batch), batch["positions"], scored, _mask(batch))
 
 
+def pooled_losses(model: nn.Module, mask: Tensor, pooled: Tensor, losses_of: Callable[[], Tensor]) -> Tensor:
+    """The same of losses (L,) of the means of states where ``pooled`` (R, T), each of R / L rows one after the other."""
+    recorder = active_recorder()
+    if recorder is None or last_block(model) is None:
+        return losses_of()
+    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return _recorded(model, recorder, losses_of, positions, pooled > 0, mask)
+
+
 def _recorded(
     model: nn.Module, recorder: OutputGradientRecorder, losses_of: Callable[[], Tensor], positions: Tensor, scored: Tensor, mask: Tensor
 ) -> Tensor:
@@ -74,7 +83,7 @@ def _recorded(
             _reads[model] = None
             recorder.abandon()
             return losses
-    recorder.end_states(states, gradients, scored)
+    recorder.end_states(states, gradients, scored, len(states) // len(losses))
     return recorded(losses)
 
 

@@ -23,7 +23,7 @@ from zotune.subspaces.coordinate import Coordinate, MomentTransport
 from zotune.subspaces.guided_projection import CompressedRows, compress, decompress, fit_projection, polar
 from zotune.subspaces.low_rank import LowRank, LowRankCoordinate, times
 from zotune.weights.layouts import is_outputs_first, residual_width
-from zotune.weights.structure import body_of, classifier_of, decoder_of, head_of, trained_layers
+from zotune.weights.structure import body_of, decoder_of, head_of, last_block, trained_layers
 
 #: Scored positions whose output gradients make a subspace, at most: every position of a text may be scored.
 MAX_POSITIONS = 256
@@ -229,9 +229,9 @@ class Guided(LowRank):
         if within is not None:
             inside = set(within.modules())
             layers = {layer: coordinate for layer, coordinate in layers.items() if layer in inside}
-        classifier = head is None and classifier_of(model) is not None
-        # in front of a masked language model's head δ may have another width than the head's input, and a classifier's has that of states
-        if body is None and not classifier and not any(residual_width(layer) == width for layer in layers):
+        headless = head is None and last_block(model) is not None  # a classifier, or a body whose states are pooled
+        # in front of a masked language model's head δ may have another width than the head's input
+        if body is None and not headless and not any(residual_width(layer) == width for layer in layers):
             return {}
         with recording(MAX_POSITIONS) as recorder:
             inputs = _LayerInputs(recorder, layers)
@@ -249,7 +249,7 @@ class Guided(LowRank):
             else:
                 inputs.drop(coordinate.name)
         if fault is None and any(c.writes is None for c in fitting.values()):
-            encoder, named = body is not None or classifier, {layer: c.name for layer, c in fitting.items()}
+            encoder, named = body is not None or headless, {layer: c.name for layer, c in fitting.items()}
             verdict = residual_check.verify(named, losses, MAX_POSITIONS, seed, step, encoder=encoder)
             if verdict.constant_factors:
                 for coordinate in guided:

@@ -99,6 +99,28 @@ def test_of_words() -> None:
     assert torch.allclose(everywhere, wanted[rows, batch["positions"]] * scored.unsqueeze(2), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["contrastive", "similarity"])
+def test_of_sentence_embeddings(name: str) -> None:
+    """Of one loss for the batch, and of one for each pair, whose two texts are rows of their own."""
+    config = transformers.BertConfig(**BERT, **OPTIONS)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config).eval()
+    one = batch_of()
+    batch = {key: one[key].view(3, 2, LENGTH) for key in ("input_ids", "attention_mask")} | {"score": torch.tensor([0.2, 0.9, 0.5])}
+    batch["pooled"] = batch["attention_mask"].clone()
+    batch["pooled"][..., 0] = 0
+    loss = objectives.objective(name, model)
+    losses, wanted = by_autograd(model, loss, batch)
+    with torch.no_grad(), recording(None) as recorder, recorder.following():
+        returned = loss(batch)
+        assert returned.shape == losses.shape and bool(recorder.end_call(returned).all())
+    found, pooled = torch.cat(recorder.gradients).view(ROWS, LENGTH, WIDTH), batch["pooled"].view(ROWS, LENGTH, 1)
+    assert torch.allclose(found, wanted * pooled, rtol=1e-4, atol=1e-7) and bool(found.any())
+    pairs = torch.arange(ROWS) // 2 if name == "similarity" else torch.zeros(ROWS, dtype=torch.long)
+    assert torch.equal(torch.cat(recorder.examples), pairs.repeat_interleave(LENGTH)) and recorder.num_examples == int(pairs.max()) + 1
+
+
 class MeanOfStates(transformers.BertForSequenceClassification):
     """Reads the mean of all real states, or a state in the middle."""
 
