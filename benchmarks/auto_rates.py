@@ -26,15 +26,23 @@ from zotune.training.samplers import balanced_group_size
 #: Combinations of the grid: method, scheme, model, task.
 COMBINATIONS = [
     ("lozo-g", "full", "lm", "sst2"),
-    ("lozo-g", "lora", "lm", "sst2"),
+    ("lozo-g", "full", "lm", "trec"),
+    ("lozo-g", "full", "lm", "mr"),
+    ("lozo-g", "full", "lm", "rte"),
     ("lozo-e", "full", "lm", "sst2"),
     ("mezo", "full", "lm", "sst2"),
+    ("lozo-e", "full", "lm", "trec"),
+    ("mezo", "full", "lm", "trec"),
     ("lozo-e", "lora", "lm", "sst2"),
     ("mezo", "lora", "lm", "sst2"),
     ("lozo-e", "full", "encoder", "trec"),
     ("mezo", "full", "encoder", "trec"),
 ]
-RATES = {"full": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "lora": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]}
+RATES = {
+    "lozo-g": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0],  # sizes of a step's singular values
+    "full": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+    "lora": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0],
+}
 #: So much above its start a loss may end without having diverged.
 WITHIN = 0.05
 #: What set-ups are drawn from.
@@ -83,8 +91,8 @@ def fall(result: dict[str, Any]) -> float:
 def grid(args: argparse.Namespace) -> list[str]:
     lines = ["| method | scheme | model, task | best of grid | its fall | fall with auto | auto / best |", "|---|---|---|---|---|---|---|"]
     for combination in COMBINATIONS[: args.first]:
-        _, scheme, model, task = combination
-        rates = RATES[scheme]
+        method, scheme, model, task = combination
+        rates = RATES.get(method, RATES[scheme])
         cells = [cell(args, *combination, lr=lr, eps=1e-3) for lr in rates] + [cell(args, *combination)]
         by_rate = {str(r["cell"]["lr"]): fall(r) for r in sweep(cells, args.out / "results.jsonl", args.processes)}
         auto = by_rate.pop("auto")

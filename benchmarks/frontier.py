@@ -11,6 +11,7 @@ of all training examples. Runs on file are not repeated, and the table is of wha
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -21,6 +22,7 @@ from backprop import CHEAP
 from methods_table import Runs, cell, last, mean, search
 
 from zotune import bundled
+from zotune.io.figures import new_figure, save_figure
 
 #: Data set: classes, and the most tokens of a prompt, where long ones are left out of training.
 TASKS = {"sst2": (2, None), "trec": (6, None), "ag_news": (4, 64), "mr": (2, 64), "sst5": (5, 64), "rte": (2, 96)}
@@ -84,6 +86,50 @@ def row_of(args: argparse.Namespace, wanted: tuple[str, str]) -> tuple[str, str,
     return task, row, rate, found
 
 
+#: Rows of the figure: their label and color, and what they are called in ``frontier_memory.py``.
+SHOWN = {
+    "`lozo-g` (default)": ("lozo-g (default)", "#c8341a", ["lozo-g (default)"]),
+    "AdamW, LoRA": ("AdamW, LoRA", "#88c8ee", ["AdamW, LoRA", "AdamW, LoRA, checkpointing"]),
+    "AdamW, all weights": ("AdamW, all weights", "#9a9a9a", ["AdamW, all"]),
+    "`mezo`": ("MeZO", "#e0a526", []),
+}
+MEMORY, MODEL = Path(__file__).parent / "results/frontier_memory.json", "meta-llama/Llama-2-7b-hf"
+NAMES = {"sst2": "SST-2", "trec": "TREC", "ag_news": "AG News", "mr": "MR", "sst5": "SST-5", "rte": "RTE"}
+
+
+def draw(made: dict[tuple[str, str], tuple[float | str, list[dict[str, Any]]]], tasks: list[str], path: Path) -> None:
+    """Accuracy on each set, and the memory of a 7B model beyond a forward pass by length of a sequence."""
+    figure, ((left, right),) = new_figure(1, 2, (11.5, 3.8))
+    rows = [row for row in SHOWN if all((task, row) in made for task in tasks)]
+    for place, row in enumerate(rows):
+        label, color, _ = SHOWN[row]
+        numbers = [[100 * r["accuracy"] for r in made[task, row][1]] for task in tasks]
+        x = [at + (place - (len(rows) - 1) / 2) * 0.8 / len(rows) for at in range(len(tasks))]
+        bars = {"width": 0.75 / len(rows), "color": color, "label": label, "yerr": [statistics.stdev(each) for each in numbers]}
+        left.bar(x, [statistics.fmean(each) for each in numbers], error_kw={"linewidth": 0.8}, **bars)
+    left.set(xticks=range(len(tasks)), xticklabels=[NAMES[task] for task in tasks], ylabel="accuracy, %")
+    left.set_title("2,400 sequences of a 7M model, three seeds", fontsize="medium")
+    found: dict[str, float] = json.loads(MEMORY.read_text())
+    for label, color, names in SHOWN.values():
+        for name in names:
+            lengths = sorted(int(key.rpartition(", ")[2]) for key in found if key.startswith(f"{MODEL}, {name}, ") and _is_row(key, name))
+            sizes = [found[f"{MODEL}, {name}, {n}"] - found[f"{MODEL}, forward pass, {n}"] for n in lengths]
+            right.plot(
+                lengths, sizes, color=color, marker="o", markersize=3, linestyle="--" if "check" in name else "-", label=name or label
+            )
+    right.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="GB beyond a forward pass (predicted)")
+    right.set_title("Llama-2-7B, one sequence", fontsize="medium")
+    right.set_xticks(lengths, [str(n) for n in lengths])
+    right.minorticks_off()
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize="x-small", loc="upper left" if axes is right else "upper right")
+    save_figure(figure, path)
+
+
+def _is_row(key: str, name: str) -> bool:
+    return key.removeprefix(f"{MODEL}, {name}, ").isdigit()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True)
@@ -94,6 +140,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2400, help="sequences a run evaluates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--figure", type=Path, help="draw accuracy beside the memory of frontier_memory.py here")
     args = parser.parse_args()
     made: dict[tuple[str, str], tuple[float | str, list[dict[str, Any]]]] = {}
     with ProcessPoolExecutor(args.processes) as pool:
@@ -108,6 +155,8 @@ def main() -> None:
     for row in args.rows:
         rates = [made[task, row][0] for task in args.tasks]
         print(f"| {row} | " + " | ".join("measured" if rate == "auto" else f"{rate:g}" for rate in rates) + " |")
+    if args.figure is not None:
+        draw(made, args.tasks, args.figure)
     ours, theirs = "`lozo-g` (default)", "AdamW, LoRA"
     if ours in args.rows and theirs in args.rows:
         print(f"\n{ours} minus {theirs}, accuracy in points:")

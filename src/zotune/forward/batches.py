@@ -32,6 +32,14 @@ from zotune.rng.transfer import send
 PARTS_PER_DIRECTION = 2
 
 
+def examples_of(parts: Sequence[Any] | None) -> int:
+    """Examples of a step's micro-batches; 1 where they cannot be told apart."""
+    try:
+        return sum(map(batch_rows, parts or ())) or 1
+    except NotBatchableError:
+        return 1
+
+
 def batch_rows(batch: Any) -> int:
     """Examples of a batch: the size of dimension 0 of all its tensors.
 

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zotune.forward.batches import examples_of
 from zotune.forward.losses import as_losses
 from zotune.forward.model import PerturbedForward
 from zotune.io.memory_tags import tagged
@@ -82,11 +83,13 @@ class Derivatives(NamedTuple):
         losses: (N,), float32 on the CPU.
         slopes: the derivative of each example's loss along every element of S of the active layers, (C, N), not scaled yet.
         evaluated: sequences that went through the model.
+        examples: of the batch, of which the loss may be one.
     """
 
     losses: Tensor
     slopes: Tensor
     evaluated: int
+    examples: int
 
 
 class OutputGradientSteps:
@@ -208,7 +211,7 @@ class OutputGradientSteps:
                 "along drawn directions.",
                 stacklevel=2,
             )
-        return Derivatives(values[0], values[2:], evaluated)
+        return Derivatives(values[0], values[2:], evaluated, len(values[0]) if len(values[0]) > 1 else examples_of(context.parts))
 
     @property
     def alpha(self) -> float:
@@ -257,7 +260,7 @@ class OutputGradientSteps:
             if self.normalizes:
                 predicted = float(found.slopes.double().mean(dim=1) @ along)
                 sample = partial(self._sample, found, evaluate, seed=seed, step=step)
-                self.distance.measure(sample, predicted, self.size, self.scale, self.measured, self.forward.rounds)
+                self.distance.measure(sample, predicted, found.examples, self.size, self.scale, self.measured, self.forward.rounds)
             else:
                 self._measure_derivatives(found, evaluate, along, length, seed, step)
         if self.scale.mean <= 0:

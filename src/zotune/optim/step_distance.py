@@ -43,13 +43,21 @@ class StepDistance:
 
     @tagged("activations")
     def measure(
-        self, sample: Callable[[float], Sample], predicted: float, size: StepSize, scale: RunningMean, measured: bool, rounds: bool
+        self,
+        sample: Callable[[float], Sample],
+        predicted: float,
+        examples: int,
+        size: StepSize,
+        scale: RunningMean,
+        measured: bool,
+        rounds: bool,
     ) -> None:
         """Measure it where a step goes; later that the loss falls there.
 
         Args:
             sample: looks so far to both sides along the step.
             predicted: the slope by the derivatives that feedback gives.
+            examples: of the batch.
             size: takes the curvature and the distance.
             scale: takes the true slope over the predicted one.
             measured: whether rates are; else the scale alone is.
@@ -71,7 +79,7 @@ class StepDistance:
             if self.value:
                 self.value *= 1.0 if seen.lower > 0 else 0.5
                 break
-            wanted = max(least, part_of_way(seen, size))
+            wanted = max(least, part_of_way(seen, size, examples))
             if radius / FARTHER <= wanted <= FARTHER * radius:
                 self.value = wanted
                 break
@@ -81,7 +89,7 @@ class StepDistance:
         size.stride = self.value
 
 
-def part_of_way(seen: Sample, size: StepSize) -> float:
+def part_of_way(seen: Sample, size: StepSize, examples: int) -> float:
     """A part of the distance to the minimum of a parabola through three losses; less of it for a batch whose direction is noise."""
     curvature = max(size.curvature.mean + size.curvature.error, 0.2 * math.sqrt(max(0.0, size.spread.mean)))  # not that of a saddle
-    return PART_OF_WAY * min(2.0, math.sqrt(len(seen.curvature) / 16)) * seen.slope / max(curvature, 1e-30)
+    return PART_OF_WAY * min(2.0, math.sqrt(examples / 16)) * seen.slope / max(curvature, 1e-30)

@@ -205,3 +205,16 @@ def test_a_toy_is_learned(kind: str) -> None:
         steps.step(loss, batch)
     with torch.no_grad():
         assert float(loss(batch).mean()) < 0.5 * before
+
+
+def test_one_loss_of_a_batch_counts_its_examples() -> None:
+    """The measured distance grows with √N of the batch's N examples, whether the loss is one number or one for each."""
+    found = []
+    for one in (False, True):
+        model = model_of("bert")
+        loss = objectives.objective("classifier", model)
+        method = methods.lozo_g(interval=20, guide=3, examples=ROWS)
+        steps = ZerothOrder(model, method, lr="auto", sample_batches=lambda _step, _count: [batch_of()])
+        steps.step((lambda batch, loss=loss: loss(batch).mean()) if one else loss, batch_of())
+        found.append(steps.output_gradients.distance.value)
+    assert found[0] > 0 and found[1] == pytest.approx(found[0], rel=0.2)  # the curvature's error is of single losses
