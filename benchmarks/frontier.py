@@ -117,7 +117,7 @@ def draw(made: dict[tuple[str, str], tuple[float | str, list[dict[str, Any]]]], 
             right.plot(
                 lengths, sizes, color=color, marker="o", markersize=3, linestyle="--" if "check" in name else "-", label=name or label
             )
-    right.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="GB beyond a forward pass (predicted)")
+    right.set(xscale="log", yscale="log", ylim=(None, 3e3), xlabel="tokens of a sequence", ylabel="GB beyond a forward pass (predicted)")
     right.set_title("Llama-2-7B, one sequence", fontsize="medium")
     right.set_xticks(lengths, [str(n) for n in lengths])
     right.minorticks_off()
