@@ -18,6 +18,7 @@ from zotune.tasks.sources import Rows
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 BASE: dict[str, dict[str, Any]] = {
     "messages": {"messages": [{"role": "user", "content": "was it good?"}, {"role": "assistant", "content": "it was."}]},
+    "conversations": {"conversations": [{"from": "human", "value": "was it good?"}, {"from": "gpt", "value": "it was."}]},
     "prompt": {"prompt": "the film was", "completion": " good"},
     "instruction": {"instruction": "was the film good", "output": "it was."},
     "text": {"text": "the film was good"},
@@ -32,6 +33,13 @@ KEYS: dict[str, dict[str, tuple[str, Any]]] = {
         "id": ("ignored", 7),
         "functions": ("refused", [{"name": "f"}]),
         "function_call": ("refused", "auto"),
+    },
+    "conversations": {
+        "conversations": ("acts", [{"from": "human", "value": "was it dull?"}, {"from": "gpt", "value": "it was not."}]),
+        "system": ("acts", "be brief"),
+        "tools": ("acts", [{"type": "function", "function": {"name": "clock"}}]),
+        "chat_template_kwargs": ("acts", {"enable_thinking": False}),
+        "id": ("ignored", 7),
     },
     "prompt": {"prompt": ("acts", "the end was"), "completion": ("acts", " dull"), "id": ("ignored", 7)},
     "instruction": {
