@@ -14,6 +14,7 @@ import pytest
 
 import hub_server
 from command_cases import run_command, weights_digest
+from zotune.publishing.upload import Upload
 from zotune.training import run_folder
 
 #: One process, since the client reads its environment once and its start takes seconds.
@@ -83,3 +84,10 @@ def test_a_pushed_run_loads_and_replays(hub: dict[str, str], trained: Path, tmp_
     assert "token is missing or wrong" in said[1]
     assert "by zotune" in (tmp_path / "hub/me/trained/README.md").read_text()
     assert not (tmp_path / "hub/me/other").exists()
+
+
+def test_a_repository_that_is_there_is_not_asked_for_again() -> None:
+    """The hub is out of reach here, so that asking would fail."""
+    with pytest.raises(ValueError, match=r"keeps the hub out of reach|was not pushed"):
+        Upload("me/small").create()
+    assert Upload("me/small", address="https://hub/me/small").create() == "https://hub/me/small"
