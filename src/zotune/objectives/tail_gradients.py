@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from zotune.objectives.output_gradients import OutputGradientRecorder, active_recorder, recorded
+from zotune.objectives.output_gradients import active_recorder, recorded
 from zotune.weights.structure import classifier_of, last_block
 
 Batch = Mapping[str, Tensor]
@@ -41,37 +41,41 @@ def example_losses(model: nn.Module, batch: Batch, losses_of: Callable[[Batch], 
 
     The batch holds input_ids (R, T), and attention_mask (R, T) if it has padding.
     """
-    recorder = active_recorder()
-    if recorder is None or classifier_of(model) is None or last_block(model) is None:
+    block = _observed_block(model)
+    reads = None if block is None or classifier_of(model) is None else _positions_read(model, block, batch, losses_of)
+    if block is None or reads is None:
         return losses_of(batch)
-    reads = _positions_read(model, batch, losses_of)
-    if reads is None:
-        return losses_of(batch)
-    return _recorded(model, recorder, lambda: losses_of(batch), *READS[reads](_mask(batch)), _mask(batch))
+    return _recorded(model, block, lambda: losses_of(batch), *READS[reads](_mask(batch)), _mask(batch))
 
 
 def token_losses(model: nn.Module, batch: Batch, scored: Tensor, losses_of: Callable[[Batch], Tensor]) -> Tensor:
     """The same of a classifier of tokens, at the batch's positions (R, S) where ``scored`` (R, S)."""
-    recorder = active_recorder()
-    if recorder is None or classifier_of(model) is None or last_block(model) is None:
+    block = _observed_block(model)
+    if block is None or classifier_of(model) is None:
         return losses_of(batch)
-    return _recorded(model, recorder, lambda: losses_of(batch), batch["positions"], scored, _mask(batch))
+    return _recorded(model, block, lambda: losses_of(batch), batch["positions"], scored, _mask(batch))
 
 
 def pooled_losses(model: nn.Module, mask: Tensor, pooled: Tensor, losses_of: Callable[[], Tensor]) -> Tensor:
     """The same of losses (L,) of the means of states where ``pooled`` (R, T), each of R / L rows one after the other."""
-    recorder = active_recorder()
-    if recorder is None or last_block(model) is None:
+    block = _observed_block(model)
+    if block is None:
         return losses_of()
-    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    return _recorded(model, recorder, losses_of, positions, pooled > 0, mask)
+    return _recorded(model, block, losses_of, READS["all"](mask)[0], pooled > 0, mask)
+
+
+def _observed_block(model: nn.Module) -> nn.Module | None:
+    """The model's last block, where a recorder is active."""
+    return None if active_recorder() is None else last_block(model)
 
 
 def _recorded(
-    model: nn.Module, recorder: OutputGradientRecorder, losses_of: Callable[[], Tensor], positions: Tensor, scored: Tensor, mask: Tensor
+    model: nn.Module, block: nn.Module, losses_of: Callable[[], Tensor], positions: Tensor, scored: Tensor, mask: Tensor
 ) -> Tensor:
+    recorder = active_recorder()
+    assert recorder is not None
     recorder.begin(positions, scored, mask)
-    losses, states, gradients = _with_gradients(model, losses_of)
+    losses, states, gradients = _with_gradients(block, losses_of)
     if gradients is None or gradients.shape[:2] != mask.shape:
         recorder.abandon()
         return losses
@@ -87,20 +91,19 @@ def _recorded(
     return recorded(losses)
 
 
-def _with_gradients(model: nn.Module, losses_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _with_gradients(block: nn.Module, losses_of: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """(losses (R,), the last block's states h (R, T, d), the gradient of the losses' sum in h, None where they do not depend on it)."""
-    with _states_of(model) as found:
+    with _states_of(block) as found:
         losses = losses_of()
         gradient = torch.autograd.grad(losses.sum(), found, allow_unused=True)[0] if found and losses.requires_grad else None
     return losses.detach(), found[0].detach() if found else torch.empty(0), gradient
 
 
 @contextmanager
-def _states_of(model: nn.Module) -> Iterator[list[Tensor]]:
+def _states_of(block: nn.Module) -> Iterator[list[Tensor]]:
     """Within, the states that the last block gave, from which on gradients are followed."""
     found: list[Tensor] = []
-    block, enabled = last_block(model), torch.is_grad_enabled()
-    assert block is not None
+    enabled = torch.is_grad_enabled()
 
     def leave(_module: nn.Module, _args: object, output: object) -> object:
         states = output[0] if isinstance(output, tuple) else output
@@ -118,11 +121,11 @@ def _states_of(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _positions_read(model: nn.Module, batch: Batch, losses_of: Callable[[Batch], Tensor]) -> str | None:
+def _positions_read(model: nn.Module, block: nn.Module, batch: Batch, losses_of: Callable[[Batch], Tensor]) -> str | None:
     """The name in :data:`READS` of the positions that the classifier reads, by a forward of a few rows; None for others."""
     if model not in _reads:
         few = {name: value[:ROWS] for name, value in batch.items()}
-        _, _, gradients = _with_gradients(model, lambda: losses_of(few))
+        _, _, gradients = _with_gradients(block, lambda: losses_of(few))
         mask = _mask(few)
         if gradients is None or gradients.shape[:2] != mask.shape or not bool(gradients.isfinite().all()):
             return None

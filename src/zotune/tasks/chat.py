@@ -66,7 +66,7 @@ class Chat:
 def chat_of(row: Mapping[str, Any], options: ChatOptions | None = None) -> Chat:
     """The chat of a row; ValueError where it is malformed, or where nothing is trained on."""
     options = options or ChatOptions()
-    messages = _parsed(row["messages"])  # a column of a CSV file is text
+    messages = from_json(row["messages"])  # a column of a CSV file is text
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(
             'column \'messages\' must hold a list of {"role": ..., "content": ...}; an answer with tool_calls may lack the content.'
@@ -100,7 +100,7 @@ def prompt_chat_of(messages: Any, row: Mapping[str, Any], options: ChatOptions |
 
 def variables_of(value: Any) -> dict[str, Any]:
     """Variables of a chat template, from an object or its JSON; ValueError for anything else."""
-    value = _parsed(value)
+    value = from_json(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f'chat_template_kwargs must be an object such as {{"enable_thinking": false}}, not {_shown(value)}.')
     reserved = sorted(_RESERVED & value.keys())
@@ -131,7 +131,7 @@ def with_parsed_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]
     def call(value: Any) -> Any:
         function = value.get("function", value) if isinstance(value, dict) else None
         arguments = function.get("arguments") if isinstance(function, dict) else None
-        parsed = _parsed(arguments) if isinstance(arguments, str) else None
+        parsed = from_json(arguments) if isinstance(arguments, str) else None
         if not isinstance(function, dict) or not isinstance(parsed, dict):
             return value
         changed = {**function, "arguments": parsed}
@@ -203,13 +203,13 @@ def _details(message: Mapping[str, Any], where: str) -> list[tuple[int, int, boo
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
-    value = _parsed(value)
+    value = from_json(value)
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise ValueError("tools must be a list of JSON schemas, one object per tool (or the JSON of such a list).")
     return value or None
 
 
-def _parsed(value: Any) -> Any:
+def from_json(value: Any) -> Any:
     """The value of a JSON text; anything else as it is."""
     if not isinstance(value, str):
         return value

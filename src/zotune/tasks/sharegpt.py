@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from zotune.io.suggest import did_you_mean
+from zotune.tasks.chat import from_json
 
 #: Names of speakers as they are published, and the roles of chat templates.
 ROLES = {
@@ -25,12 +25,7 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         ValueError: naming the turn, for one that is malformed or whose speaker is unknown.
     """
-    turns = row["conversations"]
-    if isinstance(turns, str):  # a column of a CSV file is text
-        try:
-            turns = json.loads(turns)
-        except (ValueError, RecursionError):
-            turns = None
+    turns = from_json(row["conversations"])  # a column of a CSV file is text
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError('column \'conversations\' must hold a list of {"from": ..., "value": ...}.')
     messages = [_message(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
@@ -67,10 +62,7 @@ def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _calls(value: str, where: str) -> list[dict[str, Any]]:
     """The calls of a turn, one object with name and arguments or a list of them."""
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        found = None
+    found = from_json(value)
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise ValueError(f'{where} is from {CALL!r}, and its value is no JSON of {{"name": ..., "arguments": ...}} or of a list of those.')
