@@ -10,7 +10,7 @@ SITE := $(VENV)/.docs-installed
 RELEASE := $(VENV)/.release-installed
 # --no-compile: Python writes the bytecode of a module when it is first imported; of all of them it takes pip 45 s.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile
-EXTRAS := dev,notebooks,peft,tensorboard,optimizers,privacy,fabric,trl
+EXTRAS := dev,audio,notebooks,peft,tensorboard,optimizers,privacy,fabric,trl
 
 # Two test processes of one torch thread each: the tests are small, and threads that outnumber cores slow them down.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

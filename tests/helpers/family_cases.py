@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import processors
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
     BartConfig,
     BartForConditionalGeneration,
     CLIPImageProcessorPil,
@@ -22,6 +27,12 @@ from transformers import (
     LlavaProcessor,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
 )
 
 from command_cases import BAD, GOOD, word_tokenizer
@@ -143,3 +154,56 @@ def save_llava(folder: Path) -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=edge)
     strategy = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     LlavaProcessor(image_processor=processor, tokenizer=tokenizer, image_token="<image>", **strategy).save_pretrained(folder)
+
+
+def save_media_rows(folder: Path, kind: str, train: int = 16, evaluated: int = 8, label: str = "label") -> None:
+    """Folders with `metadata.csv` of images of one color each, or of tones, whose label is the color's, or the pitch's."""
+    names = ("red", "green") if kind == "image" else ("low", "high")
+    for part, count, seed in (("train", train, 0), ("eval", evaluated, 1)):
+        draw, lines = random.Random(seed), [f"file_name,{label}"]
+        (folder / part).mkdir(parents=True)
+        for number in range(count):
+            chosen = draw.randrange(2)
+            name = f"{number}.{'png' if kind == 'image' else 'wav'}"
+            if kind == "image":
+                color = [draw.randint(0, 60) + (150 if channel == chosen else 0) for channel in range(3)]
+                Image.new("RGB", (20, 16), tuple(color)).save(folder / part / name)
+            else:
+                write_tone(folder / part / name, (300.0, 1200.0)[chosen], draw.uniform(0.1, 0.2))
+            lines.append(f"{name},{names[chosen]}")
+        (folder / part / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def write_tone(path: Path, pitch: float, seconds: float, rate: int = 8000, channels: int = 1) -> None:
+    """A WAV file of a tone, 16 bits."""
+    samples = np.sin(2 * np.pi * pitch * np.arange(int(rate * seconds)) / rate)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((8000 * np.repeat(samples, channels)).astype("<i2").tobytes())
+
+
+def save_media_model(folder: Path, name: str) -> None:
+    """A random ViT, AST or wav2vec 2.0 without a head, with its processor."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "vit":
+            model: Any = ViTModel(ViTConfig(image_size=16, patch_size=8, initializer_range=0.2, **sizes), add_pooling_layer=False)
+            processor: Any = ViTImageProcessorPil(size={"height": 16, "width": 16})
+        elif name == "ast":
+            config = ASTConfig(
+                max_length=24, num_mel_bins=16, patch_size=8, frequency_stride=8, time_stride=8, initializer_range=0.2, **sizes
+            )
+            model = ASTForAudioClassification(config).audio_spectrogram_transformer
+            processor = ASTFeatureExtractor(max_length=24, num_mel_bins=16)
+        else:
+            convolutions: dict[str, Any] = {"conv_dim": (8, 8), "conv_kernel": (20, 8), "conv_stride": (20, 8)}
+            others: dict[str, Any] = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+            quiet = {f"{part}_{what}": 0.0 for part, what in [("feat_proj", "dropout"), ("mask_time", "prob"), ("mask_feature", "prob")]}
+            config = Wav2Vec2Config(initializer_range=0.2, **sizes, **convolutions, **others, **quiet, vocab_size=8)
+            model = Wav2Vec2Model(config)
+            processor = Wav2Vec2FeatureExtractor(sampling_rate=8000)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

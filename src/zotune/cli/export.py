@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from zotune.cli.parser import CommandParser
 from zotune.cli.replay import merged, new_folder, save_beside
 from zotune.io.sizes import size_text
 from zotune.publishing.finished import finished
+from zotune.publishing.made_up import made_up_inputs
 from zotune.tasks.model_kind import kind_of_record
 from zotune.training import run_folder
 from zotune.training.arguments import ModelArguments
@@ -83,7 +83,9 @@ class Source:
         return model.eval(), fresh
 
     def save_tokenizer(self, folder: Path) -> None:
-        load_tokenizer(plan_model(self.arguments(str(self.run)), "zotune export"), self.arguments(str(self.run))).save_pretrained(folder)
+        tokenizer = load_tokenizer(plan_model(self.arguments(str(self.run)), "zotune export"), self.arguments(str(self.run)))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def _to_merged(source: Source, folder: Path) -> str:
@@ -134,19 +136,21 @@ def _to_peft(source: Source, folder: Path, rank: int | None) -> str:
     if not source.base:
         raise ValueError(f"{source.run} does not name its base model: give it with --base.")
     (base, fresh), (trained, _) = source.load(source.base), source.load(str(source.run))
-    tokens = _tokens(trained)
-    before, wanted = _logits(base, tokens), _logits(trained, tokens)
+    made_up = made_up_inputs(trained)
+    before, wanted = _outputs(base, made_up), _outputs(trained, made_up)
     factored = adapter_of(base, trained, rank, fresh)
     for config in factored.model.peft_config.values():
         config.base_model_name_or_path = source.base
     factored.model.save_pretrained(folder, save_embedding_layers=False)  # their factors are saved in any case
     (folder / "README.md").unlink(missing_ok=True)
     source.save_tokenizer(folder)
-    lost = float((_logits(factored.model.eval(), tokens) - wanted).norm() / (wanted - before).norm().clamp_min(1e-30))
+    lost = float((_outputs(factored.model.eval(), made_up) - wanted).norm() / (wanted - before).norm().clamp_min(1e-30))
     told = f"an adapter of rank {factored.rank} for {source.base}. Of the update ‖ΔW‖ it lacks {factored.error:.2g}"
     if factored.errors:
         told += f" (most in {factored.worst}, {factored.errors[factored.worst]:.2g})"
-    told += f"; of the change of the logits, on made-up tokens, {lost:.2g}."
+    told += f"; of the change of the outputs, on made-up inputs, {lost:.2g}."
+    if factored.biases:
+        told += " Biases go along (PEFT's bias=all), and stay when the adapter is disabled; vLLM does not read those."
     if factored.whole:
         told += f" {len(factored.whole)} modules go along whole, for vectors that were trained in them; vLLM does not read those."
     if lost > TOLERANCE:
@@ -154,12 +158,8 @@ def _to_peft(source: Source, folder: Path, rank: int | None) -> str:
     return told
 
 
-def _tokens(model: Any) -> torch.Tensor:
-    """Made-up inputs, (2, 16)."""
-    return torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-
-
 @torch.no_grad()
-def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=tokens).logits
-    return found.float()
+def _outputs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits, or the last states of a model without them."""
+    found = model(**inputs)
+    return (found.logits if "logits" in found else found.last_hidden_state).float()

@@ -28,7 +28,7 @@ from zotune.weights.computed_linear import is_computed
 from zotune.weights.offload import stream_of
 from zotune.weights.offload.loading import PLACES
 
-#: Files of a processor of images.
+#: Files of a processor of images or sound.
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "chat_template.jinja")
 #: Options of a rebuilt model.
 _OF_A_MODEL = (
@@ -99,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
             save_adapter(folder, model, run_folder.adapter_facts(optimizer), path.parent)
         else:
             contents.save_model(folder, model if stream_of(model) is not None else model.cpu())
-            tokenizer.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
             save_beside(folder, path.parent)
     print(f"{output}: {args.base} after {steps} of {len(journal)} steps of {journal.header['method']}.")
     return 0

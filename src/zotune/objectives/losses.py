@@ -187,6 +187,18 @@ class ClassifierLoss:
         return example_losses(self.model, batch, lambda rows: head_losses(self.model, class_scores(self.model, rows), rows["labels"]))
 
 
+@dataclass
+class MediaLoss:
+    """The same of a head for images or sound, ``loss(batch) -> (B,)``: the batch holds what the model takes, and labels."""
+
+    model: nn.Module
+    capturable = True
+
+    @tagged("activations")
+    def __call__(self, batch: Batch) -> Tensor:
+        return example_losses(self.model, batch, lambda rows: head_losses(self.model, media_scores(self.model, rows), rows["labels"]))
+
+
 _FIXES = {
     "regression": "give each example one number, or load the model with as many num_labels as numbers",
     "multi_label_classification": "give each example one 0.0 or 1.0 for every output",
@@ -236,6 +248,12 @@ def class_scores(model: nn.Module, batch: Batch) -> Tensor:
     return at_least_float32(logits_of(model(**padded_for(model, inputs))))
 
 
+@tagged("activations")
+def media_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (B, number of classes) of a model that classifies images or sound, in float32."""
+    return at_least_float32(logits_of(model(**{name: value for name, value in batch.items() if name != "labels"})))
+
+
 @tagged("temporary")
 def padded_for(model: nn.Module, inputs: Batch) -> Batch:
     """The inputs with the model's own padding id where the attention mask is 0.
@@ -262,12 +280,14 @@ _OBJECTIVES: dict[str, Callable[[nn.Module], Callable[[Batch], Tensor]]] = {
     "contrastive": ContrastiveLoss,
     "similarity": SimilarityLoss,
     "image-text": ImageTextLoss,
+    "media": MediaLoss,
 }
 
 
 def objective(name: str, model: nn.Module) -> Callable[[Batch], Tensor]:
     """The loss function of a name: ``"lm"``, ``"choices"``, ``"accuracy"``, ``"classifier"``, ``"mlm"`` (label words at a mask),
-    ``"generation"`` (of the right answer), ``"seq2seq"``, ``"token-classes"``, ``"contrastive"``, ``"similarity"`` or ``"image-text"``.
+    ``"generation"`` (of the right answer), ``"seq2seq"``, ``"token-classes"``, ``"contrastive"``, ``"similarity"``, ``"image-text"`` or
+    ``"media"`` (classes of images or sound).
 
     Raises:
         ValueError: for any other name.

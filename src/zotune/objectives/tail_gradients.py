@@ -34,18 +34,24 @@ READS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 _reads: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+#: Positions of the last block's states by the shape of a row, of models that read no tokens.
+_lengths: WeakKeyDictionary[nn.Module, dict[tuple[torch.Size, ...], int]] = WeakKeyDictionary()
 
 
 def example_losses(model: nn.Module, batch: Batch, losses_of: Callable[[Batch], Tensor]) -> Tensor:
-    """``losses_of(batch)``, the losses (R,) of a classifier of texts; an active recorder gets their output gradients.
+    """``losses_of(batch)``, the losses (R,) of a classifier; an active recorder gets their output gradients.
 
-    The batch holds input_ids (R, T), and attention_mask (R, T) if it has padding.
+    Of texts the batch holds input_ids (R, T), and attention_mask (R, T) if it has padding. Without input_ids, of images or sound, T is that
+    of the last block's states.
     """
     block = _observed_block(model)
-    reads = None if block is None or classifier_of(model) is None else _positions_read(model, block, batch, losses_of)
-    if block is None or reads is None:
+    if block is None or classifier_of(model) is None:
         return losses_of(batch)
-    return _recorded(model, block, lambda: losses_of(batch), *READS[reads](_mask(batch)), _mask(batch))
+    mask = _mask(batch) if "input_ids" in batch else _all_positions(model, block, batch, losses_of)
+    reads = None if mask is None else _positions_read(model, block, batch, mask, losses_of)
+    if mask is None or reads is None:
+        return losses_of(batch)
+    return _recorded(model, block, lambda: losses_of(batch), *READS[reads](mask), mask)
 
 
 def token_losses(model: nn.Module, batch: Batch, scored: Tensor, losses_of: Callable[[Batch], Tensor]) -> Tensor:
@@ -121,12 +127,29 @@ def _states_of(block: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _positions_read(model: nn.Module, block: nn.Module, batch: Batch, losses_of: Callable[[Batch], Tensor]) -> str | None:
-    """The name in :data:`READS` of the positions that the classifier reads, by a forward of a few rows; None for others."""
+def _all_positions(model: nn.Module, block: nn.Module, batch: Batch, losses_of: Callable[[Batch], Tensor]) -> Tensor | None:
+    """Ones (R, T) for the positions of the last block's states, by a forward of one row for each shape of rows; None without such states.
+
+    Positions of padding are among them: no loss depends on them, and their gradients are 0.
+    """
+    shape = tuple(value.shape[1:] for value in batch.values())
+    known = _lengths.setdefault(model, {})
+    if shape not in known:
+        with _states_of(block) as found:
+            losses_of({name: value[:1] for name, value in batch.items()})
+        known[shape] = found[0].shape[1] if found and len(found[0]) == 1 else 0
+    rows, device = len(batch["labels"]), batch["labels"].device
+    return torch.ones(rows, known[shape], dtype=torch.long, device=device) if known[shape] else None
+
+
+def _positions_read(model: nn.Module, block: nn.Module, batch: Batch, mask: Tensor, losses_of: Callable[[Batch], Tensor]) -> str | None:
+    """The name in :data:`READS` of the positions that the classifier reads, by a forward of a few rows; None for others.
+
+    Without tokens these are all where no other name fits: a gradient of 0 changes nothing.
+    """
     if model not in _reads:
-        few = {name: value[:ROWS] for name, value in batch.items()}
+        few, mask = {name: value[:ROWS] for name, value in batch.items()}, mask[:ROWS]
         _, _, gradients = _with_gradients(block, lambda: losses_of(few))
-        mask = _mask(few)
         if gradients is None or gradients.shape[:2] != mask.shape or not bool(gradients.isfinite().all()):
             return None
         read = gradients.ne(0).any(dim=2)
@@ -134,7 +157,7 @@ def _positions_read(model: nn.Module, block: nn.Module, batch: Batch, losses_of:
         if not bool(told.any()):
             return None
         same = [name for name, places in READS.items() if bool((_chosen(*places(mask), mask) == read)[told].all())]
-        _reads[model] = same[0] if same else None
+        _reads[model] = same[0] if same else None if "input_ids" in batch else "all"
     return _reads[model]
 
 

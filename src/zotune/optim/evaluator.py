@@ -249,8 +249,8 @@ class Evaluator:
         if choice.reason is None or self.requested == "sequential":
             return
         warnings.warn(
-            f"no batched evaluation of this model and loss: {choice.reason}. Evaluating one point after the other instead: results are "
-            "right, steps are slower; forward_batching='sequential' avoids this warning.",
+            f"no batched evaluation of this model and loss: {choice.reason.rstrip('.')}. Evaluating one point after the other instead: "
+            "results are right, steps are slower; forward_batching='sequential' avoids this warning.",
             stacklevel=5,
         )
 

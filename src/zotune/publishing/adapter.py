@@ -2,18 +2,22 @@
 
 Of every matrix W of a linear layer or an embedding the update ΔW = W_trained − W_base is factored, ΔW ≈ B A with r rows of A, by its
 singular value decomposition, which is the best approximation of rank r in the Frobenius norm. What low-rank methods add has the rank of the
-factors that they have drawn, up to the rounding of the weights. Vectors (biases, norms) have no factors: they go along whole.
+factors that they have drawn, up to the rounding of the weights. Vectors have no factors: biases of linear layers go along as PEFT's
+``bias="all"``, the modules of others (norms) whole.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zotune.weights.structure import input_embeddings, output_embeddings
 
 #: Rank at most, where none is given.
 MOST = 64
@@ -31,6 +35,7 @@ class Factored:
         errors: by matrix, ‖ΔW − B A‖ / ‖ΔW‖.
         error: the same over all matrices.
         whole: modules that go along whole, for vectors in them that were trained.
+        biases: whether biases go along, which stay when the adapter is disabled.
     """
 
     model: Any
@@ -38,6 +43,7 @@ class Factored:
     errors: dict[str, float]
     error: float
     whole: list[str]
+    biases: bool
 
     @property
     def worst(self) -> str:
@@ -67,31 +73,39 @@ def adapter_of(base: nn.Module, trained: nn.Module, rank: int | None = None, fre
     modules = dict(base.named_modules())
     factors: dict[str, _Spectrum] = {}
     whole: list[str] = []
+    biases: list[str] = []
     for name in changed:
         module, _, kind = name.rpartition(".")
         if kind == "weight" and name not in set(fresh) and _factors(modules[module]):
             transposed = _transposed(modules[module])
             same = next((other for other in factors if after[f"{other}.weight"] is after[name]), None)  # a head tied to the embedding
             factors[module] = factors[same] if same is not None else _Spectrum.of(before[name], after[name], transposed)
+        elif kind == "bias" and name not in set(fresh) and _factors(modules[module]):
+            biases.append(module)
         elif module and module not in whole:
             whole.append(module)
         elif not module:
             raise ValueError(f"an adapter has no place for {name}, a parameter of the model itself: export with --to merged.")
     whole = [module for module in whole if not any(module.startswith(f"{outer}.") for outer in whole)]
     factors = {module: each for module, each in factors.items() if module not in whole}
+    if not factors:
+        raise ValueError(
+            "no matrix of a linear layer or an embedding was trained, so that there is nothing to factor: export with --to merged."
+        )
     r = rank or max((each.needed for each in factors.values()), default=1)
     r = min(r, rank or MOST)
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=sorted(factors) or ["-"],
+        target_modules=sorted(factors),
         modules_to_save=sorted(whole) or None,
         fan_in_fan_out=any(_transposed(modules[module]) for module in factors),
-        bias="none",
+        bias="all" if biases else "none",
         ensure_weight_tying=_tied(base) and any(isinstance(modules[module], nn.Embedding) for module in factors),
         task_type=_task(base, fresh),
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws factors, which are replaced
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws factors, which are replaced
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # of layers of both kinds, where peft sets each right
         model = get_peft_model(base, config)  # type: ignore[arg-type]
     _fill(model, factors, r)
     saved = dict(model.named_parameters())
@@ -99,10 +113,13 @@ def adapter_of(base: nn.Module, trained: nn.Module, rank: int | None = None, fre
         for module in whole:
             for name, value in _module_parameters(trained, module):
                 saved[f"base_model.model.{module}.modules_to_save.default{name}"].copy_(value)
+        for module in biases:
+            of = f"base_model.model.{module}.base_layer.bias"
+            saved[of if of in saved else f"base_model.model.{module}.bias"].copy_(after[f"{module}.bias"])
     lost = {module: each.lost(r) for module, each in factors.items()}
     total = math.sqrt(math.fsum(each.norm**2 for each in factors.values()))
     left = math.sqrt(math.fsum((lost[module] * each.norm) ** 2 for module, each in factors.items()))
-    return Factored(model, r, lost, left / total if total else 0.0, sorted(whole))
+    return Factored(model, r, lost, left / total if total else 0.0, sorted(whole), bool(biases))
 
 
 @dataclass
@@ -172,7 +189,7 @@ def _transposed(module: nn.Module) -> bool:
 
 def _tied(model: nn.Module) -> bool:
     """Whether the head's weight is that of the embedding."""
-    head, embedding = (getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("output", "input"))
+    head, embedding = output_embeddings(model), input_embeddings(model)
     return head is not None and embedding is not None and head.weight is embedding.weight
 
 

@@ -24,6 +24,8 @@ _TASKS = {
     "tokens": "token-classification",
     "embedding": "sentence-similarity",
     "image-text": "image-text-to-text",
+    "image-classifier": "image-classification",
+    "audio-classifier": "audio-classification",
 }
 #: Metrics of `summary.json` that describe an evaluation, not a model.
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second")

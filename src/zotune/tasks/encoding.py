@@ -324,7 +324,9 @@ def context_limit(tokenizer: Any, model_config: Any, max_length: int | None = No
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """Id of the padding token, else of the end-of-text token (padding is masked); ValueError where there is neither."""
+    """Id of the padding token, else of the end-of-text token (padding is masked), 0 without a tokenizer; ValueError where neither is."""
+    if tokenizer is None:
+        return 0
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

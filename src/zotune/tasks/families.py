@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zotune.io.suggest import did_you_mean
-from zotune.tasks import images, labelled, sentence_pairs, seq2seq, token_labels
+from zotune.tasks import images, labelled, media, sentence_pairs, seq2seq, token_labels
 from zotune.tasks.family import Family, FamilyInputs
 from zotune.tasks.objective_choice import is_encoder, is_seq2seq
 from zotune.tasks.rows import Rows
@@ -18,9 +18,17 @@ def family_name(config: Any, task: Task | None, objective: str | None, rows: Row
     Raises:
         ValueError: the rows are none that the model can be trained on.
     """
+    kind = media.media_kind(config)
+    if kind is not None:
+        return _media(media.WHAT[kind], config, task, objective, rows)
     if rows is None or objective in ("mlm", "reward", "choices", "accuracy"):
         return None
     columns = set(rows.columns)
+    if "file_name" in columns and columns <= {"file_name", "label", "labels"}:
+        raise ValueError(
+            f"{rows.source} names files of images or sound, and {config.model_type if config is not None else 'the model'} reads text: "
+            "take a model that classifies those, or rows with text."
+        )
     labelled = "text" in columns and bool(columns & {"label", "labels"})
     if is_seq2seq(config) and objective != "classifier":
         if task is None and not {"prompt", "completion"} <= columns:
@@ -50,7 +58,28 @@ def family_name(config: Any, task: Task | None, objective: str | None, rows: Row
     return None
 
 
+def _media(what: str, config: Any, task: Task | None, objective: str | None, rows: Rows | None) -> str:
+    """ "media"; ValueError where there is no image, or no sound, with a label."""
+    needs = f"{config.model_type} classifies {what}s, and needs rows with file_name and label"
+    if task is not None:
+        raise ValueError(f"{needs}: leave --task out, and pass --train_file.")
+    if objective not in (None, "classifier"):
+        raise ValueError(f"{needs}, whose loss is the head's: leave the objective {objective!r} out.")
+    columns = () if rows is None else rows.columns
+    if rows is not None and not ("file_name" in columns and {"label", "labels"} & set(columns)):
+        missing = "file_name" if "file_name" not in columns else "label"
+        raise ValueError(f"{needs}: {rows.source} has {', '.join(columns)}{did_you_mean(missing, sorted(columns))}.")
+    return "media"
+
+
+def check_idle(form: str | None, *, what: str = "prompts and chats of causal language models", **given: Any) -> None:
+    """ValueError for a given option of the named ``what`` that a family of rows has none of."""
+    for name, value in given.items():
+        if form is not None and value:
+            raise ValueError(f"{name} would have no effect: it is of {what}; leave it out.")
+
+
 def prepare_family(name: str, inputs: FamilyInputs) -> Family:
     """A family of :func:`family_name`; ValueError where its rows are malformed."""
-    found = {"labelled": labelled, "pairs": sentence_pairs, "images": images, "seq2seq": seq2seq, "tokens": token_labels}
+    found = {"labelled": labelled, "media": media, "pairs": sentence_pairs, "images": images, "seq2seq": seq2seq, "tokens": token_labels}
     return found[name].prepare(inputs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ from torch import Tensor
 from zotune.objectives.image_text import TEXT
 from zotune.tasks.collators import Collator, LanguageModelCollator, padded
 from zotune.tasks.family import Family, FamilyInputs
+from zotune.tasks.media_files import file_beside, read_image
 from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.rows import Rows
 from zotune.tasks.seq2seq import ComputeTextMetrics, referred
-
-#: Most pixels of an image, against small files of huge images.
-MOST_PIXELS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -64,15 +61,7 @@ class ImageTextCollator(Collator):
 
 def processed(processor: Any, path: str, text: str) -> dict[str, Tensor]:
     """What a processor makes of an image and the text of a prompt with its place, each tensor with one row for the text."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > MOST_PIXELS:
-                raise ValueError(f"{path} has {file.width} x {file.height} pixels, more than {MOST_PIXELS}: make it smaller.")
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no image that can be read: {' '.join(str(error).split())}.") from None
+    image = read_image(path)
     found = processor(images=[image], text=[text], return_tensors="pt")
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
@@ -86,13 +75,12 @@ def prepare(inputs: FamilyInputs) -> Family:
     def encode(rows: Rows, evaluated: bool) -> list[dict[str, Any]]:
         captions = "text" in rows.columns
         rows.require(["file_name", *(["text"] if captions else ["prompt", "completion"])])
-        folder = Path(rows.source).expanduser().resolve().parent
 
         def example(row: Mapping[str, Any]) -> dict[str, Any]:
             prompt, completion = ("", row["text"]) if captions else (row["prompt"], row["completion"])
             if not isinstance(prompt, str) or not isinstance(completion, str) or not completion.strip():
                 raise ValueError("the text of an image holds no string, or an empty one.")
-            path = _inside(folder, row["file_name"])
+            path = file_beside(rows.source, row["file_name"])
             text = _prompt_text(processor, prompt.strip())
             ids = processed(processor, str(path), text)["input_ids"][0].tolist()
             after = encoder.affixes[1]
@@ -136,15 +124,3 @@ def _prompt_text(processor: Any, prompt: str) -> str:
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     token = getattr(processor, "image_token", "<image>")
     return f"{token}{prompt and ' '}{prompt}"
-
-
-def _inside(folder: Path, name: Any) -> Path:
-    """The file of a name in a folder; ValueError where it lies outside of it, or is not there."""
-    if not isinstance(name, str) or not name:
-        raise ValueError("column 'file_name' holds no name of a file.")
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder):
-        raise ValueError(f"file_name {name!r} is outside of the folder of the metadata file: put the images beside it.")
-    if not path.is_file():
-        raise ValueError(f"there is no image {path}: file names are relative to the metadata file.")
-    return path

@@ -6,8 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Kinds of models: language models of a decoder, of an encoder, of both; heads for texts and for tokens; encoders alone; images and text.
-KINDS = ("causal", "masked", "seq2seq", "classifier", "tokens", "embedding", "image-text")
+#: Kinds of models: language models of a decoder, of an encoder, of both; heads for texts and for tokens; encoders alone; images and text;
+#: heads for images and for sound.
+KINDS = ("causal", "masked", "seq2seq", "classifier", "tokens", "embedding", "image-text", "image-classifier", "audio-classifier")
+#: How the name of an architecture with the head of a kind ends.
+HEADS: dict[str, str | tuple[str, ...]] = {
+    "classifier": "ForSequenceClassification",
+    "tokens": "ForTokenClassification",
+    "image-classifier": "ForImageClassification",
+    "audio-classifier": ("ForAudioClassification", "ForSequenceClassification"),
+}
 #: Problems of a classification head, as ``config.problem_type`` of transformers names them.
 REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
 PROBLEMS = (REGRESSION, SINGLE, MULTI)
@@ -20,7 +28,7 @@ class ModelKind:
     Attributes:
         name: one of :data:`KINDS`.
         labels: names of a head's outputs, in order.
-        problem: of a "classifier", one of :data:`PROBLEMS`; None: as the labels of a batch say.
+        problem: of a head for texts, images or sound, one of :data:`PROBLEMS`; None: as the labels of a batch say.
     """
 
     name: str = "causal"
@@ -30,11 +38,16 @@ class ModelKind:
     @property
     def has_new_head(self) -> bool:
         """Whether a head is drawn at random where the model's files have none."""
-        return self.name in ("classifier", "tokens")
+        return self.name in HEADS
 
     def to_record(self) -> dict[str, Any]:
         """The entry of a run's file."""
         return {"name": self.name, "labels": list(self.labels), "problem": self.problem}
+
+
+def has_head(config: Any, kind: str) -> bool:
+    """Whether a model's files hold the head of a kind."""
+    return any(name.endswith(HEADS[kind]) for name in getattr(config, "architectures", None) or ())
 
 
 def kind_of_record(record: Mapping[str, Any], place: Any) -> ModelKind:

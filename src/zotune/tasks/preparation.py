@@ -14,9 +14,9 @@ from zotune.tasks.chat import ChatOptions, read_tools, variables_of
 from zotune.tasks.collators import ChoicesCollator, ClassifierCollator, GenerationCollator, LanguageModelCollator, MaskedCollator
 from zotune.tasks.columns import format_of, parsed_columns
 from zotune.tasks.encoding import Encoder, context_limit, pad_token_id
-from zotune.tasks.families import family_name, prepare_family
+from zotune.tasks.families import check_idle, family_name, prepare_family
 from zotune.tasks.family import Family, FamilyInputs
-from zotune.tasks.labelled import check_problem
+from zotune.tasks.head_labels import check_problem
 from zotune.tasks.masked import TEMPLATE, encode_masked
 from zotune.tasks.metrics import ComputeAnswerMetrics, ComputeMetrics
 from zotune.tasks.model_kind import ModelKind
@@ -126,7 +126,7 @@ def prepare(
     """Loads, checks, subsets and encodes the data of a run.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
+        tokenizer: a Hugging Face tokenizer; None for models of images or sound.
         model_config: the model's configuration, for the context length and whether it is an encoder.
         task: bundled task, path of a YAML file, or a loaded :class:`Task`.
         data_dir: folder with ``<task>/<split>.jsonl[.gz]``; without it a task's rows come from the hub.
@@ -188,12 +188,12 @@ def prepare(
             task = loader.task_of(task_file, str(task_file["title"]), template, options)
         elif template is not None or options is not None:
             raise ValueError("template and options need the name or path of a task, or rows with a label: pass --task.")
-    elif is_seq2seq(model_config) and objective in (None, "lm"):
-        form = "seq2seq"
+    elif tokenizer is None or (is_seq2seq(model_config) and objective in (None, "lm")):
+        form = family_name(model_config, task, objective, None) or "seq2seq"
     check_problem(problem_type, form)
-    for name, given in (("bos_token", bos_token), ("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
-        if form is not None and given:
-            raise ValueError(f"{name} would have no effect: it is of prompts and chats of causal language models; leave it out.")
+    check_idle(form, bos_token=bos_token, tools=tools, chat_template_kwargs=chat_template_kwargs)
+    if form == "media":
+        check_idle(form, what="texts", max_length=max_length, truncate=truncate, packing=packing)
     train_objective, eval_objective = ("family",) * 2 if form is not None else objectives_of(objective, task, model_config)
     if loss_over != "examples" and (loss_over != "tokens" or train_objective != "lm"):
         raise ValueError(f"loss_over={loss_over!r} is 'examples', or with the objective 'lm' 'tokens', and this is {train_objective!r}.")

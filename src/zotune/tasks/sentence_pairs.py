@@ -19,8 +19,8 @@ from zotune.io.text import read_text
 from zotune.tasks.collators import Collator, padded
 from zotune.tasks.encoding import Encoder
 from zotune.tasks.family import Family, FamilyInputs
+from zotune.tasks.head_labels import read_labels
 from zotune.tasks.head_metrics import pearson, spearman
-from zotune.tasks.labelled import read_labels
 from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.rows import Rows
 

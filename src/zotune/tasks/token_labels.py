@@ -13,7 +13,7 @@ from zotune.objectives.token_logprobs import IGNORE
 from zotune.tasks.chat_tokens import CUT
 from zotune.tasks.collators import Collator, padded
 from zotune.tasks.family import Family, FamilyInputs
-from zotune.tasks.labelled import class_number, read_labels
+from zotune.tasks.head_labels import class_number, read_labels
 from zotune.tasks.metrics import PADDING, macro_f1
 from zotune.tasks.model_kind import ModelKind
 from zotune.tasks.rows import Rows

@@ -41,8 +41,13 @@ def check_fit(model: nn.Module, folder: Path) -> None:
         )
 
 
-def fresh_layers(model: nn.Module, fresh: Collection[str]) -> list[str]:
-    """The layers of ``fresh`` parameters, which an adapter has to hold, without the head, which PEFT saves, and those within others.
+def fresh_layers(model: nn.Module, fresh: Collection[str], *, head: bool = False) -> list[str]:
+    """The layers of ``fresh`` parameters, which an adapter has to hold, without those within others.
+
+    Args:
+        model: before the adapter.
+        fresh: names of parameters that the base model's files lack.
+        head: with the classifier, in any case; otherwise without it, for it is PEFT that saves it.
 
     Raises:
         ValueError: a parameter of the model itself, which PEFT cannot save.
@@ -52,9 +57,10 @@ def fresh_layers(model: nn.Module, fresh: Collection[str]) -> list[str]:
         raise ValueError(f"--scheme lora: an adapter cannot hold the randomly initialized {min(fresh, key=len)}: choose full.")
     classifier = classifier_of(model)
     outer = layers | ({classifier[0]} if classifier is not None else set())
-    return sorted(
+    found = sorted(
         layer for layer in layers if (classifier is None or layer != classifier[0]) and not any(layer.startswith(f"{o}.") for o in outer)
     )
+    return [*found, classifier[0]] if head and classifier is not None else found
 
 
 def base_name(name: str) -> str:

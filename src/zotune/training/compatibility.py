@@ -11,10 +11,10 @@ from zotune.baselines import Baseline
 from zotune.io.suggest import did_you_mean
 from zotune.methods import Method
 from zotune.subspaces import Full, LowRank
+from zotune.tasks.model_kind import has_head
 from zotune.training import attributed, baseline_runs, privacy_options, schemes
 from zotune.training.arguments import ACCURACY
 from zotune.training.evaluation import SPEED
-from zotune.training.loading_kinds import has_head
 from zotune.training.reward_options import check_no_gradient
 from zotune.weights import placement
 from zotune.weights.computed_linear import LOW_RANK_METHODS, NO_DECAY, NO_SCHEME, ONE_POINT, WRITES

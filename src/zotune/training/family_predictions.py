@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from zotune.objectives.contrastive import SimilarityLoss, ranking_loss, sentence_embeddings
 from zotune.objectives.image_text import TEXT, ImageTextLoss, model_inputs
+from zotune.objectives.losses import head_losses, media_scores
 from zotune.objectives.seq2seq import Seq2SeqLoss
 from zotune.objectives.token_classes import word_logits, word_losses
 from zotune.objectives.token_logprobs import IGNORE
@@ -71,6 +72,11 @@ def _of_pairs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return ranking_loss(embeddings), embeddings[:, :2], torch.zeros(len(embeddings), device=embeddings.device)
 
 
+def _of_media(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    scores = media_scores(model, batch)
+    return head_losses(model, scores, batch["labels"]).mean(), scores, batch["labels"]
+
+
 #: By the name of an objective: (model, batch) → loss, predictions and labels.
 PREDICTIONS: dict[str, Callable[[nn.Module, Batch], tuple[Tensor, Tensor, Tensor]]] = {
     "seq2seq": _of_seq2seq,
@@ -78,4 +84,5 @@ PREDICTIONS: dict[str, Callable[[nn.Module, Batch], tuple[Tensor, Tensor, Tensor
     "contrastive": _of_pairs,
     "similarity": _of_pairs,
     "image-text": _of_images,
+    "media": _of_media,
 }

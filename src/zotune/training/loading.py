@@ -18,6 +18,7 @@ from zotune.io.inside import check_indexes
 from zotune.io.sizes import parse_size
 from zotune.io.text import read_text
 from zotune.tasks import PreparedData
+from zotune.tasks.media import media_kind
 from zotune.tasks.model_kind import ModelKind
 from zotune.training import base_identity, loading_kinds, offloaded_loading
 from zotune.training.adapters import check_fresh
@@ -88,7 +89,7 @@ def _plan_gguf(args: ModelArguments) -> ModelPlan:
 
 
 def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
-    """The base model's tokenizer."""
+    """The base model's tokenizer; None for models of images or sound alone."""
     from transformers import AutoTokenizer
 
     if plan.gguf is not None:
@@ -104,6 +105,8 @@ def load_tokenizer(plan: ModelPlan, args: ModelArguments) -> Any:
         for special in ("bos_token_id", "eos_token_id", "pad_token_id"):  # else the trainer tells that they differ
             setattr(plan.config, special, getattr(tokenizer, special))
         return tokenizer
+    if media_kind(plan.config) is not None:
+        return None
     return explained(plan.name, lambda: AutoTokenizer.from_pretrained(plan.name, trust_remote_code=args.trust_remote_code))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from zotune.tasks.model_kind import REGRESSION, SINGLE, ModelKind
+from zotune.tasks.model_kind import REGRESSION, SINGLE, ModelKind, has_head
 
 _LOADERS = {
     "causal": "AutoModelForCausalLM",
@@ -17,9 +17,9 @@ _LOADERS = {
     "tokens": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
     "image-text": "AutoModelForImageTextToText",
+    "image-classifier": "AutoModelForImageClassification",
+    "audio-classifier": "AutoModelForAudioClassification",
 }
-#: How the name of an architecture with the head of a kind ends.
-HEADS = {"classifier": "ForSequenceClassification", "tokens": "ForTokenClassification"}
 _INCOMPLETE = {
     "causal": "{} is not a complete language model: its files lack {}.",
     "masked": "{} has no complete head of a masked language model, its files lack {}: take a checkpoint with one, or --objective "
@@ -42,11 +42,6 @@ def loader_of(kind: ModelKind, config: Any, name: str) -> Any:
     return loader
 
 
-def has_head(config: Any, kind: str) -> bool:
-    """Whether a model's files hold the head of a kind."""
-    return any(name.endswith(HEADS[kind]) for name in getattr(config, "architectures", None) or ())
-
-
 def set_head(config: Any, kind: ModelKind, name: str) -> None:
     """Give a configuration the outputs of a new head; ValueError where the model called ``name`` has a head for others."""
     if has_head(config, kind.name):
@@ -58,7 +53,7 @@ def set_head(config: Any, kind: ModelKind, name: str) -> None:
                 "its head, or other labels."
             )
         then = config.problem_type or (REGRESSION if config.num_labels == 1 else None)
-        if kind.name == "classifier" and kind.problem is not None and then not in (None, kind.problem):
+        if kind.problem is not None and then not in (None, kind.problem):
             raise ValueError(f"{name} has a head for {then}, and the labels are those of {kind.problem}: take the model without its head.")
         return
     config.num_labels = len(kind.labels)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.io import patterns
+from zotune.tasks.media import media_kind
 from zotune.training.adapters import WEIGHTS, check_fit, fresh_layers
 from zotune.training.arguments import option
 from zotune.training.bounds import check_adapter
@@ -33,6 +34,8 @@ SCHEMES = ("full", "lora", "prefix", "prompt", "head", "bias", "scales")
 ADAPTERS = ("lora", "prefix", "prompt")
 # PEFT's word for every Linear and Conv1D layer but the output layer; as a name among others it means nothing to PEFT.
 _ALL_LINEAR = "all-linear"
+#: Names of queries and values, which get an adapter where PEFT knows no layers of a kind of model.
+_QUERIES_AND_VALUES = (("q_proj", "v_proj"), ("query", "value"))
 
 # A matrix that every subspace method trains in its subspace.
 _LARGE = (1 << 20, 1 << 20)
@@ -55,7 +58,9 @@ class Scheme:
     lora_alpha: float = option(16.0, "scale of the adapter: alpha / r")
     lora_dropout: float = option(0.0, "dropout before the adapter; acts in first-order training only")
     lora_target_modules: list[str] | None = option(
-        None, "names of the layers that get an adapter, or all-linear: all but the output layer; peft's choice when not given"
+        None,
+        "names of the layers that get an adapter, or all-linear: all but the output layer; when not given peft's choice, else queries and "
+        "values",
     )
     num_virtual_tokens: int = option(5, "length of a prefix or soft prompt, in tokens")
     trainable: list[str] | None = option(
@@ -239,7 +244,8 @@ def _adapted(model: nn.Module, scheme: Scheme, fresh: Collection[str]) -> nn.Mod
     config = getattr(model, "config", None)
     both = bool(getattr(config, "is_encoder_decoder", False))
     causal = generates and not both and not hasattr(config, "vision_config")
-    task = TaskType.TOKEN_CLS if kind.endswith("ForTokenClassification") else TaskType.SEQ_CLS if classifier else None
+    of_texts = media_kind(config) is None  # PEFT's wrapper of a classifier gives the model input_ids
+    task = TaskType.TOKEN_CLS if kind.endswith("ForTokenClassification") else TaskType.SEQ_CLS if classifier and of_texts else None
     if generates:
         task = TaskType.SEQ_2_SEQ_LM if both else TaskType.CAUSAL_LM
     elif task is None and not kind.endswith(("ForMaskedLM", "ForPreTraining")) and config is not None:
@@ -249,14 +255,15 @@ def _adapted(model: nn.Module, scheme: Scheme, fresh: Collection[str]) -> nn.Mod
             r=scheme.lora_r,
             lora_alpha=scheme.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=scheme.lora_dropout,
-            target_modules=_ALL_LINEAR if scheme.lora_target_modules == [_ALL_LINEAR] else scheme.lora_target_modules,
-            modules_to_save=fresh_layers(model, fresh) or None,
+            target_modules=_targets(model, scheme.lora_target_modules),
+            modules_to_save=fresh_layers(model, fresh, head=not of_texts) or None,
             task_type=task,
         )
         try:
             return get_peft_model(model, config)
         except ValueError as error:
-            raise ValueError(f"--scheme lora: {' '.join(str(error).split())} Name layers with --lora_target_modules.") from error
+            told = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"--scheme lora: {told}. Name layers with --lora_target_modules.") from error
     if classifier:
         raise ValueError(
             f"--scheme {scheme.scheme} is for causal language models: tokens before a classifier's text shift the token that it reads. "
@@ -291,6 +298,18 @@ def _adapted(model: nn.Module, scheme: Scheme, fresh: Collection[str]) -> nn.Mod
     with torch.no_grad():
         table.copy_(start)
     return adapted
+
+
+def _targets(model: nn.Module, given: list[str] | None) -> list[str] | str | None:
+    """The layers with LoRA in PEFT's words: those given, else None where it knows the model's kind, else queries and values by name."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    if given is not None:
+        return _ALL_LINEAR if given == [_ALL_LINEAR] else given
+    if getattr(getattr(model, "config", None), "model_type", None) in KNOWN:
+        return None
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return next((list(pair) for pair in _QUERIES_AND_VALUES if names.issuperset(pair)), None)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:

@@ -84,10 +84,19 @@ def trained_layers(model: nn.Module, by_weight: Mapping[int, T]) -> dict[nn.Modu
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The layer that ``get_output_embeddings`` returns, if any."""
-    get = getattr(model, "get_output_embeddings", None)
+    return _embeddings(model, "output")
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The layer that ``get_input_embeddings`` returns, if any."""
+    return _embeddings(model, "input")
+
+
+def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
+    get = getattr(model, f"get_{which}_embeddings", None)
     try:
         found = get() if get is not None else None
-    except NotImplementedError:  # transformers' models without a head
+    except NotImplementedError:  # transformers' models without a head, or without tokens
         found = None
     return found if isinstance(found, nn.Module) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from family_cases import save_media_model
 from zotune import ZerothOrder, methods, objectives
 from zotune.objectives import tail_gradients
 from zotune.objectives.label_losses import LabelLoss
@@ -218,3 +220,32 @@ def test_one_loss_of_a_batch_counts_its_examples() -> None:
         steps.step((lambda batch, loss=loss: loss(batch).mean()) if one else loss, batch_of())
         found.append(steps.output_gradients.distance.value)
     assert found[0] > 0 and found[1] == pytest.approx(found[0], rel=0.2)  # the curvature's error is of single losses
+
+
+@pytest.mark.parametrize("name", ["vit", "ast", "w2v", "w2v, padded"])
+def test_of_images_and_sound(name: str, tmp_path: Path) -> None:
+    """Where there are no tokens, at the positions of the last block's states, as many as the rows' shape gives."""
+    kind, padded = name.partition(",")[0], "padded" in name
+    save_media_model(tmp_path, kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loader = transformers.AutoModelForImageClassification if kind == "vit" else transformers.AutoModelForAudioClassification
+        model = loader.from_pretrained(tmp_path, num_labels=CLASSES).eval()
+    draw, shapes = torch.Generator().manual_seed(1), {"vit": (3, 16, 16), "ast": (24, 16), "w2v": (800,)}
+    inputs = torch.randn(ROWS, *shapes[kind], generator=draw)
+    batch = {model.main_input_name: inputs, "labels": torch.arange(ROWS) % CLASSES}
+    if padded:
+        batch["attention_mask"] = torch.ones(ROWS, 800, dtype=torch.long)
+        batch["attention_mask"][::2, 480:] = 0
+        batch["input_values"] = inputs * batch["attention_mask"]
+    loss = objectives.objective("media", model)
+    losses, wanted = by_autograd(model, loss, batch)
+    with torch.no_grad():
+        assert float(losses.mean()) == pytest.approx(float(model(**batch).loss), abs=1e-5)
+    if kind == "vit":
+        wanted = wanted[:, :1]
+    assert wanted.abs().amax(dim=(1, 2)).min() > 0
+    assert torch.allclose(recorded(loss, batch).view(ROWS, -1, WIDTH), wanted, rtol=1e-4, atol=1e-7)
+    longer = {**batch, "input_values": torch.cat([inputs, inputs], dim=1)} if name == "w2v" else batch  # other shapes, other lengths
+    found = recorded(loss, longer).view(ROWS, -1, WIDTH)
+    assert torch.allclose(found, by_autograd(model, loss, longer)[1][:, : found.shape[1]], rtol=1e-4, atol=1e-7)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from command_cases import run_command
 from zotune.publishing.adapter import adapter_of
@@ -126,10 +126,41 @@ def test_biases_norms_and_tied_embeddings_go_along(kind: str, tied: bool) -> Non
     assert found.error < 1e-5
     assert (logits(found.model) - logits(after)).norm() < 1e-4 * change
     assert found.rank == 2
-    assert found.whole
+    assert found.whole and found.biases == (kind == "gpt2")
 
 
 def test_equal_models_have_no_adapter() -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(ValueError, match="nothing to export"):
         adapter_of(model, model)
+
+
+def test_an_adapter_with_biases_is_read_again_as_it_was(tmp_path: Path) -> None:
+    def fresh() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+            return OPTForCausalLM(OPTConfig(vocab_size=40, max_position_embeddings=16, **sizes))
+
+    after, generator = fresh(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in after.named_parameters():
+            if name.endswith(("proj.weight", "proj.bias")):  # every linear layer of the blocks' attention, with its bias
+                u, v = (torch.randn(size, 1, generator=generator) for size in parameter.view(len(parameter), -1).shape)
+                parameter += 0.05 * (u @ v.T).view_as(parameter)
+    found = adapter_of(fresh(), after)
+    assert (found.whole, found.biases, found.rank) == ([], True, 1)
+    found.model.save_pretrained(tmp_path)
+    read = peft.PeftModel.from_pretrained(fresh(), tmp_path)
+    change = (logits(after) - logits(fresh())).norm()
+    assert (logits(read) - logits(after)).norm() < 1e-4 * change
+
+
+def test_where_vectors_alone_were_trained_there_is_nothing_to_factor() -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    base, after = LlamaForCausalLM(LlamaConfig(**sizes)), LlamaForCausalLM(LlamaConfig(**sizes))
+    after.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        after.model.norm.weight += 1
+    with pytest.raises(ValueError, match="export with --to merged"):
+        adapter_of(base, after)
