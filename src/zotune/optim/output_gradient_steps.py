@@ -253,8 +253,10 @@ class OutputGradientSteps:
     def measure(self, found: Derivatives, evaluate: Callable[[], Tensor], seed: int, step: int) -> None:
         """Measure the slope and curvature along a step, where that is due; ``evaluate`` returns the losses of the step's examples."""
         self.forwards = self.sequences = 0
+        if not self._due(step):
+            return
         along, length = self.direction(found)
-        if not (self._due(step) and math.isfinite(length) and length > 0):
+        if not (math.isfinite(length) and length > 0):
             return
         with self._along(along):
             if self.normalizes:

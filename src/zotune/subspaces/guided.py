@@ -58,6 +58,7 @@ class GuidedCoordinate(ActivationCoordinate):
         self.guided = False
         self.fixed_direction: Tensor | None = None
         self.writes: bool | None = None
+        self._told: tuple[tuple[Tensor, Tensor, int], Tensor] | None = None  # Ĝ, M and its version, and polar(M) after the step
 
     @property
     def num_guided(self) -> int:
@@ -92,10 +93,20 @@ class GuidedCoordinate(ActivationCoordinate):
 
     @tagged("directions")
     def step_direction(self, derivatives: Tensor) -> Tensor:
-        """What a step of the derivatives Ĝ (q²,) goes along, (q²,): polar(M) of M after the step; Ĝ without momentum or where it is 0."""
+        """What a step of the derivatives Ĝ (q²,) goes along, (q²,): polar(M) of M after the step; Ĝ without momentum or where it is 0.
+
+        A step asks twice, for its rate and for its update: the singular values are computed once.
+        """
         if self.momentum is None or not bool(derivatives.any()):
             return derivatives
-        return polar(self.averaged(derivatives)).flatten()
+        moment = self.moment
+        if self._told is not None:
+            (known, of, version), direction = self._told
+            if of is moment and version == moment._version and known.dtype == derivatives.dtype and torch.equal(known, derivatives):
+                return direction
+        direction = polar(self.averaged(derivatives)).flatten()
+        self._told = (derivatives.clone(), moment, moment._version), direction
+        return direction
 
     @tagged("directions")
     def draw(self, directions: Directions, seed: int, step: int, first: int, count: int, alone: bool = False) -> Tensor:

@@ -47,6 +47,16 @@ def test_a_rule_does_what_its_optimizer_does_with_its_estimates(rule, options):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_plain_descent_is_torchs_bit_for_bit():
+    rule, draw = Rule("SGD", {}), torch.Generator().manual_seed(0)
+    value, estimate = torch.randn(7, 5, generator=draw), torch.randn(7, 5, generator=draw)
+    for decay in (0.0, 0.1):
+        parameter = nn.Parameter(value.clone())
+        parameter.grad = estimate.clone()
+        torch.optim.SGD([parameter], lr=0.03, weight_decay=decay).step()
+        assert torch.equal(rule.update("w", value.clone(), estimate.clone(), 0.03, decay), parameter.detach())
+
+
 def trained(rule: str, cut: int | None = None, steps: int = 7) -> nn.Module:
     """The toy after some steps of a rule, in one run, or in two with state dicts between them."""
     model = toys.classifier()

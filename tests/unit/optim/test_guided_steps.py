@@ -15,7 +15,7 @@ from zotune.objectives import output_gradients
 from zotune.optim.journal import Journal
 from zotune.optim.journal_records import StepRecord
 from zotune.subspaces.guided import GuidedCoordinate
-from zotune.subspaces.guided_projection import RIDGE, CompressedRows, fit_projection
+from zotune.subspaces.guided_projection import RIDGE, CompressedRows, fit_projection, polar
 from zotune.training import resume as resuming
 
 
@@ -390,3 +390,18 @@ def test_a_killed_run_goes_on_from_its_journal_bit_for_bit(tmp_path, rate):
     resumed.fast_forward(records[: resuming.retaken(resumed, records[:cut])])
     run(model, resumed, 0, 9)
     assert same_weights(weights(model), weights(straight))
+
+
+def test_what_a_step_goes_along_is_computed_once_and_again_where_its_mean_has_moved():
+    coordinate = GuidedCoordinate("w", torch.nn.Parameter(torch.zeros(6, 5)), 2, 10, 2, 0, momentum=0.5)
+    one, two = torch.tensor([1.0, 2.0, 0.0, -1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    first = coordinate.step_direction(one)
+    assert coordinate.step_direction(one.clone()) is first
+    assert torch.equal(first, polar(0.5 * one.view(2, 2)).flatten())
+    assert not torch.equal(coordinate.step_direction(two), first)
+    coordinate.step_direction(one)
+    coordinate.advance(two)
+    moved = coordinate.step_direction(one)
+    assert torch.allclose(moved, polar(0.25 * two.view(2, 2) + 0.5 * one.view(2, 2)).flatten()) and not torch.allclose(moved, first)
+    coordinate.moment.zero_()
+    assert torch.equal(coordinate.step_direction(one), first)
