@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from zotune.tasks.family import FamilyInputs
@@ -47,7 +48,7 @@ class HeadLabels:
     def metrics(self) -> ComputeHeadMetrics:
         return ComputeHeadMetrics(self.problem, METRICS[self.problem])
 
-    @property
+    @cached_property  # read for every row
     def _index(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names)}
 

@@ -66,6 +66,7 @@ def prepare(inputs: FamilyInputs) -> Family:
     kind = media_kind(inputs.config)
     assert kind is not None, "the rows are for such a model"
     processor, labels = _processor(inputs.config, kind), head_labels(inputs, kind)
+    collate = MediaCollator(kind, processor)
 
     def encode(rows: Rows, evaluated: bool) -> list[dict[str, Any]]:
         rows.require(["file_name", labels.column])
@@ -74,10 +75,9 @@ def prepare(inputs: FamilyInputs) -> Family:
             return {"file": str(file_beside(rows.source, row["file_name"], WHAT[kind])), "label": labels.of(row)}
 
         examples = inputs.encoder.map_rows(rows, example)
-        MediaCollator(kind, processor)(examples[:1])  # a folder that cannot be read is seen before the model is
+        collate(examples[:1])  # a folder that cannot be read is seen before the model is
         return examples
 
-    collate = MediaCollator(kind, processor)
     return Family(labels.kind(kind), "media", "media", encode, collate, collate, labels.metrics, ids=lambda _: (), processor=processor)
 
 
